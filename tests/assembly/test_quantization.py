@@ -22,7 +22,7 @@ from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.quantization import make_quantization_config
 from vlm.cli.main import main
-from vlm.train.checkpoints.trainer import TRAINED_WEIGHTS
+from vlm.train.checkpoints.trained import TRAINED_WEIGHTS
 from vlm.train.lora import is_adapter
 
 pytestmark = pytest.mark.skipif(

@@ -192,6 +192,35 @@ REFUSALS = {
         ["trainer.unfreeze.train_vision_model=true"],
         f"trainer.learning_rate.visual_encoder_learning_rate=null: {NEEDS_RATE}.train_vision_model=true",
     ),
+    "two ways to shard": (
+        ["trainer/sharding=fsdp2", "trainer/deepspeed=zero2"],
+        "trainer.sharding=fsdp2 and trainer.deepspeed: both shard the model; choose one (trainer/deepspeed=none)",
+    ),
+    "sharding": (["trainer.sharding=fsdp"], "trainer.sharding=fsdp: allowed are null, fsdp2"),
+    "sharded in fp16": (
+        ["trainer.sharding=fsdp2", "trainer.fp16=true"],
+        "trainer.sharding=fsdp2 and trainer.fp16=true: ",
+    ),
+    "sharded and compiled": (
+        ["trainer.sharding=fsdp2", "trainer.torch_compile=true"],
+        "trainer.sharding=fsdp2 and trainer.torch_compile=true: ",
+    ),
+    "sharded bits": (
+        ["trainer.sharding=fsdp2", "model.language_model.quantization=4bit"],
+        "model.language_model.quantization=4bit and trainer.sharding=fsdp2: quantised weights are not sharded",
+    ),
+    "sharded rows": (
+        [
+            "trainer.sharding=fsdp2",
+            "model.language_model.new_tokens=['<x>']",
+            "trainer.learning_rate.language_model_learning_rate=1e-4",
+        ],
+        "model.language_model.new_tokens=['<x>'] and trainer.sharding=fsdp2: rows of embeddings cannot train",
+    ),
+    "sharded optimiser": (
+        ["trainer.sharding=fsdp2", "trainer.optim=muon"],
+        "trainer.optim=muon and trainer.sharding=fsdp2: its states have other shapes than the weights, or need whole",
+    ),
     "rate of zero": (
         ["trainer.learning_rate.connector_learning_rate=0"],
         f"trainer.learning_rate.connector_learning_rate=0.0: {NEEDS_RATE}.train_connector=true",
@@ -330,6 +359,10 @@ def test_evaluation_records_and_a_share_contradict(records: Path):
         ["trainer.resume_changes=accept"],
         ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1"],
         ["trainer.deepspeed=zero3"],
+        ["trainer/sharding=fsdp2"],
+        ["trainer.sharding=fsdp2", "trainer.optim=my_package.my_module:Optimizer"],
+        ["trainer.sharding=fsdp2", "trainer/unfreeze=all", "trainer/learning_rate=smol-finetune",
+         "model.language_model.new_tokens=['<x>']", "trainer.learning_rate.visual_encoder_learning_rate=1e-6"],
         ["trainer.optim=muon"],
         ["trainer.optim=my_package.my_module:Optimizer", "trainer.deepspeed=zero2"],
         ["trainer/deepspeed=zero2", "trainer/unfreeze=all", "trainer/learning_rate=smol-finetune",

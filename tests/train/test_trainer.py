@@ -83,6 +83,11 @@ def test_a_deepspeed_configuration_is_packaged_or_a_json_file(tmp_path: Path):
     assert deepspeed_config(None) is None
 
 
+def test_deepspeed_shares_out_no_tokens_of_a_sample():
+    with pytest.raises(ValueError, match=r"trainer.deepspeed.sequence_parallel_size=2: ranks share out samples"):
+        deepspeed_config({"sequence_parallel_size": 2})
+
+
 def test_the_table_shows_each_part(built):
     config, model, _, _ = built
     config.model.connector.name = "two-layers"

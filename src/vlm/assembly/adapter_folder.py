@@ -93,7 +93,7 @@ def _base_vocabulary_rows(model: PreTrainedModel, base: Base) -> dict[str, int]:
 
 
 def _gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> dict[str, Tensor]:
-    """Return whole tensors on the CPU, gathered one after the other where ZeRO-3 shards them."""
+    """Return whole tensors on the CPU, gathered one after the other where ZeRO-3 or FSDP2 shards them."""
     gathered = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in names:
@@ -103,6 +103,8 @@ def _gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> 
                 whole = deepspeed.zero.GatheredParameters([tensor])
             else:
                 whole = nullcontext()
+            if hasattr(tensor, "full_tensor"):
+                tensor = tensor.full_tensor()
             with whole:
                 if keep:
                     gathered[name] = tensor.detach().cpu().clone().contiguous()

@@ -47,6 +47,9 @@ TORCH_ENGINE = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:Torc
 LOOP = "transformers.trainer:Trainer._inner_training_loop"
 ZERO3_INIT = "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param"
 
+FSDP_ROOT = "parts of a model that FSDP2 shards are called before the whole"
+OTHER_WORLD = "a run resumes on another number of ranks, or another stage of ZeRO"
+
 PRIVATE_NAMES = {
     "transformers": (
         PrivateName(AUTO, "_model_mapping", "the class of a model is looked up before its weights are loaded"),
@@ -94,6 +97,8 @@ PRIVATE_NAMES = {
         ),
     ),
     "torch": (
+        PrivateName("torch.distributed.fsdp:FSDPModule", "_get_fsdp_state", FSDP_ROOT, ()),
+        PrivateName("torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState", "_lazy_init", FSDP_ROOT, ()),
         PrivateName(
             "torch.optim.lr_scheduler:LRScheduler.get_last_lr",
             "_last_lr",
@@ -127,6 +132,24 @@ PRIVATE_NAMES = {
             "updates of spikes are left out",
             (),
         ),
+        PrivateName(ZERO3_INIT, "partition_numel", OTHER_WORLD),
+        PrivateName("deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3.__init__", "fp16_groups", OTHER_WORLD),
+        PrivateName(
+            "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3._rigid_state_dict",
+            "fp32_partitioned_groups_flat",
+            OTHER_WORLD,
+        ),
+        PrivateName(
+            "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.state_dict",
+            "single_partition_of_fp32_groups",
+            OTHER_WORLD,
+        ),
+        PrivateName(
+            "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer.__init__",
+            "round_robin_bit16_groups",
+            OTHER_WORLD,
+        ),
+        PrivateName("deepspeed.utils.tensor_fragment:get_full_hp_param", "_hp_mapping", OTHER_WORLD),
     ),
 }
 """Library -> the private names of it that are used, whichever package uses them."""

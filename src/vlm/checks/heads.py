@@ -133,6 +133,7 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
         )
     if (data.cache_features or data.folds is not None) and not caches_features(config):
         reason = "dataset.cache_features=true" if data.folds is None else f"dataset.folds={data.folds}"
-        obstacle = "dataset.cache_features=false" if data.cache_features is False else "trainer.deepspeed=zero3"
+        sharding = "trainer.deepspeed=zero3" if config.trainer.sharding is None else "trainer.sharding=fsdp2"
+        obstacle = "dataset.cache_features=false" if data.cache_features is False else sharding
         obstacle = next(find_body_changes(config), obstacle)
         yield f"{reason}: hidden states are computed once, but {obstacle} does not allow that"

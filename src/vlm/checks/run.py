@@ -16,6 +16,7 @@ from vlm.checks.lora import lora_problems, quantization_problems
 from vlm.checks.model import anyres_problems, connector_problems, encoder_problems
 from vlm.checks.packing import packing_problems
 from vlm.checks.saving import saving_problems
+from vlm.checks.sharding import sharding_problems
 from vlm.checks.step import optimizer_problems, step_problems
 from vlm.config.derived import embedding_row_keys, get_value, training_keys
 from vlm.config.packaged import packaged_names
@@ -67,6 +68,7 @@ def check(config: RunConfig, objective: ObjectiveChecks) -> None:
         step_problems(config),
         optimizer_problems(config),
         guard_problems(config),
+        sharding_problems(config),
     ):
         raise ConfigError(problem)
 
@@ -99,18 +101,6 @@ def _resume_problems(trainer: TrainerOptions) -> Iterator[str]:
         yield f"{key}={word} and trainer.resume_changes=accept: a run that begins changes nothing; choose one"
 
 
-def _saved_checkpoints(folder: Path) -> Iterator[Path]:
-    """Yield the checkpoints of a run that were written to their end; whether they are damaged is seen later."""
-    for checkpoint in folder.glob("checkpoint-*"):
-        if checkpoint.name.removeprefix("checkpoint-").isdigit() and _is_saved(checkpoint):
-            yield checkpoint
-
-
-def _is_saved(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has a manifest, or the mark by which earlier versions said that it is complete."""
-    return any(checkpoint.joinpath(name).is_file() for name in ("manifest.json", "complete"))
-
-
 def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
     """Yield what is wrong with `trainer`: nothing trains, a part has no learning rate, keys contradict each other."""
     trainer = config.trainer
@@ -140,7 +130,11 @@ def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterato
 
 
 UNSUPPORTED = {
-    "fsdp": "training is sharded with DeepSpeed here; choose trainer.deepspeed=zero3",
+    "fsdp": "FSDP2 is trainer.sharding=fsdp2 here",
+    "fsdp_config": "trainer.sharding=fsdp2 chooses its units and its precision itself",
+    "parallelism_config": "ranks share out samples, never the tokens of one: DeepSpeed's Ulysses would split pixels "
+    "along their channels, and replace the attention of visual encoders too. For long rows choose "
+    "trainer.sharding=fsdp2 and trainer.activation_checkpointing=true",
     "push_to_hub": "publish the run's folder final once it is trained",
     "auto_find_batch_size": "it restarts the loop with another batch, which the recipes' step counts do not survive",
     "use_liger_kernel": "it does not know composed models; logits are computed at supervised positions only anyway",

@@ -39,6 +39,9 @@ GROUPED_STRATEGIES = (GROUP_BY_MODALITY_LENGTH, GROUP_BY_MODALITY_BLOCKS)
 SAMPLING_STRATEGIES = ("random", "sequential", *GROUPED_STRATEGIES)
 BEST_FIT = "best_fit"
 PACKING_STRATEGIES = ("step", BEST_FIT)
+FSDP2 = "fsdp2"
+FSDP2_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Optimisers whose states have the shapes of their parameters, so that they are sharded with them."""
 MUON = "muon"
 """The optimiser that this framework has besides those of transformers."""
 ANSWER_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")

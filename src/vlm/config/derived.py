@@ -44,6 +44,11 @@ def lower_is_better(metric: str) -> bool:
     return metric.rpartition("_")[2] in LOWER_IS_BETTER
 
 
+def shards_weights(trainer: TrainerOptions) -> bool:
+    """Return whether a rank holds a share of the weights alone, by ZeRO-3 or FSDP2."""
+    return zero_stage(trainer.deepspeed) == 3 or trainer.sharding is not None
+
+
 def get_value(config: RunConfig, key: str) -> Any:
     """Return the value at a dotted key."""
     return attrgetter(key)(config)
@@ -73,7 +78,7 @@ def embedding_row_keys(config: RunConfig) -> dict[str, str]:
 def caches_features(config: RunConfig) -> bool:
     """Return whether the hidden states that heads read are computed once: the body stays, and the run allows it."""
     is_frozen = not any(find_body_changes(config))
-    return is_frozen and config.dataset.cache_features is not False and zero_stage(config.trainer.deepspeed) < 3
+    return is_frozen and config.dataset.cache_features is not False and not shards_weights(config.trainer)
 
 
 def find_body_changes(config: RunConfig) -> Iterator[str]:

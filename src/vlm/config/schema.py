@@ -16,6 +16,7 @@ from vlm.config.choices import (
     ALPHA_BACKGROUNDS,
     CACHE_IMPLEMENTATIONS,
     EVAL_METRICS,
+    FSDP2,
     IMAGE_MODES,
     MUON,
     PACKING_STRATEGIES,
@@ -146,6 +147,9 @@ class TrainerOptions:
     lora: LoraConfig = field(default_factory=LoraConfig)
     deepspeed: Any = None
     """A DeepSpeed configuration: `zero0` to `zero3`, the path of a JSON file, a mapping, or null for none."""
+    sharding: str | None = field(default=None, metadata=choices((FSDP2,)))
+    """Shards weights, gradients and optimiser states over the ranks without DeepSpeed: `fsdp2` is PyTorch's
+    `fully_shard`, which computes what ZeRO-3 does; null: nothing is sharded but by `deepspeed`."""
     packing: bool = False
     """Lay the samples of a step in rows without padding, one behind the other; each attends to itself alone."""
     packing_strategy: str = field(default="step", metadata=choices(PACKING_STRATEGIES))

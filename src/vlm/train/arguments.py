@@ -22,6 +22,15 @@ from vlm.config.schema import TRAINING_ARGUMENT_FIELDS, TrainerOptions
 log = logging.getLogger(__name__)
 
 
+class ShardedModelArguments(TrainingArguments):
+    """Arguments of a run whose devices get their shares of the model alone, never the whole."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Keep `Trainer` from moving the whole model to each device."""
+        return False
+
+
 def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ()) -> TrainingArguments:
     """Return the run's `TrainingArguments`, and set up the process group: ZeRO-3 needs it before the model is built.
 
@@ -48,9 +57,8 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
         _prepare_deepspeed()
     peak_rate = _peak_learning_rate(trainer, extra_parts)
     try:
-        arguments = TrainingArguments(
-            output_dir="outputs", deepspeed=settings, learning_rate=peak_rate, weight_decay=0.0, **values
-        )
+        kind = TrainingArguments if trainer.sharding is None else ShardedModelArguments
+        arguments = kind(output_dir="outputs", deepspeed=settings, learning_rate=peak_rate, weight_decay=0.0, **values)
     except (ValueError, TypeError) as error:
         raise ValueError(f"trainer: {error}") from error
     if custom_optimizer is not None:
@@ -63,6 +71,11 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
         raise ValueError(
             f"{arguments.n_gpu} GPUs are visible to one process. Start one process for each (torchrun --nproc-per-node "
             f"{arguments.n_gpu} -m vlm …, or deepspeed --module vlm …), or choose one: CUDA_VISIBLE_DEVICES=0"
+        )
+    if trainer.sharding is not None and arguments.world_size == 1:
+        raise ValueError(
+            f"trainer.sharding={trainer.sharding}: one process has nothing to share the model with. Start one for "
+            "each device (torchrun --nproc-per-node N -m vlm …), or choose trainer/sharding=none"
         )
     if settings is not None:
         import deepspeed  # slow to import, and only some runs need it
@@ -108,6 +121,11 @@ def deepspeed_config(value: Any) -> dict[str, Any] | None:
                 f"trainer.deepspeed.{key}={settings}: DeepSpeed would not be done with a checkpoint when it gets its "
                 "manifest. Remove it: checkpoints are written before the next step"
             )
+    if value.get("sequence_parallel_size", 1) != 1:
+        raise ValueError(
+            f"trainer.deepspeed.sequence_parallel_size={value['sequence_parallel_size']}: ranks share out samples, "
+            "never the tokens of one, since images of a sample belong to its placeholders. Leave it out"
+        )
     zero = value.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(

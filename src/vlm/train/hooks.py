@@ -35,15 +35,15 @@ PRIVATE_HOOKS = (
     ),
     _hook(
         "_maybe_log_save_evaluate",
-        "an evaluation that a signal interrupted is made when the run is resumed (called)",
+        "an evaluation that was due when a run was saved is made when it is resumed (called)",
         *("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
     ),
-    _hook("_load_optimizer_and_scheduler", "DeepSpeed resumes the scheduler (called, not overridden)", "checkpoint"),
     PrivateName(TRAINER, "_run_epoch", "a run that is resumed at its last step trains no further one"),
-    _hook(
-        "_maybe_log_save_evaluate",
-        "an epoch that was saved before its evaluation is ended when it is resumed (called)",
-        *("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
+    _hook("_defer_fsdp_gradient_reduction", "FSDP2 reduces gradients after each micro-batch"),
+    PrivateName(
+        f"{TRAINER}._prepare_for_training",
+        "is_distributed_loading_by_transformers",
+        "a model that FSDP2 shards is not wrapped (set)",
     ),
 )
 """The private methods, and an attribute. Whoever can do without one should."""

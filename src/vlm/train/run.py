@@ -15,6 +15,7 @@ from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
 from vlm.train.arguments import training_arguments
+from vlm.train.checkpoints.world import World
 from vlm.train.extension_locks import extensions_folder, release_stale_locks
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
@@ -56,7 +57,8 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if args.local_process_index == 0 and config.trainer.deepspeed:
         release_stale_locks(extensions_folder())
     args.output_dir = str(folder := choose_directory(config, name))
-    with open_run_directory(config, folder, args) as start:
+    world = World.of(config, args.world_size, objective.loss_average)
+    with open_run_directory(config, folder, world) as start:
         if not start.is_done:
             _train(objective, model_config, processor, args, start)
     return folder

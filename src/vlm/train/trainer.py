@@ -29,6 +29,7 @@ from vlm.data.dataset import Skipped
 from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
 from vlm.train.checkpoints.best import BestModel
+from vlm.train.checkpoints.world import World
 from vlm.train.data import make_grouped_sampler
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.evaluation_batches import iterate_batches
@@ -93,6 +94,9 @@ class VLMTrainer(GuardedTrainer):
         self.changed_keys: frozenset[str] = frozenset()  # those with another value than at the checkpoint
         self.new_groups: list[Inputs] = []  # the optimiser's groups as the configuration makes them
         self.options = objective.config.trainer
+        self.world = World.of(objective.config, run.args.world_size, objective.loss_average)
+        # transformers leaves a model that is sharded as it is; FSDP2 shards it once everything else is prepared.
+        self.is_distributed_loading_by_transformers = self.is_sharded = self.options.sharding is not None
         self.set_up_guards(objective.config)
         self.saved_with_checkpoint = [self.guard, stop_on_signal]
         self.best_model = BestModel.of_run(self.options, objective.metric_names(), is_writer=self.args.should_save)
@@ -151,9 +155,15 @@ class VLMTrainer(GuardedTrainer):
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(self.model))
             self.optimizer = make_optimizer(self.args, self.model, self.parts, decayed)
+            names = {id(parameter): name for name, parameter in self.model.named_parameters()}
             groups = self.optimizer.param_groups
+            self.optimized_names = [names[id(parameter)] for group in groups for parameter in group["params"]]
             self.new_groups = [{name: group[name] for name in group if name != "params"} for group in groups]
         return self.optimizer
+
+    def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[object]:
+        """Reduce gradients after each micro-batch: whole ones would take the memory that FSDP2 frees."""
+        return nullcontext()
 
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None

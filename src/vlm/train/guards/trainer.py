@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vlm.config.schema import RunConfig
-from vlm.train.checkpoints.trainer import CheckpointTrainer, trained_tensors
+from vlm.train.checkpoints.trained import trained_tensors
+from vlm.train.checkpoints.trainer import CheckpointTrainer
 from vlm.train.guards.errors import explain_worker_death
 from vlm.train.guards.logged_loss import LoggedLoss
 from vlm.train.guards.memory import explain_out_of_memory

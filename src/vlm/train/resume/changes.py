@@ -1,7 +1,7 @@
 """What changed between the run that was saved and the run that goes on: a difference of keys, and what it means."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,18 @@ def compare_settings(before: RunRecord, now: RunRecord, config: RunConfig) -> li
     if before.world_size != now.world_size:
         found.append(Change("world_size", before.world_size, now.world_size, KeyClass.CHANGES_RUN))
     return found
+
+
+WORLD_KEYS = (
+    "world_size", "trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps", "trainer.sharding",
+    "trainer.deepspeed",
+)  # fmt: skip
+"""Keys whose change is safe where the steps of another world have the same samples."""
+
+
+def take_another_world(changes: Sequence[Change]) -> list[Change]:
+    """Return changes, those of ranks and sharding as safe: the steps have the same samples in the same order."""
+    return [replace(change, kind=KeyClass.SAFE) if change.key.startswith(WORLD_KEYS) else change for change in changes]
 
 
 def compare_data(before: RunRecord, now: RunRecord) -> list[Change]:

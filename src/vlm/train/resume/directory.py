@@ -5,11 +5,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from transformers import TrainingArguments
-
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.data.stream import SampleStream
+from vlm.train.checkpoints.world import World
 from vlm.train.distributed import on_rank0
 from vlm.train.resume.changes import Change
 from vlm.train.resume.lock import RunLock
@@ -75,7 +74,7 @@ class RunStart:
 
 
 @contextmanager
-def open_run_directory(config: RunConfig, folder: Path, args: TrainingArguments) -> Iterator[RunStart]:
+def open_run_directory(config: RunConfig, folder: Path, world: World) -> Iterator[RunStart]:
     """Lock a run directory for as long as the run lives, and decide how the run starts; every rank calls this.
 
     Raises:
@@ -89,8 +88,8 @@ def open_run_directory(config: RunConfig, folder: Path, args: TrainingArguments)
             held.enter_context(RunLock(folder))
 
         on_rank0(lock)
-        record = make_record(config, args.world_size)
-        start = decide_start(config, folder, record)
+        record = make_record(config, world.ranks)
+        start = decide_start(config, folder, record, world)
         log.info("%s", describe_start(start, folder))
         run_start = RunStart(config, folder, record, start)
         if not start.is_done and run_start.is_first:

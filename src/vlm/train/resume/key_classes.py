@@ -60,7 +60,7 @@ SAFE = (
 
 CHANGES_RUN = (
     _keys("trainer", "from_pretrained deepspeed packing packing_strategy max_tokens_per_batch checkpointed_parts "
-          "loss_average spike_action spike_threshold spike_window")
+          "loss_average sharding spike_action spike_threshold spike_window")
     | _keys("trainer.learning_rate", "visual_encoder_learning_rate connector_learning_rate "
             "language_model_learning_rate head_learning_rate")
     | _keys("trainer.weight_decay", "visual_encoder_weight_decay connector_weight_decay language_model_weight_decay "

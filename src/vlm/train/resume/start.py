@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlm.config.schema import RunConfig, TrainerOptions
 from vlm.train.checkpoints.find import find_whole_checkpoint, require_whole_checkpoint
+from vlm.train.checkpoints.world import World, find_world_problem, read_world
 from vlm.train.distributed import on_rank0
 from vlm.train.resume.changes import (
     Change,
@@ -22,6 +23,7 @@ from vlm.train.resume.changes import (
     list_changes,
     refuse_changes,
     refuse_changes_of_done,
+    take_another_world,
 )
 from vlm.train.resume.lock import RunLock
 from vlm.train.resume.record import Progress, RunRecord, read_record
@@ -69,13 +71,14 @@ def set_aside(folder: Path) -> None:
     log.info("trainer.resume_from_checkpoint=never: the run that was in %s is now in %s", folder, target)
 
 
-def decide_start(config: RunConfig, folder: Path, now: RunRecord) -> Start:
+def decide_start(config: RunConfig, folder: Path, now: RunRecord, world: World) -> Start:
     """Return how the run of a directory starts; every rank calls this.
 
     Args:
         config: the run's configuration.
         folder: its directory, which this run has locked.
         now: what the run is, without its data.
+        world: its ranks, and how they share it.
 
     Raises:
         ValueError: the directory holds another run, or the checkpoint that was asked for is not whole.
@@ -86,26 +89,32 @@ def decide_start(config: RunConfig, folder: Path, now: RunRecord) -> Start:
     is_path = requested.lower() not in AUTO_WORDS
     if is_path and Path(requested).resolve().parent == folder.resolve():
         checkpoint = require_whole_checkpoint(Path(requested))
-        return on_rank0(lambda: _resume(config, checkpoint, now))
+        return on_rank0(lambda: _resume(config, checkpoint, now, world))
     newest = find_whole_checkpoint(folder)
     if on_rank0(lambda: (folder / FINAL).is_dir()):
-        return on_rank0(lambda: _start_beside_final(config, folder, newest, now))
+        return on_rank0(lambda: _start_beside_final(config, folder, newest, now, world))
     if newest is None and is_path:
         newest = require_whole_checkpoint(Path(requested))
-    return Start() if newest is None else on_rank0(lambda: _resume(config, newest, now))
+    return Start() if newest is None else on_rank0(lambda: _resume(config, newest, now, world))
 
 
-def _resume(config: RunConfig, checkpoint: Path, now: RunRecord) -> Start:
+def _resume(config: RunConfig, checkpoint: Path, now: RunRecord, world: World) -> Start:
     """Return the start from a checkpoint, where its run is this one or its changes are accepted."""
     before, progress = read_record(checkpoint)
+    accepts = config.trainer.resume_changes == "accept"
+    if problem := find_world_problem(checkpoint, world, accepts_other_steps=accepts):
+        raise ValueError(problem)
     changes = compare_settings(before, now, config)
-    refuse_changes(changes, checkpoint, accepts=config.trainer.resume_changes == "accept")
+    saved = read_world(checkpoint)
+    if saved is not None and (saved.ranks, saved.sharding) != (world.ranks, world.sharding):
+        changes = take_another_world(changes)
+    refuse_changes(changes, checkpoint, accepts=accepts)
     if progress is not None and (problem := _exceeds(config.trainer, before, progress)):
         raise ValueError(f"{problem}, and {checkpoint} is beyond it. Raise it, or choose another trainer.output_dir")
     return Start(checkpoint, before=before, progress=progress, changes=changes)
 
 
-def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, now: RunRecord) -> Start:
+def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, now: RunRecord, world: World) -> Start:
     """Return the start of a run that has its finished model: it is done, unless more steps or epochs are asked for."""
     before, progress = read_record(folder / FINAL)
     changes = compare_settings(before, now, config)
@@ -117,7 +126,7 @@ def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, no
             f"trainer.output_dir={folder}: its run is done, and it has no checkpoint of its last step to go on from. "
             f"Choose another directory, and trainer.from_pretrained={folder / FINAL} to begin with its model"
         )
-    return _resume(config, newest, now)
+    return _resume(config, newest, now, world)
 
 
 def _exceeds(trainer: TrainerOptions, before: RunRecord, progress: Progress) -> str | None:

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from vlm.data.processor import Processor
 from vlm.train.objectives.base import Objective, ObjectiveTrainer
+from vlm.train.sharding import gather_shared
 from vlm.train.step.compile import force_eager
 from vlm.train.step.packing import check_packing
 
@@ -33,6 +34,7 @@ class BeforeFirstStep(TrainerCallback):
             vars(trainer.model).pop("forward", None)
             if self.own_forward is not None:
                 trainer.model.forward = self.own_forward
+        gather_shared(trainer.model)
         with trainer.compute_loss_context_manager(), force_eager():
             trainer.objective.on_train_begin(trainer)
             if trainer.packing:

@@ -1,0 +1,212 @@
+"""Writes the checkpoints of a run, which hold what trains, and the finished model.
+
+A checkpoint has the weights that train (`trained.safetensors`; DeepSpeed's own files under it; the folder `distributed`
+under FSDP2), the states of optimiser, scheduler and random numbers, the world that wrote it (`world.json`), and the
+manifest of all of these. `writer.py` says how each is there whole or not at all.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.optim import Optimizer
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from vlm.assembly.adapter_base import Base
+from vlm.assembly.adapter_folder import save as save_on_base
+from vlm.assembly.saving import save_complete
+from vlm.config.schema import TrainerOptions
+from vlm.data.processor import Processor
+from vlm.train.checkpoints import sizes
+from vlm.train.checkpoints.best import BEST_FOLDER, BestModel
+from vlm.train.checkpoints.find import remove_old_checkpoints
+from vlm.train.checkpoints.saved_state import SavedWithCheckpoint
+from vlm.train.checkpoints.sharded import save_sharded
+from vlm.train.checkpoints.trained import TRAINED_WEIGHTS, trained_tensors
+from vlm.train.checkpoints.world import World
+from vlm.train.checkpoints.writer import FolderWriter, OutOfStepError, SaveError
+from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.parts import Part
+from vlm.train.sharding import gather_state, original_class
+
+log = logging.getLogger(__name__)
+
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+"""Files of a checkpoint, named as `Trainer` reads them."""
+
+
+class SavingTrainer(Trainer):
+    """A `Trainer` that saves what trains while it trains, and a model with its processor at the end."""
+
+    processor: Processor
+    parts: list[Part]
+    options: TrainerOptions
+    saved_with_checkpoint: list[SavedWithCheckpoint]  # what a run needs to go on besides what `Trainer` saves
+    world: World
+    is_sharded: bool  # by FSDP2
+    best_model: BestModel | None  # which evaluation was the best; None: it is not kept
+    base: Base | None  # what the result is written on top of (adapters, quantised parts); None: the result is whole
+    writer: FolderWriter | None = None  # of the checkpoint that is being written
+
+    # `Trainer` declares these as unions; here each is what a run makes it.
+    model: Any
+    model_wrapped: Any
+    optimizer: Any
+    lr_scheduler: Any
+    accelerator: Any
+    optimizer: Any
+
+    # --- the whole model ----------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, see `save_whole_model`; within a checkpoint, only what trains."""
+        if output_dir is None:
+            raise ValueError("save_model needs a folder: the run directory itself holds no model")
+        if _internal_call:
+            self._save_trained_weights(Path(output_dir))
+        else:
+            self.save_whole_model(Path(output_dir))
+
+    def save_whole_model(self, folder: Path, write_more: Callable[[Path], object] | None = None) -> None:
+        """Save the model with its processor, whole or on top of its base; every rank calls this.
+
+        Args:
+            folder: its folder in the run directory, which is there when all of it is.
+            write_more: called on every rank with the folder before it gets its name, to write files of its own there.
+
+        Raises:
+            SaveError: it could not be written; a model that was there before is as it was.
+        """
+        writer = self._make_writer(folder)
+        if self.base is None:
+            num_bytes = sizes.model_bytes(self.model)
+        else:
+            num_bytes = sizes.tensor_bytes(trained_tensors(self.model, self.parts).values())
+        writer.begin(num_bytes + sizes.OTHER_BYTES if writer.is_leader else 0)
+        self._write_model(writer)
+        if write_more is not None:
+            with writer.recording():
+                write_more(writer.folder)
+        writer.finish()
+
+    def _write_model(self, writer: FolderWriter) -> None:
+        folder, is_writer = writer.folder, self.args.should_save
+        if self.base is not None:
+            new_rows = {name: min(part.new_tokens) for part in self.parts for name in part.rows}
+            with writer.recording():
+                save_on_base(self.model, folder, self.base, new_rows=new_rows, is_writer=is_writer)
+        else:
+            get_state = gather_state if self.is_sharded else self.accelerator.get_state_dict
+            state = get_state(self.model_wrapped)  # on every rank: ZeRO-3 and FSDP2 gather
+            with writer.recording():
+                if is_writer:
+                    with original_class(self.model):
+                        save_complete(self.model, folder, state)
+        with writer.recording():
+            if is_writer:
+                self.processor.save_pretrained(folder)
+
+    def _make_writer(self, target: Path) -> FolderWriter:
+        is_first_of_node = self.args.local_process_index == 0
+        return FolderWriter(target, is_leader=self.args.should_save, is_first_of_node=is_first_of_node)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
+        """Save a checkpoint, and only then remove older ones; before it, the model of the best evaluation.
+
+        Raises:
+            SaveError: it could not be written, and `trainer.on_save_error` is `stop`.
+        """
+        run_directory, step, best = Path(str(self.args.output_dir)), self.state.global_step, self.best_model
+        try:
+            if best is not None and best.is_new(step):
+                self._export_best(best, run_directory / BEST_FOLDER)
+            self._write_checkpoint(run_directory / f"{PREFIX_CHECKPOINT_DIR}-{step}", model, trial)
+        except SaveError as error:
+            if self.options.on_save_error == "stop":
+                raise
+            if self.args.process_index == 0:
+                log.error("%s. The run goes on, as trainer.on_save_error=continue says", error)
+            return
+        if self.args.should_save:
+            remove_old_checkpoints(run_directory, self.args.save_total_limit, None if best is None else best.step)
+
+    def _export_best(self, best: BestModel, folder: Path) -> None:
+        try:
+            self.save_whole_model(folder, best.save_to)
+        except SaveError:
+            best.revert()  # the folder has the best model before this one
+            raise
+        log.info("%s holds the model of %s", folder, best.describe())
+
+    def _write_checkpoint(self, checkpoint: Path, model: torch.nn.Module, trial: None) -> None:
+        self.writer = writer = self._make_writer(checkpoint)
+        try:
+            writer.begin(self._checkpoint_bytes(checkpoint.parent))
+            with writer.recording():  # behind the first file that cannot be written, ranks wait for each other no more
+                super()._save_checkpoint(model, trial)
+            for state in self.saved_with_checkpoint:
+                with writer.recording():
+                    state.save_to(writer.folder)
+            writer.finish(self.state.global_step)
+        finally:
+            self.writer = None
+
+    def _get_output_dir(self, trial: None) -> str:
+        """Return the folder in which `Trainer` makes the folders of checkpoints."""
+        return super()._get_output_dir(trial) if self.writer is None else str(self.writer.folder.parent)
+
+    def _checkpoint_bytes(self, run_directory: Path) -> int:
+        """Return how many bytes this rank will write, about."""
+        leads, is_sharded = self.args.should_save, self.is_deepspeed_enabled or self.is_sharded
+        previous = sizes.previous_checkpoint_bytes(run_directory)
+        if previous is None:
+            trained = trained_tensors(self.model, self.parts).values()
+            return sizes.new_checkpoint_bytes(trained, self.optimizer, leads=leads, is_sharded=is_sharded)
+        return previous if leads else 0
+
+    def _save_trained_weights(self, folder: Path) -> None:
+        if self.args.should_save and not (self.is_deepspeed_enabled or self.is_sharded):  # else they are with states
+            state = {name: t.detach().contiguous() for name, t in trained_tensors(self.model, self.parts).items()}
+            with self._current_writer().recording():
+                save_file(state, folder / TRAINED_WEIGHTS)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        writer, folder = self._current_writer(), Path(output_dir)
+        if self.args.should_save:
+            with writer.recording():
+                self.world.write(folder)
+        if self.is_deepspeed_enabled:
+            from vlm.train.checkpoints.deepspeed_engine import save_deepspeed_checkpoint  # only its runs need it
+
+            try:
+                save_deepspeed_checkpoint(self.model_wrapped, writer)
+            except OSError as error:
+                raise OutOfStepError(f"{writer.target} could not be saved: {error}") from error
+        elif self.is_sharded:
+            with writer.recording():
+                save_sharded(folder, trained_tensors(self.model, self.parts), self.plain_optimizer)
+        elif self.args.should_save:
+            writer.save(self.optimizer.state_dict(), folder / OPTIMIZER)
+        if self.args.should_save:
+            writer.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+
+    def _current_writer(self) -> FolderWriter:
+        assert self.writer is not None, "parts of a checkpoint are written while one is saved"
+        return self.writer
+
+    def note_evaluation(self, metrics: dict[str, float]) -> None:
+        """Ask for a checkpoint where an evaluation is the best so far, and that is kept; every rank calls this."""
+        step = self.state.global_step
+        if self.best_model is not None and self.is_in_train and step > 0:  # before the first step nothing has trained
+            self.control.should_save |= self.best_model.update(broadcast_from_rank0(metrics), step)
+
+    @property
+    def plain_optimizer(self) -> Optimizer:
+        """The optimiser of the parameters themselves, out of the wrappers of accelerate and DeepSpeed."""
+        return self.model_wrapped.basic_optimizer if self.is_deepspeed_enabled else self.optimizer.optimizer
