@@ -320,3 +320,11 @@ def test_a_damaged_record_is_told(stopped: Path, train: Train):
     (stopped / "checkpoint-2" / "run.json").write_text('{"config": ')
     with pytest.raises(ValueError, match=r"checkpoint-2/run\.json: it is damaged"):
         train("pretrain-smol", stopped, *SHORT)
+
+
+def test_the_working_directory_is_not_set_aside(done: Path, train: Train, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(done)
+    before = snapshot(done)
+    with pytest.raises(ValueError, match=r"trainer\.output_dir=\. holds a run and the working directory"):
+        train("pretrain-smol", Path(), *SHORT, "trainer.resume_from_checkpoint=never")
+    assert snapshot(done) == before
