@@ -328,3 +328,14 @@ def test_the_working_directory_is_not_set_aside(done: Path, train: Train, monkey
     with pytest.raises(ValueError, match=r"trainer\.output_dir=\. holds a run and the working directory"):
         train("pretrain-smol", Path(), *SHORT, "trainer.resume_from_checkpoint=never")
     assert snapshot(done) == before
+
+
+def test_a_templates_content_is_compared(train: Train, tmp_path: Path):
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}")
+    words = [*SHORT, f"dataset.template={template}"]
+    output = train("pretrain-smol", tmp_path / "run", *words)
+    rewind(output, 2)
+    template.write_text(template.read_text().replace("}}<", "}}\n<"))
+    with pytest.raises(ValueError, match=r"dataset\.template: own\.jinja \w+ -> own\.jinja \w+"):
+        train("pretrain-smol", output, *words)
