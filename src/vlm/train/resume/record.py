@@ -90,7 +90,7 @@ def make_record(config: RunConfig, world_size: int) -> RunRecord:
     settings["trainer"].pop("hub_token")  # `final` is for others to have
     settings["trainer"]["deepspeed"] = deepspeed_config(config.trainer.deepspeed)
     for section in (settings["dataset"], *settings["dataset"]["sources"].values()):
-        if (template := section.get("template")) and (file := Path(template)).is_file():
+        if (file := Path(section.get("template") or "")).suffix == ".jinja" and file.is_file():
             section["template"] = f"{file.name} {_digest_files([file], file.parent)}"
     return RunRecord(settings, {}, _as_json(code), _as_json(known), world_size)
 
