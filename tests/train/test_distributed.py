@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from tests.waiting import HANG, wait_until
 from vlm.train import distributed as ranks
-from vlm.train.distributed import rank0_lock
+from vlm.train.distributed import on_rank0, rank0_lock
 
 
 def test_while_another_run_has_a_lock_ranks_hear_of_it(
@@ -90,3 +90,18 @@ def test_two_ranks_wait_for_longer_than_for_each_other(tmp_path: Path, patience:
         else:
             time.sleep(1.2 * GROUP_TIMEOUT)  # longer than ranks wait for each other
     assert [process.wait(HANG) for process in started] == codes
+
+
+def test_what_rank_0_finds_ends_all_ranks(monkeypatch: pytest.MonkeyPatch):
+    """It raises its error, and the others end without a message of their own."""
+
+    def fail() -> None:
+        raise ValueError("no room")
+
+    assert on_rank0(lambda: 3) == 3
+    with pytest.raises(ValueError, match="no room"):
+        on_rank0(fail)
+    monkeypatch.setattr(ranks, "broadcast_from_rank0", lambda value: (True, None))  # as another rank hears it
+    with pytest.raises(SystemExit) as ended:
+        on_rank0(lambda: None)
+    assert ended.value.code == 1

@@ -48,7 +48,7 @@ CASES: dict[str, Callable[[Path, Parts], list[str]]] = {
     "packed mixture": lambda world, parts: [*DROPOUT, *EVALUATED, *PACKED, *mixture(world)],
     "best fit": lambda world, parts: [
         *DROPOUT, *EVALUATED, *PACKED, "trainer.packing_strategy=best_fit", "trainer.max_tokens_per_batch=128",
-        "trainer.num_train_epochs=4",
+        "trainer.num_train_epochs=9",
     ],
     "groups, new tokens, workers": lambda world, parts: [
         *DROPOUT, *EVALUATED, "trainer.train_sampling_strategy=group_by_modality_length",

@@ -199,6 +199,7 @@ def test_changed_records_are_refused_and_moved_ones_taken(train: Train, records:
     moved.write_text(json.dumps(content[::-1]))
     with pytest.raises(ValueError, match=r"data\.train\.sources\.records\.json: \w+ -> \w+"):
         train("pretrain-smol", output, *words)
+    assert not (output / "changes.jsonl").exists()
     moved.write_text(json.dumps(content))
     train("pretrain-smol", output, *words)
     assert (output / "final").is_dir()
@@ -292,3 +293,49 @@ def test_other_settings_of_a_run_that_is_done_are_refused(done: Path, train: Tra
         with pytest.raises(ValueError, match=r"is of a run that is done, and had other settings:\n  trainer\.seed: 42"):
             train("pretrain-smol", done, *SHORT, "trainer.seed=1", f"trainer.resume_changes={word}")
     assert snapshot(done) == before
+
+
+def test_accepted_records_are_trained_on_and_recorded(train: Train, records: Path, whole: Path, tmp_path: Path):
+    output = train("pretrain-smol", tmp_path / "run", *SHORT, f"dataset.path={records}")
+    rewind(output, 2)
+    records.write_text(json.dumps(json.loads(records.read_text())[:20]))
+    words = [*SHORT, f"dataset.path={records}", "trainer.resume_changes=accept"]
+    train("pretrain-smol", output, *words)
+    (line,) = [json.loads(line) for line in (output / "changes.jsonl").read_text().splitlines()]
+    assert line["changes"]["data.train.samples"] == [24, 20]
+    assert json.loads((output / "data.json").read_text())["train"]["samples"] == 24
+    assert json.loads((output / "final" / "run.json").read_text())["data"]["train"]["samples"] == 20
+    assert losses(output)[:2] == losses(whole)[:2]
+
+
+def test_another_number_of_ranks_is_shown(stopped: Path, train: Train):
+    file = stopped / "checkpoint-2" / "run.json"
+    file.write_text(file.read_text().replace('"world_size": 1', '"world_size": 2'))
+    with pytest.raises(ValueError, match="\n  world_size: 2 -> 1\n"):
+        train("pretrain-smol", stopped, *SHORT)
+    train("pretrain-smol", stopped, *SHORT, "trainer.resume_changes=accept")
+
+
+def test_a_damaged_record_is_told(stopped: Path, train: Train):
+    (stopped / "checkpoint-2" / "run.json").write_text('{"config": ')
+    with pytest.raises(ValueError, match=r"checkpoint-2/run\.json: it is damaged"):
+        train("pretrain-smol", stopped, *SHORT)
+
+
+def test_the_working_directory_is_not_set_aside(done: Path, train: Train, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(done)
+    before = snapshot(done)
+    with pytest.raises(ValueError, match=r"trainer\.output_dir=\. holds a run and the working directory"):
+        train("pretrain-smol", Path(), *SHORT, "trainer.resume_from_checkpoint=never")
+    assert snapshot(done) == before
+
+
+def test_a_templates_content_is_compared(train: Train, tmp_path: Path):
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}")
+    words = [*SHORT, f"dataset.template={template}"]
+    output = train("pretrain-smol", tmp_path / "run", *words)
+    rewind(output, 2)
+    template.write_text(template.read_text().replace("}}<", "}}\n<"))
+    with pytest.raises(ValueError, match=r"dataset\.template: own\.jinja \w+ -> own\.jinja \w+"):
+        train("pretrain-smol", output, *words)

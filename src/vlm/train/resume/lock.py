@@ -28,6 +28,9 @@ PATIENCE = 90.0
 """Seconds without a sign of life after which a run on another machine counts as dead."""
 
 
+ORPHAN_SECONDS = 10.0
+"""Seconds that a process which a dead run has just forked has to let go of the run's lock."""
+
 HELD = (errno.EAGAIN, errno.EACCES)
 """Errors of a lock that another process holds."""
 
@@ -89,6 +92,7 @@ class RunLock:
 
     def _lock_file(self) -> bool:
         """Lock `run.lock`; return whether that keeps others of this machine out: some file systems have no locks."""
+        end = time.monotonic() + ORPHAN_SECONDS
         while True:
             self._descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -97,9 +101,12 @@ class RunLock:
                 if error.errno in NO_LOCKS:
                     return False
                 self._close()
-                if error.errno in HELD:
+                if error.errno not in HELD:
+                    raise
+                if time.monotonic() > end or not _has_ended(read_holder(self.folder)):
                     raise ValueError(self._refusal()) from None
-                raise
+                time.sleep(ORPHAN_SECONDS / 100)
+                continue
             if os.fstat(self._descriptor).st_nlink:  # else the run before removed it in between
                 return True
             self._close()
@@ -172,6 +179,19 @@ class RunLock:
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             os.close(descriptor)
+
+
+def _has_ended(holder: Holder | None) -> bool:
+    """Return whether a holder was a process of this machine that is gone."""
+    if holder is None or holder.host != socket.gethostname():
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it is another user's
+        pass
+    return False
 
 
 def _touched(file: Path) -> float | None:

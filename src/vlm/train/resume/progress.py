@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vlm.train.distributed import on_rank0
 from vlm.train.resume.record import Progress, RunRecord, read_record, write_record
 from vlm.train.run_directory import write_json
 
@@ -40,9 +41,8 @@ class RunProgress(TrainerCallback):
 
     def __init__(self, trainer: ResumableTrainer, record: RunRecord):
         self.trainer, self.record = trainer, record
-        self.epoch_ended = False
+        self.epoch_ended = True
         self.saved: dict[str, Any] = {}
-        self.needs_epoch_end = False
 
     @property
     def progress(self) -> Progress:
@@ -65,8 +65,8 @@ class RunProgress(TrainerCallback):
         file = checkpoint / f"loss_sums-{args.process_index}.json"
         saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         self.saved = saved if saved.get("ranks") == args.world_size else {}  # of another number of ranks, none fits
-        _, progress = read_record(checkpoint)
-        self.needs_epoch_end = progress is not None and not progress.epoch_ended
+        _, progress = on_rank0(lambda: read_record(checkpoint))  # the disk of another machine may not have it
+        self.epoch_ended = progress is None or progress.epoch_ended
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Take up the sums and this start's intervals; end an epoch that was not ended before it was saved."""
@@ -79,10 +79,8 @@ class RunProgress(TrainerCallback):
         if per_epoch is not None and state.global_step // per_epoch != int(state.epoch):
             state.epoch = state.global_step / per_epoch  # an epoch has another number of steps now
         is_at_end = state.global_step > 0 and (state.global_step >= state.max_steps or float(state.epoch).is_integer())
-        if self.needs_epoch_end and is_at_end:
-            self.epoch_ended = True
+        if is_at_end and not self.epoch_ended:
             self.trainer.end_epoch()
-        self.needs_epoch_end = False
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Take note that an epoch goes on."""

@@ -24,6 +24,7 @@ from vlm.data.dataset import SampleDataset
 from vlm.data.records.open import expand_shard_urls
 from vlm.data.records.paths import is_tar_path
 from vlm.data.stream import SampleStream
+from vlm.train.arguments import deepspeed_config
 from vlm.train.run_directory import CONFIG_FILE, VERSIONS_FILE, versions, write_json
 
 RECORD_FILE = "run.json"
@@ -76,7 +77,10 @@ class Progress:
 
 
 def make_record(config: RunConfig, world_size: int) -> RunRecord:
-    """Return what a run is, as far as it is known before its data are read."""
+    """Return what a run is, as far as it is known before its data are read.
+
+    What the configuration names by a file, a template or DeepSpeed's settings, is recorded by its content.
+    """
     known = versions()
     code = {"vlm": _package_digest(), **dict(_user_modules(asdict(config)))}
     code |= {name: known.pop(name) for name in ("git", "git_changes")}
@@ -84,6 +88,10 @@ def make_record(config: RunConfig, world_size: int) -> RunRecord:
     known["threads"] = torch.get_num_threads()
     settings = _as_json(asdict(config))
     settings["trainer"].pop("hub_token")  # `final` is for others to have
+    settings["trainer"]["deepspeed"] = deepspeed_config(config.trainer.deepspeed)
+    for section in (settings["dataset"], *settings["dataset"]["sources"].values()):
+        if (file := Path(section.get("template") or "")).suffix == ".jinja" and file.is_file():
+            section["template"] = f"{file.name} {_digest_files([file], file.parent)}"
     return RunRecord(settings, {}, _as_json(code), _as_json(known), world_size)
 
 

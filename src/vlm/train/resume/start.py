@@ -59,15 +59,22 @@ def set_aside(folder: Path) -> None:
     """Rename a run directory that holds a run, where it is there; a run that trains in it is left alone.
 
     Raises:
-        ValueError: another run trains in it.
+        ValueError: another run trains in it, or it cannot be renamed.
     """
     if not any(folder.glob("checkpoint-*")) and not any((folder / name).exists() for name in (FINAL, "metrics.jsonl")):
         return
+    key = f"trainer.resume_from_checkpoint=never: trainer.output_dir={folder}"
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(f"{key} holds a run and the working directory, so it is not renamed; choose another")
     lock = RunLock(folder)
     lock.acquire()
     number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
     target = folder.with_name(f"{folder.name}.{number}")
-    lock.move(target)
+    try:
+        lock.move(target)
+    except OSError as error:
+        lock.release()
+        raise ValueError(f"{key} holds a run and cannot be renamed ({error.strerror or error})") from error
     log.info("trainer.resume_from_checkpoint=never: the run that was in %s is now in %s", folder, target)
 
 
