@@ -3,13 +3,11 @@
     python -m benchmarks.guards [--gpu] [--tokens N] [--steps N]
 
 The run is the one that `vlm` starts, with SmolLM2-135M's and ViT-B/16's shapes. The time within each call of a guard is
-added up; on a GPU it holds the one wait for the device, which is then idle for no longer than the host needs to start the
-update. The check of weights before a save is shared out to the steps between two checkpoints. About two minutes on two
-cores.
+added up, once the device is done with what came before. The check of weights before a save is shared out to the steps
+between two checkpoints. About two minutes on two cores.
 """
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from benchmarks.lengths import draw_records, write_records
 from benchmarks.report import below, report
 from benchmarks.shapes import SHAPES, write_parts
 from benchmarks.sizes import make_parser, make_size
-from benchmarks.variants import Steps, run_ours, silence_libraries
+from benchmarks.variants import Steps, run_ours, silence_libraries, synchronized_time
 from vlm.config.schema import RunConfig
 from vlm.train.checkpoints.trainer import trained_tensors
 from vlm.train.guards.logged_loss import LoggedLoss
@@ -68,11 +66,11 @@ def timed_guards() -> Iterator[list[float]]:
 
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = synchronized_time()
             try:
                 return method(*args, **kwargs)
             finally:
-                seconds.append(time.perf_counter() - start)
+                seconds.append(synchronized_time() - start)
 
         return call
 
@@ -92,9 +90,9 @@ def measure(size: Size, folder: Path) -> tuple[Steps, float, float]:
     with timed_guards() as seconds:
         steps = run_ours(folder / "parts", path, folder / "run", *words)
     trainer = steps.trainer
-    start = time.perf_counter()
+    start = synchronized_time()
     assert find_nonfinite(trained_tensors(trainer.model, trainer.parts).items()) == []
-    return steps, sum(seconds) / len(steps.seconds), time.perf_counter() - start
+    return steps, sum(seconds) / len(steps.seconds), synchronized_time() - start
 
 
 def main() -> None:
