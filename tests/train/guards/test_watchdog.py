@@ -156,5 +156,5 @@ def test_a_run_with_a_stopped_rank_ends(common: list[str], tmp_path: Path):
     environments = [{**world, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     first, second = run_forked(*[["-c", STOPPING, *words]] * 2, environments=environments)
     assert (first.returncode, second.returncode) == (76, -signal.SIGKILL), first.stderr
-    assert "backward" in (tmp_path / "stuck" / "rank-0.txt").read_text()
+    assert "_inner_training_loop" in (tmp_path / "stuck" / "rank-0.txt").read_text()
     assert not (tmp_path / "final").exists()

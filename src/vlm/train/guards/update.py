@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from vlm.train.guards.step_guard import StepGuard
@@ -83,6 +84,8 @@ class GuardedUpdate:
             norm = math.nan
         if norm is None:
             return True
+        if isinstance(norm, DTensor):  # of FSDP2
+            norm = norm.full_tensor()
         if not math.isfinite(norm) and self._scale_is_searched():
             return False
         applied = self.guard.judge(norm)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from vlm.train.distributed import all_gather_objects
 
@@ -27,7 +28,7 @@ def _held_here(tensor: Tensor) -> Tensor:
     shard = getattr(tensor, "ds_tensor", None)  # of DeepSpeed's ZeRO-3
     if shard is not None:
         return shard.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def describe_nonfinite(names: list[str], what: str) -> str:
