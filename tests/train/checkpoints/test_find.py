@@ -54,7 +54,7 @@ def test_damaged_ones_are_set_aside_and_the_one_before_is_taken(run: Path, caplo
 
 
 def test_folders_of_other_names_are_no_checkpoints(run: Path):
-    for name in ("checkpoint-best", "checkpoint-12.damaged", "checkpoint-", "checkpoint-7-old", "checkpoint"):
+    for name in ("checkpoint-best", "checkpoint-12.damaged", "checkpoint-", "checkpoint-7-old", "checkpoint-07"):
         (run / name).mkdir()
     (run / "checkpoint-99").write_text("a file")
     assert list(list_checkpoints(run)) == [10, 4, 2]

@@ -23,7 +23,7 @@ from vlm.train.distributed import all_gather_objects, barrier
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)")
 
 DAMAGED, SUPERSEDED = "damaged", "superseded"
 """What is appended to the name of a checkpoint that fails its check, and of one later than that a run resumes from."""
