@@ -269,6 +269,7 @@ class VLMTrainer(CheckpointTrainer):
         """Return the objective's metrics, each name with `eval_` before it, and log them."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
+        self.stop_on_signal.interrupt_evaluation(self.args.device)
         with preserved_random_state(self.args.device):
             values = self.objective.evaluate(self, dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
