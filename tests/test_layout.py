@@ -83,6 +83,7 @@ TESTED_ELSEWHERE = {
     "train/monitor/plots.py": "train/test_run.py",
     "train/objectives/base.py": "train/objectives/test_objectives.py",
     "train/objectives/generation.py": "train/objectives/test_objectives.py",
+    "train/interruptible.py": "train/resume/test_exactness.py",
     "train/parts.py": "train/test_trainer.py",
     "train/resume/changes.py": "train/resume/test_start.py",
     "train/resume/directory.py": "train/resume/test_start.py",

@@ -19,6 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 from tests.fixtures import compose_config, losses, newest_checkpoint
 from tests.forked import find_free_port, run_forked
 from tests.tiny_parts import Parts
+from tests.waiting import wait_until
 from vlm.train.checkpoints.find import find_whole_checkpoint
 from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer
@@ -155,6 +156,7 @@ def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
             assert len(children) == workers
             subprocess.run(["kill", "-TERM", *map(str, group)], check=True)  # by no parent of theirs
             os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: self.stop_on_signal.listener.received)
         return step(self, *args, **kwargs)
 
     before = signal.getsignal(signal.SIGTERM)
@@ -321,6 +323,7 @@ def test_an_interrupted_evaluation_is_made_when_the_run_is_resumed(
     def asked(self: VLMTrainer, inputs: Any) -> Any:
         if self.state.global_step == 4:
             os.kill(os.getpid(), signal.SIGUSR1)
+            wait_until(lambda: self.stop_on_signal.listener.received)
         return batches(self, inputs)
 
     monkeypatch.setattr(VLMTrainer, "_prepare_inputs", asked)
@@ -340,7 +343,7 @@ def evaluation_losses(run_directory: Path) -> list[float]:
 
 
 ASKED_ON_ONE_RANK = """
-import atexit, os, signal, sys
+import os, signal, sys, time
 from vlm.cli.train import main
 from vlm.train.trainer import VLMTrainer
 
@@ -350,6 +353,8 @@ step = VLMTrainer.training_step
 def asked(self, *args, **kwargs):
     if self.args.process_index == 1 and self.state.global_step == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
+        while self.stop_on_signal.listener.received is None:
+            time.sleep(0.01)
     return step(self, *args, **kwargs)
 
 

@@ -109,7 +109,8 @@ class StopOnSignal(TrainerCallback):
         self.close()
 
     def _end(self, code: int, result: str) -> NoReturn:
-        log.info("The run ends on %s: %s. Exit code %d.", (self.agreed or Signals(1)).name, result, code)
+        assert self.agreed is not None
+        log.info("The run ends on %s: %s. Exit code %d.", self.agreed.name, result, code)
         raise SystemExit(code)
 
     def close(self) -> None:

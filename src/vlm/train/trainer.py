@@ -33,20 +33,19 @@ from vlm.train.checkpoints.world import World
 from vlm.train.data import make_grouped_sampler
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.evaluation_batches import iterate_batches
-from vlm.train.guards.trainer import GuardedTrainer
 from vlm.train.hooks import check_hooks
+from vlm.train.interruptible import InterruptibleTrainer
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter, count_images
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer, read_learning_rates
 from vlm.train.random_state import separate_random_state, with_own_generator
-from vlm.train.resume.optimizer_settings import apply_settings
 from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.step.before_first_step import BeforeFirstStep
 from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packed_attention import use_packed_attention
 from vlm.train.step.packing import add_grid_positions, make_step_packing
 from vlm.train.step.step_packing import LOSS_WEIGHTS, StepPacking, StepSampler, without_gradient_exchange
-from vlm.train.stop_on_signal import EvaluateWhenDue, EvaluationInterrupted, StopOnSignal
+from vlm.train.stop_on_signal import EvaluateWhenDue, StopOnSignal
 from vlm.train.stream_positions import StreamEpoch, StreamPositions
 
 NumItems = Tensor | int | None
@@ -57,14 +56,14 @@ DROPPED_METRICS = ("train_samples_per_second", "train_steps_per_second", "total_
 
 
 @check_hooks
-class VLMTrainer(GuardedTrainer):
+class VLMTrainer(InterruptibleTrainer):
     """Trains a model whose parts have learning rates of their own.
 
     `on_first_batch` is called with the first batch of this rank, before its forward pass; `on_skipped` with the records
     that a batch leaves out, and the number of its samples.
     """
 
-    # `Trainer` declares these as unions, as those of `GuardedTrainer`.
+    # `Trainer` declares these as unions, as those of its bases.
     train_dataset: Any
     eval_dataset: Any
     data_collator: Any
@@ -89,10 +88,9 @@ class VLMTrainer(GuardedTrainer):
             processing_class=run.processor.tokenizer,
             callbacks=[BeforeFirstStep(self, run.model), *callbacks, stop_on_signal],
         )
-        self.objective, self.meter, self.stop_on_signal = objective, meter, stop_on_signal
+        self.objective, self.meter = objective, meter
+        self.stop_on_signal = stop_on_signal
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
-        self.changed_keys: frozenset[str] = frozenset()  # those with another value than at the checkpoint
-        self.new_groups: list[Inputs] = []  # the optimiser's groups as the configuration makes them
         self.options = objective.config.trainer
         self.world = World.of(objective.config, run.args.world_size, objective.loss_average)
         # transformers leaves a model that is sharded as it is; FSDP2 shards it once everything else is prepared.
@@ -128,21 +126,8 @@ class VLMTrainer(GuardedTrainer):
         """As usual, timed; a run that fails listens to signals as the process did before it."""
         self.add_callback(SpeedCallback(self.meter))  # the last one: others may ask for an evaluation or a checkpoint
         self.add_callback(EvaluateWhenDue(self))
-        try:
-            with self.within_guards():
-                return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        except EvaluationInterrupted:
-            self.stop_on_signal.is_evaluation_due = True
-            self._save_checkpoint(self.model_wrapped, None)
-            self.callback_handler.on_save(self.args, self.state, self.control)
-            raise
-        finally:
-            self.stop_on_signal.close()
-
-    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
-        """As usual; no signal ends the process within."""
-        with self.stop_on_signal.saving():
-            super()._save_checkpoint(model, trial)
+        with self.within_guards(), self.stoppable():
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[object]:
         """Return the run's precision; `Trainer` has it around calls of the whole model alone."""
@@ -164,29 +149,6 @@ class VLMTrainer(GuardedTrainer):
     def _defer_fsdp_gradient_reduction(self) -> AbstractContextManager[object]:
         """Reduce gradients after each micro-batch: whole ones would take the memory that FSDP2 frees."""
         return nullcontext()
-
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> tuple[nn.Module, DataLoader]:
-        """As usual; what was changed since the checkpoint wins over what it brings."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if resume_from_checkpoint is not None and self.changed_keys:
-            apply_settings(self.lr_scheduler.optimizer, self.lr_scheduler, self.new_groups, self.changed_keys)
-        return prepared
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As usual; `Trainer` would train one step more where a run is resumed that has come to its last one."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def end_epoch(self) -> None:
-        """Evaluate, log and save as after the last step of an epoch."""
-        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-        self._maybe_log_save_evaluate(
-            self._tr_loss, None, self.model_wrapped, None, float(self.state.epoch or 0), None, time.time()
-        )
 
     def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: NumItems = None) -> Tensor:
         """As usual, row by row where they are several; the first batch is shown to `on_first_batch`."""
@@ -305,6 +267,7 @@ class VLMTrainer(GuardedTrainer):
         """Return the objective's metrics, each name with `eval_` before it, and log them."""
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
+        self.stop_on_signal.interrupt_evaluation(self.args.device)
         with separate_random_state(self.args.seed + self.state.global_step):
             values = self.objective.evaluate(self, dataset)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}

@@ -1,6 +1,8 @@
 """What of a model with prediction heads trains: parts, adapters, rows of embeddings, several heads at once."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers import (
 
 from tests.fixtures import check_config, compose_config, head_words, losses
 from tests.train.heads.head_runs import CONNECTOR, SHORT, alone, ask, logged, rewritten, scores_of
+from tests.waiting import wait_until
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.config.derived import embedding_row_keys
 from vlm.models import VLMForConditionalGeneration
@@ -28,6 +31,7 @@ from vlm.train.model import prepare
 from vlm.train.objectives.prediction import Prediction
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import Part, parameter_groups, table
+from vlm.train.trainer import VLMTrainer
 
 
 @pytest.fixture
@@ -282,6 +286,25 @@ def test_folds_hold_each_record_out_once(
     steps = [len(losses(folder / "folds" / str(number))) for number in range(3)]
     assert steps == [4 * 30] * 3
     assert len(losses(folder)) == 6 * 30
+
+
+def test_a_signal_in_a_fold_ends_the_run_which_begins_again(
+    train_head: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    words = ["dataset.folds=2", "dataset.eval_split=null", "trainer.num_train_epochs=1"]
+    step = VLMTrainer.training_step
+
+    def asked(self: VLMTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        wait_until(lambda: self.stop_on_signal.listener.received)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(VLMTrainer, "training_step", asked)
+    with caplog.at_level("INFO", logger="vlm.train"), pytest.raises(SystemExit) as ended:
+        train_head("head-classification", "colour", tmp_path / "run", *words)
+    assert ended.value.code == 75
+    assert "there is no checkpoint of folds: the same command begins with the first" in caplog.text
+    assert not (tmp_path / "run" / "folds" / "1").exists()
 
 
 def test_what_is_measured_on_is_held_out(train_head: Callable[..., Path], labelled: Path, tmp_path: Path):
