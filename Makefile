@@ -34,10 +34,13 @@ demo: install ## Train a small model from nothing and ask it about images (minut
 	$(RUN) -m vlm.demo
 
 test: install ## Run the tests, WORKERS files at a time
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not torture" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## Run the tests that take minutes each
 	$(RUN) -m pytest -m slow
+
+torture: install ## Kill runs, damage their checkpoints, fill their disk, again and again; half an hour
+	$(RUN) -m pytest -m torture tests/torture
 
 lint: install ## Check style and types
 	.venv/bin/ruff check .
@@ -61,4 +64,4 @@ wheel: install ## Build the wheel into dist/
 clean: ## Remove what make made, except outputs/
 	rm -rf .venv .venv-eval .uv dist .pytest_cache .ruff_cache
 
-.PHONY: help install install-eval demo test test-slow lint docs lock wheel clean
+.PHONY: help install install-eval demo test test-slow torture lint docs lock wheel clean

@@ -69,16 +69,20 @@ def run_forked(
 
 def run_ranks(module: str, words: list[str], number: int = 2) -> list[Ended]:
     """Run a module on so many ranks of this machine's CPU, as `deepspeed --num_gpus N --module` does."""
+    commands = [["-m", module, f"--local_rank={rank}", *words] for rank in range(number)]
+    return run_forked(*commands, environments=rank_environments(number))
+
+
+def rank_environments(number: int) -> list[dict[str, str]]:
+    """Return the environment of each of so many ranks on this machine, as a launcher makes it."""
     port = find_free_port()
-    environments = [
+    return [
         {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_SIZE": str(number),
             "CROSS_RANK": "0", "CROSS_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
         }
         for rank in range(number)
     ]  # fmt: skip
-    commands = [["-m", module, f"--local_rank={rank}", *words] for rank in range(number)]
-    return run_forked(*commands, environments=environments)
 
 
 def find_free_port() -> int:
