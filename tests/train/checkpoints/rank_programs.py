@@ -131,7 +131,9 @@ def main(folder: Path) -> None:
         run.step(0)
         dict(run.model[2].named_buffers())["running_mean"].fill_(0.5)  # as a part that trains may leave a buffer
         run.step(1)
-        if not (folder / f"{ranks}-{way}").exists():
+        is_new = not (folder / f"{ranks}-{way}").exists()
+        dist.barrier()  # every rank has looked before the first one makes it
+        if is_new:
             run.save(folder / f"{ranks}-{way}")
         run.step(2)
         run.step(3)
