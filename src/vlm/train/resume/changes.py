@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
 
 from vlm.checks.fields import format_value
 from vlm.config.recorded import current_key
@@ -89,14 +88,16 @@ def _differ(old: object, new: object) -> bool:
     return (None if old is MISSING else old) != (None if new is MISSING else new)
 
 
-def _compare_facts(section: str, before: Mapping[str, Any], now: Mapping[str, Any], kind: KeyClass) -> list[Change]:
+def _compare_facts(
+    section: str, before: Mapping[str, object], now: Mapping[str, object], kind: KeyClass
+) -> list[Change]:
     was, is_now = dict(_flatten(before)), dict(_flatten(now))
     keys = [key for key in dict.fromkeys([*was, *is_now]) if section == "data" or (key in was and key in is_now)]
     values = [(key, was.get(key, MISSING), is_now.get(key, MISSING)) for key in keys]
     return [Change(f"{section}.{key}", old, new, kind) for key, old, new in values if old != new]
 
 
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flatten(node: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield the dotted keys of nested mappings with their values; an empty mapping has none."""
     for name, value in node.items():
         if isinstance(value, Mapping):

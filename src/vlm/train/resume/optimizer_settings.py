@@ -21,7 +21,7 @@ SCHEDULE_KEYS = ("trainer.learning_rate.", "trainer.lr_scheduler", "trainer.warm
 
 
 def apply_settings(
-    optimizer: Optimizer, scheduler: Any, new_groups: Sequence[Group], changed_keys: Collection[str]
+    optimizer: Optimizer, scheduler: object, new_groups: Sequence[Group], changed_keys: Collection[str]
 ) -> None:
     """Give an optimiser and a schedule that a checkpoint was loaded into the settings of changed keys.
 

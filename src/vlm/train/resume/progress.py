@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader
@@ -42,7 +42,7 @@ class RunProgress(TrainerCallback):
     def __init__(self, trainer: ResumableTrainer, record: RunRecord):
         self.trainer, self.record = trainer, record
         self.epoch_ended = True
-        self.saved: dict[str, Any] = {}
+        self.saved: dict[str, float] = {}
 
     @property
     def progress(self) -> Progress:
