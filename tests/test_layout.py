@@ -71,7 +71,6 @@ TESTED_ELSEWHERE = {
     "models/pixels.py": "models/test_processing_vlm.py",
     "models/text_loss.py": "train/step/test_packing.py",
     "train/guards/trainer.py": "train/guards/test_step_guard.py",
-    "train/guards/update.py": "train/guards/test_step_guard.py",
     "train/arguments.py": "train/test_trainer.py",
     "train/checkpoints/trainer.py": "train/test_run.py",
     "train/feature_cache/encoder.py": "train/feature_cache/test_images.py",
