@@ -50,7 +50,7 @@ class Size:
     """
 
     shape: str = "smol"
-    tokens: int = 1024
+    tokens: int = 2048
     steps: int = 4
     bf16: bool = False
 

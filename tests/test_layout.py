@@ -70,7 +70,6 @@ TESTED_ELSEWHERE = {
     "models/connector_parts.py": "models/test_connectors.py",
     "models/pixels.py": "models/test_processing_vlm.py",
     "train/guards/trainer.py": "train/guards/test_step_guard.py",
-    "train/guards/update.py": "train/guards/test_step_guard.py",
     "train/arguments.py": "train/test_trainer.py",
     "train/checkpoints/files.py": "train/checkpoints/test_writer.py",
     "train/checkpoints/sizes.py": "train/checkpoints/test_trainer.py",

@@ -138,7 +138,7 @@ def test_shards_of_a_server_that_fails_are_those_of_the_disk(
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)
-    words = [*options("plain", 0), "dataset.shuffle_buffer=2"]
+    words = [*options("plain", 0), "dataset.shuffle_buffer=2", "trainer.per_device_train_batch_size=3"]
     local = train("pretrain-smol", tmp_path / "local", f'dataset.path="{tmp_path}/{{0..1}}.tar"', *words)
     with serve(tmp_path, [503, 3000, 503, 700, 2000, 502]) as server:
         path = f'dataset.path="{address(server, "{0..1}.tar")}"'
