@@ -32,11 +32,6 @@ PRIVATE_HOOKS = (
         *("max_steps", "train_dataloader", "resume_from_checkpoint"),
     ),
     _hook("_defer_fsdp_gradient_reduction", "FSDP2 reduces gradients after each micro-batch"),
-    PrivateName(
-        f"{TRAINER}._prepare_for_training",
-        "is_distributed_loading_by_transformers",
-        "a model that FSDP2 shards is not wrapped (set)",
-    ),
 )
 """The private methods, and an attribute. Whoever can do without one should."""
 
