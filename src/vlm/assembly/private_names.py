@@ -81,6 +81,11 @@ PRIVATE_NAMES = {
             "served answers are greedy by default, and end where the template ends them",
             ("body", "model_generation_config", "use_cb"),
         ),
+        PrivateName(
+            "transformers.trainer:Trainer._prepare_for_training",
+            "is_distributed_loading_by_transformers",
+            "a model that FSDP2 shards is not wrapped (set)",
+        ),
         PrivateName(HANDLER, "_validate_request", "requests for what is not served are refused", ("body",)),
         PrivateName(HANDLER, "_unused_fields", "requests for what is not served are refused"),
         PrivateName(LOOP, "_tr_loss", "a resumed run logs the mean loss of whole intervals"),

@@ -40,11 +40,6 @@ PRIVATE_HOOKS = (
     ),
     PrivateName(TRAINER, "_run_epoch", "a run that is resumed at its last step trains no further one"),
     _hook("_defer_fsdp_gradient_reduction", "FSDP2 reduces gradients after each micro-batch"),
-    PrivateName(
-        f"{TRAINER}._prepare_for_training",
-        "is_distributed_loading_by_transformers",
-        "a model that FSDP2 shards is not wrapped (set)",
-    ),
 )
 """The private methods, and an attribute. Whoever can do without one should."""
 
