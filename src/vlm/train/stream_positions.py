@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -36,12 +36,15 @@ class StreamPositions:
     @property
     def layout(self) -> dict[str, object]:
         """What a position depends on, by the keys that a user sets."""
+        sources = [[PurePath(source.path).name, source.weight] for source in self.stream.sources]  # may be moved
         return {
             "the number of ranks": self.args.world_size,
             "trainer.dataloader_num_workers": self.args.dataloader_num_workers,
             "trainer.seed": self.stream.seed,
             "dataset.shuffle_buffer": self.stream.buffer,
-            "the sources and their weights": [[source.path, source.weight] for source in self.stream.sources],
+            "the sources and their weights": [
+                [PurePath(source.path).name, source.weight] for source in self.stream.sources
+            ],
         }
 
     def save_to(self, checkpoint: Path) -> None:

@@ -81,7 +81,7 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said_to_be_unchecked(
 def test_a_named_checkpoint_has_to_be_whole(run: Path):
     assert require_whole_checkpoint(run / "checkpoint-4") == run / "checkpoint-4"
     (run / "checkpoint-4" / "weights").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint-4: weights has 0 bytes in place of 100\. Resume from another"):
+    with pytest.raises(ValueError, match=r"checkpoint-4: weights has 0 bytes in place of 100\. Name another one"):
         require_whole_checkpoint(run / "checkpoint-4")
     assert (run / "checkpoint-4").is_dir()
 

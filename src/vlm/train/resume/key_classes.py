@@ -105,6 +105,12 @@ CLASSES = {
 }
 """Key -> what its change means; `*` stands for a name of the user's."""
 
+STREAM_LAYOUT = frozenset({
+    "trainer.dataloader_num_workers", "trainer.seed", "trainer.data_seed", "dataset.shuffle_buffer",
+    "dataset.sources.*.weight",
+})  # fmt: skip
+"""What the position of a stream depends on: each data worker of each rank reads a share of its own."""
+
 OF_EVALUATION = frozenset(key for key in SAFE if re.match(r"trainer\.(eval_|metric_|greater_)", key))
 
 
@@ -114,8 +120,8 @@ def class_of(key: str, config: RunConfig) -> KeyClass:
     while known not in CLASSES and "." in known:
         known = known.rpartition(".")[0]
     kind = CLASSES.get(known, KeyClass.CHANGES_RUN)
-    if known == "trainer.dataloader_num_workers" and config.dataset.streaming:
-        return KeyClass.CHANGES_RUN  # each worker reads a shard of its own
+    if config.dataset.streaming and known in STREAM_LAYOUT:
+        return KeyClass.IMPOSSIBLE
     if known in OF_EVALUATION and config.trainer.lr_scheduler_type in PLATEAU_SCHEDULES:
         return KeyClass.CHANGES_RUN
     return kind
