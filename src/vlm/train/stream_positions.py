@@ -42,9 +42,7 @@ class StreamPositions:
             "trainer.dataloader_num_workers": self.args.dataloader_num_workers,
             "trainer.seed": self.stream.seed,
             "dataset.shuffle_buffer": self.stream.buffer,
-            "the sources and their weights": [
-                [PurePath(source.path).name, source.weight] for source in self.stream.sources
-            ],
+            "the sources and their weights": sources,
         }
 
     def save_to(self, checkpoint: Path) -> None:
