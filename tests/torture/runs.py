@@ -1,5 +1,6 @@
 """Tiny runs of many kinds, a way to kill one at any moment, and what has to be equal in the end."""
 
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,6 +76,11 @@ class Kind:
     words: Sequence[str] = ()
     ranks: int = 1
     is_head: bool = False
+
+    @property
+    def folder(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"\W+", "-", self.name)
 
     def command(self, common: list[str], labelled: Path, folder: Path) -> list[str]:
         """Return the words behind `python -m vlm`."""

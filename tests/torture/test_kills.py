@@ -37,7 +37,7 @@ class Quiet:
     def run(self, kind: Kind) -> None:
         if kind.name in self.weights:
             return
-        folder = self.folder / kind.name.replace(" ", "-")
+        folder = self.folder / kind.folder
         start = time.monotonic()
         check_ended(train(self.command(kind, folder), kind.ranks))
         self.seconds[kind.name] = time.monotonic() - start
