@@ -18,6 +18,10 @@ PATIENCE = 60.0
 """Seconds that rank 0 tries to get a lock before it tells the others that it still waits, so that none times out."""
 
 
+RANK0_FAILED = 1
+"""The exit code of ranks that end because rank 0 could not do what it does for all; that one says why."""
+
+
 def broadcast_from_rank0(value: T) -> T:
     """Return rank 0's value on every rank."""
     values = [value]
@@ -43,7 +47,7 @@ def on_rank0(action: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if failed:
-        raise SystemExit(1)
+        raise SystemExit(RANK0_FAILED)
     return cast("T", result)
 
 

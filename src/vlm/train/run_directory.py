@@ -23,6 +23,7 @@ from vlm.data.dataset import Contribution, SampleDataset, Skipped, check_skipped
 from vlm.data.stream import SampleStream
 from vlm.train.checkpoints.files import write_text_whole
 from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.guards.step_guard import GUARD_FILE
 from vlm.train.objectives.base import PreparedRun
 
 CONFIG_FILE, COMMAND_FILE, VERSIONS_FILE = "config.yaml", "command.txt", "versions.json"
@@ -48,7 +49,7 @@ def choose_directory(config: RunConfig, name: str) -> Path:
 
 def write_run_files(folder: Path, config: RunConfig) -> None:
     """Write the resolved configuration, the command and the versions of a run that begins; called on one rank."""
-    for name in (CHANGES_FILE, SKIPPED_FILE, "metrics.jsonl", "samples.md", "first_batch.html"):
+    for name in (CHANGES_FILE, SKIPPED_FILE, GUARD_FILE, "metrics.jsonl", "samples.md", "first_batch.html"):
         (folder / name).unlink(missing_ok=True)  # of a start that saved nothing
     write_text_whole(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
     write_text_whole(folder / COMMAND_FILE, _command())

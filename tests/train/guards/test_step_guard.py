@@ -229,3 +229,18 @@ def test_a_spike_is_told_and_a_resumed_run_tells_the_same(
     (run / "guard.jsonl").unlink()
     train("pretrain-smol", tmp_path, *words, f"trainer.resume_from_checkpoint={run / 'checkpoint-4'}")
     assert guarded(run) == [line]
+
+
+def test_a_resumed_run_logs_the_losses_of_the_same_steps(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An update was left out between the last log and the checkpoint; each step that was found is listed once."""
+    poison(monkeypatch, {3, 6}, POISONS["nan"])
+    words = ["trainer.logging_steps=5" if "logging" in word else word for word in SHORT]
+    run = train("pretrain-smol", tmp_path, *words, "trainer.on_nonfinite=skip")
+    logged, found = losses(run), guarded(run)
+    assert [line["step"] for line in found] == [3, 6]
+    train("pretrain-smol", tmp_path, *words, "trainer.on_nonfinite=skip",
+          f"trainer.resume_from_checkpoint={run / 'checkpoint-4'}")  # fmt: skip
+    assert losses(run) == logged
+    assert guarded(run) == found

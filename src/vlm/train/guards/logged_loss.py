@@ -12,6 +12,15 @@ class LoggedLoss:
         self.steps = self.skipped = 0
         self.all_steps = self.all_skipped = 0
 
+    @property
+    def counts(self) -> list[int]:
+        """The steps since the last log, those of them that were left out, and both before that log."""
+        return [self.steps, self.skipped, self.all_steps, self.all_skipped]
+
+    @counts.setter
+    def counts(self, counts: list[int]) -> None:
+        self.steps, self.skipped, self.all_steps, self.all_skipped = counts
+
     def begin_step(self, total: Tensor) -> None:
         """Remember the sum of losses, a scalar, before a step adds its own; the device is not waited for."""
         self.before = total.clone()

@@ -10,13 +10,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm.train.distributed import on_rank0
+from vlm.train.guards.step_guard import GUARD_FILE
 from vlm.train.resume.record import Progress, RunRecord, read_record, write_record
 from vlm.train.run_directory import write_json
 
-LOSS_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
-"""What `Trainer` keeps between two logs: the sum of losses since the last one, that of all logs, and two steps."""
+LOSS_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "loss_counts")
+"""What a trainer keeps between two logs: the sum of losses since the last one, that of all logs, counts of steps."""
 
-APPENDED_FILES = ("metrics.jsonl", "samples.md")
+APPENDED_FILES = ("metrics.jsonl", "samples.md", GUARD_FILE)
 """Files of a run directory that a run adds to."""
 
 
@@ -64,15 +65,15 @@ class RunProgress(TrainerCallback):
         args = self.trainer.args
         file = checkpoint / f"loss_sums-{args.process_index}.json"
         saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        self.saved = saved if saved.get("ranks") == args.world_size else {}  # of another number of ranks, none fits
+        fits = saved.get("ranks") == args.world_size  # of another number of ranks, none fits
+        self.saved = {name: saved[name] for name in LOSS_SUMS if name in saved} if fits else {}
         _, progress = on_rank0(lambda: read_record(checkpoint))  # the disk of another machine may not have it
         self.epoch_ended = progress is None or progress.epoch_ended
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Take up the sums and this start's intervals; end an epoch that was not ended before it was saved."""
         state.compute_steps(args, state.max_steps)  # a checkpoint brings its own `logging_steps`, `save_steps` …
-        for name in LOSS_SUMS if self.saved else ():
-            value = self.saved[name]
+        for name, value in self.saved.items():
             setattr(self.trainer, name, torch.tensor(value, device=args.device) if name == "_tr_loss" else value)
         loader = kwargs.get("train_dataloader")
         per_epoch = _steps_per_epoch(loader, args) if self.trainer.changed_keys else None
