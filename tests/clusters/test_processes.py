@@ -31,6 +31,7 @@ def begun():
     (folder / f"pid{number}.new").rename(folder / f"pid{number}")
 """
 SLEEP = "time.sleep(900)\n"
+IGNORE = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 CATCH = """
 def caught(signum, frame):
     (folder / f"got{number}").write_text(str(signum))
@@ -63,7 +64,7 @@ def is_alive(pid: int) -> bool:
         ("os.kill(os.getpid(), signal.SIGKILL) if number == '1' else time.sleep(900)", 137),
         ("sys.exit(3) if number == '0' else time.sleep(900)", 3),
         # A guard has killed a rank that was frozen.
-        ("os.kill(os.getpid(), signal.SIGKILL) if number == '1' else (time.sleep(0.3), sys.exit(76))", 76),
+        (f"{IGNORE}os.kill(os.getpid(), signal.SIGKILL) if number == '1' else time.sleep(0.3)\nsys.exit(76)", 76),
     ],
 )
 def test_the_exit_code_is_that_of_the_first_that_failed(tmp_path: Path, code: str, status: int):
@@ -101,8 +102,7 @@ def test_a_second_signal_waits_for_what_is_written_and_a_third_does_not(tmp_path
 
 
 def test_what_does_not_end_is_killed(tmp_path: Path):
-    ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nbegun()\n"
-    code = ignoring + "while number == '1' and not (folder / 'pid0').exists(): time.sleep(0.01)\n"
+    code = IGNORE + "begun()\nwhile number == '1' and not (folder / 'pid0').exists(): time.sleep(0.01)\n"
     group = start(tmp_path, code + "sys.exit(5) if number == '1' else time.sleep(900)", grace=0.2)
     assert group.wait(HANG) == 5
     assert not any(map(is_alive, pids(tmp_path)))
