@@ -58,7 +58,6 @@ class SavingTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
-    optimizer: Any
 
     # --- the whole model ----------------------------------------------------------------------------------------
 
@@ -199,6 +198,10 @@ class SavingTrainer(Trainer):
     def _current_writer(self) -> FolderWriter:
         assert self.writer is not None, "parts of a checkpoint are written while one is saved"
         return self.writer
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: None) -> bool:
+        """Return False: `note_evaluation` finds the best; `Trainer` would look for its checkpoint in `unfinished`."""
+        return False
 
     def note_evaluation(self, metrics: dict[str, float]) -> None:
         """Ask for a checkpoint where an evaluation is the best so far, and that is kept; every rank calls this."""
