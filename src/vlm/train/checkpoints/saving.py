@@ -162,11 +162,17 @@ class SavingTrainer(Trainer):
 
     def _checkpoint_bytes(self, run_directory: Path) -> int:
         """Return how many bytes this rank will write, about."""
-        leads, is_sharded = self.args.should_save, self.is_deepspeed_enabled or self.is_sharded
+        leads = self.args.should_save
         previous = sizes.previous_checkpoint_bytes(run_directory)
         if previous is None:
             trained = trained_tensors(self.model, self.parts).values()
-            return sizes.new_checkpoint_bytes(trained, self.optimizer, leads=leads, is_sharded=is_sharded)
+            return sizes.new_checkpoint_bytes(
+                trained,
+                self.optimizer,
+                leads=leads,
+                is_sharded=self.is_deepspeed_enabled or self.is_sharded,
+                copies_weights=self.is_deepspeed_enabled,
+            )
         return previous if leads else 0
 
     def _save_trained_weights(self, folder: Path) -> None:
