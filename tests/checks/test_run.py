@@ -286,10 +286,6 @@ REFUSALS = {
         ["trainer.metric_for_best_model=loss"],
         "trainer.metric_for_best_model=loss: it is called trainer.keep_best here",
     ),
-    "a schedule that follows nothing": (
-        ["trainer.lr_scheduler_type=greedy"],
-        "trainer.lr_scheduler_type=greedy: name what it follows, such as trainer.metric_for_best_model=loss",
-    ),
     "a run directory below a file": (
         ["trainer.output_dir=pyproject.toml/run"],
         f"trainer.output_dir=pyproject.toml/run: {Path.cwd() / 'pyproject.toml'} is a file, and a folder is needed",
