@@ -18,6 +18,8 @@ from vlm.cli.collection import RARE, USUAL, collect_as_usual, rare_collection
 from vlm.cli.train import DYNAMO_SWITCH, train, uncompiled_bitsandbytes
 from vlm.config.schema import RunConfig
 from vlm.models.connectors import connector_class
+from vlm.train.distributed import Rank0Failed
+from vlm.train.guards.errors import GuardStop
 
 ASK_ALL = """
 import json, sys
@@ -156,13 +158,13 @@ def test_garbage_is_collected_rarely_while_a_command_starts_and_as_usual_in_a_ru
         gc.unfreeze()
 
 
-@pytest.mark.parametrize(("code", "waits"), [(75, True), (76, True), (1, False)])
-def test_ranks_wait_for_each_other_only_where_all_end(monkeypatch: pytest.MonkeyPatch, code: int, waits: bool):
+@pytest.mark.parametrize(("end", "waits"), [(SystemExit(75), True), (GuardStop("NaN"), True), (Rank0Failed(1), False)])
+def test_ranks_wait_for_each_other_only_where_all_end(monkeypatch: pytest.MonkeyPatch, end: SystemExit, waits: bool):
     """Where rank 0 has failed, it does not come to a barrier, and the others would end with an error of their own."""
     closed: list[bool] = []
 
     def run(*_: object) -> None:
-        raise SystemExit(code)
+        raise end
 
     monkeypatch.setattr("vlm.train.run.run", run)
     monkeypatch.setattr("vlm.train.distributed.close_process_group", lambda: closed.append(True))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm.config.schema import TrainerOptions
 from vlm.data.dataset import SampleRef
-from vlm.train.distributed import all_gather_objects, on_rank0
+from vlm.train.distributed import all_gather_objects, broadcast_from_rank0
 from vlm.train.guards.errors import GuardStop
 from vlm.train.guards.spikes import SpikeDetector
 
@@ -199,9 +199,9 @@ class StepGuard:
             (checkpoint / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load_from(self, checkpoint: Path) -> None:
-        """Read it on rank 0 for all, since other nodes may have disks of their own; earlier versions wrote none."""
+        """Read it on the rank that wrote it, for all; a checkpoint of an earlier version knows nothing."""
         file = checkpoint / STATE_FILE
-        state = on_rank0(lambda: json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
+        state = broadcast_from_rank0(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
         self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
         self.spikes = SpikeDetector(self.options.spike_window, self.options.spike_threshold)
         for name, values in state.get("history", {}).items():

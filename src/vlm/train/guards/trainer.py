@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vlm.config.choices import PLATEAU_SCHEDULES
 from vlm.config.schema import RunConfig
 from vlm.train.checkpoints.trained import trained_tensors
 from vlm.train.checkpoints.trainer import CheckpointTrainer
@@ -57,15 +58,6 @@ class GuardedTrainer(CheckpointTrainer):
                 if self.watchdog is not None:
                     self.watchdog.stop()
 
-    @property
-    def loss_counts(self) -> list[int]:
-        """The steps that the sums of losses are of, see `LoggedLoss`; `RunProgress` keeps them with these sums."""
-        return self.logged_loss.counts
-
-    @loss_counts.setter
-    def loss_counts(self, counts: list[int]) -> None:
-        self.logged_loss.counts = counts
-
     def mark_progress(self) -> None:
         """Tell the watchdog that a piece of work is done."""
         if self.watchdog is not None:
@@ -86,7 +78,8 @@ class GuardedTrainer(CheckpointTrainer):
         self.guarded_update.finish(model, norm)
         is_skipped = self.guard.skipped > skipped
         self.logged_loss.end_step(self._tr_loss, skipped=is_skipped)
-        if is_skipped and self.guarded_update.stops_schedule(norm):
+        follows_metric = self.args.lr_scheduler_type in PLATEAU_SCHEDULES
+        if is_skipped and self.guarded_update.stops_schedule(norm) and not follows_metric:
             self.lr_scheduler.step()  # the rate depends on the step's number alone
         return norm
 
