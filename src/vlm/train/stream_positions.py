@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm.data.block_shuffle import BlockPosition
 from vlm.data.stream import READER_POSITION, ReaderPosition, SampleStream
+from vlm.train.resume.record import digest_stream
 
 
 class StreamPositions:
@@ -23,6 +24,7 @@ class StreamPositions:
 
     def __init__(self, stream: SampleStream, args: TrainingArguments):
         self.stream, self.args = stream, args
+        self.sources = [[source.name, digest_stream(source.path), source.weight] for source in stream.sources]
         self.readers: dict[int, ReaderPosition] = {}
         self.last_reader = -1
         args.ignore_data_skip = True  # `Trainer` would read everything again
@@ -36,13 +38,12 @@ class StreamPositions:
     @property
     def layout(self) -> dict[str, object]:
         """What a position depends on, by the keys that a user sets."""
-        sources = [[PurePath(source.path).name, source.weight] for source in self.stream.sources]  # may be moved
         return {
             "the number of ranks": self.args.world_size,
             "trainer.dataloader_num_workers": self.args.dataloader_num_workers,
             "trainer.seed": self.stream.seed,
             "dataset.shuffle_buffer": self.stream.buffer,
-            "the sources and their weights": sources,
+            "the sources, their files and weights": self.sources,
         }
 
     def save_to(self, checkpoint: Path) -> None:
