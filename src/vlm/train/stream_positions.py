@@ -9,7 +9,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlm.data.block_shuffle import BlockPosition
 from vlm.data.stream import READER_POSITION, ReaderPosition, SampleStream
-from vlm.train.resume.record import digest_stream
 
 
 class StreamPositions:
@@ -24,7 +23,6 @@ class StreamPositions:
 
     def __init__(self, stream: SampleStream, args: TrainingArguments):
         self.stream, self.args = stream, args
-        self.sources = [[source.name, digest_stream(source.path), source.weight] for source in stream.sources]
         self.readers: dict[int, ReaderPosition] = {}
         self.last_reader = -1
         args.ignore_data_skip = True  # `Trainer` would read everything again
@@ -43,7 +41,7 @@ class StreamPositions:
             "trainer.dataloader_num_workers": self.args.dataloader_num_workers,
             "trainer.seed": self.stream.seed,
             "dataset.shuffle_buffer": self.stream.buffer,
-            "the sources, their files and weights": self.sources,
+            "the sources and their weights": [[source.name, source.weight] for source in self.stream.sources],
         }
 
     def save_to(self, checkpoint: Path) -> None:
