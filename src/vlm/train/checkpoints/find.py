@@ -31,8 +31,6 @@ DAMAGED, SUPERSEDED = "damaged", "superseded"
 MAX_PROBLEMS = 3
 """Number of damaged files that a message names."""
 
-CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-
 
 def list_checkpoints(run_directory: Path) -> dict[int, Path]:
     """Return step -> folder of each checkpoint of a run by its name alone, the newest first."""

@@ -58,7 +58,6 @@ class SavingTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     accelerator: Any
-    optimizer: Any
 
     # --- the whole model ----------------------------------------------------------------------------------------
 

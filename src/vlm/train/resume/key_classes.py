@@ -105,6 +105,11 @@ CLASSES = {
 }
 """Key -> what its change means; `*` stands for a name of the user's."""
 
+OF_STREAM_ORDER = _keys("trainer", "dataloader_num_workers seed") | _keys(
+    "dataset", "streaming shuffle_buffer split subset sources.*.split sources.*.subset sources.*.weight"
+)
+"""Keys that the order of a stream's records depends on, in which a checkpoint's positions count."""
+
 OF_EVALUATION = frozenset(key for key in SAFE if re.match(r"trainer\.(eval_|metric_|greater_)", key))
 
 
@@ -114,8 +119,8 @@ def class_of(key: str, config: RunConfig) -> KeyClass:
     while known not in CLASSES and "." in known:
         known = known.rpartition(".")[0]
     kind = CLASSES.get(known, KeyClass.CHANGES_RUN)
-    if known == "trainer.dataloader_num_workers" and config.dataset.streaming:
-        return KeyClass.CHANGES_RUN  # each worker reads a shard of its own
+    if known in OF_STREAM_ORDER and config.dataset.streaming:
+        return KeyClass.IMPOSSIBLE
     if known in OF_EVALUATION and config.trainer.lr_scheduler_type in PLATEAU_SCHEDULES:
         return KeyClass.CHANGES_RUN
     return kind
