@@ -72,6 +72,7 @@ TESTED_ELSEWHERE = {
     "train/guards/trainer.py": "train/guards/test_step_guard.py",
     "train/arguments.py": "train/test_trainer.py",
     "train/checkpoints/files.py": "train/checkpoints/test_writer.py",
+    "train/checkpoints/saving.py": "train/checkpoints/test_trainer.py",
     "train/checkpoints/sizes.py": "train/checkpoints/test_trainer.py",
     "train/feature_cache/encoder.py": "train/feature_cache/test_images.py",
     "train/feature_cache/fingerprints.py": "train/feature_cache/test_images.py",
