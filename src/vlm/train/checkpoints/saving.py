@@ -33,7 +33,7 @@ from vlm.train.checkpoints.world import World
 from vlm.train.checkpoints.writer import FolderWriter, OutOfStepError, SaveError
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.parts import Part
-from vlm.train.sharding import gather_state, original_class, reshard
+from vlm.train.sharding import gather_state, original_class
 
 log = logging.getLogger(__name__)
 
@@ -112,8 +112,7 @@ class SavingTrainer(Trainer):
 
     def _gather_whole_state(self) -> Mapping[str, Tensor]:
         """Return the model's whole state on each rank that writes it; called on every rank: ZeRO-3 and FSDP2 gather."""
-        if self.args.save_on_each_node and (self.is_sharded or self.world.sharding == "zero3"):
-            reshard(self.model)  # the others gather on the first rank alone
+        if self.args.save_on_each_node and self.world.sharding == "zero3":  # accelerate gathers on the first rank alone
             return gather_tensors(self.model, self.model.state_dict().keys(), keep=self.args.should_save)
         get_state = gather_state if self.is_sharded else self.accelerator.get_state_dict
         return get_state(self.model_wrapped)
