@@ -282,6 +282,10 @@ REFUSALS = {
         ["trainer.save_strategy=best"],
         "trainer.save_strategy=best: name a metric in trainer.keep_best, which saves at each new best evaluation",
     ),
+    "the metric of the best under transformers' name": (
+        ["trainer.metric_for_best_model=loss"],
+        "trainer.metric_for_best_model=loss: it is called trainer.keep_best here",
+    ),
     "a run directory below a file": (
         ["trainer.output_dir=pyproject.toml/run"],
         f"trainer.output_dir=pyproject.toml/run: {Path.cwd() / 'pyproject.toml'} is a file, and a folder is needed",
@@ -359,6 +363,7 @@ def test_evaluation_records_and_a_share_contradict(records: Path):
         ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1", "trainer.keep_best=retrieval",
          "trainer.eval_metrics=[retrieval]", "trainer.greater_is_better=true"],
         ["trainer.resume_from_checkpoint=never"],
+        ["trainer.lr_scheduler_type=greedy", "trainer.metric_for_best_model=loss"],
         ["trainer.resume_from_checkpoint=true", "trainer.output_dir=new"],
         ["trainer.resume_changes=accept"],
         ["trainer.eval_strategy=epoch", "dataset.eval_split=0.1"],

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from tests import waiting
+from tests.forked import CPU_ONLY
 from vlm.cli.launch import find_rendezvous, main, make_environments, make_parser, read_nodes
+from vlm.clusters.processes import ProcessGroup
+from vlm.train.resume.lock import RunLock
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +62,25 @@ def test_a_run_that_is_refused_is_refused_once():
     )
     assert done.returncode == 1
     assert done.stderr.count("dataset.path: a value is needed") == 1
+
+
+@pytest.mark.slow
+def test_what_rank_0_refuses_is_said_once(common: list[str], tmp_path: Path):
+    """The other rank has nothing to say, and waits for nobody."""
+    words = ["-cn", "pretrain-smol", *common, f"trainer.output_dir={tmp_path}"]
+    with RunLock(tmp_path):
+        done = waiting.run([sys.executable, "-m", "vlm", "launch", "--nproc", "2", "--", *words])
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.count("another run trains in it") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_guard_on_all_ranks_is_the_launchers_exit_code(common: list[str], tmp_path: Path):
+    words = ["--poison=2,nan", "-cn", "pretrain-smol", *common, f"trainer.output_dir={tmp_path}"]
+    ranks = make_environments(2, 1, 0, find_rendezvous(None, 1, make_parser()))
+    environments = [{**rank, **CPU_ONLY} for rank in ranks]
+    command = [sys.executable, "-m", "tests.train.guards.poisoned", *words]
+    assert ProcessGroup().run(command, environments) == 76
+    assert not (tmp_path / "final").exists()
+    assert not list(tmp_path.glob("run.lock*"))

@@ -45,3 +45,13 @@ def test_errors_of_commands_with_messages_of_their_own_keep_their_traceback(monk
     monkeypatch.setattr("vlm.cli.data.main", raise_value_error)
     with pytest.raises(ValueError, match="torn file"):
         main(["data", "show"])
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupted(words: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlm.cli.export_checkpoint.main", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main(["export"])
+    assert capsys.readouterr().err == "\nvlm export: stopped\n"

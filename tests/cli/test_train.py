@@ -15,9 +15,11 @@ from tests.checks import test_run as test_check
 from tests.command_line import refusal
 from vlm.checks.compose import is_user_error, strip_launcher_arguments
 from vlm.cli.collection import RARE, USUAL, collect_as_usual, rare_collection
-from vlm.cli.train import DYNAMO_SWITCH, uncompiled_bitsandbytes
+from vlm.cli.train import DYNAMO_SWITCH, train, uncompiled_bitsandbytes
 from vlm.config.schema import RunConfig
 from vlm.models.connectors import connector_class
+from vlm.train.distributed import Rank0Failed
+from vlm.train.guards.errors import GuardStop
 
 ASK_ALL = """
 import json, sys
@@ -154,3 +156,18 @@ def test_garbage_is_collected_rarely_while_a_command_starts_and_as_usual_in_a_ru
     assert gc.get_threshold() == before
     if not frozen:
         gc.unfreeze()
+
+
+@pytest.mark.parametrize(("end", "waits"), [(SystemExit(75), True), (GuardStop("NaN"), True), (Rank0Failed(1), False)])
+def test_ranks_wait_for_each_other_only_where_all_end(monkeypatch: pytest.MonkeyPatch, end: SystemExit, waits: bool):
+    """Where rank 0 has failed, it does not come to a barrier, and the others would end with an error of their own."""
+    closed: list[bool] = []
+
+    def run(*_: object) -> None:
+        raise end
+
+    monkeypatch.setattr("vlm.train.run.run", run)
+    monkeypatch.setattr("vlm.train.distributed.close_process_group", lambda: closed.append(True))
+    with pytest.raises(SystemExit):
+        train(RunConfig(), "name", [])
+    assert bool(closed) is waits

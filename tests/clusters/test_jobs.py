@@ -31,6 +31,7 @@ def test_a_slurm_job_asks_for_notice_and_is_queued_again_on_the_exit_code():
     assert {"--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=2", "--signal=USR1@120", "--requeue"} <= {*options}
     assert {"--time=24:00:00", "--partition=a100", "--mem=64G", "--cpus-per-task=16"} <= {*options}
     assert script.index("module load x") < script.index("srun")
+    assert "srun --ntasks-per-node=1 --cpus-per-task=16 " in script  # it does not take that from sbatch
 
 
 @pytest.mark.parametrize(("code", "requeued"), [(75, True), (0, False), (1, False), (76, False)])
@@ -56,6 +57,14 @@ def test_a_skypilot_job_recovers_on_the_exit_code():
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
     subprocess.run(["bash", "-n"], input=task["run"], text=True, check=True)
     assert shlex.split(task["run"], comments=True)[-len(RUN) :] == RUN
+
+
+@pytest.mark.parametrize("target", ["kubernetes", "skypilot"])
+def test_commands_that_run_first_may_be_several_lines(target: str):
+    *_, job = yaml.safe_load_all(rendered(target, "setup=export A=1\nexport B=2"))
+    is_task = target == "skypilot"
+    script = job["run"] if is_task else job["spec"]["template"]["spec"]["containers"][0]["command"][2]
+    assert script.startswith("export A=1\nexport B=2\n")
 
 
 def test_a_kubernetes_job_has_a_pod_a_node_that_knows_the_first():

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from vlm.clusters.processes import descendants, find_launchers, is_launcher, par
 
 DRIVER = """
 import os, sys
+from vlm.clusters import processes
 from vlm.clusters.processes import ProcessGroup
+processes.SAME_REQUEST_SECONDS = 0.2
 code, folder, grace, number = sys.argv[1:]
 environments = [{**os.environ, "NUMBER": str(index), "FOLDER": folder} for index in range(int(number))]
 sys.exit(ProcessGroup(float(grace)).run([sys.executable, "-c", code], environments))
@@ -28,6 +31,7 @@ def begun():
     (folder / f"pid{number}.new").rename(folder / f"pid{number}")
 """
 SLEEP = "time.sleep(900)\n"
+IGNORE = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 CATCH = """
 def caught(signum, frame):
     (folder / f"got{number}").write_text(str(signum))
@@ -59,6 +63,8 @@ def is_alive(pid: int) -> bool:
         ("sys.exit(76 if number == '1' else 0)", 76),
         ("os.kill(os.getpid(), signal.SIGKILL) if number == '1' else time.sleep(900)", 137),
         ("sys.exit(3) if number == '0' else time.sleep(900)", 3),
+        # A guard has killed a rank that was frozen.
+        (f"{IGNORE}os.kill(os.getpid(), signal.SIGKILL) if number == '1' else time.sleep(0.3)\nsys.exit(76)", 76),
     ],
 )
 def test_the_exit_code_is_that_of_the_first_that_failed(tmp_path: Path, code: str, status: int):
@@ -75,9 +81,28 @@ def test_signals_reach_all(tmp_path: Path, name: str):
     assert [int(file.read_text()) for file in tmp_path.glob("got?")] == [number] * 2
 
 
+def test_a_signal_before_ranks_listen_to_it_ends_a_run_that_can_be_resumed(tmp_path: Path):
+    group = start(tmp_path, "begun()\n" + SLEEP)
+    wait_until(lambda: len(pids(tmp_path)) == 2, group)
+    group.terminate()
+    assert group.wait(HANG) == 75
+
+
+@pytest.mark.parametrize(("number", "status"), [(2, 75), (3, 137)])
+def test_a_second_signal_waits_for_what_is_written_and_a_third_does_not(tmp_path: Path, number: int, status: int):
+    code = "signal.signal(signal.SIGTERM, lambda *_: None)\nbegun()\n"
+    code += "while not (folder / 'written').exists(): time.sleep(0.01)\nsys.exit(75)\n"
+    group = start(tmp_path, code, grace=0.2)
+    wait_until(lambda: len(pids(tmp_path)) == 2, group)
+    for _ in range(number):
+        group.terminate()
+        time.sleep(0.5)
+    (tmp_path / "written").touch()
+    assert group.wait(HANG) == status
+
+
 def test_what_does_not_end_is_killed(tmp_path: Path):
-    ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nbegun()\n"
-    code = ignoring + "while number == '1' and not (folder / 'pid0').exists(): time.sleep(0.01)\n"
+    code = IGNORE + "begun()\nwhile number == '1' and not (folder / 'pid0').exists(): time.sleep(0.01)\n"
     group = start(tmp_path, code + "sys.exit(5) if number == '1' else time.sleep(900)", grace=0.2)
     assert group.wait(HANG) == 5
     assert not any(map(is_alive, pids(tmp_path)))

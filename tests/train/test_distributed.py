@@ -66,7 +66,7 @@ dist.init_process_group(
 (folder / f"ready{rank}").touch()
 with ranks.rank0_lock(folder / "lock", "it counts") as first:
     print(first)
-    ranks.wait()
+    ranks.barrier()
 """
 
 

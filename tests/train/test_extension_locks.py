@@ -33,6 +33,16 @@ def test_a_lock_that_nobody_holds_goes_and_so_do_its_compilers(lock: Path, caplo
     assert f"Removed {lock}" in caplog.text
 
 
+def test_the_shell_of_a_terminal_lives_on(lock: Path):
+    """Its user has gone into the folder to see what hangs; it leads its session, and no compiler does."""
+    with subprocess.Popen(COMPILER, cwd=lock.parent, start_new_session=True) as shell:
+        wait_until(lambda: Path(f"/proc/{shell.pid}/cwd").resolve() == lock.parent)
+        release_stale_locks(lock.parents[1])
+        assert not lock.exists()
+        assert shell.poll() is None
+        shell.kill()
+
+
 def test_a_lock_that_a_process_holds_stays(lock: Path):
     held = os.open(lock, os.O_RDONLY)
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vlm.checks.disk import write_problem
 from vlm.checks.fields import format_value
+from vlm.config.choices import PLATEAU_SCHEDULES
 from vlm.config.schema import RunConfig
 
 EVALUATION_PREFIX = "eval_"
@@ -22,7 +23,7 @@ def saving_problems(config: RunConfig, metric_names: frozenset[str] | None) -> I
         yield f"trainer.output_dir{key}: {problem}. Choose a folder that this run can write to"
     if trainer.save_strategy == "best":
         yield "trainer.save_strategy=best: name a metric in trainer.keep_best, which saves at each new best evaluation"
-    if trainer.metric_for_best_model is not None:
+    if trainer.metric_for_best_model is not None and trainer.lr_scheduler_type not in PLATEAU_SCHEDULES:
         yield f"trainer.metric_for_best_model={trainer.metric_for_best_model}: it is called trainer.keep_best here"
     metric = trainer.keep_best
     if metric is None:

@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="the first machine, and a free port of it")
     parser.add_argument(
         "--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
-        help="how long ranks may take to end after one has failed, or after a second signal (%(default)g)",
+        help="how long ranks may take to end after one has failed, or after a third signal (%(default)g)",
     )  # fmt: skip
     return parser
 

@@ -27,6 +27,9 @@ COMMANDS = {
 }
 """Subcommand -> its module in `vlm.cli`, whose `main` takes the words behind it."""
 
+STOPPED_STATUS = 130
+"""The exit status of a command that Ctrl-C ended: 128 plus the number of SIGINT."""
+
 SELF_REPORTING_COMMANDS = ("data", "models")
 """Subcommands that print their own messages: any other error of theirs is a bug, and keeps its traceback."""
 
@@ -55,5 +58,13 @@ def _run_command(words: list[str]) -> None:
             if words[0] in SELF_REPORTING_COMMANDS:
                 raise
             sys.exit(f"vlm {words[0]}: {error}")
+        except KeyboardInterrupt:  # of a command that has nothing more to say
+            print(f"\nvlm {words[0]}: stopped", file=sys.stderr)
+            sys.exit(STOPPED_STATUS)
     else:
-        import_module("vlm.cli.train").main(words)
+        try:
+            import_module("vlm.cli.train").main(words)
+        except KeyboardInterrupt:  # before the run listens to signals
+            from vlm.clusters.processes import SAVED_EXIT_CODE
+
+            sys.exit(SAVED_EXIT_CODE)

@@ -40,13 +40,15 @@ def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     """Train on this rank, together with every other rank, to the end even if nobody reads the log any more."""
     outlive_pipes()
     with uncompiled_bitsandbytes(config), no_collection():
-        from vlm.train.distributed import close_process_group
+        from vlm.train.distributed import Rank0Failed, close_process_group
         from vlm.train.run import run  # torch comes with it
 
     collect_as_usual()
     try:
         run(config, name, overrides)
-    except SystemExit:  # on a signal, on every rank after the same step
+    except Rank0Failed:
+        raise
+    except SystemExit:  # on a signal or by a guard, on every rank after the same step
         close_process_group()
         raise
     close_process_group()

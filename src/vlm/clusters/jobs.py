@@ -13,10 +13,7 @@ from importlib import resources
 from pathlib import Path
 from string import Template
 
-from vlm.clusters.processes import SAVED_EXIT_CODE
-
-GUARD_EXIT_CODE = 76
-"""The exit code of a run that a guard stopped; it is not queued again."""
+from vlm.clusters.processes import GUARD_EXIT_CODE, SAVED_EXIT_CODE
 
 
 @dataclass(frozen=True)
@@ -114,12 +111,14 @@ def render(job: Job, target: str, words: Sequence[str], file: Path, command: str
     """
     template = JobTemplate(resources.files("vlm.clusters").joinpath("templates", TARGETS[target].template).read_text())
     slurm = {option: getattr(job, key) for key, option in SLURM_KEYS.items()} | {"gpus-per-node": job.gpus}
-    indent = {"kubernetes": 14, "skypilot": 2}.get(target, 0)
+    line_break = "\n" + " " * {"kubernetes": 14, "skypilot": 2}.get(target, 0)
+    no_setup = "# setup='source …' of vlm submit puts commands here, such as those that set NCCL up"
     values = {field.name: getattr(job, field.name) for field in fields(job)} | {
         "resources": "\n".join(f"#SBATCH --{option}={value}" for option, value in slurm.items() if value is not None),
-        "setup": job.setup or "# setup='source …' of vlm submit puts commands here, such as those that set NCCL up",
+        "setup": (job.setup or no_setup).replace("\n", line_break),
+        "step": "" if job.cpus is None else f" --cpus-per-task={job.cpus}",  # srun does not take it from sbatch
         "launch": shlex.join([sys.executable, "-m", "vlm", "launch"]),
-        "words": shlex.join(words).replace("\n", "\n" + " " * indent),
+        "words": shlex.join(words).replace("\n", line_break),
         "file": shlex.quote(str(file)), "command": command.replace("\n", " "), "saved": SAVED_EXIT_CODE,
         "guard": GUARD_EXIT_CODE, "backoff": 6 * job.nodes,
     }  # fmt: skip

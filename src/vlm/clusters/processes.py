@@ -17,6 +17,9 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # sys/prctl.h
 SAVED_EXIT_CODE = 75
 """The exit code of a run that a signal ended and that the same command resumes (EX_TEMPFAIL of sysexits.h)."""
 
+GUARD_EXIT_CODE = 76
+"""The exit code of a run that a guard stopped: going on with the same command would most likely end the same way."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 """Signals of which a second one ends a run at once."""
 
@@ -99,14 +102,16 @@ class ProcessGroup:
     On Linux nothing that they start survives either, not even when this process is killed: they get SIGTERM then.
 
     Args:
-        grace: seconds that the others have to end after one has failed, and all after a second SIGINT or SIGTERM.
+        grace: seconds that the others have to end after one has failed, and all after a third SIGINT or SIGTERM: at the
+            second one they end by themselves, unless they are writing.
     """
 
     def __init__(self, grace: float = GRACE_SECONDS):
         self.grace = grace
         self.processes: list[subprocess.Popen[bytes]] = []
         self.code = 0
-        self._received: list[tuple[int, float]] = []
+        self._received: list[int] = []
+        self._stops: list[float] = []
         self._deadline: float | None = None
         self._earlier = {*descendants()}
 
@@ -114,28 +119,31 @@ class ProcessGroup:
         """Run a command once for each environment until all have ended.
 
         Returns:
-            0 where all ended with 0, else the exit code of the first that did not: 128 + N where signal N killed it.
+            0 where all ended with 0; `GUARD_EXIT_CODE` where one did with it, since guards kill processes that are
+            frozen; else the exit code of the first that did not end with 0: 128 + N where signal N killed it, and
+            `SAVED_EXIT_CODE` where that was one of those that came to this process, before it listened to signals.
         """
         _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what a killed process leaves, such as compilers, becomes this one's child
         with self._forwarded_signals():
             for environment in environments:
                 process = subprocess.Popen(list(command), env=dict(environment), preexec_fn=_end_with_parent)
                 self.processes.append(process)
-            for number, _ in [*self._received]:  # while they were being started
+            for number in [*self._received]:  # while they were being started
                 self._signal_all(number)
             while None in [process.poll() for process in self.processes]:
                 self._end_after_failure()
                 time.sleep(POLL_SECONDS)
             self._end_after_failure()
             self._kill_left()
-        return self.code
+        is_guarded = any(process.returncode == GUARD_EXIT_CODE for process in self.processes)
+        return GUARD_EXIT_CODE if is_guarded else self.code
 
     def _end_after_failure(self) -> None:
         """Once one has failed, end the others: they may wait for it for ever."""
         failed = [process.returncode for process in self.processes if process.returncode]
         if failed and not self.code:
             first = min(failed)  # one that a signal killed is the cause of the errors of the others
-            self.code = 128 - first if first < 0 else first
+            self.code = SAVED_EXIT_CODE if -first in self._received else 128 - first if first < 0 else first
             self._deadline = time.monotonic() + self.grace
             if self.code != SAVED_EXIT_CODE:  # after a checkpoint the others end by themselves
                 self._signal_all(signal.SIGTERM)
@@ -162,10 +170,11 @@ class ProcessGroup:
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        stops = [when for earlier, when in self._received if earlier in STOP_SIGNALS]
-        if number in STOP_SIGNALS and stops and now - stops[0] > SAME_REQUEST_SECONDS:
+        if number in STOP_SIGNALS and (not self._stops or now - self._stops[-1] > SAME_REQUEST_SECONDS):
+            self._stops.append(now)
+        if len(self._stops) > 2:
             self._deadline = self._deadline or now + self.grace
-        self._received.append((number, now))
+        self._received.append(number)
         self._signal_all(number)
 
     def _signal_all(self, number: int) -> None:

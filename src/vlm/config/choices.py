@@ -37,6 +37,8 @@ GROUP_BY_MODALITY_BLOCKS = "group_by_modality_blocks"
 GROUPED_STRATEGIES = (GROUP_BY_MODALITY_LENGTH, GROUP_BY_MODALITY_BLOCKS)
 """Orders of samples that depend on their lengths: LLaVA's, and the one that pads least."""
 SAMPLING_STRATEGIES = ("random", "sequential", *GROUPED_STRATEGIES)
+PLATEAU_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+"""Schedules whose learning rate depends on what was measured, not on the step alone."""
 BEST_FIT = "best_fit"
 PACKING_STRATEGIES = ("step", BEST_FIT)
 FSDP2 = "fsdp2"

@@ -14,6 +14,11 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+
+class Rank0Failed(SystemExit):
+    """Ends another rank than the first, which has failed and says why: nobody waits for it."""
+
+
 PATIENCE = 60.0
 """Seconds that rank 0 tries to get a lock before it tells the others that it still waits, so that none times out."""
 
@@ -30,7 +35,8 @@ def on_rank0(action: Callable[[], T]) -> T:
     """Return on every rank what a call on rank 0 returned.
 
     Raises:
-        Exception: what the call raised, on rank 0; the others end with SystemExit, without a message of their own.
+        Exception: what the call raised, on rank 0.
+        Rank0Failed: it raised something, on the others, which end without a message of their own.
     """
     value: T | None = None
     error: Exception | None = None
@@ -43,7 +49,7 @@ def on_rank0(action: Callable[[], T]) -> T:
     if error is not None:
         raise error
     if failed:
-        raise SystemExit(1)
+        raise Rank0Failed(1)
     return cast("T", result)
 
 

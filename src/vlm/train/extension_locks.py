@@ -56,12 +56,13 @@ def is_open(file: Path) -> bool:
 
 
 def processes_in(folder: Path) -> list[int]:
-    """Return the processes of this user whose working directory is a folder, such as compilers."""
+    """Return the processes of this user whose working directory is a folder, such as compilers; no terminal's shell."""
     target, pids = str(folder.resolve()), []
     for link in Path("/proc").glob("[0-9]*/cwd"):
         with suppress(OSError):
-            if os.readlink(link) == target:
-                pids.append(int(link.parts[2]))
+            pid = int(link.parts[2])
+            if os.readlink(link) == target and os.getsid(pid) != pid:
+                pids.append(pid)
     return pids
 
 

@@ -25,6 +25,7 @@ PRIVATE_HOOKS = (
     PrivateName(TRAINER, "loss_is_scaled_for_ga", "losses of packed rows are parts of their step's (set)"),
     _hook("_get_grad_norm", "the gradient norm says whether an update is applied", "model", "grad_norm"),
     _hook("_save_checkpoint", "a checkpoint is whole before older ones are removed", "model", "trial"),
+    _hook("_determine_best_metric", "the best checkpoint is kept by `trainer.keep_best`", "metrics", "trial"),
     _hook("_get_output_dir", "checkpoints are written aside", "trial"),
     _hook("_save_optimizer_and_scheduler", "states are hashed, and DeepSpeed leaves frozen weights out", "output_dir"),
     _hook("_load_from_checkpoint", "a checkpoint has only the weights that train", "resume_from_checkpoint", "model"),

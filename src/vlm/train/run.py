@@ -85,7 +85,7 @@ def _train(
     prepared = PreparedRun(folder, args, processor, model, parts, data, collate)
     objective.before_training(prepared)
     if start.checkpoint is not None:
-        args.eval_on_start = False  # that was at the first start
+        prepared.args.eval_on_start = False  # that was at the first start
     trainer = make_trainer(objective, prepared)
     progress = RunProgress(trainer, start.record)
     trainer.changed_keys = start.changed_keys

@@ -48,7 +48,7 @@ def choose_directory(config: RunConfig, name: str) -> Path:
 
 def write_run_files(folder: Path, config: RunConfig) -> None:
     """Write the resolved configuration, the command and the versions of a run that begins; called on one rank."""
-    for name in (CHANGES_FILE, SKIPPED_FILE, "metrics.jsonl", "samples.md", "first_batch.html"):
+    for name in (CHANGES_FILE, SKIPPED_FILE, "metrics.jsonl", "samples.md", "guard.jsonl", "first_batch.html"):
         (folder / name).unlink(missing_ok=True)  # of a start that saved nothing
     write_text_whole(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
     write_text_whole(folder / COMMAND_FILE, _command())
@@ -57,8 +57,7 @@ def write_run_files(folder: Path, config: RunConfig) -> None:
 
 def add_command(folder: Path) -> None:
     """Add the command of a run that goes on to those before it."""
-    with (folder / COMMAND_FILE).open("a", encoding="utf-8") as file:
-        file.write(_command())
+    _add_line(folder / COMMAND_FILE, _command())
 
 
 def add_changes(folder: Path, step: int, changes: Mapping[str, Sequence[object]]) -> None:
@@ -71,8 +70,12 @@ def add_changes(folder: Path, step: int, changes: Mapping[str, Sequence[object]]
     """
     if changes:
         line = {"step": step, "time": f"{datetime.now():%Y-%m-%dT%H:%M:%S}", "changes": changes}
-        with (folder / CHANGES_FILE).open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(line, ensure_ascii=False)}\n")
+        _add_line(folder / CHANGES_FILE, f"{json.dumps(line, ensure_ascii=False)}\n")
+
+
+def _add_line(file: Path, line: str) -> None:
+    """Add a line to a file of few lines, whole or not at all."""
+    write_text_whole(file, "".join([*_read_lines(file), line]))
 
 
 def _command() -> str:

@@ -1,23 +1,24 @@
 """What every rank of a run must have in common: configuration, code, versions and data."""
 
-import hashlib
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.data.stream import SampleStream
 from vlm.train.distributed import all_gather_objects
+from vlm.train.resume.record import digest_stream, package_digest, user_modules
 from vlm.train.run_directory import package_versions
 
 OWN_KEYS = ("dataset.cache_dir",)
 """Keys that may differ, such as for caches on each machine's own disk."""
 
 MAX_DIFFERENCES = 5
+
+DIGITS = 12
+"""Number of hexadecimal digits of a digest that messages have."""
 
 
 def check_same_setup(config: RunConfig) -> None:
@@ -28,7 +29,9 @@ def check_same_setup(config: RunConfig) -> None:
     """
     keys = {key: value for key, value in flatten(asdict(config)).items() if key not in OWN_KEYS}
     versions = {f"version of {name}": version for name, version in package_versions().items()}
-    code = {"version of python": platform.python_version(), "code of vlm (SHA-256)": code_digest()}
+    versions["version of python"] = platform.python_version()
+    modules = {"vlm": package_digest(), **dict(user_modules(asdict(config)))}
+    code = {f"code of {name} (SHA-256)": digest[:DIGITS] for name, digest in modules.items()}
     check_equal({**keys, **versions, **code}, "Start every rank with the same command, environment and code")
 
 
@@ -45,6 +48,9 @@ def check_same_data(records: Mapping[str, SampleDataset | SampleStream | None]) 
                 values = asdict(source).items()
                 facts |= {f"{role} data, {source.source}: {key}": value for key, value in values if key != "path"}
             facts[f"{role} data: samples"] = len(dataset)
+        elif dataset is not None:  # of a stream the names and sizes of its files are known
+            for source in dataset.sources:
+                facts[f"{role} data, {source.name}: files"] = digest_stream(source.path)[:DIGITS]
     check_equal(facts, "Give every machine the same files, on a shared disk or as copies")
 
 
@@ -78,12 +84,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
         key = f"{prefix}{name}"
         flat |= flatten(value, f"{key}.") if isinstance(value, Mapping) and value else {key: value}
     return flat
-
-
-@cache
-def code_digest() -> str:
-    """Return a digest of the source of this package, in 12 hexadecimal digits."""
-    digest, root = hashlib.sha256(), Path(__file__).parents[1]
-    for file in sorted(root.rglob("*.py")):
-        digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:12]

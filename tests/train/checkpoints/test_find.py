@@ -1,10 +1,13 @@
 """Which checkpoint a run goes on from, and which ones are kept."""
 
+import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
+from vlm.train.checkpoints import find
 from vlm.train.checkpoints.files import UNFINISHED
 from vlm.train.checkpoints.find import (
     find_whole_checkpoint,
@@ -81,7 +84,7 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said_to_be_unchecked(
 def test_a_named_checkpoint_has_to_be_whole(run: Path):
     assert require_whole_checkpoint(run / "checkpoint-4") == run / "checkpoint-4"
     (run / "checkpoint-4" / "weights").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint-4: weights has 0 bytes in place of 100\. Resume from another"):
+    with pytest.raises(ValueError, match=r"checkpoint-4: weights has 0 bytes in place of 100\. Name another one"):
         require_whole_checkpoint(run / "checkpoint-4")
     assert (run / "checkpoint-4").is_dir()
 
@@ -102,6 +105,15 @@ def test_as_many_whole_ones_are_kept_as_the_limit_says(run: Path):
     assert names(run) == ["checkpoint-10", "checkpoint-12", "checkpoint-4"]
     remove_old_checkpoints(run, 1)
     assert names(run) == ["checkpoint-10", "checkpoint-12"]
+
+
+def test_one_that_cannot_be_removed_stays(run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def fails(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(find, "remove_folder", fails)
+    remove_old_checkpoints(run, 2)
+    assert "checkpoint-2 could not be removed ([Errno 28] No space left on device), and stays" in caplog.text
 
 
 def test_the_best_one_stays_besides(run: Path):
@@ -125,5 +137,5 @@ def test_pickles_of_others_are_not_read(tmp_path: Path, place: str):
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "link").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
     require_own_checkpoint(tmp_path / "run" / "checkpoint-1", tmp_path / "run")
-    with pytest.raises(ValueError, match="the run's own directory alone"):
+    with pytest.raises(ValueError, match="read checkpoints of their own directory alone"):
         require_own_checkpoint(tmp_path / place, tmp_path / "run")

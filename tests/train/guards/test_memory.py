@@ -46,6 +46,8 @@ def test_remedies_have_an_effect_and_an_order():
              "trainer.bf16=true", "trainer.deepspeed=zero3", "dataset.max_length=256"]  # fmt: skip
     left = list_remedies(compose_config("pretrain-smol", [*words, "trainer.dataloader_num_workers=0"]))
     assert not [remedy for remedy in left if "activation" in remedy or "bf16" in remedy or "zero" in remedy]
+    left = list_remedies(compose_config("finetune-smol", ["dataset.path=x", "trainer/sharding=fsdp2"]))
+    assert not [remedy for remedy in left if "deepspeed" in remedy]  # both would be refused
     keys = list_remedies(
         compose_config(
             "finetune-smol", ["dataset.path=x", "trainer.activation_checkpointing=false", "trainer.deepspeed=null"]

@@ -226,6 +226,24 @@ def test_a_spike_is_told_and_a_resumed_run_tells_the_same(
     run = train("pretrain-smol", tmp_path, *words)
     (line,) = guarded(run)
     assert (line["step"], line["action"]) == (5, "warn")
-    (run / "guard.jsonl").unlink()
     train("pretrain-smol", tmp_path, *words, f"trainer.resume_from_checkpoint={run / 'checkpoint-4'}")
     assert guarded(run) == [line]
+
+
+def test_a_resumed_run_logs_what_was_left_out_before(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Between two logs: the mean is over the steps that count, and the step is listed once."""
+
+    def logged(run: Path) -> list[Any]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line[name] for line in lines for name in ("loss", "skipped_steps", "train_loss") if name in line]
+
+    poison(monkeypatch, {2}, lambda loss: loss * torch.nan)
+    words = [*SHORT, "trainer.max_steps=4", "trainer.logging_steps=4", "trainer.on_nonfinite=skip"]
+    run = train("pretrain-smol", tmp_path, *words)
+    expected = logged(run)
+    assert len(expected) == 3
+    train("pretrain-smol", tmp_path, *words, f"trainer.resume_from_checkpoint={run / 'checkpoint-2'}")
+    assert logged(run) == expected
+    assert [line["step"] for line in guarded(run)] == [2]

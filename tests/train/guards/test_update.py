@@ -48,3 +48,9 @@ def test_what_no_lower_scale_would_help_is_one(tmp_path: Path, scale: float, los
     """The least scale, a loss that is not finite itself, a scale that stays as it is."""
     with pytest.raises(GuardStop):
         make_update(tmp_path, scale, loss, deepspeed=True, dynamic=dynamic).finish(torch.nn.Linear(1, 1), math.inf)
+
+
+@pytest.mark.parametrize(("norm", "stops"), [(math.nan, True), (2.0, False)])
+def test_the_schedule_stands_still_where_the_scaler_leaves_an_update_out(tmp_path: Path, norm: float, stops: bool):
+    """Not where a spike is: the optimiser is called then, without gradients."""
+    assert make_update(tmp_path, 1024.0, 2.0, deepspeed=False).stops_schedule(norm) is stops

@@ -158,3 +158,26 @@ def test_a_run_with_a_stopped_rank_ends(common: list[str], tmp_path: Path):
     assert (first.returncode, second.returncode) == (76, -signal.SIGKILL), first.stderr
     assert "_inner_training_loop" in (tmp_path / "stuck" / "rank-0.txt").read_text()
     assert not (tmp_path / "final").exists()
+
+
+ALONE = """
+import sys, time
+from pathlib import Path
+from vlm.train.guards.watchdog import Watchdog
+
+watchdog = Watchdog(Path(sys.argv[1]), 0.5, 1, 2)
+watchdog.start()
+for _ in range(10):
+    watchdog.mark()
+    time.sleep(0.1)
+watchdog.stop()
+"""
+
+
+def test_stacks_that_an_earlier_run_left_end_no_rank(tmp_path: Path):
+    """As on the disk of another node, where rank 0 removes nothing."""
+    (tmp_path / "stuck").mkdir()
+    (tmp_path / "stuck" / "rank-0.txt").touch()
+    (done,) = run_forked(["-c", ALONE, str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "heartbeats").exists()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_ranks
 from tests.waiting import wait_until
 from vlm.train.resume import lock
 from vlm.train.resume.lock import HOLDER_FILE, RunLock, read_holder
@@ -124,3 +125,13 @@ def test_a_directory_is_moved_with_its_lock_released(tmp_path: Path):
     assert [file.name for file in (tmp_path / "run.1").iterdir()] == ["metrics.jsonl"]
     with RunLock(tmp_path / "run"):
         pass
+
+
+def test_ranks_that_are_refused_say_so_once(tmp_path: Path, common: list[str]):
+    """No rank waits for the first, or ends with a traceback."""
+    words = ["-cn", "pretrain-smol", *common, f"trainer.output_dir={tmp_path / 'run'}"]
+    with RunLock(tmp_path / "run"):
+        first, second = run_ranks("vlm", words)
+    assert first.returncode == 1
+    assert "another run trains in it" in first.stderr
+    assert "Traceback" not in first.stderr + second.stderr

@@ -112,6 +112,25 @@ def test_more_steps_are_trained_and_no_step_twice(done: Path, whole: Path, train
     assert not [folder.name for folder in done.glob("final.*")]
 
 
+def test_a_longer_run_that_is_killed_goes_on_beside_the_earlier_final(done: Path, whole: Path, train: Train):
+    longer = [*SHORT, "trainer.max_steps=6"]
+    train("pretrain-smol", done, *longer)
+    expected = losses(done)
+    for removed in ("checkpoint-6", "final"):
+        shutil.rmtree(done / removed)
+    (done / "checkpoint-4").rename(done / "checkpoint-4.kept")
+    shutil.copytree(whole / "final", done / "final")
+    with pytest.raises(ValueError, match="no checkpoint of its last step to go on from"):
+        train("pretrain-smol", done, *longer)
+    (done / "checkpoint-4.kept").rename(done / "checkpoint-4")
+    train("pretrain-smol", done, *longer)
+    assert losses(done) == expected
+    shutil.rmtree(done / "final")
+    shutil.copytree(whole / "final", done / "final")  # killed before it was written anew
+    train("pretrain-smol", done, *longer)
+    assert json.loads((done / "final" / "run.json").read_text())["progress"]["step"] == 6
+
+
 def test_fewer_steps_than_were_trained_are_refused(stopped: Path, train: Train):
     with pytest.raises(ValueError, match=r"trainer\.max_steps=1, and .*checkpoint-2 is beyond it"):
         train("pretrain-smol", stopped, *SHORT, "trainer.max_steps=1")
@@ -220,6 +239,7 @@ def test_a_run_goes_back_to_an_earlier_checkpoint(done: Path, whole: Path, train
     train("pretrain-smol", done, *SHORT, f"trainer.resume_from_checkpoint={done / 'checkpoint-2'}")
     names = [folder.name for folder in done.glob("checkpoint-*")]
     assert sorted(names) == ["checkpoint-2", "checkpoint-4", "checkpoint-4.superseded"]
+    assert (done / "final.superseded" / "run.json").is_file()
     assert_same_weights(done, whole)
     assert losses(done) == losses(whole)
 

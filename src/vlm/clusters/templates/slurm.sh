@@ -17,7 +17,7 @@ trap cancelled=1 TERM  # scancel, and preemption, after which Slurm itself queue
 
 # One task a node, which starts a rank for each GPU. Nodes, node rank and rendezvous come from Slurm. When the ranks of
 # one node have ended, those of the others have a minute to end.
-srun --ntasks-per-node=1 --wait=60 @{launch} --nproc @{gpus} -- @{words}
+srun --ntasks-per-node=1@{step} --wait=60 @{launch} --nproc @{gpus} -- @{words}
 code=$?
 # @{saved}: a checkpoint was saved on a signal, and the same command resumes from it.
 if [ "$code" -eq @{saved} ] && [ -z "$cancelled" ]; then

@@ -91,16 +91,16 @@ def require_whole_checkpoint(checkpoint: Path) -> Path:
 
 
 def require_own_checkpoint(checkpoint: Path, run_directory: Path) -> None:
-    """Refuse pickles of others, which run code when they are read; files of DeepSpeed are pickles.
+    """Refuse pickles of others, which run code when they are read; files of DeepSpeed and FSDP2 are pickles.
 
     Raises:
         ValueError: the checkpoint does not lie in the run directory.
     """
     if checkpoint.resolve().parent != run_directory.resolve():
         raise ValueError(
-            f"trainer.resume_from_checkpoint={checkpoint}: files of DeepSpeed can run code when they are read, so they "
-            f"are read from the run's own directory alone, trainer.output_dir={run_directory}. If you trust this "
-            "checkpoint, copy its folder there"
+            f"trainer.resume_from_checkpoint={checkpoint}: files of sharded runs (trainer.deepspeed, trainer.sharding) "
+            "can run code when they are read, so such runs read checkpoints of their own directory alone, "
+            f"trainer.output_dir={run_directory}. If you trust this checkpoint, copy its folder there"
         )
 
 
@@ -133,6 +133,7 @@ def set_aside(checkpoint: Path, ending: str, reason: str) -> None:
     """Rename a checkpoint so that nothing takes it for one; every rank calls this."""
     names = (f"{checkpoint.name}.{ending}{'' if number == 1 else f'-{number}'}" for number in count(1))
     target = next(folder for folder in map(checkpoint.with_name, names) if not folder.exists())
+    barrier()  # all ranks have looked before one of them renames
     failure = None
     try:
         checkpoint.rename(target)
@@ -163,7 +164,10 @@ def remove_old_checkpoints(run_directory: Path, limit: int | None, best_step: in
         return
     whole = _whole_checkpoints(run_directory, best_step)
     for checkpoint in list(whole)[limit:]:
-        remove_folder(checkpoint)
+        try:
+            remove_folder(checkpoint)
+        except OSError as error:  # the new one is whole all the same
+            log.warning("%s could not be removed (%s), and stays", checkpoint, error)
 
 
 def _whole_checkpoints(run_directory: Path, best_step: int | None) -> Iterator[Path]:

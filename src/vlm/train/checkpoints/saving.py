@@ -170,11 +170,17 @@ class SavingTrainer(Trainer):
 
     def _checkpoint_bytes(self, run_directory: Path) -> int:
         """Return how many bytes this rank will write, about."""
-        leads, is_sharded = self.args.should_save, self.is_deepspeed_enabled or self.is_sharded
+        leads = self.args.should_save
         previous = sizes.previous_checkpoint_bytes(run_directory)
         if previous is None:
             trained = trained_tensors(self.model, self.parts).values()
-            return sizes.new_checkpoint_bytes(trained, self.optimizer, leads=leads, is_sharded=is_sharded)
+            return sizes.new_checkpoint_bytes(
+                trained,
+                self.optimizer,
+                leads=leads,
+                is_sharded=self.is_deepspeed_enabled or self.is_sharded,
+                copies_weights=self.is_deepspeed_enabled,
+            )
         return previous if leads else 0
 
     def _save_trained_weights(self, folder: Path) -> None:
@@ -206,6 +212,10 @@ class SavingTrainer(Trainer):
     def _current_writer(self) -> FolderWriter:
         assert self.writer is not None, "parts of a checkpoint are written while one is saved"
         return self.writer
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: None) -> bool:
+        """Return False: `note_evaluation` finds the best; `Trainer` would look for its checkpoint in `unfinished`."""
+        return False
 
     def note_evaluation(self, metrics: dict[str, float]) -> None:
         """Ask for a checkpoint where an evaluation is the best so far, and that is kept; every rank calls this."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from vlm.train.checkpoints.find import list_checkpoints
 from vlm.train.checkpoints.groups import rank_and_world_size
@@ -39,20 +40,24 @@ def optimizer_bytes(optimizer: Any) -> int:
     """Return the bytes of this rank's states of an optimiser, within whatever wraps it."""
     while hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
-    return tensor_bytes(_tensors_in(optimizer.state))
+    states = _tensors_in(optimizer.state)
+    return tensor_bytes(state.to_local() if isinstance(state, DTensor) else state for state in states)
 
 
-def new_checkpoint_bytes(trained: Collection[Tensor], optimizer: Any, *, leads: bool, is_sharded: bool) -> int:
+def new_checkpoint_bytes(
+    trained: Collection[Tensor], optimizer: Any, *, leads: bool, is_sharded: bool, copies_weights: bool
+) -> int:
     """Return the bytes that a rank writes into a run's first checkpoint, about.
 
     Args:
         trained: the weights that train.
         optimizer: the run's optimiser.
-        leads: whether this rank writes what is there once: weights, and without DeepSpeed the optimiser's states.
-        is_sharded: whether DeepSpeed shares out the states, and with them weights in float32, to all ranks.
+        leads: whether this rank writes what is there once, or counts it: weights, and states that are not sharded.
+        is_sharded: whether the states are shared out to all ranks.
+        copies_weights: whether weights in float32 are with them, as under DeepSpeed.
     """
     num_bytes = OTHER_BYTES + (tensor_bytes(trained) if leads else 0)
-    if is_sharded:
+    if copies_weights:
         num_bytes += 4 * sum(map(num_elements, trained)) // rank_and_world_size()[1]
     return num_bytes + (optimizer_bytes(optimizer) if leads or is_sharded else 0)
 

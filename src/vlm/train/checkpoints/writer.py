@@ -160,8 +160,9 @@ class FolderWriter:
         Raises:
             SaveError: a rank could not write. What was there before is as it was.
         """
+        self._agree()  # every rank has written what it has
         with self.recording():
-            if self.is_first_of_node and self.error is None:
+            if self.is_first_of_node:
                 flush_folder(self.folder)
         self._agree()
         if step is not None:

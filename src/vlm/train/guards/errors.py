@@ -7,16 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vlm.checks.fields import RunFailed
+from vlm.clusters.processes import GUARD_EXIT_CODE
 from vlm.config.schema import DatasetConfig, RunConfig
 
 log = logging.getLogger(__name__)
 
-GUARD_EXIT_CODE = 76
-"""The exit code of a run that a guard stopped: going on with the same command would most likely end the same way."""
-
 WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
 """How PyTorch's message about data workers that died begins."""
-
 
 DEATH_SECONDS = 2.0
 """How long a worker whose connection broke may take to be known to be dead."""

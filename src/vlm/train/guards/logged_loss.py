@@ -1,7 +1,12 @@
 """The training loss that is logged: a mean over the steps whose update was applied."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+COUNTS = ("steps", "skipped", "all_steps", "all_skipped")
+"""Counters of steps, since the last log and of the run, and of those whose update was left out."""
 
 
 class LoggedLoss:
@@ -11,6 +16,16 @@ class LoggedLoss:
         self.before = torch.tensor(0.0)
         self.steps = self.skipped = 0
         self.all_steps = self.all_skipped = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The numbers of steps that were counted, which go with the sums of losses in a checkpoint."""
+        return {name: getattr(self, name) for name in COUNTS}
+
+    @counts.setter
+    def counts(self, counts: Mapping[str, int]) -> None:
+        for name in COUNTS:
+            setattr(self, name, counts.get(name, 0))
 
     def begin_step(self, total: Tensor) -> None:
         """Remember the sum of losses, a scalar, before a step adds its own; the device is not waited for."""

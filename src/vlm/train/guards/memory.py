@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from vlm.checks.fields import RunFailed
 from vlm.config.schema import RunConfig
+from vlm.train.guards.weights import held_here
 from vlm.train.monitor.speed import peak_memory
 
-CPU_MESSAGES = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-"""Parts of what PyTorch says where the memory of the machine ran out."""
+MESSAGES = (
+    "can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
+"""Parts of what is said where memory ran out that PyTorch's own allocator does not ask for."""
 
 
 class OutOfMemory(RunFailed):
@@ -50,21 +54,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory ran out, of a device or of the machine."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return getattr(error, "errno", None) == errno.ENOMEM or any(text in str(error) for text in CPU_MESSAGES)
+    return getattr(error, "errno", None) == errno.ENOMEM or any(text in str(error) for text in MESSAGES)
 
 
 def measure_held(trainer: MemoryHolder) -> dict[str, int]:
     """Return the bytes that parameters, gradients and optimiser states hold on this rank."""
     model: nn.Module = trainer.model
-    parameters = [getattr(parameter, "ds_tensor", parameter) for parameter in model.parameters()]
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    parameters = [held_here(parameter) for parameter in model.parameters()]
+    gradients = [held_here(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
     inner = trainer.optimizer
     while hasattr(inner, "optimizer"):  # accelerate's and DeepSpeed's wrappers
         inner = inner.optimizer
-    states = [] if inner is None else list(_tensors(inner.state.values()))
+    states = [] if inner is None else list(map(held_here, _tensors(inner.state.values())))
     own = {tensor.data_ptr() for tensor in parameters}
     groups = [] if inner is None else inner.param_groups
-    copies = [p for group in groups for p in group["params"] if p.data_ptr() not in own]  # in float32, of DeepSpeed
+    optimized = [held_here(parameter) for group in groups for parameter in group["params"]]
+    copies = [tensor for tensor in optimized if tensor.data_ptr() not in own]  # in float32, of DeepSpeed
     return {
         "parameters": _num_bytes([*parameters, *model.buffers()]),
         "gradients": _num_bytes(gradients),
@@ -113,7 +118,7 @@ def list_remedies(config: RunConfig) -> list[str]:
         remedies.append("trainer.activation_checkpointing=true")
     if not (trainer.bf16 or trainer.fp16):
         remedies.append("trainer.bf16=true")
-    if trainer.deepspeed in (None, "zero0", "zero1", "zero2"):
+    if trainer.sharding is None and trainer.deepspeed in (None, "zero0", "zero1", "zero2"):
         stages = "zero3" if trainer.deepspeed == "zero2" else "zero2, then zero3,"
         remedies.append(f"trainer.deepspeed={stages} on several GPUs")
     if data.max_length is None or data.max_length > 512:

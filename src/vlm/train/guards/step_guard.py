@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlm.config.schema import TrainerOptions
 from vlm.data.dataset import SampleRef
-from vlm.train.distributed import all_gather_objects
+from vlm.train.distributed import all_gather_objects, broadcast_from_rank0
 from vlm.train.guards.errors import GuardStop
 from vlm.train.guards.spikes import SpikeDetector
 
@@ -101,15 +101,15 @@ class StepGuard:
     def read_numbers(self, norm: Tensor | float) -> dict[str, float]:
         """Return the gradient norm of a step and, where spikes are looked for, its loss on all ranks.
 
-        The device is waited for once.
+        Ranks get the same numbers to the bit, so that they find the same spikes. The device is waited for once.
         """
         if self.options.spike_action is None:
             return {GRADIENT: float(norm)}
         loss = self.step.loss()
-        if dist.is_initialized():
-            dist.all_reduce(loss)
-            loss /= dist.get_world_size()
         pair = torch.stack([torch.as_tensor(norm, dtype=torch.float32, device=loss.device), loss])
+        if dist.is_initialized():
+            dist.all_reduce(pair)
+            pair /= dist.get_world_size()
         return dict(zip((GRADIENT, LOSS), pair.tolist(), strict=True))
 
     def judge(self, norm: Tensor | float) -> bool:
@@ -199,9 +199,9 @@ class StepGuard:
             (checkpoint / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load_from(self, checkpoint: Path) -> None:
-        """Read it; a checkpoint of an earlier version knows nothing."""
+        """Read it on the rank that wrote it, for all; a checkpoint of an earlier version knows nothing."""
         file = checkpoint / STATE_FILE
-        state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        state = broadcast_from_rank0(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
         self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
         self.spikes = SpikeDetector(self.options.spike_window, self.options.spike_threshold)
         for name, values in state.get("history", {}).items():

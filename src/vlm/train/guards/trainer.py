@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from vlm.config.choices import PLATEAU_SCHEDULES
 from vlm.config.schema import RunConfig
 from vlm.train.checkpoints.trained import trained_tensors
 from vlm.train.checkpoints.trainer import CheckpointTrainer
@@ -77,7 +78,8 @@ class GuardedTrainer(CheckpointTrainer):
         self.guarded_update.finish(model, norm)
         is_skipped = self.guard.skipped > skipped
         self.logged_loss.end_step(self._tr_loss, skipped=is_skipped)
-        if is_skipped and self.accelerator.optimizer_step_was_skipped:
+        follows_metric = self.args.lr_scheduler_type in PLATEAU_SCHEDULES
+        if is_skipped and self.guarded_update.stops_schedule(norm) and not follows_metric:
             self.lr_scheduler.step()  # the rate depends on the step's number alone
         return norm
 

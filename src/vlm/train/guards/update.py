@@ -94,6 +94,16 @@ class GuardedUpdate:
                 parameter.grad = None
         return applied
 
+    def stops_schedule(self, norm: Tensor | float | None) -> bool:
+        """Return whether `Trainer` would leave the learning rate as it is at an update that the guard left out.
+
+        DeepSpeed has left the update out by now; float16's scaler will where the gradient is not finite.
+        """
+        if self.engine is not None:
+            return self.accelerator.optimizer_step_was_skipped
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.is_enabled() and norm is not None and not math.isfinite(norm)
+
     def _scale_is_searched(self) -> bool:
         """Return whether float16's loss scale was too high, and was lowered: no fault, and the update is left out.
 

@@ -20,8 +20,8 @@ from pathlib import Path
 import psutil
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vlm.clusters.processes import GUARD_EXIT_CODE
 from vlm.train.distributed import barrier
-from vlm.train.guards.errors import GUARD_EXIT_CODE
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Watchdog:
         self.heartbeats, self.stacks = folder / "heartbeats", folder / "stuck"
         self._count = 0
         self._seen: dict[int, str] = {}
+        self._earlier_stacks: set[Path] = set()
         self._progress_at = time.monotonic()
         self._ended, self._arming = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -64,7 +65,10 @@ class Watchdog:
         self._write_heartbeat()
         if self.rank == 0:
             shutil.rmtree(self.stacks, ignore_errors=True)
-        barrier()  # no rank sees what an earlier run left
+        self._stack_file(self.rank).unlink(missing_ok=True)
+        barrier()
+        # What an earlier run left: a disk of another node has it, and file systems of a network list it for a while.
+        self._earlier_stacks = set(self.stacks.glob("rank-*.txt"))
         self._thread.start()
 
     def mark(self) -> None:
@@ -76,6 +80,8 @@ class Watchdog:
         with self._arming:
             self._ended.set()
             faulthandler.cancel_dump_traceback_later()
+        if self._thread.is_alive():
+            self._thread.join(self.interval)  # it may be writing a heartbeat
         self._file(self.rank).unlink(missing_ok=True)
         with suppress(OSError):  # other ranks' files may be in it
             self.heartbeats.rmdir()
@@ -90,7 +96,7 @@ class Watchdog:
                 # Its own thread needs no Python: it ends a process in which no Python code runs any more.
                 faulthandler.dump_traceback_later(2 * self.stuck_after, exit=True, file=STDERR)
             try:
-                if any(self.stacks.glob("rank-*.txt")):
+                if not self._earlier_stacks.issuperset(self.stacks.glob("rank-*.txt")):
                     self._end("another rank is stuck")
                 self._write_heartbeat()
                 if self._has_progress():

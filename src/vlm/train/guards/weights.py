@@ -15,15 +15,17 @@ def find_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
 
     Of parameters that are sharded each rank looks at its own shard. The device is waited for once.
     """
-    named = [(name, held) for name, tensor in tensors if (held := _held_here(tensor)).is_floating_point()]
-    finite = torch.stack([held.isfinite().all() for _, held in named]) if named else torch.ones(0, dtype=torch.bool)
-    names = [name for (name, _), is_finite in zip(named, finite.tolist(), strict=True) if not is_finite]
+    named = [(name, held) for name, tensor in tensors if (held := held_here(tensor)).is_floating_point()]
+    device = named[0][1].device if named else None  # offloaded parameters are on another one than buffers
+    finite = [held.isfinite().all().to(device) for _, held in named]
+    are_finite = torch.stack(finite).tolist() if finite else []
+    names = [name for (name, _), is_finite in zip(named, are_finite, strict=True) if not is_finite]
     if not dist.is_initialized():
         return names
     return sorted({name for found in all_gather_objects(names) for name in found})
 
 
-def _held_here(tensor: Tensor) -> Tensor:
+def held_here(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: the whole, or its shard under ZeRO-3 or FSDP2."""
     shard = getattr(tensor, "ds_tensor", None)  # of DeepSpeed's ZeRO-3
     if shard is not None:

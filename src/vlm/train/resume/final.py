@@ -6,7 +6,9 @@ from typing import Protocol
 
 from transformers import TrainingArguments
 
-from vlm.train.resume.record import Progress, RunRecord, write_record
+from vlm.train.checkpoints.find import SUPERSEDED, set_aside
+from vlm.train.distributed import on_rank0
+from vlm.train.resume.record import Progress, RunRecord, read_record, write_record
 from vlm.train.resume.start import FINAL
 
 
@@ -29,3 +31,17 @@ def write_final(trainer: SavingTrainer, folder: Path, record: RunRecord, progres
 
     trainer.save_whole_model(folder / FINAL, write_more)
     return folder / FINAL
+
+
+def set_aside_later_final(folder: Path, step: int) -> None:
+    """Rename the finished model of a run that goes back to an earlier step; every rank calls this.
+
+    It would say that the run is done.
+    """
+
+    def is_later() -> bool:
+        progress = read_record(folder / FINAL)[1] if (folder / FINAL).is_dir() else None
+        return progress is not None and progress.step > step
+
+    if on_rank0(is_later):
+        set_aside(folder / FINAL, SUPERSEDED, f"is of a later step than {step}, from which the run goes on")

@@ -7,10 +7,8 @@ counts as one that changes the run. Imports the schema only.
 import re
 from enum import Enum
 
+from vlm.config.choices import PLATEAU_SCHEDULES
 from vlm.config.schema import RunConfig
-
-PLATEAU_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-"""Schedules whose learning rate depends on what was measured, not on the step alone."""
 
 
 class KeyClass(Enum):

@@ -3,20 +3,22 @@
 import json
 import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm.train.distributed import on_rank0
+from vlm.train.guards.logged_loss import LoggedLoss
+from vlm.train.resume.final import set_aside_later_final
 from vlm.train.resume.record import Progress, RunRecord, read_record, write_record
 from vlm.train.run_directory import write_json
 
 LOSS_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
 """What `Trainer` keeps between two logs: the sum of losses since the last one, that of all logs, and two steps."""
 
-APPENDED_FILES = ("metrics.jsonl", "samples.md")
+APPENDED_FILES = ("metrics.jsonl", "samples.md", "guard.jsonl")
 """Files of a run directory that a run adds to."""
 
 
@@ -26,6 +28,7 @@ class ResumableTrainer(Protocol):
     args: TrainingArguments
     state: TrainerState
     changed_keys: frozenset[str]
+    logged_loss: LoggedLoss
 
     def end_epoch(self) -> None:
         """Evaluate, log and save as after the last step of an epoch."""
@@ -42,7 +45,7 @@ class RunProgress(TrainerCallback):
     def __init__(self, trainer: ResumableTrainer, record: RunRecord):
         self.trainer, self.record = trainer, record
         self.epoch_ended = True
-        self.saved: dict[str, float] = {}
+        self.saved: dict[str, Any] = {}
 
     @property
     def progress(self) -> Progress:
@@ -57,7 +60,8 @@ class RunProgress(TrainerCallback):
             write_record(checkpoint, self.record, self.progress)
         sums = {name: getattr(self.trainer, name) for name in LOSS_SUMS}
         sums = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in sums.items()}
-        write_json(checkpoint / f"loss_sums-{args.process_index}.json", {"ranks": args.world_size, **sums})
+        sums |= {"ranks": args.world_size, "steps": self.trainer.logged_loss.counts}
+        write_json(checkpoint / f"loss_sums-{args.process_index}.json", sums)
 
     def load_from(self, checkpoint: Path) -> None:
         """Read the sums, which `on_train_begin` takes up: `Trainer` sets them to 0 after this."""
@@ -67,6 +71,9 @@ class RunProgress(TrainerCallback):
         self.saved = saved if saved.get("ranks") == args.world_size else {}  # of another number of ranks, none fits
         _, progress = on_rank0(lambda: read_record(checkpoint))  # the disk of another machine may not have it
         self.epoch_ended = progress is None or progress.epoch_ended
+        run_directory = Path(str(args.output_dir))
+        if checkpoint.resolve().parent == run_directory.resolve():
+            set_aside_later_final(run_directory, self.trainer.state.global_step)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Take up the sums and this start's intervals; end an epoch that was not ended before it was saved."""
@@ -74,6 +81,7 @@ class RunProgress(TrainerCallback):
         for name in LOSS_SUMS if self.saved else ():
             value = self.saved[name]
             setattr(self.trainer, name, torch.tensor(value, device=args.device) if name == "_tr_loss" else value)
+        self.trainer.logged_loss.counts = self.saved.get("steps", {})
         loader = kwargs.get("train_dataloader")
         per_epoch = _steps_per_epoch(loader, args) if self.trainer.changed_keys else None
         if per_epoch is not None and state.global_step // per_epoch != int(state.epoch):

@@ -82,7 +82,7 @@ def make_record(config: RunConfig, world_size: int) -> RunRecord:
     What the configuration names by a file, a template or DeepSpeed's settings, is recorded by its content.
     """
     known = versions()
-    code = {"vlm": _package_digest(), **dict(_user_modules(asdict(config)))}
+    code = {"vlm": package_digest(), **dict(user_modules(asdict(config)))}
     code |= {name: known.pop(name) for name in ("git", "git_changes")}
     known.pop("world_size")
     known["threads"] = torch.get_num_threads()
@@ -157,7 +157,7 @@ def _as_json(facts: Mapping[str, object]) -> Facts:
 
 
 @cache
-def _package_digest() -> str:
+def package_digest() -> str:
     """Return a digest of the source files of this package."""
     folder = Path(vlm.__file__).parent
     return _digest_files(sorted([*folder.rglob("*.py"), *folder.rglob("*.jinja")]), folder)
@@ -171,14 +171,14 @@ def _digest_files(files: list[Path], folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def _user_modules(node: object) -> Iterator[tuple[str, str]]:
+def user_modules(node: object) -> Iterator[tuple[str, str]]:
     """Yield module -> digest of its file, for each `package.module:name` in a configuration."""
     if isinstance(node, Mapping):
         for value in node.values():
-            yield from _user_modules(value)
+            yield from user_modules(value)
     elif isinstance(node, list):
         for value in node:
-            yield from _user_modules(value)
+            yield from user_modules(value)
     elif isinstance(node, str) and is_custom_name(node):
         module = node.partition(":")[0]
         try:
@@ -191,12 +191,12 @@ def _user_modules(node: object) -> Iterator[tuple[str, str]]:
 
 def _describe_data(dataset: SampleDataset | SampleStream) -> Facts:
     if isinstance(dataset, SampleStream):
-        return {"sources": {source.name: _digest_stream(source.path) for source in dataset.sources}}
+        return {"sources": {source.name: digest_stream(source.path) for source in dataset.sources}}
     facts = {"samples": len(dataset), "tokens": int(dataset.lengths.sum()), "images": int(dataset.num_images.sum())}
     return {**facts, "sources": {source.source: source.fingerprint for source in dataset.contributions}}
 
 
-def _digest_stream(path: str) -> str:
+def digest_stream(path: str) -> str:
     """Return a digest of the names and sizes of a stream's files; of the path, where it names no files."""
     if is_tar_path(path) and not path.startswith("pipe:"):
         files = list(map(Path, expand_shard_urls(path)))

@@ -10,11 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
 from vlm.config.schema import RunConfig, TrainerOptions
-from vlm.train.checkpoints.find import find_whole_checkpoint, require_whole_checkpoint
-from vlm.train.checkpoints.world import World, find_world_problem, read_world
+from vlm.train.checkpoints.find import (
+    checkpoint_step,
+    find_whole_checkpoint,
+    require_own_checkpoint,
+    require_whole_checkpoint,
+)
+from vlm.train.checkpoints.world import UNSHARDED, World, find_world_problem, read_world
 from vlm.train.distributed import on_rank0
 from vlm.train.resume.changes import (
     Change,
@@ -96,23 +99,25 @@ def decide_start(config: RunConfig, folder: Path, now: RunRecord, world: World) 
     is_path = requested.lower() not in AUTO_WORDS
     if is_path and Path(requested).resolve().parent == folder.resolve():
         checkpoint = require_whole_checkpoint(Path(requested))
-        return on_rank0(lambda: _resume(config, checkpoint, now, world))
+        return on_rank0(lambda: _resume(config, folder, checkpoint, now, world))
     newest = find_whole_checkpoint(folder)
     if on_rank0(lambda: (folder / FINAL).is_dir()):
         return on_rank0(lambda: _start_beside_final(config, folder, newest, now, world))
     if newest is None and is_path:
         newest = require_whole_checkpoint(Path(requested))
-    return Start() if newest is None else on_rank0(lambda: _resume(config, newest, now, world))
+    return Start() if newest is None else on_rank0(lambda: _resume(config, folder, newest, now, world))
 
 
-def _resume(config: RunConfig, checkpoint: Path, now: RunRecord, world: World) -> Start:
+def _resume(config: RunConfig, folder: Path, checkpoint: Path, now: RunRecord, world: World) -> Start:
     """Return the start from a checkpoint, where its run is this one or its changes are accepted."""
+    saved = read_world(checkpoint)
+    if world.sharding != UNSHARDED or (saved is not None and saved.layout != world.layout):
+        require_own_checkpoint(checkpoint, folder)
     before, progress = read_record(checkpoint)
     accepts = config.trainer.resume_changes == "accept"
     if problem := find_world_problem(checkpoint, world, accepts_other_steps=accepts):
         raise ValueError(problem)
     changes = compare_settings(before, now, config)
-    saved = read_world(checkpoint)
     if saved is not None and (saved.ranks, saved.sharding) != (world.ranks, world.sharding):
         changes = take_another_world(changes)
     refuse_changes(changes, checkpoint, accepts=accepts)
@@ -130,12 +135,13 @@ def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, no
             changes = take_another_world(changes)
         refuse_changes_of_done(changes, folder / FINAL)
         return Start(is_done=True, before=before, progress=progress)
-    if newest is None or (progress is not None and newest.name != f"{PREFIX_CHECKPOINT_DIR}-{progress.step}"):
+    newest_step = None if newest is None else checkpoint_step(newest)
+    if newest is None or newest_step is None or (progress is not None and newest_step < progress.step):
         raise ValueError(
             f"trainer.output_dir={folder}: its run is done, and it has no checkpoint of its last step to go on from. "
             f"Choose another directory, and trainer.from_pretrained={folder / FINAL} to begin with its model"
         )
-    return _resume(config, newest, now, world)
+    return _resume(config, folder, newest, now, world)
 
 
 def _exceeds(trainer: TrainerOptions, before: RunRecord, progress: Progress) -> str | None:
