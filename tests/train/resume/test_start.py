@@ -224,6 +224,17 @@ def test_changed_records_are_refused_and_moved_ones_taken(train: Train, records:
     assert (output / "final").is_dir()
 
 
+def test_a_stream_that_was_moved_goes_on(train: Train, records: Path, tmp_path: Path):
+    words = [*SHORT, "dataset.streaming=true", "dataset.shuffle_buffer=5"]
+    output = train("pretrain-smol", tmp_path / "run", *words, f"dataset.path={records}")
+    expected = losses(output)
+    rewind(output, 2)
+    (tmp_path / "moved").mkdir()
+    moved = records.rename(tmp_path / "moved" / "records.json")
+    train("pretrain-smol", output, *words, f"dataset.path={moved}")
+    assert losses(output) == expected
+
+
 def test_never_sets_the_earlier_run_aside(done: Path, whole: Path, train: Train):
     before = snapshot(done)
     train("pretrain-smol", done, *SHORT, "trainer.resume_from_checkpoint=never", "trainer.seed=1")
