@@ -52,6 +52,7 @@ from vlm.config.packaged import group_names
 from vlm.config.schema import RunConfig
 from vlm.data.encoding.labels import read_template
 from vlm.train.checkpoints.find import find_whole_checkpoint
+from vlm.train.checkpoints.manifest import MANIFEST, Manifest, hash_file, list_files, read_manifest
 from vlm.train.monitor import callbacks, peak_flops, speed
 from vlm.train.monitor.flops import StepFlops, count_flops
 from vlm.train.monitor.plots import draw_loss, draw_speed
@@ -136,6 +137,13 @@ def newest_checkpoint(run_directory: Path) -> Path:
     checkpoint = find_whole_checkpoint(run_directory)
     assert checkpoint is not None
     return checkpoint
+
+
+def reseal(checkpoint: Path) -> None:
+    """Write a manifest of the files that a checkpoint has now, after a test has changed them."""
+    manifest = read_manifest(checkpoint)
+    files = {name: hash_file(checkpoint / name) for name in list_files(checkpoint) if name != MANIFEST}
+    Manifest(manifest.step, manifest.world_size, files).write(checkpoint)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -19,8 +19,8 @@ from vlm.train.run import run
 NAMES = [name for library in PRIVATE_NAMES.values() for name in library]
 LISTED = {name.name for name in (*NAMES, *PRIVATE_HOOKS)}
 
-NOT_PRIVATE = {"_exit", "_replace", "_asdict"}
-"""Names with an underscore that their library documents."""
+NOT_PRIVATE = {"_exit", "_replace", "_asdict", "_run_exitfuncs"}
+"""Names with an underscore that their library documents, or that every Python has had for long."""
 
 SOURCE = Path(vlm.__file__).parent
 

@@ -1,5 +1,6 @@
 """Tiny runs of many kinds, a way to kill one at any moment, and what has to be equal in the end."""
 
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,6 @@ runpy.run_module("vlm", run_name="__main__", alter_sys=True)
 """Trains as `python -m vlm` does; after `KILL_AFTER` seconds the kernel ends the process, which has no say in it."""
 
 KILL_AT_WRITE = """
-import atexit
 import os
 import runpy
 import signal
@@ -41,13 +41,14 @@ def count_writes(event, given):
     if not any(isinstance(path, (str, os.PathLike)) and "/checkpoint-" in str(path) for path in given):
         return
     count += 1
+    if "COUNT_FILE" in os.environ:
+        with open(os.environ["COUNT_FILE"], "w") as file:
+            file.write(str(count))
     if count == last:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 sys.addaudithook(count_writes)
-if "COUNT_FILE" in os.environ:
-    atexit.register(lambda: open(os.environ["COUNT_FILE"], "w").write(str(count)))
 runpy.run_module("vlm", run_name="__main__", alter_sys=True)
 """
 """Trains as `python -m vlm` does, and ends before it changes a file of a checkpoint for the time `KILL_AT`."""
@@ -75,6 +76,11 @@ class Kind:
     words: Sequence[str] = ()
     ranks: int = 1
     is_head: bool = False
+
+    @property
+    def folder(self) -> str:
+        """The name as that of a folder."""
+        return re.sub(r"\W+", "-", self.name)
 
     def command(self, common: list[str], labelled: Path, folder: Path) -> list[str]:
         """Return the words behind `python -m vlm`."""
@@ -119,11 +125,11 @@ TWO_RANKS = (
 """Kinds of runs of two processes."""
 
 
-def train(words: list[str], ranks: int = 1, code: str = KILL_AFTER, **environment: str) -> list[Ended]:
-    """Train with `code` in place of `python -m vlm`; with several ranks, `environment` is that of the last one."""
-    ranks_environments = rank_environments(ranks) if ranks > 1 else [{}]
-    ranks_environments[-1] |= environment
-    return run_forked(*[["-c", code, *words]] * ranks, environments=ranks_environments)
+def train(words: list[str], ranks: int = 1, code: str = KILL_AFTER, rank: int = 0, **environment: str) -> list[Ended]:
+    """Train with `code` in place of `python -m vlm`; with several ranks, `environment` is that of one of them."""
+    environments = rank_environments(ranks) if ranks > 1 else [{}]
+    environments[rank] |= environment
+    return run_forked(*[["-c", code, *words]] * ranks, environments=environments)
 
 
 def check_ended(ended: Sequence[Ended], *allowed: int) -> None:

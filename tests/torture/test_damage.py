@@ -65,7 +65,7 @@ def trained(common: list[str], labelled: Path, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("trained")
 
     def get(kind: Kind) -> Path:
-        run = folder / kind.name.replace(" ", "-")
+        run = folder / kind.folder
         if not run.exists():
             check_ended(train(kind.command(common, labelled, run), kind.ranks))
         return run

@@ -37,7 +37,7 @@ class Quiet:
     def run(self, kind: Kind) -> None:
         if kind.name in self.weights:
             return
-        folder = self.folder / kind.name.replace(" ", "-")
+        folder = self.folder / kind.folder
         start = time.monotonic()
         check_ended(train(self.command(kind, folder), kind.ranks))
         self.seconds[kind.name] = time.monotonic() - start
@@ -67,7 +67,8 @@ def kill_at_random(quiet: Quiet, kind: Kind, folder: Path, kills: int) -> None:
     attempt = 0
     while kills:
         seconds = chance.uniform(0.05, quiet.seconds[kind.name])
-        ended = train(quiet.command(kind, folder / str(attempt)), kind.ranks, KILL_AFTER=f"{seconds:.3f}")
+        command, rank = quiet.command(kind, folder / str(attempt)), chance.randrange(kind.ranks)
+        ended = train(command, kind.ranks, rank=rank, KILL_AFTER=f"{seconds:.3f}")
         check_ended(ended, *KILLED)
         if any(process.returncode for process in ended):
             kills -= 1
@@ -94,7 +95,8 @@ def kill_in_saves(quiet: Quiet, kind: Kind, folder: Path, kills: int) -> None:
     """Kill a run before a change of a file of a checkpoint, each time at another change; then let it end."""
     quiet.run(kind)
     counted = folder / "count"
-    check_ended(train(quiet.command(kind, folder / "counted"), kind.ranks, KILL_AT_WRITE, COUNT_FILE=str(counted)))
+    command = quiet.command(kind, folder / "counted")
+    check_ended(train(command, kind.ranks, KILL_AT_WRITE, COUNT_FILE=str(counted)))
     count = int(counted.read_text())
     assert count > 20, "the writes of checkpoints were not counted"
     for number in range(kills):

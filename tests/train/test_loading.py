@@ -41,6 +41,7 @@ def test_loaders_of_our_own_copy_so_too(monkeypatch: pytest.MonkeyPatch):
     inputs = {"input_ids": torch.ones(1, 2), "max_length_q": 2}
     for pinned in (True, False):
         trainer: Any = VLMTrainer.__new__(VLMTrainer)
+        trainer.watchdog = None
         trainer.args = SimpleNamespace(device=torch.device("cpu"), dataloader_pin_memory=pinned)
         found = trainer._prepare_inputs(dict(inputs))
         assert found.keys() == inputs.keys()

@@ -24,7 +24,7 @@ from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.cli.main import main
 from vlm.inference.generate import user_turn
-from vlm.train.checkpoints import trainer as checkpoints
+from vlm.train.checkpoints import saving as checkpoints
 from vlm.train.checkpoints.trained import TRAINED_WEIGHTS
 from vlm.train.lora import add_adapter, is_adapter, linear_layers
 from vlm.train.parts import cast, freeze, make_parts, parameter_groups, table

@@ -25,7 +25,10 @@ from vlm.train.trainer import VLMTrainer
 
 STEPS = ("trainer.max_steps=3", "trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.num_samples=0",
          "trainer.report_to=none")  # fmt: skip
-FILES = ("optimizer.pt", "rng_state.pth", "scheduler.pt", "trained.safetensors", "trainer_state.json")
+FILES = (
+    "file_sizes.json", "guard.json", "loss_sums-0.json", "optimizer.pt", "rng_state.pth", "run.json", "scheduler.pt",
+    "skipped-0.json", "trained.safetensors", "trainer_state.json", "world.json",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,7 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_weights(
 ):
     expected, weights = losses(copied), load_file(copied / "final" / "model.safetensors")
     flip_a_bit(copied / "checkpoint-3" / "optimizer.pt")
+    shutil.rmtree(copied / "final")
     (copied / "checkpoint-best").mkdir()
     with (copied / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # the run was killed here
@@ -85,7 +89,7 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_weights(
 def test_a_named_one_that_is_damaged_is_refused(train: Callable[..., Path], copied: Path, tmp_path: Path):
     flip_a_bit(copied / "checkpoint-2" / "trainer_state.json")
     words = f"trainer.resume_from_checkpoint={copied / 'checkpoint-2'}"
-    with pytest.raises(ValueError, match=r"trainer_state\.json does not hold what was written.*Resume from another"):
+    with pytest.raises(ValueError, match=r"trainer_state\.json does not hold what was written.*Name another one"):
         train("pretrain-smol", tmp_path / "other", *STEPS, words)
     assert (copied / "checkpoint-2").is_dir()
 
@@ -115,8 +119,8 @@ def test_a_run_that_was_killed_in_its_first_save_blocks_nothing(
         with pytest.raises(KeyboardInterrupt):
             train("pretrain-smol", tmp_path / "run", *STEPS)
     assert folders(tmp_path / "run") == [UNFINISHED]
-    assert list_files(tmp_path / "run" / UNFINISHED / "checkpoint-1") == ["optimizer.pt", "scheduler.pt",
-                                                                          "trained.safetensors"]  # fmt: skip
+    unfinished = tmp_path / "run" / UNFINISHED / "checkpoint-1"
+    assert list_files(unfinished) == ["optimizer.pt", "scheduler.pt", "trained.safetensors", "world.json"]
     train("pretrain-smol", tmp_path / "run", *STEPS)
     assert folders(tmp_path / "run") == ["checkpoint-2", "checkpoint-3", "final"]
 
@@ -157,9 +161,8 @@ def test_or_the_run_goes_on_and_tries_again(
 
 def test_final_is_whole_or_not_there(train: Callable[..., Path], copied: Path, monkeypatch: pytest.MonkeyPatch):
     before = (copied / "final" / "model.safetensors").read_bytes()
-    flip_a_bit(copied / "checkpoint-3" / "scheduler.pt")
     full_at(monkeypatch, "final")
-    words = ("trainer.resume_from_checkpoint=true", "trainer.on_save_error=continue")
+    words = ("trainer.max_steps=4", "trainer.on_save_error=continue")  # a longer run replaces the model of the first
     with pytest.raises(SaveError, match="final could not be saved"):
         train("pretrain-smol", copied, *STEPS, *words)
     assert (copied / "final" / "model.safetensors").read_bytes() == before

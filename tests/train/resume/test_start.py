@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.fixtures import losses
+from tests.fixtures import losses, reseal
 from vlm.train.resume.lock import RunLock
 from vlm.train.trainer import VLMTrainer
 
@@ -297,6 +297,7 @@ def test_other_code_and_versions_are_said(stopped: Path, train: Train, caplog: p
     record = json.loads(file.read_text())
     record["code"]["vlm"], record["versions"]["packages"]["torch"] = "0" * 32, "1.0"
     file.write_text(json.dumps(record))
+    reseal(file.parent)
     with caplog.at_level(logging.INFO, logger="vlm.train.resume.directory"):
         train("pretrain-smol", stopped, *SHORT)
     assert "  code.vlm: 00000000000000000000000000000000 -> " in caplog.text
@@ -305,8 +306,10 @@ def test_other_code_and_versions_are_said(stopped: Path, train: Train, caplog: p
 
 def test_a_checkpoint_of_an_earlier_version_goes_on(stopped: Path, whole: Path, train: Train):
     """It has no record of its own: the run directory's files stand in for it."""
-    for name in ("run.json", "loss_sums-0.json", "skipped-0.json", "file_sizes.json"):
+    for name in ("run.json", "loss_sums-0.json", "skipped-0.json", "file_sizes.json", "world.json", "guard.json",
+                 "manifest.json"):  # fmt: skip
         (stopped / "checkpoint-2" / name).unlink()
+    (stopped / "checkpoint-2" / "complete").touch()
     with pytest.raises(ValueError, match=r"trainer\.seed: 42 -> 1"):
         train("pretrain-smol", stopped, *SHORT, "trainer.seed=1")
     train("pretrain-smol", stopped, *SHORT)
@@ -342,6 +345,7 @@ def test_accepted_records_are_trained_on_and_recorded(train: Train, records: Pat
 def test_another_number_of_ranks_is_shown(stopped: Path, train: Train):
     file = stopped / "checkpoint-2" / "run.json"
     file.write_text(file.read_text().replace('"world_size": 1', '"world_size": 2'))
+    reseal(file.parent)
     with pytest.raises(ValueError, match="\n  world_size: 2 -> 1\n"):
         train("pretrain-smol", stopped, *SHORT)
     train("pretrain-smol", stopped, *SHORT, "trainer.resume_changes=accept")
@@ -357,6 +361,7 @@ def test_a_run_that_is_done_is_done_on_any_number_of_ranks(done: Path, train: Tr
 
 def test_a_damaged_record_is_told(stopped: Path, train: Train):
     (stopped / "checkpoint-2" / "run.json").write_text('{"config": ')
+    reseal(stopped / "checkpoint-2")
     with pytest.raises(ValueError, match=r"checkpoint-2/run\.json: it is damaged"):
         train("pretrain-smol", stopped, *SHORT)
 

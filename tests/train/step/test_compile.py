@@ -147,7 +147,11 @@ def test_a_run_learns_the_same_and_resumes(train: Callable[..., Path], tmp_path:
     for name, value in weights[0].items():
         torch.testing.assert_close(weights[1][name], value, rtol=1e-4, atol=1e-5)
     resumed = train(
-        "pretrain-smol", tmp_path / "resumed", *SHORT, f"trainer.resume_from_checkpoint={compiled / 'checkpoint-2'}"
+        "pretrain-smol",
+        tmp_path / "resumed",
+        *SHORT,
+        f"trainer.resume_from_checkpoint={compiled / 'checkpoint-2'}",
+        "trainer.resume_changes=accept",
     )
     assert losses(resumed) == pytest.approx(losses(plain)[2:], abs=1e-5)
 

@@ -70,7 +70,7 @@ class CheckpointTrainer(SavingTrainer):
         has_other_layout = self._has_other_layout(checkpoint)
         if not (self.is_deepspeed_enabled or self.is_sharded or has_other_layout):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        require_own_checkpoint(Path(resume_from_checkpoint), Path(str(self.args.output_dir)))
+        require_own_checkpoint(checkpoint, Path(str(self.args.output_dir)))
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         if has_other_layout:
             self._load_other_layout(checkpoint)

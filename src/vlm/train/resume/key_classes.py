@@ -103,10 +103,12 @@ CLASSES = {
 }
 """Key -> what its change means; `*` stands for a name of the user's."""
 
-OF_STREAM_ORDER = _keys("trainer", "dataloader_num_workers seed") | _keys(
-    "dataset", "streaming shuffle_buffer split subset sources.*.split sources.*.subset sources.*.weight"
-)
-"""Keys that the order of a stream's records depends on, in which a checkpoint's positions count."""
+STREAM_LAYOUT = frozenset({
+    "trainer.dataloader_num_workers", "trainer.seed", "trainer.data_seed", "dataset.shuffle_buffer",
+    "dataset.sources.*.weight", "dataset.streaming", "dataset.split", "dataset.subset", "dataset.sources.*.split",
+    "dataset.sources.*.subset",
+})  # fmt: skip
+"""What the position of a stream depends on: each data worker of each rank reads a share of its own."""
 
 OF_EVALUATION = frozenset(key for key in SAFE if re.match(r"trainer\.(eval_|metric_|greater_)", key))
 
@@ -117,7 +119,7 @@ def class_of(key: str, config: RunConfig) -> KeyClass:
     while known not in CLASSES and "." in known:
         known = known.rpartition(".")[0]
     kind = CLASSES.get(known, KeyClass.CHANGES_RUN)
-    if known in OF_STREAM_ORDER and config.dataset.streaming:
+    if config.dataset.streaming and known in STREAM_LAYOUT:
         return KeyClass.IMPOSSIBLE
     if known in OF_EVALUATION and config.trainer.lr_scheduler_type in PLATEAU_SCHEDULES:
         return KeyClass.CHANGES_RUN
