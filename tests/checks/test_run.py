@@ -331,6 +331,10 @@ def test_what_is_not_supported_says_what_to_do(records: Path, name: str):
     assert refused(records, f"trainer.{name}={value}") == f"trainer.{name}={value}: {UNSUPPORTED[name]}"
 
 
+def test_ligers_kernels_are_no_refusal(records: Path):
+    check_config(compose_config("pretrain-smol", [f"dataset.path={records}", "trainer.use_liger_kernel=true"]))
+
+
 def test_a_run_directory_given_for_its_model_gets_a_hint(records: Path, tmp_path: Path):
     (tmp_path / "run" / "final").mkdir(parents=True)
     (tmp_path / "run" / "final" / "config.json").write_text("{}")

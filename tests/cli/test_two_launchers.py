@@ -1,5 +1,6 @@
 """Two launchers on this machine, as on two, each with one rank: they meet, train together, and end together."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.fixtures import newest_checkpoint
 from tests.forked import CPU_ONLY, find_free_port
@@ -29,11 +32,15 @@ def launcher(name: str, rank: int, port: int, folder: Path) -> list[str]:
     return [str(BIN / "deepspeed"), "--hostfile", str(folder / "hosts"), *where, "--module", "vlm"]
 
 
-def start(name: str, words: list[str], folder: Path) -> list["subprocess.Popen[bytes]"]:
+def start(name: str, words: list[str], folder: Path, *places: Path) -> list["subprocess.Popen[bytes]"]:
+    """Start both; `places` are working directories of their own."""
     port = find_free_port()
     environment = {**os.environ, **CPU_ONLY, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
     commands = [[*launcher(name, rank, port, folder), *words] for rank in (0, 1)]
-    return [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for command in commands]
+    return [
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=place)
+        for command, place in zip(commands, places or (None, None), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", ["vlm", "torchrun", "deepspeed"])
@@ -53,3 +60,23 @@ def test_a_signal_to_one_ends_both_with_a_checkpoint(common: list[str], tmp_path
     started[1].send_signal(signal.SIGUSR1)
     assert [process.wait(HANG) for process in started] == [75, 75]
     assert newest_checkpoint(run).is_dir()
+
+
+@pytest.mark.parametrize("sharding", ["trainer.deepspeed=zero3", "trainer.deepspeed=null"])
+def test_each_disk_has_the_whole_model(sharding: str, common: list[str], tmp_path: Path):
+    """Where nodes share no disk, a run directory is on each."""
+    places = [tmp_path / "one", tmp_path / "two"]
+    for place in places:
+        place.mkdir()
+    words = ["-cn", "pretrain-smol", *common, "trainer.max_steps=1", "trainer.output_dir=run", sharding]
+    words += ["trainer.save_strategy=steps", "trainer.save_steps=1"]
+    started = start("vlm", [*words, "trainer.save_on_each_node=true"], tmp_path, *places)
+    assert [process.wait(HANG) for process in started] == [0, 0]
+    first, second = (load_file(place / "run" / "final" / "model.safetensors") for place in places)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert sum(tensor.numel() for tensor in second.values()) > 1000
+    started = start("vlm", [*words, "trainer.save_on_each_node=true", "trainer.max_steps=2"], tmp_path, *places)
+    assert [process.wait(HANG) for process in started] == [0, 0]
+    for place in places:
+        assert json.loads((place / "run" / "final" / "run.json").read_text())["progress"]["step"] == 2

@@ -98,6 +98,14 @@ def test_what_cannot_be_used_is_told_and_the_next_follows(opened, tmp_path: Path
     assert len(items) - len(skipped) == NUMBER - 2
 
 
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_record_that_is_null_is_no_end(opened, tmp_path: Path, place: int):
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines[:place], "null", *lines[place + 1 :]]))
+    items = list(islice(opened(on_bad_sample="skip"), NUMBER))
+    assert sum(isinstance(item, Skipped) for item in items) == 1
+
+
 def test_the_first_samples_in_order(opened):
     assert [sample.id for sample in opened().samples(3)] == ["a0", "a1", "a2"]
 

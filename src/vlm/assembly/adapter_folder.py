@@ -43,7 +43,7 @@ def save(
     `new_rows` is the full name of each embedding of which only some rows trained -> the first of those rows.
     """
     adapted = [name for name, _ in model.named_parameters() if ".lora_" in name]
-    state = _gather_tensors(model, {*adapted, *_non_adapter_names(model, base)}, keep=is_writer)
+    state = gather_tensors(model, {*adapted, *_non_adapter_names(model, base)}, keep=is_writer)
     if not is_writer:
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +92,7 @@ def _base_vocabulary_rows(model: PreTrainedModel, base: Base) -> dict[str, int]:
     return {named[id(weight)]: rows for weight in weights if getattr(weight, "ds_shape", weight.shape)[0] > rows}
 
 
-def _gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> dict[str, Tensor]:
+def gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> dict[str, Tensor]:
     """Return whole tensors on the CPU, gathered one after the other where ZeRO-3 or FSDP2 shards them."""
     gathered = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

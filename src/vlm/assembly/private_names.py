@@ -68,6 +68,9 @@ PRIVATE_NAMES = {
             "_tr_loss",
             "the losses of updates that were left out are not logged (set)",
         ),
+        PrivateName(
+            MODEL, "should_save_on_this_rank", "each node without a shared disk has the model", ("is_main_process",)
+        ),
         PrivateName(MODEL, "_keys_to_ignore_on_save", "what a model saves is known before it trains"),
         PrivateName(
             "transformers:GenerationMixin",

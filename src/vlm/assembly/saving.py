@@ -29,7 +29,7 @@ BEAM_FLAGS = ("early_stopping", "length_penalty")
 
 
 def save_complete(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write a complete model into a folder; the processor is saved apart.
+    """Write a complete model into a folder, on the rank that calls this; the processor is saved apart.
 
     Args:
         model: the model.
@@ -37,10 +37,15 @@ def save_complete(model: PreTrainedModel, folder: Path, state: Mapping[str, Tens
         state: its tensors by their names in memory, where the model itself does not hold them whole (DeepSpeed).
     """
     use_canonical_names(model)
-    if state is None:
-        model.save_pretrained(folder)
-    else:
-        model.save_pretrained(folder, state_dict=share_tied_tensors(model, state))
+    writing: Any = model
+    writing.should_save_on_this_rank = lambda is_main_process: is_main_process  # transformers would on the first alone
+    try:
+        if state is None:
+            model.save_pretrained(folder)
+        else:
+            model.save_pretrained(folder, state_dict=share_tied_tensors(model, state))
+    finally:
+        del writing.should_save_on_this_rank
 
 
 def use_canonical_names(model: PreTrainedModel) -> None:

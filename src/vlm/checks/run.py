@@ -137,7 +137,6 @@ UNSUPPORTED = {
     "trainer.sharding=fsdp2 and trainer.activation_checkpointing=true",
     "push_to_hub": "publish the run's folder final once it is trained",
     "auto_find_batch_size": "it restarts the loop with another batch, which the recipes' step counts do not survive",
-    "use_liger_kernel": "it does not know composed models; logits are computed at supervised positions only anyway",
     "label_smoothing_factor": "it needs logits at every position, which are not computed",
     "load_best_model_at_end": "checkpoints hold what a run resumes from; trainer.keep_best keeps the best model",
     "save_only_model": "a checkpoint is there to resume from; the complete model is the run's folder final",

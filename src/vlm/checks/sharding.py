@@ -19,6 +19,11 @@ def sharding_problems(config: RunConfig) -> Iterator[str]:
         yield f"{key} and trainer.deepspeed: both shard the model; choose one (trainer/deepspeed=none)"
     if trainer.fp16:
         yield f"{key} and trainer.fp16=true: gradients are not scaled under it; choose trainer.bf16=true"
+    if trainer.save_on_each_node:
+        yield (
+            f"{key} and trainer.save_on_each_node=true: each rank reads what others wrote into a checkpoint; choose a "
+            "trainer.output_dir that all nodes share, or trainer.deepspeed=zero3"
+        )
     if trainer.torch_compile:
         yield f"{key} and trainer.torch_compile=true: each layer gathers its weights as it runs; leave one of them out"
     for part in QUANTIZABLE_PARTS:

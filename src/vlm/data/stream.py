@@ -25,6 +25,9 @@ from vlm.data.vision.images import read_media_sizes
 
 T = TypeVar("T")
 
+NO_RECORD: Final = object()
+"""Stands where a source has no further record; a record itself may be anything, such as JSON's `null`."""
+
 READER_POSITION: Final = "reader_position"
 """The key of a batch's `ReaderPosition`; the training loop takes it out."""
 
@@ -141,8 +144,8 @@ class SampleStream(IterableDataset[SampleInputs | Skipped]):
         position = resumed._replace(until=resumed.drawn, pending=())
         while True:
             chosen = self._choose_source(shard, position.drawn)
-            record = next(records[chosen], None)
-            if record is None:
+            record = next(records[chosen], NO_RECORD)
+            if record is NO_RECORD:
                 raise ValueError(
                     f"{self.sources[chosen].path}: no record for reader {shard + 1} of {num_shards} (ranks times "
                     "trainer.dataloader_num_workers); use fewer"
@@ -211,8 +214,8 @@ def open_stream(
     """
     stream = SampleStream(make_sources(config, encoder), config.shuffle_buffer, seed, rank, world_size)
     for source in stream.sources:
-        record = next(source.stream(), None)
-        if record is None:
+        record = next(source.stream(), NO_RECORD)
+        if record is NO_RECORD:
             raise ValueError(f"{source.path}: there is no record in it")
         try:
             sample = source.read(record)

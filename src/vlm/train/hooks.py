@@ -29,6 +29,7 @@ PRIVATE_HOOKS = (
     _hook("_get_output_dir", "checkpoints are written aside", "trial"),
     _hook("_save_optimizer_and_scheduler", "states are hashed, and DeepSpeed leaves frozen weights out", "output_dir"),
     _hook("_load_from_checkpoint", "a checkpoint has only the weights that train", "resume_from_checkpoint", "model"),
+    _hook("_load_rng_state", "random numbers of another number of ranks are not taken", "checkpoint"),
     _hook(
         "_prepare_for_training",
         "DeepSpeed resumes from checkpoints without frozen parameters",

@@ -57,15 +57,14 @@ class StreamPositions:
             ValueError: the checkpoint has none, or was written by other readers.
         """
         file = self._file(checkpoint)
-        if not file.is_file() and not (checkpoint / stream_file(0)).is_file():
+        if not file.is_file():
             raise ValueError(
-                f"{checkpoint}: it does not say where the stream was; an earlier version wrote it. Train on with "
-                "trainer.from_pretrained, or resume with that version"
+                f"{checkpoint}: it does not say where the stream was (no {file.name} in it): an earlier version wrote "
+                "it, or fewer ranks. Resume as it was written, or train on with trainer.from_pretrained"
             )
-        state = json.loads((file if file.is_file() else checkpoint / stream_file(0)).read_text(encoding="utf-8"))
+        state = json.loads(file.read_text(encoding="utf-8"))
         for name, value in self.layout.items():
-            if state["layout"][name] != value:
-                before = state["layout"][name]
+            if (before := state["layout"].get(name)) != value:
                 raise ValueError(f"{checkpoint}: a stream goes on only as it began. {name}: {before} then, {value} now")
         self.readers = {int(number): make_position(fields) for number, fields in state["readers"].items()}
         self.last_reader = state["last_reader"]

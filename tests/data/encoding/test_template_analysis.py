@@ -58,6 +58,7 @@ def test_stripping_joining_and_looking_for_constants_is_copying(template: str, s
         "{% for role, content in messages %}{{ content }}{% endfor %}",
         "{% for k, v in messages[0].items() %}{{ v }}{% endfor %}",
         "{% for m in messages %}{{ loop.previtem.content | length }}{% endfor %}",
+        "{% for m in messages %}{{ (loop | attr('previtem')).content | length }}{% endfor %}",
         "{% for m in messages if m.content | length %}a{% endfor %}",
         "{% set ns = namespace(s='') %}{% set ns.s = messages[0].content %}{{ ns }}",
         "{% set x %}{{ messages[0].content }}{% endset %}{{ x | length }}",

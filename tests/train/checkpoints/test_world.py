@@ -63,6 +63,12 @@ def test_what_is_refused_says_what_to_do(tmp_path: Path, saved: dict[str, Any], 
     assert advice in message
 
 
+def test_another_precision_is_another_layout_of_zero0(tmp_path: Path):
+    saved = replace(SAVED, sharding="zero0", precision="float32")
+    assert "zero0 in half precision is not converted" in str(problem(tmp_path, saved, precision="bf16"))
+    assert problem(tmp_path, replace(SAVED, precision="float32"), precision="bf16") is None
+
+
 def test_streams_and_best_fit_go_on_with_as_many_ranks(tmp_path: Path):
     assert problem(tmp_path, replace(SAVED, streams=True, packs_best_fit=True), sharding="zero2") is None
 

@@ -58,6 +58,8 @@ def test_the_class_of_a_key(key: str, kind: KeyClass):
 
 def test_workers_and_evaluations_matter_where_the_order_or_the_rate_depends_on_them():
     config = compose_config("pretrain-smol", ["dataset.path=x", "dataset.streaming=true"])
-    assert class_of("trainer.dataloader_num_workers", config) is KeyClass.IMPOSSIBLE
+    for key in ("trainer.dataloader_num_workers", "trainer.seed", "dataset.sources.talk.weight"):
+        assert class_of(key, config) is KeyClass.IMPOSSIBLE
+    assert class_of("dataset.sources.talk.path", config) is KeyClass.SAFE
     config = compose_config("pretrain-smol", ["dataset.path=x", "trainer.lr_scheduler_type=reduce_lr_on_plateau"])
     assert class_of("trainer.eval_steps", config) is KeyClass.CHANGES_RUN

@@ -351,6 +351,14 @@ def test_another_number_of_ranks_is_shown(stopped: Path, train: Train):
     train("pretrain-smol", stopped, *SHORT, "trainer.resume_changes=accept")
 
 
+def test_a_run_that_is_done_is_done_on_any_number_of_ranks(done: Path, train: Train):
+    file = done / "final" / "run.json"
+    file.write_text(file.read_text().replace('"world_size": 1', '"world_size": 2'))
+    before = snapshot(done)
+    train("pretrain-smol", done, *SHORT, "trainer.gradient_accumulation_steps=2")
+    assert snapshot(done) == before
+
+
 def test_a_damaged_record_is_told(stopped: Path, train: Train):
     (stopped / "checkpoint-2" / "run.json").write_text('{"config": ')
     reseal(stopped / "checkpoint-2")

@@ -18,6 +18,8 @@ STRIPPING = ("strip", "lstrip", "rstrip")
 TEXT_TESTS = ("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "boolean", "true")
 """Tests whose answer is the same for all texts."""
 UNKNOWN_NAMES = ("self", "super", "varargs", "kwargs", "caller", "lipsum")
+UNKNOWN_FILTERS = ("random", "attr")
+"""Filters whose result differs from call to call, or is any attribute, such as a message beside this one."""
 NEIGHBOURS = ("previtem", "nextitem")
 """Attributes of `loop` that hold messages."""
 MEDIA_TOKEN = "image_token"
@@ -236,7 +238,7 @@ class _Analysis:
             return PLAIN
         if kind in (MESSAGES, PIECES) and node.name in ("first", "last"):
             return MESSAGE if kind == MESSAGES else TEXT
-        if kind == PLAIN and node.name != "random":
+        if kind == PLAIN and node.name not in UNKNOWN_FILTERS:
             return PLAIN
         raise _NotOnlyCopiedError
 

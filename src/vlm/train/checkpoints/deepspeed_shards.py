@@ -35,6 +35,9 @@ def open_deepspeed(checkpoint: Path, names: Sequence[str], trained: Collection[s
         checkpoint: the folder of the checkpoint.
         names: full names of the optimiser's parameters in its order; without ZeRO, its states are numbered.
         trained: full names of what trains in this run; other buffers are left out.
+
+    Raises:
+        ValueError: the shards of some ranks are not there, as where nodes share no disk.
     """
     folder = checkpoint / checkpoint.joinpath("latest").read_text(encoding="utf-8").strip()
     model_file, *_ = _in_order_of_ranks(folder, "*_model_states.pt")
@@ -49,6 +52,11 @@ def open_deepspeed(checkpoint: Path, names: Sequence[str], trained: Collection[s
             name: SavedParameter(module[name], _tensors(states.get(index, {}))) for index, name in enumerate(names)
         }
         return SavedParameters(whole | buffers, (whole | buffers).__getitem__)
+    if len(optimizer_files) != (number := model_state["dp_world_size"]):
+        raise ValueError(
+            f"{folder}: it has the shards of {len(optimizer_files)} of {number} ranks, and another world needs all. "
+            "Bring those of all nodes together, or resume in the world that wrote it"
+        )
     ranks = [
         torch.load(file, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
         for file in optimizer_files

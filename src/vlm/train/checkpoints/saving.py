@@ -6,17 +6,19 @@ manifest of all of these. `writer.py` says how each is there whole or not at all
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlm.assembly.adapter_base import Base
+from vlm.assembly.adapter_folder import gather_tensors
 from vlm.assembly.adapter_folder import save as save_on_base
 from vlm.assembly.saving import save_complete
 from vlm.config.schema import TrainerOptions
@@ -98,8 +100,7 @@ class SavingTrainer(Trainer):
             with writer.recording():
                 save_on_base(self.model, folder, self.base, new_rows=new_rows, is_writer=is_writer)
         else:
-            get_state = gather_state if self.is_sharded else self.accelerator.get_state_dict
-            state = get_state(self.model_wrapped)  # on every rank: ZeRO-3 and FSDP2 gather
+            state = self._gather_whole_state()
             with writer.recording():
                 if is_writer:
                     with original_class(self.model):
@@ -107,6 +108,13 @@ class SavingTrainer(Trainer):
         with writer.recording():
             if is_writer:
                 self.processor.save_pretrained(folder)
+
+    def _gather_whole_state(self) -> Mapping[str, Tensor]:
+        """Return the model's whole state on each rank that writes it; called on every rank: ZeRO-3 and FSDP2 gather."""
+        if self.args.save_on_each_node and self.world.sharding == "zero3":  # accelerate gathers on the first rank alone
+            return gather_tensors(self.model, self.model.state_dict().keys(), keep=self.args.should_save)
+        get_state = gather_state if self.is_sharded else self.accelerator.get_state_dict
+        return get_state(self.model_wrapped)
 
     def _make_writer(self, target: Path) -> FolderWriter:
         is_first_of_node = self.args.local_process_index == 0

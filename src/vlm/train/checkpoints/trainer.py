@@ -87,6 +87,12 @@ class CheckpointTrainer(SavingTrainer):
         self._load_schedule(checkpoint)
         return prepared
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """As usual; with another number of ranks, the random numbers of all of them stay those of the seed."""
+        saved = None if checkpoint is None else read_world(Path(checkpoint))
+        if saved is None or saved.ranks == self.world.ranks:
+            super()._load_rng_state(checkpoint)
+
     # --- another world ------------------------------------------------------------------------------------------
 
     def _has_other_layout(self, checkpoint: Path) -> bool:

@@ -87,11 +87,12 @@ def read_world(checkpoint: Path) -> World | None:
 def find_world_problem(checkpoint: Path, present: World, *, accepts_other_steps: bool = False) -> str | None:
     """Return why a run cannot go on from a checkpoint that another world wrote; None: it can, or nothing is known.
 
-    With the same ranks and sharding, this says nothing of the batch: that is no question of worlds. With
+    With the same ranks, sharding and layout, this says nothing of the batch: that is no question of worlds. With
     `accepts_other_steps`, steps and micro-batches may have another number of samples.
     """
     saved = read_world(checkpoint)
-    if saved is None or (saved.ranks, saved.sharding) == (present.ranks, present.sharding):
+    is_same = saved is not None and (saved.ranks, saved.sharding) == (present.ranks, present.sharding)
+    if saved is None or (is_same and saved.layout == present.layout):
         return None
     wrote = f"{checkpoint}: {saved.ranks} rank(s) wrote it (sharding: {saved.sharding}), this run has {present.ranks}"
     wrote += f" (sharding: {present.sharding})"

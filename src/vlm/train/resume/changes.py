@@ -78,9 +78,16 @@ def take_another_world(changes: Sequence[Change]) -> list[Change]:
     return [replace(change, kind=KeyClass.SAFE) if change.key.startswith(WORLD_KEYS) else change for change in changes]
 
 
-def compare_data(before: RunRecord, now: RunRecord) -> list[Change]:
-    """Return what is other in the records; they must be known of both, else nothing is compared."""
-    return _compare_facts("data", before.data, now.data, KeyClass.CHANGES_RUN) if before.data else []
+def compare_data(before: RunRecord, now: RunRecord, *, streams: bool = False) -> list[Change]:
+    """Return what is other in the records; they must be known of both, else nothing is compared.
+
+    Where training records are a stream, its positions are in the files of before.
+    """
+    changes = _compare_facts("data", before.data, now.data, KeyClass.CHANGES_RUN) if before.data else []
+    return [
+        replace(change, kind=KeyClass.IMPOSSIBLE) if streams and change.key.startswith("data.train.") else change
+        for change in changes
+    ]
 
 
 def _differ(old: object, new: object) -> bool:

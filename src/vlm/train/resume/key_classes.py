@@ -105,7 +105,8 @@ CLASSES = {
 
 STREAM_LAYOUT = frozenset({
     "trainer.dataloader_num_workers", "trainer.seed", "trainer.data_seed", "dataset.shuffle_buffer",
-    "dataset.sources.*.weight",
+    "dataset.sources.*.weight", "dataset.streaming", "dataset.split", "dataset.subset", "dataset.sources.*.split",
+    "dataset.sources.*.subset",
 })  # fmt: skip
 """What the position of a stream depends on: each data worker of each rank reads a share of its own."""
 

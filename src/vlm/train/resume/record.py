@@ -191,12 +191,12 @@ def user_modules(node: object) -> Iterator[tuple[str, str]]:
 
 def _describe_data(dataset: SampleDataset | SampleStream) -> Facts:
     if isinstance(dataset, SampleStream):
-        return {"sources": {source.name: _digest_stream(source.path) for source in dataset.sources}}
+        return {"sources": {source.name: digest_stream(source.path) for source in dataset.sources}}
     facts = {"samples": len(dataset), "tokens": int(dataset.lengths.sum()), "images": int(dataset.num_images.sum())}
     return {**facts, "sources": {source.source: source.fingerprint for source in dataset.contributions}}
 
 
-def _digest_stream(path: str) -> str:
+def digest_stream(path: str) -> str:
     """Return a digest of the names and sizes of a stream's files; of the path, where it names no files."""
     if is_tar_path(path) and not path.startswith("pipe:"):
         files = list(map(Path, expand_shard_urls(path)))

@@ -131,6 +131,8 @@ def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, no
     before, progress = read_record(folder / FINAL)
     changes = compare_settings(before, now, config)
     if not _asks_for_more(config.trainer, before, progress):
+        if before.world_size != now.world_size:
+            changes = take_another_world(changes)
         refuse_changes_of_done(changes, folder / FINAL)
         return Start(is_done=True, before=before, progress=progress)
     newest_step = None if newest is None else checkpoint_step(newest)
@@ -169,7 +171,7 @@ def check_data(config: RunConfig, start: Start, now: RunRecord) -> list[Change]:
     """
     if start.checkpoint is None or start.before is None:
         return []
-    changes = compare_data(start.before, now)
+    changes = compare_data(start.before, now, streams=config.dataset.streaming)
     refuse_changes(changes, start.checkpoint, accepts=config.trainer.resume_changes == "accept")
     return changes
 
