@@ -57,6 +57,7 @@ class SavingTrainer(Trainer):
     # `Trainer` declares these as unions; here each is what a run makes it.
     model: Any
     model_wrapped: Any
+    optimizer: Any
     lr_scheduler: Any
     accelerator: Any
 
