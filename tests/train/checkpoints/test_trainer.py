@@ -102,7 +102,7 @@ def test_an_older_one_that_is_resumed_sets_later_ones_aside(
     with pytest.raises(KeyboardInterrupt):
         train("pretrain-smol", copied, *STEPS, f"trainer.resume_from_checkpoint={copied / 'checkpoint-1'}")
     assert folders(copied) == [
-        "checkpoint-1", "checkpoint-2.superseded", "checkpoint-3.superseded", "final", UNFINISHED,
+        "checkpoint-1", "checkpoint-2.superseded", "checkpoint-3.superseded", "final.superseded", UNFINISHED,
     ]  # fmt: skip
     assert newest_checkpoint(copied).name == "checkpoint-1"
 
