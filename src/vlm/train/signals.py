@@ -173,15 +173,31 @@ def end_process(code: int) -> None:
     os._exit(code)
 
 
+_held = threading.local()
+
+
+def _hold_signals() -> None:
+    """Hold signals back while this thread forks: one to the child waits until the child is deaf to its parent's."""
+    if current_listener() is not None:
+        _held.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _release_signals() -> None:
+    mask = vars(_held).pop("mask", None)
+    if mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _forget_in_fork() -> None:
     """Make a forked process deaf to its parent's signals; SIGTERM ends it, as `multiprocessing` expects."""
     if current_listener() is not None:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    _release_signals()
 
 
-os.register_at_fork(after_in_child=_forget_in_fork)
+os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_forget_in_fork)
 
 
 @atexit.register
