@@ -3,7 +3,6 @@
 import os
 import random
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -55,11 +54,6 @@ def finish(quiet: Quiet, kind: Kind, folder: Path) -> None:
     assert different_weights(quiet.weights[kind.name], final_weights(folder)) == [], f"{kind.name}, seed {SEED}"
 
 
-def short(kinds: Sequence[Kind], *names: str) -> list:
-    """Return kinds as parameters; only those that are named belong to the short version."""
-    return [pytest.param(k, id=k.name, marks=() if k.name in names else pytest.mark.torture) for k in kinds]
-
-
 def kill_at_random(quiet: Quiet, kind: Kind, folder: Path, kills: int) -> None:
     """Kill a run again and again at random moments, then let it end; a run that is done before is begun elsewhere."""
     quiet.run(kind)
@@ -78,14 +72,19 @@ def kill_at_random(quiet: Quiet, kind: Kind, folder: Path, kills: int) -> None:
     finish(quiet, kind, folder / str(attempt))
 
 
-@pytest.mark.parametrize("kind", short(ONE_RANK, "packed"))
-def test_killed_at_random(quiet: Quiet, tmp_path: Path, kind: Kind, request: pytest.FixtureRequest):
+def test_killed_at_random(quiet: Quiet, tmp_path: Path):
+    kill_at_random(quiet, ONE_RANK[1], tmp_path, 2)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.name) for kind in ONE_RANK])
+def test_each_kind_killed_at_random(quiet: Quiet, tmp_path: Path, kind: Kind):
     """Five times each: 60 kills in all."""
     kill_at_random(quiet, kind, tmp_path, 5)
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("kind", short(TWO_RANKS))
+@pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.name) for kind in TWO_RANKS])
 def test_two_ranks_killed_at_random(quiet: Quiet, tmp_path: Path, kind: Kind):
     """Four times each: 12 kills of one rank, and with it of the other."""
     kill_at_random(quiet, kind, tmp_path, 4)
