@@ -27,7 +27,7 @@ from benchmarks.sizes import make_parser, make_size
 from benchmarks.variants import Steps, run_ours, silence_libraries
 from vlm.config.schema import RunConfig
 from vlm.train.checkpoints.files import publish
-from vlm.train.checkpoints.find import verify_checkpoint
+from vlm.train.checkpoints.find import find_problems_together
 from vlm.train.checkpoints.trainer import CheckpointTrainer
 from vlm.train.checkpoints.writer import FolderWriter
 
@@ -91,7 +91,7 @@ def time_saves(trainer: Any, repeats: int) -> Saves:
             plain.append(_time_save(trainer))
         whole.append(_time_save(trainer))
         start = time.perf_counter()
-        assert verify_checkpoint(checkpoint) == []
+        assert find_problems_together(checkpoint) == []
         checks.append(time.perf_counter() - start)
         print(f"  saved in {whole[-1]:.2f} s, plainly in {plain[-1]:.2f} s, checked in {checks[-1]:.2f} s", flush=True)
     return Saves(whole, plain, checks, sum(file.stat().st_size for file in checkpoint.rglob("*")))

@@ -19,7 +19,7 @@ from tests.families.tiny_families import save_family
 from tests.fixtures import losses
 from tests.forked import CPU_ONLY, find_free_port, run_ranks
 from tests.train.checkpoints.test_manifest import DAMAGES, flip_a_bit
-from vlm.train.checkpoints.find import verify_checkpoint
+from vlm.train.checkpoints.find import find_problems_together
 from vlm.train.checkpoints.manifest import MANIFEST, list_files, read_manifest
 
 FINETUNE = [
@@ -108,9 +108,9 @@ def find_every_damage(checkpoint: Path) -> None:
         content = (checkpoint / name).read_bytes()
         for damage in DAMAGES.values():
             damage(checkpoint / name)
-            assert [problem.split()[0] for problem in verify_checkpoint(checkpoint)] == [name]
+            assert [problem.split()[0] for problem in find_problems_together(checkpoint)] == [name]
             (checkpoint / name).write_bytes(content)
-    assert verify_checkpoint(checkpoint) == []
+    assert find_problems_together(checkpoint) == []
 
 
 WHOLE = [

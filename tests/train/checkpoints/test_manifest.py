@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm.train.checkpoints.find import verify_checkpoint
+from vlm.train.checkpoints.find import find_problems_together
 from vlm.train.checkpoints.manifest import (
     MANIFEST,
     Manifest,
@@ -54,19 +54,19 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_a_checkpoint_that_holds_what_was_written_has_no_problems(checkpoint: Path):
-    assert verify_checkpoint(checkpoint) == []
+    assert find_problems_together(checkpoint) == []
     assert looks_whole(checkpoint)
     manifest = read_manifest(checkpoint)
     assert (manifest.step, manifest.world_size, manifest.num_bytes) == (4, 2, 256 * 40 + 600)
     (checkpoint / "a note of the user's").write_text("keep this one")
-    assert verify_checkpoint(checkpoint) == []
+    assert find_problems_together(checkpoint) == []
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["weights", "global_step4/states"])
 def test_every_damage_to_a_file_is_found_and_named(checkpoint: Path, name: str, damage: str):
     DAMAGES[damage](checkpoint / name)
-    (problem,) = verify_checkpoint(checkpoint)
+    (problem,) = find_problems_together(checkpoint)
     assert problem.startswith(f"{name} ")
     assert looks_whole(checkpoint) == (damage in ("zeroed", "flipped"))  # sizes alone do not tell
 
@@ -74,7 +74,7 @@ def test_every_damage_to_a_file_is_found_and_named(checkpoint: Path, name: str, 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_manifest_is_found(checkpoint: Path, damage: str):
     DAMAGES[damage](checkpoint / MANIFEST)
-    (problem,) = verify_checkpoint(checkpoint)
+    (problem,) = find_problems_together(checkpoint)
     assert MANIFEST in problem
     assert not looks_whole(checkpoint)
 
@@ -85,19 +85,19 @@ def test_every_bit_of_a_manifest_counts(checkpoint: Path):
         flipped = bytearray(content)
         flipped[place] ^= 1 << place % 8
         (checkpoint / MANIFEST).write_bytes(flipped)
-        assert verify_checkpoint(checkpoint), flipped[place - 20 : place + 20]
+        assert find_problems_together(checkpoint), flipped[place - 20 : place + 20]
 
 
 def test_a_manifest_of_a_later_version_is_refused(checkpoint: Path):
     whole = json.loads((checkpoint / MANIFEST).read_text())
     whole["content"]["format"] = 2
     (checkpoint / MANIFEST).write_text(json.dumps(whole))
-    (problem,) = verify_checkpoint(checkpoint)
+    (problem,) = find_problems_together(checkpoint)
     assert "its hash differs" in problem
 
 
 def test_a_checkpoint_of_an_earlier_version_has_nothing_to_be_held_against(checkpoint: Path):
     (checkpoint / MANIFEST).unlink()
-    assert verify_checkpoint(checkpoint) == [f"{MANIFEST} is missing: it was not written to its end"]
+    assert find_problems_together(checkpoint) == [f"{MANIFEST} is missing: it was not written to its end"]
     (checkpoint / "complete").touch()
-    assert verify_checkpoint(checkpoint) == []
+    assert find_problems_together(checkpoint) == []

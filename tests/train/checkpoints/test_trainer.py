@@ -17,7 +17,7 @@ from tests.forked import run_forked
 from tests.train.checkpoints.test_manifest import DAMAGES, flip_a_bit
 from vlm.train.checkpoints import writer as writing
 from vlm.train.checkpoints.files import UNFINISHED
-from vlm.train.checkpoints.find import find_whole_checkpoint, verify_checkpoint
+from vlm.train.checkpoints.find import find_problems_together, find_whole_checkpoint
 from vlm.train.checkpoints.manifest import MANIFEST, list_files, read_manifest
 from vlm.train.checkpoints.writer import SaveError
 from vlm.train.objectives.generation import Generation
@@ -245,7 +245,7 @@ def test_a_kill_at_any_change_of_a_save_tears_nothing(common: list[str], tmp_pat
             break
         assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
         kills += 1
-        whole = [path for path in run.glob("checkpoint-*") if verify_checkpoint(path) == []]
+        whole = [path for path in run.glob("checkpoint-*") if find_problems_together(path) == []]
         found = find_whole_checkpoint(run)
         assert found == max(whole, default=None)
         assert not list(run.glob("*.damaged"))

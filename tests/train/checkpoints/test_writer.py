@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.forked import run_forked
 from vlm.train.checkpoints import writer as writing
 from vlm.train.checkpoints.files import UNFINISHED
-from vlm.train.checkpoints.find import verify_checkpoint
+from vlm.train.checkpoints.find import find_problems_together
 from vlm.train.checkpoints.manifest import hash_file, read_manifest
 from vlm.train.checkpoints.writer import FolderWriter, OutOfStepError, SaveError, save_hashed
 
@@ -58,7 +58,7 @@ def test_a_checkpoint_gets_its_name_when_it_is_whole(tmp_path: Path):
     assert not (tmp_path / "checkpoint-3").exists()
     writer.finish(3)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
-    assert verify_checkpoint(tmp_path / "checkpoint-3") == []
+    assert find_problems_together(tmp_path / "checkpoint-3") == []
     manifest = read_manifest(tmp_path / "checkpoint-3")
     assert set(manifest.files) == {"optimizer.pt", "trainer_state.json"}
 

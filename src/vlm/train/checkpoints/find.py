@@ -44,21 +44,6 @@ def checkpoint_step(folder: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def verify_checkpoint(checkpoint: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, a sentence for each file; empty: it holds what was written.
-
-    Reads all of it, on this rank alone. A checkpoint of an earlier version, which has no manifest, has nothing to be
-    held against.
-    """
-    if is_unverified(checkpoint):
-        return []
-    try:
-        manifest = read_manifest(checkpoint)
-    except ValueError as error:
-        return [str(error)]
-    return find_file_problems(checkpoint, manifest.files)
-
-
 def find_whole_checkpoint(run_directory: Path) -> Path | None:
     """Return the newest checkpoint of a run that holds what was written; the same on every rank, which all call this.
 

@@ -30,7 +30,7 @@ class RankGroup:
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all members; called on every rank of the world."""
-        return [all_values for rank, all_values in enumerate(all_gather_objects(value)) if rank in self.members]
+        return [other for rank, other in enumerate(all_gather_objects(value)) if rank in self.members]
 
     def take_share(self, items: Sequence[T]) -> list[T]:
         """Return this rank's share of what the group does together."""

@@ -27,7 +27,6 @@ HEARTBEAT_SECONDS = 10.0
 PATIENCE = 90.0
 """Seconds without a sign of life after which a run on another machine counts as dead."""
 
-
 ORPHAN_SECONDS = 10.0
 """Seconds that a process which a dead run has just forked has to let go of the run's lock."""
 
