@@ -34,13 +34,19 @@ demo: install ## Train a small model from nothing and ask it about images (minut
 	$(RUN) -m vlm.demo
 
 test: install ## Run the tests, WORKERS files at a time
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not torture" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not torture and not attack and not load" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## Run the tests that take minutes each
 	$(RUN) -m pytest -m slow
 
 torture: install ## Kill runs, damage their checkpoints, fill their disk, again and again; half an hour
 	$(RUN) -m pytest -m torture tests/torture
+
+attack: install ## Attack the page, the endpoint, checkpoints, records and overrides; a quarter of an hour
+	$(RUN) -m pytest -m attack tests
+
+load: install ## Put the endpoint under 100 clients for a minute, hostile ones among them
+	$(RUN) -m pytest -m load tests
 
 lint: install ## Check style and types
 	.venv/bin/ruff check .
@@ -64,4 +70,4 @@ wheel: install ## Build the wheel into dist/
 clean: ## Remove what make made, except outputs/
 	rm -rf .venv .venv-eval .uv dist .pytest_cache .ruff_cache
 
-.PHONY: help install install-eval demo test test-slow torture lint docs lock wheel clean
+.PHONY: help install install-eval demo test test-slow torture attack load lint docs lock wheel clean
