@@ -266,6 +266,10 @@ REFUSALS = {
         ["trainer.on_save_error=pray"],
         "trainer.on_save_error=pray: allowed are stop, continue",
     ),
+    "saving in the background under DeepSpeed": (
+        ["trainer.async_save=true", "trainer.deepspeed=zero2"],
+        "trainer.async_save=true and trainer.deepspeed: DeepSpeed writes its files while the run waits; leave one of them",
+    ),
     "the best of nothing": (
         ["trainer.keep_best=eval_loss"],
         "trainer.keep_best=eval_loss: this run evaluates nothing; set trainer.eval_strategy to epoch or steps",

@@ -107,6 +107,7 @@ ONE_RANK = (
         "evaluated and sampled",
         words=["dataset.eval_split=0.25", "trainer.eval_strategy=steps", "trainer.eval_steps=1"],
     ),
+    Kind("saved in the background", words=["trainer.async_save=true", "trainer.save_steps=1"]),
     Kind("head", "head-classification", ["dataset.cache_features=false"], is_head=True),
     Kind("head, cached features", "head-classification", is_head=True),
     Kind(
@@ -121,8 +122,17 @@ TWO_RANKS = (
     Kind("ZeRO-2, packed", words=["trainer.deepspeed=zero2", "trainer.packing=true"], ranks=2),
     Kind("ZeRO-3, packed", "finetune-smol", [LANGUAGE_MODEL, "trainer.deepspeed=zero3", "trainer.packing=true"], 2),
     Kind("DDP", words=["trainer.train_sampling_strategy=group_by_modality_length"], ranks=2),
+    Kind(
+        "FSDP2, saved in the background",
+        "finetune-smol",
+        [LANGUAGE_MODEL, "trainer.sharding=fsdp2", "trainer.async_save=true", "trainer.save_steps=1"],
+        ranks=2,
+    ),
 )
 """Kinds of runs of two processes."""
+
+KINDS = {kind.name: kind for kind in (*ONE_RANK, *TWO_RANKS)}
+"""Name -> kind."""
 
 
 def train(words: list[str], ranks: int = 1, code: str = KILL_AFTER, rank: int = 0, **environment: str) -> list[Ended]:

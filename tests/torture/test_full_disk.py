@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torture.runs import ONE_RANK, check_ended, different_weights, final_weights, train
+from tests.torture.runs import KINDS, check_ended, different_weights, final_weights, train
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(
     common: list[str], labelled: Path, small_disk: Path, tmp_path: Path, share: float
 ):
     """The disk has room for a share of what the run writes; with more, the same command ends as undisturbed."""
-    kind = ONE_RANK[0]
+    kind = KINDS["padded"]
     quiet = tmp_path / "quiet"
     check_ended(train(kind.command(common, labelled, quiet)))
     resize(small_disk, round(share * size_of(quiet)))

@@ -10,6 +10,7 @@ import pytest
 from tests.torture.runs import (
     KILL_AT_WRITE,
     KILLED,
+    KINDS,
     ONE_RANK,
     TWO_RANKS,
     Kind,
@@ -73,20 +74,20 @@ def kill_at_random(quiet: Quiet, kind: Kind, folder: Path, kills: int) -> None:
 
 
 def test_killed_at_random(quiet: Quiet, tmp_path: Path):
-    kill_at_random(quiet, ONE_RANK[1], tmp_path, 2)
+    kill_at_random(quiet, KINDS["packed"], tmp_path, 2)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.name) for kind in ONE_RANK])
 def test_each_kind_killed_at_random(quiet: Quiet, tmp_path: Path, kind: Kind):
-    """Five times each: 60 kills in all."""
+    """Five times each: 65 kills in all."""
     kill_at_random(quiet, kind, tmp_path, 5)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize("kind", [pytest.param(kind, id=kind.name) for kind in TWO_RANKS])
 def test_two_ranks_killed_at_random(quiet: Quiet, tmp_path: Path, kind: Kind):
-    """Four times each: 12 kills of one rank, and with it of the other."""
+    """Four times each: 16 kills of one rank, and with it of the other."""
     kill_at_random(quiet, kind, tmp_path, 4)
 
 
@@ -106,14 +107,15 @@ def kill_in_saves(quiet: Quiet, kind: Kind, folder: Path, kills: int) -> None:
 
 
 def test_killed_in_saves(quiet: Quiet, tmp_path: Path):
-    kill_in_saves(quiet, ONE_RANK[0], tmp_path, 2)
+    kill_in_saves(quiet, KINDS["padded"], tmp_path, 2)
 
 
 @pytest.mark.torture
 @pytest.mark.parametrize(
-    ("kind", "kills"), [pytest.param(ONE_RANK[0], 20, id="one rank"), pytest.param(ONE_RANK[9], 10, id="head"),
-                        pytest.param(TWO_RANKS[0], 10, id="ZeRO-2")],
+    ("kind", "kills"), [pytest.param(KINDS["padded"], 20, id="one rank"), pytest.param(KINDS["head"], 10, id="head"),
+                        pytest.param(KINDS["ZeRO-2, packed"], 10, id="ZeRO-2"),
+                        pytest.param(KINDS["FSDP2, saved in the background"], 10, id="FSDP2, in the background")],
 )  # fmt: skip
 def test_killed_in_saves_at_length(quiet: Quiet, tmp_path: Path, kind: Kind, kills: int):
-    """40 kills in all."""
+    """50 kills in all."""
     kill_in_saves(quiet, kind, tmp_path, kills)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.forked import CPU_ONLY
-from tests.torture.runs import TWO_RANKS, check_ended, different_weights, final_weights, train
+from tests.torture.runs import KINDS, check_ended, different_weights, final_weights, train
 from tests.waiting import HANG, wait_until
 from vlm.train.monitor.callbacks import read_metrics
 
@@ -44,7 +44,7 @@ def find_target(mark: str, launcher: int, target: str) -> int:
 @pytest.fixture(scope="module")
 def words(common: list[str], labelled: Path) -> list[str]:
     folder = Path("unused")
-    command = TWO_RANKS[0].command(common, labelled, folder)
+    command = KINDS["ZeRO-2, packed"].command(common, labelled, folder)
     return [word for word in command if not word.startswith("trainer.output_dir")] + ["trainer.max_steps=40"]
 
 

@@ -138,13 +138,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path], t
         assert torch.allclose(weight, again[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("workers", "async_save"), [(0, "true"), (1, "false")])
 def test_a_run_that_is_asked_to_end_saves_and_can_go_on(
     train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
-    workers: int,
+    workers: int, async_save: str,
 ):  # fmt: skip
     """SIGTERM in the middle of a step, to the process and to its data workers, as a cluster sends it to a group."""
     options = ["trainer.num_train_epochs=3", "trainer.save_strategy=no", f"trainer.dataloader_num_workers={workers}"]
+    options.append(f"trainer.async_save={async_save}")
     expected = losses(train("pretrain-smol", tmp_path / "whole", *options))
     step = VLMTrainer.training_step
     others = {process.pid for process in multiprocessing.active_children()}  # data workers of earlier tests

@@ -25,6 +25,11 @@ def saving_problems(config: RunConfig, metric_names: frozenset[str] | None) -> I
         yield "trainer.save_strategy=best: name a metric in trainer.keep_best, which saves at each new best evaluation"
     if trainer.metric_for_best_model is not None and trainer.lr_scheduler_type not in PLATEAU_SCHEDULES:
         yield f"trainer.metric_for_best_model={trainer.metric_for_best_model}: it is called trainer.keep_best here"
+    if trainer.async_save and trainer.deepspeed:
+        yield (
+            "trainer.async_save=true and trainer.deepspeed: DeepSpeed writes its files while the run waits; leave one "
+            "of them out, or choose trainer/deepspeed=none with trainer/sharding=fsdp2"
+        )
     metric = trainer.keep_best
     if metric is None:
         if (greater := trainer.greater_is_better) is not None:

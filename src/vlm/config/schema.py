@@ -137,6 +137,9 @@ class TrainerOptions:
     on_save_error: str = field(default="stop", metadata=choices(("stop", "continue")))
     """What a run does where a checkpoint cannot be saved, such as on a full disk: `stop`, or `continue` and try again
     at the next save. Either way what was saved before is kept; a model that cannot be saved at the end is an error."""
+    async_save: bool = False
+    """Whether the large files of a checkpoint are written while the run goes on: they are copied into the host's memory
+    first, which has to hold them a second time. Not under DeepSpeed."""
     keep_best: str | None = None
     """A metric of evaluations, such as `eval_loss`: the best one's complete model is in `best` of the run directory,
     and its checkpoint stays whatever `save_total_limit` says; null: none. Lower is better for losses and errors

@@ -44,6 +44,11 @@ class InterruptibleTrainer(GuardedTrainer):
         with self.stop_on_signal.saving():
             super()._save_checkpoint(model, trial)
 
+    def finish_saving(self) -> None:
+        """As usual; no signal ends the process within."""
+        with self.stop_on_signal.saving():
+            super().finish_saving()
+
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
     ) -> tuple[nn.Module, DataLoader]:

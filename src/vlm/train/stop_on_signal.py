@@ -37,10 +37,13 @@ class StopOnSignal(TrainerCallback):
 
     An evaluation is not waited for: it is interrupted, and made when the run is resumed; it is saved with the
     checkpoint (`SavedWithCheckpoint`) that it is due.
+
+    `finish_saving` is called before the run ends: a checkpoint may still be written in the background.
     """
 
     def __init__(self, *, can_save: bool = True):
         self.can_save = can_save
+        self.finish_saving: Callable[[], None] = lambda: None
         self.agreed: Signals | None = None
         self.is_evaluation_due = False
         self.listener = current_listener()
@@ -96,6 +99,7 @@ class StopOnSignal(TrainerCallback):
         """End the run, now that the checkpoint is complete; a signal may have come while it was written."""
         if not self.agree(args.device):
             return
+        self.finish_saving()
         checkpoint = Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if broadcast_from_rank0(checkpoint.is_dir()):
             command = f"the same command with trainer.output_dir={args.output_dir} resumes"

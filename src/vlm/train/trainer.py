@@ -29,6 +29,7 @@ from vlm.data.dataset import Skipped
 from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
 from vlm.train.checkpoints.best import BestModel
+from vlm.train.checkpoints.saving import FinishSaving
 from vlm.train.checkpoints.world import World
 from vlm.train.data import make_grouped_sampler
 from vlm.train.distributed import broadcast_from_rank0
@@ -86,10 +87,11 @@ class VLMTrainer(InterruptibleTrainer):
             train_dataset=run.data.train,
             eval_dataset=run.data.evaluation,
             processing_class=run.processor.tokenizer,
-            callbacks=[BeforeFirstStep(self, run.model), *callbacks, stop_on_signal],
+            callbacks=[BeforeFirstStep(self, run.model), *callbacks, FinishSaving(self), stop_on_signal],
         )
         self.objective, self.meter = objective, meter
         self.stop_on_signal = stop_on_signal
+        stop_on_signal.finish_saving = self.finish_saving
         self.processor, self.parts, self.base = run.processor, run.parts, make_base(objective.config)
         self.options = objective.config.trainer
         self.world = World.of(objective.config, run.args.world_size, objective.loss_average)

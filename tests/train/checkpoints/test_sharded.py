@@ -7,7 +7,14 @@ import torch
 from torch import nn
 
 from tests.train.checkpoints.conftest import Differences
-from vlm.train.checkpoints.sharded import load_sharded, open_sharded, save_sharded, saved_names
+from vlm.train.checkpoints.sharded import (
+    load_sharded,
+    open_sharded,
+    own_files,
+    save_sharded,
+    save_sharded_in_background,
+    saved_names,
+)
 
 
 def test_fsdp2_goes_on_in_every_world(differences: Differences):
@@ -42,3 +49,15 @@ def test_states_of_other_shapes_are_refused(tmp_path: Path):
     optimizer.state[layer.weight]["row"] = torch.zeros(2)
     with pytest.raises(ValueError, match="the state row of weight has the shape"):
         save_sharded(tmp_path, dict(layer.named_parameters()), optimizer)
+
+
+def test_what_is_written_in_the_background_is_what_was_there_when_it_began(tmp_path: Path):
+    layer = nn.Linear(3, 2)
+    tensors = dict(layer.named_parameters())
+    before = layer.weight.detach().clone()
+    wait = save_sharded_in_background(tmp_path, tensors, torch.optim.SGD(layer.parameters()), None)
+    with torch.no_grad():
+        layer.weight.fill_(7)
+    wait()
+    assert torch.equal(open_sharded(tmp_path)["weight"].weight, before)
+    assert [path.suffix for path in tmp_path.glob(own_files(0))] == [".distcp"]

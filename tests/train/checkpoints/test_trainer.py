@@ -1,8 +1,10 @@
 """Checkpoints of real runs: whatever happens to one, the run goes on from one that is whole, or is refused."""
 
+import errno
 import json
 import shutil
 import signal
+import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,8 @@ from vlm.train.trainer import VLMTrainer
 
 STEPS = ("trainer.max_steps=3", "trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.num_samples=0",
          "trainer.report_to=none")  # fmt: skip
+HANG = 300
+"""Seconds after which a test that waits has failed."""
 FILES = (
     "file_sizes.json", "guard.json", "loss_sums-0.json", "optimizer.pt", "rng_state.pth", "run.json", "scheduler.pt",
     "skipped-0.json", "trained.safetensors", "trainer_state.json", "world.json",
@@ -255,3 +259,50 @@ def test_a_kill_at_any_change_of_a_save_tears_nothing(common: list[str], tmp_pat
             assert done.returncode == 0, done.stderr[-3000:]
             assert folders(run) == ["checkpoint-3", "final"]
     assert kills >= 15
+
+
+def test_a_checkpoint_is_written_while_the_run_goes_on(
+    train: Callable[..., Path], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The writing of the first checkpoint waits for the second step, which a run that waited would never come to."""
+    second_step, plain_step, save_hashed = threading.Event(), VLMTrainer.training_step, writing.save_hashed
+
+    def write_late(*args: object, **kwargs: object) -> object:
+        assert threading.current_thread() is not threading.main_thread()
+        assert second_step.wait(HANG)
+        return save_hashed(*args, **kwargs)
+
+    def step(trainer: VLMTrainer, *args: object, **kwargs: object) -> object:
+        if trainer.state.global_step == 1:
+            assert not (tmp_path / "run" / "checkpoint-1").exists()
+            second_step.set()
+        return plain_step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(writing, "save_hashed", write_late)
+    monkeypatch.setattr(VLMTrainer, "training_step", step)
+    run = train("pretrain-smol", tmp_path / "run", *STEPS, "trainer.save_total_limit=3", "trainer.async_save=true")
+    assert folders(run) == folders(trained)
+    assert losses(run) == losses(trained)
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3"):
+        assert read_manifest(run / name).files.keys() == read_manifest(trained / name).files.keys()
+        saved, expected = (load_file(folder / name / "trained.safetensors") for folder in (run, trained))
+        assert all(torch.equal(saved[key], expected[key]) for key in expected)
+        ours, theirs = (torch.load(folder / name / "optimizer.pt")["state"] for folder in (run, trained))
+        assert all(torch.equal(ours[key]["exp_avg"], theirs[key]["exp_avg"]) for key in theirs)
+    assert find_problems_together(run / "checkpoint-3") == []
+
+
+def test_a_full_disk_in_the_background_ends_the_run_or_not_as_it_says(
+    train: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fill(*args: object, **kwargs: object) -> object:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing, "save_hashed", fill)
+    words = (*STEPS, "trainer.async_save=true")
+    with pytest.raises(SaveError, match=r"disk .* is full"):
+        train("pretrain-smol", tmp_path / "stopped", *words)
+    assert folders(tmp_path / "stopped") == []
+    run = train("pretrain-smol", tmp_path / "continued", *words, "trainer.on_save_error=continue")
+    assert folders(run) == ["final"]
+    assert caplog.text.count("The run goes on, as trainer.on_save_error=continue says") == 3

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,3 +212,31 @@ def test_two_ranks_write_and_find_the_same(tmp_path: Path):
         assert words["own lost"] is words["shared lost"] is None
         assert [path.name for path in (tmp_path / f"node{rank}").iterdir()] == ["checkpoint-3.damaged"]
     assert [path.name for path in (tmp_path / "shared").iterdir()] == ["checkpoint-3.damaged"]
+
+
+def test_files_are_written_in_the_background_as_they_were_when_they_were_given(tmp_path: Path):
+    writer = FolderWriter(tmp_path / "checkpoint-3", is_leader=True, is_first_of_node=True, in_background=True)
+    writer.begin(1000)
+    begin, state = threading.Event(), {"weight": torch.zeros(3)}
+    writer.queue.add(lambda: begin.wait(300))
+    writer.save(state, writer.folder / "optimizer.pt")
+    state["weight"].fill_(7)
+    held = writer.queue.hold(state)
+    writer.write(lambda: save_file(held, writer.folder / "trained.safetensors"), "trained.safetensors")
+    assert not writer.is_written()
+    begin.set()
+    writer.finish(3)
+    assert writer.is_written()
+    assert find_problems_together(tmp_path / "checkpoint-3") == []
+    assert read_manifest(tmp_path / "checkpoint-3").files.keys() == {"optimizer.pt", "trained.safetensors"}
+    assert torch.load(tmp_path / "checkpoint-3" / "optimizer.pt")["weight"].sum() == 0
+
+
+def test_an_error_in_the_background_is_that_of_the_folder(tmp_path: Path):
+    writer = FolderWriter(tmp_path / "checkpoint-3", is_leader=True, is_first_of_node=True, in_background=True)
+    writer.begin(1000)
+    with small_files(2000):
+        writer.save(STATE, writer.folder / "optimizer.pt")
+        with pytest.raises(SaveError, match="could not be saved"):
+            writer.finish(3)
+    assert list(tmp_path.iterdir()) == []

@@ -6,15 +6,18 @@ manifest of all of these. `writer.py` says how each is there whole or not at all
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from vlm.assembly.adapter_base import Base
@@ -27,7 +30,7 @@ from vlm.train.checkpoints import sizes
 from vlm.train.checkpoints.best import BEST_FOLDER, BestModel
 from vlm.train.checkpoints.find import remove_old_checkpoints
 from vlm.train.checkpoints.saved_state import SavedWithCheckpoint
-from vlm.train.checkpoints.sharded import save_sharded
+from vlm.train.checkpoints.sharded import own_files, save_sharded, save_sharded_in_background
 from vlm.train.checkpoints.trained import TRAINED_WEIGHTS, trained_tensors
 from vlm.train.checkpoints.world import World
 from vlm.train.checkpoints.writer import FolderWriter, OutOfStepError, SaveError
@@ -41,6 +44,31 @@ OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 """Files of a checkpoint, named as `Trainer` reads them."""
 
 
+@dataclass(frozen=True)
+class UnfinishedCheckpoint:
+    """A checkpoint that has no manifest and no name yet."""
+
+    writer: FolderWriter
+    step: int
+
+
+class FinishSaving(TrainerCallback):
+    """Finishes checkpoints that are written in the background: when all ranks have written theirs, or at the end."""
+
+    def __init__(self, trainer: "SavingTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Give a checkpoint its name where it is written; the run does not wait for it."""
+        unfinished = self.trainer.unfinished
+        if unfinished is not None and unfinished.writer.is_written():
+            self.trainer.finish_saving()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Wait for the last checkpoint."""
+        self.trainer.finish_saving()
+
+
 class SavingTrainer(Trainer):
     """A `Trainer` that saves what trains while it trains, and a model with its processor at the end."""
 
@@ -52,7 +80,9 @@ class SavingTrainer(Trainer):
     is_sharded: bool  # by FSDP2
     best_model: BestModel | None  # which evaluation was the best; None: it is not kept
     base: Base | None  # what the result is written on top of (adapters, quantised parts); None: the result is whole
-    writer: FolderWriter | None = None  # of the checkpoint that is being written
+    writer: FolderWriter | None = None  # of the checkpoint that is being begun
+    unfinished: UnfinishedCheckpoint | None = None  # one that is written, or being written in the background
+    saving_group: dist.ProcessGroup | None = None  # of all ranks, for what they exchange in the background
 
     # `Trainer` declares these as unions; here each is what a run makes it.
     model: Any
@@ -117,31 +147,55 @@ class SavingTrainer(Trainer):
         get_state = gather_state if self.is_sharded else self.accelerator.get_state_dict
         return get_state(self.model_wrapped)
 
-    def _make_writer(self, target: Path) -> FolderWriter:
+    def _make_writer(self, target: Path, *, in_background: bool = False) -> FolderWriter:
         is_first_of_node = self.args.local_process_index == 0
-        return FolderWriter(target, is_leader=self.args.should_save, is_first_of_node=is_first_of_node)
+        return FolderWriter(
+            target, is_leader=self.args.should_save, is_first_of_node=is_first_of_node, in_background=in_background
+        )
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """Save a checkpoint, and only then remove older ones; before it, the model of the best evaluation.
 
+        With `trainer.async_save`, its large files are written while the run goes on, until `finish_saving`.
+
         Raises:
             SaveError: it could not be written, and `trainer.on_save_error` is `stop`.
         """
+        self.finish_saving()
         run_directory, step, best = Path(str(self.args.output_dir)), self.state.global_step, self.best_model
-        try:
+        with self._as_on_save_error_says():
             if best is not None and best.is_new(step):
                 self._export_best(best, run_directory / BEST_FOLDER)
-            self._write_checkpoint(run_directory / f"{PREFIX_CHECKPOINT_DIR}-{step}", model, trial)
+            self._begin_checkpoint(run_directory / f"{PREFIX_CHECKPOINT_DIR}-{step}", model, trial)
+        if not self.options.async_save:
+            self.finish_saving()
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is whole, and give it its name; every rank calls this.
+
+        Raises:
+            SaveError: it could not be written, and `trainer.on_save_error` is `stop`.
+        """
+        unfinished, self.unfinished = self.unfinished, None
+        if unfinished is None:
+            return
+        with self._as_on_save_error_says():
+            unfinished.writer.finish(unfinished.step)
+            if self.args.should_save:
+                folder, best = Path(str(self.args.output_dir)), self.best_model
+                remove_old_checkpoints(folder, self.args.save_total_limit, None if best is None else best.step)
+
+    @contextmanager
+    def _as_on_save_error_says(self) -> Iterator[None]:
+        try:
+            yield
         except SaveError as error:
             if self.options.on_save_error == "stop":
                 raise
             if self.args.process_index == 0:
                 log.error("%s. The run goes on, as trainer.on_save_error=continue says", error)
-            return
-        if self.args.should_save:
-            remove_old_checkpoints(run_directory, self.args.save_total_limit, None if best is None else best.step)
 
     def _export_best(self, best: BestModel, folder: Path) -> None:
         try:
@@ -151,8 +205,9 @@ class SavingTrainer(Trainer):
             raise
         log.info("%s holds the model of %s", folder, best.describe())
 
-    def _write_checkpoint(self, checkpoint: Path, model: torch.nn.Module, trial: None) -> None:
-        self.writer = writer = self._make_writer(checkpoint)
+    def _begin_checkpoint(self, checkpoint: Path, model: torch.nn.Module, trial: None) -> None:
+        """Write a checkpoint but for what makes it one: its manifest and its name."""
+        self.writer = writer = self._make_writer(checkpoint, in_background=self.options.async_save)
         try:
             writer.begin(self._checkpoint_bytes(checkpoint.parent))
             with writer.recording():  # behind the first file that cannot be written, ranks wait for each other no more
@@ -160,7 +215,7 @@ class SavingTrainer(Trainer):
             for state in self.saved_with_checkpoint:
                 with writer.recording():
                     state.save_to(writer.folder)
-            writer.finish(self.state.global_step)
+            self.unfinished = UnfinishedCheckpoint(writer, self.state.global_step)
         finally:
             self.writer = None
 
@@ -186,8 +241,9 @@ class SavingTrainer(Trainer):
     def _save_trained_weights(self, folder: Path) -> None:
         if self.args.should_save and not (self.is_deepspeed_enabled or self.is_sharded):  # else they are with states
             state = {name: t.detach().contiguous() for name, t in trained_tensors(self.model, self.parts).items()}
-            with self._current_writer().recording():
-                save_file(state, folder / TRAINED_WEIGHTS)
+            writer = self._current_writer()
+            state = writer.queue.hold(state)
+            writer.write(lambda: save_file(state, folder / TRAINED_WEIGHTS), TRAINED_WEIGHTS)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         writer, folder = self._current_writer(), Path(output_dir)
@@ -203,11 +259,21 @@ class SavingTrainer(Trainer):
                 raise OutOfStepError(f"{writer.target} could not be saved: {error}") from error
         elif self.is_sharded:
             with writer.recording():
-                save_sharded(folder, trained_tensors(self.model, self.parts), self.plain_optimizer)
+                self._save_shards(writer, folder)
         elif self.args.should_save:
             writer.save(self.optimizer.state_dict(), folder / OPTIMIZER)
         if self.args.should_save:
             writer.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+
+    def _save_shards(self, writer: FolderWriter, folder: Path) -> None:
+        trained, optimizer = trained_tensors(self.model, self.parts), self.plain_optimizer
+        if not writer.queue.in_background:
+            save_sharded(folder, trained, optimizer)
+            return
+        if self.saving_group is None and dist.is_initialized():
+            self.saving_group = dist.new_group(backend="gloo")
+        wait = save_sharded_in_background(folder, trained, optimizer, self.saving_group)
+        writer.write(wait, own_files(self.args.process_index))
 
     def _current_writer(self) -> FolderWriter:
         assert self.writer is not None, "parts of a checkpoint are written while one is saved"

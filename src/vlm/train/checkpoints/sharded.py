@@ -4,11 +4,13 @@ PyTorch's distributed checkpoint lies in the folder `distributed`: `weight:<name
 `state:<name>:<key>` of the optimiser. Names of parameters hold no colon.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -30,6 +32,35 @@ def save_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Opt
     Raises:
         ValueError: the optimiser keeps something that cannot be sharded as its parameter is.
     """
+    dcp.save(_make_state(tensors, optimizer), checkpoint_id=checkpoint / FOLDER)
+
+
+def save_sharded_in_background(
+    checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer, group: dist.ProcessGroup | None
+) -> Callable[[], object]:
+    """Copy what `save_sharded` writes into the host's memory, and write it while the run goes on.
+
+    Args:
+        checkpoint: as `save_sharded`, with `tensors` and `optimizer`.
+        tensors: see there.
+        optimizer: see there.
+        group: the ranks, in a group that nothing else uses meanwhile and that exchanges on the CPU; None: there is one.
+
+    Returns:
+        A function that waits until this rank has written its files, and raises what went wrong.
+    """
+    state = _make_state(tensors, optimizer)
+    future = dcp.async_save(state, checkpoint_id=checkpoint / FOLDER, process_group=group)
+    assert isinstance(future, Future)
+    return future.result
+
+
+def own_files(rank: int) -> str:
+    """Return the pattern of the files that a rank writes, within the checkpoint's folder."""
+    return f"{FOLDER}/__{rank}_*"
+
+
+def _make_state(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {f"weight:{name}": tensor.detach() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         for key, value in optimizer.state.get(tensor, {}).items():
@@ -41,7 +72,7 @@ def save_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Opt
                     f"{tuple(tensor.shape)}. Under trainer.sharding=fsdp2, states need the shapes of their weights"
                 )
             state[f"state:{name}:{key}"] = value
-    dcp.save(state, checkpoint_id=checkpoint / FOLDER)
+    return state
 
 
 def load_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:

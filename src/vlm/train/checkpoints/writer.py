@@ -1,7 +1,8 @@
 """Writes folders of a run so that each is there whole or not at all: checkpoints, `best` and `final`.
 
 A folder is written in `unfinished/` of the run directory, flushed to the disk, and renamed when every rank is done with
-it. Where a rank cannot write, all of them hear of it and leave what was there before as it was.
+it. Where a rank cannot write, all of them hear of it and leave what was there before as it was. Large files can be
+written in the background (`write_queue.py`); the folder is finished when all ranks have them.
 """
 
 import errno
@@ -9,7 +10,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ from vlm.checks.disk import FULL_ERRORS, format_bytes, free_bytes, is_write_erro
 from vlm.train.checkpoints.files import UNFINISHED, flush, flush_folder, publish, remove_if_empty, restore_replaced
 from vlm.train.checkpoints.groups import group_by_leaders, rank_and_world_size
 from vlm.train.checkpoints.manifest import MANIFEST, FileRecord, Manifest, hash_file, list_files
+from vlm.train.checkpoints.write_queue import WriteQueue
 from vlm.train.distributed import all_gather_objects, barrier
 
 VISIBLE_WITHIN = 60.0
@@ -97,18 +99,20 @@ class FolderWriter:
         is_leader: whether this rank makes, renames and removes folders: the first rank, or where each node has a disk
             of its own (`trainer.save_on_each_node`) the first of each node.
         is_first_of_node: whether this rank flushes what its node has written.
+        in_background: whether a thread writes the large files, see `WriteQueue`.
 
     Attributes:
         folder: where to write in the meantime.
     """
 
-    def __init__(self, target: Path, *, is_leader: bool, is_first_of_node: bool):
+    def __init__(self, target: Path, *, is_leader: bool, is_first_of_node: bool, in_background: bool = False):
         self.target, self.is_leader, self.is_first_of_node = target, is_leader, is_first_of_node
         self.folder = target.parent / UNFINISHED / target.name
         self.records: dict[str, FileRecord] = {}
         self.error: BaseException | None = None
         self.num_bytes = 0
         self.group = group_by_leaders(is_leader=is_leader)
+        self.queue = WriteQueue(in_background=in_background)
 
     def begin(self, num_bytes: int) -> None:
         """Make the folder, and remove what a run that was killed has left of one.
@@ -149,10 +153,35 @@ class FolderWriter:
 
     def save(self, state: object, path: Path, *, zipped: bool = True) -> None:
         """Write an object as `torch.save` does; after an error, do nothing. `path` is within `folder`."""
-        if self.error is not None:
-            return
-        with self.recording():
-            self.records[path.relative_to(self.folder).as_posix()] = save_hashed(state, path, zipped=zipped)
+        state = self.queue.hold(state)
+
+        def write() -> None:
+            if self.error is None:
+                with self.recording():
+                    self.records[path.relative_to(self.folder).as_posix()] = save_hashed(state, path, zipped=zipped)
+
+        self.queue.add(write)
+
+    def write(self, write: Callable[[], object], files: str) -> None:
+        """Write with `write` the files of this rank that match a pattern within `folder`; after an error, do nothing.
+
+        What it writes must not change while the run goes on, see `WriteQueue.hold`.
+        """
+
+        def write_and_hash() -> None:
+            if self.error is not None:
+                return
+            with self.recording():
+                write()
+                for path in self.folder.glob(files) if self.queue.in_background else ():
+                    flush(path)
+                    self.records[path.relative_to(self.folder).as_posix()] = hash_file(path)
+
+        self.queue.add(write_and_hash)
+
+    def is_written(self) -> bool:
+        """Return whether all ranks have written their files, so that `finish` need not wait; every rank calls this."""
+        return all(all_gather_objects(self.queue.is_done()))
 
     def finish(self, step: int | None = None) -> None:
         """Flush what was written, and give the folder its name; a checkpoint, which has a `step`, gets its manifest.
@@ -160,6 +189,7 @@ class FolderWriter:
         Raises:
             SaveError: a rank could not write. What was there before is as it was.
         """
+        self.queue.wait()
         self._agree()  # every rank has written what it has
         with self.recording():
             if self.is_first_of_node:

@@ -11,7 +11,7 @@ from vlm.config.choices import PLATEAU_SCHEDULES
 from vlm.config.schema import RunConfig
 from vlm.train.checkpoints.trained import trained_tensors
 from vlm.train.checkpoints.trainer import CheckpointTrainer
-from vlm.train.guards.errors import explain_worker_death
+from vlm.train.guards.errors import GuardStop, explain_worker_death
 from vlm.train.guards.logged_loss import LoggedLoss
 from vlm.train.guards.memory import explain_out_of_memory
 from vlm.train.guards.step_guard import StepGuard
@@ -54,6 +54,9 @@ class GuardedTrainer(CheckpointTrainer):
         with explain_worker_death(self.guarded_config), explain_out_of_memory(self, self.guarded_config):
             try:
                 yield
+            except GuardStop:  # on every rank
+                self.finish_saving()
+                raise
             finally:
                 if self.watchdog is not None:
                     self.watchdog.stop()
