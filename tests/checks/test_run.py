@@ -268,7 +268,7 @@ REFUSALS = {
     ),
     "saving in the background under DeepSpeed": (
         ["trainer.async_save=true", "trainer.deepspeed=zero2"],
-        "trainer.async_save=true and trainer.deepspeed: DeepSpeed writes its files while the run waits; leave one of them",
+        "trainer.async_save=true and trainer.deepspeed: DeepSpeed writes its files while the run waits; leave one",
     ),
     "the best of nothing": (
         ["trainer.keep_best=eval_loss"],
