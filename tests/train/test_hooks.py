@@ -10,7 +10,7 @@ import pytest
 from transformers import Trainer
 
 from vlm.assembly.private_names import PrivateName
-from vlm.train import trainer
+from vlm.train import batches, trainer
 from vlm.train.checkpoints import trainer as checkpoints
 from vlm.train.guards import trainer as guards
 from vlm.train.hooks import PRIVATE_HOOKS, PUBLIC_HOOKS, check_hooks
@@ -68,7 +68,7 @@ def test_an_override_that_is_not_listed_is_found():
         check_hooks(Careless)
 
 
-@pytest.mark.parametrize("module", [trainer, checkpoints, guards], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [trainer, batches, checkpoints, guards], ids=lambda module: module.__name__)
 def test_every_private_method_that_is_called_is_listed(module: object):
     """Whether through `self`, `super()` or a trainer."""
     tree = ast.parse(Path(inspect.getfile(module)).read_text(encoding="utf-8"))  # pyright: ignore[reportArgumentType]
