@@ -160,6 +160,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         sizes = media_sizes_from_opened(sample.media, media, processor)
 
         def process_one(index: int) -> object:
+            """Process one medium alone, to find out which of them the processor refuses."""
             return processor.image_inputs(media[index : index + 1], sizes[index : index + 1])
 
         with processor_errors("the processor", sample.id, sample.media, process_one):
@@ -256,6 +257,7 @@ def model_inputs(
     """
 
     def process_one(index: int) -> object:
+        """Process one medium alone, to find out which of them the processor refuses."""
         return processor.image_inputs(media[index : index + 1], sizes[index : index + 1])
 
     name, refs = ("?", []) if sample is None else (sample.id, sample.media)

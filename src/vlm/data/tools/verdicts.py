@@ -252,6 +252,7 @@ def exit_with_parent() -> None:
     assert parent is not None
 
     def wait() -> None:
+        """End this process when its parent has ended."""
         connection.wait([parent.sentinel])
         os._exit(1)
 
