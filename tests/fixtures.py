@@ -84,7 +84,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: Any) -> None:
     """Exempt what has been imported from garbage collection, which would walk it for half a second each time."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 

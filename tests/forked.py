@@ -129,7 +129,6 @@ def serve() -> Callable[[], object] | None:
     gc.disable()
     for module in PRELOADED:
         import_module(module)
-    gc.collect()
     gc.freeze()  # what is shared with the forks stays shared
     gc.enable()
     answers = os.fdopen(os.dup(1), "w")
