@@ -177,7 +177,7 @@ def become(request: dict[str, Any]) -> None:
 
 
 def lighten() -> None:
-    """Let runs of this process draw no plots, measure no processor, and compose their configuration once.
+    """Let runs of this process draw no plots, measure no processor, wait for no disk, and compose once.
 
     Hydra composes everything a second time to find out that a run is no sweep.
     """
@@ -186,6 +186,7 @@ def lighten() -> None:
 
     from vlm.train.monitor import callbacks, peak_flops
 
+    os.fsync = lambda descriptor: None
     Hydra.get_mode = lambda *given, **named: RunMode.RUN
     callbacks.draw_loss = callbacks.draw_speed = lambda metrics, path: None
     peak_flops.measure_tflops = lambda device, dtype: 1.0

@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -51,9 +52,15 @@ PLAIN = (
 FILES = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in sorted(SOURCE.rglob("*.py"))}
 
 
+@cache
+def parse(file: Path) -> ast.Module:
+    """Parse a file, once for all tests."""
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def imports(file: Path) -> Iterator[tuple[int, str]]:
     """Level (0: absolute) and module of every import."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(file)):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -62,10 +69,11 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
                 yield from ((0, f"{node.module}.{alias.name}") for alias in node.names)
 
 
+@cache
 def targets(name: str) -> set[str]:
     """The files of `vlm` that a file imports, at its top or within a function."""
     found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(FILES[name])):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
@@ -82,7 +90,7 @@ def targets(name: str) -> set[str]:
 
 def top_imports(name: str) -> Iterator[tuple[str, str]]:
     """Module and name of every import that a file makes when it is imported itself; without a name, an empty one."""
-    for node in ast.parse(FILES[name].read_text(encoding="utf-8")).body:
+    for node in parse(FILES[name]).body:
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
