@@ -49,6 +49,13 @@ PLAIN = (
 )  # fmt: skip
 """What a plain run, a question, a look at records, and import and export of checkpoints import."""
 
+WITHOUT_TORCH = (
+    "checks.run",
+    "checks.heads",
+    *(f"data.tools.{name}" for name in ("clean", "convert", "download", "write")),
+)
+"""What takes less time than importing torch would: the checks, and work on records and images, in many processes."""
+
 FILES = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in sorted(SOURCE.rglob("*.py"))}
 
 
@@ -135,6 +142,12 @@ def test_plain_commands_import_nothing_slow_that_they_do_not_need():
         if module.split(".")[0] in SLOW or attribute.startswith("Timm")  # transformers imports timm with those
     ]
     assert slow == []
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_what_needs_no_model_imports_no_torch(name: str):
+    packages = {module.split(".")[0] for file in imported_with(name, set()) for module, _ in top_imports(file)}
+    assert not packages & {"torch", "torchvision", "transformers"}
 
 
 def test_no_file_imports_itself_through_others():
