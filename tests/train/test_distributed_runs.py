@@ -77,7 +77,7 @@ pathlib.Path(os.environ["RANKS"], os.environ["RANK"]).write_text(json.dumps([sys
 def launch_deepspeed(words: list[str], module: str = "vlm") -> None:
     """Run two ranks to their end with the words and the environment of DeepSpeed's own launcher; nothing is compiled.
 
-    What it starts are new interpreters, which only say what they were given; the ranks need none.
+    The launcher starts new interpreters, which only write down what they were given; the ranks are forked.
     """
     with TemporaryDirectory() as compiled, TemporaryDirectory() as ranks, TemporaryDirectory() as code:
         Path(code, "recorded_rank.py").write_text(RECORD_RANK)
