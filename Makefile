@@ -33,8 +33,8 @@ install-eval: .venv-eval/installed ## Install lmms-eval, in an environment of it
 demo: install ## Train a small model from nothing and ask it about images (minutes, CPU)
 	$(RUN) -m vlm.demo
 
-test: install ## Run the tests, WORKERS files at a time
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not torture and not attack and not load" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: install ## Run the tests, WORKERS files at a time; what one process compiles serves the others
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow and not torture and not attack and not load" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## Run the tests that take minutes each
 	$(RUN) -m pytest -m slow

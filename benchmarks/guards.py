@@ -1,70 +1,36 @@
-"""Cost of the guards of a run as a share of a step: judging the update, naming samples, heartbeats.
+"""The guards of a run, timed call by call, or switched off for every other step: `survival` measures what they cost."""
 
-    python -m benchmarks.guards [--gpu] [--tokens N] [--steps N]
-
-The run is the one that `vlm` starts, with SmolLM2-135M's and ViT-B/16's shapes. The time within each call of a guard is
-added up, once the device is done with what came before. The check of weights before a save is shared out to the steps
-between two checkpoints. About two minutes on two cores.
-"""
-
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import median
+from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
 
-from benchmarks import counting
-from benchmarks.lengths import draw_records, write_records
-from benchmarks.report import below, report
-from benchmarks.shapes import SHAPES, write_parts
-from benchmarks.sizes import make_parser, make_size
-from benchmarks.variants import Steps, run_ours, silence_libraries, synchronized_time
-from vlm.config.schema import RunConfig
-from vlm.train.checkpoints.trainer import trained_tensors
+from transformers import Trainer
+
+from benchmarks.variants import synchronized_time
 from vlm.train.guards.logged_loss import LoggedLoss
 from vlm.train.guards.step_guard import StepGuard
 from vlm.train.guards.watchdog import Watchdog
-from vlm.train.guards.weights import find_nonfinite
 
-LIMIT = 0.02
-"""The largest share of a step that they may cost."""
-TIMED = (
-    (StepGuard, "begin_step"), (StepGuard, "watch_loss"), (StepGuard, "judge"), (LoggedLoss, "begin_step"),
-    (LoggedLoss, "end_step"), (Watchdog, "mark"), (Watchdog, "_write_heartbeat"),
-)  # fmt: skip
-"""What guards do between the first and the last step."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """The size of the measurement.
-
-    Attributes:
-        shape: the model's shape, a name of `SHAPES`.
-        tokens: `trainer.max_tokens_per_batch`.
-        steps: number of steps of one pack each; the first is not measured.
-        bf16: whether matrix products run in bfloat16.
-    """
-
-    shape: str = "smol"
-    tokens: int = 2048
-    steps: int = 4
-    bf16: bool = False
-
-
-GPU = Size(tokens=16384, steps=30, bf16=True)
-"""The size for one large GPU."""
+GUARDS: dict[tuple[type, str], Callable[..., object]] = {
+    (StepGuard, "begin_step"): lambda *_, **__: None,
+    (StepGuard, "watch_loss"): lambda guard, loss, **_: loss,
+    (StepGuard, "judge"): lambda *_: True,
+    (LoggedLoss, "begin_step"): lambda *_: None,
+    (LoggedLoss, "end_step"): lambda *_, **__: None,
+    (Watchdog, "mark"): lambda *_: None,
+    (Watchdog, "_write_heartbeat"): lambda *_: None,
+}
+"""A method of a guard, between the first and the last step -> what it does where there is no guard."""
 
 
 @contextmanager
 def timed_guards() -> Iterator[list[float]]:
-    """Within, add the seconds of each call of a guard to the list."""
+    """Within, add the seconds of each call of a guard to the list, once the device is done with what came before."""
     seconds: list[float] = []
 
-    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(method: Callable[..., Any], idle: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             start = synchronized_time()
             try:
@@ -74,39 +40,42 @@ def timed_guards() -> Iterator[list[float]]:
 
         return call
 
-    with ExitStack() as stack:
-        for owner, name in TIMED:
-            stack.enter_context(patch.object(owner, name, timed(getattr(owner, name))))
+    with _replaced_guards(timed):
         yield seconds
 
 
-def measure(size: Size, folder: Path) -> tuple[Steps, float, float]:
-    """Return the steps of a run, the seconds that guards took in each of them, and those of a check of the weights."""
-    shape = SHAPES[size.shape]
-    write_parts(folder / "parts", shape)
-    records = counting.select_records(draw_records(size.steps * size.tokens // 50), shape, size.tokens, size.steps)
-    path = write_records(folder / "data", records, shape.side)
-    words = [f"trainer.max_tokens_per_batch={size.tokens}", f"trainer.bf16={str(size.bf16).lower()}"]
-    with timed_guards() as seconds:
-        steps = run_ours(folder / "parts", path, folder / "run", *words)
-    trainer = steps.trainer
-    start = synchronized_time()
-    assert find_nonfinite(trained_tensors(trainer.model, trainer.parts).items()) == []
-    return steps, sum(seconds) / len(steps.seconds), synchronized_time() - start
+@contextmanager
+def guards_in_turns() -> Iterator[list[bool]]:
+    """Within, a run trains on each step's batches twice in a row: once under guards, once without, in turns first.
+
+    Yields:
+        Of each step that has begun, whether it is under guards.
+    """
+    are_on: list[bool] = []
+    batches: Any = None
+    get_batch_samples = Trainer.get_batch_samples
+
+    def repeat_batches(*args: Any, **kwargs: Any) -> Any:
+        nonlocal batches
+        pair, is_second = divmod(len(are_on), 2)
+        are_on.append(bool(is_second) == bool(pair % 2))
+        if not is_second:
+            batches = get_batch_samples(*args, **kwargs)
+        return deepcopy(batches)
+
+    def switched(method: Callable[..., Any], idle: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (method if not are_on or are_on[-1] else idle)(*args, **kwargs)
+
+        return call
+
+    with patch.object(Trainer, "get_batch_samples", repeat_batches), _replaced_guards(switched):
+        yield are_on
 
 
-def main() -> None:
-    """Measure and report."""
-    args = make_parser(__doc__, ("tokens", "steps")).parse_args()
-    silence_libraries()
-    with tempfile.TemporaryDirectory() as name:
-        steps, guards, check = measure(make_size(args, Size(), GPU), Path(name))
-    step, interval = median(steps.seconds[1:]), float(RunConfig().trainer.save_steps)
-    share = (guards + check / interval) / step
-    row = below(f"guards, a save every {interval:.0f} steps", [share], "share of a step", "", LIMIT)
-    notes = {"seconds of a step": step, "seconds of guards in it": guards, "seconds of a check of the weights": check}
-    report("guards-gpu" if args.gpu else "guards", [row], notes)
-
-
-if __name__ == "__main__":
-    main()
+@contextmanager
+def _replaced_guards(replace: Callable[[Callable[..., Any], Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for (owner, name), idle in GUARDS.items():
+            stack.enter_context(patch.object(owner, name, replace(getattr(owner, name), idle)))
+        yield

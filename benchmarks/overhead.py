@@ -9,7 +9,6 @@ The first step of each is not measured. About six minutes on two cores.
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import counting
-from benchmarks.lengths import draw_records, write_records
+from benchmarks.packed_steps import StepSize, prepare_run
 from benchmarks.report import compared, report
-from benchmarks.shapes import SHAPES, write_parts
 from benchmarks.sizes import make_parser, make_size
-from benchmarks.variants import LEARNING_RATE, Steps, release_memory, run_ours, silence_libraries, synchronized_time
+from benchmarks.variants import LEARNING_RATE, Steps, release_memory, silence_libraries, synchronized_time
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.train.step.packed_attention import use_packed_attention
 
@@ -31,26 +28,9 @@ MATRIX_OPERATORS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "c
 """Endings of the names of operators that multiply matrices, after `aten::`."""
 
 
-@dataclass(frozen=True)
-class Size:
-    """The size of the measurement.
-
-    Attributes:
-        shape: the model's shape, a name of `SHAPES`.
-        tokens: `trainer.max_tokens_per_batch`.
-        steps: number of steps of one pack each; the first is not measured.
-        repeats: how often run and loop take turns.
-        bf16: whether matrix products run in bfloat16.
-    """
-
-    shape: str = "smol"
-    tokens: int = 4096
-    steps: int = 4
-    repeats: int = 2
-    bf16: bool = False
-
-
-GPU = Size(tokens=16384, steps=30, repeats=3, bf16=True)
+CPU = StepSize(tokens=4096, repeats=2)
+"""The size for two cores; run and loop take turns."""
+GPU = StepSize(tokens=16384, steps=30, repeats=3, bf16=True)
 """The size for one large GPU."""
 
 
@@ -122,18 +102,14 @@ def _is_matrix_operator(operator: str) -> bool:
     return operator.startswith("aten::") and (name.endswith(MATRIX_OPERATORS) or "_attention" in name)
 
 
-def measure(size: Size, folder: Path) -> tuple[list[float], list[float], float]:
+def measure(size: StepSize, folder: Path) -> tuple[list[float], list[float], float]:
     """Return seconds of steps of the run and of the bare loop, in turns, and the share of matrix products."""
-    shape = SHAPES[size.shape]
-    write_parts(folder / "parts", shape)
-    records = counting.select_records(draw_records(size.steps * size.tokens // 50), shape, size.tokens, size.steps)
-    path = write_records(folder / "data", records, shape.side)
-    words = [f"trainer.max_tokens_per_batch={size.tokens}", f"trainer.bf16={str(size.bf16).lower()}"]
+    train = prepare_run(size, folder)
     whole: list[float] = []
     bare: list[float] = []
     share = 0.0
     for turn in range(size.repeats):
-        run = run_ours(folder / "parts", path, folder / f"ours-{turn}", *words, keeps=True)
+        run = train(f"ours-{turn}", keeps=True)
         whole += run.seconds[1:]
         loop = _make_bare_loop(run, bf16=size.bf16)
         bare += loop.seconds()[1:]
@@ -157,7 +133,7 @@ def _make_bare_loop(run: Steps, *, bf16: bool) -> BareLoop:
 def main() -> None:
     """Measure and report."""
     args = make_parser(__doc__, ("tokens", "steps", "repeats")).parse_args()
-    size = make_size(args, Size(), GPU)
+    size = make_size(args, CPU, GPU)
     silence_libraries()
     with tempfile.TemporaryDirectory() as name:
         whole, bare, share = measure(size, Path(name))

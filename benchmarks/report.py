@@ -4,7 +4,7 @@ import json
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ def compared(
     medians = {label: statistics.median(measured) for label, measured in values.items()}
     spread = {label: (min(measured), max(measured)) for label, measured in values.items()}
     return Row(name, medians[labels[0]] / medians[labels[1]], target, better, medians, spread, unit)
+
+
+def paired(
+    name: str, ours: Sequence[float], theirs: Sequence[float], labels: tuple[str, str], unit: str, target: float,
+    better: str = "higher",
+) -> Row:  # fmt: skip
+    """Return a row for measurements of the same pieces of work; the ratio is the median of ours over theirs."""
+    ratios = [one / other for one, other in zip(ours, theirs, strict=True)]
+    return replace(compared(name, ours, theirs, labels, unit, target, better), ratio=statistics.median(ratios))
 
 
 def below(name: str, measured: Sequence[float], label: str, unit: str, limit: float) -> Row:

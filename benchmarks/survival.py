@@ -1,16 +1,19 @@
-"""Cost of what lets a run survive, as a share of a step: manifests of checkpoints, flushed to the disk.
+"""Cost of what lets a run survive, as a share of a step: its guards, and manifests of checkpoints, flushed to the disk.
 
     python -m benchmarks.survival [--gpu] [--tokens N] [--steps N] [--repeats N]
 
 The run is the one that `vlm` starts, with SmolLM2-135M's and ViT-B/16's shapes; connector and language model train, so
-that a checkpoint has 1.1 GB. When its steps have been timed, it saves in turns as it does, and as it would without
-hashes, manifest and flushing. The difference is shared out to the steps between two checkpoints at the default
-`trainer.save_steps`. About three minutes on two cores.
+that a checkpoint has 1.1 GB. It trains on each step's batch twice in a row, under its guards and without. Then it saves
+in turns as it does, without hashes, manifest and flushing, and without the check of its weights either. What a save
+costs is shared out to the steps between two checkpoints at the default `trainer.save_steps`. Guards and manifests are
+measured apart, and together: a step under both over the same step with neither. About five minutes on two cores.
 """
 
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,42 +22,23 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks import counting
-from benchmarks.lengths import draw_records, write_records
-from benchmarks.report import Row, below, report
-from benchmarks.shapes import SHAPES, write_parts
+from benchmarks.guards import guards_in_turns, timed_guards
+from benchmarks.packed_steps import StepSize, prepare_run
+from benchmarks.report import Row, below, paired, report
 from benchmarks.sizes import make_parser, make_size
-from benchmarks.variants import Steps, run_ours, silence_libraries
+from benchmarks.variants import silence_libraries
 from vlm.config.schema import RunConfig
 from vlm.train.checkpoints.files import publish
 from vlm.train.checkpoints.find import find_problems_together
 from vlm.train.checkpoints.trainer import CheckpointTrainer
 from vlm.train.checkpoints.writer import FolderWriter
+from vlm.train.guards.trainer import GuardedTrainer
 
 LIMIT = 0.02
 """The largest share of a step that everything here may cost."""
-
-
-@dataclass(frozen=True)
-class Size:
-    """The size of the measurement.
-
-    Attributes:
-        shape: the model's shape, a name of `SHAPES`.
-        tokens: `trainer.max_tokens_per_batch`.
-        steps: number of steps of one pack each; the first is not measured.
-        repeats: how often each way of saving is measured.
-        bf16: whether matrix products run in bfloat16.
-    """
-
-    shape: str = "smol"
-    tokens: int = 2048
-    steps: int = 4
-    repeats: int = 3
-    bf16: bool = False
-
-
-GPU = Size(tokens=16384, steps=30, repeats=5, bf16=True)
+CPU = StepSize(steps=8)
+"""The size for two cores: three batches that are measured, since those of the first two steps are not."""
+GPU = StepSize(tokens=16384, steps=60, repeats=5, bf16=True)
 """The size for one large GPU."""
 
 
@@ -71,84 +55,137 @@ class PlainWriter(FolderWriter):
 
 
 @dataclass(frozen=True)
-class Saves:
-    """Seconds of saving a checkpoint as runs do and without what makes it whole, and of checking it; its bytes."""
+class Costs:
+    """Seconds of everything that is measured.
 
+    Attributes:
+        guarded: of each batch, a step under guards.
+        unguarded: of the same batches, a step without.
+        guards: of all calls of guards in a step under them.
+        weight_checks: of the check of the weights before a save.
+        whole: of each save as runs make it.
+        plain: of saves without hashes, manifest and flushing.
+        bare: of plain saves without the check of the weights.
+        checks: of checking a checkpoint before it is resumed.
+        num_bytes: bytes of a checkpoint.
+    """
+
+    guarded: list[float]
+    unguarded: list[float]
+    guards: float
+    weight_checks: list[float]
     whole: list[float]
     plain: list[float]
+    bare: list[float]
     checks: list[float]
     num_bytes: int
 
+    def guards_row(self, interval: float) -> Row:
+        """Return what guards cost: their calls in a step, and the check of the weights before a save."""
+        step = median(self.unguarded)
+        shares = [(self.guards + check / interval) / step for check in self.weight_checks]
+        return below(f"guards, a save every {interval:.0f} steps", shares, "share of a step", "", LIMIT)
 
-def time_saves(trainer: Any, repeats: int) -> Saves:
-    """Save a trainer's checkpoint in turns, in both ways; the disk is done with the one before each time."""
-    checkpoint = Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
-    whole: list[float] = []
-    plain: list[float] = []
-    checks: list[float] = []
+    def manifest_row(self, interval: float) -> Row:
+        """Return what manifests and flushing cost, shared out to the steps between two checkpoints."""
+        step = median(self.unguarded)
+        shares = [(whole - plain) / interval / step for whole, plain in zip(self.whole, self.plain, strict=True)]
+        return below(f"manifests and flushing, a save every {interval:.0f} steps", shares, "share of a step", "", LIMIT)
+
+    def row_of_both(self, interval: float) -> Row:
+        """Return a step under both, with its share of a save, over the same step with neither."""
+        both = [step + median(self.whole) / interval for step in self.guarded]
+        neither = [step + median(self.bare) / interval for step in self.unguarded]
+        name = f"guards and manifests, a save every {interval:.0f} steps"
+        return paired(name, both, neither, ("with both", "with neither"), "s a step", 1 + LIMIT, "lower")
+
+    def shortest_step(self, interval: float) -> float:
+        """Return the seconds of a step of which manifests cost `LIMIT`; of longer ones they cost less."""
+        return median(map(float.__sub__, self.whole, self.plain)) / interval / LIMIT
+
+
+def measure(size: StepSize, folder: Path) -> Costs:
+    """Train on each batch with guards and without, and save in turns with a manifest and without."""
+    train = prepare_run(size, folder)
+    with timed_guards() as calls, guards_in_turns() as are_on:
+        run = train("run")
+    seconds = list(zip(are_on, run.seconds, strict=True))[2:]
+    guarded, unguarded = ([step for is_on, step in seconds if is_on is wanted] for wanted in (True, False))
+    saves = time_saves(run.trainer, size.repeats)
+    num_bytes = sum(file.stat().st_size for file in _checkpoint_of(run.trainer).rglob("*"))
+    return Costs(guarded, unguarded, sum(calls) / sum(are_on), num_bytes=num_bytes, **saves)
+
+
+def time_saves(trainer: Any, repeats: int) -> dict[str, list[float]]:
+    """Save a trainer's checkpoint in turns, in each way; the disk is done with the one before each time.
+
+    Returns:
+        The attributes of `Costs` that are of saves.
+    """
+    plain = patch.object(CheckpointTrainer, "_make_writer", _make_plain_writer)
+    unchecked = patch.object(GuardedTrainer, "_check_finite_weights", lambda *_: None)
+    actions: dict[str, Callable[[], object]] = {
+        "bare": lambda: _save(trainer, plain, unchecked),
+        "plain": lambda: _save(trainer, plain),
+        "whole": lambda: _save(trainer),
+        "checks": lambda: _check_whole(_checkpoint_of(trainer)),
+        "weight_checks": lambda: trainer._check_finite_weights("the model"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
-        with patch.object(CheckpointTrainer, "_make_writer", _make_plain_writer):
-            plain.append(_time_save(trainer))
-        whole.append(_time_save(trainer))
-        start = time.perf_counter()
-        assert find_problems_together(checkpoint) == []
-        checks.append(time.perf_counter() - start)
-        print(f"  saved in {whole[-1]:.2f} s, plainly in {plain[-1]:.2f} s, checked in {checks[-1]:.2f} s", flush=True)
-    return Saves(whole, plain, checks, sum(file.stat().st_size for file in checkpoint.rglob("*")))
+        for name, action in actions.items():
+            seconds[name].append(_time(action))
+            print(f"  {name}: {seconds[name][-1]:.2f} s", flush=True)
+    return seconds
 
 
-def _time_save(trainer: Any) -> float:
+def _save(trainer: Any, *changes: AbstractContextManager[Any]) -> None:
+    with ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(change)
+        trainer._save_checkpoint(trainer.model, None)
+
+
+def _time(action: Callable[[], object]) -> float:
     os.sync()
     start = time.perf_counter()
-    trainer._save_checkpoint(trainer.model, None)
+    action()
     return time.perf_counter() - start
+
+
+def _check_whole(checkpoint: Path) -> None:
+    assert find_problems_together(checkpoint) == []
+
+
+def _checkpoint_of(trainer: Any) -> Path:
+    return Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
 
 
 def _make_plain_writer(trainer: CheckpointTrainer, target: Path) -> PlainWriter:
     return PlainWriter(target, is_leader=True, is_first_of_node=True)
 
 
-def measure(size: Size, folder: Path) -> tuple[Steps, Saves]:
-    """Return the steps of a run, and the times of its checkpoints."""
-    shape = SHAPES[size.shape]
-    write_parts(folder / "parts", shape)
-    records = counting.select_records(draw_records(size.steps * size.tokens // 50), shape, size.tokens, size.steps)
-    path = write_records(folder / "data", records, shape.side)
-    words = [f"trainer.max_tokens_per_batch={size.tokens}", f"trainer.bf16={str(size.bf16).lower()}"]
-    run = run_ours(folder / "parts", path, folder / "run", *words)
-    return run, time_saves(run.trainer, size.repeats)
-
-
-def manifest_row(steps: Steps, saves: Saves, interval: float) -> Row:
-    """Return what manifests and flushing cost, shared out to the steps between two checkpoints."""
-    step = median(steps.seconds[1:])
-    shares = [(whole - plain) / interval / step for whole, plain in zip(saves.whole, saves.plain, strict=True)]
-    return below(f"manifests and flushing, a save every {interval:.0f} steps", shares, "share of a step", "", LIMIT)
-
-
-def shortest_step(saves: Saves, interval: float) -> float:
-    """Return the seconds of a step of which they cost `LIMIT`; of longer ones they cost less."""
-    return median(whole - plain for whole, plain in zip(saves.whole, saves.plain, strict=True)) / interval / LIMIT
-
-
 def main() -> None:
     """Measure and report."""
     args = make_parser(__doc__, ("tokens", "steps", "repeats")).parse_args()
-    size = make_size(args, Size(), GPU)
+    size = make_size(args, CPU, GPU)
     silence_libraries()
     with tempfile.TemporaryDirectory() as name:
-        steps, saves = measure(size, Path(name))
+        costs = measure(size, Path(name))
     interval = float(RunConfig().trainer.save_steps)
-    row = manifest_row(steps, saves, interval)
     notes = {
-        f"seconds of a step of which they are {LIMIT:.0%}": shortest_step(saves, interval),
-        "seconds of a step": median(steps.seconds[1:]),
-        "GB of a checkpoint": saves.num_bytes / 1e9,
-        "seconds of a save": median(saves.whole),
-        "seconds of a save without hashes, manifest and flushing": median(saves.plain),
-        "seconds of checking a checkpoint before it is resumed": median(saves.checks),
+        f"seconds of a step of which manifests are {LIMIT:.0%}": costs.shortest_step(interval),
+        "seconds of a step": median(costs.unguarded),
+        "seconds of guards in it": costs.guards,
+        "GB of a checkpoint": costs.num_bytes / 1e9,
+        "seconds of a save": median(costs.whole),
+        "seconds of a save without hashes, manifest and flushing": median(costs.plain),
+        "seconds of a save whose weights are not checked either": median(costs.bare),
+        "seconds of a check of the weights": median(costs.weight_checks),
+        "seconds of checking a checkpoint before it is resumed": median(costs.checks),
     }
-    report("survival-gpu" if args.gpu else "survival", [row], notes)
+    rows = [costs.guards_row(interval), costs.manifest_row(interval), costs.row_of_both(interval)]
+    report("survival-gpu" if args.gpu else "survival", rows, notes)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 The tests need no network, no GPU and no trained weights. `world` is one composition with its records, for runs;
 `parts` has every kind of part, for contract tests. Runs leave out what costs a tiny one more than its steps do:
-plots, unless a test asks for them, and counting equal models' operations again.
+plots, unless a test asks for them, waiting until the disk has a file, and counting equal models' operations again.
 """
 
 import copy
@@ -84,7 +84,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: Any) -> None:
     """Exempt what has been imported from garbage collection, which would walk it for half a second each time."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 
@@ -276,6 +275,7 @@ def plots_drawn() -> Iterator[None]:
 def light_runs() -> Iterator[None]:
     """Leave out of all runs what costs a tiny one more than its steps do: see the top of this file."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(speed, "count_flops", count_flops_once)
         patch.setattr(peak_flops, "measure_tflops", measure_tflops_once)
         patch.setattr(memory, "clear_device_cache", lambda garbage_collection=False: None)

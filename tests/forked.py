@@ -3,6 +3,8 @@
 A test takes them where what a process does is its point, and that a new interpreter imports everything is not. The
 parent imports and does nothing else: it has one thread, and what it has imported was imported under the environment of
 the tests, so a test of what is read at import needs an interpreter of its own.
+
+Runs in it leave out what costs a tiny one more than its steps do, see `lighten`.
 """
 
 import gc
@@ -43,7 +45,7 @@ class Ended:
 
 
 def run_forked(
-    *commands: list[str], environments: Iterable[dict[str, str]] = ({},), cwd: Path | None = None
+    *commands: list[str], environments: Iterable[dict[str, str]] = ({},), cwd: Path | None = None, light: bool = True
 ) -> list[Ended]:
     """Run commands side by side, each as Python runs it; where one fails, all are ended.
 
@@ -51,12 +53,13 @@ def run_forked(
         commands: `-m`, a module and its words, or `-c`, code and its words.
         environments: of each process, what its environment has beside this process's.
         cwd: the working directory; defaults to this process's.
+        light: whether runs leave out what `lighten` names.
     """
     with TemporaryDirectory() as folder:
         requests = [
             {
                 "command": command, "environment": {**os.environ, **CPU_ONLY, **environment},
-                "folder": str(cwd or Path.cwd()), "output": str(Path(folder, str(number))),
+                "folder": str(cwd or Path.cwd()), "output": str(Path(folder, str(number))), "light": light,
             }
             for number, (command, environment) in enumerate(zip(commands, environments, strict=True))
         ]  # fmt: skip
@@ -126,7 +129,6 @@ def serve() -> Callable[[], object] | None:
     gc.disable()
     for module in PRELOADED:
         import_module(module)
-    gc.collect()
     gc.freeze()  # what is shared with the forks stays shared
     gc.enable()
     answers = os.fdopen(os.dup(1), "w")
@@ -164,12 +166,30 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.path[0] = request["folder"]
+    if request["light"]:
+        lighten()
     option, program, *words = request["command"]
     sys.argv = [option, *words]
     if option == "-m":
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         exec(program, {"__name__": "__main__"})
+
+
+def lighten() -> None:
+    """Let runs of this process draw no plots, measure no processor, wait for no disk, and compose once.
+
+    Hydra composes everything a second time to find out that a run is no sweep.
+    """
+    from hydra._internal.hydra import Hydra
+    from hydra.types import RunMode
+
+    from vlm.train.monitor import callbacks, peak_flops
+
+    os.fsync = lambda descriptor: None
+    Hydra.get_mode = lambda *given, **named: RunMode.RUN
+    callbacks.draw_loss = callbacks.draw_speed = lambda metrics, path: None
+    peak_flops.measure_tflops = lambda device, dtype: 1.0
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,7 +29,9 @@ from benchmarks import (
     pretrain,
     survival,
 )
+from benchmarks.guards import guards_in_turns
 from benchmarks.lengths import PUBLISHED_FIGURES, SOURCES, draw_records, summarize_lengths, write_records
+from benchmarks.packed_steps import StepSize
 from benchmarks.shapes import SHAPES, compose_model, make_llava, write_parts
 from benchmarks.variants import (
     SEED,
@@ -42,6 +45,7 @@ from benchmarks.variants import (
 )
 from vlm.demo.scenes import write_scenes
 from vlm.inference.generate import VisionLanguageModel
+from vlm.train.guards.step_guard import StepGuard
 from vlm.train.monitor.peak_flops import Peak
 
 TINY = SHAPES["tiny"]
@@ -202,7 +206,7 @@ def test_the_first_records_that_fill_the_packs():
 
 
 def test_a_bare_loop_takes_the_runs_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    size = overhead.Size("tiny", tokens=2048, steps=2, repeats=1)
+    size = StepSize("tiny", steps=2, repeats=1)
     optimisers: list[Any] = []
 
     def watched(run: Steps, **settings: Any) -> overhead.BareLoop:
@@ -402,12 +406,37 @@ def test_every_program_gets_the_same_job(folder: Path, tmp_path: Path, monkeypat
         peers.run_program("ours", replace(job, steps=3), Path(sys.executable))
 
 
-def test_manifests_are_measured_beside_plain_saves(tmp_path: Path):
-    steps, saves = survival.measure(survival.Size("tiny", tokens=2048, steps=3, repeats=2), tmp_path)
-    assert len(saves.whole) == len(saves.plain) == len(saves.checks) == 2
-    assert saves.num_bytes > 10_000
-    row = survival.manifest_row(steps, saves, 500)
+def test_guards_and_manifests_are_measured_apart_and_together(tmp_path: Path):
+    costs = survival.measure(StepSize("tiny", steps=6, repeats=2), tmp_path)
+    assert len(costs.guarded) == len(costs.unguarded) == 2
+    for seconds in (costs.whole, costs.plain, costs.bare, costs.checks, costs.weight_checks):
+        assert len(seconds) == 2
+        assert min(seconds) > 0
+    assert 0 < costs.guards < min(costs.guarded)
+    assert costs.num_bytes > 10_000
+    steps = statistics.median(costs.unguarded)
+    row = costs.manifest_row(500)
     assert row.target == 1.0
-    cost = [(whole - plain) / 500 for whole, plain in zip(saves.whole, saves.plain, strict=True)]
-    assert row.ratio == pytest.approx(statistics.median(cost) / statistics.median(steps.seconds[1:]) / 0.02)
-    assert survival.shortest_step(saves, 500) == pytest.approx(statistics.median(cost) / 0.02)
+    cost = [(whole - plain) / 500 for whole, plain in zip(costs.whole, costs.plain, strict=True)]
+    assert row.ratio == pytest.approx(statistics.median(cost) / steps / 0.02)
+    assert costs.shortest_step(500) == pytest.approx(statistics.median(cost) / 0.02)
+    check = statistics.median(costs.weight_checks) / 500
+    assert costs.guards_row(500).ratio == pytest.approx((costs.guards + check) / steps / 0.02)
+
+
+def test_what_a_step_costs_under_both_is_compared_batch_by_batch():
+    costs = survival.Costs([2.0, 5.0, 1.0], [1.0, 4.0, 1.0], 0.0, [], [3.0], [2.0], [1.0], [], 0)
+    row = costs.row_of_both(10)
+    assert (row.ratio, row.target, row.better) == (pytest.approx(5.3 / 4.1), 1.02, "lower")
+    assert row.medians == pytest.approx({"with both": 2.3, "with neither": 1.1})
+
+
+def test_each_batch_is_trained_on_under_guards_and_without(folder: Path):
+    with guards_in_turns() as are_on, patch.object(StepGuard, "_leave_out", side_effect=AssertionError):
+        words = ("trainer.max_tokens_per_batch=2048",)
+        run = run_ours(folder / "parts", folder / "data" / "records.json", folder / "turns", *words, keeps=True)
+    assert are_on == [True, False, False, True, True, False, False, True][: len(run.seconds)]
+    assert len(run.seconds) > 3
+    for first, second in zip(run.batches[::2], run.batches[1::2], strict=False):
+        for row, again in zip(first, second, strict=True):
+            assert torch.equal(row["input_ids"], again["input_ids"])

@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -48,12 +49,25 @@ PLAIN = (
 )  # fmt: skip
 """What a plain run, a question, a look at records, and import and export of checkpoints import."""
 
+WITHOUT_TORCH = (
+    "checks.run",
+    "checks.heads",
+    *(f"data.tools.{name}" for name in ("clean", "convert", "download", "write")),
+)
+"""What takes less time than importing torch would: the checks, and work on records and images, in many processes."""
+
 FILES = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in sorted(SOURCE.rglob("*.py"))}
+
+
+@cache
+def parse(file: Path) -> ast.Module:
+    """Parse a file, once for all tests."""
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def imports(file: Path) -> Iterator[tuple[int, str]]:
     """Level (0: absolute) and module of every import."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(file)):
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -62,10 +76,11 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
                 yield from ((0, f"{node.module}.{alias.name}") for alias in node.names)
 
 
+@cache
 def targets(name: str) -> set[str]:
     """The files of `vlm` that a file imports, at its top or within a function."""
     found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(parse(FILES[name])):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
@@ -82,7 +97,7 @@ def targets(name: str) -> set[str]:
 
 def top_imports(name: str) -> Iterator[tuple[str, str]]:
     """Module and name of every import that a file makes when it is imported itself; without a name, an empty one."""
-    for node in ast.parse(FILES[name].read_text(encoding="utf-8")).body:
+    for node in parse(FILES[name]).body:
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -127,6 +142,12 @@ def test_plain_commands_import_nothing_slow_that_they_do_not_need():
         if module.split(".")[0] in SLOW or attribute.startswith("Timm")  # transformers imports timm with those
     ]
     assert slow == []
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_what_needs_no_model_imports_no_torch(name: str):
+    packages = {module.split(".")[0] for file in imported_with(name, set()) for module, _ in top_imports(file)}
+    assert not packages & {"torch", "torchvision", "transformers"}
 
 
 def test_no_file_imports_itself_through_others():

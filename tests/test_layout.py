@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = {
     "data/feature_cache/heads.py": "train/feature_cache/test_heads.py",
     "data/feature_cache/images.py": "train/feature_cache/test_images.py",
     "data/pages.py": "data/tools/test_show.py",
+    "data/records/answers.py": "data/records/test_formats.py",
     "data/records/files.py": "data/records/test_layout.py",
     "data/records/http.py": "data/records/test_tar.py",
     "data/records/positions.py": "data/records/test_tar.py",

@@ -139,7 +139,7 @@ def train(words: list[str], ranks: int = 1, code: str = KILL_AFTER, rank: int = 
     """Train with `code` in place of `python -m vlm`; with several ranks, `environment` is that of one of them."""
     environments = rank_environments(ranks) if ranks > 1 else [{}]
     environments[rank] |= environment
-    return run_forked(*[["-c", code, *words]] * ranks, environments=environments)
+    return run_forked(*[["-c", code, *words]] * ranks, environments=environments, light=False)
 
 
 def check_ended(ended: Sequence[Ended], *allowed: int) -> None:

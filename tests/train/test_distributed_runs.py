@@ -1,4 +1,4 @@
-"""Two ranks on the CPU: ZeRO-2 and ZeRO-3 reach the single process's losses, through DeepSpeed's own launcher too.
+"""Two ranks on the CPU: ZeRO-2 and ZeRO-3 reach the single process's losses, also as DeepSpeed's launcher starts them.
 
 Their `final` is that of the single process: names and shapes of weights, and where replies end.
 """
@@ -14,10 +14,9 @@ from tempfile import TemporaryDirectory
 import pytest
 from safetensors import safe_open
 
-from tests import waiting
 from tests.families.tiny_families import save_family
 from tests.fixtures import losses
-from tests.forked import CPU_ONLY, find_free_port, run_ranks
+from tests.forked import Ended, find_free_port, run_forked, run_ranks
 from tests.train.checkpoints.test_manifest import DAMAGES, flip_a_bit
 from vlm.train.checkpoints.find import find_problems_together
 from vlm.train.checkpoints.manifest import MANIFEST, list_files, read_manifest
@@ -58,20 +57,47 @@ def describe_final(run: Path, folder: str = "final") -> tuple[dict[str, list[int
 
 def launch(words: list[str], module: str = "vlm") -> None:
     """Run two ranks to their end: as DeepSpeed's launcher does, without its two new interpreters."""
-    for done in run_ranks(module, words):
+    check_ended(run_ranks(module, words))
+
+
+def check_ended(ended: list[Ended]) -> None:
+    """Fail, with what the process wrote, where one did not end well."""
+    for done in ended:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+RECORD_RANK = """
+import json, os, pathlib, sys
+
+pathlib.Path(os.environ["RANKS"], os.environ["RANK"]).write_text(json.dumps([sys.argv[1:], dict(os.environ)]))
+"""
+"""Writes down the words and the environment that a launcher gives a rank."""
 
 
 def launch_deepspeed(words: list[str], module: str = "vlm") -> None:
-    """Run two ranks to their end through DeepSpeed's own launcher; nothing is compiled for them."""
-    port = find_free_port()
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(port)]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with TemporaryDirectory() as compiled:
-        environment = os.environ | CPU_ONLY | {"PATH": path, "TORCH_EXTENSIONS_DIR": compiled}
-        done = waiting.run([*launcher, "--module", module, *words], env=environment)
+    """Run two ranks to their end with the words and the environment of DeepSpeed's own launcher; nothing is compiled.
+
+    The launcher starts new interpreters, which only write down what they were given; the ranks are forked.
+    """
+    with TemporaryDirectory() as compiled, TemporaryDirectory() as ranks, TemporaryDirectory() as code:
+        Path(code, "recorded_rank.py").write_text(RECORD_RANK)
+        launcher = ["--num_gpus", "2", "--master_port", str(find_free_port()), "--module", "recorded_rank", *words]
+        environment = {
+            "TORCH_EXTENSIONS_DIR": compiled, "RANKS": ranks, "PYTHONPATH": prepend(code, "PYTHONPATH"),
+            "PATH": prepend(str(Path(sys.executable).parent), "PATH"),
+        }  # fmt: skip
+        (done,) = run_forked(["-m", "deepspeed.launcher.runner", *launcher], environments=[environment])
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        recorded = [json.loads(path.read_text()) for path in sorted(Path(ranks).iterdir())]
+        assert [environment["RANK"] for _, environment in recorded] == ["0", "1"]
+        commands = [["-m", module, *given] for given, _ in recorded]
+        check_ended(run_forked(*commands, environments=[environment for _, environment in recorded]))
         assert not os.listdir(compiled)
+
+
+def prepend(folder: str, variable: str) -> str:
+    """Return the folders of a variable of the environment, with one before them."""
+    return os.pathsep.join([folder, *filter(None, [os.environ.get(variable)])])
 
 
 @pytest.mark.parametrize(("stage", "start_ranks"), [("zero2", launch), ("zero3", launch_deepspeed)])

@@ -47,6 +47,7 @@ def with_config(
     """
 
     def check_and_act(composed: DictConfig) -> None:
+        """Check a composed configuration and pass it on, with the names of the keys that were overridden."""
         name = _require_run(composed)
         check_known_keys(composed)
         check_required_values(composed)
@@ -81,6 +82,7 @@ def compose_inference_config(argv: list[str]) -> InferenceConfig:
     settings: list[InferenceConfig] = []
 
     def read(composed: DictConfig) -> None:
+        """Check the keys under `inference` and keep them."""
         _require_run(composed)
         check_known_keys(composed)
         settings.append(cast(InferenceConfig, OmegaConf.to_object(composed.inference)))
@@ -99,6 +101,7 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
     refused: list[Exception] = []
 
     def job(composed: DictConfig) -> None:
+        """Act on the configuration; keep a refusal, to be raised outside of Hydra."""
         try:
             action(composed)
         except (OmegaConfBaseException, ConfigError) as error:

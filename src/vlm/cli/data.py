@@ -40,6 +40,7 @@ def show(words: Sequence[str]) -> None:
     args, rest = parser.parse_known_args(words)
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
+        """Print records with their labels, and write them to a page."""
         from vlm.data.tools.show import as_text, load_shown_records, write_page
 
         encoder = _make_sample_encoder(config, overrides)
@@ -62,6 +63,7 @@ def stats(words: Sequence[str]) -> None:
     args, rest = parser.parse_known_args(words)
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
+        """Print the statistics of a run's records, and draw them."""
         from vlm.data.tools.stats import as_text, compute_stats, draw
 
         if config.dataset.streaming:

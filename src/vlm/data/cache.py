@@ -22,6 +22,7 @@ def content_hash(path: Path, cache: Path) -> str:
     """Return the SHA-256 of a file's content, from the cache where its path, size and modification time are known."""
 
     def write_hash(partial: Path) -> None:
+        """Write the hash of the file's content."""
         with path.open("rb") as file:
             partial.write_text(hashlib.file_digest(file, "sha256").hexdigest(), encoding="ascii")
 

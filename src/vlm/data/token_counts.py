@@ -284,6 +284,7 @@ def _count_uniform(sample: Sample, processor: Processor) -> int:
     opened = open_media(sample)
 
     def is_uniform_at(index: int) -> bool:
+        """Return whether the medium at an index is an image of one colour."""
         medium = opened[index]
         return not isinstance(medium, DecodedVideo) and is_uniform(processor.as_rgb(medium))
 

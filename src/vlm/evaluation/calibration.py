@@ -93,6 +93,7 @@ def _fit_temperature(task: str, outputs: Tensor, targets: Tensor) -> float:
     """Return the temperature with the least mean negative log-likelihood."""
 
     def loss(log_temperature: float) -> float:
+        """Return the mean negative log-likelihood at a temperature."""
         logits = outputs / math.exp(log_temperature)
         if task == "multiclass":
             return F.cross_entropy(logits, targets).item()

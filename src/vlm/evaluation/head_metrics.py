@@ -257,6 +257,7 @@ def _pairwise_scores(
     """
 
     def statistics(rows: np.ndarray) -> np.ndarray:
+        """Return the statistics of the group that these rows are."""
         return _group_statistics(predicted[rows], relevance[rows])
 
     table = np.array([statistics(np.flatnonzero(groups == group)) for group in np.unique(groups)])

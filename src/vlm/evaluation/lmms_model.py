@@ -99,6 +99,7 @@ class LmmsModel(lmms):
         answers: dict[int, str] = {}
 
         def options_key(index: int) -> str:
+            """Return a request's generation options as a string: one batch has the same ones."""
             return json.dumps(requests[index].args[1], sort_keys=True, default=str)
 
         order = sorted(range(len(requests)), key=lambda index: (options_key(index), -len(requests[index].args[0])))

@@ -127,6 +127,7 @@ def prepare_retrieval(dataset: SampleDataset, settings: LossMetricSettings) -> L
     trials = choose_trials(dataset, settings.retrieval_candidates, settings.max_samples, settings.advice)
 
     def compute(dataset: SampleDataset, losses: LossSource) -> LossResult:
+        """Compute the losses of all candidates and score where the own one ranks."""
         compute_losses = CandidateLosses(losses.compute_losses, losses.batch_size, losses.gather)
         collate = make_candidate_collator(dataset.processor)
         batches = losses.batches(CandidateDataset(dataset, trials), "retrieval", collate)

@@ -74,6 +74,7 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
     read = get_reader(config.format)
 
     def read_sample(number: int) -> Sample:
+        """Read a record by its index."""
         return read(records[number], folder, **config.options)
 
     first = [value_or_bad_sample(read_sample, number) for number in range(min(len(records), NUM_INSPECTED))]

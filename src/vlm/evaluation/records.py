@@ -197,6 +197,7 @@ def write_results(folder: Path, result: EvaluationResult, run_info: dict[str, ob
     """Write `results.json` and `results.md`: the metrics, and which model and data they are of."""
 
     def format_number(number: float | None) -> str:
+        """Return a number with four digits, or that it is undefined."""
         return "undefined" if number is None else f"{number:.4g}"
 
     write_json(folder, {

@@ -236,6 +236,7 @@ def make_candidate_collator(processor: Processor) -> Callable[[Sequence[Any]], d
     collate = Collator.of(processor)
 
     def collate_trial(items: Sequence[list[SampleInputs] | Skipped]) -> dict[str, Any]:
+        """Collate the prompt and the candidates of the one trial in a batch."""
         (item,) = items
         if isinstance(item, Skipped):
             return {SKIPPED_KEY: [item]}

@@ -40,6 +40,7 @@ def vqa_accuracy(answers: Sequence[str], references: References) -> np.ndarray:
     """
 
     def accuracy(answer: str, known: Sequence[str]) -> float:
+        """Return the accuracy of one answer, from 0 to 1."""
         matches = [normalize_vqa_answer(reference) == normalize_vqa_answer(answer) for reference in known]
         if len(matches) == 1:
             return float(matches[0])
@@ -57,6 +58,7 @@ def anls(answers: Sequence[str], references: References) -> np.ndarray:
     distance = import_extra("rapidfuzz.distance").Levenshtein.normalized_distance
 
     def similarity(answer: str, known: Sequence[str]) -> float:
+        """Return the similarity of one answer to the nearest reference, from 0 to 1."""
         nearest = min(distance(answer.strip().lower(), reference.strip().lower()) for reference in known)
         return 1 - nearest if nearest < ANLS_THRESHOLD else 0.0
 

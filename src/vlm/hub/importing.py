@@ -157,6 +157,7 @@ def _write_weights(
     with tqdm(total=len(expected), desc="weights", unit="") as bar:
 
         def write(name: str, tensor: Tensor) -> None:
+            """Write a tensor under our name, with its adapter's change, and with rows for all tokens."""
             if name in deltas:
                 tensor = deltas.pop(name).add_to(tensor)
             if name in with_vocabulary:

@@ -181,6 +181,7 @@ class VisionLanguageModel:
         failure: list[BaseException] = []
 
         def work() -> None:
+            """Generate; keep an error, to be raised in the thread that reads the stream."""
             try:
                 self._generate_ids(**options, streamer=streamer, stopping_criteria=[cancel])
             except BaseException as error:

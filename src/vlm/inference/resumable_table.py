@@ -66,6 +66,7 @@ class ResumableTable:
         with self.partial.open("a", encoding="utf-8") as file:
 
             def write(rows: Iterable[tuple[int, dict[str, object]]]) -> None:
+                """Write rows, each with the number of its record."""
                 file.writelines(json.dumps(numbered, ensure_ascii=False) + "\n" for numbered in rows)
                 file.flush()
 

@@ -138,27 +138,33 @@ def make_app(model: VisionLanguageModel, name: str, hosts: Sequence[str]) -> Fas
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
 
     def refuse(message: str, status: int) -> JSONResponse:
+        """Return an error as OpenAI's endpoint words it."""
         text = message.encode(errors="backslashreplace").decode()  # half of a surrogate pair, from the request
         return JSONResponse({"error": {"message": text, "type": "invalid_request_error"}}, status)
 
     @app.exception_handler(HTTPException)
     async def refuse_request(request: Request, error: HTTPException) -> JSONResponse:
+        """Refuse a request that a handler found fault with."""
         return refuse(error.detail, 400 if error.status_code == 422 else error.status_code)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        """Refuse a request whose body is no JSON object."""
         return refuse(f"the body must be a JSON object: {error.errors()[0]['msg']}", 400)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request, body: Message) -> Response:
+        """Answer a chat, as a whole or as a stream of events."""
         return await handler.handle_request(body, request.headers.get("x-request-id") or uuid.uuid4().hex)
 
     @app.get("/v1/models")
     def models() -> dict[str, object]:
+        """List the one model that is served."""
         return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "vlm"}]}
 
     @app.get("/health")
     def health() -> dict[str, str]:
+        """Tell that the server listens."""
         return {"status": "ok"}
 
     return app

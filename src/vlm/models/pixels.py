@@ -121,6 +121,7 @@ def make_views(image_processor: ImageProcessor, tiling: AnyRes, rgb_image: Tenso
     """
 
     def resize(pixels: Tensor, height: int, width: int) -> Tensor:
+        """Resize an image, `(3, height, width)`, as the image processor does."""
         return image_processor.resize(pixels, SizeDict(height=height, width=width), resample=image_processor.resample)
 
     if num_views == 1:

@@ -77,6 +77,7 @@ def chunked_scores(head: Head, hidden: Tensor, targets: Tensor, vocabulary: int,
     """
 
     def score_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+        """Score one chunk, whose logits are computed here, and once more in the backward pass."""
         return score(head(hidden), targets)
 
     num_chunks = max(-(-targets.numel() // max(MAX_LOGITS // vocabulary, 1)), 1)
@@ -166,6 +167,7 @@ class SupervisedScores:
         known: list[Tensor] = []
 
         def return_known(head: Head, hidden: Tensor) -> Tensor:
+            """Return known numbers in place of the head's."""
             logits = head(hidden.new_zeros(1, hidden.shape[-1]))
             known.append(torch.linspace(-50, 50, logits.numel(), device=logits.device).to(logits.dtype)[None])
             return known[-1]

@@ -59,6 +59,7 @@ def span_finder(spans: Sequence[tuple[int, int]]) -> Callable[[int, int], bool]:
     furthest_ends = list(accumulate((end for _, end in ordered), max))  # of all spans up to each
 
     def lies_within(start: int, end: int) -> bool:
+        """Return whether one of the spans holds the whole of `start:end`."""
         place = bisect_right(begins, start) - 1
         return place >= 0 and end <= furthest_ends[place]
 

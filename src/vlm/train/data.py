@@ -11,8 +11,9 @@ from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
 from vlm.data.blank_images import dummy_image, dummy_video
-from vlm.data.dataset import SampleDataset, load_dataset, split_off_eval
+from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
+from vlm.data.holdout import split_off_eval
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample
 from vlm.data.stream import SampleStream, open_stream

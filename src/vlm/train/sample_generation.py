@@ -52,6 +52,7 @@ def make_answer_metrics(
     size = args.per_device_eval_batch_size
 
     def compute(model: PreTrainedModel, on_batch: Callable[[], None]) -> dict[str, float]:
+        """Return the metrics of the model's answers to the prompts."""
         generator = VisionLanguageModel(model, processor)
         answers: list[str] = []
         silent = args.disable_tqdm or not args.should_save
@@ -73,6 +74,7 @@ def _answerable_samples(
     longest = data.sources[0].encoder.longest
 
     def leaves_room(sample: Sample) -> bool:
+        """Return whether a sample has a reply to compare with, and room for an answer of full length."""
         prompt = replace(sample, turns=prompt_turns(sample))
         if sample.turns[-1].role != "assistant" or not prompt.turns:
             return False
@@ -113,6 +115,7 @@ def make_sample_generator(
             references.append(_join_text([sample.turns[replies[-1]]]))
 
     def generate(step: int) -> None:
+        """Let the model answer the prompts, and write its answers down."""
         if not prompts:
             return
         training = trainer.model.training

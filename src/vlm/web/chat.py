@@ -67,9 +67,11 @@ def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
         ]  # fmt: skip
 
     def stop(state: ChatState) -> None:
+        """End the answer that is being generated."""
         state.stopped = True
 
     def reset(state: ChatState) -> list[object]:
+        """Forget the conversation; return an empty one to show."""
         state.exchanges, state.stopped = (), True
         state.num_resets += 1
         return []

@@ -51,6 +51,7 @@ class RequestGuard:
             return await _refuse(scope, send, reason)
 
         async def send_with_headers(message: "Message") -> None:
+            """Send a message, security headers added to the response's."""
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *SECURITY_HEADERS]
             await send(message)

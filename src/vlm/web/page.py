@@ -59,6 +59,7 @@ def _refresh_choices(
     known = gr.State(find_checkpoints())
 
     def refresh(earlier: list[str]) -> tuple[object, list[str]]:
+        """Return the choices as they are now, if they are others than before, and remember them."""
         now = find_checkpoints()
         return (gr.skip() if now == earlier else gr.update(choices=now)), now  # an open list is not redrawn
 

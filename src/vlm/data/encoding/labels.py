@@ -283,6 +283,7 @@ def tokenize(
     """
 
     def tokenize_one(index: int) -> object:
+        """Tokenize the placeholder of one medium, to find out which of them the processor refuses."""
         token = processor.video_token if isinstance(sizes[index], Clip) else processor.image_token
         return processor.tokenize(str(token), (), sizes[index : index + 1])
 

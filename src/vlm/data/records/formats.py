@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vlm.config.named import import_named
+from vlm.data.records.answers import find_choice_letter, read_answers, read_choices, read_references
 from vlm.data.records.keys import (
     Reader,
     add_system_turn,
@@ -179,7 +180,7 @@ def read_question(
         record = {**record, "answer": record.get(answer_key)}
     lines = [_require_string(record, question_key, sample_id)]
     if choices := record.get("choices"):
-        choices = _read_choices(choices, record.get("answer"), sample_id)
+        choices = read_choices(choices, record.get("answer"), sample_id)
         if len(choices) > len(string.ascii_uppercase):
             raise BadSample(sample_id, f"{len(choices)} choices, but there are letters for 26")
         lines += [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, choices, strict=False)]
@@ -190,9 +191,9 @@ def read_question(
     answer = first_present(record, "answer", "answers")
     if answer is not None or record.get("label") is None:
         if choices:
-            reply = _choice_letter(record.get("answer"), choices, sample_id)
+            reply = find_choice_letter(record.get("answer"), choices, sample_id)
         else:
-            reply = Counter(_read_answers(answer, sample_id)).most_common(1)[0][0]  # the first of equally common ones
+            reply = Counter(read_answers(answer, sample_id)).most_common(1)[0][0]  # the first of equally common ones
         turns.append(Turn("assistant", (reply,)))
     sample = make_sample(record, turns, media)
     return replace(sample, references=()) if choices else sample  # an answer is compared with the letter only
@@ -288,14 +289,6 @@ def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample
     return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references)
 
 
-def read_references(record: Record, sample_id: str) -> tuple[str, ...]:
-    """Read the reference answers of a record: its `answers`, or its `answer` where that is a list."""
-    answers, answer = record.get("answers"), record.get("answer")
-    if answers is None and isinstance(answer, list):
-        answers = answer
-    return () if answers is None else tuple(_read_answers(answers, sample_id))
-
-
 def _rename_image(record: Record, image_key: str) -> Record:
     """Return a record with the images of another key as `image`."""
     return record if image_key == "image" else {**record, "image": record.get(image_key), "images": None}
@@ -347,41 +340,6 @@ def _split_label(label: object, separator: str | None) -> object:
     if separator is None or not isinstance(label, str):
         return label
     return [part.strip() for part in label.split(separator) if part.strip()]
-
-
-def _read_choices(choices: object, answer: object, sample_id: str) -> list[str]:
-    """Read choices as texts; an answer that is a number must not be one of them and the index of another."""
-    texts = [text_from_value(choice) for choice in choices] if isinstance(choices, list) else []
-    if not texts or None in texts:
-        raise BadSample(sample_id, "`choices` must be a list of strings")
-    known = [text for text in texts if text is not None]
-    index = answer if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(known) else None
-    are_texts = known == choices
-    if index is not None and not are_texts and str(answer) in known and known[index] != str(answer):
-        raise BadSample(sample_id, f"answer={answer} is one of the choices and the number of another; write it as text")
-    return known
-
-
-def _choice_letter(answer: object, choices: list[str], sample_id: str) -> str:
-    """Return the letter of a choice that is given by index, letter or text."""
-    letters = string.ascii_uppercase[: len(choices)]
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
-        return letters[answer]
-    if (text := text_from_value(answer)) in choices:
-        return letters[choices.index(text)]
-    if isinstance(answer, str) and len(answer) == 1 and answer in letters:
-        return answer
-    raise BadSample(sample_id, f"answer={answer!r:.60}; it must be one of the choices, its number from 0 or its letter")
-
-
-def _read_answers(value: object, sample_id: str) -> list[str]:
-    """Read one answer or several, as strings or in VQA's form (`{"answer": "a cat"}`)."""
-    items = value if isinstance(value, list) else [value]
-    answers = [item.get("answer") if isinstance(item, dict) else item for item in items]
-    texts = [text for answer in answers if (text := text_from_value(answer)) is not None]
-    if not texts or len(texts) < len(answers):
-        raise BadSample(sample_id, f"`answer` must be a string or a list of strings, got {value!r:.60}")
-    return texts
 
 
 FORMATS: dict[str, Reader] = {

@@ -156,6 +156,7 @@ def _iter_lenient_list_items(content: bytes, source: Path) -> Iterator[bytes]:
     decoder = json.JSONDecoder()
 
     def skip_whitespace(place: int) -> int:
+        """Return the next place that holds no white space."""
         return next((i for i in range(place, len(text)) if text[i] not in " \t\r\n"), len(text))
 
     begin = skip_whitespace(0)

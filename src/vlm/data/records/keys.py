@@ -128,11 +128,13 @@ def reads(
     )
 
     def declare(reader: Reader) -> Reader:
+        """Return the reader with a check of the record's keys before it."""
         signature = inspect.signature(reader)
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
 
         @wraps(reader)
         def checked(record: Any, image_folder: Any, *, ignore_keys: Sequence[str] = (), **options: Any) -> Sample:
+            """Read a record, unless it has unread keys that change what is learned and are not in `ignore_keys`."""
             sample_id = read_id(record)
             levels = list(_levels_with_unread(record, declared, defaults, options))
             if not levels:

@@ -121,6 +121,7 @@ def read_dialect(path: Path, cache: Path) -> Dialect:
     """
 
     def write(partial: Path) -> None:
+        """Find out the dialect and write it as JSON."""
         dialect = try_dialects(path, lambda chunks: deque(chunks, maxlen=0))
         partial.write_text(json.dumps(asdict(dialect)), encoding="ascii")
 
@@ -289,6 +290,7 @@ def write_table(source: Path, target: Path) -> None:
     """
 
     def write(chunks: Iterator[Rows]) -> None:
+        """Write the rows as an Arrow file, batch by batch."""
         schema = pa.schema([(name, pa.large_string()) for name in next(chunks)[0]])
         with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             batch: Rows = []

@@ -79,6 +79,7 @@ def coco_captions(source: str, context: ConversionContext) -> Iterator[Record | 
     names = {image.id: image.file_name for image in file.images}
 
     def make_caption_record(annotation: msgspec.Raw) -> Record:
+        """Make the record of an annotation."""
         caption = convert_record(msgspec.json.decode(annotation), CocoCaption)
         sample_id = str(caption.image_id if caption.id is None else caption.id)
         if caption.image_id not in names:
@@ -154,6 +155,7 @@ def vqa(
             context.left_out["questions without an answer"] += 1
 
     def make_record(item: tuple[int | str, list[VqaQuestion]]) -> Record:
+        """Make one record of the questions about an image."""
         record_id, questions = item
         pairs = [(question.question, answers[question.question_id]) for question in questions]
         if instruction:
@@ -191,6 +193,7 @@ def make_image_namer(pattern: str) -> Callable[[int | str], str]:
         raise ValueError(f"--image-pattern {pattern!r}{problem}: {needed}")
 
     def image_name(image_id: int | str) -> str:
+        """Return the file name of an image."""
         try:
             return pattern.format(image_id=image_id)
         except ValueError as error:

@@ -137,6 +137,7 @@ def ubiai(
     labels = (question_label, answer_label)
 
     def make_record(value: object) -> Record | None:
+        """Make the record of a document; None where it has no answered question."""
         document = convert_record(value, Document)
         entities = document.entities or document.tokens or []
         questions = [entity for entity in entities if entity.label == question_label]
@@ -256,6 +257,7 @@ def label_studio(
     fields = frozenset((*JSON_MIN_FIELDS, image_field, question_field)) - controls
 
     def make_record(value: object) -> Record | None:
+        """Make the record of a task; None where the task is left out."""
         if isinstance(value, dict) and "data" not in value:
             task = convert_record({"data": value, "id": value.get("id", "?")}, LabelStudioTask)
             results = None if value.get("was_cancelled") else [item for item in value.items() if item[0] not in fields]

@@ -269,6 +269,7 @@ def resolve_host(host: str, port: int, seconds: float) -> Sequence[AddressInfo]:
     answer: Future[Sequence[AddressInfo]] = Future()
 
     def resolve() -> None:
+        """Resolve the host; give the addresses or the error to `answer`."""
         try:
             answer.set_result(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
         except Exception as error:

@@ -28,7 +28,6 @@ from vlm.data.records.open import Records, open_records
 from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
 from vlm.data.vision.images import is_uniform, open_image
 from vlm.data.vision.video import num_frames
-from vlm.models.pixels import as_rgb
 
 REASONS = {
     "refused": "no record of this format, or a file that it names is not there",
@@ -146,7 +145,7 @@ class RecordChecker:
                     return RecordVerdict(sample.id, reason, f"image {image_ref} is {size} pixels", file)
                 try:
                     digests.append(image_pixel_digest(image))
-                    uniform += is_uniform(as_rgb(image))
+                    uniform += _shows_one_colour(image)
                 except Exception as error:  # Pillow reads the orientation only now, and may raise anything
                     detail = f"image {image_ref} cannot be turned upright and converted to RGB: {error}"
                     return RecordVerdict(sample.id, "broken", detail, file)
@@ -173,6 +172,15 @@ class RecordChecker:
         if self.task.max_aspect is not None and long > self.task.max_aspect * short:
             return "narrow"
         return None
+
+
+def _shows_one_colour(image: Image.Image) -> bool:
+    """Return whether an image, which has been decoded, is of one colour throughout once it is in RGB."""
+    if image.mode != "RGB" or "transparency" in image.info:
+        from vlm.models.pixels import as_rgb  # transformers comes with it, which most images do not need
+
+        image = as_rgb(image)
+    return is_uniform(image)
 
 
 def image_pixel_digest(image: Image.Image) -> str:
@@ -252,6 +260,7 @@ def exit_with_parent() -> None:
     assert parent is not None
 
     def wait() -> None:
+        """End this process when its parent has ended."""
         connection.wait([parent.sentinel])
         os._exit(1)
 

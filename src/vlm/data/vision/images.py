@@ -7,15 +7,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import groupby
+from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import DecompressionBombError, DecompressionBombWarning
-from torch import Tensor
 
 from vlm.data.file_kinds import NUM_HEAD_BYTES, describe_bytes, read_head, show_start
 from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
 from vlm.data.vision.video import DecodedVideo, open_video, read_frames
+
+if TYPE_CHECKING:
+    from torch import Tensor  # slow to import, and none is made here
 
 IMAGE_ERRORS = (
     OSError,
@@ -38,7 +41,7 @@ TRUNCATION_DETAIL = re.compile(r" *\([^)]*\)| when .*")
 ROTATED = (5, 6, 7, 8)
 """EXIF orientations that are rotated by 90 degrees."""
 
-Medium = Image.Image | Tensor | DecodedVideo
+Medium: TypeAlias = "Image.Image | Tensor | DecodedVideo"
 """A decoded image or video; tensors are uint8 images `(3, height, width)`."""
 
 
@@ -120,9 +123,9 @@ def _read_upright_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
         return upright_size(image)
 
 
-def upright_size(image: Image.Image | Tensor) -> tuple[int, int]:
+def upright_size(image: "Image.Image | Tensor") -> tuple[int, int]:
     """Return the upright height and width of an image, whatever the orientation of its file."""
-    if isinstance(image, Tensor):
+    if not isinstance(image, Image.Image):
         return image.shape[1], image.shape[2]
     has_no_exif = image.format == "PNG" and "exif" not in image.info  # `getexif` would decode all of a PNG to be sure
     is_rotated = not has_no_exif and image.getexif().get(ExifTags.Base.Orientation, 1) in ROTATED

@@ -65,6 +65,7 @@ def open_deepspeed(checkpoint: Path, names: Sequence[str], trained: Collection[s
     places = _places_in_shares(shapes, ranks) if ranks[0]["zero_stage"] == 3 else _places_in_groups(shapes, ranks)
 
     def read(name: str) -> SavedParameter:
+        """Read a parameter, or a buffer, with the optimiser's state of it."""
         return buffers[name] if name in buffers else places[name].read()
 
     return SavedParameters({**places, **buffers}, read)

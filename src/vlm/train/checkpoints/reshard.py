@@ -40,6 +40,7 @@ def _open_plain(checkpoint: Path, names: Sequence[str]) -> SavedParameters:
     numbers = {name: number for number, name in enumerate(names)}
 
     def read(name: str) -> SavedParameter:
+        """Read a parameter with the optimiser's state of it."""
         with safe_open(checkpoint / TRAINED_WEIGHTS, "pt") as weights:
             return SavedParameter(weights.get_tensor(name), states.get(numbers.get(name), {}))
 

@@ -100,6 +100,7 @@ def open_sharded(checkpoint: Path) -> SavedParameters:
     saved = _read_metadata(checkpoint)
 
     def read(name: str) -> SavedParameter:
+        """Read a whole parameter with the optimiser's state of it."""
         keys = {f"weight:{name}", *(f"state:{name}:{key}" for key in _state_keys(saved, name))}
         whole = {key: torch.empty(saved[key].size, dtype=saved[key].properties.dtype) for key in keys}
         dcp.load(whole, checkpoint_id=checkpoint / FOLDER, no_dist=True)

@@ -47,6 +47,7 @@ def weights_digests(module: nn.Module) -> list[str]:
     state = module.state_dict()
 
     def digest(name: str) -> str:
+        """Return a tensor's name, shape, type and hash."""
         tensor = state[name].detach().cpu().contiguous()
         content = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
         return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.blake2b(content).hexdigest()}"

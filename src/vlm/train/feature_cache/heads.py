@@ -54,11 +54,13 @@ def make_feature_reader(
     body = body_digest(model)  # of a large body it takes a while
 
     def open_features(dataset: HeadDataset) -> dict[str, Pack]:
+        """Open the features of a data set; compute those that are not cached."""
         return HeadFeatureWriter(model, body, dataset, collate, args, root, on_skipped).open_features()
 
     packs = {id(dataset.dataset.sources[0]): open_features(dataset) for dataset in datasets}
 
     def read(dataset: HeadDataset) -> HeadFeatureDataset:
+        """Return a data set with features in place of images and texts."""
         if isinstance(dataset, BlankHeadDataset):
             features = open_features(dataset)
         else:

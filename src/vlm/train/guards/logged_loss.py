@@ -24,6 +24,7 @@ class LoggedLoss:
 
     @counts.setter
     def counts(self, counts: Mapping[str, int]) -> None:
+        """Take the numbers over from a checkpoint; one that is not there is 0."""
         for name in COUNTS:
             setattr(self, name, counts.get(name, 0))
 

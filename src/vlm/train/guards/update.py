@@ -129,6 +129,7 @@ class GuardedUpdate:
         compute: Callable[[], Tensor] = optimizer.scaled_global_norm
 
         def scaled_global_norm(*args: object, **kwargs: object) -> Tensor:
+            """Return the norm; infinity, as of an overflow, where the update is to be left out."""
             norm = compute(*args, **kwargs)
             return norm if self._judge_within(norm / optimizer.loss_scale) else torch.full_like(norm, torch.inf)
 
@@ -138,6 +139,7 @@ class GuardedUpdate:
         compute: Callable[[], list[Tensor]] = optimizer._get_norm_groups
 
         def get_norm_groups() -> list[Tensor]:
+            """Return the groups' norms; infinity, as of an overflow, where the update is to be left out."""
             norms = compute()
             total = torch.linalg.vector_norm(torch.stack([torch.as_tensor(norm).float() for norm in norms]))
             is_valid = all(float(norm) >= 0 for norm in norms)  # DeepSpeed says -1 for one that is not finite
@@ -154,9 +156,11 @@ class GuardedUpdate:
         norms: list[Tensor] = []
 
         def clip() -> None:
+            """Clip gradients and keep their norm for the guard."""
             norms.append(clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping()))
 
         def guarded_step(closure: Callable[[], float] | None = None) -> None:
+            """Update the weights if the guard allows it."""
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
             norm = norms.pop() if norms else get_total_norm(gradients)
             optimizer._global_grad_norm = norm

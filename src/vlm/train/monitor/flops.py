@@ -127,6 +127,7 @@ def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
         mask = torch.empty(1, 1, length, length, device="meta")  # given, since models read positions to make their own
 
         def predict() -> Tensor:
+            """Return the logits of the supervised tokens."""
             hidden = model.get_decoder()(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
             return model.get_output_embeddings()(hidden[:, -supervised:])
 
@@ -159,6 +160,7 @@ def _count_composed_images(model: VLMForConditionalGeneration, image: ModelInput
     trains = any(p.requires_grad for p in model.visual_encoder.parameters())
 
     def encode(number: int) -> Tensor:
+        """Return the features of the first images."""
         with torch.set_grad_enabled(trains):
             return model.encode_images(pixels[:number])
 
@@ -180,6 +182,7 @@ def _count_family_images(model: Any, image: ModelInputs) -> ImageFlops:
     sizes = {"image_sizes": image["image_sizes"]} if "image_sizes" in image else {}
 
     def encode() -> Tensor:
+        """Return the features of all images."""
         if model.config.model_type in PATCH_MASK_FAMILIES:
             return _encode_with_patch_mask(model.model, pixels.flatten(0, -4))
         features = model.get_image_features(pixel_values=pixels, return_dict=True, **sizes).pooler_output

@@ -118,10 +118,12 @@ def _name_calls(module: nn.Module, name: str) -> list[RemovableHandle]:
     ranges: list[record_function] = []
 
     def open_range(module: nn.Module, args: object) -> None:
+        """Begin the range of a call."""
         ranges.append(record_function(name))
         ranges[-1].__enter__()
 
     def close_range(module: nn.Module, args: object, output: object) -> None:
+        """End the range of the innermost call."""
         ranges.pop().__exit__(None, None, None)
 
     return [module.register_forward_pre_hook(open_range), module.register_forward_hook(close_range, always_call=True)]
@@ -181,6 +183,7 @@ def _exclude_between_steps(events: Sequence[FunctionEvent]) -> tuple[list[Functi
     pauses = [event.time_range for event in events if event.name == BETWEEN_STEPS and _is_host_event(event)]
 
     def is_in_pause(event: FunctionEvent) -> bool:
+        """Return whether an event began between two steps."""
         return any(pause.start <= event.time_range.start < pause.end for pause in pauses)
 
     return [event for event in events if not is_in_pause(event)], sum(pause.elapsed_us() for pause in pauses)

@@ -83,6 +83,7 @@ def open_run_directory(config: RunConfig, folder: Path, world: World) -> Iterato
     with ExitStack() as held:
 
         def lock() -> None:
+            """Lock the run directory; set an earlier run aside first where one begins anew."""
             if config.trainer.resume_from_checkpoint.lower() in ANEW_WORDS:
                 set_aside(folder)
             held.enter_context(RunLock(folder))

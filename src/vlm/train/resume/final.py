@@ -26,6 +26,7 @@ def write_final(trainer: SavingTrainer, folder: Path, record: RunRecord, progres
     """Write the model of a run that is done into `final` of its directory, in place of an earlier one; every rank."""
 
     def write_more(unfinished: Path) -> None:
+        """Write the record of the run beside its weights."""
         if trainer.args.should_save:
             write_record(unfinished, record, progress)
 
@@ -40,6 +41,7 @@ def set_aside_later_final(folder: Path, step: int) -> None:
     """
 
     def is_later() -> bool:
+        """Return whether there is a finished model of a later step."""
         progress = read_record(folder / FINAL)[1] if (folder / FINAL).is_dir() else None
         return progress is not None and progress.step > step
 
