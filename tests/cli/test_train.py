@@ -1,6 +1,5 @@
 """The entry: every way of starting reaches it, and what it refuses it refuses before torch is imported."""
 
-import atexit
 import gc
 import json
 import os
@@ -157,16 +156,6 @@ def test_garbage_is_collected_rarely_while_a_command_starts_and_as_usual_in_a_ru
     assert gc.get_threshold() == before
     if not frozen:
         gc.unfreeze()
-
-
-def test_what_was_exempt_from_collection_is_freed_at_the_end(monkeypatch: pytest.MonkeyPatch):
-    at_exit: list[object] = []
-    monkeypatch.setattr(atexit, "register", at_exit.append)
-    monkeypatch.setattr(gc, "get_freeze_count", lambda: 0)
-    monkeypatch.setattr(gc, "freeze", lambda: None)
-    with rare_collection():
-        collect_as_usual()
-    assert at_exit == [gc.unfreeze]
 
 
 @pytest.mark.parametrize(("end", "waits"), [(SystemExit(75), True), (GuardStop("NaN"), True), (Rank0Failed(1), False)])

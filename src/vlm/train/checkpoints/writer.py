@@ -156,6 +156,7 @@ class FolderWriter:
         state = self.queue.hold(state)
 
         def write() -> None:
+            """Write the file, in this thread or another."""
             if self.error is None:
                 with self.recording():
                     self.records[path.relative_to(self.folder).as_posix()] = save_hashed(state, path, zipped=zipped)
@@ -169,6 +170,7 @@ class FolderWriter:
         """
 
         def write_and_hash() -> None:
+            """Write the files, in this thread or another, where they are hashed too."""
             if self.error is not None:
                 return
             with self.recording():
