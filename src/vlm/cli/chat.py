@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from vlm.cli.model_options import add_generation_options, open_conversation, read_inference_settings
 from vlm.cli.record_options import add_max_frames_option
 from vlm.config.schema import InferenceConfig
+from vlm.config.shown import presentable, printable
 
 if TYPE_CHECKING:
     from vlm.inference.conversation import Conversation
@@ -87,7 +88,7 @@ def read_lines() -> Iterator[str]:
 
 def print_status(text: str) -> None:
     """Print a message to stderr: stdout gets the model's answers only."""
-    print(text, file=sys.stderr, flush=True)
+    print(presentable(text), file=sys.stderr, flush=True)
 
 
 class Chat:
@@ -128,7 +129,7 @@ class Chat:
             pieces = self.conversation.ask(text, self.images, self.videos)
             try:
                 for piece in pieces:
-                    print(piece, end="", flush=True)
+                    print(printable(piece), end="", flush=True)
             finally:
                 pieces.close()
                 print(flush=True)
@@ -156,7 +157,7 @@ class Chat:
                 print_status("everything is forgotten")
             case "history":
                 for turn in self.conversation.turns:
-                    print(f"{turn.role}: {turn.as_message('<image>', '<video>')['content']}")
+                    print(printable(f"{turn.role}: {turn.as_message('<image>', '<video>')['content']}"))
                 if self.images or self.videos:
                     self._print_pending_media()
             case "help":
