@@ -55,10 +55,7 @@ def with_config(
 
     def check_and_act(composed: DictConfig) -> None:
         name = _require_run(composed)
-        check_known_keys(composed)
-        check_required_values(composed)
-        config = OmegaConf.to_object(composed)
-        assert isinstance(config, RunConfig)
+        config = make_run_config(composed)
         check(config, make_objective(config))
         words = HydraConfig.get().overrides.task
         overrides = [word.split("=")[0].lstrip("+~").replace("/", ".") for word in words]
@@ -126,6 +123,19 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
         # Before the run all ranks of a machine have the same error, which one prints; later each prints its own.
         silent = os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(refused[0], RunError)
         sys.exit(1 if silent else f"vlm: {presentable(explain(refused[0]))}")
+
+
+def make_run_config(composed: DictConfig) -> RunConfig:
+    """Return what Hydra composed as plain dataclasses.
+
+    Raises:
+        ConfigError: it has a key that the schema lacks, or a key without the value that it needs.
+    """
+    check_known_keys(composed)
+    check_required_values(composed)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig)
+    return config
 
 
 def compose_overrides(name: str, words: list[str]) -> DictConfig:

@@ -27,6 +27,9 @@ EXPECTED_VALUES = {
 }
 """A phrase of OmegaConf's message about a value -> the phrase of ours."""
 
+SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?:$| requires)", re.M | re.S)
+"""How Hydra's message about an override with several values begins."""
+
 MAX_LISTED_NAMES = 40
 """The largest number of names that are listed; of a longer list the nearest name alone is given."""
 
@@ -35,6 +38,7 @@ NO_BASE_MESSAGE = (
 )
 
 
+NOT_COMPOSED = "the configuration cannot be composed of these overrides; leave some out to find which one it is"
 KEY_VALUE_NEEDED = "a word of the form key=value is needed; vlm --help"
 
 
@@ -55,9 +59,7 @@ def explain(error: BaseException) -> str:
                 return _describe_wrong_value(link)
         link = link.__cause__ or link.__context__
     text = str(error)
-    if given := re.match(
-        r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?:$| requires)", text, re.M | re.S
-    ):
+    if given := SEVERAL_VALUES.match(text):
         return _describe_sweep(given[1])
     if isinstance(error, YAMLError):
         return f"not YAML: {text}"
@@ -67,7 +69,7 @@ def explain(error: BaseException) -> str:
         return describe_scalar_section(section[1].replace("/", "."))
     if group := re.match(r"Could not override '([\w/]+)@(.*?)'", text):
         return f"{group[1]}@{group[2]}: a group has its own place here; choose with {group[1]}=…"
-    return text.partition("\nTo append to your default list")[0].strip()
+    return text.partition("\nTo append to your default list")[0].strip() or NOT_COMPOSED
 
 
 def explain_composition(error: Exception, words: Sequence[str]) -> str:
@@ -77,10 +79,10 @@ def explain_composition(error: Exception, words: Sequence[str]) -> str:
     if nameless := next((word for word in overrides if not keys[word]), None):
         return f"{nameless}: {KEY_VALUE_NEEDED}"
     text = str(error).partition("\n")[0]
-    if "Config group override must be" in text:
-        for word in overrides:
-            if not re.search(r"[./@]", keys[word]) and not _is_choice(word.partition("=")[2]):
-                return f"{word}: {describe_scalar_section(keys[word]).partition(': ')[2]}"
+    for word in overrides:
+        is_section = key_names(keys[word]) or "Config group override must be" in text
+        if is_section and not re.search(r"[./@]", keys[word]) and not _is_choice(word.partition("=")[2]):
+            return f"{word}: {describe_scalar_section(keys[word]).partition(': ')[2]}"
     if isinstance(error, RecursionError):
         text = "values are nested too deeply"
     elif isinstance(error, OSError) and error.strerror:

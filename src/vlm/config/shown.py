@@ -14,8 +14,8 @@ from types import TracebackType
 from vlm.config.secrets import mask
 
 MAX_WORD_LENGTH = 300
-"""The longest run of characters without a blank that a message shows whole: longer than paths and addresses are."""
-MAX_LINE_LENGTH = 1000
+"""The longest run of characters without a blank or `|` that a message shows whole: paths and addresses are shorter."""
+MAX_LINE_LENGTH = 1500
 MAX_MESSAGE_LENGTH = 4000
 MAX_LINES = 60
 """The longest line and message, and the most lines, that are shown whole."""
@@ -57,7 +57,7 @@ def shorten(text: str) -> str:
     """
     if len(text) <= MAX_WORD_LENGTH:
         return text
-    text = re.sub(rf"\S{{{MAX_WORD_LENGTH + 1},}}", lambda word: _cut(word[0]), text)
+    text = re.sub(rf"[^\s|]{{{MAX_WORD_LENGTH + 1},}}", lambda word: _cut(word[0]), text)
     if len(text) <= MAX_LINE_LENGTH and text.count("\n") < MAX_LINES:
         return text
     lines = text.split("\n")
