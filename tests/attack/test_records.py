@@ -57,8 +57,10 @@ RECORDS: dict[str, dict[str, Any]] = {
 HALF = "\ud83d"
 TEXTS = ["", " ", "\n", "\0", HALF, f"a {HALF} b", "\udcff", "\x1b[31mred\x1b[0m", "a\rb", "\u202egnp", "<image>",
          "x" * 40_000, "<image>" * 50, "<video>", "<image_00>", "<|im_end|>", "<|endoftext|>", "</s>", "{{ 7*7 }}",
-         "{% for %}", "\ufdd0", "\ufdd1 1", "\ufffe", "👩\u200d👧", "</think>", "<think>" * 30, "null", "../outside.png",
-         "/etc/passwd", "a.png\0", "http://h/a.png", "file:///etc/passwd", "data:image/png;base64,AAAA", "data:,", "pipe:cat", "a.png",
+         "{% for %}", "\ufdd0", "\ufdd1 1", "\ufffe", "👩\u200d👧", "</think>", "<think>" * 30, "null",
+         "../outside.png",
+         "/etc/passwd", "a.png\0", "http://h/a.png", "file:///etc/passwd", "data:image/png;base64,AAAA", "data:,",
+         "pipe:cat", "a.png",
          "A" * 5000, base64.b64encode(b"\x89PNG" + b"x" * 40_000).decode(), "../" * 2000,
          "é" * 300, "1e999", "-0"]  # fmt: skip
 VALUES: list[Any] = [

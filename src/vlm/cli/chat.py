@@ -5,6 +5,7 @@ and to `Chat.run_command`.
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -63,6 +64,8 @@ def _run_chat(args: argparse.Namespace, settings: InferenceConfig) -> None:
     load_images(args.image)  # refuse bad input before the model loads
     check_videos(args.video, args.max_frames)
     chat = Chat(open_conversation(args, settings), args.image, args.video)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 spoils its question, not the chat
     if sys.stdin.isatty():
         print_status(f"{args.checkpoint}: ask it. /image FILE shows an image, /help lists all commands, /exit leaves.")
     for line in read_lines():
