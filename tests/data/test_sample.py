@@ -63,7 +63,7 @@ HALF = "a \ud83d b"
         ({"turns": (Turn("user", (ImageRef(Path("\udcff.png")), "?")),)}, r"turn 1 \(user\): the name of a file"),
         ({"id": HALF}, "id"),
         ({"label": {"kind": ["x", HALF]}}, r"label.kind\[1\]"),
-        ({"label": {HALF: 1}}, r"label.a \\\\ud83d b"),
+        ({"label": {HALF: 1}}, r"label.a \\ud83d b"),
         ({"group": HALF}, "group"),
         ({"references": ("x", HALF)}, r"references\[1\]"),
     ],
