@@ -49,15 +49,15 @@ def echo(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_questions_and_answers_are_text(visit: Callable[..., Any], echo: None):
     page = visit("Chat")
-    question = " ".join(HOSTILE)
+    question = HOSTILE[0] + HOSTILE[3]  # the tiny model reads no more
     send(page, question)
     page.wait_for_selector("#chat-shown .bot .message-content")
     wait_until(lambda: "bold</b>" in page.locator("#chat-shown .bot .message-content").last.inner_text(), page)
-    for who in ("user", "bot"):
+    for who, texts in {"user": [question], "bot": HOSTILE}.items():
         place = f"#chat-shown .{who} .message-content"
         assert find_alive(page, place) == []
         shown = page.locator(place).last.inner_text()
-        assert all(" ".join(text.split()) in " ".join(shown.split()) for text in HOSTILE)
+        assert [text for text in texts if " ".join(text.split()) not in " ".join(shown.split())] == []
     assert page.evaluate("window.hacked") is None
     assert page.locator("#chat-question").is_visible()
 

@@ -19,6 +19,16 @@ def error_html(text: str) -> str:
     return f'<p class="vlm-problem" role="alert">{escape(presentable(text))}</p>'
 
 
+def chat_text(text: str) -> str:
+    """Return the content of a message of a `gr.Chatbot` for a text: Gradio takes it for HTML, without Markdown too."""
+    return escape(printable(text), quote=False)
+
+
+def toast_html(text: str) -> str:
+    """Return the message of a `gr.Error` for a text: Gradio takes messages for HTML."""
+    return escape(presentable(text))
+
+
 def note_html(text: str) -> str:
     """Return a note."""
     return f'<p class="vlm-note">{_text(text)}</p>'
