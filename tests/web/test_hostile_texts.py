@@ -1,5 +1,6 @@
 """Texts of strangers in a real browser: questions, answers, errors and names are text, and nothing of them is alive."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,22 +90,20 @@ def test_names_of_runs_and_their_files_are_text(served: Served, visit: Callable[
     folder = served.outputs / name
     test_page.write_run(folder, {"step": 1, "loss": 1.0, "epoch": 1.0})
     (folder / "command.txt").write_text(f"vlm -cn run trainer.hub_token=hf_{'a' * 30} '{HOSTILE[0]}'\n")
-    (folder / "config.yaml").write_text("trainer: {hub_token: our-own-token-1}\n")
+    (folder / "config.yaml").write_text("trainer: {max_steps: -1, num_train_epochs: 2, hub_token: our-own-token-1}\n")
     (folder / "samples.md").write_text(
         f"## Step 7\n\n- **question**: {HOSTILE[0]}\n- **answer**: {HOSTILE[1]}{HOSTILE[3]}\n"
     )
     page = visit("Train")
-    page.get_by_role("tab", name="Runs", exact=True).click()
+    page.get_by_role("tab", name="Runs").click()
     page.locator("#runs-again").click()
     page.locator(f"#runs-table [data-run='{name}'] button").click()
     page.locator("#run-status h3").wait_for()
-    page.get_by_role("tab", name="Samples", exact=True).click()
-    page.locator("#run-samples dd").first.wait_for()
+    page.get_by_role("tab", name="Samples").click()
     for place in ("#runs-table tbody", "#run-status", "#run-samples"):
         assert find_alive(page, place) == []
-    page.get_by_role("tab", name="Configuration", exact=True).click()
-    page.locator("#run-config .cm-content").wait_for()
-    wait_until(lambda: "hub_token" in page.locator("#run-config").inner_text(), page)
+    page.get_by_role("tab", name="Configuration").click()
+    page.get_by_text("hub_token").first.wait_for()
     shown = page.locator("#run-config").inner_text()
     assert "***" in shown
     assert "our-own-token-1" not in shown
@@ -113,14 +112,12 @@ def test_names_of_runs_and_their_files_are_text(served: Served, visit: Callable[
 
 
 def test_records_are_text(served: Served, world: Path, visit: Callable[..., Any], tmp_path: Path):
-    import json
-
     turns = [{"from": "human", "value": "".join(HOSTILE)}, {"from": "gpt", "value": HOSTILE[0]}]
     (tmp_path / "records.json").write_text(json.dumps([{"id": HOSTILE[3], "conversations": turns}]))
     page = visit("Data")
     fill(page, "data-path", str(tmp_path / "records.json"))
     choose(page, "data-checkpoint", str(served.chat))
     page.locator("#data-open").click()
-    page.locator("#data-shown mark, #data-shown .vlm-problem").first.wait_for()
+    page.locator("#data-shown h2").first.wait_for()
     assert find_alive(page, "#data-shown") == []
     assert page.evaluate("window.hacked") is None
