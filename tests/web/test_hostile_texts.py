@@ -12,7 +12,7 @@ from tests.web.test_page import Served, choose, fill, send, wait_until
 from vlm import VisionLanguageModel
 from vlm.web.models import ModelHolder
 
-pytestmark = test_page.pytestmark
+pytestmark = [*test_page.pytestmark, pytest.mark.attack]  # `test_page` has the short form
 served, browser, visit = test_page.served, test_page.browser, test_page.visit
 
 HOSTILE = [
