@@ -53,6 +53,13 @@ lint: install ## Check style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/basedpyright
 
+audit: $(UV) ## Look the locked versions up among the known vulnerabilities (OSV); needs that database
+	@log=$$(mktemp); $(UV) tool run pip-audit --vulnerability-service osv --require-hashes --disable-pip \
+	    --progress-spinner off -r requirements.lock > $$log 2>&1; status=$$?; \
+	if grep -q 'known vulnerabilit' $$log; then cat $$log; rm $$log; exit $$status; fi; \
+	tail -n 1 $$log; rm $$log; \
+	echo 'make audit: nothing was checked, since pip-audit or its database (api.osv.dev) cannot be reached from here'; exit 2
+
 docs: install ## Write docs/configuration.md from the schema
 	$(RUN) docs/write_configuration.py
 
@@ -70,4 +77,4 @@ wheel: install ## Build the wheel into dist/
 clean: ## Remove what make made, except outputs/
 	rm -rf .venv .venv-eval .uv dist .pytest_cache .ruff_cache
 
-.PHONY: help install install-eval demo test test-slow torture attack load lint docs lock wheel clean
+.PHONY: help install install-eval demo test test-slow torture attack load lint audit docs lock wheel clean

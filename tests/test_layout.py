@@ -19,6 +19,7 @@ TESTED_ELSEWHERE = {
     "assembly/resolve.py": "train/heads/test_training.py",
     "checks/compose.py": "cli/test_train.py",
     "checks/dataset.py": "checks/test_run.py",
+    "checks/fields.py": "checks/test_run.py",
     "checks/model.py": "checks/test_run.py",
     "cli/data.py": "data/tools/test_show.py",
     "cli/model_options.py": "cli/test_generate.py",

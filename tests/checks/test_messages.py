@@ -47,7 +47,27 @@ REFUSALS = {
     "dataset.image_folder=$HOME/images",
     "dataset.image_folder=a=b": "dataset.image_folder=a=b: it has characters with a meaning of their own; quote the "
     "value: 'dataset.image_folder=\"a=b\"'",
-    "dataset.image_folder=a,b": "Ambiguous value for argument 'dataset.image_folder=a,b'",
+    "dataset.image_folder=a,b": "dataset.image_folder=a,b: one value is needed, not several; a list is "
+    "'dataset.image_folder=[a,b]', a text is quoted: 'dataset.image_folder=\"a,b\"'",
+    "trainer.seed=choice(1,2)": "trainer.seed=choice(1,2): one value is needed, not several",
+    "model/head=binary,ordinal": "model/head=binary,ordinal: one choice is needed, not several",
+    "trainer=-inf": "trainer=-inf: it is a section; set one of its keys (objective, output_dir, ",
+    "model=5": "model=5: it is a section; set one of its keys (hf_name, ",
+    "+trainer=[1]": "+trainer=[1]: it is a section; set one of its keys (objective, output_dir, ",
+    "dataset=null": "dataset=null: a value is needed",
+    "dataset=${model}": "dataset: it is a section; set one of its keys (path, format, ",
+    "trainer.lora=${trainer.unfreeze}": "trainer.lora: it is a section; set one of its keys (visual_encoder, ",
+    "~trainer": "trainer: it is a section; set one of its keys (objective, output_dir, ",
+    "=1": "=1: a word of the form key=value is needed; vlm --help",
+    "=": "=: a word of the form key=value is needed; vlm --help",
+    "model/head@model.connector=binary": "model/head@model.connector: a group has its own place here; choose with ",
+    "model.visual_encoder.extra_encoders.x=1": "model.visual_encoder.extra_encoders.x=1: the configuration cannot be ",
+    f"trainer.deepspeed={'[' * 500}{']' * 500}": "trainer.deepspeed=[[[[[",
+    f"dataset.image_folder={'A' * 33_000}": "dataset.path=records.json: no such file",
+    f"dataset.path={'A' * 33_000}": f"dataset.path={'A' * 67}…[33,014 characters]…{'A' * 29}: File name too long",
+    f"dataset.{'A' * 33_000}=1": f"dataset.{'A' * 72}…[33,011 characters]…",
+    'trainer.run_name="a\0b"': "trainer.run_name='a\\x00b': a text without zero bytes and bytes that are not UTF-8",
+    'trainer.run_name="\ud83d"': "trainer.run_name='\\ud83d': a text without zero bytes and bytes that are not UTF-8",
 }
 """Override -> how the message begins."""
 

@@ -22,6 +22,7 @@ from tests.waiting import HANG
 from vlm.cli.chat import COMMANDS
 from vlm.cli.main import main
 from vlm.config.schema import InferenceConfig
+from vlm.config.shown import printable
 from vlm.inference.conversation import Conversation
 from vlm.inference.generate import VisionLanguageModel
 
@@ -71,7 +72,7 @@ def chat(
 def get_expected_answers(ours: VisionLanguageModel, *asked: tuple[str, list[Path]], **options: Any) -> list[str]:
     """What the model answers to questions of one conversation, as it is printed."""
     talk = Conversation(ours, GREEDY, **options)
-    return "".join("".join(talk.ask(text, images)) + "\n" for text, images in asked).split("\n")[:-1]
+    return printable("".join("".join(talk.ask(text, images)) + "\n" for text, images in asked)).split("\n")[:-1]
 
 
 # Talking
@@ -92,7 +93,7 @@ def test_images_gather_for_a_question(ours: Any, chat: Any, images: list[Path]):
 def test_videos_are_shown_too(ours: Any, chat: Any, tmp_path: Path):
     video = write_video(tmp_path / "a.mp4", 20)
     said, _ = chat(f"/video {video}", "what?", options=["--max-frames", 2])
-    assert "\n".join(said).strip() == ours.generate("what?", videos=[video], max_frames=2, max_new_tokens=6)
+    assert "\n".join(said).strip() == printable(ours.generate("what?", videos=[video], max_frames=2, max_new_tokens=6))
 
 
 def test_a_system_prompt(ours: Any, chat: Any):
@@ -113,7 +114,7 @@ def test_the_history(ours: Any, chat: Any, images: list[Path]):
     lines = [f"/image {images[0]}", "what?", f"/image {images[1]}", "/history"]
     said, notes = chat(*lines, options=["--system-prompt", "S"])
     talk = Conversation(ours, GREEDY, system_prompt="S")
-    answer = "".join(talk.ask("what?", images[:1])).strip()
+    answer = printable("".join(talk.ask("what?", images[:1])).strip())
     assert "\n".join(said).endswith(f"system: S\nuser: <image>\nwhat?\nassistant: {answer}")
     assert notes.endswith(f"the next question comes with {images[1]}\n")
 
@@ -150,6 +151,20 @@ def test_it_goes_on_after_what_is_wrong(ours: Any, chat: Any, images: list[Path]
 def test_images_wait_on_where_a_question_is_refused(ours: Any, chat: Any, images: list[Path]):
     said, _ = chat(f"/image {images[0]}", "<image><image>?", "what?")
     assert said == get_expected_answers(ours, ("what?", images[:1]))
+
+
+def test_no_answer_reaches_the_terminal_as_it_is(ours: Any, chat: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ours, "stream_batch", lambda *given: iter(["\x1b[2Jred\r", "\u202ebc", "\n\x9b1mé"]))
+    said, notes = chat("what?", "/history", "/image no\x1b[31m.png")
+    assert said[:2] == [r"\x1b[2Jred\r\u202ebc", r"\x9b1mé"]
+    assert r"assistant: \x1b[2Jred\r\u202ebc" in said
+    assert r"no\x1b[31m.png" in notes
+
+
+def test_half_of_a_pair_spoils_its_question_only(ours: Any, chat: Any):
+    said, notes = chat("a \ud83d b", "what?")
+    assert said == get_expected_answers(ours, ("what?", []))
+    assert "the prompt has half of a surrogate pair" in notes
 
 
 def test_an_interrupt_stops_the_answer_and_not_the_chat(

@@ -10,6 +10,7 @@ import vlm
 from tests.data.vision.test_video import write_video
 from tests.tiny_parts import Parts, picture
 from vlm.cli.main import main
+from vlm.config.shown import printable
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models.connectors import CONNECTORS
 
@@ -48,7 +49,7 @@ def test_generate_answers_as_three_lines_of_python_do(
 ):
     ask(checkpoint, "--image", image, "--prompt", "What is this?", "--max-new-tokens", 5, "--device", "cpu")
     model = vlm.load(checkpoint, device="cpu")
-    assert capsys.readouterr().out.strip() == model.generate("What is this?", [image], max_new_tokens=5)
+    assert capsys.readouterr().out.strip() == printable(model.generate("What is this?", [image], max_new_tokens=5))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_generate_takes_videos(checkpoint: Path, image: Path, capsys: pytest.Cap
     ask(checkpoint, "--video", video, "--image", image, "--max-frames", 2, "--prompt", asked, "--max-new-tokens", 5)
     model = vlm.load(checkpoint)
     said = model.generate(asked, [image], [video], max_frames=2, max_new_tokens=5)
-    assert capsys.readouterr().out.strip() == said
+    assert capsys.readouterr().out.strip() == printable(said)
 
 
 @pytest.mark.parametrize(
@@ -138,5 +139,5 @@ def test_a_connector_class_that_travels_is_used_where_it_is_trusted(
     assert "model.connector.type=travels:Mine: allowed are identity, linear, mlp" in str(stopped.value.code)
     ask(*words, "--trust-remote-code")
     expected = VisionLanguageModel(model, processor).generate("What?", [image], max_new_tokens=3)
-    assert capsys.readouterr().out.strip() == expected
+    assert capsys.readouterr().out.strip() == printable(expected)
     del CONNECTORS["travels:Mine"]

@@ -1,7 +1,12 @@
 """The in-memory form of records."""
 
+import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from vlm.data.sample import BadSample, Clip, ImageRef, OverLong, Picture, Sample, Turn, Video, VideoRef, group_reasons
 
@@ -46,6 +51,41 @@ def test_errors_come_out_of_a_data_worker_whole():
         error = pickle.loads(pickle.dumps(kind("7", "too long", "a.png")))
         assert (type(error), error.sample_id, error.reason, error.file) == (kind, "7", "too long", "a.png")
         assert str(error) == "record '7': too long"
+
+
+HALF = "a \ud83d b"
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"turns": (Turn("user", ("what?",)), Turn("assistant", (HALF,)))}, r"turn 2 \(assistant\)"),
+        ({"turns": (Turn("user", (ImageRef(Path("\udcff.png")), "?")),)}, r"turn 1 \(user\): the name of a file"),
+        ({"id": HALF}, "id"),
+        ({"label": {"kind": ["x", HALF]}}, r"label.kind\[1\]"),
+        ({"label": {HALF: 1}}, r"label.a \\ud83d b"),
+        ({"group": HALF}, "group"),
+        ({"references": ("x", HALF)}, r"references\[1\]"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_by_its_place(changes: dict[str, Any], place: str):
+    with pytest.raises(BadSample, match=f"{place} has half of a surrogate pair") as refused:
+        replace(SAMPLE, **changes)
+    str(refused.value).encode()
+    json.dumps(vars(refused.value), ensure_ascii=False).encode()
+
+
+def test_whole_emoji_stay():
+    assert replace(SAMPLE, id="👩\u200d👧 é", label="漢").id == "👩\u200d👧 é"
+
+
+def test_a_message_shows_the_ends_of_what_is_long():
+    error = BadSample("7" * 40_000, f"`image` is {'A' * 40_000}, no path", "A" * 40_000)
+    assert len(str(error)) < 500
+    assert error.reason.startswith("`image` is AAAA")
+    assert error.reason.endswith("AAA, no path")
+    assert len(str(error.file)) < 300
+    assert error.sample_id == "7" * 40_000
 
 
 def test_a_reason_has_no_address_in_memory():

@@ -19,6 +19,7 @@ from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts, picture
 from vlm.assembly.adapter_base import BASE_FILE
 from vlm.cli.main import main
+from vlm.config.shown import printable
 from vlm.data.encoding.labels import read_template
 from vlm.inference.eval import eval_model, load_pretrained_model, split_image_paths
 
@@ -53,7 +54,7 @@ def test_all_fields_as_llavas_users_give_them(checkpoint: Path, images: list[Pat
         temperature=0, top_p=None, num_beams=1, max_new_tokens=6,
     )  # fmt: skip
     answer = eval_model(args)
-    assert capsys.readouterr().out == f"{answer}\n"
+    assert capsys.readouterr().out == printable(f"{answer}\n")
     assert answer == vlm.load(checkpoint).generate("what?", [images[0]], max_new_tokens=6)
 
 
@@ -175,10 +176,10 @@ def test_a_base_that_moved_is_found_in_every_way(
     capsys.readouterr()
     options = [str(adapter), "--image", str(images[0]), "--max-new-tokens", "4", "--base", base]
     main(["generate", *options, "--prompt", "what?"])
-    assert capsys.readouterr().out.strip() == answer
+    assert capsys.readouterr().out.strip() == printable(answer)
     monkeypatch.setattr(sys, "stdin", io.StringIO("what?\n"))
     main(["chat", *options])
-    assert capsys.readouterr().out.strip() == answer
+    assert capsys.readouterr().out.strip() == printable(answer)
 
 
 def test_a_base_that_is_gone_is_said(moved: tuple[Path, str, str]):

@@ -219,6 +219,17 @@ def test_chat_stops_and_says_that_it_did(visit: Callable[..., Any], monkeypatch:
     wait_until(lambda: "stopped" in read_answers(page)[-1], page)
 
 
+def test_chat_shows_texts_as_text(visit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    """Forms, links and images of a stranger do not come alive, neither in a question nor in an answer."""
+    hostile = '<form action="/x"><button>Go</button></form><a href="http://evil.test">b</a>![](x.png) $$x^2$$'
+    monkeypatch.setattr(VisionLanguageModel, "stream_batch", lambda *given: iter([hostile]))
+    page = visit("Chat")
+    send(page, hostile)
+    wait_until(lambda: read_answers(page) == [hostile], page)
+    assert page.locator("#chat-shown .user .message-content").inner_text().strip() == hostile
+    assert page.locator(".message-content").locator("form, a, img, .katex").count() == 0
+
+
 def test_chat_shows_what_is_wrong_and_keeps_the_question(visit: Callable[..., Any], tmp_path: Path):
     (tmp_path / "torn.png").write_bytes(b"no image")
     page = visit("Chat")

@@ -23,10 +23,17 @@ from yaml import YAMLError
 
 from vlm.checks.disk import describe_disk_error
 from vlm.checks.fields import ConfigError, RunFailed, check_fields
-from vlm.checks.messages import NO_BASE_MESSAGE, describe_unknown_key, explain
+from vlm.checks.messages import (
+    NO_BASE_MESSAGE,
+    describe_scalar_section,
+    describe_unknown_key,
+    explain,
+    explain_composition,
+)
 from vlm.checks.run import ObjectiveChecks, check
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
-from vlm.config.schema import InferenceConfig, RunConfig
+from vlm.config.schema import InferenceConfig, RunConfig, key_names
+from vlm.config.shown import presentable
 
 
 class RunError(ConfigError):
@@ -49,10 +56,7 @@ def with_config(
     def check_and_act(composed: DictConfig) -> None:
         """Check a composed configuration and pass it on, with the names of the keys that were overridden."""
         name = _require_run(composed)
-        check_known_keys(composed)
-        check_required_values(composed)
-        config = OmegaConf.to_object(composed)
-        assert isinstance(config, RunConfig)
+        config = make_run_config(composed)
         check(config, make_objective(config))
         words = HydraConfig.get().overrides.task
         overrides = [word.split("=")[0].lstrip("+~").replace("/", ".") for word in words]
@@ -99,9 +103,12 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
     ConfigStore.instance().store(name="schema", node=RunConfig)
     refused: list[Exception] = []
+    is_composed = False
 
     def job(composed: DictConfig) -> None:
         """Act on the configuration; keep a refusal, to be raised outside of Hydra."""
+        nonlocal is_composed
+        is_composed = True
         try:
             action(composed)
         except (OmegaConfBaseException, ConfigError) as error:
@@ -111,10 +118,41 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
         hydra.main(version_base="1.3", config_path="pkg://vlm.config", config_name="base")(job)()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refused.append(error)
+    except Exception as error:
+        if is_composed:
+            raise
+        refused.append(ConfigError(explain_composition(error, words)))
     if refused:
         # Before the run all ranks of a machine have the same error, which one prints; later each prints its own.
         silent = os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(refused[0], RunError)
-        sys.exit(1 if silent else f"vlm: {explain(refused[0])}")
+        sys.exit(1 if silent else f"vlm: {presentable(explain(refused[0]))}")
+
+
+def make_run_config(composed: DictConfig) -> RunConfig:
+    """Return what Hydra composed as plain dataclasses.
+
+    Raises:
+        ConfigError: it has a key that the schema lacks, or a key without the value that it needs.
+    """
+    check_known_keys(composed)
+    check_required_values(composed)
+    config = OmegaConf.to_object(composed)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def compose_overrides(name: str, words: list[str]) -> DictConfig:
+    """Return what Hydra, which must be initialised, composes of a configuration and overrides.
+
+    Raises:
+        ConfigError: Hydra fails on the overrides without a message of its own for them.
+    """
+    try:
+        return hydra.compose(name, words)
+    except (HydraException, OmegaConfBaseException, YAMLError):
+        raise
+    except Exception as error:
+        raise ConfigError(explain_composition(error, words)) from error
 
 
 def _require_run(composed: DictConfig) -> str:
@@ -137,6 +175,8 @@ def check_known_keys(node: DictConfig, path: str = "") -> None:
         key = f"{path}.{name}" if path else name
         if name not in names:
             raise ConfigError(describe_unknown_key(key, names))
+        if OmegaConf.is_interpolation(node, name) and key_names(key):
+            raise ConfigError(describe_scalar_section(key))  # what stands there would be another section
         if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
             continue
         if isinstance(node[name], DictConfig):

@@ -1,18 +1,24 @@
 """Every field of a configuration against the rule in its metadata, see `vlm.config.rules`.
 
-Imports `vlm.config.rules` only.
+Imports siblings in `vlm.config` only.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from itertools import chain
 from typing import Any
 
 from vlm.config.rules import get_rule, is_nullable
+from vlm.config.shown import shorten
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run: the key, its value, what is allowed."""
+    """A configuration that cannot be run: the key, its value, what is allowed; a value that is long is shortened."""
+
+    def __init__(self, message: str):
+        super().__init__(shorten(message))
 
 
 class RunFailed(RuntimeError):
@@ -36,6 +42,8 @@ def check_fields(node: object, prefix: str = "") -> None:
 def _field_problems(node: Any, prefix: str) -> Iterator[str]:
     for field in fields(node):
         key, value, rule = f"{prefix}{field.name}", getattr(node, field.name), get_rule(field)
+        if any(map(UNWRITABLE.search, _texts_of(value))):
+            yield f"{key}={value!r}: a text without zero bytes and bytes that are not UTF-8 is needed"
         if is_dataclass(value):
             yield from _field_problems(value, f"{key}.")
         elif isinstance(value, list | dict):
@@ -50,6 +58,30 @@ def _field_problems(node: Any, prefix: str) -> Iterator[str]:
             yield f"{key}={format_value(value)}: {rule.message(is_nullable(field))}"
 
 
+UNWRITABLE = re.compile("[\0\ud800-\udfff]")
+"""Characters that no path and no file may have: Python's zero byte, and what bytes that do not decode become."""
+
+
+def _texts_of(value: object) -> Iterator[str]:
+    """Yield a text, or those of lists and mappings of values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from chain.from_iterable(map(_texts_of, chain(value.keys(), value.values())))
+    elif isinstance(value, list):
+        yield from chain.from_iterable(map(_texts_of, value))
+
+
 def format_value(value: object) -> str:
     """Return a value as it is written in YAML."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+
+
+def texts_by_key(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted keys of a dataclass of the schema whose values are texts, with them."""
+    for field in fields(node):
+        value, key = getattr(node, field.name), f"{prefix}{field.name}"
+        if is_dataclass(value):
+            yield from texts_by_key(value, f"{key}.")
+        elif isinstance(value, str):
+            yield key, value

@@ -27,12 +27,19 @@ EXPECTED_VALUES = {
 }
 """A phrase of OmegaConf's message about a value -> the phrase of ours."""
 
+SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?:$| requires)", re.M | re.S)
+"""How Hydra's message about an override with several values begins."""
+
 MAX_LISTED_NAMES = 40
 """The largest number of names that are listed; of a longer list the nearest name alone is given."""
 
 NO_BASE_MESSAGE = (
     "the run's YAML builds on nothing: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
 )
+
+
+NOT_COMPOSED = "the configuration cannot be composed of these overrides; leave some out to find which one it is"
+KEY_VALUE_NEEDED = "a word of the form key=value is needed; vlm --help"
 
 
 def explain(error: BaseException) -> str:
@@ -52,11 +59,51 @@ def explain(error: BaseException) -> str:
                 return _describe_wrong_value(link)
         link = link.__cause__ or link.__context__
     text = str(error)
+    if given := SEVERAL_VALUES.match(text):
+        return _describe_sweep(given[1])
     if isinstance(error, YAMLError):
         return f"not YAML: {text}"
-    if section := re.match(r"Could not override '([\w/]+)'\. No match in the defaults list", text):
-        return _describe_scalar_section(section[1].replace("/", "."))
-    return text.strip()
+    if section := re.match(r"Could not (?:override|delete) '([\w/.]*)'\. No match in the defaults list", text):
+        if not section[1]:
+            return f"=: {KEY_VALUE_NEEDED}"
+        return describe_scalar_section(section[1].replace("/", "."))
+    if group := re.match(r"Could not override '([\w/]+)@(.*?)'", text):
+        return f"{group[1]}@{group[2]}: a group has its own place here; choose with {group[1]}=…"
+    return text.partition("\nTo append to your default list")[0].strip() or NOT_COMPOSED
+
+
+def explain_composition(error: Exception, words: Sequence[str]) -> str:
+    """Return the message for an error that Hydra did not mean to raise while it composed overrides."""
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    keys = {word: word.lstrip("+~").partition("=")[0] for word in overrides}
+    if nameless := next((word for word in overrides if not keys[word]), None):
+        return f"{nameless}: {KEY_VALUE_NEEDED}"
+    text = str(error).partition("\n")[0]
+    for word in overrides:
+        is_section = key_names(keys[word]) or "Config group override must be" in text
+        if is_section and not re.search(r"[./@]", keys[word]) and not _is_choice(word.partition("=")[2]):
+            return f"{word}: {describe_scalar_section(keys[word]).partition(': ')[2]}"
+    if isinstance(error, RecursionError):
+        text = "values are nested too deeply"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror.lower()
+    named = (word for word in overrides if len(keys[word]) > 3 and keys[word] in str(error))
+    guilty = next(named, max(overrides, key=len, default="the run's YAML"))
+    return f"{guilty}: the configuration cannot be composed with it ({text or type(error).__name__})"
+
+
+def _is_choice(value: str) -> bool:
+    """Return whether a value of the command line is the name of a choice, and no number, list or null."""
+    return re.fullmatch(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][\w.-]*", value, re.IGNORECASE) is not None
+
+
+def _describe_sweep(override: str) -> str:
+    """Return the message for an override with several values, or a function that makes several."""
+    key, _, value = override.partition("=")
+    if "/" in key or key_names(key):
+        return f"{override}: one choice is needed, not several"
+    several = f"; a list is '{key}=[{value}]', a text is quoted: '{key}=\"{value}\"'" if "(" not in value else ""
+    return f"{override}: one value is needed, not several{several}"
 
 
 def suggest_names(name: str, allowed: Sequence[str], prefix: str = "") -> str:
@@ -77,13 +124,13 @@ def describe_unknown_key(key: str, allowed: Iterable[str]) -> str:
     return f"{key}: no such key.{hint}{own}"
 
 
-def _describe_scalar_section(key: str) -> str:
+def describe_scalar_section(key: str) -> str:
     """Return the message for a section that was given a single value."""
     group = key.replace(".", "/")
     choose = f" A packaged choice of it is {group}=…" if group in group_names() else ""
     names = key_names(key)
-    listing = ", ".join(names if len(names) <= 12 else [*names[:12], "…"])
-    return f"{key}: it is a section; set one of its keys ({listing}).{choose}"
+    listing = f" ({', '.join(names if len(names) <= 12 else [*names[:12], '…'])})" if names else ""
+    return f"{key}: it is a section; set one of its keys{listing}.{choose}"
 
 
 def _describe_missing_file(error: MissingConfigException) -> str:
@@ -102,7 +149,7 @@ def _describe_malformed_override(override: str) -> str:
     """Return the message for a word of the command line that is no `key=value`."""
     key, equals, value = override.partition("=")
     if not equals:
-        return f"{override}: a word of the form key=value is needed; vlm --help"
+        return f"{override}: {KEY_VALUE_NEEDED}"
     if value.startswith("~"):
         return f"{override}: ~ is not replaced here; write {key}=$HOME{value[1:]}"
     return f"{override}: it has characters with a meaning of their own; quote the value: '{key}=\"{value}\"'"
@@ -124,7 +171,7 @@ def _describe_wrong_value(error: OmegaConfBaseException) -> str:
     """Return the message for a value of the wrong type."""
     key, text = str(error.full_key), str(error.msg or error).splitlines()[0]
     if "is not a subclass of" in text:
-        return _describe_scalar_section(key)
+        return describe_scalar_section(key)
     needed = next((ours for theirs, ours in EXPECTED_VALUES.items() if theirs in text), text)
     if "deletion" in text:
         return f"~{key}: {needed}"

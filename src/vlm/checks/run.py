@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.checks.dataset import dataset_problems
-from vlm.checks.fields import ConfigError, check_fields, format_value
+from vlm.checks.fields import ConfigError, check_fields, format_value, texts_by_key
 from vlm.checks.guards import guard_problems
 from vlm.checks.lora import lora_problems, quantization_problems
 from vlm.checks.model import anyres_problems, connector_problems, encoder_problems
@@ -52,7 +52,17 @@ def check(config: RunConfig, objective: ObjectiveChecks) -> None:
         ConfigError: with the full key, its value and what is allowed.
     """
     check_fields(config)
-    for problem in chain(
+    try:
+        problem = next(_problems(config, objective), None)
+    except OSError as error:  # such as of a name that is too long for any file
+        key = next((key for key, value in texts_by_key(config) if value and value in str(error.filename)), "")
+        raise ConfigError(f"{key}={error.filename}: {error.strerror}") from error
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
+    yield from chain(
         dataset_problems(config),
         connector_problems(config),
         anyres_problems(config),
@@ -69,8 +79,7 @@ def check(config: RunConfig, objective: ObjectiveChecks) -> None:
         optimizer_problems(config),
         guard_problems(config),
         sharding_problems(config),
-    ):
-        raise ConfigError(problem)
+    )
 
 
 def _path_problems(config: RunConfig) -> Iterator[str]:

@@ -5,6 +5,7 @@ and to `Chat.run_command`.
 """
 
 import argparse
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from vlm.cli.model_options import add_generation_options, open_conversation, read_inference_settings
 from vlm.cli.record_options import add_max_frames_option
 from vlm.config.schema import InferenceConfig
+from vlm.config.shown import presentable, printable
 
 if TYPE_CHECKING:
     from vlm.inference.conversation import Conversation
@@ -62,6 +64,8 @@ def _run_chat(args: argparse.Namespace, settings: InferenceConfig) -> None:
     load_images(args.image)  # refuse bad input before the model loads
     check_videos(args.video, args.max_frames)
     chat = Chat(open_conversation(args, settings), args.image, args.video)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 spoils its question, not the chat
     if sys.stdin.isatty():
         print_status(f"{args.checkpoint}: ask it. /image FILE shows an image, /help lists all commands, /exit leaves.")
     for line in read_lines():
@@ -87,7 +91,7 @@ def read_lines() -> Iterator[str]:
 
 def print_status(text: str) -> None:
     """Print a message to stderr: stdout gets the model's answers only."""
-    print(text, file=sys.stderr, flush=True)
+    print(presentable(text), file=sys.stderr, flush=True)
 
 
 class Chat:
@@ -128,7 +132,7 @@ class Chat:
             pieces = self.conversation.ask(text, self.images, self.videos)
             try:
                 for piece in pieces:
-                    print(piece, end="", flush=True)
+                    print(printable(piece), end="", flush=True)
             finally:
                 pieces.close()
                 print(flush=True)
@@ -156,7 +160,7 @@ class Chat:
                 print_status("everything is forgotten")
             case "history":
                 for turn in self.conversation.turns:
-                    print(f"{turn.role}: {turn.as_message('<image>', '<video>')['content']}")
+                    print(printable(f"{turn.role}: {turn.as_message('<image>', '<video>')['content']}"))
                 if self.images or self.videos:
                     self._print_pending_media()
             case "help":

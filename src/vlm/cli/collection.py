@@ -37,7 +37,7 @@ def collect_as_usual() -> None:
     """Collect garbage as often as Python does, since training steps leave garbage that holds tensors.
 
     The objects that exist now are exempt from collection, also at the end of the process, which takes two seconds less
-    by that; bindings that look for leaks there (triton's) then name what is still alive. They are frozen once: a process
+    by that; bindings that look for leaks there (those of triton) name what is alive then. They are frozen once: a process
     may train more than once.
     """
     if not gc.get_freeze_count():

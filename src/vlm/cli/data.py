@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from vlm.checks.compose import with_config
 from vlm.checks.fields import ConfigError
 from vlm.config.schema import RunConfig
+from vlm.config.shown import printable
 from vlm.train.objectives.table import make_objective
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def stats(words: Sequence[str]) -> None:
         if config.dataset.streaming:
             raise ConfigError("dataset.streaming=true: a stream is not counted")
         statistics = compute_stats(config.dataset, _make_sample_encoder(config, overrides))
-        print(as_text(statistics))
+        print(printable(as_text(statistics)))
         args.output.parent.mkdir(parents=True, exist_ok=True)
         draw(statistics, args.output)
         print(f"As a plot: {args.output}")

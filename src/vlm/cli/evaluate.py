@@ -14,6 +14,7 @@ from vlm.cli.model_options import add_generation_options, load_model, read_infer
 from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
 from vlm.config.choices import ANSWER_METRICS, LOSS_METRICS
 from vlm.config.schema import TrainerOptions
+from vlm.config.shown import printable
 from vlm.evaluation.output import check_no_results, check_references, resolve_output_folder, write_json
 
 RECORD_OPTIONS = (
@@ -102,7 +103,7 @@ def _evaluate_records(args: argparse.Namespace) -> None:
     )  # fmt: skip
     generation = {} if set(names) <= set(LOSS_METRICS) else {"inference": vars(settings), "seed": args.seed}
     write_results(folder, evaluation, {**_describe_run(args), "data": args.input, **generation})
-    print(f"\n{evaluation.records:,} records\n\n{evaluation}\n\n{folder / 'results.json'}")
+    print(printable(f"\n{evaluation.records:,} records\n\n{evaluation}\n\n{folder / 'results.json'}"))
 
 
 def _run_tasks(args: argparse.Namespace) -> None:
@@ -137,7 +138,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
     parts = [f"`{args.checkpoint}`", tabulate(rows, "firstrow", tablefmt="github", disable_numparse=True), *limited]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     plain = tabulate(rows, tablefmt="plain", disable_numparse=True)
-    print(f"\n{plain}\n\n{folder / 'results.json'}")
+    print(printable(f"\n{plain}\n\n{folder / 'results.json'}"))
 
 
 def _describe_run(args: argparse.Namespace) -> dict[str, object]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from vlm.cli.model_options import add_generation_options, load_model, open_conversation, read_inference_settings
 from vlm.cli.record_options import add_question_options, check_question_options, source_config
 from vlm.config.schema import InferenceConfig
+from vlm.config.shown import printable
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,7 +43,7 @@ def _generate_one(args: argparse.Namespace, settings: InferenceConfig) -> None:
     check_videos(args.video, args.max_frames)  # refuse bad input before the model loads
     user_turn(args.prompt, len(images), [()] * len(args.video))
     for piece in open_conversation(args, settings).ask(args.prompt, images, args.video):
-        print(piece, end="", flush=True)
+        print(printable(piece), end="", flush=True)
     print()
 
 

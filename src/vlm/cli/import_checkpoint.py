@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm.cli.model_options import DTYPES
+from vlm.config.shown import presentable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,7 +27,8 @@ def main(argv: Sequence[str]) -> None:
         limit = "" if tiling.max_tiles is None else f", shrunk to about {tiling.max_tiles} tiles"
         seen = f"{processor.tokens_per_image} tokens a tile, images in {len(tiling.grids)} grids of tiles{limit}"
     print(f"{args.out}: {seen}, {config.dtype}")
-    print(f"Its chat template: {str(processor.chat_template).splitlines()[0].strip('{#- }')}")
+    first_line = str(processor.chat_template).partition("\n")[0].strip("{#- }")
+    print(f"Its chat template: {presentable(first_line)}")
     print(f"Ask it:  vlm generate {args.out} --image FILE --prompt 'What is in this picture?'")
 
 

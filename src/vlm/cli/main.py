@@ -8,6 +8,7 @@ from importlib.metadata import version
 from vlm.cli.collection import rare_collection
 from vlm.cli.overview import overview
 from vlm.cli.pipes import end_with_pipes
+from vlm.config.shown import present_what_is_printed, presentable
 
 COMMANDS = {
     "generate": "generate",
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     `SELF_REPORTING_COMMANDS` are excepted. A command ends without a message when the reader of its output has gone;
     a training run goes on.
     """
+    present_what_is_printed()
     with end_with_pipes(), rare_collection():
         _run_command(list(sys.argv[1:] if argv is None else argv))
 
@@ -57,7 +59,7 @@ def _run_command(words: list[str]) -> None:
         except (ValueError, OSError) as error:
             if words[0] in SELF_REPORTING_COMMANDS:
                 raise
-            sys.exit(f"vlm {words[0]}: {error}")
+            sys.exit(f"vlm {words[0]}: {presentable(error)}")
         except KeyboardInterrupt:  # of a command that has nothing more to say
             print(f"\nvlm {words[0]}: stopped", file=sys.stderr)
             sys.exit(STOPPED_STATUS)

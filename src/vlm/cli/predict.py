@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from vlm.cli.model_options import add_loading_options
 from vlm.cli.record_options import add_question_options, check_question_options, source_config
+from vlm.config.shown import printable
 
 if TYPE_CHECKING:
     from vlm.inference.predict import Predictor
@@ -56,10 +57,13 @@ def _predict_one(args: argparse.Namespace) -> None:
     if not isinstance(predictions, dict):
         predictions = {predictor.heads[0].name: predictions}
     for name, head in predictions.items():
-        print(f"{name}: {head.prediction}" + (f"  (score {head.score:.4f})" if head.probabilities else ""))
+        said = printable(f"{name}: {head.prediction}", single_line=True)
+        print(said + (f"  (score {head.score:.4f})" if head.probabilities else ""))
         ranked = sorted(head.probabilities.items(), key=lambda item: -item[1])
         for label, probability in ranked[:20]:
-            print(f"  {probability:7.2%}  {'█' * round(30 * probability):<30}  {label}")
+            print(
+                f"  {probability:7.2%}  {'█' * round(30 * probability):<30}  {printable(str(label), single_line=True)}"
+            )
 
 
 def _predict_file(args: argparse.Namespace) -> None:
@@ -77,6 +81,6 @@ def _predict_file(args: argparse.Namespace) -> None:
         num_workers=args.num_workers, max_frames=args.max_frames, overwrite=args.overwrite,
     )  # fmt: skip
     if result.metrics_text:
-        print(result.metrics_text)
+        print(printable(result.metrics_text))
     bad = f"; {result.bad} could not be read, column error says why" if result.bad else ""
     print(f"{result.records:,} records: {args.output}{bad}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vlm.assembly.adapter_merge import merge
 from vlm.cli.model_options import add_base_options
+from vlm.config.shown import present_what_is_printed, presentable, printable
 
 if TYPE_CHECKING:
     from vlm.hub.publishing import PreparedFolder
@@ -41,6 +42,7 @@ def push_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`push-to-hub CHECKPOINT --repo OWNER/NAME`."""
+    present_what_is_printed()
     parser = push_parser()
     args = parser.parse_args(argv)
     if args.folder and args.checkpoint:
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _check_publishable(args)
         _prepare_only(args) if args.dry_run else _push(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"push-to-hub: {error}")
+        sys.exit(f"push-to-hub: {presentable(error)}")
     except (KeyboardInterrupt, EOFError):
         sys.exit("push-to-hub: stopped; what has arrived on the Hub is not sent again by the same command")
 
@@ -76,7 +78,7 @@ def _push(args: argparse.Namespace) -> None:
         gone = obsolete(target.files, prepared)
         _print_files(prepared)
         if gone:
-            print(f"Of the repository's files these go: {', '.join(gone)}")
+            print(printable(f"Of the repository's files these go: {', '.join(gone)}", single_line=True))
         private = target.private if target.exists else not args.public
         visibility = "private" if private else "public"
         if target.exists and (args.public or args.private) and private == args.public:
@@ -169,9 +171,9 @@ def _print_files(prepared: "PreparedFolder") -> None:
     """Print which files are uploaded and which are left out."""
     width = max(map(len, prepared.files))
     for name, size in (*prepared.files.items(), ("total", prepared.size)):
-        print(f"  {name:<{width}}  {format_bytes(size):>9}")
+        print(f"  {printable(name, single_line=True):<{width}}  {format_bytes(size):>9}")
     if prepared.skipped_files:
-        print(f"Left out: {', '.join(prepared.skipped_files)}")
+        print(printable(f"Left out: {', '.join(prepared.skipped_files)}", single_line=True))
 
 
 def format_bytes(size: float) -> str:

@@ -8,8 +8,7 @@ The keys of `transformers.TrainingArguments` are not copied: they are read out o
 whatever the installed version takes can be set as `trainer.<name>`.
 """
 
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlm.config.choices import (
@@ -372,7 +371,7 @@ def key_names(path: str) -> list[str]:
     node: Any = RunConfig
     for name in [step for step in path.split(".") if step]:
         found = next((f for f in fields(node) if f.name == name), None)
-        if found is None or found.default_factory is NO_DEFAULT or found.default_factory is dict:
+        if found is None or not is_dataclass(found.default_factory):
             return []
         node = found.default_factory
     return [f.name for f in fields(node)]

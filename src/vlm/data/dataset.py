@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vlm.config.schema import DatasetConfig
+from vlm.config.shown import shorten
 from vlm.data.blank_images import make_blank_medium
 from vlm.data.encoding.labels import Encoded
 from vlm.data.encoding.processor_errors import processor_errors
@@ -55,7 +56,7 @@ class Skipped:
     def from_error(cls, error: BadSample, source: Source, record: int | None = None) -> "Skipped":
         """Make the entry for the record of a source that raised an error."""
         policy = "over_length" if isinstance(error, OverLong) else "on_bad_sample"
-        return cls(record, error.sample_id, error.reason, error.file, source.path, policy)
+        return cls(record, error.sample_id, error.reason, error.file, source.shown_path, policy)
 
     def as_error(self) -> ValueError:
         """Return the error to raise where such records are not left out."""
@@ -63,7 +64,7 @@ class Skipped:
         hint = f"dataset.{self.policy}=skip leaves such records out and lists them."
         if self.file is not None:
             hint = f"Images are looked for in dataset.image_folder. {hint}"
-        return ValueError(f"{place}: record {self.id!r}: {self.reason}. {hint}")
+        return ValueError(shorten(f"{place}: record {self.id!r}: {self.reason}. {hint}"))
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         source = self.sources[number]
         try:
             sample = source.sample(record)
-            return {**encode_sample(source, sample), SAMPLE_REF: SampleRef(source.path, record, sample.id)}
+            return {**encode_sample(source, sample), SAMPLE_REF: SampleRef(source.shown_path, record, sample.id)}
         except BadSample as error:
             return Skipped.from_error(error, source, record)
 
@@ -293,7 +294,7 @@ def load_dataset(
         decode = None if evaluates else config.check_samples
         counts = count(source, records, decode, config.num_workers, partial(skip_or_raise, source, config))
         left_out = find_unusable(source, counts, config)
-        check_skipped_share(source.path, list(counts.problems.values()), len(records), config.max_skipped)
+        check_skipped_share(source.shown_path, list(counts.problems.values()), len(records), config.max_skipped)
         kept = np.setdiff1d(np.arange(len(records)), list(left_out))
         kept = repeat_by_weight(kept, source.weight, seed)
         places.append(np.stack([np.full(len(kept), number), counts.record[kept]], axis=1))
@@ -306,11 +307,11 @@ def load_dataset(
             groups += new_groups
         skipped += left_out.values()
         contributions.append(Contribution(
-            source.name, source.path, source.records.fingerprint, len(source), len(kept), int(images[-1].sum()),
+            source.name, source.shown_path, source.records.fingerprint, len(source), len(kept), int(images[-1].sum()),
             int(lengths[-1].sum()), len(left_out), int((counts.length[kept] > encoder.longest).sum()),
         ))  # fmt: skip
     if not sum(map(len, places)):
-        names = ", ".join(source.path for source in sources)
+        names = ", ".join(source.shown_path for source in sources)
         reasons = group_reasons(skipped)
         reason = f"the commonest reason is: {reasons[0][0]}" if reasons else "there are none"
         raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {reason}")

@@ -7,6 +7,7 @@ from operator import itemgetter
 
 from PIL import Image
 
+from vlm.config.shown import printable
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import Processor
 from vlm.models.pixels import as_rgb
@@ -41,7 +42,7 @@ def tokens_as_html(ids: Sequence[int], labels: Sequence[int], mask: Sequence[int
     """Return a row's tokens as HTML; image, video and padding tokens as counts."""
     elements = []
     for kind, text in token_runs(ids, labels, mask, processor):
-        content = escape(text).replace("\n", "⏎<br>")
+        content = escape(printable(text)).replace("\n", "⏎<br>")
         if kind == "mark":
             content = f"<mark>{content}</mark>"
         elif kind in COUNTED_KINDS:
@@ -54,6 +55,7 @@ def tokens_as_text(ids: Sequence[int], labels: Sequence[int], processor: Process
     """Return a sample's tokens for a terminal: supervised ones on green, or in 【 】 without colours."""
     shown = []
     for kind, text in token_runs(ids, labels, [1] * len(ids), processor):
+        text = printable(text)
         if kind == "mark":
             shown.append(f"{GREEN}{text}{RESET}" if colours else f"【{text}】")
         else:

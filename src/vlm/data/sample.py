@@ -1,12 +1,17 @@
-"""The one in-memory form of a record: a `Sample` of `Turn`s, whatever file it came from. Imports nothing of `vlm`."""
+"""The one in-memory form of a record: a `Sample` of `Turn`s, whatever file it came from.
+
+Texts that no encoding can write are refused here, where records and prompts alike come in. Imports `vlm.config.shown`.
+"""
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
+
+from vlm.config.shown import shorten
 
 Record = dict[str, Any]
 """A record as its file holds it: values of JSON, and bytes of images."""
@@ -40,6 +45,43 @@ class Clip:
     times: tuple[float, ...] | None = None
 
 
+def has_surrogate(text: str) -> bool:
+    """Return whether a text has half of a surrogate pair, such as of an emoji cut in two: no encoding writes it."""
+    return not text.isascii() and SURROGATE.search(text) is not None
+
+
+def escape_surrogates(text: str) -> str:
+    r"""Return a text with each half of a surrogate pair written as its escape, such as `\ud83d`."""
+    return text.encode("utf-8", "backslashreplace").decode() if has_surrogate(text) else text
+
+
+def find_surrogate(value: object, place: str = "") -> str | None:
+    """Return the place of a text, or of a key, with half of a surrogate pair within nested values; None: there is none.
+
+    Args:
+        value: a value of JSON.
+        place: what stands before the place, such as the name of the value.
+    """
+    if isinstance(value, str):
+        return place if has_surrogate(value) else None
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            inner = f"{place}.{key}" if place else str(key)
+            if has_surrogate(str(key)):
+                return escape_surrogates(inner)
+            if (found := find_surrogate(item, inner)) is not None:
+                return found
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            if (found := find_surrogate(item, f"{place}[{number}]")) is not None:
+                return found
+    return None
+
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+HALF_PAIR = "has half of a surrogate pair, as of an emoji cut in two or of bytes that are not UTF-8; mend that text"
+"""What is wrong with a text that no encoding can write."""
+
 MediaSize = tuple[int, int] | Clip | None
 """Height and width of an image, or the clip that is read of a video; None for a frame of a video, where the processor
 encodes all frames alike."""
@@ -60,10 +102,10 @@ class BadSample(ValueError):
 
     def __init__(self, sample_id: str, reason: str, file: str | None = None):
         reason = MEMORY_ADDRESS.sub(">", reason)  # of an object in a library's message: another one in every run
-        super().__init__(f"record {sample_id!r}: {reason}")
-        self.sample_id = sample_id
-        self.reason = reason
-        self.file = file
+        self.reason = shorten(escape_surrogates(reason))
+        super().__init__(shorten(f"record {sample_id!r}: {self.reason}"))
+        self.sample_id = escape_surrogates(sample_id)  # files of these are UTF-8
+        self.file = None if file is None else shorten(escape_surrogates(file))
 
     def __reduce__(self) -> tuple[type["BadSample"], tuple[str, str, str | None]]:
         """Pickle the arguments, so that the error comes out of a data worker whole."""
@@ -198,8 +240,22 @@ class Sample:
     references: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if (place := self._surrogate_place()) is not None:
+            raise BadSample(self.id, f"{place} {HALF_PAIR}")
         media = [part for turn in self.turns for part in turn.content if not isinstance(part, str)]
         object.__setattr__(self, "_media", media)
+
+    def _surrogate_place(self) -> str | None:
+        """Return what has half of a surrogate pair: a turn by its number, a file's name, or a field."""
+        for number, turn in enumerate(self.turns, start=1):
+            for part in turn.content:
+                if isinstance(part, str):
+                    if not part.isascii() and has_surrogate(part):
+                        return f"turn {number} ({turn.role})"
+                elif part.path is not None and has_surrogate(str(part.path)):
+                    return f"turn {number} ({turn.role}): the name of a file"
+        fields = {"id": self.id, "label": self.label, "group": self.group, "references": self.references}
+        return find_surrogate({name: value for name, value in fields.items() if value})
 
     @property
     def images(self) -> list[ImageRef]:

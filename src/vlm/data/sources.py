@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from vlm.config.schema import DatasetConfig, SourceConfig
+from vlm.config.secrets import mask
 from vlm.data.cache import json_digest, resolve_cache_folder
 from vlm.data.encoding.labels import read_template
 from vlm.data.encoding.sample_encoder import SampleEncoder, processor_digest
@@ -28,7 +29,7 @@ class Source:
     """The records of one file or data set, as samples.
 
     The encoder is the run's, with the source's own template where it has one. At most `max_frames` frames are read of a
-    video. An epoch takes each sample `weight` times.
+    video. An epoch takes each sample `weight` times. `shown_path` is `path` for files and messages, without secrets.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Source:
         """Find the reader that the configuration names, and where the images are."""
         assert self.config.path is not None
         self.path = self.config.path
+        self.shown_path = mask(self.path)
         place = Path(self.path)
         self.folder = Path(self.config.image_folder or (place if place.is_dir() else place.parent))
         options = {name: value for name, value in self.config.options.items() if value is not None}

@@ -77,7 +77,10 @@ class Draw:
         """Return the encoded sample, or `Skipped` for a record that cannot be used."""
         try:
             sample = self.source.read(self.record)
-            return {**encode_sample(self.source, sample), SAMPLE_REF: SampleRef(self.source.path, None, sample.id)}
+            return {
+                **encode_sample(self.source, sample),
+                SAMPLE_REF: SampleRef(self.source.shown_path, None, sample.id),
+            }
         except BadSample as error:
             return Skipped.from_error(error, self.source)
 
@@ -216,7 +219,7 @@ def open_stream(
     for source in stream.sources:
         record = next(source.stream(), NO_RECORD)
         if record is NO_RECORD:
-            raise ValueError(f"{source.path}: there is no record in it")
+            raise ValueError(f"{source.shown_path}: there is no record in it")
         try:
             sample = source.read(record)
             source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vlm.config.choices import LOSS_METRICS
 from vlm.config.schema import SourceConfig
+from vlm.config.secrets import mask_settings
 from vlm.data.sample import BadSample, Sample
 
 NUM_INSPECTED = 100
@@ -99,7 +100,7 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
 def write_json(folder: Path, content: Mapping[str, object]) -> None:
     """Write `results.json` into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    text = json.dumps(mask_settings(content), indent=2, ensure_ascii=False, default=str)
     (folder / "results.json").write_text(f"{text}\n", encoding="utf-8")
 
 

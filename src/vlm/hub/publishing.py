@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.config.derived import BASE_FILE
+from vlm.config.secrets import mask
 from vlm.families.table import FAMILIES
 from vlm.hub.card import model_card
 from vlm.hub.cleaning import find_local_paths, without_paths
@@ -101,7 +102,7 @@ def prepare_upload(
     if run.plot is not None:
         shutil.copyfile(run.plot, out / PLOT_FILE)
     card = model_card(read_json(out / "config.json"), config, run, parameters(out, config), repo=repo, licence=licence)
-    (out / CARD_FILE).write_text(card, encoding="utf-8")
+    (out / CARD_FILE).write_text(mask(card), encoding="utf-8")
     if places := list(find_local_paths(out, checkpoint, run.checkpoint)):
         raise ValueError(f"{'; '.join(places)}: that is a place of this machine, which is not for others to read")
     _write_reply_ends(out / GENERATION_FILE, processor)

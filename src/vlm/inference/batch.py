@@ -21,7 +21,7 @@ from vlm.data.dataset import encode_sample
 from vlm.data.encoding.labels import Encoded
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.processor import Processor, SampleInputs
-from vlm.data.sample import BadSample, MediaSize, Sample
+from vlm.data.sample import BadSample, MediaSize, Sample, find_surrogate
 from vlm.data.sources import Source
 from vlm.inference.generate import check_length, on_device
 from vlm.inference.resumable_table import ResumableTable
@@ -156,6 +156,7 @@ class PromptDataset(Dataset[ReadRecord]):
             item = encode_sample(self.source, sample)
         except BadSample as error:
             label = record.get("label") if isinstance(record, dict) else None
+            label = None if find_surrogate(label) else label
             sample = sample or Sample(error.sample_id, (), label)
             item = error
         if sample.id == "?":

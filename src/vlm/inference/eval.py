@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from vlm.checks.dataset import check_template
 from vlm.checks.fields import check_fields
 from vlm.config.schema import InferenceConfig
+from vlm.config.shown import printable
 from vlm.data.encoding.labels import read_template
 from vlm.data.sample import PLACEHOLDER
 from vlm.inference.conversation import Conversation
@@ -60,7 +61,7 @@ def eval_model(args: object) -> str:
             raise ValueError("args.conv_mode=tokenizer: the language model's tokenizer has no template")
         model.processor.chat_template = own_template if template == "tokenizer" else read_template(template)
     answer = "".join(Conversation(model, settings).ask(query, images, every_mark=every_mark)).strip()
-    print(answer)
+    print(printable(answer))
     return answer
 
 

@@ -20,7 +20,17 @@ from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, reply_ending
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.records.marks import MarkError, Slot, join_texts, split_at_marks
-from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn
+from vlm.data.sample import (
+    HALF_PAIR,
+    PLACEHOLDER,
+    VIDEO_PLACEHOLDER,
+    BadSample,
+    ContentPart,
+    ImageRef,
+    Sample,
+    Turn,
+    has_surrogate,
+)
 from vlm.data.sources import parts_for_video
 from vlm.data.vision.images import Medium, media_sizes_from_opened, open_image, open_media
 from vlm.data.vision.video import num_frames
@@ -332,6 +342,8 @@ def user_turn(
     Raises:
         ValueError: the prompt has marks, but not as many as there are images or videos.
     """
+    if has_surrogate(prompt):
+        raise ValueError(f"the prompt {HALF_PAIR}")
     numbers = {VIDEO_PLACEHOLDER: len(videos), PLACEHOLDER: num_images}  # without marks in this order, as in records
     try:
         (pieces,), leading = split_at_marks([prompt], numbers, lead=True, every_mark=every_mark)

@@ -19,6 +19,7 @@ from tabulate import tabulate
 from transformers.utils import is_torchvision_available
 
 from vlm.config.schema import DatasetConfig, RunConfig
+from vlm.config.secrets import mask_settings, mask_words
 from vlm.data.dataset import Contribution, SampleDataset, Skipped, check_skipped_share
 from vlm.data.stream import SampleStream
 from vlm.train.checkpoints.files import write_text_whole
@@ -50,7 +51,7 @@ def write_run_files(folder: Path, config: RunConfig) -> None:
     """Write the resolved configuration, the command and the versions of a run that begins; called on one rank."""
     for name in (CHANGES_FILE, SKIPPED_FILE, "metrics.jsonl", "samples.md", "guard.jsonl", "first_batch.html"):
         (folder / name).unlink(missing_ok=True)  # of a start that saved nothing
-    write_text_whole(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_text_whole(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(mask_settings(asdict(config)))))
     write_text_whole(folder / COMMAND_FILE, _command())
     write_json(folder / VERSIONS_FILE, versions())
 
@@ -79,7 +80,8 @@ def _add_line(file: Path, line: str) -> None:
 
 
 def _command() -> str:
-    return f"{shlex.join([sys.executable, *sys.orig_argv[1:]])}\n"
+    """Return the command of this process, without secrets: a run directory is shown to others, and published."""
+    return f"{shlex.join(mask_words([sys.executable, *sys.orig_argv[1:]]))}\n"
 
 
 def versions() -> dict[str, object]:
@@ -116,7 +118,9 @@ def write_data_summary(folder: Path, datasets: Mapping[str, SampleDataset | Samp
     summary: dict[str, dict[str, object]] = {}
     for role, dataset in datasets.items():
         if isinstance(dataset, SampleStream):
-            summary[role] = {"streamed": [{"source": source.name, "path": source.path} for source in dataset.sources]}
+            summary[role] = {
+                "streamed": [{"source": source.name, "path": source.shown_path} for source in dataset.sources]
+            }
         elif dataset is not None:
             summary[role] = {
                 "samples": len(dataset),

@@ -12,6 +12,7 @@ import gradio as gr
 from vlm.checks.fields import check_fields
 from vlm.config.schema import InferenceConfig
 from vlm.web.components import QUIET, RUNS_MODEL, checkpoint_dropdown
+from vlm.web.html import chat_text, toast_html
 from vlm.web.models import ModelHolder
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
     state = gr.State(ChatState())
     checkpoint = checkpoint_dropdown(names, "Checkpoint", "No complete run", outputs, "chat-checkpoint")
     chatbot = gr.Chatbot(
-        height="52vh", min_height=260, show_label=False, render_markdown=False, placeholder=EMPTY_TEXT,
-        buttons=["copy"], elem_id="chat-shown", feedback_options=None,
+        height="52vh", min_height=260, show_label=False, render_markdown=False, latex_delimiters=[],
+        placeholder=EMPTY_TEXT, buttons=[],  # what it copied would be HTML
+        elem_id="chat-shown", feedback_options=None,
     )  # fmt: skip
     question = gr.MultimodalTextbox(
         file_types=["image"], file_count="multiple", sources=["upload"], show_label=False, elem_id="chat-question",
@@ -98,7 +100,7 @@ def ask(
         yield gr.skip(), gr.skip()
         return
     turns = [*earlier, *({"role": "user", "content": {"path": image}} for image in images)]
-    turns += [{"role": "user", "content": text}] if text else []
+    turns += [{"role": "user", "content": chat_text(text)}] if text else []
     yield turns, gr.update(value=None, submit_btn=False, stop_btn=True)
     answer = ""
     state.stopped = False
@@ -110,13 +112,13 @@ def ask(
                 if state.stopped:
                     break
                 answer += piece
-                yield [*turns, {"role": "assistant", "content": answer}], gr.skip()
+                yield [*turns, {"role": "assistant", "content": chat_text(answer)}], gr.skip()
         if not state.stopped:
             state.exchanges = conversation.exchanges
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU is out of memory
         yield earlier, gr.update(value=message, submit_btn=True, stop_btn=False)  # to be corrected and sent again
-        raise gr.Error(str(error), duration=None, title="Not asked", print_exception=False) from error
-    turns.append({"role": "assistant", "content": answer + STOPPED_NOTICE * state.stopped})
+        raise gr.Error(toast_html(str(error)), duration=None, title="Not asked", print_exception=False) from error
+    turns.append({"role": "assistant", "content": chat_text(answer) + STOPPED_NOTICE * state.stopped})
     yield turns if state.num_resets == num_resets else [], gr.update(submit_btn=True, stop_btn=False)
 
 

@@ -5,28 +5,44 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from vlm.config.shown import presentable, printable
 from vlm.web.runs import Run, SampleAnswer
+
+
+def _text(text: str) -> str:
+    """Return a text as HTML: escaped, with what hides or turns letters written out."""
+    return escape(printable(text))
 
 
 def error_html(text: str) -> str:
     """Return a message about what the user has to fix."""
-    return f'<p class="vlm-problem" role="alert">{escape(text)}</p>'
+    return f'<p class="vlm-problem" role="alert">{escape(presentable(text))}</p>'
+
+
+def chat_text(text: str) -> str:
+    """Return the content of a message of a `gr.Chatbot` for a text: Gradio takes it for HTML, without Markdown too."""
+    return escape(printable(text), quote=False)
+
+
+def toast_html(text: str) -> str:
+    """Return the message of a `gr.Error` for a text: Gradio takes messages for HTML."""
+    return escape(presentable(text))
 
 
 def note_html(text: str) -> str:
     """Return a note."""
-    return f'<p class="vlm-note">{escape(text)}</p>'
+    return f'<p class="vlm-note">{_text(text)}</p>'
 
 
 def bars_html(title: str, prediction: str, probabilities: Mapping[str, float]) -> str:
     """Return a head's prediction, with a bar for each label, the most probable first."""
     rows = "".join(
-        f'<div class="vlm-bar"><span>{escape(label)}</span>'
+        f'<div class="vlm-bar"><span>{_text(label)}</span>'
         f'<div role="img" aria-label="{share:.1%}"><i style="width:{100 * share:.2f}%"></i></div>'
         f"<b>{share:.1%}</b></div>"
         for label, share in sorted(probabilities.items(), key=lambda item: -item[1])
     )
-    head = f'<h3>{escape(title)}</h3><p class="vlm-decided">{escape(prediction)}</p>'
+    head = f'<h3>{_text(title)}</h3><p class="vlm-decided">{_text(prediction)}</p>'
     return f'<section class="vlm-head">{head}{rows}</section>'
 
 
@@ -37,7 +53,7 @@ def status_html(run: Run) -> str:
     details += [f"started {run.started:%Y-%m-%d %H:%M}"]
     percent = 100 * (run.progress or 0.0)
     return (
-        f'<section class="vlm-run"><h3>{escape(run.name)} {_state_html(run)}</h3>'
+        f'<section class="vlm-run"><h3>{_text(run.name)} {_state_html(run)}</h3>'
         f"<p>{' · '.join(details)}</p>"
         f'<div class="vlm-progress" role="progressbar" aria-label="progress" aria-valuenow="{percent:.0f}">'
         f'<i style="width:{percent:.1f}%"></i></div><p class="vlm-note">{percent:.0f}%</p></section>'
@@ -46,14 +62,14 @@ def status_html(run: Run) -> str:
 
 def log_html(text: str) -> str:
     """Return a log, scrolled to its end."""
-    return f'<div class="vlm-log" tabindex="0"><pre>{escape(text)}</pre></div>'
+    return f'<div class="vlm-log" tabindex="0"><pre>{_text(text)}</pre></div>'
 
 
 def run_table_html(runs: Sequence[Run], selected: str | None) -> str:
     """Return a table of runs; each row's name is a button, so that the keyboard reaches it too."""
     rows = "".join(
-        f'<tr data-run="{escape(run.name)}" aria-selected="{str(run.name == selected).lower()}">'
-        f"<td><button>{escape(run.name)}</button></td><td>{_state_html(run)}</td>"
+        f'<tr data-run="{_text(run.name)}" aria-selected="{str(run.name == selected).lower()}">'
+        f"<td><button>{_text(run.name)}</button></td><td>{_state_html(run)}</td>"
         f'<td class="number">{run.step:,}</td><td class="number">{"" if run.loss is None else f"{run.loss:.4g}"}</td>'
         f'<td class="started">{run.started:%Y-%m-%d %H:%M}</td></tr>'
         for run in runs
@@ -75,9 +91,9 @@ def samples_html(title: str, samples: Sequence[SampleAnswer]) -> str:
     for sample in samples:
         image = f'<img src="{_data_url(Path(sample["image"]))}" alt="">' if "image" in sample else ""
         texts = [(name, sample.get(name)) for name in ("question", "reference", "answer")]
-        rows = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>" for name, text in texts if text is not None)
+        rows = "".join(f"<dt>{name}</dt><dd>{_text(text)}</dd>" for name, text in texts if text is not None)
         parts.append(f'<div class="vlm-sample">{image}<dl>{rows}</dl></div>')
-    return f"<h3>{escape(title)}</h3>{''.join(parts)}"
+    return f"<h3>{_text(title)}</h3>{''.join(parts)}"
 
 
 def _data_url(image: Path) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from vlm.config.secrets import mask_words
+
 JOB_FILE, LOG_FILE = "page.json", "page.log"
 START_TIME_TOLERANCE = 2.0
 """Seconds by which two readings of a process's start time may differ: it is computed from a clock that is corrected."""
@@ -36,6 +38,7 @@ class Job:
     started: float
     """When the page started the process."""
     command: list[str]
+    """Its words, without secrets."""
     asked_to_stop: float | None = None
     """When the process was asked to end."""
 
@@ -71,7 +74,7 @@ def start(command: Sequence[str], folder: Path) -> None:
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip
     began = psutil.Process(child.pid).create_time()
-    _write_job(Job(child.pid, began, socket.gethostname(), time.time(), list(command)), folder)
+    _write_job(Job(child.pid, began, socket.gethostname(), time.time(), mask_words(command)), folder)
 
 
 def read_job(folder: Path) -> Job | None:

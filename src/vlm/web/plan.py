@@ -12,14 +12,13 @@ from datetime import datetime
 from pathlib import Path
 from threading import Lock
 
-from hydra import compose, initialize_config_module
+from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlm.checks.compose import check_known_keys, check_required_values, open_mapping_key
+from vlm.checks.compose import compose_overrides, make_run_config, open_mapping_key
 from vlm.checks.fields import ConfigError
 from vlm.checks.messages import explain
 from vlm.checks.run import check
@@ -81,11 +80,8 @@ class Plan:
             ConfigStore.instance().store(name="schema", node=RunConfig)
             try:
                 with initialize_config_module("vlm.config", version_base="1.3"):
-                    composed = compose(self.run, words)
-                    check_known_keys(composed)
-                    check_required_values(composed)
-                    config = OmegaConf.to_object(composed)
-                    assert isinstance(config, RunConfig)
+                    composed = compose_overrides(self.run, words)
+                    config = make_run_config(composed)
                     check(config, make_objective(config))
             except (HydraException, OmegaConfBaseException, YAMLError, ConfigError) as error:
                 raise ConfigError(explain(error)) from error

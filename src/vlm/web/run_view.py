@@ -8,6 +8,8 @@ import gradio as gr
 import pandas as pd
 from gradio.blocks import Block
 
+from vlm.config.secrets import mask
+from vlm.config.shown import printable
 from vlm.web import jobs
 from vlm.web.components import QUIET
 from vlm.web.html import error_html, log_html, note_html, run_table_html, samples_html, status_html
@@ -127,9 +129,9 @@ def _render_details(run: Run | None) -> tuple[object, ...]:
         gr.update(visible=run.is_active and jobs.can_kill(job)),
         gr.update(visible=True),
         pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None,
-        log_html(log_tail(run.folder / jobs.LOG_FILE) or ("Nothing printed yet." if job else no_log)),
+        log_html(mask(log_tail(run.folder / jobs.LOG_FILE)) or ("Nothing printed yet." if job else no_log)),
         samples_html(*last_samples(run.folder)),
-        f"{command}\n{read_run_file(run.folder, 'config.yaml')}",
+        printable(mask(f"{command}\n{read_run_file(run.folder, 'config.yaml')}")),  # of earlier versions, unmasked
     )
 
 

@@ -47,13 +47,16 @@ def test_whatever_a_template_raises_is_about_the_sample(processor: VLMProcessor,
     assert again.value.reason == raised.value.reason
 
 
-def test_text_that_a_tokenizer_does_not_take_is_a_bad_sample(processor: VLMProcessor):
-    torn = Sample("torn", (Turn("user", ("what \ud83d?",)), Turn("assistant", ("a",))))
-    with pytest.raises(BadSample, match="record 'torn': the processor refuses it: TypeError") as raised:
-        encode(processor, torn)
+def test_a_template_that_writes_half_of_a_pair_makes_bad_samples(processor: VLMProcessor):
+    processor.chat_template = f"{processor.chat_template}{{{{ '\\ud83d' }}}}"
+    sample = Sample("torn", (Turn("user", ("what?",)), Turn("assistant", ("a",))))
+    with pytest.raises(
+        BadSample, match="record 'torn': what the chat template writes has half of a surrogate"
+    ) as raised:
+        encode(processor, sample)
     assert raised.value.file is None
     with pytest.raises(BadSample, match="record 'p'"):
-        encode_prompt(processor, torn.turns[:1], sample_id="p")
+        encode_prompt(processor, sample.turns[:1], sample_id="p")
 
 
 def test_an_error_of_our_own_code_is_none_of_the_sample(processor: VLMProcessor):

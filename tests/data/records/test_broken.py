@@ -60,6 +60,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no reply": (talk(None, "what?"), "no reply to learn from"),
     "wrong type": (talk(None, "what?", [3]), "turn 2: `from` and `value` must be strings"),
     "wrong path": (talk(7), "`image` must be a path"),
+    "half a pair": (talk(None, "what?", "a cat \ud83d"), r"turn 2 \(assistant\) has half of a surrogate pair"),
     "no mapping": (["x"], "a mapping is needed, got list"),
 }
 RAW = {"not UTF-8": (b'{"id": "\xff\xfe"}', "not UTF-8"), "torn line": (b'{"id": "a", "conv', "not JSON")}
@@ -108,7 +109,7 @@ def test_the_first_stops_a_run_that_skips_nothing(load):
 
 
 def test_so_many_stop_a_run_that_skips_some(load):
-    with pytest.raises(ValueError, match=r"16 of 38 records cannot be used, more than dataset.max_skipped=0.1 allows"):
+    with pytest.raises(ValueError, match=r"17 of 40 records cannot be used, more than dataset.max_skipped=0.1 allows"):
         load(on_bad_sample="skip")
 
 

@@ -195,7 +195,7 @@ def test_conceptual_captions(columns: tuple[int, int], folder: Path, capsys: pyt
 def test_conceptual_captions_with_a_bad_row(folder: Path, capsys: pytest.CaptureFixture[str]):
     Path("in.tsv").write_bytes(b"a c\xe4t\thttps://example.com/0\nlost\n\na dog\thttps://example.com/2\n")
     words = ("in.tsv", "out.jsonl", "--from", "conceptual-captions")
-    assert "record 0 ('000000000'): its text is not UTF-8" in fails(capsys, *words)
+    assert "record 0 ('000000000'): turn 2 (assistant) has half of a surrogate pair, as of" in fails(capsys, *words)
     assert [record["id"] for record in run(*words, "--on-bad", "skip")] == ["000000002"]
 
 

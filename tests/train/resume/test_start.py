@@ -3,17 +3,24 @@
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from tests.fixtures import losses, reseal
+from tests.fixtures import compose_config, losses, reseal
+from vlm.config.schema import RunConfig
+from vlm.train.resume.changes import compare_settings
 from vlm.train.resume.lock import RunLock
+from vlm.train.resume.record import Progress, make_record, read_record, write_record
+from vlm.train.run_directory import add_command, write_run_files
 from vlm.train.trainer import VLMTrainer
 
 SHORT = (
@@ -64,6 +71,40 @@ def assert_same_weights(run: Path, other: Path) -> None:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file of a folder with its content."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def test_secrets_are_masked_in_what_a_run_writes_and_a_new_one_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def configure(secret: str) -> RunConfig:
+        address = f"https://user:{secret}@host.org/a.jsonl?X-Amz-Signature={secret}&part=1"
+        config = compose_config("pretrain-smol", [f"trainer.hub_token={secret}"])
+        config.dataset.eval_path, config.dataset.options = address, {"api_key": secret}
+        return config
+
+    config, renewed = configure("first-secret"), configure("second-secret")
+    record = make_record(config, 1)
+    assert compare_settings(record, make_record(renewed, 1), renewed) == []
+    assert record.fingerprints() == make_record(renewed, 1).fingerprints()
+    unmasked = replace(record, config=json.loads(json.dumps(asdict(config))))  # as earlier versions wrote it
+    for written in (record, unmasked):
+        folder = tmp_path / str(written is record)
+        folder.mkdir()
+        write_record(folder, written, Progress(1, 2, 0.5))
+        before, _ = read_record(folder)
+        assert [change.key for change in compare_settings(before, record, config)] == []
+    monkeypatch.setattr(
+        sys, "orig_argv", ["python", "-m", "vlm", "trainer.hub_token=first-secret", "--token", "first-s"]
+    )
+    (tmp_path / "run").mkdir()
+    write_run_files(tmp_path / "run", config)
+    add_command(tmp_path / "run")
+    written = [tmp_path / "True", tmp_path / "run"]
+    texts = [file.read_text() for folder in written for file in folder.iterdir()]
+    assert all("first-s" not in text for text in texts)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["hub_token"] == "***"
+    command = (tmp_path / "run" / "command.txt").read_text()
+    assert command.count("-m vlm 'trainer.hub_token=***' --token '***'\n") == 2
 
 
 def test_the_same_command_goes_on(whole: Path, stopped: Path, train: Train):

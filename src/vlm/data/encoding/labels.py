@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.processor import Processor
-from vlm.data.sample import BadSample, Clip, MediaSize, OverLong, Sample, Turn
+from vlm.data.sample import HALF_PAIR, BadSample, Clip, MediaSize, OverLong, Sample, Turn, has_surrogate
 
 IGNORE_INDEX = -100
 """The label of a token that is not supervised."""
@@ -287,6 +287,8 @@ def tokenize(
         token = processor.video_token if isinstance(sizes[index], Clip) else processor.image_token
         return processor.tokenize(str(token), (), sizes[index : index + 1])
 
+    if has_surrogate(rendered.text):
+        raise BadSample(sample.id, f"what the chat template writes {HALF_PAIR}")
     with processor_errors("the processor", sample.id, sample.media, tokenize_one if sizes else None):
         return processor.tokenize(rendered.text, rendered.spoken, sizes)
 

@@ -76,7 +76,7 @@ class HeadFeatureDataset(Dataset[HeadFeatureItem]):
         self.items, self.packs, self.group_indices = items[usable], packs, samples.group_indices
         self.token_heads = {head.name for head in heads if head.pooling in EVERY_TOKEN_POOLINGS}
         self.refs = [
-            SampleRef(samples.dataset.sources[source].path, record, "?")
+            SampleRef(samples.dataset.sources[source].shown_path, record, "?")
             for source, record in samples.dataset.places.tolist()
         ]
         self.targets = {head.name: samples.targets(head.name).astype(np.float32) for head in heads}

@@ -127,7 +127,7 @@ class CachedFeatureDataset(SampleDataset):
             encoded = source.encoder(sample, sizes)
         except BadSample as error:
             return Skipped.from_error(error, source, record)
-        named = {SAMPLE_REF: SampleRef(source.path, record, sample.id)}
+        named = {SAMPLE_REF: SampleRef(source.shown_path, record, sample.id)}
         return {"input_ids": encoded.input_ids, "labels": encoded.labels, **features, **named}
 
     def media_inputs(self, sample: Sample) -> tuple[Sequence[MediaSize], dict[str, Tensor]]:

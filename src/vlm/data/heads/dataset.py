@@ -45,7 +45,7 @@ class HeadDataset(Dataset[SampleInputs | Skipped]):
         self.lengths, self.num_images, self.processor = dataset.lengths, dataset.num_images, dataset.processor
         self.group_indices = group_indices(dataset)
         self._values = values_per_head(dataset.labels, [head.name for head in heads])
-        paths = ", ".join(source.path for source in dataset.sources)
+        paths = ", ".join(source.shown_path for source in dataset.sources)
         for head in self.heads:
             check_values(head, self._values[head.name], paths)
 

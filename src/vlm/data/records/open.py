@@ -128,7 +128,7 @@ def stream_with_positions(
         if isinstance(dataset, HubTableRecords):
             read, parse = _read_indices(dataset), dataset.__getitem__
         else:
-            files, read = range(dataset.num_shards), partial(read_table_rows, dataset)
+            files, read = range(dataset.num_shards), partial(_read_table_rows, path, dataset)
     yield from read_shard(files, read, parse, shard=shard, num_shards=num_shards, seed=seed, start=start)
 
 
@@ -140,6 +140,18 @@ def _read_indices(records: Records) -> Callable[[object, int], Iterator[tuple[in
 def _read_text_table(cache: Path, file: Path, start: int) -> Iterator[tuple[Record, int]]:
     """Iterate over the rows of a CSV or TSV file; those before are parsed, since only that tells where rows end."""
     return zip(islice(stream_table(file, cache), start, None), count(start + 1), strict=False)
+
+
+def _read_table_rows(path: str, dataset: Any, file: int, start: int) -> Iterator[tuple[Record, int]]:
+    """Iterate as `read_table_rows`; raise ValueError where a file is damaged, which is found on the way."""
+    import pyarrow as pa
+
+    try:
+        yield from read_table_rows(dataset, file, start)
+    except (OSError, pa.ArrowException) as error:
+        if getattr(error, "errno", None) is not None:  # of the disk or the network
+            raise
+        raise ValueError(f"{path}: file {file}, counted from 0, is damaged: {error}") from error
 
 
 def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, streaming: bool) -> Any:

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from vlm.config.shown import presentable, printable
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import Records
@@ -250,9 +251,9 @@ def main(arguments: Sequence[str]) -> None:
     output = Path(args.output)
     options = {name: getattr(args, name) for name in ("duplicates", "workers", "force", "dry_run")}
     try:
-        print(clean(task, output, **options))
+        print(printable(str(clean(task, output, **options))))
     except (ValueError, OSError) as error:
-        sys.exit(f"vlm data clean: {error}")
+        sys.exit(f"vlm data clean: {presentable(error)}")
     except KeyboardInterrupt:
         sys.exit("vlm data clean: stopped" if args.dry_run else "vlm data clean: stopped; run it again to go on")
     if not args.dry_run:

@@ -20,13 +20,14 @@ import msgspec
 from tqdm import tqdm
 
 from vlm.config.model_schema import Options
+from vlm.config.shown import presentable, printable
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.guess import Guess, guess_form, with_hint
 from vlm.data.records.layout import find_layout
 from vlm.data.records.open import stream_records
 from vlm.data.records.paths import JSON_SUFFIXES, split_suffix
-from vlm.data.sample import BadSample, Record, Sample
+from vlm.data.sample import HALF_PAIR, BadSample, Record, Sample, find_surrogate
 from vlm.data.tools.corpora import SHORT_ANSWER, coco_captions, conceptual_captions, decode_json_file, vqa
 from vlm.data.tools.exports import ConversionContext, label_studio, ubiai
 from vlm.data.tools.forms import FORMS, is_image_moved_by_llava
@@ -162,6 +163,8 @@ class RecordConverter:
         record = self.write(sample, self.folder)
         if self.dropped_keys is not None:
             record |= {key: value for key, value in item.items() if key not in self.dropped_keys and value is not None}
+            if (place := find_surrogate(record)) is not None:
+                raise BadSample(sample.id, f"`{place}` {HALF_PAIR}")
         return sample, record
 
 
@@ -298,13 +301,13 @@ def main(arguments: Sequence[str]) -> None:
     options = {name: getattr(args, name) for name in (*OPTIONS, "group") if getattr(args, name) is not None}
     cache = resolve_cache_folder(args.cache_dir)
     try:
-        print(convert(
+        print(printable(convert(
             args.input, args.output, args.conversion or detect_conversion(args.input, cache), to=args.to, cache=cache,
             image_folder=args.image_folder, options={**options, **dict(args.option)}, on_bad=args.on_bad,
             embed_images=args.embed_images, shard_size=args.shard_size, force=args.force,
-        ))  # fmt: skip
+        )))  # fmt: skip
     except (ValueError, OSError) as error:
-        sys.exit(f"vlm data convert: {error}")
+        sys.exit(f"vlm data convert: {presentable(error)}")
     except KeyboardInterrupt:
         sys.exit("vlm data convert: stopped; nothing was written")
 

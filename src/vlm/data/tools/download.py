@@ -29,6 +29,7 @@ import httpx2
 from PIL import Image
 from tqdm import tqdm
 
+from vlm.config.shown import presentable, printable
 from vlm.data.sample import PLACEHOLDER, Record
 from vlm.data.tools.fetch import Fetcher, FetchError, FetchStopped, check_image_suffix
 from vlm.data.tools.table import FOLDER_SIZE, TABLE_KINDS, Row, Table
@@ -115,12 +116,12 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(*spellings, help=option.metadata["help"], **style)
     args = vars(parser.parse_args(arguments))
     try:
-        print(download(args.pop("table"), args.pop("output"), Options(**args)))
+        print(printable(str(download(args.pop("table"), args.pop("output"), Options(**args)))))
     except KeyboardInterrupt:
         print("\nstopped; what was got stays, and the same command goes on from there", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        sys.exit(f"vlm data download: {error}")
+        sys.exit(f"vlm data download: {presentable(error)}")
 
 
 def download(table: Path, output: Path, options: Options) -> DownloadSummary:

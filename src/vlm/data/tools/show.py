@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlm.config.schema import DatasetConfig
+from vlm.config.shown import presentable
 from vlm.data.dataset import draw_records
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.sample_encoder import SampleEncoder
@@ -108,13 +109,12 @@ def count_unlearned_replies(sample: Sample) -> int:
 
 def as_text(shown: ShownRecord, *, colours: bool) -> str:
     """Format a record for the terminal."""
-    notes = "".join(f"   {note}\n" for note in shown.notes)
+    notes = "".join(f"   {presentable(note)}\n" for note in shown.notes)
+    title = presentable(shown.title())
     if shown.encoded is None:
-        return f"── {shown.title()}\n{notes}   cannot be used: {shown.problem}\n"
+        return f"── {title}\n{notes}   cannot be used: {presentable(shown.problem)}\n"
     ids, labels = shown.encoded.input_ids, shown.encoded.labels
-    return (
-        f"── {shown.title()}\n{notes}{tokens_as_text(ids, labels, shown.source.encoder.processor, colours=colours)}\n"
-    )
+    return f"── {title}\n{notes}{tokens_as_text(ids, labels, shown.source.encoder.processor, colours=colours)}\n"
 
 
 def as_html(shown: ShownRecord) -> str:

@@ -19,6 +19,7 @@ import yaml
 import vlm
 from vlm.config.named import is_custom_name
 from vlm.config.schema import RunConfig
+from vlm.config.secrets import mask, mask_settings
 from vlm.data.cache import json_digest
 from vlm.data.dataset import SampleDataset
 from vlm.data.records.open import expand_shard_urls
@@ -86,7 +87,7 @@ def make_record(config: RunConfig, world_size: int) -> RunRecord:
     code |= {name: known.pop(name) for name in ("git", "git_changes")}
     known.pop("world_size")
     known["threads"] = torch.get_num_threads()
-    settings = _as_json(asdict(config))
+    settings = mask_settings(_as_json(asdict(config)))
     settings["trainer"].pop("hub_token")  # `final` is for others to have
     settings["trainer"]["deepspeed"] = deepspeed_config(config.trainer.deepspeed)
     for section in (settings["dataset"], *settings["dataset"]["sources"].values()):
@@ -122,7 +123,8 @@ def read_record(folder: Path) -> tuple[RunRecord, Progress | None]:
         content = json.loads(file.read_text(encoding="utf-8"))
         progress = Progress(**content["progress"])
         names = ("config", "data", "code", "versions", "world_size")
-        return RunRecord(**{name: content[name] for name in names}), progress
+        record = RunRecord(**{name: content[name] for name in names})
+        return replace(record, config=mask_settings(record.config)), progress  # as `make_record` does it today
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: it is damaged ({type(error).__name__}: {error}); remove {folder}") from error
 
@@ -140,7 +142,7 @@ def _read_run_directory(folder: Path) -> RunRecord:
         known = json.loads((folder / VERSIONS_FILE).read_text(encoding="utf-8"))
     code = {name: known.pop(name) for name in ("git", "git_changes") if name in known}
     world_size = known.pop("world_size", 1)
-    return RunRecord(config, {}, code, known, world_size)
+    return RunRecord(mask_settings(config), {}, code, known, world_size)
 
 
 def _read_trainer_state(checkpoint: Path) -> Progress | None:
@@ -203,4 +205,4 @@ def digest_stream(path: str) -> str:
     else:
         files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
     known = [(file.name, file.stat().st_size) for file in files if file.is_file()]
-    return json_digest(known or path)
+    return json_digest(known or mask(path))

@@ -1,0 +1,116 @@
+"""Tokens, keys and passwords, masked wherever a run, a page or a message writes them down.
+
+Imports the standard library only. A secret is told by the name of its key, by its own form, or by being the value of
+an environment variable with such a name. All of them become `MASK`: a run that goes on compares masks, so a renewed
+token is no change of the run.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MASK = "***"
+"""What stands in place of a secret."""
+
+_SECRET_NAME = (
+    r"(?:(?:hub|hf|auth|access|api|refresh|session|security|bearer|secret|private|user|id|github|gitlab|wandb|comet|"
+    r"hugging_?face|swanlab|neptune|tracking|clearml|trackio|ngrok)[_-]?token|"
+    r"pass(?:word|wd|phrase)|secret|credentials?|api[_-]?key|access[_-]?key(?:[_-]?id)?|secret[_-]?key|private[_-]?key|"
+    r"account[_-]?key|authorization|cookie)"
+)
+"""How the name of a secret ends, as a key or a variable; `token` alone names words of a tokenizer too."""
+
+_KEY = re.compile(rf"(?:.*[^A-Za-z0-9])?{_SECRET_NAME}|token|pwd", re.IGNORECASE)
+_ENVIRONMENT_NAME = re.compile(
+    r".*(?:TOKEN(?!S|IZ)|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY).*"
+)
+MIN_SECRET_LENGTH = 8
+"""The shortest value of such a variable that is masked in texts: a shorter one is a word, or a number."""
+
+_VALUE = (  # behind a quotation mark up to the next, else a word; but nothing that is masked or no secret
+    r"(?!\*\*\*|null\b|none\b|\$\{|(?:bearer|basic|token)\s)(?:(?<=\")[^\"\n]+|(?<=')[^'\n]+|(?<![\"'])[^\s\"',}]+)"
+)
+_FORMS = tuple(
+    re.compile(form, re.IGNORECASE)
+    for form in (
+        r"(?P<keep>(?<![a-z0-9])[a-z][a-z0-9+-]{0,15}://)[^\s/@\"'<>]+(?=@)",  # https://user:password@host
+        r"(?P<keep>[?&;](?:x-(?:amz|goog|ms)-[\w-]+|[\w.-]*token|[\w.-]*signature|sig|[\w.-]*key(?:-pair-id|id)?|auth|"
+        r"policy|credential|[\w.-]*password|pwd|pass|[\w.-]*secret|jwt|googleaccessid)=)[^\s&;#\"'<>]+",  # ?token=…
+        rf"(?P<keep>(?<![a-z0-9])authorization[\"']?\s{{0,3}}[:=]\s{{0,3}}[\"']?(?:(?:bearer|basic|token)\s)?){_VALUE}",
+        r"(?P<keep>(?<![a-z0-9])bearer\s)(?!\*\*\*)[\w.~+/=-]{8,}",
+        rf"(?P<keep>--(?:[\w-]+-)?(?:token|password|api-key|secret)(?:\s|=)[\"']?){_VALUE}",  # --token …
+        rf"(?P<keep>(?<![a-z0-9]){_SECRET_NAME}[\"']?\s{{0,3}}[:=]\s{{0,3}}[\"']?){_VALUE}",  # hub_token: …
+    )
+)
+"""Secrets by their place in a text; `keep` is what stands before one. Each takes time linear in the text."""
+
+_TOKEN = re.compile(
+    r"(?<![A-Za-z0-9_-])(?:"
+    r"hf_(?:[A-Za-z0-9]{16,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})"  # Hugging Face
+    r"|api_org_[A-Za-z0-9]{16,}"
+    r"|sk-[A-Za-z0-9_-]{12,}"  # OpenAI, Anthropic
+    r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
+    r"|xox[abeprs]-[\w-]{10,}"  # Slack
+    r"|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{30,}|ya29\.[\w-]{16,}"  # Amazon, Google
+    r"|wandb_v\d_\w{16,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # a JSON Web Token
+    r")"
+)
+"""Secrets by their own form."""
+
+
+def mask(text: str) -> str:
+    """Return a text with every token, key and password in it masked."""
+    for value in _environment_secrets():
+        text = text.replace(value, MASK)
+    for form in _FORMS:
+        text = form.sub(rf"\g<keep>{MASK}", text)
+    return _TOKEN.sub(MASK, text)
+
+
+def is_secret_key(path: str) -> bool:
+    """Return whether a dotted key names a secret: `trainer.hub_token`. `model.head.token` is a token of a tokenizer."""
+    section, _, name = path.rpartition(".")
+    if section.split(".")[0] == "model" and name == "token":
+        return False
+    if section == "trainer" and name.endswith("token"):
+        return True
+    return _KEY.fullmatch(name) is not None
+
+
+def mask_settings(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Return nested settings with the values of keys that name secrets masked, and secrets within other texts."""
+    return {name: _mask_value(value, f"{path}.{name}" if path else str(name)) for name, value in settings.items()}
+
+
+def _mask_value(value: Any, path: str) -> Any:
+    if isinstance(value, Mapping):
+        return mask_settings(value, path)
+    if isinstance(value, list | tuple):
+        return [_mask_value(item, path) for item in value]
+    if value is not None and not isinstance(value, bool) and value != "" and is_secret_key(path):
+        return MASK
+    return mask(value) if isinstance(value, str) else value
+
+
+def mask_words(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line with secrets masked: `key=value`, `--token value`, and texts with one."""
+    masked, hides_next = [], False
+    for word in words:
+        key, equals, value = word.partition("=")
+        name = key.lstrip("+~")
+        if hides_next:
+            masked.append(MASK)
+        elif equals and is_secret_key(name.lstrip("-").replace("-", "_")) and value not in ("", "null"):
+            masked.append(f"{key}={MASK}")
+        else:
+            masked.append(mask(word))
+        hides_next = not equals and word.startswith("--") and is_secret_key(word.lstrip("-").replace("-", "_"))
+    return masked
+
+
+def _environment_secrets() -> list[str]:
+    """Return the values of environment variables whose names say that they are secrets, the longest first."""
+    values = {value for name, value in os.environ.items() if _ENVIRONMENT_NAME.fullmatch(name.upper())}
+    return sorted((v for v in values if len(v) >= MIN_SECRET_LENGTH and not v.startswith("/")), key=len, reverse=True)

@@ -1,0 +1,96 @@
+"""Texts that others wrote, as messages, logs and terminals show them: bounded, visible, without anybody's secrets.
+
+Imports its sibling `secrets` only. A text is changed where it is shown, never where it is stored: files of answers and
+records keep what was written. `presentable` is for whole messages and log lines, `printable` for texts between them,
+such as a model's answer.
+"""
+
+import logging
+import re
+import sys
+import traceback
+from types import TracebackType
+
+from vlm.config.secrets import mask
+
+MAX_WORD_LENGTH = 300
+"""The longest run of characters without a blank or `|` that a message shows whole: paths and addresses are shorter."""
+MAX_LINE_LENGTH = 1500
+MAX_MESSAGE_LENGTH = 4000
+MAX_LINES = 60
+"""The longest line and message, and the most lines, that are shown whole."""
+
+_SHOWN_ENDS = 80, 30
+"""Characters that are shown of the beginning and of the end of what is too long."""
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters of C0 and C1, but tab and line feed
+    "\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # directions, joins, nothing to see
+    "\U000e0000-\U000e007f"  # tags: text that is not shown
+    "\ud800-\udfff]"
+)
+"""Characters that a terminal obeys or hides in place of showing them, and halves of surrogate pairs."""
+
+_WHITE_SPACE = re.compile("[\t\n]")
+
+
+def printable(text: str, *, single_line: bool = False) -> str:
+    r"""Return a text without characters that a terminal obeys or hides: each is written as its escape, such as `\x1b`.
+
+    Line feeds and tabs stay; with `single_line` they are escaped too, as in a file's name. Joiners within words and
+    emoji (U+200C, U+200D) stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    text = _UNPRINTABLE.sub(_escape, text)
+    return _WHITE_SPACE.sub(_escape, text) if single_line else text
+
+
+def _escape(match: re.Match[str]) -> str:
+    return repr(match[0])[1:-1] if match[0] < "\x80" else match[0].encode("unicode_escape").decode()
+
+
+def shorten(text: str) -> str:
+    """Return a message with everything in it that is too long cut in its middle, with its length.
+
+    A message has the value that was given, then what is allowed; so what is behind a long value stays.
+    """
+    if len(text) <= MAX_WORD_LENGTH:
+        return text
+    text = re.sub(rf"[^\s|]{{{MAX_WORD_LENGTH + 1},}}", lambda word: _cut(word[0]), text)
+    if len(text) <= MAX_LINE_LENGTH and text.count("\n") < MAX_LINES:
+        return text
+    lines = text.split("\n")
+    if len(lines) > MAX_LINES:
+        left_out = f"… {len(lines) - MAX_LINES:,} lines are left out …"
+        lines = [*lines[: MAX_LINES // 2], left_out, *lines[-MAX_LINES // 2 :]]
+    text = "\n".join(_cut(line, 300, 300) if len(line) > MAX_LINE_LENGTH else line for line in lines)
+    return text if len(text) <= MAX_MESSAGE_LENGTH else _cut(text, MAX_MESSAGE_LENGTH // 2, MAX_MESSAGE_LENGTH // 3)
+
+
+def _cut(text: str, first: int = _SHOWN_ENDS[0], last: int = _SHOWN_ENDS[1]) -> str:
+    return f"{text[:first]}…[{len(text):,} characters]…{text[-last:]}"
+
+
+def presentable(message: object) -> str:
+    """Return a message for a terminal, a log or the page: `shorten`ed, `printable`, and without secrets."""
+    return printable(shorten(mask(str(message))))
+
+
+class PresentableRecord(logging.LogRecord):
+    """A line of a log, of any library, printable and without secrets; tables keep their lines and their length."""
+
+    def getMessage(self) -> str:  # noqa: N802 - the name that logging calls
+        """Return the message that is logged."""
+        return printable(mask(super().getMessage()))
+
+
+def present_what_is_printed() -> None:
+    """Let every log of this process, and tracebacks that nothing handles, be printable and without secrets."""
+    logging.setLogRecordFactory(PresentableRecord)
+    sys.excepthook = print_traceback
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an error that nothing handled, as `sys.excepthook` does, without secrets or controls."""
+    print(printable(mask("".join(traceback.format_exception(kind, error, trace)))), end="", file=sys.stderr)
