@@ -94,7 +94,15 @@ def check_trained_tensors(
 
 
 def check_finite_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a weight holds NaN or infinity."""
+    """Raise ValueError where a weight of an adapter's folder holds NaN or infinity."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{folder}: {shown(name)} is NaN or infinite; such a model answers nothing of sense")
+
+
+def check_adapter_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a weight of an adapter is no floating-point number, or holds NaN or infinity."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{folder}: {shown(name)} is of type {tensor.dtype}; floating-point numbers are needed")
+    check_finite_tensors(folder, state)

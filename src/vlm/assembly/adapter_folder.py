@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, without_quantization
-from vlm.assembly.adapter_checks import check_adapter_settings, check_finite_tensors, check_trained_tensors
+from vlm.assembly.adapter_checks import check_adapter_settings, check_adapter_tensors, check_trained_tensors
 from vlm.assembly.opening import opening
 from vlm.checks.checkpoint_files import ADAPTER_WEIGHTS, read_header, read_object
 from vlm.config.derived import BASE_FILE
@@ -204,7 +204,7 @@ def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTr
     file, layers = folder / "adapter_config.json", dict(model.named_modules())
     check_adapter_settings(file, read_object(file), read_header(folder / ADAPTER_WEIGHTS), layers)
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
-    check_finite_tensors(folder, state)
+    check_adapter_tensors(folder, state)
     config: Any = LoraConfig.from_pretrained(str(folder))
     tuner = LoraModel(model, config, "default", state_dict=state)
     result = set_peft_model_state_dict(model, state, adapter_name="default")

@@ -26,14 +26,10 @@ from vlm.assembly.family import check_is_family, get_auto_class, load_family_mod
 from vlm.assembly.heads import get_num_embeddings
 from vlm.assembly.loading import check_weights, load_complete
 from vlm.assembly.opening import opening
-from vlm.assembly.processor_trial import (
-    check_composed_processor,
-    check_vocabulary,
-    try_processor,
-    try_tokenizer_file,
-)
+from vlm.assembly.processor_trial import check_composed_processor, check_vocabulary, load_tried
 from vlm.assembly.quantization import make_checkpoint_quantization
 from vlm.checks.checkpoint import checkpoint_problem
+from vlm.checks.model import check_no_image_mode
 from vlm.config.derived import BASE_FILE
 from vlm.data.processor import Processor
 from vlm.families.processing import load_family_processor
@@ -107,23 +103,16 @@ class Checkpoint:
             return self.load_composed_processor(template, image_mode)
         check_no_image_mode(image_mode, self.name)
         family = get_family(self.body_config.model_type)
-        with opening(self.name, "its processor"):
-            try_tokenizer_file(self.name, self.revision)
-            processor = load_family_processor(
-                self.name, family, revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
-            try_processor(processor, self.name)
+        load = partial(load_family_processor, family=family, trust_remote_code=self.trust_remote_code)
+        processor = load_tried(load, self.name, self.revision)
         if template is not None:
             processor.chat_template = choose_template(template, processor.own_template, self.name)
         return processor
 
     def load_composed_processor(self, template: str | None = None, image_mode: str | None = None) -> VLMProcessor:
         """Return the processor of a composed model; see `load_processor`."""
-        with opening(self.name, "its processor"):
-            try_tokenizer_file(self.name, self.revision)
-            processor = VLMProcessor.from_pretrained(self.name, revision=self.revision or "main")
-            check_composed_processor(processor, self.body_config, self.name)
-            try_processor(processor, self.name)
+        processor = load_tried(VLMProcessor.from_pretrained, self.name, self.revision or "main")
+        check_composed_processor(processor, self.body_config, self.name)
         if template is not None:
             processor.chat_template = choose_template(template, processor.own_template, self.name)
         if image_mode is not None:
@@ -322,15 +311,6 @@ def open_checkpoint(
     if is_adapter_checkpoint(name):
         kind = CheckpointKind.ADAPTER
     return Checkpoint(name, kind, config, revision, trust_remote_code)
-
-
-def check_no_image_mode(image_mode: str | None, name: str) -> None:
-    """Raise ValueError where a whole model is told how to prepare images."""
-    if image_mode is not None:
-        raise ValueError(
-            f"dataset.image_mode={image_mode}: {name} prepares images in its own way; dataset.image_mode=null "
-            "leaves it to that"
-        )
 
 
 def check_device(name: str) -> None:

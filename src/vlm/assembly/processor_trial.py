@@ -8,11 +8,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -20,13 +20,15 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from vlm.assembly import trial_process
-from vlm.assembly.opening import shorten
+from vlm.assembly.opening import opening, shorten
 from vlm.checks.checkpoint_files import MEGABYTE, read_object, shown
 from vlm.data.processor import Processor
 from vlm.models.connectors import CONNECTORS, count_tokens
 from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE, VLMProcessor
 
-MAX_SECONDS = 5
+P = TypeVar("P", bound=Processor)
+
+MAX_SECONDS = 2
 """Processor time in which a template has rendered a few short conversations, or a tokenizer split a few short texts."""
 MAX_MEMORY = 1024 * MEGABYTE
 HANG = 600
@@ -37,15 +39,16 @@ MAX_PIXEL_VALUES = 10**8
 """Numbers that one small image may become: those of 160 tiles of 448 x 448 pixels."""
 
 
-def try_template(template: str, image_token: str) -> None:
+def try_template(template: str, image_token: str, name: str) -> None:
     """Raise ValueError where a chat template takes for ever, or writes without end; refusing a conversation is allowed.
 
     Args:
         template: its text.
         image_token: what stands for an image.
+        name: the checkpoint, for messages.
     """
     if template not in _packaged_templates() and (problem := _try_template_once(template, image_token)):
-        raise ValueError(f"its chat template (chat_template.jinja, or in tokenizer_config.json) {problem}")
+        raise ValueError(f"{name}: its chat template (chat_template.jinja, or in tokenizer_config.json) {problem}")
 
 
 @lru_cache(1)
@@ -130,6 +133,24 @@ def _expressions(value: object) -> Iterator[str]:
             yield from _expressions(item)
 
 
+def load_tried(load: Callable[..., P], name: str, revision: str | None) -> P:
+    """Return a checkpoint's processor, which has been tried.
+
+    Args:
+        load: loads the processor of a name at a `revision`.
+        name: a folder, or a name on the Hub.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: it does not load, or does not work; see the top of this file.
+    """
+    with opening(name, "its processor"):
+        try_tokenizer_file(name, revision)
+        processor = load(name, revision=revision)
+        try_processor(processor, name)
+    return processor
+
+
 def try_processor(processor: Processor, name: str) -> None:
     """Refuse a processor that cannot prepare a conversation with a small image.
 
@@ -137,7 +158,7 @@ def try_processor(processor: Processor, name: str) -> None:
         ValueError: its template takes for ever, it has no padding token, or the image does not come through.
     """
     for template in {processor.chat_template, processor.own_template} - {None}:
-        try_template(str(template), processor.image_token)
+        try_template(str(template), processor.image_token, name)
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{name}: its tokenizer has no padding token; name one as pad_token in tokenizer_config.json")
@@ -164,6 +185,11 @@ def check_composed_processor(processor: VLMProcessor, config: PreTrainedConfig, 
     Raises:
         ValueError: it does not fit the model.
     """
+    with opening(name, "its processor"):
+        _check_fit(processor, config, name)
+
+
+def _check_fit(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> None:
     settings: Any = config
     if processor.image_token_id != settings.image_token_id:
         raise ValueError(

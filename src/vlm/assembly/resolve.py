@@ -10,7 +10,6 @@ from vlm.assembly.anyres import resolve_anyres
 from vlm.assembly.checkpoint import (
     Checkpoint,
     CheckpointKind,
-    check_no_image_mode,
     is_composed_config,
     is_prediction_config,
     open_checkpoint,
@@ -22,6 +21,7 @@ from vlm.assembly.family import load_family_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
 from vlm.assembly.quantization import quantized_parts
 from vlm.checks.heads import head_problems
+from vlm.checks.model import check_no_image_mode
 from vlm.config.model_schema import ConnectorConfig
 from vlm.config.recorded import read_recipe
 from vlm.config.schema import RunConfig
