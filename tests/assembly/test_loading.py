@@ -43,7 +43,7 @@ def test_a_whole_model_loads(llama: Path):
 @pytest.mark.parametrize(
     ("tensor", "said"),
     [
-        (None, rf"lacks 1 of the weights that LlamaForCausalLM needs: {LAYER}"),
+        (None, rf"lacks 1 of the weights that LlamaForCausalLM needs: \['{LAYER}'\]"),
         (torch.ones(3, 4), rf": {LAYER} has the shape \(3, 4\), and LlamaForCausalLM needs \(48, 32\) by config.json"),
         (torch.ones(48, 32, dtype=torch.int64), rf": {LAYER} is of type I64; allowed are F16, BF16, F32, F64"),
         (torch.ones(48, 32, dtype=torch.uint8), rf"{LAYER} is of type U8 \(it is quantised, and config.json has no"),
@@ -58,7 +58,7 @@ def test_weights_that_are_not_the_models_are_refused_by_name(llama: Path, tensor
 
 def test_names_and_shapes_are_compared_without_weights(llama: Path):
     change(llama, **{LAYER: None})
-    with pytest.raises(ValueError, match=rf"lacks 1 of the weights that LlamaForCausalLM needs: {LAYER}"):
+    with pytest.raises(ValueError, match=rf"lacks 1 of the weights that LlamaForCausalLM needs: \['{LAYER}'\]"):
         check_weights(AutoModelForCausalLM, str(llama), AutoConfig.from_pretrained(llama))
 
 

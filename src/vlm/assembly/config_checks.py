@@ -17,7 +17,7 @@ from vlm.models.poolings import POOLINGS
 
 MAX_TILES = 1024
 """Tiles of an image."""
-MAX_LABELS = 10**6
+MAX_LABELS = MAX_TOKENS = 10**7
 
 Problem = tuple[str, object, str]
 """A key, its value, and what is needed."""
@@ -63,12 +63,12 @@ def _quantization_problems(config: Any) -> Iterator[Problem]:
 
 
 def _composed_problems(config: Any) -> Iterator[Problem]:
-    connector, vocabulary = config.connector, config.text_config.vocab_size
+    connector = config.connector
     is_connector = isinstance(connector, dict) and set(connector) == {"type", "options"}
     if not (is_connector and isinstance(connector["type"], str) and isinstance(connector["options"], dict)):
         yield "connector", connector, "an object with type (a text) and options (an object)"
-    if not _is_int(config.image_token_id, 0, vocabulary - 1):
-        yield "image_token_id", config.image_token_id, f"the id of one of {vocabulary:,} tokens"
+    if not _is_int(config.image_token_id, 0, MAX_TOKENS - 1):
+        yield "image_token_id", config.image_token_id, "the id of a token"
     for key, least in (("num_patches", 1), ("vision_dim", 1)):
         if not _is_int(getattr(config, key), least, 10**6):
             yield key, getattr(config, key), f"a whole number from {least}"

@@ -5,6 +5,7 @@ that claims more than its weights hold costs neither memory nor time.
 """
 
 import copy
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -43,12 +44,14 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> Path | None:
     """Look at a checkpoint's files before any library opens them, and return their folder.
 
     Of a name on the Hub, the configuration is fetched and looked at; weights are looked at when they are loaded. None:
-    the Hub has no configuration of that name.
+    there is no configuration.
 
     Raises:
         ValueError: a file is none that a checkpoint can have, see `vlm.checks.checkpoint_files`.
     """
     if (folder := Path(name)).is_dir():
+        if not os.path.lexists(folder / "config.json"):
+            return None
         inspect_folder(folder)
         is_adapter = (folder / BASE_FILE).is_file()
         check_numbers(
@@ -178,7 +181,7 @@ class _Rules:
                 f"config.json{_more(misshapen)}"
             )
         if missing := sorted(info["missing_keys"] - self.new):
-            names = ", ".join(map(shown, missing[:5]))
+            names = [shown(name) for name in missing[:5]]
             raise ValueError(f"{self.name} lacks {len(missing)} of the weights that {kind} needs: {names}")
         if unexpected := sorted(filter(self._is_unexpected(model), info["unexpected_keys"])):
             raise ValueError(
