@@ -63,9 +63,9 @@ def test_a_folder_that_has_changed_is_looked_at_again(folder: Path):
     [
         (b"[1]", "holds a list; a JSON object is needed"), (b"null", "holds null"),
         (b"", "is no JSON: Expecting value"),
-        (b'{"a": "\xff"}', r"is not in UTF-8 \(byte 7\)"), (b'{"a": NaN}', "is no JSON: a value is NaN"),
+        (b'{"a": "\xff"}', r"is no JSON: it is not in UTF-8 \(byte 7\)"), (b'{"a": NaN}', "is no JSON: a value is NaN"),
         (b'{"a":' * 100_000, "is nested too deeply"),
-        (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), f"at most {MAX_DEPTH} levels"),
+        (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), f"is nested too deeply: at most {MAX_DEPTH}"),
     ],
 )  # fmt: skip
 def test_json_that_is_no_object_is_refused_by_name(tmp_path: Path, text: bytes, said: str):

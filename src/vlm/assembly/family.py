@@ -28,10 +28,12 @@ def read_config(
 ) -> PreTrainedConfig:
     """Return the configuration of a Hub name or folder; messages call it `label`, such as `model.hf_name=NAME`."""
     with opening(label, "its config.json"):
+        has_config = inspect_checkpoint(name, revision) is not None
         try:
-            inspect_checkpoint(name, revision)
             return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            if has_config:
+                raise
             raise ValueError(
                 f"{label}: no model configuration there (a Hub name or a local folder with a config.json is needed): "
                 f"{shorten(str(error))}"
