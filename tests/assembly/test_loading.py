@@ -118,7 +118,7 @@ class PanicException(BaseException):
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("two\nlines"), OSError("gone"), PanicException("panic")])
 def test_what_a_library_raises_names_the_checkpoint(error: BaseException):
     with (
-        pytest.raises(ValueError, match=r"^folder: its tokenizer does not open: ") as caught,
+        pytest.raises(ValueError, match=r"^folder: cannot open its tokenizer: ") as caught,
         opening("folder", "its tokenizer"),
     ):
         raise error

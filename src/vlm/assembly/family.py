@@ -27,8 +27,9 @@ def read_config(
     name: str, label: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
     """Return the configuration of a Hub name or folder; messages call it `label`, such as `model.hf_name=NAME`."""
-    with opening(label, "its config.json"):
+    with opening(label):
         has_config = inspect_checkpoint(name, revision) is not None
+    with opening(label, "its config.json"):
         try:
             return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:

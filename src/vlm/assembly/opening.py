@@ -34,9 +34,11 @@ def opening(label: str | Path, what: str = "the checkpoint") -> Iterator[None]:
             raise
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        logger.debug("%s does not open", label, exc_info=True)
+        logger.debug("%s: cannot open %s", label, what, exc_info=True)
+        if isinstance(error, ValueError) and said.startswith(str(label).rpartition("=")[2]):
+            raise ValueError(f"{label}: {said}") from error
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise ValueError(f"{label}: {what} does not open: {kind}{shorten(said)}") from error
+        raise ValueError(f"{label}: cannot open {what}: {kind}{shorten(said)}") from error
 
 
 def shorten(text: str) -> str:
