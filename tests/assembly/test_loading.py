@@ -1,6 +1,7 @@
 """Weights: missing, unexpected, misshapen, of another type, not finite; and what libraries raise has a name."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def change(folder: Path, **changes: torch.Tensor | None) -> None:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
 
 
-def load(folder: Path, **options: object) -> torch.nn.Module:
+def load(folder: Path, **options: Any) -> torch.nn.Module:
     return load_complete(AutoModelForCausalLM, str(folder), config=AutoConfig.from_pretrained(folder), **options)
 
 

@@ -29,7 +29,7 @@ class Mutation:
         harmless: whether a checkpoint may also go on as if nothing had been done.
     """
 
-    change: Callable[[Path], None]
+    change: Callable[[Path], object]
     kinds: tuple[str, ...] = KINDS
     file: str = ""
     harmless: bool = False
@@ -39,7 +39,7 @@ MUTATIONS: dict[str, Mutation] = {}
 """Name -> what is done."""
 
 
-def add(name: str, change: Callable[[Path], None], *, kinds: tuple[str, ...] = KINDS, file: str = "",
+def add(name: str, change: Callable[[Path], object], *, kinds: tuple[str, ...] = KINDS, file: str = "",
         harmless: bool = False) -> None:  # fmt: skip
     """Put a row into the table."""
     assert name not in MUTATIONS

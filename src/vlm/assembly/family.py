@@ -1,5 +1,7 @@
 """Opening a model of a family: its configuration, its auto class and its weights."""
 
+from typing import Any
+
 import torch
 from transformers import (
     AutoConfig,
@@ -79,7 +81,7 @@ def load_family_model(
     Raises:
         ValueError: as `load_complete`.
     """
-    options = {} if attention is None else {"attn_implementation": attention}
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     return load_complete(
         get_auto_class(config), name, config=config, dtype=dtype, revision=revision,
         trust_remote_code=trust_remote_code, quantization_config=quantization_config, **options,
