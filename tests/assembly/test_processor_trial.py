@@ -61,6 +61,15 @@ def test_expressions_that_backtrack_without_end_are_refused(tmp_path: Path):
     assert encode({"pre_tokenizer": split, "normalizer": None}, [r"\p{L}+|\s+"]) == ""
 
 
+@pytest.mark.parametrize("step", ["normalizer", "decoder"])
+def test_replacements_that_grow_without_end_are_refused(tmp_path: Path, step: str):
+    replace = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaaaa"}
+    steps = {"type": "Sequence", f"{step}s": [replace] * 30}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({step: steps}))
+    with pytest.raises(ValueError, match=rf"^{tmp_path}/tokenizer.json takes more than 1 s of processor time, or"):
+        try_tokenizer_file(str(tmp_path))
+
+
 def test_a_processor_of_a_model_passes_and_one_of_another_does_not(parts: Parts):
     model, processor = parts.model(template="chatml")
     try_processor(processor, "name")

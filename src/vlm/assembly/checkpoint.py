@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, base_recipe, read_base
 from vlm.assembly.adapter_folder import add_trained_weights, is_adapter_checkpoint, local_folder
 from vlm.assembly.compose import build_model, choose_attention, choose_template, compose
-from vlm.assembly.config_checks import check_config
+from vlm.assembly.config_checks import check_config, check_generation_config
 from vlm.assembly.encoders import check_views
 from vlm.assembly.family import check_is_family, get_auto_class, load_family_model, read_config
 from vlm.assembly.heads import get_num_embeddings
@@ -257,6 +257,8 @@ class Checkpoint:
         )  # fmt: skip
         processor = self.load_processor()
         check_vocabulary(processor, model, self.name)
+        if not self.has_heads and model.generation_config is not None:
+            check_generation_config(model.generation_config, get_num_embeddings(model), self.name)
         if quantization is None:
             return model.to(place).eval(), processor  # pyright: ignore[reportArgumentType] - a decorator's signature
         if device is not None and torch.device(device).type != model.device.type:

@@ -6,7 +6,7 @@ What a family's configuration says, transformers checks. To check another field,
 from collections.abc import Iterator
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from vlm.checks.checkpoint_files import shown
@@ -60,6 +60,40 @@ def _quantization_problems(config: Any) -> Iterator[Problem]:
         )
     elif not hasattr(quantization, "quant_method") and not isinstance(quantization, dict):
         yield "quantization_config", quantization, "an object"
+
+
+ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens")
+NUMBER_KEYS = (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
+)  # fmt: skip
+SWITCH_KEYS = ("do_sample", "use_cache", "early_stopping", "renormalize_logits", "remove_invalid_values")
+OTHER_KEYS = ("transformers_version", "cache_implementation", "num_beams", "_from_model_config", "cache_config")
+MAX_BEAMS = 64
+
+
+def check_generation_config(settings: GenerationConfig, num_tokens: int, name: str) -> None:
+    """Refuse generation settings of a checkpoint that cannot be meant, or that change how answers are generated.
+
+    Args:
+        settings: those of the model.
+        num_tokens: how many tokens the model has embeddings for.
+        name: the checkpoint, for messages.
+
+    Raises:
+        ValueError: with the key and its value.
+    """
+    for key, value in settings.to_diff_dict().items():
+        ids = value if isinstance(value, list) else [value]
+        is_fine = value is None or (
+            all(_is_int(each, -1, num_tokens - 1) for each in ids) if key in ID_KEYS
+            else _is_number(value) if key in NUMBER_KEYS
+            else isinstance(value, bool) if key in SWITCH_KEYS
+            else _is_int(value, 1, MAX_BEAMS) if key == "num_beams"
+            else key in OTHER_KEYS or key.startswith(("output_", "return_dict", "_"))
+        )  # fmt: skip
+        if not is_fine:
+            raise ValueError(f"{name}: generation_config.json has {key}={shown(value)}, which is not taken; remove it")
 
 
 def _composed_problems(config: Any) -> Iterator[Problem]:

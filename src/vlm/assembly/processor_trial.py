@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from vlm.assembly import trial_process
+from vlm.assembly.encoders import EARLY_EXIT_TYPES, image_size
 from vlm.assembly.opening import opening, shorten
 from vlm.checks.checkpoint_files import MEGABYTE, read_object, shown
 from vlm.data.processor import Processor
@@ -33,6 +34,8 @@ MAX_SECONDS = 2
 MAX_MEMORY = 1024 * MEGABYTE
 HANG = 600
 """Seconds after which the process is taken to wait for something."""
+TRIED_STEPS = ("normalizer", "pre_tokenizer", "decoder")
+"""Parts of a tokenizer that replace texts, or split them by expressions."""
 TRIAL_SIDE = 32
 """Height and width in pixels of the image that a processor is tried with."""
 MAX_PIXEL_VALUES = 10**8
@@ -101,7 +104,7 @@ def _ask(request: dict[str, Any], does: str) -> str:
 
 
 def try_tokenizer_file(name: str, revision: str | None = None) -> None:
-    """Raise ValueError where the expressions in a checkpoint's `tokenizer.json` take for ever on a short text."""
+    """Raise ValueError where a checkpoint's `tokenizer.json` takes for ever on a short text, or lets it grow."""
     folder = Path(name)
     found = folder / "tokenizer.json" if folder.is_dir() else cached_file(
         name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False,
@@ -110,27 +113,27 @@ def try_tokenizer_file(name: str, revision: str | None = None) -> None:
     if found is None or not Path(found).is_file():
         return
     settings = read_object(Path(found))
-    kept = {key: settings.get(key) for key in ("normalizer", "pre_tokenizer")}
-    if "Regex" in (text := json.dumps(kept)) and (problem := _try_tokenizer_once(text)):
+    kept = {key: settings.get(key) for key in TRIED_STEPS}
+    has_patterns = any(_patterns(kept))
+    if has_patterns and (problem := _try_tokenizer_once(json.dumps(kept))):
         raise ValueError(f"{found} {problem}")
 
 
 @lru_cache(64)
 def _try_tokenizer_once(settings: str) -> str:
     content = json.loads(settings)
-    request = {"kind": "tokenizer", "settings": content, "expressions": list(_expressions(content))}
+    request = {"kind": "tokenizer", "settings": content, "expressions": list(_patterns(content))}
     return _ask(request, "splits a text of a few words")
 
 
-def _expressions(value: object) -> Iterator[str]:
-    """Yield the regular expressions in a tokenizer's settings."""
+def _patterns(value: object) -> Iterator[str]:
+    """Yield the expressions in a tokenizer's settings, and the texts that it replaces."""
     if isinstance(value, dict):
-        if isinstance(expression := value.get("Regex"), str):
-            yield expression
+        yield from (pattern for key in ("Regex", "String") if isinstance(pattern := value.get(key), str) and pattern)
         value = list(value.values())
     if isinstance(value, list):
         for item in value:
-            yield from _expressions(item)
+            yield from _patterns(item)
 
 
 def load_tried(load: Callable[..., P], name: str, revision: str | None) -> P:
@@ -198,6 +201,13 @@ def _check_fit(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> 
         )
     if (processor.anyres or None) != (settings.anyres or None):
         raise ValueError(f"{name}: anyres differs between config.json and processor_config.json")
+    if settings.vision_config.model_type in EARLY_EXIT_TYPES:
+        given, side = image_size(processor.image_processor), settings.vision_config.image_size
+        if given != (side, side):
+            raise ValueError(
+                f"{name}: its image processor gives images of {given[0]} x {given[1]} pixels; its visual encoder reads "
+                f"{side} x {side}"
+            )
     connector = settings.connector
     if connector["type"] not in CONNECTORS:  # a class of the user's own, which is not imported from here
         return

@@ -68,14 +68,14 @@ def render(template: str, conversations: list[list[dict[str, Any]]], variables: 
 
 
 def encode(settings: dict[str, Any], expressions: list[str]) -> str:
-    """Use a tokenizer's normalisation and splitting, without its vocabulary, on texts that expressions are slow on."""
+    """Use a tokenizer's steps, without its vocabulary, on texts that it may be slow on; return what is wrong."""
     from tokenizers import Tokenizer
 
-    kept = {key: settings.get(key) for key in ("normalizer", "pre_tokenizer")}
+    kept = {key: settings.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
     empty = {"type": "BPE", "vocab": {}, "merges": [], "dropout": None, "unk_token": None, "fuse_unk": False,
              "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": False}  # fmt: skip
     plain = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None,
-             "decoder": None, "model": empty}  # fmt: skip
+             "model": empty}  # fmt: skip
     try:
         tokenizer = Tokenizer.from_str(json.dumps(plain | kept))
     except MemoryError:
@@ -86,6 +86,8 @@ def encode(settings: dict[str, Any], expressions: list[str]) -> str:
     for letter in letters:
         tokenizer.encode(letter * REPEATS + "\0")
     tokenizer.encode("".join(letters) * 4)
+    if tokenizer.decoder is not None:
+        tokenizer.decoder.decode(letters * 4)
     return ""
 
 

@@ -95,6 +95,7 @@ MAX_SIDE = 16384
 MAX_AREA = 1 << 25
 """Pixels of an image, where a processor bounds those in place of its sides."""
 MAX_COUNT = 10**6
+NUM_CHANNELS = 3
 
 
 def check_processor_numbers(file: Path, settings: Mapping[str, Any]) -> None:
@@ -108,6 +109,8 @@ def check_processor_numbers(file: Path, settings: Mapping[str, Any]) -> None:
         ValueError: with the key, its value and what is allowed.
     """
     for path, values in nested_objects(settings):
+        for key in ("image_mean", "image_std"):
+            _check_channels(file, f"{path}.{key}" if path else key, values.get(key))
         by_area = "patch_size" in values or "merge_size" in values or path.rpartition(".")[2] == "size"
         bounds = dict.fromkeys(("height", "width"), MAX_SIDE) | dict.fromkeys(
             ("shortest_edge", "longest_edge", "min_pixels", "max_pixels"), MAX_AREA if by_area else MAX_SIDE
@@ -119,3 +122,18 @@ def check_processor_numbers(file: Path, settings: Mapping[str, Any]) -> None:
             if value is not None and not (is_whole and 1 <= value <= most):
                 where = f"{path}.{key}" if path else key
                 raise ValueError(f"{file}: {shown(where)}={shown(value)}; a whole number from 1 to {most:,} is needed")
+
+
+def _check_channels(file: Path, key: str, value: object) -> None:
+    """Raise ValueError where a mean or standard deviation is neither a number nor one for each of three channels."""
+    numbers = value if isinstance(value, list) else [value] * NUM_CHANNELS
+    above = 0 if key.endswith("std") else -float("inf")
+    if value is not None and not (
+        len(numbers) == NUM_CHANNELS and all(_is_number(number, above) for number in numbers)
+    ):
+        bound = " above 0" if key.endswith("std") else ""
+        raise ValueError(f"{file}: {shown(key)}={shown(value)}; {NUM_CHANNELS} numbers{bound} are needed")
+
+
+def _is_number(value: object, above: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < float("inf")
