@@ -20,7 +20,7 @@ REPEATS = 60
 def render(template: str, conversations: list[list[dict[str, Any]]], variables: dict[str, Any]) -> str:
     """Render conversations, with and without an opened reply; return what is wrong, in words.
 
-    A template may refuse a conversation; what it must not do is to take for ever, or to write without end.
+    A template may refuse a conversation, but not all of them, take for ever, or write without end.
     """
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
@@ -52,6 +52,7 @@ def render(template: str, conversations: list[list[dict[str, Any]]], variables: 
         compiled = environment.from_string(template)
     except (TemplateError, SyntaxError, RecursionError) as error:
         return f"is no template: {type(error).__name__}: {error}"
+    refusal, rendered = "", False
     for messages in conversations:
         for opened in (False, True):
             length = 0
@@ -60,11 +61,12 @@ def render(template: str, conversations: list[list[dict[str, Any]]], variables: 
                     length += len(piece)
                     if length > MAX_OUTPUT:
                         return f"writes more than {MAX_OUTPUT:,} characters for a conversation of a few words"
+                rendered = True
             except MemoryError:
                 raise
-            except Exception:
-                continue
-    return ""
+            except Exception as error:  # it refuses this conversation, which a template may
+                refusal = refusal or f"renders no conversation: {type(error).__name__}: {error}"
+    return "" if rendered else refusal
 
 
 def encode(settings: dict[str, Any], expressions: list[str]) -> str:
