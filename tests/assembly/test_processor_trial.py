@@ -30,7 +30,8 @@ def test_what_templates_of_transformers_use_is_there():
     assert (
         rendered("{% generation %}{{ messages | tojson(indent=2) }}{% endgeneration %}{{ strftime_now('%Y') }}") == ""
     )
-    assert rendered("{{ raise_exception('no system turn') }}") == ""
+    assert rendered("{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}x") == ""
+    assert rendered("{{ raise_exception('no') }}") == "renders no conversation: TemplateError: no"
 
 
 def test_a_template_that_writes_without_end_or_is_none_is_refused():
