@@ -18,7 +18,10 @@ def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rendered(template: str) -> str:
-    return render(template, list(processor_trial._conversations("<image>")), {"bos_token": "<s>", "eos_token": "</s>"})
+    conversations, variables = (
+        make("<image>") for make in (processor_trial._conversations, processor_trial._variables)
+    )
+    return render(template, list(conversations), variables)
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)

@@ -62,16 +62,20 @@ def _packaged_templates() -> frozenset[str]:
 
 @lru_cache(256)
 def _try_template_once(template: str, image_token: str) -> str:
-    variables = {
-        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "image_token": image_token,
-        "date_string": FIXED_DATE, "enable_thinking": False, "tools": None, "documents": None,
-    }  # fmt: skip
     template = FIXED_CLOCK + template if "strftime_now" in template else template
     request = {
         "kind": "template", "template": template, "conversations": list(_conversations(image_token)),
-        "variables": variables,
+        "variables": _variables(image_token),
     }  # fmt: skip
     return _ask(request, "renders a conversation of a few words")
+
+
+def _variables(image_token: str) -> dict[str, Any]:
+    """Return the variables of templates, as processors and transformers give them."""
+    return {
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "image_token": image_token,
+        "date_string": FIXED_DATE, "enable_thinking": False, "tools": None, "documents": None,
+    }  # fmt: skip
 
 
 def _conversations(image_token: str) -> Iterator[list[dict[str, Any]]]:
