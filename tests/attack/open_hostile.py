@@ -51,12 +51,12 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (has + MEMORY, has + MEMORY))
     with results.open("a") as file:
         for kind, name in CASES:
-            if kind not in kinds:
+            folder = folders / kind / name
+            if kind not in kinds or not folder.is_dir():
                 continue
             print(json.dumps({"case": [kind, name], "how": "hung", "text": ""}), file=file, flush=True)
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             signal.alarm(int(HANG))
-            folder = folders / kind / name
             os.chdir(folder)
             print(json.dumps({"case": [kind, name], **outcome(kind, folder)}), file=file, flush=True)
 

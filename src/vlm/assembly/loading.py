@@ -28,7 +28,7 @@ from vlm.checks.checkpoint_files import (
     read_object,
     shown,
 )
-from vlm.checks.checkpoint_numbers import check_numbers
+from vlm.checks.checkpoint_numbers import PROCESSOR_FILES, check_numbers, check_processor_numbers
 from vlm.config.derived import BASE_FILE
 
 RECOMPUTED = re.compile(r"(^|\.)(inv_freq|original_inv_freq|position_ids|num_batches_tracked|masked_bias)$")
@@ -54,9 +54,11 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> Path | None:
             return None
         inspect_folder(folder)
         is_adapter = (folder / BASE_FILE).is_file()
-        check_numbers(
-            folder / "config.json", read_object(folder / "config.json"), None if is_adapter else read_headers(folder)
-        )
+        headers = None if is_adapter else read_headers(folder)
+        check_numbers(folder / "config.json", read_object(folder / "config.json"), headers)
+        for file in (folder / name for name in PROCESSOR_FILES):
+            if file.is_file():
+                check_processor_numbers(file, read_object(file))
         return folder
     try:
         found = cached_file(name, "config.json", revision=revision, _raise_exceptions_for_missing_entries=False)
