@@ -18,10 +18,8 @@ def one_second(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rendered(template: str) -> str:
-    conversations, variables = (
-        make("<image>") for make in (processor_trial._conversations, processor_trial._variables)
-    )
-    return render(template, list(conversations), variables)
+    conversations = list(processor_trial._conversations("<image>"))
+    return render(template, conversations, processor_trial._variables("<image>"))
 
 
 @pytest.mark.parametrize("name", CHAT_TEMPLATES)
