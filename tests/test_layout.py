@@ -11,12 +11,16 @@ LONGEST = 60
 
 TESTED_ELSEWHERE = {
     "assembly/adapter_base.py": "train/test_lora.py",
+    "assembly/adapter_checks.py": "attack/test_checkpoints.py",
     "assembly/adapter_folder.py": "train/test_lora.py",
     "assembly/checkpoint_heads.py": "train/heads/test_checkpoints.py",
+    "assembly/config_checks.py": "attack/test_checkpoints.py",
     "assembly/family.py": "families/test_families.py",
     "assembly/heads.py": "models/test_prediction_checkpoints.py",
     "assembly/model_interface.py": "families/test_families.py",
+    "assembly/opening.py": "assembly/test_loading.py",
     "assembly/resolve.py": "train/heads/test_training.py",
+    "assembly/trial_process.py": "assembly/test_processor_trial.py",
     "checks/compose.py": "cli/test_train.py",
     "checks/dataset.py": "checks/test_run.py",
     "checks/fields.py": "checks/test_run.py",

@@ -5,7 +5,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import vlm
@@ -133,7 +132,8 @@ def test_a_class_that_a_checkpoint_alone_names_is_not_imported(
     config = VLMPredictionConfig(body_config=model.config, heads=[head], recipe=asdict(recipe))
     config.save_pretrained(tmp_path / "heads")
     processor.save_pretrained(tmp_path / "heads")
-    save_file({"weight": torch.zeros(1)}, tmp_path / "heads" / "model.safetensors", {"format": "pt"})
+    body = {f"body.{key}": tensor.clone() for key, tensor in model.state_dict().items()}
+    save_file(body, tmp_path / "heads" / "model.safetensors", {"format": "pt"})
     run = RunConfig()
     run.trainer.from_pretrained = str(tmp_path / "heads")
     run.model.head.task = "binary"

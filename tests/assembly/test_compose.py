@@ -361,12 +361,13 @@ def test_a_later_stage_may_go_back_to_the_tokenizers_own_template(parts: Parts, 
     """A pretraining on captions leaves the language model's template in the checkpoint."""
     config, processor = compose(parts.recipe(), None, None)
     own = processor.chat_template
-    for name in ("a", "b"):
-        config.save_pretrained(tmp_path / name)
+    config.save_pretrained(tmp_path / "a")
     parts.processor(template="plain").save_pretrained(tmp_path / "a")
     assert "<|im_start|>" not in open_checkpoint(tmp_path / "a").load_processor().chat_template
     assert open_checkpoint(tmp_path / "a").load_processor("tokenizer").chat_template == own
-    parts.processor("clip", "vicuna", template="plain").save_pretrained(tmp_path / "b")
+    config, processor = compose(parts.recipe("clip", "vicuna"), "plain", None)
+    config.save_pretrained(tmp_path / "b")
+    processor.save_pretrained(tmp_path / "b")
     with pytest.raises(ValueError, match=r"dataset.template=tokenizer: .*b brings no chat template"):
         open_checkpoint(tmp_path / "b").load_processor("tokenizer")
 

@@ -278,7 +278,9 @@ def test_torn_weights_are_refused(run_folder: Path, tmp_path: Path):
     shutil.copytree(run_folder / "final", tmp_path / "final")
     weights = tmp_path / "final" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "model.safetensors is incomplete" in refusal("push-to-hub", str(tmp_path / "final"), "--dry-run")
+    assert "model.safetensors is no whole safetensors file" in refusal(
+        "push-to-hub", str(tmp_path / "final"), "--dry-run"
+    )
 
 
 def test_a_path_in_a_users_class_is_said(run_folder: Path, tmp_path: Path):

@@ -1,5 +1,6 @@
 """Tokenising one text: the ids and spans of a tokenizer's own call, whatever state it is in."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny_parts import byte_tokenizer, save_sentencepiece
-from vlm.models.text_processing import calls_backend, encode_text
+from vlm.models import text_processing
+from vlm.models.text_processing import bounded_template, calls_backend, encode_text
 
 TEXTS = ("", " ", "a cat", " a  cat\n", "naïve 猫 🐈\u200d⬛", "<s>what?<|im_end|>\n<image> two", "a" * 3000)
 
@@ -65,3 +67,19 @@ def test_a_tokenizer_with_a_call_of_its_own_is_called(tokenizer: PreTrainedToken
     assert not calls_backend(Shouting)
     assert not calls_backend(dict)
     assert encode_text(own, "a cat")[0] == encode_text(tokenizer, "A CAT")[0]
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops_on_a_conversation_ends(monkeypatch: pytest.MonkeyPatch):
+    """By the processor time of its own thread, so that a slow machine ends none."""
+    monkeypatch.setattr(text_processing, "MAX_TEMPLATE_SECONDS", 0.05)
+    tokenizer = byte_tokenizer("{% if messages | length > 1 %}" + LOOPS + "{% endif %}x")
+    question = {"role": "user", "content": "a"}
+    with bounded_template():
+        assert tokenizer.apply_chat_template([question], tokenize=False) == "x"
+    said = r"^the chat template takes more than 0.05 s of processor time"
+    with pytest.raises(ValueError, match=said), bounded_template():
+        tokenizer.apply_chat_template([question, question], tokenize=False)
+    assert sys.gettrace() is None

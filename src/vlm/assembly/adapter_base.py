@@ -6,13 +6,14 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from transformers.utils import cached_file
 
 from vlm.assembly.encoders import encoder_sources
 from vlm.assembly.quantization import quantized_parts
+from vlm.checks.checkpoint_files import MAX_SHOWN, check_regular, read_object, shown
 from vlm.config.derived import BASE_FILE
 from vlm.config.model_schema import EncoderConfig, LanguageModelConfig, ModelConfig
 from vlm.config.recorded import Recipe, current_key, read_recipe
@@ -97,7 +98,7 @@ def fingerprint(folder: Path) -> str:
         files = files or sorted(file for pattern in patterns for file in folder.glob(pattern))
     digest = hashlib.sha256()
     for file in files:
-        size = file.stat().st_size
+        size = check_regular(file)
         digest.update(f"{file.name} {size}\n".encode())
         with file.open("rb") as opened:
             for step in range(NUM_FINGERPRINT_PIECES):
@@ -116,11 +117,7 @@ def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:
     Raises:
         ValueError: a source is no longer there or not what it was, or `base_paths` names none of them.
     """
-    content = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
-    sources = {
-        current_key(f"model.{name}").removeprefix("model."): Source(**values)
-        for name, values in content["sources"].items()
-    }
+    sources, recipe = _read_sources(folder / BASE_FILE)
     for word in base_paths:
         part, equals, path = word.partition("=")
         if not equals or Path(word).exists():
@@ -134,7 +131,41 @@ def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:
         sources[part] = replace(sources[part], name=path, revision=None)
     for part, source in sources.items():
         _check_same_weights(folder, part, source)
-    return Base(sources, content["model"])
+    return Base(sources, recipe)
+
+
+def _read_sources(file: Path) -> tuple[dict[str, Source], Recipe | None]:
+    """Return the sources that a `base.json` names, and the recipe of a base of parts.
+
+    Raises:
+        ValueError: it is none that `Base.write` wrote.
+    """
+    content = read_object(file)
+    sources, recipe = content.get("sources"), content.get("model")
+    if not isinstance(sources, dict) or not sources or not isinstance(recipe, dict | None):
+        raise ValueError(
+            f"{file} does not say what the adapter was trained on: sources (an object) and model are needed"
+        )
+    named = {}
+    for part, values in sources.items():
+        if not isinstance(values, dict) or set(values) != {field.name for field in fields(Source)}:
+            raise ValueError(f"{file}: sources.{shown(part)} needs name, revision and fingerprint, and no more")
+        is_text = [isinstance(values[key], str) for key in ("name", "fingerprint")]
+        if not all(is_text) or not values["name"] or not isinstance(values["revision"], str | None):
+            raise ValueError(f"{file}: sources.{shown(part)}: name, revision and fingerprint are texts")
+        named[current_key(f"model.{part}").removeprefix("model.")] = Source(**values)
+    if recipe is None and set(named) != {WHOLE_CHECKPOINT}:
+        raise ValueError(f"{file}: sources.{WHOLE_CHECKPOINT} alone is allowed where model is null")
+    if recipe is not None:
+        try:
+            parts = set(_parts_with_weights(read_recipe(recipe)))
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file}: model is no section `model` of a run: {str(error)[:MAX_SHOWN]}") from error
+        if set(named) != parts:
+            raise ValueError(
+                f"{file}: sources names {', '.join(map(shown, named))}; {', '.join(sorted(parts))} are needed"
+            )
+    return named, recipe
 
 
 def _check_same_weights(folder: Path, part: str, source: Source) -> None:

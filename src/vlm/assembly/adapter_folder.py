@@ -17,13 +17,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, without_quantization
+from vlm.assembly.adapter_checks import check_adapter_settings, check_adapter_tensors, check_trained_tensors
+from vlm.assembly.opening import opening
+from vlm.checks.checkpoint_files import ADAPTER_WEIGHTS, read_header, read_object
 from vlm.config.derived import BASE_FILE
 from vlm.families.table import get_part_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 NON_LORA_WEIGHTS = "non_lora_trainables.safetensors"
 """Weights that are new besides the adapter: of trained parts, and those that no base holds. The name is LLaVA's."""
 
@@ -167,22 +169,29 @@ def local_folder(checkpoint: str | Path) -> Path:
     return Path(checkpoint) if Path(checkpoint).is_dir() else Path(snapshot_download(str(checkpoint)))
 
 
-def add_trained_weights(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
-    """Return a base, which has the folder's heads and as many embeddings, with what `save` wrote into a folder."""
-    _overwrite_tensors(model, load_file(folder / NON_LORA_WEIGHTS), folder)
-    return _load_adapter(model, folder, merge=merge) if (folder / ADAPTER_WEIGHTS).is_file() else model
+def add_trained_weights(
+    model: PreTrainedModel, folder: Path, *, merge: bool, needed: Collection[str] = ()
+) -> PreTrainedModel:
+    """Return a base, which has the folder's heads and as many embeddings, with what `save` wrote into a folder.
+
+    `needed` are names of weights that the base was given none for, which the folder has to hold.
+
+    Raises:
+        ValueError: the folder holds weights of another model, or not all that it needs.
+    """
+    with opening(folder, "its adapter"):
+        _overwrite_tensors(model, load_file(folder / NON_LORA_WEIGHTS), folder, needed)
+        return _load_adapter(model, folder, merge=merge) if (folder / ADAPTER_WEIGHTS).is_file() else model
 
 
 @torch.no_grad()
-def _overwrite_tensors(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+def _overwrite_tensors(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, needed: Collection[str]) -> None:
     """Overwrite tensors of a model; a tensor with fewer rows holds the last rows (of embeddings that grew)."""
     current = dict([*model.named_parameters(), *model.named_buffers()])
+    embeddings = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
+    growing = {name for name, tensor in current.items() if id(tensor) in embeddings}
+    check_trained_tensors(folder, state, current, needed=needed, growing=growing)
     for name, tensor in state.items():
-        if name not in current or current[name].shape[1:] != tensor.shape[1:] or len(current[name]) < len(tensor):
-            has = tuple(current[name].shape) if name in current else "no such weight"
-            raise ValueError(f"{folder}: {name} is {tuple(tensor.shape)}, but its base has {has}: it is another model")
-        if tensor.is_floating_point() and not current[name].is_floating_point():
-            raise ValueError(f"{folder}: {name} was trained, and cannot be quantised here; merge first: vlm merge-lora")
         target = current[name] if current[name].ndim == 0 else current[name][-len(tensor) :]
         target.copy_(tensor)
 
@@ -192,11 +201,11 @@ def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTr
     from peft import LoraConfig, set_peft_model_state_dict  # slow to import, and only models with an adapter need it
     from peft.tuners.lora import LoraModel
 
+    file, layers = folder / "adapter_config.json", dict(model.named_modules())
+    check_adapter_settings(file, read_object(file), read_header(folder / ADAPTER_WEIGHTS), layers)
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+    check_adapter_tensors(folder, state)
     config: Any = LoraConfig.from_pretrained(str(folder))
-    layers = dict(model.named_modules())
-    if unknown := sorted(set(config.target_modules or ()) - layers.keys()):
-        raise ValueError(f"{folder}: its adapter is on {unknown[0]}, which its base does not have: it is another model")
     tuner = LoraModel(model, config, "default", state_dict=state)
     result = set_peft_model_state_dict(model, state, adapter_name="default")
     if problems := [*(name for name in result.missing_keys if ".lora_" in name), *result.unexpected_keys]:

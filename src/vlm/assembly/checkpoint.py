@@ -7,7 +7,7 @@ model has.
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,20 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, base_recipe, read_base
 from vlm.assembly.adapter_folder import add_trained_weights, is_adapter_checkpoint, local_folder
 from vlm.assembly.compose import build_model, choose_attention, choose_template, compose
+from vlm.assembly.config_checks import check_config, check_generation_config
 from vlm.assembly.encoders import check_views
-from vlm.assembly.family import check_is_family, get_auto_class, load_complete, load_family_model, read_config
+from vlm.assembly.family import check_is_family, get_auto_class, load_family_model, read_config
 from vlm.assembly.heads import get_num_embeddings
+from vlm.assembly.loading import check_weights, load_complete
+from vlm.assembly.opening import opening
+from vlm.assembly.processor_trial import check_composed_processor, check_vocabulary, load_tried
 from vlm.assembly.quantization import make_checkpoint_quantization
 from vlm.checks.checkpoint import checkpoint_problem
+from vlm.checks.model import check_no_image_mode
+from vlm.config.derived import BASE_FILE
 from vlm.data.processor import Processor
 from vlm.families.processing import load_family_processor
-from vlm.families.table import get_family
+from vlm.families.table import get_family, get_part_names
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig, VLMProcessor
 from vlm.models.connectors import CONNECTORS, connector_class
 from vlm.models.heads import HEADS, head_class
@@ -56,6 +62,7 @@ class Checkpoint:
         config: the model's configuration; an adapter's is that of the complete model.
         revision: branch, tag or commit on the Hub; None: the default branch.
         trust_remote_code: whether code out of the checkpoint may run.
+        opened_from: the adapters whose base it is, the one that was opened first of all first.
     """
 
     name: str
@@ -63,6 +70,7 @@ class Checkpoint:
     config: PreTrainedConfig
     revision: str | None = None
     trust_remote_code: bool = False
+    opened_from: tuple[str, ...] = ()
 
     @property
     def body_config(self) -> PreTrainedConfig:
@@ -95,16 +103,16 @@ class Checkpoint:
             return self.load_composed_processor(template, image_mode)
         check_no_image_mode(image_mode, self.name)
         family = get_family(self.body_config.model_type)
-        processor = load_family_processor(
-            self.name, family, revision=self.revision, trust_remote_code=self.trust_remote_code
-        )
+        load = partial(load_family_processor, family=family, trust_remote_code=self.trust_remote_code)
+        processor = load_tried(load, self.name, self.revision)
         if template is not None:
             processor.chat_template = choose_template(template, processor.own_template, self.name)
         return processor
 
     def load_composed_processor(self, template: str | None = None, image_mode: str | None = None) -> VLMProcessor:
         """Return the processor of a composed model; see `load_processor`."""
-        processor = VLMProcessor.from_pretrained(self.name, revision=self.revision or "main")
+        processor = load_tried(VLMProcessor.from_pretrained, self.name, self.revision or "main")
+        check_composed_processor(processor, self.body_config, self.name)
         if template is not None:
             processor.chat_template = choose_template(template, processor.own_template, self.name)
         if image_mode is not None:
@@ -139,9 +147,15 @@ class Checkpoint:
             self._register_remote_classes()
         if self.kind is CheckpointKind.ADAPTER:
             folder = local_folder(self.name)
-            base = self._load_base(read_base(folder, base_paths), dtype, attn_implementation or "auto", quantization)
-            model = _with_recorded_config(base, deepcopy(self.config))
-            return add_trained_weights(model, folder, merge=merge and not quantization)
+            source = read_base(folder, base_paths)
+            base = self._load_base(source, dtype, attn_implementation or "auto", quantization)
+            with opening(folder, "its configuration"):
+                model = _with_recorded_config(base, deepcopy(self.config))
+            new_parts = [] if source.model is None else ["connector"]
+            new_parts += ["head"] if is_prediction_model(model) and not is_prediction_model(base) else []
+            part_of = get_part_names(model.config).part_of
+            needed = [name for name, _ in model.named_parameters() if part_of(name) in new_parts]
+            return add_trained_weights(model, folder, merge=merge and not quantization, needed=needed)
         if base_paths:
             raise ValueError(f"base={base_paths[0]}: {self.name} is complete, it needs none")
         if self.kind is CheckpointKind.PREDICTION:
@@ -153,8 +167,27 @@ class Checkpoint:
             options: dict[str, Any] = {}
             if attn_implementation not in (None, "auto"):
                 options["attn_implementation"] = attn_implementation
-            return load_complete(VLMForPrediction, self.name, dtype=dtype, revision=self.revision or "main", **options)
+            return load_complete(
+                VLMForPrediction,
+                self.name,
+                config=self.config,
+                dtype=dtype,
+                revision=self.revision or "main",
+                **options,
+            )
         return self._load_text_model(dtype, attn_implementation, quantization)
+
+    def check_weights(self) -> None:
+        """Raise ValueError where the files do not hold the model's weights; their headers alone are read.
+
+        Those of an adapter are compared where it is put on its base.
+        """
+        if self.kind is CheckpointKind.PREDICTION:
+            check_weights(VLMForPrediction, self.name, self.config, self.revision)
+        elif self.kind is CheckpointKind.COMPOSED:
+            check_weights(VLMForConditionalGeneration, self.name, self.config, self.revision)
+        elif self.kind is CheckpointKind.FAMILY:
+            check_weights(get_auto_class(self.config), self.name, self.config, self.revision)
 
     def _load_text_model(
         self, dtype: torch.dtype | str, attn_implementation: str | None, quantization: Mapping[str, str]
@@ -190,7 +223,13 @@ class Checkpoint:
         if base.model is not None:
             return _compose_base(base, dtype, quantization, trust_remote_code=self.trust_remote_code)
         source = base.sources[WHOLE_CHECKPOINT]
+        opened_from = (*self.opened_from, str(Path(self.name).resolve()))
+        if str(Path(source.name).resolve()) in opened_from:
+            raise ValueError(
+                f"{Path(self.name, BASE_FILE)} names {source.name}, which is trained on {self.name} itself"
+            )
         whole = open_checkpoint(source.name, revision=source.revision, trust_remote_code=self.trust_remote_code)
+        whole = replace(whole, opened_from=opened_from)
         if quantization and whole.kind is CheckpointKind.ADAPTER:
             raise ValueError(f"{whole.name} is an adapter itself; merge it before quantising: vlm merge-lora")
         return whole.load_model(dtype, attention, quantization=quantization)
@@ -217,6 +256,9 @@ class Checkpoint:
             quantization={} if quantization is None else {"language_model": quantization},
         )  # fmt: skip
         processor = self.load_processor()
+        check_vocabulary(processor, model, self.name)
+        if not self.has_heads and model.generation_config is not None:
+            check_generation_config(model.generation_config, get_num_embeddings(model), self.name)
         if quantization is None:
             return model.to(place).eval(), processor  # pyright: ignore[reportArgumentType] - a decorator's signature
         if device is not None and torch.device(device).type != model.device.type:
@@ -259,6 +301,8 @@ def open_checkpoint(
         raise ValueError(problem)
     label = f"{key}={name}" if key else name
     config = read_config(name, label, revision, trust_remote_code=trust_remote_code)
+    with opening(label, "its config.json"):
+        check_config(config, label)
     if is_prediction_config(config):
         kind = CheckpointKind.PREDICTION
     elif is_composed_config(config):
@@ -269,15 +313,6 @@ def open_checkpoint(
     if is_adapter_checkpoint(name):
         kind = CheckpointKind.ADAPTER
     return Checkpoint(name, kind, config, revision, trust_remote_code)
-
-
-def check_no_image_mode(image_mode: str | None, name: str) -> None:
-    """Raise ValueError where a whole model is told how to prepare images."""
-    if image_mode is not None:
-        raise ValueError(
-            f"dataset.image_mode={image_mode}: {name} prepares images in its own way; dataset.image_mode=null "
-            "leaves it to that"
-        )
 
 
 def check_device(name: str) -> None:

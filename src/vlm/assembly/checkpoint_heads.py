@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from vlm.assembly.opening import opening
 from vlm.config.model_schema import HeadConfig, HeadsConfig
 from vlm.config.recorded import read_recipe
 from vlm.models.configuration_prediction import VLMPredictionConfig
@@ -30,7 +31,8 @@ def resolve_checkpoint_heads(
         raise ValueError(
             f"trainer.from_pretrained={checkpoint}: it has prediction heads; choose a run with one, such as head-binary"
         )
-    recorded = read_recipe(config.recipe).head
+    with opening(checkpoint, "the recipe in its config.json"):
+        recorded = read_recipe(config.recipe).head
     labels = {head.name: head.labels or None for head in config.settings}
     _check_same_heads(requested, recorded, labels, checkpoint, overridden_keys)
     extra_heads = {

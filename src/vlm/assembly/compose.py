@@ -23,9 +23,10 @@ from transformers.utils import is_flash_attn_2_available
 
 from vlm.assembly.anyres import resolve_anyres
 from vlm.assembly.encoders import check_views, encoder_sources, resolve_encoders
-from vlm.assembly.family import load_complete, read_config
+from vlm.assembly.family import read_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
 from vlm.assembly.language_models import check_language_model
+from vlm.assembly.loading import load_complete
 from vlm.assembly.quantization import make_quantization_config
 from vlm.config.model_schema import EncoderConfig, LanguageModelConfig, ModelConfig
 from vlm.config.named import import_named
@@ -86,7 +87,7 @@ def build_model(
     sources = encoder_sources(model.visual_encoder).values()
     bits = model.visual_encoder.quantization
     encoders = [
-        _load_part(AutoModel, source, getattr(config, name), dtype, attention, bits)
+        _load_part(AutoModel, source, getattr(config, name), dtype, attention, bits, _num_layers(source))
         for source, name in zip(sources, config.encoder_names, strict=True)
     ]
     bits = model.language_model.quantization
@@ -158,6 +159,11 @@ def _part_config(part: str, source: EncoderConfig | LanguageModelConfig) -> PreT
     return config.vision_config if part != "language_model" and hasattr(config, "vision_config") else config
 
 
+def _num_layers(source: EncoderConfig) -> int | None:
+    """Return how many layers an encoder has in its own checkpoint, of which fewer may be loaded; None: not said."""
+    return getattr(_part_config("visual_encoder", source), "num_hidden_layers", None)
+
+
 def _load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Return the language model's tokenizer, with the image tokens that it lacks and a padding token."""
     source = model.language_model
@@ -183,11 +189,14 @@ def _load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 def _load_part(
     auto: type[_BaseAutoModelClass], source: EncoderConfig | LanguageModelConfig, config: PreTrainedConfig,
     dtype: torch.dtype, attention: str, bits: str | None,
+    num_layers: int | None = None,
 ) -> PreTrainedModel:  # fmt: skip
     return load_complete(
         auto,
         source.hf_name,
         config=config,
+        is_part=True,
+        num_layers=num_layers,
         revision=source.revision,
         trust_remote_code=source.trust_remote_code,
         dtype=dtype,

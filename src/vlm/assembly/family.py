@@ -1,6 +1,5 @@
 """Opening a model of a family: its configuration, its auto class and its weights."""
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from vlm.assembly.loading import inspect_checkpoint, load_complete
+from vlm.assembly.opening import opening, shorten
 from vlm.families.table import FAMILIES
 
 AutoClass = type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]
@@ -29,13 +29,18 @@ def read_config(
     name: str, label: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
     """Return the configuration of a Hub name or folder; messages call it `label`, such as `model.hf_name=NAME`."""
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{label}: no model configuration there (a Hub name or a local folder with a config.json is needed): "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    with opening(label):
+        has_config = inspect_checkpoint(name, revision) is not None
+    with opening(label, "its config.json"):
+        try:
+            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            if has_config:
+                raise
+            raise ValueError(
+                f"{label}: no model configuration there (a Hub name or a local folder with a config.json is needed): "
+                f"{shorten(str(error))}"
+            ) from error
 
 
 def check_is_family(config: PreTrainedConfig, label: str) -> None:
@@ -74,24 +79,10 @@ def load_family_model(
         quantization_config: which matrices are stored in fewer bits; None: none.
 
     Raises:
-        ValueError: the checkpoint holds less than the model needs.
+        ValueError: as `load_complete`.
     """
-    options = {} if attention is None else {"attn_implementation": attention}
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     return load_complete(
         get_auto_class(config), name, config=config, dtype=dtype, revision=revision,
         trust_remote_code=trust_remote_code, quantization_config=quantization_config, **options,
     )  # fmt: skip
-
-
-def load_complete(
-    kind: type[_BaseAutoModelClass] | type[PreTrainedModel], name: str, *, new: Collection[str] = (), **options: Any
-) -> PreTrainedModel:
-    """Return a model with its weights; refuses checkpoints without some of them, which would be drawn at random.
-
-    `new` are names of weights that the checkpoint need not have.
-    """
-    loaded: Any = kind.from_pretrained(name, output_loading_info=True, **options)  # declared without this option
-    model, info = loaded
-    if missing := sorted(info["missing_keys"] - set(new)):
-        raise ValueError(f"{name} lacks {len(missing)} of the weights that {type(model).__name__} needs: {missing[:5]}")
-    return model

@@ -10,7 +10,6 @@ from vlm.assembly.anyres import resolve_anyres
 from vlm.assembly.checkpoint import (
     Checkpoint,
     CheckpointKind,
-    check_no_image_mode,
     is_composed_config,
     is_prediction_config,
     open_checkpoint,
@@ -20,8 +19,10 @@ from vlm.assembly.compose import build_model, compose, recipe_differences, regis
 from vlm.assembly.encoders import image_size
 from vlm.assembly.family import load_family_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
+from vlm.assembly.opening import opening
 from vlm.assembly.quantization import quantized_parts
 from vlm.checks.heads import head_problems
+from vlm.checks.model import check_no_image_mode
 from vlm.config.model_schema import ConnectorConfig
 from vlm.config.recorded import read_recipe
 from vlm.config.schema import RunConfig
@@ -133,7 +134,10 @@ def _resolve_composed(
 ) -> tuple[VLMConfig, Processor]:
     """Resolve a composed model; `config.model` becomes its recipe with what a run may choose anew."""
     name, requested = checkpoint.name, config.model
-    if differences := recipe_differences(model_config, requested, overridden_keys):
+    with opening(name, "the recipe in its config.json"):
+        recorded_recipe = read_recipe(model_config.recipe)
+        differences = recipe_differences(model_config, requested, overridden_keys)
+    if differences:
         asked = "; ".join(
             f"{key}={value!r}, but the checkpoint has {recorded!r}" for key, value, recorded in differences
         )
@@ -146,7 +150,7 @@ def _resolve_composed(
         )
     resolve_anyres(model_config, processor, requested.anyres, image_size(processor.image_processor))
     add_tokens(requested, processor.tokenizer)
-    config.model = read_recipe(model_config.recipe)
+    config.model = recorded_recipe
     config.model.attn_implementation, config.model.head = requested.attn_implementation, requested.head
     config.model.language_model.new_tokens = requested.language_model.new_tokens
     for part, kind in quantized_parts(requested).items():

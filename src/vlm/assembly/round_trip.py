@@ -6,7 +6,6 @@ holds one number in all its places, by which it is recognised after loading. Whe
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
-from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
-from transformers.utils import logging as transformers_logging
 
+from vlm.assembly.opening import quiet_loading, without_zero3
 from vlm.assembly.saving import use_canonical_names
 
 NUM_MARKS = 251
@@ -62,7 +60,7 @@ def check_round_trip(model: PreTrainedModel) -> None:
             "the tensor"
         ) from error
     try:
-        with quiet_loading(), _without_zero3(), torch.random.fork_rng(devices=[]):  # leaves the run's random state
+        with quiet_loading(), without_zero3(), torch.random.fork_rng(devices=[]):  # leaves the run's random state
             result: Any = type(model).from_pretrained(
                 None, config=model.config, state_dict=saved, dtype=model.dtype, output_loading_info=True,
                 ignore_mismatched_sizes=True, **options,
@@ -148,28 +146,3 @@ def is_equal(buffer: Tensor, loaded: Tensor | None) -> bool:
 
 def _shorten(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-@contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Keep transformers from logging what callers report themselves."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def _without_zero3() -> Iterator[None]:
-    """Load whole tensors, also where the run shards its own."""
-    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
-    deepspeed_integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed_integration._hf_deepspeed_config_weak_ref = reference

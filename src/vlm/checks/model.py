@@ -65,3 +65,12 @@ def anyres_problems(config: RunConfig) -> Iterator[str]:
             "dataset.image_mode=pad: with model.anyres, an image is squashed to a square as a whole and its tiles are "
             "padded with black; set dataset.image_mode=square, or model/anyres=none"
         )
+
+
+def check_no_image_mode(image_mode: str | None, name: str) -> None:
+    """Raise ValueError where a whole model is told how to prepare images."""
+    if image_mode is not None:
+        raise ValueError(
+            f"dataset.image_mode={image_mode}: {name} prepares images in its own way; dataset.image_mode=null "
+            "leaves it to that"
+        )

@@ -35,7 +35,7 @@ from vlm.models.processing_vlm import (
     MediaMismatchError,
     Message,
 )
-from vlm.models.text_processing import encode_text, span_finder, special_token_pattern
+from vlm.models.text_processing import bounded_template, encode_text, span_finder, special_token_pattern
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
 """Outputs of a processor for its text."""
@@ -144,10 +144,11 @@ class FamilyProcessor:
         return self.image_token in rendered and "'type'" not in rendered
 
     def _render(self, messages: list[Message], template: str, add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False,
-            date_string=FIXED_DATE, enable_thinking=False,
-        )  # fmt: skip
+        with bounded_template():
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False,
+                date_string=FIXED_DATE, enable_thinking=False,
+            )  # fmt: skip
 
     def _to_items(self, content: str | list[Message]) -> list[Message]:
         if not isinstance(content, str):

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from vlm.checks.checkpoint import is_hub_name, missing_folder
+from vlm.checks.checkpoint_files import inspect_folder, read_object
 
 JsonObject = dict[str, Any]
 """A JSON object of foreign content."""
@@ -38,9 +39,14 @@ def create_folder(out: Path) -> Iterator[Path]:
 
 
 def resolve_folder(name: str) -> Path:
-    """Return a local folder as it is, a name on the Hub as the folder of its download, safetensors before pickles."""
+    """Return a local folder as it is, a name on the Hub as the folder of its download, safetensors before pickles.
+
+    Raises:
+        ValueError: there is none, or a file in it is none that a checkpoint can have.
+    """
     folder = Path(name)
     if folder.is_dir():
+        inspect_folder(folder)
         return folder
     if not is_hub_name(name):
         raise ValueError(missing_folder(name))
@@ -51,20 +57,17 @@ def resolve_folder(name: str) -> Path:
                 break
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise ValueError(f"{name} is no local folder, and the Hub says: {str(error).splitlines()[0]}") from error
+    inspect_folder(folder)
     return folder
 
 
 def read_json(file: Path) -> JsonObject:
-    """Return the JSON object of a file; an empty one where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no JSON object")
-    return values
+    """Return the JSON object of a file; an empty one where there is no such file.
+
+    Raises:
+        ValueError: it is no regular file, or holds no JSON object, see `read_object`.
+    """
+    return read_object(file) if os.path.lexists(file) else {}
 
 
 def write_json(file: Path, values: JsonObject) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from vlm.checks.checkpoint import checkpoint_problem
+from vlm.checks.checkpoint_files import inspect_folder
 from vlm.config.derived import BASE_FILE
 from vlm.config.secrets import mask
 from vlm.families.table import FAMILIES
@@ -147,6 +148,7 @@ def require_checkpoint(folder: Path) -> None:
 def require_complete_checkpoint(checkpoint: Path) -> JsonObject:
     """Return the configuration of a checkpoint that holds all of its model; others, and unknown models, are refused."""
     require_checkpoint(checkpoint)
+    inspect_folder(checkpoint)
     config = read_json(checkpoint / "config.json")
     kind = get_body_config(config).get("model_type")
     if kind != COMPOSED_MODEL_TYPE and kind not in FAMILIES:
@@ -180,7 +182,9 @@ def _require_readable(checkpoint: Path) -> "Processor":
     from vlm.assembly.checkpoint import open_checkpoint
 
     try:
-        return open_checkpoint(checkpoint).load_processor()
+        opened = open_checkpoint(checkpoint)
+        opened.check_weights()
+        return opened.load_processor()
     except (ValueError, OSError, TypeError, KeyError) as error:
         raise ValueError(f"{checkpoint} cannot be read by this version: {str(error).splitlines()[0]}") from error
 
@@ -197,7 +201,10 @@ def _write_reply_ends(file: Path, processor: "Processor") -> None:
 
 def get_body_config(config: JsonObject) -> JsonObject:
     """Return the configuration of the vision-language model, with prediction heads or without."""
-    return config["body_config"] if config.get("model_type") == PREDICTION_MODEL_TYPE else config
+    if config.get("model_type") != PREDICTION_MODEL_TYPE:
+        return config
+    body = config.get("body_config")
+    return body if isinstance(body, dict) else {}
 
 
 # Code

@@ -26,6 +26,9 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 from vlm.assembly.encoders import image_size
+from vlm.assembly.loading import inspect_checkpoint
+from vlm.assembly.opening import opening
+from vlm.checks.checkpoint_files import shown
 from vlm.config.model_schema import AnyResConfig, ConnectorConfig, LanguageModelConfig, ModelConfig, VisualEncoderConfig
 from vlm.hub.adapters import Adapter, read_adapter
 from vlm.hub.folders import JsonObject, read_json, resolve_folder
@@ -99,8 +102,11 @@ class ForeignCheckpoint:
 def read_source(name: str, base_model: str | None, vision_tower: str | None) -> ForeignCheckpoint:
     """Find out what a foreign checkpoint is, and return its description; see `import_checkpoint` for the arguments."""
     folder = resolve_folder(name)
+    inspect_checkpoint(str(folder))
     values = read_json(folder / "config.json")
     kind = values.get("model_type")
+    if not isinstance(kind, str | None):
+        raise ValueError(f"{name}: config.json has model_type={shown(kind)}; a text is needed")
     if kind == "vlm":
         raise ValueError(f"{name} is a checkpoint of this framework already")
     if not values:
@@ -113,9 +119,11 @@ def read_source(name: str, base_model: str | None, vision_tower: str | None) -> 
     if kind in NATIVE_TYPES and "mm_vision_tower" not in values:
         _refuse_flag(name, "--base-model", base_model)
         _refuse_flag(name, "--vision-tower", vision_tower)
-        return _read_transformers_llava(name, folder)
+        with opening(name):
+            return _read_transformers_llava(name, folder)
     if kind in ORIGINAL_TYPES and "mm_vision_tower" in values:
-        return _read_original_llava(name, folder, values, base_model, vision_tower)
+        with opening(name):
+            return _read_original_llava(name, folder, values, base_model, vision_tower)
     raise ValueError(
         f"{name} has model_type={kind}; imported are the original LLaVA's ({', '.join(ORIGINAL_TYPES)}, with an "
         f"mm_vision_tower) and transformers' {', '.join(NATIVE_TYPES)}"

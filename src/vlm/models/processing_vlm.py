@@ -30,7 +30,7 @@ from .pixels import (
     normalise_pixels,
 )
 from .processing_messages import Message, break_spelled, images_in_conversation, join_spelled
-from .text_processing import encode_text, read_prepend_scheme, span_finder, special_token_pattern
+from .text_processing import bounded_template, encode_text, read_prepend_scheme, span_finder, special_token_pattern
 
 IMAGE_MODES = ("square", "pad")
 BLANKS = " ", "▁"
@@ -370,7 +370,9 @@ class VLMProcessor(ProcessorMixin):
         if template and "strftime_now" in template:
             template = FIXED_CLOCK + template
         settings = {"date_string": FIXED_DATE, "enable_thinking": False, "image_token": self.image_token, **kwargs}
-        rendered = self.tokenizer.apply_chat_template(flat, *args, tokenize=False, chat_template=template, **settings)
+        settings |= {"tokenize": False, "chat_template": template}
+        with bounded_template():
+            rendered = self.tokenizer.apply_chat_template(flat, *args, **settings)
         return rendered if is_batch else rendered[0]
 
     def _flatten(self, content: str | list[Message]) -> str:

@@ -2,11 +2,14 @@
 
 import json
 import re
+import sys
+import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import accumulate
+from types import FrameType
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -84,3 +87,43 @@ def read_prepend_scheme(tokenizer: PreTrainedTokenizerBase) -> str:
     settings: dict[str, Any] = json.loads(backend.pre_tokenizer.__getstate__())
     parts: list[dict[str, str]] = settings.get("pretokenizers", [settings])
     return next((part["prepend_scheme"] for part in parts if part["type"] == "Metaspace"), "never")
+
+
+MAX_TEMPLATE_SECONDS = 5.0
+"""Processor time of its thread in which a chat template has rendered a conversation."""
+LINES_BETWEEN_CHECKS = 64
+TEMPLATE_FILE = "<template>"
+"""The file name that Jinja gives to the code of a template."""
+
+
+@contextmanager
+def bounded_template() -> Iterator[None]:
+    """End a chat template that loops: templates come with checkpoints, and may loop on some conversations alone.
+
+    The lines of a template are traced, as a debugger does; where a debugger runs, nothing is bounded.
+
+    Raises:
+        ValueError: it takes longer than `MAX_TEMPLATE_SECONDS`.
+    """
+    if sys.gettrace() is not None:
+        yield
+        return
+    end, lines = time.thread_time() + MAX_TEMPLATE_SECONDS, 0
+
+    def count_lines(frame: FrameType, event: str, value: object) -> Any:
+        nonlocal lines
+        lines += 1
+        if lines % LINES_BETWEEN_CHECKS == 0 and time.thread_time() > end:
+            raise ValueError(
+                f"the chat template takes more than {MAX_TEMPLATE_SECONDS:g} s of processor time for a conversation"
+            )
+        return count_lines
+
+    def enter(frame: FrameType, event: str, value: object) -> Any:
+        return count_lines if frame.f_code.co_filename == TEMPLATE_FILE else None
+
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(None)

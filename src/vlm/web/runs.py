@@ -13,6 +13,7 @@ from typing import Required, TypedDict
 
 from omegaconf import OmegaConf
 
+from vlm.checks.checkpoint_files import read_object
 from vlm.web.jobs import Job, read_job
 
 PREDICTION_MODEL_TYPE = "vlm_prediction"
@@ -144,10 +145,13 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def has_heads(checkpoint: str | Path) -> bool | None:
-    """Return whether a checkpoint has prediction heads; None where it is no folder of this machine."""
+    """Return whether a checkpoint has prediction heads; None where it is no folder of this machine, or unreadable."""
     if not is_checkpoint(Path(checkpoint)):
         return None
-    config = json.loads(Path(checkpoint, "config.json").read_text(encoding="utf-8"))
+    try:
+        config = read_object(Path(checkpoint, "config.json"))
+    except ValueError:  # opening it says what is wrong
+        return None
     return config.get("model_type") == PREDICTION_MODEL_TYPE
 
 

@@ -1,0 +1,216 @@
+"""Whether the configuration of a checkpoint of this framework says what its model can compute with.
+
+What a family's configuration says, transformers checks. To check another field, add it to a function below.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from vlm.checks.checkpoint_files import shown
+from vlm.config.choices import LOSSES
+from vlm.models.configuration_vlm import FEATURE_STRATEGIES
+from vlm.models.head_tasks import CLASSIFICATION_TASKS, NUM_OUTPUTS_BY_TASK
+from vlm.models.poolings import POOLINGS
+
+MAX_TILES = 1024
+"""Tiles of an image."""
+MAX_LABELS = MAX_TOKENS = 10**7
+
+Problem = tuple[str, object, str]
+"""A key, its value, and what is needed."""
+
+
+def check_config(config: PreTrainedConfig, label: str) -> None:
+    """Refuse a configuration with a value that its model cannot compute with.
+
+    Args:
+        config: any configuration; `vlm` and `vlm_prediction` are this framework's.
+        label: the checkpoint, for messages.
+
+    Raises:
+        ValueError: with the key, its value and what is needed.
+    """
+    for key, value, needed in _problems(config):
+        raise ValueError(f"{label}: config.json has {key}={shown(value)}; needed is {needed}")
+
+
+def _problems(config: Any) -> Iterator[Problem]:
+    yield from _quantization_problems(config)
+    if config.model_type == "vlm_prediction":
+        yield from _head_problems(config)
+        config = config.body_config
+        yield from _quantization_problems(config)
+    if config.model_type == "vlm":
+        yield from _composed_problems(config)
+
+
+def _quantization_problems(config: Any) -> Iterator[Problem]:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if isinstance(quantization, dict) and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        yield (
+            "quantization_config.quant_method",
+            method,
+            f"one of {', '.join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))}",
+        )
+    elif not hasattr(quantization, "quant_method") and not isinstance(quantization, dict):
+        yield "quantization_config", quantization, "an object"
+
+
+ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens")
+NUMBER_KEYS = (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
+)  # fmt: skip
+SWITCH_KEYS = ("do_sample", "use_cache", "early_stopping", "renormalize_logits", "remove_invalid_values")
+OTHER_KEYS = ("transformers_version", "cache_implementation", "num_beams", "_from_model_config", "cache_config")
+MAX_BEAMS = 64
+
+
+def check_generation_config(settings: GenerationConfig, num_tokens: int, name: str) -> None:
+    """Refuse generation settings of a checkpoint that cannot be meant, or that change how answers are generated.
+
+    Args:
+        settings: those of the model.
+        num_tokens: how many tokens the model has embeddings for.
+        name: the checkpoint, for messages.
+
+    Raises:
+        ValueError: with the key and its value.
+    """
+    for key, value in settings.to_diff_dict().items():
+        ids = value if isinstance(value, list) else [value]
+        is_fine = value is None or (
+            all(_is_int(each, -1, num_tokens - 1) for each in ids) if key in ID_KEYS
+            else _is_number(value) if key in NUMBER_KEYS
+            else isinstance(value, bool) if key in SWITCH_KEYS
+            else _is_int(value, 1, MAX_BEAMS) if key == "num_beams"
+            else key in OTHER_KEYS or key.startswith(("output_", "return_dict", "_"))
+        )  # fmt: skip
+        if not is_fine:
+            raise ValueError(f"{name}: generation_config.json has {key}={shown(value)}, which is not taken; remove it")
+
+
+def _composed_problems(config: Any) -> Iterator[Problem]:
+    connector = config.connector
+    is_connector = isinstance(connector, dict) and set(connector) == {"type", "options"}
+    if not (is_connector and isinstance(connector["type"], str) and isinstance(connector["options"], dict)):
+        yield "connector", connector, "an object with type (a text) and options (an object)"
+    if not _is_int(config.image_token_id, 0, MAX_TOKENS - 1):
+        yield "image_token_id", config.image_token_id, "the id of a token"
+    for key, least in (("num_patches", 1), ("vision_dim", 1)):
+        if not _is_int(getattr(config, key), least, 10**6):
+            yield key, getattr(config, key), f"a whole number from {least}"
+    for number, (selection, name) in enumerate(zip(config.feature_selections, config.encoder_names, strict=True)):
+        prefix = f"beside[{number - 1}]." if number else ""
+        yield from (
+            (prefix + key, value, need) for key, value, need in _selection_problems(selection, getattr(config, name))
+        )
+    if not isinstance(config.recipe, dict):
+        yield "recipe", config.recipe, "an object"
+    unread = config.unread_parameters
+    if not isinstance(unread, list) or not all(isinstance(name, str) for name in unread):
+        yield "unread_parameters", unread, "a list of names"
+    if config.anyres is not None:
+        yield from _anyres_problems(config.anyres)
+
+
+def _selection_problems(selection: Any, encoder: Any) -> Iterator[Problem]:
+    layer, strategy = selection["feature_layer"], selection["feature_strategy"]
+    num_layers = getattr(encoder, "num_hidden_layers", None)
+    most = num_layers if isinstance(num_layers, int) else 4096
+    layers = layer if isinstance(layer, list) and layer else [0 if layer is None else layer]
+    if not all(_is_int(each, -most - 1, most) for each in layers):
+        yield "feature_layer", layer, f"a layer from {-most - 1} to {most}, several in a list, or null"
+    if strategy not in FEATURE_STRATEGIES:
+        yield "feature_strategy", strategy, f"one of {', '.join(FEATURE_STRATEGIES)}"
+    if not _is_int(selection["num_prefix_tokens"], 0, 10**4):
+        yield "num_prefix_tokens", selection["num_prefix_tokens"], "a whole number from 0"
+
+
+def _anyres_problems(anyres: Any) -> Iterator[Problem]:
+    names = {"grids", "tile_size", "tokens_side", "max_tiles", "tile_several"}
+    if not isinstance(anyres, dict) or not {"grids", "tile_size", "tokens_side"} <= set(anyres) <= names:
+        yield "anyres", anyres, f"an object with {', '.join(sorted(names))}"
+        return
+    grids = anyres["grids"]
+    if not isinstance(grids, list) or not grids or not all(_is_grid(grid) for grid in grids):
+        yield "anyres.grids", grids, f"a list of [rows, columns], of at most {MAX_TILES} tiles"
+    for key, most in (("tile_size", 16384), ("tokens_side", 4096)):
+        if not _is_int(anyres[key], 1, most):
+            yield f"anyres.{key}", anyres[key], f"a whole number from 1 to {most:,}"
+    if (tiles := anyres.get("max_tiles")) is not None and not _is_int(tiles, 1, MAX_TILES):
+        yield "anyres.max_tiles", tiles, f"a whole number from 1 to {MAX_TILES:,}, or null"
+
+
+def _is_grid(grid: object) -> bool:
+    return (
+        isinstance(grid, list) and len(grid) == 2
+        and all(_is_int(side, 1, MAX_TILES) for side in grid) and grid[0] * grid[1] <= MAX_TILES
+    )  # fmt: skip
+
+
+def _head_problems(config: Any) -> Iterator[Problem]:
+    text = config.get_text_config()
+    ids = f"ids of {text.vocab_size:,} tokens"
+    for key in ("media_token_ids", "suffix_ids"):
+        if not all(_is_int(token_id, 0, text.vocab_size - 1) for token_id in getattr(config, key)):
+            yield key, getattr(config, key), ids
+    if not config.heads:
+        yield "heads", config.heads, "at least one head"
+    names = [head.name for head in config.settings]
+    if len(set(map(str, names))) < len(names):
+        yield "heads", names, "names that differ"
+    for number, head in enumerate(config.settings):
+        for key, value, needed in _problems_of_head(head, text):
+            yield f"heads[{number}].{key}", value, needed
+
+
+def _problems_of_head(head: Any, text: Any) -> Iterator[Problem]:
+    if not isinstance(head.name, str) or not head.name or "." in head.name:
+        yield "name", head.name, "a text without a full stop"
+    if head.task not in NUM_OUTPUTS_BY_TASK:
+        yield "task", head.task, f"one of {', '.join(NUM_OUTPUTS_BY_TASK)}"
+        return
+    least = 2 if head.task in CLASSIFICATION_TASKS and head.task != "multilabel" else 1
+    is_list = isinstance(head.labels, list) and len(head.labels) <= MAX_LABELS
+    if head.task in CLASSIFICATION_TASKS and not (is_list and len(head.labels) >= least):
+        yield "labels", head.labels, f"a list of at least {least}"
+    if head.task == "binary" and len(head.labels) != 2:
+        yield "labels", head.labels, "the negative label and the positive one"
+    if head.loss not in ("", *LOSSES[head.task]):
+        yield "loss", head.loss, f"one of {', '.join(LOSSES[head.task])}"
+    if head.pooling not in POOLINGS:
+        yield "pooling", head.pooling, f"one of {', '.join(POOLINGS)}"
+    layers = text.num_hidden_layers
+    if head.layer is not None and not _is_int(head.layer, -layers - 1, layers):
+        yield "layer", head.layer, f"a layer from {-layers - 1} to {layers}, or null"
+    if head.token_id is not None and not _is_int(head.token_id, 0, text.vocab_size - 1):
+        yield "token_id", head.token_id, f"the id of one of {text.vocab_size:,} tokens, or null"
+    for key in ("shift", "scale", "weight", "label_smoothing", "temperature"):
+        if not _is_number(getattr(head, key)) or (key in ("scale", "temperature") and getattr(head, key) <= 0):
+            yield key, getattr(head, key), "a number" + (" above 0" if key in ("scale", "temperature") else "")
+    several = head.task == "multilabel"
+    for key, counts in (("threshold", (len(head.labels),) if several else ()), ("class_weights", (len(head.labels),))):
+        value = getattr(head, key)
+        numbers = value if isinstance(value, list) else [0.0 if value is None else value]
+        if not all(map(_is_number, numbers)) or (isinstance(value, list) and len(value) not in counts):
+            yield key, value, "null, a number" + (", or one for each label" if counts else "")
+    for key in ("options", "loss_options"):
+        if not isinstance(getattr(head, key), dict):
+            yield key, getattr(head, key), "an object"
+    if not isinstance(head.type, str):
+        yield "type", head.type, "a text"
+
+
+def _is_int(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")

@@ -1,0 +1,72 @@
+"""What surrounds a library while it opens a checkpoint: errors that name the checkpoint, no reports, whole tensors."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers.integrations import deepspeed as deepspeed_integration
+from transformers.utils import logging as transformers_logging
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE = 300
+"""Characters of a library's message that a refusal repeats."""
+
+
+@contextmanager
+def opening(label: str | Path, what: str = "the checkpoint") -> Iterator[None]:
+    """Turn what a library raises while it opens files of a checkpoint into a ValueError that names the checkpoint.
+
+    The error itself is the cause of the ValueError, and is logged with its traceback at level debug.
+
+    Args:
+        label: the folder, name or option that messages begin with.
+        what: what is opened, such as `its tokenizer`.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # tokenizers' panics derive from BaseException
+        said = " ".join(str(error).split())
+        if isinstance(error, ValueError | OSError) and said.startswith(str(label)):
+            raise
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        logger.debug("%s: cannot open %s", label, what, exc_info=True)
+        if isinstance(error, ValueError) and said.startswith(str(label).rpartition("=")[2]):
+            raise ValueError(f"{label}: {said}") from error
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{label}: cannot open {what}: {kind}{shorten(said)}") from error
+
+
+def shorten(text: str) -> str:
+    """Return a library's message as a refusal repeats it: short, without control characters."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
+    return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…"
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers from logging what callers report themselves."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def without_zero3() -> Iterator[None]:
+    """Load whole tensors, also where the run shards its own."""
+    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = reference
