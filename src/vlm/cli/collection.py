@@ -37,8 +37,8 @@ def collect_as_usual() -> None:
     """Collect garbage as often as Python does, since training steps leave garbage that holds tensors.
 
     The objects that exist now are exempt from collection, also at the end of the process, which takes two seconds less
-    by that; bindings that look for leaks there (those of triton) name what is alive then. They are frozen once: a process
-    may train more than once.
+    by that; bindings that look for leaks there, such as triton's, name what is alive then. They are frozen once: a
+    process may train more than once.
     """
     if not gc.get_freeze_count():
         gc.freeze()
