@@ -73,14 +73,17 @@ class Reference:
         return on_device(batch, self.model.processor, self.model.model.device)
 
     @torch.no_grad()
-    def outputs(self, case: Case) -> State:
+    def outputs(self, case: Case, *, with_logits: bool = True) -> State:
         """Return `ids` `(tokens,)`, `logits` `(positions, vocabulary)`, and of images `pixels` and `image_views`."""
-        batch, inputs = self._training_batch(case), self.inputs(case)
-        logits = self._last_logits(batch, inputs["input_ids"].shape[1])
-        pixels = {PIXELS: inputs["pixel_values"].cpu()} if "pixel_values" in inputs else {}
+        inputs = self.inputs(case)
+        outputs = {IDS: inputs["input_ids"][0].cpu()}
+        if "pixel_values" in inputs:
+            outputs[PIXELS] = inputs["pixel_values"].cpu()
         if "image_views" in inputs:
-            pixels["image_views"] = inputs["image_views"].cpu()
-        return {**pixels, IDS: inputs["input_ids"][0].cpu(), LOGITS: logits}
+            outputs["image_views"] = inputs["image_views"].cpu()
+        if with_logits:
+            outputs[LOGITS] = self._last_logits(self._training_batch(case), inputs["input_ids"].shape[1])
+        return outputs
 
     def _last_logits(self, batch: State, length: int) -> Tensor:
         """Return the logits of the last positions before any padding and dummy: `(positions, vocabulary)`."""

@@ -86,9 +86,10 @@ class _Comparison:
     def certificate(self, notes: Sequence[str]) -> Certificate:
         """Compare, and return the certificate."""
         observation, dtype = self.observation, self.request.dtype
-        asked = [case for case in self.request.questions if observation.outputs.get(case.name)]
+        given = observation.outputs
+        asked = [case for case in self.request.questions if given.get(case.name)]
         ours = {
-            case.name: self.reference.outputs(case)
+            case.name: self.reference.outputs(case, with_logits=LOGITS in given[case.name])
             for case in tqdm(asked, "training's path", unit="question", disable=None)
         }
         results = list(self._stages(ours))
