@@ -21,7 +21,7 @@ from vlm.hub.run_facts import RunSummary
 def make_certificate(folder: Path, **fields: object) -> Certificate:
     stages = [ComparedStage("pixels", 3, 0.0, 0.02), ComparedStage("logits", 3, 2.5e-6, 1e-3)]
     known = Certificate(
-        "transformers 5.23.0", True, None, stages, 200, 199, 1, "float32", "2026-11-30", "0.1.0",
+        "transformers 5.23.0", True, None, None, stages, 200, 199, 1, "float32", "2026-11-30", "0.1.0",
         fingerprint_files(folder), ["a note"],
     )  # fmt: skip
     return replace(known, **fields)
@@ -66,7 +66,8 @@ def test_rows_say_what_was_compared_and_what_was_not_run(final: Path):
     )  # fmt: skip
     paper = make_certificate(final, engine="vLLM 1", is_run=False, stages=[], answers=0)
     assert paper.row() == ("vLLM 1, on paper: not run", "names, shapes, settings", "–", "–", "2026-11-30")
-    assert make_certificate(final, difference="ids differ").row()[1] == "differs: ids differ"
+    different = make_certificate(final, difference="'a secret' instead of 'b'", different_stage="ids")
+    assert different.row()[1] == "differs: ids"
 
 
 def test_the_card_shows_them(final: Path):

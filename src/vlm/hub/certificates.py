@@ -33,6 +33,7 @@ class Certificate:
         engine: the engine with its version.
         is_run: whether the engine ran; False for a check on paper.
         difference: what differs, where and by how much, as one sentence; None where nothing does.
+        different_stage: where it differs first: `pixels`, `ids`, a layer, `logits`, `answers` or `settings`.
         stages: what was compared before the answers.
         answers: how many answers were compared.
         equal_answers: how many of them are equal.
@@ -47,6 +48,7 @@ class Certificate:
     engine: str
     is_run: bool
     difference: str | None
+    different_stage: str | None
     stages: Sequence[ComparedStage]
     answers: int
     equal_answers: int
@@ -58,13 +60,16 @@ class Certificate:
     notes: Sequence[str] = field(default=())
 
     def row(self) -> tuple[str, str, str, str, str]:
-        """Return the cells of a table: engine, what was compared, largest difference of logits, answers, date."""
+        """Return the cells of a table: engine, what was compared, largest difference of logits, answers, date.
+
+        A difference is named by its stage alone: its sentence may hold texts of the user's records.
+        """
         engine = self.engine if self.is_run else f"{self.engine}, on paper: not run"
         compared = [stage.stage for stage in self.stages] if self.is_run else ["names", "shapes", "settings"]
         sizes = [f"{stage.largest:.2g}" for stage in self.stages if stage.stage == "logits"]
         tied = f", {self.tied_answers} tied" if self.tied_answers else ""
         answers = f"{self.equal_answers} of {self.answers} equal{tied}" if self.answers else "–"
-        result = "differs: " + self.difference if self.difference else ", ".join(compared)
+        result = f"differs: {self.different_stage}" if self.difference else ", ".join(compared)
         return engine, result, sizes[0] if sizes else "–", answers, self.date
 
 

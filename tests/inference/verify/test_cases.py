@@ -52,4 +52,4 @@ def test_records_become_questions_up_to_their_last_reply(served: Served, tmp_pat
     assert cases[0].images == [(tmp_path / "a.png").read_bytes()]
     assert [turn.role for turn in cases[1].turns] == ["user"]
     assert len(left_out) == 1
-    assert "none.png cannot be read: No such file" in left_out[0]
+    assert "none.png does not exist" in left_out[0]

@@ -172,10 +172,13 @@ def test_logits_without_layers_are_named_as_such(served: Served):
 
 def test_questions_that_the_template_or_the_positions_refuse_are_left_out(served: Served):
     told = Told(Observation("an engine"))
+    with pytest.raises(ValueError, match="an engine gave nothing that could be compared"):
+        verify(served.final, served.model, told, make_cases(1), Settings())
+    told = Told(Observation("an engine", is_run=False))
     with pytest.raises(ValueError, match="none of 2 questions can be asked: the prompt has"):
         verify(served.final, served.model, told, make_cases(2), Settings(max_new_tokens=500))
     certificate = verify(served.final, served.model, told, make_cases(4), Settings(max_new_tokens=478))
-    assert certificate.notes[0].startswith("3 of 4 questions were left out: the prompt has")
+    assert certificate.notes[0].startswith("1 of 4 questions were left out: the prompt has")
 
 
 @pytest.mark.parametrize("name", ENGINE_MODULES)

@@ -105,8 +105,9 @@ def compare_stage(
 
 def measure(stage: str, ours: Tensor, theirs: Tensor, processor: Processor, allowed: float) -> tuple[float, str | None]:
     """Return the size of a difference in the unit of its stage, and what it is as a sentence, if it is too large."""
-    if stage == NUM_IDS and int(ours) != int(theirs):
-        return abs(int(ours) - int(theirs)), f"the prompt has {int(theirs)} tokens instead of {int(ours)}"
+    if stage == NUM_IDS:
+        number = abs(int(ours) - int(theirs))
+        return number, f"the prompt has {int(theirs)} tokens instead of {int(ours)}" if number else None
     if stage == IDS:
         return measure_ids(ours.tolist(), theirs.tolist(), processor)
     if ours.shape != theirs.shape:

@@ -40,7 +40,7 @@ class ServerEngine:
     def observe(self, request: Request) -> Observation:
         """Return what the server gives: numbers of prompt tokens and answers; else what is wrong on paper."""
         if request.url is not None:
-            return self._ask(request, request.url, f"{self.name} at {request.url}")
+            return self._ask(request, request.url, f"{self.name}, asked over HTTP")
         export, notes = exported_form(request, self.format_name)
         problems = list(self.check_on_paper(export, read_composed_config(request.checkpoint)))
         if importlib.util.find_spec(self.package) is None:

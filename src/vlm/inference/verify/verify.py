@@ -85,8 +85,7 @@ class _Comparison:
 
     def certificate(self, notes: Sequence[str]) -> Certificate:
         """Compare, and return the certificate."""
-        observation, dtype = self.observation, self.request.dtype
-        given = observation.outputs
+        observation, given = self.observation, self.observation.outputs
         asked = [case for case in self.request.questions if given.get(case.name)]
         ours = {
             case.name: self.reference.outputs(case, with_logits=LOGITS in given[case.name])
@@ -97,16 +96,18 @@ class _Comparison:
         if difference is not None and difference.stage == LOGITS:
             difference = self._name_layer(difference)
         different_answer = self._compare_answers()
+        if observation.is_run and not results and not self.answers:
+            raise ValueError(f"{observation.version} gave nothing that could be compared")
         difference = difference or different_answer
         sentence = None if difference is None else f"{difference.sentence} (question {difference.case})"
-        problems = list(observation.problems)
-        if problems and not (sentence and observation.is_run):
-            sentence = "; ".join(problems)
+        stage = None if difference is None else difference.stage
+        if observation.problems and difference is None:
+            sentence, stage = "; ".join(observation.problems), "settings"
         stages = [ComparedStage(result.stage, result.cases, result.largest, result.allowed) for result in results]
         return Certificate(
-            observation.version, observation.is_run, sentence, stages, self.answers, self.equal, self.tied, dtype,
-            datetime.now(UTC).date().isoformat(), version("small-vlm"), fingerprint_files(self.request.checkpoint),
-            notes,
+            observation.version, observation.is_run, sentence, stage, stages, self.answers, self.equal, self.tied,
+            self.request.dtype, datetime.now(UTC).date().isoformat(), version("small-vlm"),
+            fingerprint_files(self.request.checkpoint), notes,
         )  # fmt: skip
 
     def _stages(self, ours: Mapping[str, State]) -> Iterator[StageResult]:
