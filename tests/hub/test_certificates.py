@@ -54,7 +54,7 @@ def test_a_changed_file_makes_a_certificate_stale(final: Path, name: str):
 def test_a_file_of_something_else_is_refused(final: Path):
     fingerprint = fingerprint_files(final)
     write_json(final / CERTIFICATE_FILE, {"vllm": {"fingerprint": fingerprint}})
-    with pytest.raises(ValueError, match="has no certificates of this version"):
+    with pytest.raises(ValueError, match="is no file of certificates of this version"):
         read_certificates(final)
     (final / CERTIFICATE_FILE).write_text('{"vllm": 1}')
     assert read_certificates(final) == []

@@ -44,7 +44,7 @@ def test_base_and_adapter_are_the_checkpoint(adapted: Path, tmp_path: Path, caps
     said = capsys.readouterr().out
     command = f"vllm serve {tmp_path}/served/base --enable-lora --max-lora-rank 8 --lora-modules served={tmp_path}"
     assert command in said
-    assert "base has 4 weights that this run trained besides: it is for this adapter alone" in said
+    assert "base has 6 weights that this run trained besides: it is for this adapter alone" in said
     state = load_file(tmp_path / "served" / "adapter" / ADAPTER_WEIGHTS)
     layers = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in state}
     assert "language_model.model.layers.0.self_attn.q_proj" in layers

@@ -47,7 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--answers", type=int, default=200, metavar="N", help="how many questions (%(default)s)")
     longest = "the longest answer, in tokens (%(default)s)"
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help=longest)
-    output = f"where the certificate goes ({CERTIFICATE_FILE} in the checkpoint's folder)"
+    output = (
+        f"where the certificate goes ({CERTIFICATE_FILE} in the checkpoint's folder; nowhere for a name on the Hub)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     records = parser.add_argument_group("questions of your own, beside those that are made")
     records.add_argument("--data", dest="input", metavar="FILE", help="records, in any format that training reads")
@@ -61,19 +63,21 @@ def main(argv: Sequence[str]) -> None:
     """Compare, print what was found, write the certificate, and exit with 1 where the engine differs."""
     args = make_parser().parse_args(argv)
     _check_options(args)
-    from vlm.assembly.adapter_folder import local_folder
     from vlm.hub.certificates import add_certificate
+    from vlm.hub.folders import resolve_folder
     from vlm.inference.verify.engines import load_engine
     from vlm.inference.verify.verify import Settings, verify
 
-    checkpoint = local_folder(args.checkpoint) if Path(args.checkpoint).is_dir() else Path(_download(args.checkpoint))
+    checkpoint = resolve_folder(args.checkpoint)
     model = _load(args, checkpoint)
     questions = _questions(args, model)
-    settings = Settings(args.max_new_tokens, args.export, args.url)
+    settings = Settings(args.max_new_tokens, args.export, args.url, args.trust_remote_code)
     certificate = verify(checkpoint, model, load_engine(args.engine), questions, settings)
-    file = args.output or checkpoint / CERTIFICATE_FILE
-    add_certificate(file, args.engine, certificate)
-    print(describe(certificate), f"Certificate: {file}", sep="\n")
+    print(describe(certificate))
+    file = args.output or (checkpoint / CERTIFICATE_FILE if Path(args.checkpoint).is_dir() else None)
+    if file is not None:
+        add_certificate(file, args.engine, certificate)
+    print("No certificate was written: --output names a file" if file is None else f"Certificate: {file}")
     if certificate.difference:
         sys.exit(DIFFERENT_STATUS)
 
@@ -94,12 +98,6 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("--format, --option, --image-folder and --system-prompt belong to --data")
 
 
-def _download(name: str) -> str:
-    from vlm.hub.folders import resolve_folder
-
-    return str(resolve_folder(name))
-
-
 def _load(args: argparse.Namespace, checkpoint: Path) -> "VisionLanguageModel":
     """Load the checkpoint as training has it, without a cache of features; refuse adapters and heads."""
     from vlm.assembly.adapter_folder import is_adapter_checkpoint
@@ -113,7 +111,7 @@ def _load(args: argparse.Namespace, checkpoint: Path) -> "VisionLanguageModel":
             "MERGED, then verify MERGED"
         )
     opened.check_heads(expected=False)
-    return VisionLanguageModel(*opened.load_for_inference(device=args.device, dtype=args.dtype))
+    return VisionLanguageModel(*opened.load_for_inference(device=args.device, dtype=args.dtype, base=args.base))
 
 
 def _questions(args: argparse.Namespace, model: "VisionLanguageModel") -> list["Case"]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,20 @@ def test_what_is_loaded_where_no_export_is_named(served: Served, tmp_path: Path)
     assert json.loads((export / "config.json").read_text())["model_type"] == "llava"
     assert notes == []
     assert exported_form(make_request(served, tmp_path, export=served.export), "llava") == (served.export, [])
+
+
+def test_code_that_came_with_a_checkpoint_needs_trust(served: Served, tmp_path: Path):
+    folder, _ = published_form(make_request(served, tmp_path))
+    with pytest.raises(ValueError, match="brings code of its own, which runs with --trust-remote-code alone"):
+        published_form(make_request(served, tmp_path, export=folder))
+    assert published_form(make_request(served, tmp_path, export=folder, trust_remote_code=True)) == (folder, True)
+    final = tmp_path / "final"
+    final.mkdir()
+    values = json.loads((served.final / "config.json").read_text())
+    values["auto_map"] = {"Connector": "user_connector.Mine"}
+    (final / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="final brings code of its own"):
+        published_form(replace(make_request(served, tmp_path), checkpoint=final))
 
 
 @pytest.mark.slow

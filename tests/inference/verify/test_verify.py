@@ -10,8 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.hub.tiles import LIKE, ours
 from tests.inference.verify.conftest import Served
+from tests.tiny_parts import Parts
 from vlm.hub.certificates import Certificate
+from vlm.hub.exporting import export_checkpoint
+from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.verify import installed_transformers
 from vlm.inference.verify.cases import make_cases
 from vlm.inference.verify.engines import ENGINE_MODULES, Observation, load_engine
@@ -140,6 +144,20 @@ def test_a_broken_export_is_caught_and_its_stage_named(served: Served, tmp_path:
     assert "(question made-00" in certificate.difference
     assert len(certificate.difference) < 400
     assert "\n" not in certificate.difference
+
+
+@pytest.mark.parametrize("kind", LIKE)
+@pytest.mark.usefixtures("read_here")
+def test_images_in_tiles_and_a_lost_newline(parts: Parts, tmp_path: Path, kind: str):
+    model, processor = ours(parts, tmp_path / "final", ("clip", "qwen2"), LIKE[kind])
+    export_checkpoint(str(tmp_path / "final"), tmp_path / "export", "llava")
+    tiled = Served(tmp_path / "final", tmp_path / "export", VisionLanguageModel(model, processor))
+    certificate = certify(tiled, tiled.export, 10)
+    assert certificate.difference is None
+    assert certificate.stages[0].cases == 9
+    edit_weights(lambda state: {"image_newline": torch.zeros_like(state["image_newline"])})(tiled.export)
+    said = str(certify(tiled, tiled.export, 1).difference)
+    assert said.startswith("the outputs of language model layer 1 are the first that differ")
 
 
 class Told:

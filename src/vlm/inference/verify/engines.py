@@ -49,6 +49,7 @@ class Request:
         url: the address of a running server, where the user named it.
         device: `cpu`, `cuda` …
         dtype: `float32`, `bfloat16` or `float16`, in which training's path computes.
+        trust_remote_code: whether code that comes with the checkpoint or the export may run.
     """
 
     checkpoint: Path
@@ -61,6 +62,7 @@ class Request:
     url: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

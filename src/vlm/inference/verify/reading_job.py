@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from vlm.hub.readback import find_memory_shortage
 from vlm.inference.verify import plain_reader
 from vlm.inference.verify.cases import Case, Message
 from vlm.inference.verify.engines import NUM_LOGITS, Observation, Request, State
@@ -40,6 +41,8 @@ class ReadingJob:
         Raises:
             ValueError: it does not load there, or the process fails otherwise.
         """
+        if request.device == "cpu" and (shortage := find_memory_shortage(self.model)):
+            raise ValueError(f"{self.model} cannot be read beside the loaded checkpoint: {shortage}")
         out, results = self._run(request, request.cases, request.questions, traced=())
         outputs = {case.name: load_file(out / f"{case.name}.safetensors") for case in request.cases}
         return Observation(f"transformers {results['versions']['transformers']}", outputs, results["answers"])
@@ -53,7 +56,7 @@ class ReadingJob:
         self, request: Request, cases: Sequence[Case], questions: Sequence[Case], traced: Sequence[str]
     ) -> tuple[Path, dict[str, Any]]:
         """Run a job; return the folder of what it wrote, and its `RESULTS`."""
-        out = request.scratch / ("traced" if traced else "read")
+        out = request.scratch / "-".join(["read", *traced])
         out.mkdir()
         job = {
             "model": str(self.model),

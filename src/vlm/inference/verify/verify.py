@@ -35,11 +35,13 @@ class Settings:
         max_new_tokens: the largest number of tokens of an answer.
         export: see `Request`.
         url: see `Request`.
+        trust_remote_code: see `Request`.
     """
 
     max_new_tokens: int = 16
     export: Path | None = None
     url: str | None = None
+    trust_remote_code: bool = False
 
 
 def verify(
@@ -69,7 +71,7 @@ def verify(
         request = Request(
             checkpoint, cases, usable, {case.name: reference.inputs(case) for case in cases}, Path(scratch),
             settings.max_new_tokens, settings.export, settings.url, str(model.model.device),
-            str(model.model.dtype).removeprefix("torch."),
+            str(model.model.dtype).removeprefix("torch."), settings.trust_remote_code,
         )  # fmt: skip
         observation = engine.observe(request)
         comparison = _Comparison(reference, engine, request, observation)
