@@ -60,6 +60,17 @@ def test_a_file_of_something_else_is_refused(final: Path):
     assert read_certificates(final) == []
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"engine": "[a](http://b)"}, {"engine": "a\n| b |"}, {"date": "<img src=x>"}, {"answers": "many"}],
+    ids=str,
+)
+def test_nothing_that_others_wrote_comes_alive_in_a_card(final: Path, fields: dict[str, object]):
+    add_certificate(final / CERTIFICATE_FILE, "vllm", make_certificate(final, **fields))
+    with pytest.raises(ValueError, match="run vlm verify again"):
+        read_certificates(final)
+
+
 def test_rows_say_what_was_compared_and_what_was_not_run(final: Path):
     assert make_certificate(final).row() == (
         "transformers 5.23.0", "pixels, logits", "2.5e-06", "199 of 200 equal, 1 tied", "2026-11-30",

@@ -5,6 +5,7 @@ card shows it.
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,9 @@ from vlm.hub.folders import NON_WEIGHT_FILES, JsonObject, read_json, write_json
 
 CERTIFICATE_FILE = "verification.json"
 WEIGHT_PATTERN = "*.safetensors"
+
+PLAIN_TEXT = re.compile(r"[\w .,+()-]{1,80}")
+"""Names and dates that go into a card: nothing that Markdown makes a link or a tag of, whoever wrote the file."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,20 @@ def _is_about(entry: object, fingerprint: str) -> bool:
 
 
 def _read_entry(folder: Path, entry: JsonObject) -> Certificate:
+    """Return a certificate; raise ValueError for anything that `vlm verify` does not write."""
+    file = folder / CERTIFICATE_FILE
     try:
-        stages = [ComparedStage(**stage) for stage in entry["stages"]]
-        return Certificate(**{**entry, "stages": stages})
+        certificate = Certificate(**{**entry, "stages": [ComparedStage(**stage) for stage in entry["stages"]]})
     except (KeyError, TypeError) as error:
-        problem = (
-            f"{folder / CERTIFICATE_FILE} is no file of certificates of this version ({error}): run vlm verify again"
-        )
-        raise ValueError(problem) from error
+        raise ValueError(
+            f"{file} is no file of certificates of this version ({error}): run vlm verify again"
+        ) from error
+    texts = [certificate.engine, certificate.date, certificate.different_stage or "none"]
+    texts += [stage.stage for stage in certificate.stages]
+    numbers = [certificate.answers, certificate.equal_answers, certificate.tied_answers]
+    numbers += [stage.largest for stage in certificate.stages]
+    if not all(isinstance(text, str) and PLAIN_TEXT.fullmatch(text) for text in texts):
+        raise ValueError(f"{file} holds names that vlm verify does not write: run vlm verify again")
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"{file} holds something else where numbers belong: run vlm verify again")
+    return certificate

@@ -73,16 +73,17 @@ class Reference:
         return on_device(batch, self.model.processor, self.model.model.device)
 
     @torch.no_grad()
-    def outputs(self, case: Case, *, with_logits: bool = True) -> State:
+    def outputs(self, case: Case, *, ids_only: bool = False) -> State:
         """Return `ids` `(tokens,)`, `logits` `(positions, vocabulary)`, and of images `pixels` and `image_views`."""
         inputs = self.inputs(case)
         outputs = {IDS: inputs["input_ids"][0].cpu()}
+        if ids_only:
+            return outputs
         if "pixel_values" in inputs:
             outputs[PIXELS] = inputs["pixel_values"].cpu()
         if "image_views" in inputs:
             outputs["image_views"] = inputs["image_views"].cpu()
-        if with_logits:
-            outputs[LOGITS] = self._last_logits(self._training_batch(case), inputs["input_ids"].shape[1])
+        outputs[LOGITS] = self._last_logits(self._training_batch(case), inputs["input_ids"].shape[1])
         return outputs
 
     def _last_logits(self, batch: State, length: int) -> Tensor:

@@ -1,5 +1,6 @@
 """One comparison from the beginning to its certificate."""
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from vlm.inference.verify.comparison import (
     compare_stage,
     first_differing_layer,
 )
-from vlm.inference.verify.engines import LOGITS, Engine, Observation, Request, State
+from vlm.inference.verify.engines import LOGITS, NUM_IDS, Engine, Observation, Request, State
 from vlm.inference.verify.reference import Reference
 
 NUM_CASES = 20
@@ -90,7 +91,7 @@ class _Comparison:
         observation, given = self.observation, self.observation.outputs
         asked = [case for case in self.request.questions if given.get(case.name)]
         ours = {
-            case.name: self.reference.outputs(case, with_logits=LOGITS in given[case.name])
+            case.name: self.reference.outputs(case, ids_only=given[case.name].keys() == {NUM_IDS})
             for case in tqdm(asked, "training's path", unit="question", disable=None)
         }
         results = list(self._stages(ours))
@@ -105,7 +106,10 @@ class _Comparison:
         stage = None if difference is None else difference.stage
         if observation.problems and difference is None:
             sentence, stage = "; ".join(observation.problems), "settings"
-        stages = [ComparedStage(result.stage, result.cases, result.largest, result.allowed) for result in results]
+        stages = [
+            ComparedStage(result.stage, result.cases, min(result.largest, sys.float_info.max), result.allowed)
+            for result in results  # JSON has no infinite numbers
+        ]
         return Certificate(
             observation.version, observation.is_run, sentence, stage, stages, self.answers, self.equal, self.tied,
             self.request.dtype, datetime.now(UTC).date().isoformat(), version("small-vlm"),
@@ -127,7 +131,9 @@ class _Comparison:
         if found is None:
             return difference
         layer, size = found
-        how = "have another shape" if size == float("inf") else f"differ by {size:.2g} of their size"
+        how = (
+            "have another shape, or are no numbers," if size == float("inf") else f"differ by {size:.2g} of their size"
+        )
         allowed = f"(allowed: {TOLERANCES[self.request.dtype]:g})"
         return Difference(
             layer, case.name, f"the outputs of {layer} are the first that {how} {allowed}; {difference.sentence}"
