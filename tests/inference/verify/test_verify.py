@@ -163,9 +163,9 @@ def test_images_in_tiles_and_a_lost_newline(parts: Parts, tmp_path: Path, kind: 
     model, processor = ours(parts, tmp_path / "final", ("clip", "qwen2"), LIKE[kind])
     export_checkpoint(str(tmp_path / "final"), tmp_path / "export", "llava")
     tiled = Served(tmp_path / "final", tmp_path / "export", VisionLanguageModel(model, processor))
-    certificate = certify(tiled, tiled.export, 10)
+    certificate = certify(tiled, tiled.export, 7)  # of one image, of none and of two
     assert certificate.difference is None
-    assert certificate.stages[0].cases == 9
+    assert certificate.stages[0].cases == 6
     edit_weights(lambda state: {"image_newline": torch.zeros_like(state["image_newline"])})(tiled.export)
     said = str(certify(tiled, tiled.export, 1).difference)
     assert said.startswith("the outputs of language model layer 1 are the first that differ")
