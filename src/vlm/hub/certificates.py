@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vlm.hub.folders import NON_WEIGHT_FILES, JsonObject, read_json, write_json
+from vlm.hub.folders import NON_WEIGHT_FILES, read_json, write_json
 
 CERTIFICATE_FILE = "verification.json"
 WEIGHT_PATTERN = "*.safetensors"
