@@ -1,6 +1,7 @@
 """Questions: the same at every call, of every kind, and as a plain client writes them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +27,9 @@ def test_a_client_writes_no_line_break_between_images_and_text():
     image = ImageRef(content=b"file")
     case = Case("a", (Turn("user", (image, image, "\nWhat?")), Turn("assistant", ("A",)), Turn("user", ("\nB",))))
     assert case.images == [b"file", b"file"]
+    kept = replace(case, writes_line_breaks=True).messages
+    assert kept[0]["content"][-1] == {"type": "text", "text": "\nWhat?"}
+    assert kept[1:] == case.messages[1:]
     assert case.messages == [
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "A"}]},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.families.tiny_families import save_family
 from tests.hub.tiles import LIKE, ours
 from tests.inference.verify.conftest import Served
 from tests.tiny_parts import Parts
@@ -169,6 +170,17 @@ def test_images_in_tiles_and_a_lost_newline(parts: Parts, tmp_path: Path, kind: 
     edit_weights(lambda state: {"image_newline": torch.zeros_like(state["image_newline"])})(tiled.export)
     said = str(certify(tiled, tiled.export, 1).difference)
     assert said.startswith("the outputs of language model layer 1 are the first that differ")
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "llava-next"])
+@pytest.mark.usefixtures("read_here")
+def test_a_family_is_read_as_it_is(tmp_path: Path, name: str):
+    """Its own template writes no line break behind an image, and its own processor pads images to equal tiles."""
+    save_family(name, tmp_path / name)
+    model = VisionLanguageModel.load(tmp_path / name, device="cpu", dtype="float32")
+    certificate = verify(tmp_path / name, model, InstalledTransformers(), make_cases(7), Settings(2))
+    assert certificate.difference is None
+    assert certificate.answers == 7
 
 
 class Told:

@@ -35,10 +35,13 @@ class Case:
     Attributes:
         name: letters, digits and hyphens; the only one of a request.
         turns: the conversation as training reads it. Images have `content`.
+        writes_line_breaks: whether a client writes the line break that training's records have between the leading
+            images of a turn and its text: composed models' templates write it, those of families do not.
     """
 
     name: str
     turns: tuple[Turn, ...]
+    writes_line_breaks: bool = False
 
     @property
     def images(self) -> list[bytes]:
@@ -50,14 +53,18 @@ class Case:
     def messages(self) -> list[Message]:
         """The conversation as a plain client writes it: `{"type": "image"}` and `{"type": "text", "text": …}`.
 
-        Images of all messages together are `images`, in order. The line break that training's records have between the
-        leading images of a turn and its text is not a client's to write.
+        Images of all messages together are `images`, in order.
         """
-        return [{"role": turn.role, "content": list(_content(turn))} for turn in self.turns]
+        return [
+            {"role": turn.role, "content": list(_content(turn, keeps_break=self.writes_line_breaks))}
+            for turn in self.turns
+        ]
 
 
-def _content(turn: Turn) -> Iterator[Message]:
-    leading = len(list(takewhile(lambda part: isinstance(part, ImageRef), turn.content)))
+def _content(turn: Turn, *, keeps_break: bool) -> Iterator[Message]:
+    leading = 0
+    if not keeps_break:
+        leading = len(list(takewhile(lambda part: isinstance(part, ImageRef), turn.content)))
     for place, part in enumerate(turn.content):
         if isinstance(part, str):
             yield {"type": "text", "text": part.removeprefix("\n") if leading and place == leading else part}

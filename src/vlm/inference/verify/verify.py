@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
+from vlm.assembly.checkpoint import is_composed_model
 from vlm.hub.certificates import Certificate, ComparedStage, fingerprint_files
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.verify.cases import Case
@@ -61,6 +62,8 @@ def verify(
         ValueError: training could read none of the questions, or the engine cannot be asked.
     """
     reference = Reference(model)
+    if not is_composed_model(model.model):
+        questions = [replace(case, writes_line_breaks=True) for case in questions]
     usable, reasons = reference.usable(questions, settings.max_new_tokens)
     if not usable:
         raise ValueError(
