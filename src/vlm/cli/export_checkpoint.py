@@ -10,8 +10,13 @@ from pathlib import Path
 FORMAT_DESCRIPTIONS = {
     "llava": "transformers and vLLM, without remote code",
     "llava-original": "the original LLaVA's code, and SGLang",
+    "gguf": "llama.cpp and what is built on it",
+    "onnx": "onnxruntime, from any language",
 }
-"""Format of `vlm.hub.targets.EXPORT_FORMATS` -> who reads it; named here too so that `--help` imports no torch."""
+"""Format of `vlm.hub.exporting` -> who reads it; named here too so that `--help` imports no torch."""
+
+DTYPES = ("float32", "float16", "bfloat16", "q8_0")
+"""How `gguf` stores matrices; `onnx` is written in float32."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -19,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     args = make_parser().parse_args(argv)
     from vlm.hub.exporting import export_checkpoint
 
-    differences = export_checkpoint(args.checkpoint, args.out, args.format, vision_tower=args.vision_tower)
+    differences = export_checkpoint(args.checkpoint, args.out, args.format, vision_tower=args.vision_tower, dtype=args.dtype)
     print(f"{args.out}: as {args.format}", *(f"Note: {difference}" for difference in differences), sep="\n")
 
 
@@ -32,4 +37,5 @@ def make_parser() -> argparse.ArgumentParser:
     forms = "; ".join(f"{name}: {reader}" for name, reader in FORMAT_DESCRIPTIONS.items())
     parser.add_argument("--format", required=True, choices=FORMAT_DESCRIPTIONS, help=forms)
     parser.add_argument("--vision-tower", metavar="NAME", help="with llava-original: the encoder's name to write down")
+    parser.add_argument("--dtype", choices=DTYPES, help="with gguf: how matrices are stored; as they are by default")
     return parser

@@ -1,0 +1,96 @@
+"""llama.cpp on an export: its server, in this process, by the package `xllamacpp`, asked over loopback."""
+
+import base64
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vlm.hub.gguf.exporting import LANGUAGE_MODEL_FILE, MMPROJ_FILE
+
+MEDIA_MARK = "<__media__>"
+"""What stands for an image in a prompt of llama.cpp."""
+
+
+class Answer(NamedTuple):
+    """What llama.cpp answered.
+
+    Attributes:
+        text: the answer.
+        tokens: its ids.
+        num_prompt_tokens: how many tokens the prompt took, those of images included.
+        first_logprobs: the likeliest first tokens -> the natural logarithm of their probability.
+    """
+
+    text: str
+    tokens: list[int]
+    num_prompt_tokens: int
+    first_logprobs: dict[int, float]
+
+
+class LlamaCpp:
+    """A server of llama.cpp with a language model and its `mmproj`.
+
+    Args:
+        folder: an export.
+        max_positions: the longest prompt with its answer, in tokens.
+
+    Raises:
+        ValueError: the package `xllamacpp` is not installed, or llama.cpp does not load the files.
+    """
+
+    def __init__(self, folder: Path, max_positions: int = 4096):
+        try:
+            import xllamacpp
+        except ModuleNotFoundError as error:
+            raise ValueError("llama.cpp answers through the package xllamacpp: pip install xllamacpp") from error
+        library: Any = xllamacpp  # declares nothing
+        settings = library.CommonParams()
+        settings.model.path = str(folder / LANGUAGE_MODEL_FILE)
+        settings.mmproj.path = str(folder / MMPROJ_FILE)
+        settings.n_ctx, settings.n_parallel = max_positions, 1
+        settings.warmup = settings.fit_params = False
+        settings.verbosity = 0
+        settings.flash_attn_type = library.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        settings.cache_type_k = settings.cache_type_v = library.ggml_type.GGML_TYPE_F32
+        try:
+            self.server = library.Server(settings)
+        except Exception as error:  # whatever the binding raises
+            raise ValueError(f"llama.cpp does not load {folder}: {error}") from error
+        self.version = f"llama.cpp of xllamacpp {xllamacpp.__version__}"
+
+    def answer(self, prompt: str, images: Sequence[bytes], max_new_tokens: int, *, ignore_end: bool = False) -> Answer:
+        """Return the greedy answer to a rendered prompt, in which `MEDIA_MARK` stands for each image file."""
+        request = {
+            "prompt": {
+                "prompt_string": prompt, "multimodal_data": [base64.b64encode(image).decode() for image in images],
+            } if images else prompt,
+            "n_predict": max_new_tokens, "temperature": 0, "n_probs": 10, "return_tokens": True,
+            "cache_prompt": False, "ignore_eos": ignore_end, "post_sampling_probs": False,
+        }  # fmt: skip
+        reply = self._post("/completion", request)
+        first = reply["completion_probabilities"][0]["top_logprobs"] if reply.get("completion_probabilities") else []
+        return Answer(
+            reply["content"], reply["tokens"], reply["tokens_evaluated"], {token["id"]: token["logprob"] for token in first}
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids of a text; special tokens that it spells are read as such."""
+        return self._post("/tokenize", {"content": text, "parse_special": True})["tokens"]
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Return a conversation as llama.cpp renders it by the file's chat template."""
+        return self._post("/apply-template", {"messages": list(messages)})["prompt"]
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self.server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
+        try:
+            with opener.open(request) as reply:
+                return json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            raise ValueError(f"llama.cpp refuses {path}: {error.read().decode()[:300]}") from error
