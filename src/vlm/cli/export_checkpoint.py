@@ -24,7 +24,9 @@ def main(argv: Sequence[str]) -> None:
     args = make_parser().parse_args(argv)
     from vlm.hub.exporting import export_checkpoint
 
-    differences = export_checkpoint(args.checkpoint, args.out, args.format, vision_tower=args.vision_tower, dtype=args.dtype)
+    differences = export_checkpoint(
+        args.checkpoint, args.out, args.format, vision_tower=args.vision_tower, dtype=args.dtype
+    )
     print(f"{args.out}: as {args.format}", *(f"Note: {difference}" for difference in differences), sep="\n")
 
 

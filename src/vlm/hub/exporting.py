@@ -22,7 +22,6 @@ from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard, weight_files
 from vlm.hub.targets import EXPORT_FORMATS
 from vlm.models import VLMConfig, VLMProcessor
 
-
 WITH_DTYPE = ("gguf", "onnx")
 """Formats that can be written in another precision than the checkpoint's."""
 

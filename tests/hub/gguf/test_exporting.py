@@ -161,7 +161,10 @@ def test_what_llama_cpp_has_no_place_for(parts: Parts, tmp_path: Path, names: tu
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type=dynamic: possible"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "rope_type=dynamic: possible",
+        ),
         ({"hidden_act": "gelu"}, "a llama with hidden_act=gelu: llama.cpp has silu"),
     ],
 )
@@ -219,7 +222,7 @@ HAS_LLAMA_CPP = importlib.util.find_spec("xllamacpp") is not None
 @pytest.mark.parametrize("case", ["siglip-llama", "own-output-qwen3", "sentencepiece"])
 def test_llama_cpp_answers_the_same(parts: Parts, tmp_path: Path, case: str):
     """An image of the encoder's size, which nobody resizes: prompt, likeliest first tokens, and the greedy answer."""
-    from vlm.hub.gguf.llama_cpp import MEDIA_MARK, LlamaCpp
+    from vlm.hub.gguf.llama_cpp import LlamaCpp
 
     model, processor = checkpoint(parts, tmp_path / "ours", case)
     export_checkpoint(str(tmp_path / "ours"), tmp_path / "gguf", "gguf")
@@ -233,7 +236,7 @@ def test_llama_cpp_answers_the_same(parts: Parts, tmp_path: Path, case: str):
     llama_cpp = LlamaCpp(tmp_path / "gguf", max_positions=256)
     file = io.BytesIO()
     image.save(file, "PNG")
-    answer = llama_cpp.answer(prompt.replace("<image>", MEDIA_MARK), [file.getvalue()], 8, ignore_end=True)
+    answer = llama_cpp.answer(prompt.replace("<image>", llama_cpp.media_mark), [file.getvalue()], 8, ignore_end=True)
     assert answer.num_prompt_tokens == inputs["input_ids"].shape[1]
     for token, logprob in answer.first_logprobs.items():
         assert logprob == pytest.approx(float(expected[token]), abs=0.01)

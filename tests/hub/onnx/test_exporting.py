@@ -18,8 +18,8 @@ from vlm.cli.main import main
 pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed (extra export)")
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra export)")
 
-from vlm.hub.onnx import exporting  # noqa: E402 - it imports them
-from vlm.hub.onnx.session import OnnxModel  # noqa: E402
+from vlm.hub.onnx import exporting
+from vlm.hub.onnx.session import OnnxModel
 
 PAGE = Path(__file__).parents[3] / "docs" / "checkpoints.md"
 

@@ -10,9 +10,6 @@ from typing import Any, NamedTuple
 
 from vlm.hub.gguf.exporting import LANGUAGE_MODEL_FILE, MMPROJ_FILE
 
-MEDIA_MARK = "<__media__>"
-"""What stands for an image in a prompt of llama.cpp."""
-
 
 class Answer(NamedTuple):
     """What llama.cpp answered.
@@ -31,7 +28,7 @@ class Answer(NamedTuple):
 
 
 class LlamaCpp:
-    """A server of llama.cpp with a language model and its `mmproj`.
+    """A server of llama.cpp with a language model and its `mmproj`; `media_mark` stands for an image in a prompt.
 
     Args:
         folder: an export.
@@ -59,10 +56,11 @@ class LlamaCpp:
             self.server = library.Server(settings)
         except Exception as error:  # whatever the binding raises
             raise ValueError(f"llama.cpp does not load {folder}: {error}") from error
+        self.media_mark: str = self._open("/props")["media_marker"]
         self.version = f"llama.cpp of xllamacpp {xllamacpp.__version__}"
 
     def answer(self, prompt: str, images: Sequence[bytes], max_new_tokens: int, *, ignore_end: bool = False) -> Answer:
-        """Return the greedy answer to a rendered prompt, in which `MEDIA_MARK` stands for each image file."""
+        """Return the greedy answer to a rendered prompt, in which `media_mark` stands for each image file."""
         request = {
             "prompt": {
                 "prompt_string": prompt, "multimodal_data": [base64.b64encode(image).decode() for image in images],
@@ -72,9 +70,8 @@ class LlamaCpp:
         }  # fmt: skip
         reply = self._post("/completion", request)
         first = reply["completion_probabilities"][0]["top_logprobs"] if reply.get("completion_probabilities") else []
-        return Answer(
-            reply["content"], reply["tokens"], reply["tokens_evaluated"], {token["id"]: token["logprob"] for token in first}
-        )
+        logprobs = {token["id"]: token["logprob"] for token in first}
+        return Answer(reply["content"], reply["tokens"], reply["tokens_evaluated"], logprobs)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens that it spells are read as such."""
@@ -85,12 +82,13 @@ class LlamaCpp:
         return self._post("/apply-template", {"messages": list(messages)})["prompt"]
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self.server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
+        return self._open(path, json.dumps(body).encode())
+
+    def _open(self, path: str, body: bytes | None = None) -> Any:
+        address, headers = self.server.listening_address + path, {"Content-Type": "application/json"}
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
         try:
-            with opener.open(request) as reply:
+            with opener.open(urllib.request.Request(address, body, headers)) as reply:
                 return json.loads(reply.read())
         except urllib.error.HTTPError as error:
             raise ValueError(f"llama.cpp refuses {path}: {error.read().decode()[:300]}") from error

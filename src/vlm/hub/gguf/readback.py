@@ -1,7 +1,7 @@
 """GGUF files, read back: every tensor, the tokenizer's ids, and the language model's logits.
 
-The package `gguf` reads tensors and settings; transformers' own reader of GGUF builds the language model again, where it
-has the architecture.
+The package `gguf` reads tensors and settings; transformers' own reader of GGUF builds the language model again, where
+it has the architecture.
 """
 
 import gc
@@ -42,7 +42,7 @@ class TensorCheck:
         self.by_source = {planned.source: planned for planned in plan if planned.source is not None}
         names = {planned.name for planned in plan}
         if names != self.stored.keys():
-            raise ValueError(f"{file.name} has other tensors than were planned: {sorted(names ^ self.stored.keys())[:3]}")
+            raise ValueError(f"{file.name} has other tensors than planned: {sorted(names ^ self.stored.keys())[:3]}")
 
     def compare(self, source: str, tensor: Tensor) -> None:
         """Raise ValueError where the file has another value for a weight of the checkpoint."""

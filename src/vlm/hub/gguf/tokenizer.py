@@ -31,6 +31,31 @@ PATTERN_NAMES = {
 }
 """The steps of a pre-tokenizer, and whether whole words are looked up before merging -> llama.cpp's name for them."""
 
+TEMPLATE_HEADER = """\
+{#- vlm: contents as strings, the images of a turn on a line before its text. -#}
+{%- set enable_thinking = false -%}
+{%- set strings = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- if message['content'] is string -%}
+    {%- set strings.messages = strings.messages + [message] -%}
+  {%- else -%}
+    {%- set turn = namespace(text='', lead=true) -%}
+    {%- for item in message['content'] -%}
+      {%- if item['type'] == 'text' -%}
+        {%- if turn.lead and turn.text and not item['text'].startswith('\\n') -%}
+          {%- set turn.text = turn.text + '\\n' -%}
+        {%- endif -%}
+        {%- set turn.lead = false -%}
+      {%- endif -%}
+      {%- set turn.text = turn.text + item['text'] -%}
+    {%- endfor -%}
+    {%- set strings.messages = strings.messages + [{'role': message['role'], 'content': turn.text}] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = strings.messages -%}
+"""
+"""The beginning of an exported template, before ours; the mark that llama.cpp has for an image is the text of an item."""
+
 TEXTS = (
     "What is this?", " two  blanks and\n\nnew lines\t", "It's 1234567 o'clock, isn't it? (3.14)", "naïve café 你好 🙂",
     "  ", "I'LL SEE x=y_z;", "a\r\nb",
@@ -96,7 +121,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, processor: VLMProcessor, num_rows: in
         writer.add_eot_token_id(ending)
     writer.add_add_bos_token(False)  # the template writes it where there is one
     writer.add_add_eos_token(False)
-    writer.add_chat_template(str(processor.chat_template))
+    writer.add_chat_template(TEMPLATE_HEADER + str(processor.chat_template))
 
 
 def _ending_token(processor: VLMProcessor) -> int | None:

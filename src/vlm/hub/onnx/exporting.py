@@ -44,7 +44,7 @@ def export_onnx(opened: OpenedCheckpoint, out: Path, dtype: str | None = None) -
         ValueError: a part has no graph, or the graphs give something else than the checkpoint.
     """
     if dtype not in (None, "float32"):
-        raise ValueError(f"--dtype={dtype}: --format onnx is written in float32; onnxruntime's tools convert the graphs")
+        raise ValueError(f"--dtype={dtype}: --format onnx is float32; onnxruntime's tools convert the graphs")
     name, checkpoint, config, processor = opened
     refuse_incompatible(name, "onnx", find_incompatibilities(config, processor))
     name_weights(name, checkpoint, config, (("", ""),))  # refuses weights that are not the model's
