@@ -18,15 +18,28 @@ FORMAT_DESCRIPTIONS = {
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 """How `gguf` stores matrices; `onnx` is written in float32."""
 
+ADAPTER_FORMAT_DESCRIPTIONS = {"vllm-lora": "of a LoRA run's `final`: a base and an adapter for vLLM's --enable-lora"}
+"""Format of an adapter -> who reads it."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Export a checkpoint, and print how it differs."""
     args = make_parser().parse_args(argv)
-    from vlm.hub.exporting import export_checkpoint
+    if args.base and args.format not in ADAPTER_FORMAT_DESCRIPTIONS:
+        raise ValueError(f"--base {args.base[0]}: --format {args.format} exports complete checkpoints, which have none")
+    if args.format in ADAPTER_FORMAT_DESCRIPTIONS:
+        if args.vision_tower is not None:
+            raise ValueError(f"--vision-tower {args.vision_tower} is a name that --format llava-original writes down")
+        if args.dtype is not None:
+            raise ValueError(f"--dtype {args.dtype}: an adapter keeps the precision in which it was trained")
+        from vlm.hub.vllm_lora import export_vllm_lora
 
-    differences = export_checkpoint(
-        args.checkpoint, args.out, args.format, vision_tower=args.vision_tower, dtype=args.dtype
-    )
+        differences = export_vllm_lora(args.checkpoint, args.out, args.base)
+    else:
+        from vlm.hub.exporting import export_checkpoint
+
+        options = {"vision_tower": args.vision_tower, "dtype": args.dtype}
+        differences = export_checkpoint(args.checkpoint, args.out, args.format, **options)
     print(f"{args.out}: as {args.format}", *(f"Note: {difference}" for difference in differences), sep="\n")
 
 
@@ -36,8 +49,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("vlm export", description=purpose)
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
     parser.add_argument("out", type=Path, help="a new folder")
-    forms = "; ".join(f"{name}: {reader}" for name, reader in FORMAT_DESCRIPTIONS.items())
-    parser.add_argument("--format", required=True, choices=FORMAT_DESCRIPTIONS, help=forms)
+    described = FORMAT_DESCRIPTIONS | ADAPTER_FORMAT_DESCRIPTIONS
+    forms = "; ".join(f"{name}: {reader}" for name, reader in described.items())
+    parser.add_argument("--format", required=True, choices=described, help=forms)
+    base = "with vllm-lora: the new place of the adapter's base, if it was moved; of parts PART=PATH, once for each"
+    parser.add_argument("--base", action="append", default=[], metavar="PATH", help=base)
     parser.add_argument("--vision-tower", metavar="NAME", help="with llava-original: the encoder's name to write down")
     parser.add_argument("--dtype", choices=DTYPES, help="with gguf: how matrices are stored; as they are by default")
     return parser

@@ -23,6 +23,7 @@ COMMANDS = {
     "import": "import_checkpoint",
     "export": "export_checkpoint",
     "merge-lora": "merge_lora",
+    "verify": "verify",
     "push-to-hub": "push_to_hub",
 }
 """Subcommand -> its module in `vlm.cli`, whose `main` takes the words behind it."""

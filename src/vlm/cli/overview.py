@@ -19,6 +19,7 @@ vlm composes, trains and asks vision-language models.
   vlm models                                                what can be trained: parts, families, what each takes
   vlm import SOURCE OUT                                     a LLaVA checkpoint as one of this framework
   vlm export CHECKPOINT OUT --format llava                  a checkpoint for transformers and vLLM; vlm export --help
+  vlm verify CHECKPOINT --with ENGINE                       is what is served what was trained; vlm verify --help
   vlm merge-lora CHECKPOINT OUT                             an adapter and its base as one complete checkpoint
   vlm serve CHECKPOINT                                      a model as OpenAI's chat completions
   vlm push-to-hub CHECKPOINT --repo OWNER/NAME              a checkpoint on the Hub, for plain transformers

@@ -32,13 +32,15 @@ def add_max_frames_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(*spellings, type=int, default=DatasetConfig.max_frames, metavar="N", help=purpose)
 
 
-def add_reading_options(group: "argparse._ArgumentGroup") -> None:
-    """Add options of how a file of records is read."""
+def add_reading_options(group: "argparse._ArgumentGroup", *, writes: bool = True) -> None:
+    """Add options of how a file of records is read; `writes`: those of a command that writes a row for each, too."""
     option = "of that format: prompt='Which digit?'"
     group.add_argument("--format", metavar="FORMAT", help="the records' format (llava, or labelled for tables)")
     group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=option)
     group.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="the folder of relative image paths")
     group.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as dataset.system_prompt in training")
+    if not writes:
+        return
     group.add_argument("--batch-size", type=int, default=16, metavar="N", help="records in a batch (%(default)s)")
     group.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)")
     group.add_argument("--overwrite", action="store_true", help="replace an output that exists or was begun")
@@ -64,9 +66,9 @@ def check_reading_options(args: argparse.Namespace, key: str = "--input") -> Non
     if args.image_folder and not Path(args.image_folder).is_dir():
         raise ValueError(f"--image-folder {args.image_folder}: no such folder (seen from {Path.cwd()})")
     for name in ("batch_size", "max_frames"):
-        if getattr(args, name) < 1:
+        if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
-    if args.num_workers < 0:
+    if getattr(args, "num_workers", 0) < 0:
         raise ValueError(f"--num-workers {args.num_workers}: 0 or more is needed")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from huggingface_hub import ModelCard, ModelCardData
 
 from vlm.config.recorded import upgrade_recipe
+from vlm.hub.certificates import TABLE_TITLES, Certificate
 from vlm.hub.cleaning import find_hub_name, last_path_component
 from vlm.hub.folders import JsonObject
 from vlm.hub.run_facts import RunSummary
@@ -35,7 +36,7 @@ messages = [
 
 def model_card(
     cleaned: JsonObject, config: JsonObject, run: RunSummary, counts: dict[str, int], *, repo: str | None,
-    licence: str | None,
+    licence: str | None, certificates: Sequence[Certificate] = (),
 ) -> str:  # fmt: skip
     """Return the text of `README.md`, with its front matter.
 
@@ -46,6 +47,7 @@ def model_card(
         counts: parameters of each part, see `publishing.parameters`.
         repo: the name on the Hub.
         licence: its identifier on the Hub.
+        certificates: of comparisons with other engines, which are not stale.
     """
     heads, body = cleaned.get("heads", []), cleaned.get("body_config", cleaned)
     composed = body["model_type"] == "vlm"
@@ -69,6 +71,7 @@ def model_card(
         "Training": _format_table(("", ""), run.recipe()),
         "Data": _format_table(("role", "source", "samples", "images"), map(_format_counts, run.sources())),
         "Results": _results(run),
+        "Served as trained": _format_table(TABLE_TITLES, [certificate.row() for certificate in certificates]),
         "Licence": known_licence if licence else no_licence,
     }
     title = f"# {last_path_component(name)}"

@@ -19,6 +19,7 @@ from vlm.checks.checkpoint import checkpoint_problem
 from vlm.config.derived import BASE_FILE
 from vlm.families.table import FAMILIES
 from vlm.hub.card import model_card
+from vlm.hub.certificates import read_certificates
 from vlm.hub.cleaning import find_local_paths, without_paths
 from vlm.hub.folders import JsonObject, read_json, write_json
 from vlm.hub.former_names import copy_renamed, find_former_names
@@ -100,7 +101,10 @@ def prepare_upload(
     _write_auto_maps(out)
     if run.plot is not None:
         shutil.copyfile(run.plot, out / PLOT_FILE)
-    card = model_card(read_json(out / "config.json"), config, run, parameters(out, config), repo=repo, licence=licence)
+    card = model_card(
+        read_json(out / "config.json"), config, run, parameters(out, config), repo=repo, licence=licence,
+        certificates=read_certificates(checkpoint),
+    )  # fmt: skip
     (out / CARD_FILE).write_text(card, encoding="utf-8")
     if places := list(find_local_paths(out, checkpoint, run.checkpoint)):
         raise ValueError(f"{'; '.join(places)}: that is a place of this machine, which is not for others to read")

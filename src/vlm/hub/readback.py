@@ -152,14 +152,18 @@ def _find_native_problems(values: JsonObject, config: VLMConfig, state: State) -
     return list(_loading_problems(AutoModelForImageTextToText._model_mapping[type(theirs)], theirs, state))
 
 
-@torch.no_grad()
 def _read_native_outputs(folder: Path, config: VLMConfig, probe: Probe) -> State:
-    """Return the logits of our ids, with the image as transformers' processor prepares it."""
+    with quiet_loading():
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+    return read_native_logits(model, folder, probe)
+
+
+@torch.no_grad()
+def read_native_logits(model: Any, folder: Path, probe: Probe) -> State:
+    """Return a model's logits of our ids, with the image as transformers' processor in a folder prepares it."""
     reader: Any = AutoProcessor.from_pretrained(folder)
     inputs = reader(images=[probe.image], text=reader.image_token, return_tensors="pt")
     images = {name: inputs[name] for name in ("pixel_values", "image_sizes") if name in inputs}
-    with quiet_loading():
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     return {"logits": model(input_ids=probe.ids, **images).logits}
 
 

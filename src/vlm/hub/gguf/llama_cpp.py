@@ -56,6 +56,7 @@ class LlamaCpp:
             self.server = library.Server(settings)
         except Exception as error:  # whatever the binding raises
             raise ValueError(f"llama.cpp does not load {folder}: {error}") from error
+        self.address: str = self.server.listening_address
         self.media_mark: str = self._open("/props")["media_marker"]
         self.version = f"llama.cpp of xllamacpp {xllamacpp.__version__}"
 
@@ -85,7 +86,7 @@ class LlamaCpp:
         return self._open(path, json.dumps(body).encode())
 
     def _open(self, path: str, body: bytes | None = None) -> Any:
-        address, headers = self.server.listening_address + path, {"Content-Type": "application/json"}
+        address, headers = self.address + path, {"Content-Type": "application/json"}
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
         try:
             with opener.open(urllib.request.Request(address, body, headers)) as reply:

@@ -54,7 +54,7 @@ TEMPLATE_HEADER = """\
 {%- endfor -%}
 {%- set messages = strings.messages -%}
 """
-"""The beginning of an exported template, before ours; the mark that llama.cpp has for an image is the text of an item."""
+"""The beginning of an exported template, before ours; in llama.cpp an item of an image has a mark as its text."""
 
 TEXTS = (
     "What is this?", " two  blanks and\n\nnew lines\t", "It's 1234567 o'clock, isn't it? (3.14)", "naïve café 你好 🙂",

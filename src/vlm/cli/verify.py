@@ -1,0 +1,153 @@
+"""`vlm verify CHECKPOINT --with ENGINE`: is what is served what was trained?
+
+Modules that import torch are imported when the command has been understood.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlm.cli.model_options import add_loading_options
+from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
+from vlm.hub.certificates import CERTIFICATE_FILE
+
+if TYPE_CHECKING:
+    from vlm.hub.certificates import Certificate
+    from vlm.inference.generate import VisionLanguageModel
+    from vlm.inference.verify.cases import Case
+
+ENGINES = {
+    "transformers": "the installed one, which loads what vlm push-to-hub publishes, or --export",
+    "transformers-4": "version 4, in an environment of its own, which loads an export to llava",
+    "vllm": "with --url or installed; else the export is checked on paper",
+    "sglang": "the same, with an export to llava-original",
+    "gguf": "llama.cpp, by the package xllamacpp; else the files are read back and nothing is answered",
+    "onnx": "onnxruntime on the graphs of an export",
+}
+"""Name of an engine -> what it is; named here too so that `--help` imports no torch."""
+
+DIFFERENT_STATUS = 1
+"""The exit status where the engine differs."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `vlm verify`."""
+    purpose = (
+        "Ask the same questions through training's own path and through another engine; compare pixels, ids, logits "
+        "and greedy answers, in this order, and name the first layer that differs."
+    )
+    parser = argparse.ArgumentParser("vlm verify", description=purpose)
+    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
+    engines = "; ".join(f"{name}: {what}" for name, what in ENGINES.items())
+    parser.add_argument("--with", dest="engine", required=True, choices=ENGINES, help=engines)
+    export = "the export that the engine loads; without it, one is made and removed again"
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help=export)
+    url = "a running vLLM or SGLang that serves this checkpoint: http://127.0.0.1:8000"
+    parser.add_argument("--url", metavar="ADDRESS", help=url)
+    parser.add_argument("--answers", type=int, default=200, metavar="N", help="how many questions (%(default)s)")
+    longest = "the longest answer, in tokens (%(default)s)"
+    parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help=longest)
+    output = (
+        f"where the certificate goes ({CERTIFICATE_FILE} in the checkpoint's folder; nowhere for a name on the Hub)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
+    records = parser.add_argument_group("questions of your own, beside those that are made")
+    records.add_argument("--data", dest="input", metavar="FILE", help="records, in any format that training reads")
+    add_reading_options(records, writes=False)
+    add_max_frames_option(parser)
+    add_loading_options(parser, quantized=False)
+    return parser
+
+
+def main(argv: Sequence[str]) -> None:
+    """Compare, print what was found, write the certificate, and exit with 1 where the engine differs."""
+    args = make_parser().parse_args(argv)
+    _check_options(args)
+    from vlm.hub.certificates import add_certificate
+    from vlm.hub.folders import resolve_folder
+    from vlm.inference.verify.engines import load_engine
+    from vlm.inference.verify.verify import Settings, verify
+
+    checkpoint = resolve_folder(args.checkpoint)
+    model = _load(args, checkpoint)
+    questions = _questions(args, model)
+    settings = Settings(args.max_new_tokens, args.export, args.url, args.trust_remote_code)
+    certificate = verify(checkpoint, model, load_engine(args.engine), questions, settings)
+    print(describe(certificate))
+    file = args.output or (checkpoint / CERTIFICATE_FILE if Path(args.checkpoint).is_dir() else None)
+    if file is not None:
+        add_certificate(file, args.engine, certificate)
+    print("No certificate was written: --output names a file" if file is None else f"Certificate: {file}")
+    if certificate.difference:
+        sys.exit(DIFFERENT_STATUS)
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Raise ValueError, before anything is loaded, for options that contradict each other or are out of bounds."""
+    check_reading_options(args, "--data")
+    for name in ("answers", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
+    if args.url is not None and args.engine not in ("vllm", "sglang"):
+        raise ValueError(f"--url {args.url}: only vllm and sglang are asked over HTTP, not {args.engine}")
+    if args.url is not None and args.export is not None:
+        raise ValueError("--url and --export: a running server has loaded its export already; give one of them")
+    if args.export is not None and not args.export.exists():
+        raise ValueError(f"--export {args.export}: no such folder (seen from {Path.cwd()})")
+    if not args.input and (args.format or args.option or args.image_folder or args.system_prompt):
+        raise ValueError("--format, --option, --image-folder and --system-prompt belong to --data")
+
+
+def _load(args: argparse.Namespace, checkpoint: Path) -> "VisionLanguageModel":
+    """Load the checkpoint as training has it, without a cache of features; refuse adapters and heads."""
+    from vlm.assembly.adapter_folder import is_adapter_checkpoint
+    from vlm.assembly.checkpoint import open_checkpoint
+    from vlm.inference.generate import VisionLanguageModel
+
+    opened = open_checkpoint(checkpoint, trust_remote_code=args.trust_remote_code)
+    if is_adapter_checkpoint(checkpoint):
+        raise ValueError(
+            f"{args.checkpoint} is an adapter on a base, which engines load merged: vlm merge-lora {args.checkpoint} "
+            "MERGED, then verify MERGED"
+        )
+    opened.check_heads(expected=False)
+    return VisionLanguageModel(*opened.load_for_inference(device=args.device, dtype=args.dtype, base=args.base))
+
+
+def _questions(args: argparse.Namespace, model: "VisionLanguageModel") -> list["Case"]:
+    """Return the questions: those of the user first, then made ones up to the number that is asked for."""
+    from vlm.data.cache import resolve_cache_folder
+    from vlm.inference.batch import prompt_source
+    from vlm.inference.verify.cases import make_cases, read_cases
+
+    own: list[Case] = []
+    if args.input:
+        source = prompt_source(
+            model.model, model.processor, source_config(args), cache=resolve_cache_folder(None),
+            max_frames=args.max_frames, answer_tokens=args.max_new_tokens,
+        )  # fmt: skip
+        own, left_out = read_cases(source, args.answers)
+        if left_out:
+            print(f"{len(left_out)} records were left out; the first: {left_out[0]}")
+    return [*own, *make_cases(max(args.answers - len(own), min(args.answers, 20)))]
+
+
+def describe(certificate: "Certificate") -> str:
+    """Return what was found, as lines."""
+    from tabulate import tabulate
+
+    rows = [
+        (stage.stage, f"{stage.cases} questions", f"{stage.largest:.2g}", f"{stage.allowed:g}")
+        for stage in certificate.stages
+    ]
+    tied = f", {certificate.tied_answers} more where two tokens are tied" if certificate.tied_answers else ""
+    table = [tabulate(rows, ("stage", "compared", "largest difference", "allowed"))] if rows else []
+    answers = f"{certificate.equal_answers} of {certificate.answers} greedy answers are equal{tied}"
+    how = "" if certificate.is_run else ", checked on paper: not run"
+    same = "serves what was trained" if certificate.is_run else "reads what was written"
+    verdict = f"differs: {certificate.difference}" if certificate.difference else same
+    notes = [f"Note: {note}" for note in certificate.notes]
+    counted = [answers] if certificate.answers else []
+    return "\n".join([*table, *counted, *notes, f"{certificate.engine}{how} {verdict}"])

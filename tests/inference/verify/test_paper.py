@@ -1,0 +1,96 @@
+"""What vLLM and SGLang read, checked on paper: exports fit, and what does not is named."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.hub.test_exporting import saved
+from tests.inference.verify.conftest import Served
+from tests.tiny_parts import Parts
+from vlm.hub.exporting import export_checkpoint
+from vlm.inference.verify.paper import check_for_sglang, check_for_vllm, read_composed_config, rename_for_vllm
+
+
+def test_an_export_fits_vllm(served: Served):
+    assert list(check_for_vllm(served.export, read_composed_config(served.final))) == []
+    assert rename_for_vllm("model.language_model.norm.weight") == "language_model.model.norm.weight"
+    assert rename_for_vllm("vision_tower.vision_model.a") == "vision_tower.vision_model.a"
+
+
+def change(name: str, edit: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        values = json.loads((folder / name).read_text())
+        edit(values)
+        (folder / name).write_text(json.dumps(values))
+
+    return write
+
+
+def rename(first: str, second: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        state = load_file(folder / "model.safetensors")
+        state = {name.replace(first, second): tensor for name, tensor in state.items()}
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+
+    return write
+
+
+UNFIT = {
+    "class": (change("config.json", lambda values: values.update(architectures=["Other"])), "only LLaVA's classes"),
+    "layer": (change("config.json", lambda values: values.update(vision_feature_layer=-9)), "vision_feature_layer=-9"),
+    "strategy": (
+        change("config.json", lambda values: values.update(vision_feature_select_strategy="full")),
+        "prompts would have another number of image tokens",
+    ),
+    "activation": (change("config.json", lambda values: values.update(projector_hidden_act="mish")), "hidden_act=mish"),
+    "text": (
+        change("config.json", lambda values: values["text_config"].update(architectures=["OtherForCausalLM"])),
+        "text_config.architectures",
+    ),
+    "image token": (change("config.json", lambda values: values.update(image_token_index=7)), "has the id 320, not 7"),
+    "image size": (
+        change("processor_config.json", lambda values: values["image_processor"].update(
+            size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})),
+        "vLLM takes the encoder's, 24",
+    ),
+    "names": (rename("vision_tower.vision_model.", "vision_tower."), "vLLM has no module for, such as vision_tower."),
+    "weights": (rename("linear_1.bias", "linear_1.offset"), "lacks 1 weights"),
+    "template": (lambda folder: (folder / "chat_template.jinja").unlink(), "there is no chat template"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_vllm_would_not_serve_is_named(served: Served, tmp_path: Path, name: str):
+    edit, said = UNFIT[name]
+    shutil.copytree(served.export, tmp_path / "export")
+    edit(tmp_path / "export")
+    problems = list(check_for_vllm(tmp_path / "export", read_composed_config(served.final)))
+    assert any(said in problem for problem in problems), problems
+
+
+SGLANG_UNFIT = {
+    "tower": (change("config.json", lambda values: values.update(mm_vision_tower="a/tower")), "mm_vision_tower=a"),
+    "feature": (
+        change("config.json", lambda values: values.update(mm_vision_select_feature="cls_patch")), "without CLS",
+    ),
+    "projector": (rename("mm_projector.2.", "mm_projector.4."), "a projector of two layers with biases"),
+    "class": (change("config.json", lambda values: values.update(architectures=["Other"])), "only LlavaLlama"),
+    "newline": (change("config.json", lambda values: values.update(mm_patch_merge_type="spatial_unpad")), "unpad"),
+}  # fmt: skip
+
+
+def test_what_sglang_reads(parts: Parts, tmp_path: Path):
+    saved(parts, tmp_path / "final", "clip", "llama", layer=-2, template="v1")
+    export_checkpoint(str(tmp_path / "final"), tmp_path / "export", "llava-original", vision_tower="my/clip")
+    config = read_composed_config(tmp_path / "final")
+    assert list(check_for_sglang(tmp_path / "export", config)) == []
+    for name, (edit, said) in SGLANG_UNFIT.items():
+        shutil.copytree(tmp_path / "export", tmp_path / name)
+        edit(tmp_path / name)
+        problems = list(check_for_sglang(tmp_path / name, config))
+        assert any(said in problem for problem in problems), (name, problems)
