@@ -14,6 +14,7 @@ from tests.command_line import refusal
 from tests.hub.test_exporting import saved
 from tests.tiny_parts import Parts, picture
 from vlm.cli.main import main
+from vlm.hub.exporting import export_checkpoint
 
 pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed (extra export)")
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra export)")
@@ -109,3 +110,20 @@ def test_wrong_graphs_are_refused(parts: Parts, tmp_path: Path, monkeypatch: pyt
     said = refusal("export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "onnx")
     assert "was not exported: the graphs have image features that differ by" in said
     assert [file.name for file in tmp_path.iterdir()] == ["ours"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (("dinov2", "qwen2"), {"connector": "resampler", "options": {"num_queries": 4, "num_heads": 2}}),
+        (("siglip", "gemma3"), {"connector": "pixel_shuffle", "options": {"factor": 3}}),
+        (("timm_vit", "phi3"), {"connector": "ldp"}),
+        (("clip", "mistral"), {"extra_encoders": {"siglip": {}}}),
+    ],
+    ids=str,
+)
+def test_any_composition_has_graphs(parts: Parts, tmp_path: Path, names: tuple, options: dict):
+    """The export compares features, logits and an answer itself."""
+    saved(parts, tmp_path / "ours", *names, template="chatml", **options)
+    assert export_checkpoint(str(tmp_path / "ours"), tmp_path / "onnx", "onnx") == []

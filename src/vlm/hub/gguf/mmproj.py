@@ -9,41 +9,38 @@ import gguf
 import torch
 
 from vlm.assembly.encoders import image_size
-from vlm.hub.gguf.tensors import AS_IT_IS, Change, PlannedTensor, StoredType, choose_stored_type
+from vlm.hub.gguf.tensors import PlannedTensor, StoredType, choose_stored_type
 from vlm.models import VLMConfig, VLMProcessor
 
-ENCODERS = ("clip_vision_model", "siglip_vision_model")
+ENCODER = "siglip_vision_model"
+"""The encoder that llama.cpp's LLaVA code computes as transformers does.
+
+It puts CLIP's class token behind the patches, so that each has the position of the one before, and then drops the first
+patch in place of the class (llama.cpp of October 2026; `test_llama_cpp_still_misreads_clip` watches it).
+"""
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 """Activations that llama.cpp computes alike, by the approximation with tanh."""
 
 ACTIVATION_FLAGS = {"quick_gelu": (False, False), "silu": (False, True), **dict.fromkeys(GELUS, (True, False))}
 """An encoder's `hidden_act` -> llama.cpp's `use_gelu`, `use_silu`."""
 
-PROJECTORS = {"mlp": "mlp", "ldp": "ldp", "ldp_v2": "ldpv2"}
+PROJECTORS = {"mlp": "mlp", "ldp_v2": "ldpv2"}
 """`model.connector.type` -> llama.cpp's `projector_type`."""
 
 MOBILE_SIDE = 24
-"""Side of the grid of features that llama.cpp's `ldp` and `ldpv2` read."""
+"""Side of the grid of features that llama.cpp's `ldpv2` reads."""
 
 FEATURE_LAYER = "clip.vision.feature_layer"
 """llama.cpp's key for the layers that are read, for which the package `gguf` has no constant."""
 
 CONNECTOR_NAMES = {
     "mlp": ((r"layers\.(\d+)\.(\w+)", r"mm.\1.\2"),),
-    "ldp": (
-        (r"layers\.0\.(\w+)", r"mm.model.mlp.1.\1"),
-        (r"layers\.2\.(\w+)", r"mm.model.mlp.3.\1"),
-        (r"blocks\.(\d)\.depthwise\.(\d)\.(\w+)", r"mm.model.mb_block.\1.block.0.\2.\3"),
-        (r"blocks\.(\d)\.squeeze\.reduce\.(\w+)", r"mm.model.mb_block.\1.block.1.fc1.\2"),
-        (r"blocks\.(\d)\.squeeze\.expand\.(\w+)", r"mm.model.mb_block.\1.block.1.fc2.\2"),
-        (r"blocks\.(\d)\.project\.(\d)\.(\w+)", r"mm.model.mb_block.\1.block.2.\2.\3"),
-    ),
     "ldp_v2": (
         (r"layers\.(\d)\.(\w+)", r"mm.model.mlp.\1.\2"),
         (r"positions\.(\w+)", r"mm.model.peg.0.\1"),
     ),
 }
-"""`model.connector.type` -> patterns of our names, and llama.cpp's; it counts the blocks of `ldp` from 1."""
+"""`model.connector.type` -> patterns of our names, and llama.cpp's."""
 
 
 def find_incompatibilities(config: VLMConfig, processor: VLMProcessor) -> Iterator[str]:
@@ -64,15 +61,19 @@ def _encoder_incompatibilities(config: VLMConfig) -> Iterator[str]:
     vision, encoder = config.vision_config, "model.visual_encoder"
     if config.beside:
         yield f"{encoder}.extra_encoders: several encoders side by side, and llama.cpp has one"
-    if vision.model_type not in ENCODERS:
-        yield f"a visual encoder of model_type={vision.model_type}: possible are {', '.join(ENCODERS)}"
+    if vision.model_type == "clip_vision_model":
+        yield (
+            f"a visual encoder of model_type={vision.model_type}: llama.cpp's LLaVA drops the first patch in place of "
+            f"CLIP's class token, and shifts the positions; possible is {ENCODER}"
+        )
+    elif vision.model_type != ENCODER:
+        yield f"a visual encoder of model_type={vision.model_type}: possible is {ENCODER}"
         return
     layers = read_layers(config)
     if layers != sorted(set(layers)):
         yield f"{encoder}.feature_layer={layers}: llama.cpp joins several layers from the lowest to the highest"
-    if config.feature_strategy not in ("patch", "full") or (
-        config.feature_strategy == "full" and config.num_prefix_tokens
-    ):
+    is_whole = config.feature_strategy == "full" and not config.num_prefix_tokens
+    if config.feature_strategy != "patch" and not is_whole:
         yield f"{encoder}.feature_strategy={config.feature_strategy}: llama.cpp's LLaVA reads the patches alone"
     if vision.hidden_act not in ACTIVATION_FLAGS:
         yield f"an encoder with hidden_act={vision.hidden_act}: possible are {', '.join(ACTIVATION_FLAGS)}"
@@ -95,11 +96,9 @@ def _connector_incompatibilities(config: VLMConfig) -> Iterator[str]:
         return
     if config.num_patches != MOBILE_SIDE**2:
         side = math.isqrt(config.num_patches)
-        yield f"model.connector.type={kind} on a grid of {side} x {side}: llama.cpp has 24 x 24 (336 pixels, patch 14)"
+        yield f"model.connector.type={kind} on a grid of {side} x {side}: llama.cpp has 24 x 24"
     if kind == "ldp_v2" and options["output_side"] != MOBILE_SIDE // 2:
         yield f"model.connector.options.output_side={options['output_side']}: llama.cpp's ldpv2 makes 12 x 12 tokens"
-    if kind == "ldp" and config.vision_config.to_dict().get("layer_norm_eps") != 1e-5:
-        yield "model.connector.type=ldp behind an encoder whose layer_norm_eps is not 1e-5: llama.cpp has one for both"
 
 
 def find_differences(config: VLMConfig, processor: VLMProcessor) -> Iterator[str]:
@@ -164,15 +163,14 @@ def plan_mmproj(
     for ours, (source, shape) in weights.items():
         part, _, rest = ours.partition(".")
         if part == "connector":
-            name, change = _connector_name(config.connector["type"], rest, shape)
+            name = _connector_name(config.connector["type"], rest)
         elif _is_unread(rest, depth, config):
             continue
         else:
-            name, change = names.get_name(f"vision_tower.vision_model.{rest}", try_suffixes=(".weight", ".bias")), None
+            name = names.get_name(f"vision_tower.vision_model.{rest}", try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ValueError(f"llama.cpp has no name for the weight {ours}")
-        shape = shape if change is None else tuple(change.apply(torch.empty(shape, device="meta")).shape)
-        yield PlannedTensor(name, source, shape, choose_stored_type(name, shape, wanted), change or AS_IT_IS)
+        yield PlannedTensor(name, source, shape, choose_stored_type(name, shape, wanted))
     if config.connector["type"] == "mlp" and not config.connector["options"]["bias"]:
         for layer, width in ((0, weights["connector.layers.0.weight"][1][0]), (2, config.text_config.hidden_size)):
             yield PlannedTensor(f"mm.{layer}.bias", None, (width,), StoredType.F32, value=torch.zeros(width))
@@ -186,13 +184,9 @@ def _is_unread(name: str, depth: int, config: VLMConfig) -> bool:
     return name.startswith("head.") or (layer is not None and int(layer[1]) >= depth)
 
 
-def _connector_name(kind: str, name: str, shape: tuple[int, ...]) -> tuple[str | None, Change | None]:
-    """Return llama.cpp's name of a connector's weight, and the change of its shape."""
+def _connector_name(kind: str, name: str) -> str | None:
+    """Return llama.cpp's name of a connector's weight; None where there is none."""
     for pattern, theirs in CONNECTOR_NAMES[kind]:
         if match := re.fullmatch(pattern, name):
-            found = match.expand(theirs)
-            found = re.sub(r"mb_block\.(\d)", lambda block: f"mb_block.{int(block[1]) + 1}", found)
-            is_matrix = len(shape) == 4 and shape[2:] == (1, 1)  # a convolution of single positions
-            flat = Change(lambda tensor: tensor.flatten(1), lambda tensor: tensor[..., None, None])
-            return found, flat if is_matrix else None
-    return None, None
+            return match.expand(theirs)
+    return None

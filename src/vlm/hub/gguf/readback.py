@@ -19,7 +19,7 @@ from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURE
 from vlm.assembly.round_trip import quiet_loading
 from vlm.hub.gguf.language_models import ARCHITECTURES
 from vlm.hub.gguf.tensors import PlannedTensor, StoredType, decode, encode
-from vlm.hub.gguf.tokenizer import TEXTS, rebuild_tokenizer
+from vlm.hub.gguf.tokenizer import TEXTS, merge_by_score, rebuild_tokenizer
 from vlm.models import VLMProcessor
 
 CONFIG_FIELDS = (
@@ -57,17 +57,19 @@ class TensorCheck:
 
 
 def find_tokenizer_problems(file: Path, processor: VLMProcessor) -> Iterator[str]:
-    """Yield where the file's byte-level tokenizer gives other ids than the processor's."""
+    """Yield where a tokenizer that works as llama.cpp's on the file's vocabulary gives other ids than the processor."""
     reader = gguf.GGUFReader(file)
     model = reader.get_field(gguf.Keys.Tokenizer.MODEL)
     assert model is not None
-    if model.contents() != "gpt2":
-        return  # SentencePiece's: scores are compared with merges where they are made
-    theirs = rebuild_tokenizer(reader)
-    template = processor.apply_chat_template([{"role": "user", "content": TEXTS[0]}], add_generation_prompt=True)
-    for text in (*TEXTS, template):
-        ours = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if theirs.encode(text, add_special_tokens=False).ids != ours:
+    if model.contents() == "gpt2":
+        theirs = rebuild_tokenizer(reader)
+        question = {"role": "user", "content": TEXTS[0]}
+        texts = [*TEXTS, processor.apply_chat_template([question], add_generation_prompt=True)]
+        found = {text: theirs.encode(text, add_special_tokens=False).ids for text in texts}
+    else:
+        found = {text: merge_by_score(reader, text) for text in TEXTS}
+    for text, ids in found.items():
+        if ids != processor.tokenize(text)[0]:
             yield f"a tokenizer that gives other ids for {text[:40]!r}"
 
 

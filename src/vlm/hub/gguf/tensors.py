@@ -28,8 +28,11 @@ FILE_TYPES = {
 FLOAT32_NAMES = ("v.position_embd.weight", "v.class_embd", "rope_freqs.weight")
 """Tensors that llama.cpp adds to others in float32."""
 
-CONVOLUTION_NAMES = ("v.patch_embd.weight", "mm.model.mb_block.", "mm.model.peg.")
-"""Beginnings of names of kernels, which llama.cpp convolves in float16 or float32 alone."""
+KERNEL_NAME = "v.patch_embd.weight"
+"""The kernel that llama.cpp convolves in float16 or float32 alone."""
+
+DEPTHWISE_NAME = "mm.model.peg.0.weight"
+"""The kernel that llama.cpp convolves in float16 alone."""
 
 
 class Change(NamedTuple):
@@ -66,7 +69,9 @@ def choose_stored_type(name: str, shape: Sequence[int], wanted: StoredType) -> S
     """Return how a tensor is stored where matrices are wanted in a type."""
     if len(shape) < 2 or name in FLOAT32_NAMES:
         return StoredType.F32
-    if name.startswith(CONVOLUTION_NAMES):
+    if name == DEPTHWISE_NAME:
+        return StoredType.F16
+    if name == KERNEL_NAME:
         return StoredType.F16 if wanted == StoredType.F16 else StoredType.F32
     if wanted == StoredType.Q8_0 and shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0]:
         return StoredType.F16  # rows do not divide into blocks

@@ -7,6 +7,7 @@ name, and SentencePiece's BPE with byte fallback (`llama`).
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import gguf
@@ -113,7 +114,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, processor: VLMProcessor, num_rows: in
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_score_pieces(settings, pieces))
-        writer.add_add_space_prefix(processor.prepend_scheme != "never")
+        writer.add_add_space_prefix(begins_words(processor, settings))
     for name in ("bos", "eos", "unk", "pad"):
         if (token := getattr(tokenizer, f"{name}_token_id")) is not None:
             getattr(writer, f"add_{name}_token_id")(token)
@@ -144,6 +145,12 @@ def _is_sentencepiece(settings: dict[str, Any]) -> bool:
     steps = [*_steps(settings["pre_tokenizer"]), *_steps(settings["normalizer"])]
     kinds = {step["type"] for step in steps}
     return kinds <= {"Metaspace", "Prepend", "Replace", "Split"} and bool(kinds & {"Metaspace", "Replace"})
+
+
+def begins_words(processor: VLMProcessor, settings: dict[str, Any]) -> bool:
+    """Return whether a SentencePiece tokenizer puts the start of a word before a text."""
+    prepends = any(step["type"] == "Prepend" for step in _steps(settings["normalizer"]))
+    return prepends or processor.prepend_scheme != "never"
 
 
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -228,6 +235,27 @@ def rebuild_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
     defined = [piece for piece, kind in zip(pieces, types, strict=True) if kind == TokenType.USER_DEFINED]
     tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in defined])
     return tokenizer
+
+
+def merge_by_score(reader: gguf.GGUFReader, text: str) -> list[int]:
+    """Return the ids that llama.cpp's `llama` tokenizer gives for a text without special tokens."""
+    pieces: list[str] = _contents(reader, gguf.Keys.Tokenizer.LIST)
+    scores: list[float] = _contents(reader, gguf.Keys.Tokenizer.SCORES)
+    numbers = {piece: number for number, piece in enumerate(pieces)}
+    lead = " " if _contents(reader, gguf.Keys.Tokenizer.ADD_PREFIX) else ""
+    symbols = list((lead + text).replace(" ", "▁"))
+    while True:
+        pairs = [
+            (scores[numbers[left + right]], -place)
+            for place, (left, right) in enumerate(pairwise(symbols))
+            if left + right in numbers
+        ]
+        if not pairs:
+            break
+        place = -max(pairs)[1]
+        symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
+    spelled = [[symbol] if symbol in numbers else [f"<0x{byte:02X}>" for byte in symbol.encode()] for symbol in symbols]
+    return [numbers[piece] for word in spelled for piece in word]
 
 
 def _contents(reader: gguf.GGUFReader, key: str) -> Any:
