@@ -9,12 +9,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
 
 from tests.command_line import refusal
 from tests.hub.test_exporting import saved
-from tests.tiny_parts import Parts, picture
+from tests.tiny_parts import ENCODERS, Parts, picture
 from vlm.cli.main import main
+from vlm.data.sample import ImageRef, Turn
 from vlm.hub.exporting import export_checkpoint
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.verify.cases import Case
+from vlm.inference.verify.engines import NUM_IDS, Request, load_engine
+from vlm.inference.verify.reference import Reference
 
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed (extra export)")
 
@@ -31,8 +37,23 @@ CASES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
     "phi3": (("siglip", "phi3"), {"layer": -1, "template": "phi"}),
     "gemma3": (("siglip", "gemma3"), {"layer": -1, "template": "gemma"}),
     "sentencepiece": (("siglip", "vicuna"), {"layer": -2, "template": "v1"}),
-    "ldp-v2": (("siglip", "llama"), {"layer": -1, "template": "chatml", "connector": "ldp_v2", "image_size": 192}),
+    "ldp-v2": (("wide_siglip", "llama"), {"layer": -1, "template": "chatml", "connector": "ldp_v2"}),
 }
+
+
+def save_wide_siglip(folder: Path) -> None:
+    """SigLIP with a grid of 24 x 24 patches."""
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=48, patch_size=2
+    )
+    SiglipVisionModel(config).save_pretrained(folder)
+    SiglipImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder)
+
+
+@pytest.fixture(autouse=True)
+def wide_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One encoder more, for these tests."""
+    monkeypatch.setitem(ENCODERS, "wide_siglip", save_wide_siglip)
 
 
 def checkpoint(parts: Parts, folder: Path, case: str, **changes: Any) -> tuple[Any, Any]:
@@ -262,6 +283,26 @@ def test_llama_cpp_answers_the_same(parts: Parts, tmp_path: Path, case: str):
     assert answer.tokens == tokens[0, -8:].tolist()
     for text in ("What is this?", " two  blanks", "It's 1234567 o'clock.\n\n你好"):
         assert llama_cpp.tokenize(text) == processor.tokenize(text)[0]
+
+
+@needs_llama_cpp
+def test_the_verifier_asks_llama_cpp(llama: Path, tmp_path: Path):
+    """About an image of the encoder's size, and without one."""
+    opened = open_checkpoint(llama / "ours")
+    reference = Reference(VisionLanguageModel(opened.load_model().eval(), opened.load_composed_processor()))
+    file = io.BytesIO()
+    picture(size=(24, 24)).save(file, "PNG")
+    cases = [
+        Case("image", (Turn("user", (ImageRef(content=file.getvalue()), "\nWhat is this?")),)),
+        Case("text", (Turn("user", ("Say so.",)),)),
+    ]
+    request = Request(llama / "ours", cases, cases, {}, tmp_path, max_new_tokens=1, export=llama / "gguf")
+    observed = load_engine("gguf").observe(request)
+    assert observed.is_run
+    for case in cases:
+        ids = reference.inputs(case)["input_ids"]
+        assert int(observed.outputs[case.name][NUM_IDS]) == ids.shape[1]
+    assert observed.answers["text"] == reference.answer(cases[1], 1)
 
 
 @needs_llama_cpp

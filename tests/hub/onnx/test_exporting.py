@@ -15,6 +15,10 @@ from tests.hub.test_exporting import saved
 from tests.tiny_parts import Parts, picture
 from vlm.cli.main import main
 from vlm.hub.exporting import export_checkpoint
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.verify.cases import make_cases
+from vlm.inference.verify.engines import LOGITS, Request, load_engine
+from vlm.inference.verify.reference import Reference
 
 pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed (extra export)")
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed (extra export)")
@@ -88,24 +92,35 @@ def test_the_pages_script_answers(exported: tuple[Path, Any, Any], tmp_path: Pat
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
+def test_the_verifier_gives_the_graphs_what_training_gives_the_model(exported: tuple[Path, Any, Any], tmp_path: Path):
+    folder, model, processor = exported
+    cases = make_cases(4)
+    reference = Reference(VisionLanguageModel(model, processor))
+    inputs = {case.name: reference.inputs(case) for case in cases}
+    request = Request(folder, cases, cases, inputs, tmp_path, max_new_tokens=4, export=folder)
+    observed = load_engine("onnx").observe(request)
+    for case in cases:
+        expected = reference.outputs(case)[LOGITS]
+        assert torch.allclose(observed.outputs[case.name][LOGITS], expected, atol=1e-4)
+        assert observed.answers[case.name] == reference.answer(case, 4)
+
+
 def test_what_has_no_graph_is_refused(parts: Parts, tmp_path: Path):
     saved(parts, tmp_path / "ours", "clip", "llama", layer=-2, template="chatml")
     said = refusal("export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "onnx", "--dtype", "float16")
-    assert "--dtype=float16: --format onnx is written in float32" in said
+    assert "--dtype=float16: --format onnx is float32" in said
     assert [file.name for file in tmp_path.iterdir()] == ["ours"]
 
 
 def test_wrong_graphs_are_refused(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                   exported: tuple[Path, Any, Any]):  # fmt: skip
     """Those of another model, which read and answer all the same."""
-    saved(parts, tmp_path / "ours", "clip", "llama", layer=-2, template="chatml")
+    saved(parts, tmp_path / "ours", "clip", "llama", layer=-2, template="chatml", seed=1)
 
     def copy(model: Any, folder: Path, shape: object) -> None:
         for file in exported[0].glob("*.onnx"):
             (folder / file.name).write_bytes(file.read_bytes())
 
-    torch.manual_seed(1)
-    saved(parts, tmp_path / "ours", "clip", "llama", layer=-2, template="chatml")
     monkeypatch.setattr(exporting, "write_graphs", copy)
     said = refusal("export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "onnx")
     assert "was not exported: the graphs have image features that differ by" in said
@@ -119,7 +134,7 @@ def test_wrong_graphs_are_refused(parts: Parts, tmp_path: Path, monkeypatch: pyt
         (("dinov2", "qwen2"), {"connector": "resampler", "options": {"num_queries": 4, "num_heads": 2}}),
         (("siglip", "gemma3"), {"connector": "pixel_shuffle", "options": {"factor": 3}}),
         (("timm_vit", "phi3"), {"connector": "ldp"}),
-        (("clip", "mistral"), {"extra_encoders": {"siglip": {}}}),
+        (("clip", "mistral"), {"extra_encoders": {"siglip": {}}, "image_size": 24}),
     ],
     ids=str,
 )
