@@ -89,7 +89,7 @@ def read_logits(file: Path, text_config: Any, ids: Tensor) -> Tensor:
         read: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         for name in CONFIG_FIELDS:
             ours, theirs = getattr(text_config, name, None), getattr(read, name, None)
-            if None not in (ours, theirs) and abs(ours - theirs) > 1e-6 * abs(ours):
+            if ours is not None and theirs is not None and abs(ours - theirs) > 1e-6 * abs(ours):
                 raise ValueError(f"{file.name} says {name}={theirs} instead of {ours}")
         if text_config.model_type == "mistral":  # a Llama to llama.cpp, whose tensors transformers finds by that name
             text_config = LlamaConfig.from_dict(text_config.to_dict() | {"model_type": "llama"})

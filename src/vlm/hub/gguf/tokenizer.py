@@ -179,8 +179,8 @@ def describe_steps(settings: dict[str, Any]) -> tuple[object, ...]:
 
 def read_merges(settings: dict[str, Any]) -> list[tuple[str, str]]:
     """Return the pairs of pieces that are merged, the first ones first."""
-    merges = settings["model"]["merges"]
-    return [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in settings["model"]["merges"]]
+    return [(left, right) for left, right in pairs]
 
 
 def _list_pieces(settings: dict[str, Any], num_rows: int) -> tuple[list[str], list[TokenType]]:

@@ -94,7 +94,7 @@ def _own_outputs(model: VLMForConditionalGeneration, probe: Probe) -> State:
     tokens = model.generate(
         input_ids=probe.ids, attention_mask=torch.ones_like(probe.ids), **probe.inputs, **settings, pad_token_id=0
     )
-    answer = tokens[:, -NUM_TOKENS:]  # pyright: ignore[reportIndexIssue]
+    answer = tokens[:, -NUM_TOKENS:]
     return {
         "image features": model.get_image_features(pixels),
         "logits": logits,

@@ -55,7 +55,7 @@ class Decoder(nn.Module):
             position_ids: `(B, T)`.
             past: key and value of each layer in turn, `(B, heads, P, head_dim)`.
         """
-        cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
+        cache: Any = DynamicCache(zip(past[::2], past[1::2], strict=True))
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=self._make_masks(attention_mask, inputs_embeds),

@@ -20,10 +20,11 @@ class OnnxModel:
     """
 
     def __init__(self, folder: Path, image_token_id: int):
-        self.vision_encoder, self.embed_tokens, self.decoder = (
+        sessions: Any = [
             onnxruntime.InferenceSession(str(folder / name), providers=["CPUExecutionProvider"])
             for name in (VISION_ENCODER, EMBED_TOKENS, DECODER)
-        )
+        ]
+        self.vision_encoder, self.embed_tokens, self.decoder = sessions
         self.image_token_id = image_token_id
         self.past = [entry for entry in self.decoder.get_inputs() if entry.name.startswith("past_key_values.")]
 
