@@ -25,7 +25,7 @@ from vlm.inference.verify.reference import Reference
 gguf = pytest.importorskip("gguf", reason="the package gguf is not installed (extra export)")
 
 from vlm.assembly.checkpoint import open_checkpoint  # noqa: E402
-from vlm.hub.gguf import exporting, language_models  # noqa: E402 - they import gguf
+from vlm.hub.gguf import exporting, language_models, tokenizer  # noqa: E402 - they import gguf
 from vlm.hub.gguf.llama_cpp import Answer, LlamaCpp  # noqa: E402
 
 CASES: dict[str, tuple[tuple[str, str], dict[str, Any]]] = {
@@ -316,6 +316,36 @@ def test_llama_cpp_renders_what_training_rendered(llama: Path):
         [{"role": "user", "content": "<image>\nWhat?"}], add_generation_prompt=True
     )
     assert rendered.replace(llama_cpp.media_mark, "<image>") == expected
+
+
+def pre_tokenizer(steps: tuple[object, ...]) -> dict[str, Any]:
+    """The part of `tokenizer.json` that a key of `PATTERN_NAMES` describes."""
+    has_pattern = str(steps[0]).startswith("(")
+    parts: dict[object, dict[str, Any]] = {
+        "digits": {"type": "Digits", "individual_digits": True},
+        "bytes": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": not has_pattern},
+    }
+    pattern = {"type": "Split", "pattern": {"Regex": steps[0]}, "behavior": "Isolated", "invert": False}
+    return {"type": "Sequence", "pretokenizers": [parts.get(step, pattern) for step in steps[:-1]]}
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", tokenizer.PATTERN_NAMES, ids=list(tokenizer.PATTERN_NAMES.values()))
+def test_llama_cpp_cuts_texts_as_the_tokenizer_does(llama: Path, tmp_path: Path, steps: tuple[object, ...]):
+    (tmp_path / "ours").mkdir()
+    for file in (llama / "ours").iterdir():
+        (tmp_path / "ours" / file.name).write_bytes(file.read_bytes())
+    values = json.loads((tmp_path / "ours" / "tokenizer.json").read_text())
+    values["pre_tokenizer"], values["model"]["ignore_merges"] = pre_tokenizer(steps), steps[-1]
+    (tmp_path / "ours" / "tokenizer.json").write_text(json.dumps(values))
+    export_checkpoint(str(tmp_path / "ours"), tmp_path / "gguf", "gguf")
+    settings, _ = read(tmp_path / "gguf" / "model.gguf")
+    assert settings["tokenizer.ggml.pre"] == tokenizer.PATTERN_NAMES[steps]
+    llama_cpp = LlamaCpp(tmp_path / "gguf", max_positions=256)
+    processor = open_checkpoint(tmp_path / "ours").load_composed_processor()
+    for text in tokenizer.TEXTS:
+        assert llama_cpp.tokenize(text) == processor.tokenize(text)[0], text
 
 
 @needs_llama_cpp

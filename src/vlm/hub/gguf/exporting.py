@@ -52,7 +52,10 @@ def export_gguf(opened: OpenedCheckpoint, out: Path, dtype: str | None = None) -
     """
     config, processor = opened.config, opened.processor
     refuse_incompatible(opened.name, "gguf", find_incompatibilities(config, processor))
-    wanted = STORED_TYPES[dtype or str(config.dtype or "float32").removeprefix("torch.")]
+    precision = dtype or str(config.dtype or "float32").removeprefix("torch.")
+    if precision not in STORED_TYPES:
+        raise ValueError(f"{opened.name} has dtype={precision}: choose a --dtype of {', '.join(STORED_TYPES)}")
+    wanted = STORED_TYPES[precision]
     text, vision = _divide_weights(opened)
     plans = {
         LANGUAGE_MODEL_FILE: list(language_models.plan_language_model(config.text_config, text, wanted)),
