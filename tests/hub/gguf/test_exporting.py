@@ -250,22 +250,23 @@ needs_llama_cpp = pytest.mark.skipif(
 )
 
 
-def ask(folder: Path, processor: Any, image: Any) -> tuple[LlamaCpp, Answer, Any]:
-    """llama.cpp, its greedy answer of 8 tokens to a question about an image, and our inputs of that question."""
+def ask(folder: Path, processor: Any, image: Any) -> tuple[LlamaCpp, Answer, dict[int, float], Any]:
+    """llama.cpp, its greedy answer to a question about an image, its first probabilities, and our inputs."""
     content = f"{processor.image_token}\nWhat is this?"
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     llama_cpp, file = LlamaCpp(folder, max_positions=256), io.BytesIO()
     image.save(file, "PNG")
     question = prompt.replace(processor.image_token, llama_cpp.media_mark)
     answer = llama_cpp.answer(question, [file.getvalue()], 8, ignore_end=True)
-    return llama_cpp, answer, processor(images=[image], text=prompt)
+    first = llama_cpp.first_logprobs(question, [file.getvalue()])
+    return llama_cpp, answer, first, processor(images=[image], text=prompt)
 
 
-def largest_difference(model: Any, inputs: Any, answer: Answer) -> float:
+def largest_difference(model: Any, inputs: Any, first: dict[int, float]) -> float:
     """Between the logarithms of the likeliest first tokens' probabilities."""
     with torch.no_grad():
         expected = model(**inputs).logits[0, -1].log_softmax(dim=-1)
-    return max(abs(logprob - float(expected[token])) for token, logprob in answer.first_logprobs.items())
+    return max(abs(logprob - float(expected[token])) for token, logprob in first.items())
 
 
 @needs_llama_cpp
@@ -276,9 +277,9 @@ def test_llama_cpp_answers_the_same(parts: Parts, tmp_path: Path, case: str):
     model = open_checkpoint(tmp_path / "ours").load_model()  # with the changed settings
     export_checkpoint(str(tmp_path / "ours"), tmp_path / "gguf", "gguf")
     side = model.config.vision_config.image_size
-    llama_cpp, answer, inputs = ask(tmp_path / "gguf", processor, picture(size=(side, side)))
+    llama_cpp, answer, first, inputs = ask(tmp_path / "gguf", processor, picture(size=(side, side)))
     assert answer.num_prompt_tokens == inputs["input_ids"].shape[1]
-    assert largest_difference(model, inputs, answer) < 2e-3
+    assert largest_difference(model, inputs, first) < 2e-3
     tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)
     assert answer.tokens == tokens[0, -8:].tolist()
     for text in ("What is this?", " two  blanks", "It's 1234567 o'clock.\n\n你好"):
@@ -354,5 +355,5 @@ def test_llama_cpp_still_misreads_clip(parts: Parts, tmp_path: Path, monkeypatch
     model, processor = saved(parts, tmp_path / "ours", "clip", "llama", layer=-2, template="chatml", image_mode="pad")
     monkeypatch.setattr(exporting, "find_incompatibilities", lambda config, processor: [])
     export_checkpoint(str(tmp_path / "ours"), tmp_path / "gguf", "gguf")
-    _, answer, inputs = ask(tmp_path / "gguf", processor, picture(size=(24, 24)))
-    assert largest_difference(model, inputs, answer) > 1e-2
+    _, _, first, inputs = ask(tmp_path / "gguf", processor, picture(size=(24, 24)))
+    assert largest_difference(model, inputs, first) > 1e-2

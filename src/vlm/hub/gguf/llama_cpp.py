@@ -18,13 +18,11 @@ class Answer(NamedTuple):
         text: the answer.
         tokens: its ids.
         num_prompt_tokens: how many tokens the prompt took, those of images included.
-        first_logprobs: the likeliest first tokens -> the natural logarithm of their probability.
     """
 
     text: str
     tokens: list[int]
     num_prompt_tokens: int
-    first_logprobs: dict[int, float]
 
 
 class LlamaCpp:
@@ -62,17 +60,25 @@ class LlamaCpp:
 
     def answer(self, prompt: str, images: Sequence[bytes], max_new_tokens: int, *, ignore_end: bool = False) -> Answer:
         """Return the greedy answer to a rendered prompt, in which `media_mark` stands for each image file."""
-        request = {
-            "prompt": {
-                "prompt_string": prompt, "multimodal_data": [base64.b64encode(image).decode() for image in images],
-            } if images else prompt,
-            "n_predict": max_new_tokens, "temperature": 0, "n_probs": 10, "return_tokens": True,
-            "cache_prompt": False, "ignore_eos": ignore_end, "post_sampling_probs": False,
-        }  # fmt: skip
-        reply = self._post("/completion", request)
-        first = reply["completion_probabilities"][0]["top_logprobs"] if reply.get("completion_probabilities") else []
-        logprobs = {token["id"]: token["logprob"] for token in first}
-        return Answer(reply["content"], reply["tokens"], reply["tokens_evaluated"], logprobs)
+        options = {"n_predict": max_new_tokens, "return_tokens": True, "ignore_eos": ignore_end}
+        reply = self._complete(prompt, images, options)
+        return Answer(reply["content"], reply["tokens"], reply["tokens_evaluated"])
+
+    def first_logprobs(self, prompt: str, images: Sequence[bytes]) -> dict[int, float]:
+        """Return the likeliest first tokens of an answer, with the natural logarithms of their probabilities.
+
+        Of a token that is part of a character llama.cpp tells none, so a letter is made to follow: the probabilities are
+        those from before.
+        """
+        letter = self.tokenize("a")[-1]
+        options = {"n_predict": 1, "n_probs": 10, "post_sampling_probs": False, "logit_bias": [[letter, 1000.0]]}
+        (first,) = self._complete(prompt, images, options)["completion_probabilities"]
+        return {token["id"]: token["logprob"] for token in first["top_logprobs"]}
+
+    def _complete(self, prompt: str, images: Sequence[bytes], options: dict[str, Any]) -> Any:
+        data = [base64.b64encode(image).decode() for image in images]
+        question = {"prompt_string": prompt, "multimodal_data": data} if images else prompt
+        return self._post("/completion", {"prompt": question, "temperature": 0, "cache_prompt": False, **options})
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of a text; special tokens that it spells are read as such."""

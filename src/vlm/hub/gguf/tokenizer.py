@@ -37,10 +37,20 @@ TEMPLATE_HEADER = """\
 {%- set enable_thinking = false -%}
 {%- set strings = namespace(messages=[]) -%}
 {%- for message in messages -%}
+  {%- set turn = namespace(text='', lead=true) -%}
   {%- if message['content'] is string -%}
-    {%- set strings.messages = strings.messages + [message] -%}
+    {%- for piece in message['content'].split('__>') -%}
+      {%- if turn.lead and piece.startswith('<__media') and not loop.last -%}
+        {%- set turn.text = turn.text + piece + '__>' -%}
+      {%- else -%}
+        {%- if turn.lead and turn.text and piece and not piece.startswith('\\n') -%}
+          {%- set turn.text = turn.text + '\\n' -%}
+        {%- endif -%}
+        {%- set turn.lead = false -%}
+        {%- set turn.text = turn.text + piece + ('' if loop.last else '__>') -%}
+      {%- endif -%}
+    {%- endfor -%}
   {%- else -%}
-    {%- set turn = namespace(text='', lead=true) -%}
     {%- for item in message['content'] -%}
       {%- if item['type'] == 'text' -%}
         {%- if turn.lead and turn.text and not item['text'].startswith('\\n') -%}
@@ -50,12 +60,12 @@ TEMPLATE_HEADER = """\
       {%- endif -%}
       {%- set turn.text = turn.text + item['text'] -%}
     {%- endfor -%}
-    {%- set strings.messages = strings.messages + [{'role': message['role'], 'content': turn.text}] -%}
   {%- endif -%}
+  {%- set strings.messages = strings.messages + [{'role': message['role'], 'content': turn.text}] -%}
 {%- endfor -%}
 {%- set messages = strings.messages -%}
 """
-"""The beginning of an exported template, before ours; in llama.cpp an item of an image has a mark as its text."""
+"""The beginning of an exported template, before ours. llama.cpp writes `<__media_…__>` for an image and no line break."""
 
 TEXTS = (
     "What is this?", " two  blanks and\n\nnew lines\t", "It's 1234567 o'clock, isn't it? (3.14)", "naïve café 你好 🙂",
