@@ -67,8 +67,8 @@ class LlamaCpp:
     def first_logprobs(self, prompt: str, images: Sequence[bytes]) -> dict[int, float]:
         """Return the likeliest first tokens of an answer, with the natural logarithms of their probabilities.
 
-        Of a token that is part of a character llama.cpp tells none, so a letter is made to follow: the probabilities are
-        those from before.
+        llama.cpp tells none of a token that is part of a character, so a letter is made to follow: the probabilities
+        are those from before.
         """
         letter = self.tokenize("a")[-1]
         options = {"n_predict": 1, "n_probs": 10, "post_sampling_probs": False, "logit_bias": [[letter, 1000.0]]}

@@ -65,7 +65,7 @@ TEMPLATE_HEADER = """\
 {%- endfor -%}
 {%- set messages = strings.messages -%}
 """
-"""The beginning of an exported template, before ours. llama.cpp writes `<__media_…__>` for an image and no line break."""
+"""The beginning of an exported template, before ours; llama.cpp writes a mark for an image, and no line break."""
 
 TEXTS = (
     "What is this?", " two  blanks and\n\nnew lines\t", "It's 1234567 o'clock, isn't it? (3.14)", "naïve café 你好 🙂",
