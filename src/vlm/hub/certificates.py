@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from vlm.hub.folders import NON_WEIGHT_FILES, JsonObject, read_json, write_json
+from vlm.hub.folders import NON_WEIGHT_FILES, read_json, write_json
 
 CERTIFICATE_FILE = "verification.json"
 WEIGHT_PATTERN = "*.safetensors"
@@ -97,33 +97,29 @@ def add_certificate(file: Path, key: str, certificate: Certificate) -> None:
 
 
 def read_certificates(folder: Path) -> list[Certificate]:
-    """Return the certificates beside a checkpoint that are about its files as they are now."""
+    """Return the certificates beside a checkpoint that are about its files as they are now.
+
+    Entries that `vlm verify` of this version does not write are passed over as stale ones are.
+    """
     entries = read_json(folder / CERTIFICATE_FILE)
     if not entries:
         return []
     fingerprint = fingerprint_files(folder)
-    return [_read_entry(folder, entries[key]) for key in sorted(entries) if _is_about(entries[key], fingerprint)]
+    found = [_read_entry(entries[key]) for key in sorted(entries)]
+    return [certificate for certificate in found if certificate is not None and certificate.fingerprint == fingerprint]
 
 
-def _is_about(entry: object, fingerprint: str) -> bool:
-    return isinstance(entry, dict) and entry.get("fingerprint") == fingerprint
-
-
-def _read_entry(folder: Path, entry: JsonObject) -> Certificate:
-    """Return a certificate; raise ValueError for anything that `vlm verify` does not write."""
-    file = folder / CERTIFICATE_FILE
+def _read_entry(entry: object) -> Certificate | None:
+    """Return a certificate; None for an entry with other fields, or with values that do not belong into a card."""
+    if not isinstance(entry, dict):
+        return None
     try:
         certificate = Certificate(**{**entry, "stages": [ComparedStage(**stage) for stage in entry["stages"]]})
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is no file of certificates of this version ({error}): run vlm verify again"
-        ) from error
+    except (KeyError, TypeError):
+        return None
     texts = [certificate.engine, certificate.date, certificate.different_stage or "none"]
     texts += [stage.stage for stage in certificate.stages]
     numbers = [certificate.answers, certificate.equal_answers, certificate.tied_answers]
     numbers += [stage.largest for stage in certificate.stages]
-    if not all(isinstance(text, str) and PLAIN_TEXT.fullmatch(text) for text in texts):
-        raise ValueError(f"{file} holds names that vlm verify does not write: run vlm verify again")
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise ValueError(f"{file} holds something else where numbers belong: run vlm verify again")
-    return certificate
+    is_plain = all(isinstance(text, str) and PLAIN_TEXT.fullmatch(text) for text in texts)
+    return certificate if is_plain and all(isinstance(number, int | float) for number in numbers) else None

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.hub.test_exporting import saved
+from tests.hub.tiles import LIKE, ours
 from tests.inference.verify.conftest import Served
 from tests.tiny_parts import Parts
 from vlm.hub.exporting import export_checkpoint
@@ -71,6 +72,17 @@ def test_what_vllm_would_not_serve_is_named(served: Served, tmp_path: Path, name
     edit(tmp_path / "export")
     problems = list(check_for_vllm(tmp_path / "export", read_composed_config(served.final)))
     assert any(said in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("llava_next", None), ("llava_onevision", "vision_aspect_ratio=anyres_max_2")]
+)
+def test_tiles_in_vllm(parts: Parts, tmp_path: Path, kind: str, said: str | None):
+    """vLLM 0.33 counts LLaVA-OneVision's tokens for nine tiles, whatever the configuration says."""
+    ours(parts, tmp_path / "final", ("siglip", "qwen2"), LIKE[kind])
+    export_checkpoint(str(tmp_path / "final"), tmp_path / "export", "llava")
+    problems = list(check_for_vllm(tmp_path / "export", read_composed_config(tmp_path / "final")))
+    assert [problem.partition(":")[0] for problem in problems] == ([] if said is None else [said])
 
 
 SGLANG_UNFIT = {

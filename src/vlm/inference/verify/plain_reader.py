@@ -4,7 +4,6 @@ It runs by its path, in a process or an environment of its own, under transforme
 `vlm` nor its siblings: `python plain_reader.py JOB`. Files alone go in and out, JSON and safetensors.
 """
 
-import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -70,7 +70,7 @@ def observe(job: dict[str, Any]) -> None:
         outputs["logits"] = logits[-job["num_logits"] :]
         save_file({name: as_saved(tensor) for name, tensor in outputs.items()}, out / f"{case['name']}.safetensors")
     answers = {case["name"]: answer(model, processor, case["messages"], job) for case in job["questions"]}
-    versions = {name: importlib.metadata.version(name) for name in ("transformers", "torch", "torchvision", "pillow")}
+    versions = {module.__name__: module.__version__ for module in (transformers, torch)}  # of what was imported
     results = {"answers": answers, "versions": versions, "class": type(model).__name__}
     (out / RESULTS).write_text(json.dumps(results), encoding="utf-8")
 

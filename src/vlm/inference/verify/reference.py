@@ -1,6 +1,6 @@
 """Training's own path: records through the data pipeline, the collator and the model, as a step has them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,7 @@ from vlm.data.blank_images import dummy_image
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
-from vlm.data.processor import Processor
+from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, Sample, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.data.vision.jpeg import decode_sample_images
@@ -35,8 +35,8 @@ class Reference:
     def __init__(self, model: VisionLanguageModel):
         self.model = model
         processor = model.processor
-        options = {"deduplicate": processor.deduplicated_inputs}
-        self._collate = Collator.of(processor, dummy_image(processor), **options)
+        duplicates = processor.deduplicated_inputs
+        self._collate = Collator.of(processor, dummy_image(processor), deduplicate=duplicates)
         self._collate_all = Collator.of(processor)  # without a dummy, and equal images as often as they occur
 
     def usable(self, cases: Iterable[Case], max_new_tokens: int) -> tuple[list[Case], list[str]]:
@@ -55,7 +55,7 @@ class Reference:
                 kept.append(case)
         return kept, reasons
 
-    def _item(self, case: Case) -> dict[str, object]:
+    def _item(self, case: Case) -> SampleInputs:
         """Return the inputs of a question, as the collator takes them.
 
         Raises:
@@ -125,21 +125,15 @@ class Reference:
             return 0.0
         item = self._item(case)
         prefix = both[0][:place]
-        item["input_ids"] = [*_ids(item), *prefix]
-        item["labels"] = [IGNORE_INDEX] * len(_ids(item))
+        item["input_ids"] = [*item["input_ids"], *prefix]
+        item["labels"] = [IGNORE_INDEX] * len(item["input_ids"])
         batch = on_device(self._collate_all([item]), self.model.processor, self.model.model.device)
         logits = self._last_logits(batch, batch["input_ids"].shape[1])[-1].double()
         difference = (logits[both[0][place]] - logits[both[1][place]]).abs()
         return float(difference / logits.square().mean().sqrt().clamp(min=1e-12))
 
 
-def _ids(item: dict[str, object]) -> Sequence[int]:
-    ids = item["input_ids"]
-    assert isinstance(ids, list)
-    return ids
-
-
-def question_of_record(processor: Processor, case: Case) -> dict[str, object]:
+def question_of_record(processor: Processor, case: Case) -> SampleInputs:
     """Encode a record of training, the question with a reply, and return what stands before the reply.
 
     Raises:
@@ -152,4 +146,4 @@ def question_of_record(processor: Processor, case: Case) -> dict[str, object]:
     encoded = SampleEncoder(processor, NO_LIMIT, truncate=False)(sample, sizes)
     length = next(place for place, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
     question = Encoded(encoded.input_ids[:length], [IGNORE_INDEX] * length)
-    return dict(model_inputs(processor, question, media, sizes, sample))
+    return model_inputs(processor, question, media, sizes, sample)

@@ -21,7 +21,7 @@ from vlm.inference.verify.served_forms import exported_form
 REQUIREMENTS = ("transformers==4.57.6",)
 """What is installed with what it needs; PyTorch, torchvision and Pillow are those of this environment."""
 
-DOWNLOAD_SIZE = "about 20 MB"
+DOWNLOAD_SIZE = "about 60 MB to download, 260 MB on disk"
 
 PROCESSOR_OPTIONS = {"use_fast": True}
 """Version 4 resizes images with Pillow unless told so, and training resizes with torchvision."""
