@@ -39,7 +39,8 @@ HUB_CODE = {"numpy", "torch", "transformers", "PIL", *sys.stdlib_module_names}
 """What the files that travel with checkpoints may import, besides their siblings."""
 
 SLOW = {
-    "bitsandbytes", "datasets", "deepspeed", "matplotlib", "pandas", "peft", "scipy", "sklearn", "tensorboard", "timm",
+    "bitsandbytes", "datasets", "deepspeed", "gguf", "matplotlib", "onnx", "onnxruntime", "onnxscript", "pandas",
+    "peft", "scipy", "sklearn", "tensorboard", "timm", "xllamacpp",
 }  # fmt: skip
 """Packages that are imported within the functions that use them, since a plain command needs none of them."""
 

@@ -26,7 +26,7 @@ def test_the_pages_commands_are_understood(line: str):
 
 
 def test_every_form_is_named():
-    assert list(FORMAT_DESCRIPTIONS) == list(EXPORT_FORMATS)
+    assert list(FORMAT_DESCRIPTIONS) == [*EXPORT_FORMATS, "gguf", "onnx"]
     assert all(f"--format {name}" in PAGE for name in FORMAT_DESCRIPTIONS)
 
 

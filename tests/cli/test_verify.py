@@ -82,7 +82,7 @@ def test_what_is_not(served: Served, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_what_is_refused(served: Served, tmp_path: Path):
     for more, said in (
         (["--answers", "0"], "--answers 0: at least 1 is needed"),
-        (["--url", "http://127.0.0.1:1"], "only vllm and sglang are asked over HTTP"),
+        (["--url", "http://127.0.0.1:1"], "only vllm, sglang and gguf are asked over HTTP"),
         (["--export", "nowhere"], "--export nowhere: no such folder"),
         (["--format", "llava"], "belong to --data"),
         (["--data", "nowhere.json"], "--data nowhere.json: no such file"),

@@ -10,8 +10,13 @@ from pathlib import Path
 FORMAT_DESCRIPTIONS = {
     "llava": "transformers and vLLM, without remote code",
     "llava-original": "the original LLaVA's code, and SGLang",
+    "gguf": "llama.cpp and what is built on it",
+    "onnx": "onnxruntime, from any language",
 }
-"""Format of `vlm.hub.targets.EXPORT_FORMATS` -> who reads it; named here too so that `--help` imports no torch."""
+"""Format of `vlm.hub.exporting` -> who reads it; named here too so that `--help` imports no torch."""
+
+DTYPES = ("float32", "float16", "bfloat16", "q8_0")
+"""How `gguf` stores matrices; `onnx` is written in float32."""
 
 ADAPTER_FORMAT_DESCRIPTIONS = {"vllm-lora": "of a LoRA run's `final`: a base and an adapter for vLLM's --enable-lora"}
 """Format of an adapter -> who reads it."""
@@ -25,13 +30,16 @@ def main(argv: Sequence[str]) -> None:
     if args.format in ADAPTER_FORMAT_DESCRIPTIONS:
         if args.vision_tower is not None:
             raise ValueError(f"--vision-tower {args.vision_tower} is a name that --format llava-original writes down")
+        if args.dtype is not None:
+            raise ValueError(f"--dtype {args.dtype}: an adapter keeps the precision in which it was trained")
         from vlm.hub.vllm_lora import export_vllm_lora
 
         differences = export_vllm_lora(args.checkpoint, args.out, args.base)
     else:
         from vlm.hub.exporting import export_checkpoint
 
-        differences = export_checkpoint(args.checkpoint, args.out, args.format, vision_tower=args.vision_tower)
+        options = {"vision_tower": args.vision_tower, "dtype": args.dtype}
+        differences = export_checkpoint(args.checkpoint, args.out, args.format, **options)
     print(f"{args.out}: as {args.format}", *(f"Note: {difference}" for difference in differences), sep="\n")
 
 
@@ -47,4 +55,5 @@ def make_parser() -> argparse.ArgumentParser:
     base = "with vllm-lora: the new place of the adapter's base, if it was moved; of parts PART=PATH, once for each"
     parser.add_argument("--base", action="append", default=[], metavar="PATH", help=base)
     parser.add_argument("--vision-tower", metavar="NAME", help="with llava-original: the encoder's name to write down")
+    parser.add_argument("--dtype", choices=DTYPES, help="with gguf: how matrices are stored; as they are by default")
     return parser

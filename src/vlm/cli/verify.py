@@ -23,6 +23,8 @@ ENGINES = {
     "transformers-4": "version 4, in an environment of its own, which loads an export to llava",
     "vllm": "with --url or installed; else the export is checked on paper",
     "sglang": "the same, with an export to llava-original",
+    "gguf": "llama.cpp, by the package xllamacpp; else the files are read back and nothing is answered",
+    "onnx": "onnxruntime on the graphs of an export",
 }
 """Name of an engine -> what it is; named here too so that `--help` imports no torch."""
 
@@ -42,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--with", dest="engine", required=True, choices=ENGINES, help=engines)
     export = "the export that the engine loads; without it, one is made and removed again"
     parser.add_argument("--export", type=Path, metavar="FOLDER", help=export)
-    url = "a running vLLM or SGLang that serves this checkpoint: http://127.0.0.1:8000"
+    url = "a running vLLM, SGLang or llama.cpp that serves this checkpoint: http://127.0.0.1:8000"
     parser.add_argument("--url", metavar="ADDRESS", help=url)
     parser.add_argument("--answers", type=int, default=200, metavar="N", help="how many questions (%(default)s)")
     longest = "the longest answer, in tokens (%(default)s)"
@@ -88,8 +90,8 @@ def _check_options(args: argparse.Namespace) -> None:
     for name in ("answers", "max_new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
-    if args.url is not None and args.engine not in ("vllm", "sglang"):
-        raise ValueError(f"--url {args.url}: only vllm and sglang are asked over HTTP, not {args.engine}")
+    if args.url is not None and args.engine not in ("vllm", "sglang", "gguf"):
+        raise ValueError(f"--url {args.url}: only vllm, sglang and gguf are asked over HTTP, not {args.engine}")
     if args.url is not None and args.export is not None:
         raise ValueError("--url and --export: a running server has loaded its export already; give one of them")
     if args.export is not None and not args.export.exists():

@@ -9,35 +9,36 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from vlm.assembly.adapter_folder import is_adapter_checkpoint
-from vlm.assembly.checkpoint import is_composed_config, is_composed_model, open_checkpoint
-from vlm.assembly.family import read_config
-from vlm.assembly.round_trip import quiet_loading, saved_tensors
+from vlm.assembly.checkpoint import is_composed_model, open_checkpoint
+from vlm.assembly.round_trip import quiet_loading
 from vlm.assembly.saving import reply_end_settings
-from vlm.checks.checkpoint import checkpoint_problem
-from vlm.hub.folders import JsonObject, create_folder, read_json, resolve_folder, write_json
-from vlm.hub.layouts import FORMER_PREFIXES, PrefixPairs, rename_to_foreign, rename_to_ours
+from vlm.hub.folders import create_folder, read_json, write_json
+from vlm.hub.opening import OpenedCheckpoint, name_weights, open_for_export, read_shapes, refuse_incompatible
 from vlm.hub.processors import PROBE_WORD, find_transparency_difference, make_transformers_processor
 from vlm.hub.readback import Probe, Readback, find_differences, find_memory_shortage, make_probe
-from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_meta_tensors, read_shard, weight_files
+from vlm.hub.shards import LARGEST_SHARD, ShardWriter, read_shard, weight_files
 from vlm.hub.targets import EXPORT_FORMATS
-from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
+from vlm.models import VLMConfig, VLMProcessor
+
+WITH_DTYPE = ("gguf", "onnx")
+"""Formats that can be written in another precision than the checkpoint's."""
 
 
 def export_checkpoint(
-    name: str, out: Path, format_name: str, *, vision_tower: str | None = None, largest_shard: int = LARGEST_SHARD
-) -> list[str]:
+    name: str, out: Path, format_name: str, *, vision_tower: str | None = None, dtype: str | None = None,
+    largest_shard: int = LARGEST_SHARD,
+) -> list[str]:  # fmt: skip
     """Write a checkpoint of this framework in another format.
 
     Args:
         name: a run's folder `final`, or a name on the Hub.
         out: a new folder.
-        format_name: a name of the table `EXPORT_FORMATS`.
+        format_name: a name of the table `EXPORT_FORMATS`, `gguf` or `onnx`.
         vision_tower: the name of the encoder for `llava-original`, in place of the recorded name.
-        largest_shard: most bytes of a written file.
+        dtype: the precision of `gguf` and `onnx`; the checkpoint's by default.
+        largest_shard: most bytes of a written file of LLaVA's formats.
 
     Returns:
         What differs from the checkpoint, as sentences; empty where nothing differs.
@@ -46,31 +47,40 @@ def export_checkpoint(
         ValueError: the format has no place for a part of the model, where every reason is listed; the weights are not
             those of the model; or what reads the format does not find them all, or computes something else.
     """
-    target = EXPORT_FORMATS[format_name]
-    checkpoint = resolve_folder(name)
-    if problem := checkpoint_problem(str(checkpoint)):
-        raise ValueError(problem)
-    if is_adapter_checkpoint(checkpoint):
-        raise ValueError(f"{name} is an adapter on a base; merge it first: vlm merge-lora {name} MERGED")
-    config = read_config(str(checkpoint), name)
-    if not is_composed_config(config):
+    if vision_tower is not None and format_name != "llava-original":
+        raise ValueError(f"--vision-tower={vision_tower} is a name that --format llava-original alone writes down")
+    if dtype is not None and format_name not in WITH_DTYPE:
+        raise ValueError(f"--dtype={dtype}: --format {format_name} keeps the checkpoint's; gguf and onnx take one")
+    opened = open_for_export(name)
+    if format_name in EXPORT_FORMATS:
+        return _export_llava(opened, out, format_name, vision_tower, largest_shard)
+    try:
+        if format_name == "gguf":
+            from vlm.hub.gguf.exporting import export_gguf as export
+        else:
+            from vlm.hub.onnx.exporting import export_onnx as export
+    except ModuleNotFoundError as error:
         raise ValueError(
-            f"{name} is a {config.model_type} checkpoint, which others load as it is; exported are composed models"
-        )
+            f"--format {format_name} needs the package {error.name}: pip install 'small-vlm[export]'"
+        ) from error
+    return export(opened, out, dtype)
+
+
+def _export_llava(
+    opened: OpenedCheckpoint, out: Path, format_name: str, vision_tower: str | None, largest_shard: int
+) -> list[str]:
+    """Write one of LLaVA's formats; see `export_checkpoint`."""
+    target = EXPORT_FORMATS[format_name]
+    name, checkpoint, config, processor = opened
     if vision_tower is not None:
-        if format_name != "llava-original":
-            raise ValueError(f"--vision-tower={vision_tower} is a name that --format llava-original alone writes down")
         config.recipe["visual_encoder"]["hf_name"] = vision_tower
-    processor = open_checkpoint(checkpoint).load_composed_processor()
-    if problems := list(target.incompatibilities(config, processor)):
-        listing = "".join(f"\n  - {problem}" for problem in problems)
-        raise ValueError(f"{name} does not fit --format {format_name}:{listing}")
+    refuse_incompatible(name, format_name, target.incompatibilities(config, processor))
     probe = make_probe(processor)
-    names = _name_weights(name, checkpoint, config, target.weight_prefixes(config.connector["type"]))
+    names = name_weights(name, checkpoint, config, target.weight_prefixes(config.connector["type"]))
     with create_folder(out) as folder:
         theirs = make_transformers_processor(config, processor, prepares_images=format_name == "llava")
         values = target.make_config(config, processor)  # names tokens that were just added
-        shapes = {names[ours]: tensor for ours, tensor in _shapes(checkpoint).items() if ours in names}
+        shapes = {names[ours]: tensor for ours, tensor in read_shapes(checkpoint).items() if ours in names}
         if problems := target.readback.find_problems(values, config, shapes):
             raise ValueError(f"{name} cannot be read as {format_name}: {'; '.join(problems)}")
         _write_weights(checkpoint, folder, names, largest_shard)
@@ -82,39 +92,6 @@ def export_checkpoint(
         _rename_tokenizer_fields(folder / "tokenizer_config.json")
         differences = [*_differences(theirs, processor), *find_transparency_difference(theirs, processor, format_name)]
         return [*differences, *_compare(name, checkpoint, folder, config, target.readback, probe)]
-
-
-def _shapes(checkpoint: Path) -> JsonObject:
-    """Return the weights of a checkpoint as meta tensors, by their names on disk."""
-    return {name: tensor for file in weight_files(checkpoint) for name, tensor in read_meta_tensors(file).items()}
-
-
-def _name_weights(name: str, checkpoint: Path, config: VLMConfig, weight_prefixes: PrefixPairs) -> dict[str, str]:
-    """Return name on disk -> foreign name of each weight of a checkpoint; copies of tied ones are left out.
-
-    Raises:
-        ValueError: weights are missing, or are none of the model's, or the format has no name for one.
-    """
-    with torch.device("meta"):
-        model = VLMForConditionalGeneration(config)
-    complete = model.state_dict()
-    needed = saved_tensors(model, complete)
-    found = {rename_to_ours(weight, FORMER_PREFIXES) or weight: weight for weight in _shapes(checkpoint)}
-    if not found:
-        raise ValueError(f"{name} holds no weights; a run's complete model is its folder `final`")
-    for problem, weights in (
-        ("lacks", needed.keys() - found),
-        ("has no place for", found.keys() - needed - complete.keys()),
-    ):
-        if weights:
-            raise ValueError(
-                f"{name} is not the model that its config.json describes: it {problem} {len(weights)} weights, such as "
-                f"{', '.join(sorted(weights)[:3])}"
-            )
-    names = {found[ours]: rename_to_foreign(ours, weight_prefixes) for ours in found if ours in needed}
-    if unnamed := sorted(ours for ours, foreign in names.items() if foreign is None):
-        raise ValueError(f"{name}: the format has no name for the weight {unnamed[0]}")
-    return {ours: foreign for ours, foreign in names.items() if foreign is not None}
 
 
 def _write_weights(checkpoint: Path, folder: Path, names: Mapping[str, str], largest_shard: int) -> None:

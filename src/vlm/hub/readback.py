@@ -104,8 +104,12 @@ def find_differences(expected: State, actual: State) -> Iterator[str]:
 
 def find_memory_shortage(folder: Path) -> str | None:
     """Return why a folder's weights cannot be loaded now, as a sentence; None where they fit into free memory."""
-    needed = LOADED_MODEL_FACTOR * sum(file.stat().st_size for file in weight_files(folder))
-    available = read_available_memory()
+    return find_memory_shortage_for(sum(file.stat().st_size for file in weight_files(folder)))
+
+
+def find_memory_shortage_for(num_bytes: int) -> str | None:
+    """Return why weights of this size cannot be loaded now, as a sentence; None where they fit into free memory."""
+    needed, available = LOADED_MODEL_FACTOR * num_bytes, read_available_memory()
     if available is None or needed <= available:
         return None
     return f"the weights need {needed / 1e9:.0f} GB of memory, and {available / 1e9:.0f} GB are free"

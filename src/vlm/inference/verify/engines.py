@@ -28,6 +28,8 @@ ENGINE_MODULES = {
     "transformers-4": "transformers4",
     "vllm": "vllm_engine",
     "sglang": "sglang_engine",
+    "gguf": "gguf_engine",
+    "onnx": "onnx_engine",
 }
 """Name of an engine, as `--with` takes it -> its module in this package."""
 
