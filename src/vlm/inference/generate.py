@@ -17,7 +17,7 @@ from vlm.assembly.language_models import max_positions
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
-from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, reply_ending
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, Tool, encode_prompt, reply_ending
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.records.marks import MarkError, Slot, join_texts, split_at_marks
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Sample, Turn
@@ -199,7 +199,7 @@ class VisionLanguageModel:
 
     def inputs(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]], *,
-        suffix: Sequence[int] = (), left: bool = True,
+        suffix: Sequence[int] = (), left: bool = True, tools: Sequence[Tool] = (),
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Return the model's inputs for conversations that wait for a reply.
 
@@ -208,6 +208,7 @@ class VisionLanguageModel:
             images: the images and videos of each as `open_media` returns them, in order.
             suffix: ids to append to each prompt.
             left: whether to pad on the left, as generation needs.
+            tools: those that the model may call, for templates that list them.
 
         Returns:
             `input_ids` and `attention_mask` `(rows, tokens)`, and the inputs of images, on the model's device.
@@ -217,7 +218,7 @@ class VisionLanguageModel:
         """
         prompts = zip(conversations, images, strict=True)
         with errors_without_record():
-            rows = [prompt_inputs(self.processor, turns, opened, suffix) for turns, opened in prompts]
+            rows = [prompt_inputs(self.processor, turns, opened, suffix, tools) for turns, opened in prompts]
         return on_device(Collator.of(self.processor, left=left)(rows), self.processor, self.model.device)
 
     @property
@@ -269,8 +270,9 @@ class VisionLanguageModel:
 
 
 def prompt_inputs(
-    processor: Processor, turns: Sequence[Turn], opened: Sequence[Medium], suffix: Sequence[int] = ()
-) -> SampleInputs:
+    processor: Processor, turns: Sequence[Turn], opened: Sequence[Medium], suffix: Sequence[int] = (),
+    tools: Sequence[Tool] = (),
+) -> SampleInputs:  # fmt: skip
     """Return the inputs of one conversation that waits for a reply, see `VisionLanguageModel.inputs`.
 
     Raises:
@@ -278,7 +280,7 @@ def prompt_inputs(
     """
     sample = Sample("prompt", tuple(turns))
     sizes = media_sizes_from_opened(sample.media, opened, processor)
-    ids = encode_prompt(processor, turns, sizes)
+    ids = encode_prompt(processor, turns, sizes, tools=tools)
     if not ids:
         raise BadSample(sample.id, "the model's template leaves nothing of this prompt (plain keeps images only)")
     ids = [*ids, *suffix]
