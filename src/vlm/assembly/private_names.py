@@ -77,6 +77,12 @@ PRIVATE_NAMES = {
             "_supports_default_dynamic_cache",
             "state space models make the cache of their states themselves",
         ),
+        PrivateName(
+            "transformers:GenerationMixin",
+            "_update_model_kwargs_for_generation",
+            "served answers are generated together, each token as `generate` makes it",
+            ("outputs", "model_kwargs", "is_encoder_decoder"),
+        ),
         PrivateName(MODEL, "_init_weights", "connectors and heads draw their first weights in it", ("module",)),
         PrivateName(
             HANDLER,

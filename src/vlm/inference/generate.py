@@ -199,7 +199,8 @@ class VisionLanguageModel:
 
     def inputs(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]], *,
-        suffix: Sequence[int] = (), left: bool = True, tools: Sequence[Tool] = (),
+        suffix: Sequence[int] = (), left: bool = True, device: torch.device | None = None,
+        tools: Sequence[Tool] = (),
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Return the model's inputs for conversations that wait for a reply.
 
@@ -208,10 +209,11 @@ class VisionLanguageModel:
             images: the images and videos of each as `open_media` returns them, in order.
             suffix: ids to append to each prompt.
             left: whether to pad on the left, as generation needs.
+            device: where the inputs go; None: to the model's device.
             tools: those that the model may call, for templates that list them.
 
         Returns:
-            `input_ids` and `attention_mask` `(rows, tokens)`, and the inputs of images, on the model's device.
+            `input_ids` and `attention_mask` `(rows, tokens)`, and the inputs of images.
 
         Raises:
             ValueError: the model's template or processor refuses a conversation, or leaves nothing of it.
@@ -219,7 +221,7 @@ class VisionLanguageModel:
         prompts = zip(conversations, images, strict=True)
         with errors_without_record():
             rows = [prompt_inputs(self.processor, turns, opened, suffix, tools) for turns, opened in prompts]
-        return on_device(Collator.of(self.processor, left=left)(rows), self.processor, self.model.device)
+        return on_device(Collator.of(self.processor, left=left)(rows), self.processor, device or self.model.device)
 
     @property
     def positions(self) -> int:

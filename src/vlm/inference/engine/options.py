@@ -1,13 +1,33 @@
 """What a request asks of the engine, and what it gets: settings of sampling, and pieces of an answer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from math import inf, isfinite
+from typing import Any, Literal
 
 from vlm.inference.engine.constraints import Constraint
 
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: the model or a stop string ended it, or its tokens were used up."""
+
+
+LEAST_TEMPERATURE = 1e-3
+"""Lower temperatures but 0 would divide logits to infinity."""
+
+BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_new_tokens": (lambda value: value >= 1, "at least 1 is needed"),
+    "temperature": (
+        lambda value: value == 0 or LEAST_TEMPERATURE <= value < inf, f"0, or from {LEAST_TEMPERATURE} on, is needed"
+    ),
+    "top_p": (lambda value: 0 < value <= 1, "more than 0, and at most 1, is needed"),
+    "frequency_penalty": (isfinite, "a finite number is needed"),
+    "presence_penalty": (isfinite, "a finite number is needed"),
+    "seed": (lambda value: value is None or -(2**63) <= value < 2**63, "a whole number of 64 bits is needed"),
+    "stop": (all, "no text may be empty"),
+    "top_logprobs": (lambda value: value is None or value >= 0, "0 or more is needed"),
+    "logit_bias": (lambda value: all(map(isfinite, value.values())), "finite numbers are needed"),
+}  # fmt: skip
+"""Option -> whether a value is allowed, and what is."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +60,12 @@ class SamplingOptions:
     top_logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     constraint: Constraint | None = None
+
+    def __post_init__(self):
+        """Check the values."""
+        for name, (is_allowed, needed) in BOUNDS.items():
+            if not is_allowed(value := getattr(self, name)):
+                raise ValueError(f"{name}={value!r:.60}: {needed}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +101,7 @@ class Piece:
         text: new text; whole characters only, and nothing that may still turn out to be a stop string. May be empty.
         token_ids: tokens that were generated since the last piece, the one that ended the answer included; their text
             may come with a later piece.
-        logprobs: one for each of `token_ids` that is part of the answer, where they were asked for.
+        logprobs: one for each of `token_ids` but the one with which the model ends, where they were asked for.
         finish_reason: why the answer ended, in the last piece only.
     """
 
