@@ -64,7 +64,6 @@ TESTED_ELSEWHERE = {
     "hub/targets.py": "hub/test_exporting.py",
     "hub/templates.py": "hub/test_importing.py",
     "hub/tiles.py": "hub/test_tiled_exports.py",
-    "inference/chat_request.py": "inference/test_serve.py",
     "inference/resumable_table.py": "inference/test_batch.py",
     "models/configuration_prediction.py": "models/test_prediction_checkpoints.py",
     "models/connector_parts.py": "models/test_connectors.py",

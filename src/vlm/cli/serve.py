@@ -46,7 +46,9 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> None:
     """`vlm serve CHECKPOINT [serving.KEY=VALUE …]`."""
     args = make_parser().parse_intermixed_args(argv)
-    if missing := [name for name in ("starlette", "uvicorn", "pydantic", "prometheus_client") if find_spec(name) is None]:
+    if missing := [
+        name for name in ("starlette", "uvicorn", "pydantic", "prometheus_client") if find_spec(name) is None
+    ]:
         sys.exit(f"vlm serve needs {', '.join(missing)}: pip install 'small-vlm[serve]'")
     config = read_serving_config(args.overrides)
     key = read_api_key(args.api_key_file, args.no_api_key, args.host)

@@ -46,7 +46,7 @@ class ServingConfig:
     max_inputs: int = field(default=64, metadata=at_least(1))
     """The most inputs of a request to `/v1/classify` or `/v1/embeddings`."""
     max_tokens: int = field(default=4096, metadata=at_least(1))
-    """The longest answer in tokens; a request that names no number gets so many, or what the model's positions leave."""
+    """The longest answer in tokens; a request without a number gets so many, or what the model's positions leave."""
     max_batch: int = field(default=8, metadata=at_least(1))
     """The most answers that the model writes at once."""
     max_queue: int = field(default=256, metadata=at_least(0))

@@ -1,4 +1,4 @@
-"""An engine that answers with a fixed text, one token a character: what HTTP adds is tested without a model's chance."""
+"""An engine that answers with a fixed text, a token for each character, so that HTTP is tested without chance."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -7,24 +7,30 @@ from typing import Any
 from vlm.data.sample import Turn
 from vlm.data.vision.images import Medium
 from vlm.inference.engine.constraints import Constraint
-from vlm.inference.engine.engine import Engine, Prepared
+from vlm.inference.engine.engine import Engine
 from vlm.inference.engine.options import Piece, SamplingOptions, TokenAlternative, TokenLogprob
+from vlm.inference.engine.row import Prepared
 from vlm.inference.generate import VisionLanguageModel
+
+
+def make_constraint(grammar: str) -> Constraint:
+    """A constraint that nothing keeps to."""
+    return Constraint(grammar, None)  # pyright: ignore[reportArgumentType]
 
 
 class FakeConstraints:
     """Remembers what was compiled."""
 
     def json_object(self) -> Constraint:
-        return Constraint("object")
+        return make_constraint("object")
 
     def json_schema(self, schema: Mapping[str, Any] | bool) -> Constraint:
         if isinstance(schema, Mapping) and schema.get("type") == "nonsense":
             raise ValueError("type nonsense is not known")
-        return Constraint(f"schema {schema}")
+        return make_constraint(f"schema {schema}")
 
     def lark(self, grammar: str) -> Constraint:
-        return Constraint(grammar)
+        return make_constraint(grammar)
 
 
 class FakeEngine(Engine):
@@ -39,7 +45,7 @@ class FakeEngine(Engine):
     """
 
     def __init__(self, model: VisionLanguageModel, text: str = "Hello there."):
-        super().__init__(model)
+        self.model = model
         self.text, self.asked, self.num_open = text, list[SamplingOptions](), 0
         self.tools: Sequence[Mapping[str, Any]] = ()
         self.gate = asyncio.Event()

@@ -56,7 +56,9 @@ def make_chat_app(service: Service, engine: Engine, reason: RefusalReason, key: 
     return make_app(service, paths, reason, key, close)
 
 
-def make_classify_app(service: Service, predictor: Predictor, reason: RefusalReason, key: str | None = None) -> Starlette:
+def make_classify_app(
+    service: Service, predictor: Predictor, reason: RefusalReason, key: str | None = None
+) -> Starlette:
     """Return the endpoint of a model with prediction heads; arguments as of `make_chat_app`."""
     endpoint = ClassifyEndpoint(service, predictor)
     return make_app(service, {"/v1/classify": endpoint.respond}, reason, key, endpoint.close)

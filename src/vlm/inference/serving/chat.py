@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from vlm.inference.engine.constraints import Constraint
-from vlm.inference.engine.engine import Engine, Prepared
+from vlm.inference.engine.engine import CLOSED, Engine
 from vlm.inference.engine.options import Piece, SamplingOptions
+from vlm.inference.engine.row import Prepared
 from vlm.inference.serving.answers import DONE, Answer, Completion, dump_logprobs, make_usage
 from vlm.inference.serving.chat_request import AssistantMessage, ChatRequest, JsonSchemaFormat
 from vlm.inference.serving.errors import RequestError
@@ -97,7 +98,7 @@ class ChatEndpoint:
         try:
             prepared = self.engine.prepare(turns, images, toolbox.to_template())
         except ValueError as error:
-            code = "context_length_exceeded" if "tokens" in str(error) else "invalid_prompt"
+            code = "context_length_exceeded" if "reads at most" in str(error) else "invalid_prompt"
             raise RequestError(f"messages: {error}", param="messages", code=code) from None
         return Job(request, toolbox, prepared, self._make_options(request, toolbox, prepared, constraint))
 
@@ -259,4 +260,6 @@ def translate_engine_error(error: Exception) -> Exception:
         return RequestError(message, status=503, code="out_of_memory")
     if isinstance(error, ValueError):
         return RequestError(str(error), code="invalid_value")
+    if isinstance(error, RuntimeError) and str(error) == CLOSED:
+        return RequestError("the server is ending; try again later", status=503, code="unavailable")
     return error

@@ -1,15 +1,15 @@
 """A request for a chat completion, field by field as OpenAI's API has them; every other field is refused.
 
 A field that would have no effect on the answer is refused with its name (`UNSERVED_FIELDS`), unless OpenAI documents
-that it never has one (`FIELDS_WITHOUT_EFFECT`). To serve a further field, add it to `ChatRequest` and read it in `chat`.
+that it never has one (`FieldsWithoutEffect`). To serve another, add it to `ChatRequest` and read it in `chat`.
 """
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-LEAST_TEMPERATURE = 1e-3
-"""Lower temperatures but 0 would divide logits to infinity."""
+from vlm.inference.engine.options import LEAST_TEMPERATURE
+
 MAX_TOP_LOGPROBS = 20
 NAME_PATTERN = r"^[a-zA-Z0-9_-]{1,64}$"
 """Names of functions and schemas."""
@@ -256,9 +256,9 @@ class ChatRequest(FieldsWithoutEffect):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[Number, Field(ge=-100, le=100)]] | None = (
-        None
-    )
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[Number, Field(ge=-100, le=100)]] | None
+    ) = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -296,5 +296,5 @@ class ChatRequest(FieldsWithoutEffect):
         if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
             raise ValueError("tool_choice: names a function that is not among tools")
         if self.modalities == []:
-            raise ValueError("modalities: [\"text\"] is needed")
+            raise ValueError('modalities: ["text"] is needed')
         return self

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from vlm.inference.engine.engine import Engine
-from vlm.inference.serving.answers import make_usage
 from vlm.inference.serving.batcher import Batcher
 from vlm.inference.serving.chat import translate_engine_error
 from vlm.inference.serving.pooling_request import EmbeddingsRequest, check_inputs, count_tokens, prepare_inputs

@@ -102,5 +102,3 @@ def shrink(image: Image.Image, processor: Processor) -> Medium:
     channels = pixels[:3]
     again = processor.image_inputs([channels])["pixel_values"][0]
     return channels if again.equal(pixels) else rgb_image
-
-
