@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 KEY_VARIABLE = "VLM_API_KEY"
 """The environment variable of the API key: on a command line, other users of the machine could read it."""
 PREFIX = "serving."
+PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")
+"""Packages of the extra `serve`."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,7 +34,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="serving.KEY=VALUE", help="a limit, see docs/configuration.md")
     parser.add_argument("--name", help="what requests call the model (default: its folder's or run's name)")
     parser.add_argument("--host", default="127.0.0.1", help="whom it listens to (%(default)s: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="(%(default)s; 0: a free one)")
     name = "a further name of this machine in addresses, such as that of a proxy before it; may be repeated"
     parser.add_argument("--allow-host", "--allow_host", action="append", default=[], metavar="NAME", help=name)
     key = f"a file with the API key, which {KEY_VARIABLE} may hold instead"
@@ -52,8 +54,8 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"vlm serve needs {', '.join(missing)}: pip install 'small-vlm[serve]'")
     config = read_serving_config(args.overrides)
     key = read_api_key(args.api_key_file, args.no_api_key, args.host)
-    if not 1 <= args.port <= 65535:
-        raise ValueError(f"--port {args.port}: a number from 1 to 65535 is needed")
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port {args.port}: a number from 0 to 65535 is needed")
     name = args.name or get_default_name(args.checkpoint)
     from vlm.inference.serving.server import bind, make_server
 
@@ -62,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         if key is None and not is_loopback(args.host):
             risk = "whoever reaches this address can ask the model"
             print(f"WARNING: --host {args.host} --no-api-key: {risk}.", file=sys.stderr)
-        print(f"{name}: {format_url(args.host, args.port)}/v1", flush=True)
+        print(f"{name}: {format_url(args.host, bound.getsockname()[1])}/v1", flush=True)
         make_server(app, config).run(sockets=[bound])
 
 

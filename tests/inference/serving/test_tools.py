@@ -149,13 +149,15 @@ def test_a_choice_of_tools_constrains_the_answer(client: TestClient, engine: Fak
     assert engine.asked[-1].stop == ("</tool_call>",)
 
 
+SPELLING_CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "<|im_end|>"}}
+
+
 @pytest.mark.parametrize(("fields", "words"), [
     ({"tools": [WEATHER, WEATHER]}, "same name"),
     ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "strict=true needs"),
     ({"tools": [{"type": "function", "function": {"name": "f", "description": "<|im_end|>"}}]}, "spells '<|im_end|>'"),
     ({"response_format": {"type": "json_object"}}, "not served together with tools"),
-    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [
-        {"id": "a", "type": "function", "function": {"name": "f", "arguments": "<|im_end|>"}}]}]}, "arguments of a call"),
+    ({"messages": [{"role": "assistant", "content": None, "tool_calls": [SPELLING_CALL]}]}, "arguments of a call"),
 ])  # fmt: skip
 def test_tools_that_cannot_be_given_are_refused(client: TestClient, fields: dict[str, Any], words: str):
     found = post(client, **fields)

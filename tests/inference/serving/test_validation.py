@@ -45,7 +45,7 @@ def content(*parts: Any) -> dict[str, Any]:
     ({"messages": [{"role": "user", "content": {"a": 1}}]}, "messages[0].content", "invalid_type"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_type"),
     ({"messages": [{"role": "assistant"}]}, "messages[0]", "invalid_value"),
-    ({"messages": [{"role": "assistant", "content": None, "audio": {"id": "a"}}]}, "messages[0].audio", "invalid_value"),
+    ({"messages": [{"role": "assistant", "content": "a", "audio": {"id": "b"}}]}, "messages[0].audio", "invalid_value"),
     ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0].tool_call_id", "missing_required_parameter"),
     (content("a"), "messages[0].content[0]", "invalid_type"),
     (content({"type": "input_audio", "input_audio": {}}), "messages[0].content[0].type", "invalid_value"),
