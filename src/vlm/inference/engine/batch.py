@@ -12,13 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 from vlm.inference.engine.cache import cut_cache, is_joinable, join_caches
 from vlm.inference.engine.row import Row
 from vlm.inference.generate import VisionLanguageModel
 
 UNJOINABLE_INPUTS = ("cross_attention_mask", "encoder_outputs", "decoder_attention_mask")
-"""Inputs of models whose every token looks at the images, or at an encoded prompt: their rows have steps of their own."""
+"""Inputs of models whose every token attends to the images, or to an encoded prompt: their rows have own steps."""
+PROMPT_INPUTS = {*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "inputs_embeds"}
+"""Inputs that the passes after the prompt's do not take; kept, they would only fill the memory."""
 
 
 class DecodingBatch:
@@ -39,7 +42,7 @@ class DecodingBatch:
         """Whether the rows can go on together with those of another batch of the model."""
         mask, cache = self.inputs.get("attention_mask"), self._cache
         return (
-            isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] == self.ids.shape[1]
+            (mask is None or mask.ndim == 2 and mask.shape[1] == self.ids.shape[1])  # None: nothing is padding
             and all(self.inputs.get(name) is None for name in UNJOINABLE_INPUTS)
             and cache is not None and is_joinable(cache, self.ids.shape[1] - 1)
         )  # fmt: skip
@@ -91,9 +94,15 @@ class DecodingBatch:
             return
         cache.reorder_cache(kept)
         cut_cache(cache, length - 1)
-        self.inputs["attention_mask"] = self.inputs["attention_mask"][kept][:, -length:]
+        self.inputs["attention_mask"] = self._make_mask()
         if (positions := self.inputs.get("position_ids")) is not None:
             self.inputs["position_ids"] = positions.index_select(-2, kept)
+
+    def _make_mask(self) -> Tensor:
+        """Return `(rows, tokens)`: 0 at padding."""
+        lengths = self.ids.new_tensor([row.length for row in self.rows])
+        width = self.ids.shape[1]
+        return (torch.arange(width, device=self.ids.device) >= width - lengths.unsqueeze(1)).long()
 
     @classmethod
     def join(cls, first: Self, second: Self) -> Self:
@@ -103,14 +112,15 @@ class DecodingBatch:
         assert name is not None
         lengths = [batch.ids.shape[1] for batch in batches]
         caches = [batch.inputs[name] for batch in batches]
-        inputs = {key: value for key, value in first.inputs.items() if not isinstance(value, Tensor | Cache)}
+        inputs = {key: value for key, value in first.inputs.items() if value is None or isinstance(value, bool | int)}
         inputs[name] = join_caches(caches, [length - 1 for length in lengths])
-        inputs["attention_mask"] = _stack([batch.inputs["attention_mask"] for batch in batches], max(lengths))
         if first.inputs.get("position_ids") is not None:
             last = [batch.inputs["position_ids"][..., -1:] for batch in batches]
             inputs["position_ids"] = torch.cat(last, dim=-2)  # (rows, 1), or (kinds, rows, 1)
-        ids = _stack([batch.ids for batch in batches], max(lengths))
-        return cls(first.model, [*first.rows, *second.rows], ids, inputs)
+        ids = torch.cat([F.pad(batch.ids, (max(lengths) - batch.ids.shape[1], 0)) for batch in batches])
+        joined = cls(first.model, [*first.rows, *second.rows], ids, inputs)
+        joined.inputs["attention_mask"] = joined._make_mask()
+        return joined
 
 
 def start_batch(model: VisionLanguageModel, row: Row, options: dict[str, Any]) -> DecodingBatch:
@@ -135,7 +145,8 @@ def start_batch(model: VisionLanguageModel, row: Row, options: dict[str, Any]) -
         outputs = network(**passed, return_dict=True)
         if is_new:
             row.sampler.processors = logits_processor
-        batch = DecodingBatch(network, [row], input_ids, _update_inputs(network, outputs, inputs))
+        kept = {name: value for name, value in inputs.items() if name not in PROMPT_INPUTS}
+        batch = DecodingBatch(network, [row], input_ids, _update_inputs(network, outputs, kept))
         batch.advance(outputs.logits[:, -1].to(torch.float32, copy=True))
         started.append(batch)
         return batch.ids
@@ -151,8 +162,3 @@ def _update_inputs(network: Any, outputs: Any, inputs: dict[str, Any]) -> dict[s
     """Return the inputs that `generate` keeps for the next pass."""
     is_encoder_decoder = bool(network.config.is_encoder_decoder)
     return network._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=is_encoder_decoder)
-
-
-def _stack(tables: Sequence[Tensor], width: int) -> Tensor:
-    """Return tables `(rows, tokens)` below each other, padded on the left with zeros."""
-    return torch.cat([F.pad(table, (width - table.shape[1], 0)) for table in tables])

@@ -33,8 +33,8 @@ class Engine:
     """Answers requests together: each joins the running batch between two tokens, and leaves it when it ends.
 
     Greedy answers are those of `vlm generate`; a seeded answer does not depend on which others are in the batch. A
-    failure in one row ends that row; a batch that fails, as where memory is too small, is tried again in halves. Rows of
-    models that cannot share a pass (with cross-attention to images, or a cache of another kind than those of
+    failure in one row ends that row; a batch that fails, as where memory is too small, is tried again in halves. Rows
+    of models that cannot share a pass (with cross-attention to images, or a cache of another kind than those of
     `cache.JOINABLE_LAYERS`) take turns, token by token.
 
     Args:
@@ -248,6 +248,6 @@ class Engine:
             logger.warning("a step of %d rows failed (%s); going on with %d at once", len(rows), error, self._limit)
             with self._changed:
                 self._waiting.extendleft(reversed(rows))
-        del error
         if is_memory:
+            error.__traceback__ = None  # its frames keep the tensors of the pass alive
             clear_device_cache(garbage_collection=True)
