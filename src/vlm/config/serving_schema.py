@@ -17,6 +17,9 @@ class ServingConfig:
     """The most bytes of a request's body, counted while they arrive."""
     max_pending_bytes: int = field(default=256 * 2**20, metadata=at_least(1024))
     """The most bytes of bodies that all requests together may have in memory; further ones get status 503."""
+    max_prepared_bytes: int = field(default=4 * 2**30, metadata=at_least(1024))
+    """The most bytes of prompts and images that are ready for the model and wait, or are being answered; further ones
+    get status 503."""
     max_messages: int = field(default=512, metadata=at_least(1))
     """The most messages of a conversation."""
     max_parts: int = field(default=1024, metadata=at_least(1))

@@ -54,6 +54,10 @@ class FakeEngine(Engine):
         self.constraints: Any = FakeConstraints()
 
     @property
+    def is_closed(self) -> bool:
+        return False
+
+    @property
     def num_waiting(self) -> int:
         return 0
 

@@ -12,12 +12,15 @@ from vlm.inference.serving.errors import RequestError
 
 
 def test_places_are_given_back():
-    admission = Admission(ServingConfig(max_batch=2, max_queue=1))
-    with admission.places(2), admission.places(1):
+    admission = Admission(ServingConfig(max_batch=2, max_queue=1, max_prepared_bytes=5000))
+    with admission.places(2), admission.places(1), admission.memory(4000):
         with pytest.raises(RequestError, match="max_queue"):
             admission.places(1)
-        assert admission.num_taken == 3
-    assert admission.num_taken == 0
+        with pytest.raises(RequestError, match="max_prepared_bytes") as refused:
+            admission.memory(2000)
+        assert refused.value.status == 503
+        assert (admission.num_taken, admission.prepared_bytes) == (3, 4000)
+    assert (admission.num_taken, admission.prepared_bytes) == (0, 0)
 
 
 def test_a_thread_is_taken_until_its_work_ends():

@@ -1,6 +1,5 @@
 """Images of requests: what is opened, what is refused before it is decoded, and what is kept."""
 
-import io
 import tracemalloc
 from typing import Any
 
@@ -82,8 +81,6 @@ def test_images_come_with_the_request_and_from_nowhere_else(model: VisionLanguag
     ((6000, 6000), "max_image_pixels"), ((9000, 200), "max_image_side"), ((5000, 10), "max_aspect_ratio"),
 ])  # fmt: skip
 def test_a_bomb_is_refused_by_its_header(model: VisionLanguageModel, size: tuple[int, int], key: str):
-    file = io.BytesIO()
-    Image.new("1", size).save(file, "PNG")
     part = to_part(Image.new("1", size))
     tracemalloc.start()
     try:
@@ -92,6 +89,14 @@ def test_a_bomb_is_refused_by_its_header(model: VisionLanguageModel, size: tuple
         assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
     finally:
         tracemalloc.stop()
+
+
+def test_a_small_image_in_a_huge_tile_is_refused(model: VisionLanguageModel):
+    """A TIFF decodes a tile whole: its size counts, not the image's."""
+    small = Image.new("RGB", (16, 16))
+    part = to_part(small, "TIFF", tiffinfo={322: 60_000, 323: 60_000})
+    with pytest.raises(RequestError, match="max_image_pixels"):
+        read(model, part)
 
 
 def test_all_images_of_a_request_have_a_limit(model: VisionLanguageModel):

@@ -73,6 +73,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it answers no more: it was closed, or failed itself."""
+        return self._is_closed
+
+    @property
     def num_waiting(self) -> int:
         """Number of requests that wait for a place in the batch."""
         return len(self._waiting)

@@ -1,8 +1,9 @@
 """Who is let in: places for answers, and threads that prepare them off the event loop."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from typing import ParamSpec, TypeVar
 
 from starlette.types import Receive
@@ -16,21 +17,23 @@ Arguments = ParamSpec("Arguments")
 
 
 class Admission:
-    """Counts answers that are written or wait; use it as `with admission.places(n):`.
+    """Counts answers that are written or wait, and the bytes of their inputs; use it as `with admission.places(n):`.
 
     Args:
         config: the limits.
 
     Attributes:
         num_taken: places that are taken.
+        prepared_bytes: bytes of inputs that are held.
     """
 
     def __init__(self, config: ServingConfig):
         self.limit = config.max_batch + config.max_queue
         self.max_queue = config.max_queue
-        self.num_taken = 0
+        self.max_bytes = config.max_prepared_bytes
+        self.num_taken = self.prepared_bytes = 0
 
-    def places(self, number: int) -> "Places":
+    def places(self, number: int) -> AbstractContextManager[None]:
         """Take places for so many answers.
 
         Raises:
@@ -43,22 +46,28 @@ class Admission:
                 status=429, code="rate_limit_exceeded",
             )  # fmt: skip
         self.num_taken += number
-        return Places(self, number)
+        return self._give_back(number, 0)
 
+    def memory(self, number: int) -> AbstractContextManager[None]:
+        """Take so many bytes for inputs that are ready.
 
-class Places:
-    """Places for answers; they are given back at the end of a `with`."""
+        Raises:
+            RequestError: there are not so many (503).
+        """
+        if self.prepared_bytes + number > self.max_bytes:
+            reason = f"its prompt and images take {number:,} bytes, and others have {self.prepared_bytes:,} of the"
+            message = f"{reason} {self.max_bytes:,} that are allowed (serving.max_prepared_bytes)"
+            raise RequestError(message, status=503, code="overloaded")
+        self.prepared_bytes += number
+        return self._give_back(0, number)
 
-    def __init__(self, admission: Admission, number: int):
-        self._admission, self._number = admission, number
-
-    def __enter__(self) -> "Places":
-        """Keep the places."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Give the places back."""
-        self._admission.num_taken -= self._number
+    @contextmanager
+    def _give_back(self, num_places: int, num_bytes: int) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self.num_taken -= num_places
+            self.prepared_bytes -= num_bytes
 
 
 class WorkerThreads:

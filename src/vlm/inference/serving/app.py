@@ -53,7 +53,7 @@ def make_chat_app(service: Service, engine: Engine, reason: RefusalReason, key: 
         engine.close()
         embeddings.close()
 
-    return make_app(service, paths, reason, key, close)
+    return make_app(service, paths, reason, key, close, lambda: not engine.is_closed)
 
 
 def make_classify_app(
@@ -61,18 +61,19 @@ def make_classify_app(
 ) -> Starlette:
     """Return the endpoint of a model with prediction heads; arguments as of `make_chat_app`."""
     endpoint = ClassifyEndpoint(service, predictor)
-    return make_app(service, {"/v1/classify": endpoint.respond}, reason, key, endpoint.close)
+    return make_app(service, {"/v1/classify": endpoint.respond}, reason, key, endpoint.close, lambda: True)
 
 
 def make_app(
-    service: Service, paths: Mapping[str, Respond], reason: RefusalReason, key: str | None, close: Callable[[], object]
-) -> Starlette:
+    service: Service, paths: Mapping[str, Respond], reason: RefusalReason, key: str | None,
+    close: Callable[[], object], is_running: Callable[[], bool],
+) -> Starlette:  # fmt: skip
     """Return an endpoint with the paths that all models have, and those given."""
     routes = [Route(path, JsonEndpoint(service, respond), methods=["POST"]) for path, respond in paths.items()]
     routes += [
         Route("/v1/models", _list_models(service)),
         Route("/v1/models/{name:path}", _retrieve_model(service)),
-        Route("/health", _answer_health),
+        Route("/health", _answer_health(is_running)),
         Route("/metrics", _answer_metrics(service)),
     ]
 
@@ -99,8 +100,13 @@ def make_fingerprint(config: Any) -> str:
     return f"fp_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
 
 
-async def _answer_health(request: Request) -> Response:
-    return JSONResponse({"status": "ok"})
+def _answer_health(is_running: Callable[[], bool]) -> Any:
+    async def answer(request: Request) -> Response:
+        if is_running():
+            return JSONResponse({"status": "ok"})
+        return await _refuse_request(request, RequestError("the model has ended", status=503, code="unavailable"))
+
+    return answer
 
 
 def _answer_metrics(service: Service) -> Any:

@@ -70,6 +70,8 @@ class ChatEndpoint:
         try:
             places.enter_context(self.service.admission.places(number - 1))
             job = await self.service.threads.run(self._prepare, request)
+            size = sum(tensor.nbytes for tensor in job.prepared.inputs.values())
+            places.enter_context(self.service.admission.memory(size))
             self.service.metrics.prompt_tokens.inc(job.prepared.num_prompt_tokens)
             completion = Completion(self.service.name, self.fingerprint)
             if request.stream:

@@ -15,6 +15,7 @@ from vlm.inference.serving.errors import RequestError, show
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are opened, as Pillow calls them; none of them runs another program."""
+TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 322, 323
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,")
 
 
@@ -54,7 +55,7 @@ class ImageReader:
     def _open(self, content: bytes, param: str) -> Image.Image:
         """Return an image that is not decoded yet, once its size is known to be allowed."""
         image = Image.open(BytesIO(content), formats=FORMATS)
-        number, longest = image.width * image.height, max(image.size)
+        number, longest = max(image.width * image.height, count_tile_pixels(image)), max(image.size)
         for given, key, limit in (
             (number, "max_image_pixels", self.config.max_image_pixels),
             (longest, "max_image_side", self.config.max_image_side),
@@ -70,6 +71,13 @@ class ImageReader:
                 )  # fmt: skip
         self._num_pixels += number
         return image
+
+
+def count_tile_pixels(image: Image.Image) -> int:
+    """Return the number of pixels of a TIFF's tiles, which are decoded whole, however small the image is."""
+    tags = getattr(image, "tag_v2", {})
+    sides = [tags.get(tag) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH)]
+    return sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else 0
 
 
 def decode_data_url(url: str, param: str) -> bytes:

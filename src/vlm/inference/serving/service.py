@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from vlm.config.serving_schema import ServingConfig
-from vlm.inference.serving.admission import Admission, Places, WorkerThreads, run_while_client_stays
+from vlm.inference.serving.admission import Admission, WorkerThreads, run_while_client_stays
 from vlm.inference.serving.answers import to_event
 from vlm.inference.serving.body import BodyReader, ClientLeft, parse_json
 from vlm.inference.serving.errors import RequestError, internal_error
@@ -50,6 +50,7 @@ class Service:
         self.threads = WorkerThreads(self.config.preparation_threads)
         self.metrics = Metrics()
         self.metrics.add_gauge("vlm_places_taken", "Answers written or waiting", lambda: self.admission.num_taken)
+        self.metrics.add_gauge("vlm_prepared_bytes", "Bytes of inputs", lambda: self.admission.prepared_bytes)
         self.metrics.add_gauge("vlm_body_bytes", "Bytes of bodies in memory", lambda: self.bodies.pending_bytes)
 
     def check_model(self, name: object) -> None:
@@ -66,13 +67,11 @@ class Call:
     Attributes:
         service: the endpoint's.
         body: its JSON.
-        places: the places that its answers take.
         begun: when its body was there, by the monotonic clock.
     """
 
     service: Service
     body: dict[str, Any]
-    places: Places
     begun: float
 
 
@@ -99,8 +98,8 @@ class JsonEndpoint:
         try:
             body = await service.bodies.read(Headers(scope=scope), receive)
             try:
-                with service.admission.places(1) as places:
-                    answer = self._answer(body, places, send_noting)
+                with service.admission.places(1):
+                    answer = self._answer(body, send_noting)
                     await run_while_client_stays(receive, answer, service.config.request_seconds)
             finally:
                 body.release()
@@ -112,12 +111,12 @@ class JsonEndpoint:
             logger.exception("%s failed", scope["path"])
             await refuse(internal_error(), send, started.is_set())
 
-    async def _answer(self, body: Any, places: Places, send: Send) -> None:
+    async def _answer(self, body: Any, send: Send) -> None:
         service = self.service
         begun = time.monotonic()
         parsed = await service.threads.run(parse_json, body.content, service.config.max_characters)
         body.release()
-        answer = await self.respond(Call(service, parsed, places, begun))
+        answer = await self.respond(Call(service, parsed, begun))
         if isinstance(answer, dict):
             await send_json(send, answer)
         else:
