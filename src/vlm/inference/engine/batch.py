@@ -42,7 +42,7 @@ class DecodingBatch:
         """Whether the rows can go on together with those of another batch of the model."""
         mask, cache = self.inputs.get("attention_mask"), self._cache
         return (
-            (mask is None or mask.ndim == 2 and mask.shape[1] == self.ids.shape[1])  # None: nothing is padding
+            (mask is None or (mask.ndim == 2 and mask.shape[1] == self.ids.shape[1]))  # None: nothing is padding
             and all(self.inputs.get(name) is None for name in UNJOINABLE_INPUTS)
             and cache is not None and is_joinable(cache, self.ids.shape[1] - 1)
         )  # fmt: skip
