@@ -1,6 +1,9 @@
 """Images of requests: what is opened, what is refused before it is decoded, and what is kept."""
 
+import base64
+import struct
 import tracemalloc
+import zlib
 from typing import Any
 
 import pytest
@@ -91,12 +94,22 @@ def test_a_bomb_is_refused_by_its_header(model: VisionLanguageModel, size: tuple
         tracemalloc.stop()
 
 
+def make_tiled_tiff(side: int, tile_side: int) -> dict[str, Any]:
+    """A grey TIFF of one compressed tile, which may be larger than the image."""
+    tile = zlib.compress(bytes(tile_side * tile_side))
+    tags = [(256, side), (257, side), (258, 8), (259, 8), (262, 1), (277, 1), (322, tile_side), (323, tile_side),
+            (324, 8 + 2 + 10 * 12 + 4), (325, len(tile))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + tile
+    url = f"data:image/tiff;base64,{base64.b64encode(content).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
 def test_a_small_image_in_a_huge_tile_is_refused(model: VisionLanguageModel):
     """A TIFF decodes a tile whole: its size counts, not the image's."""
-    small = Image.new("RGB", (16, 16))
-    part = to_part(small, "TIFF", tiffinfo={322: 60_000, 323: 60_000})
+    assert read(model, make_tiled_tiff(16, 64)) is not None
     with pytest.raises(RequestError, match="max_image_pixels"):
-        read(model, part)
+        read(model, make_tiled_tiff(16, 1024), max_image_pixels=1000_000)
 
 
 def test_all_images_of_a_request_have_a_limit(model: VisionLanguageModel):
