@@ -65,13 +65,9 @@ TESTED_ELSEWHERE = {
     "hub/targets.py": "hub/test_exporting.py",
     "hub/templates.py": "hub/test_importing.py",
     "hub/tiles.py": "hub/test_tiled_exports.py",
-<<<<<<< HEAD
-=======
-    "inference/chat_request.py": "inference/test_serve.py",
     "inference/engine/cache.py": "inference/engine/test_batch.py",
     "inference/engine/options.py": "inference/engine/test_engine.py",
     "inference/engine/row.py": "inference/engine/test_engine.py",
->>>>>>> w-engine
     "inference/resumable_table.py": "inference/test_batch.py",
     "inference/serving/answers.py": "inference/serving/test_chat.py",
     "inference/serving/app.py": "inference/serving/test_gate.py",
