@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from vlm.checks.fields import ConfigError, check_fields
 from vlm.checks.messages import describe_unknown_key, explain
@@ -77,7 +77,7 @@ def _make_app(args: argparse.Namespace, name: str, config: ServingConfig, key: s
     from vlm.inference.serving.service import Service
 
     service = Service(name, config)
-    guard = RequestGuard(None, args.host)
+    guard = RequestGuard(cast(Any, None), args.host)  # only its decisions are used
     guard.names.update(map(str.lower, args.allow_host))
     if not open_checkpoint(args.checkpoint, trust_remote_code=args.trust_remote_code).has_heads:
         return make_chat_app(service, Engine(load_model(args), config.max_batch), guard.refusal_reason, key)

@@ -11,6 +11,7 @@ from tests.inference.serving.fake_engine import FakeEngine
 from tests.inference.serving.running import CHAT, make_body, make_client, make_endpoint
 from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import CHAT_TEMPLATES, Parts
+from vlm.inference.engine.engine import Engine
 from vlm.inference.serving.tools import ToolFormat, find_tool_format
 
 HERMES = """
@@ -163,3 +164,28 @@ def test_tools_that_cannot_be_given_are_refused(client: TestClient, fields: dict
     found = post(client, **fields)
     assert found["status"] == 400
     assert words in found["error"]["message"]
+
+
+@pytest.mark.parametrize("template", [HERMES, BARE])
+def test_an_answer_that_has_to_be_a_call_is_one(engine: FakeEngine, template: str):
+    """The real engine, whose weights are chance, keeps to the tool's schema."""
+    schema = {"type": "object", "properties": {"place": {"enum": ["Köln", "Rom"]}}, "required": ["place"],
+              "additionalProperties": False}  # fmt: skip
+    tool = {"type": "function", "function": {"name": "weather", "strict": True, "parameters": schema}}
+    engine.model.processor.chat_template = template
+    real = Engine(engine.model)
+    try:
+        with make_client(make_endpoint(real)) as client:
+            found = post(client, tools=[tool], tool_choice="required")
+            named = {"type": "function", "function": {"name": "weather"}}
+            choices = stream(client, tools=[tool], tool_choice=named)
+    finally:
+        real.close()
+        engine.model.processor.chat_template = HERMES
+    choice = found["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"])["place"] in ("Köln", "Rom")
+    (streamed,) = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
+    assert streamed["function"] == call["function"]

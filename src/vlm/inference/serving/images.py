@@ -76,8 +76,8 @@ class ImageReader:
 def count_tile_pixels(image: Image.Image) -> int:
     """Return the number of pixels of a TIFF's tiles, which are decoded whole, however small the image is."""
     tags = getattr(image, "tag_v2", {})
-    sides = [tags.get(tag) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH)]
-    return sides[0] * sides[1] if all(isinstance(side, int) for side in sides) else 0
+    width, length = (tags.get(tag) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH))
+    return width * length if isinstance(width, int) and isinstance(length, int) else 0
 
 
 def decode_data_url(url: str, param: str) -> bytes:

@@ -12,19 +12,21 @@ class Metrics:
 
     def __init__(self):
         self.registry = CollectorRegistry()
-        named = {"registry": self.registry}
-        self.requests = Counter("vlm_requests", "Requests by path and status", ["path", "status"], **named)
+        registry = self.registry
+        self.requests = Counter("vlm_requests", "Requests by path and status", ["path", "status"], registry=registry)
         self.seconds = Histogram(
             "vlm_request_seconds", "Seconds from a request's headers to the end of its answer", ["path"],
-            buckets=SECONDS, **named,
+            buckets=SECONDS, registry=registry,
         )  # fmt: skip
         self.first_token_seconds = Histogram(
             "vlm_first_token_seconds", "Seconds from a request's body to the first piece of its answer",
-            buckets=SECONDS, **named,
+            buckets=SECONDS, registry=registry,
         )  # fmt: skip
-        self.prompt_tokens = Counter("vlm_prompt_tokens", "Tokens of prompts, those of images included", **named)
-        self.answer_tokens = Counter("vlm_answer_tokens", "Tokens of answers", **named)
-        self.clients_left = Counter("vlm_clients_left", "Requests whose client left before the end", **named)
+        self.prompt_tokens = Counter(
+            "vlm_prompt_tokens", "Tokens of prompts, those of images included", registry=registry
+        )
+        self.answer_tokens = Counter("vlm_answer_tokens", "Tokens of answers", registry=registry)
+        self.clients_left = Counter("vlm_clients_left", "Requests whose client left before the end", registry=registry)
 
     def add_gauge(self, name: str, purpose: str, read: Callable[[], float]) -> None:
         """Add a number that is read whenever it is wanted."""

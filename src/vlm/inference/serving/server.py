@@ -42,7 +42,7 @@ class BoundedProtocol(H11Protocol):
     _header_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin to wait for headers; refuse a connection beyond the limit."""
         super().connection_made(transport)
         if len(self.connections) > self.limits.max_connections:

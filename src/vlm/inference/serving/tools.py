@@ -28,6 +28,10 @@ PROBE_TOOL = {
         "parameters": {"type": "object", "properties": {"probe_key": {"type": "string"}}},
     },
 }
+JSON_STYLE = {
+    "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False, "coerce_one_of": True
+}  # fmt: skip
+"""How llguidance reads a schema: white space as templates write it, and what it does not know is refused."""
 OPENING_TAG = re.compile(r"<(\w+)>\s*$")
 """A tag in front of a call, such as `<tool_call>`."""
 
@@ -176,6 +180,7 @@ class Toolbox:
             tools = self.tools
         schemas = [
             {
+                "x-guidance": JSON_STYLE,
                 "type": "object",
                 "properties": {
                     "name": {"const": tool.function.name},
