@@ -11,6 +11,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from vlm.assembly.private_names import check_private_names
 from vlm.config.schema import InferenceConfig
+from vlm.data.encoding.labels import Tool
 from vlm.data.sample import Turn
 from vlm.data.vision.images import Medium
 from vlm.inference.engine.batch import DecodingBatch, start_batch
@@ -72,6 +73,11 @@ class Engine:
         self._thread.start()
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it answers no more: it was closed, or failed itself."""
+        return self._is_closed
+
+    @property
     def num_waiting(self) -> int:
         """Number of requests that wait for a place in the batch."""
         return len(self._waiting)
@@ -81,14 +87,16 @@ class Engine:
         """Number of rows that are being generated."""
         return sum(len(batch.rows) for batch in self._batches) + (self._starting is not None)
 
-    def prepare(self, turns: Sequence[Turn], images: Sequence[Medium]) -> Prepared:
+    def prepare(self, turns: Sequence[Turn], images: Sequence[Medium], tools: Sequence[Tool] = ()) -> Prepared:
         """Return a conversation as the model's inputs. CPU work: call it in a worker thread. Thread-safe.
+
+        `tools` are those that the model may call, for templates that list them.
 
         Raises:
             ValueError: the model's template or processor refuses the conversation, or leaves nothing of it; or it has
                 as many tokens as the model has positions.
         """
-        inputs = self.model.inputs([turns], [images], device=torch.device("cpu"))
+        inputs = self.model.inputs([turns], [images], device=torch.device("cpu"), tools=tools)
         length = int(inputs["attention_mask"].sum())
         check_length(length, self.model.positions, 1, "conversation")
         return Prepared(inputs, length)
