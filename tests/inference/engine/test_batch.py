@@ -9,7 +9,7 @@ import torch
 
 from tests.assembly import test_language_models as unusual
 from tests.families.tiny_families import TINY, save_family
-from tests.inference.engine.asking import QUESTIONS, answer_alone, ask_all, ids_of, running, text_of
+from tests.inference.engine.asking import QUESTIONS, Question, answer_alone, ask_all, ids_of, running, text_of
 from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts
 from vlm.inference.engine.batch import DecodingBatch
@@ -78,7 +78,9 @@ def test_a_longer_row_that_leaves_takes_its_padding_along(parts: Parts, monkeypa
             widths.append((batch.ids.shape[1], max(row.length for row in batch.rows)))
 
     monkeypatch.setattr(DecodingBatch, "step", note)
+    long, short = Question(QUESTIONS[1].text, (1,), 4), Question("what?", (), 12)
     with running(make_random_model(parts, "llama")) as engine:
-        ask_all(engine, QUESTIONS)
+        no_end = dict.fromkeys(engine.constraints.ends, -1e9)
+        ask_all(engine, [long, short], logit_bias=no_end)
     assert all(width == longest for width, longest in widths)
     assert any(later < earlier for (earlier, _), (later, _) in pairwise(widths))

@@ -1,8 +1,9 @@
 """The engine: seeds, cancellation, failures of single rows and of whole steps, and its end."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
+from threading import Event
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tests.inference.engine.asking import (
 )
 from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts
-from tests.waiting import wait_until
+from tests.waiting import HANG, wait_until
 from vlm.inference.engine.batch import DecodingBatch
 from vlm.inference.engine.engine import Engine
 from vlm.inference.engine.options import SamplingOptions
@@ -40,6 +41,21 @@ def model(parts: Parts) -> VisionLanguageModel:
 def engine(model: VisionLanguageModel) -> Iterator[Engine]:
     with running(model) as engine:
         yield engine
+
+
+class Gate:
+    """Holds the engine's thread before a step that a condition holds for, until the gate is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, condition: Callable[[DecodingBatch], bool]):
+        self.opened = Event()
+        step = DecodingBatch.step
+
+        def wait(batch: DecodingBatch) -> None:
+            if condition(batch):
+                assert self.opened.wait(HANG)
+            step(batch)
+
+        monkeypatch.setattr(DecodingBatch, "step", wait)
 
 
 def test_a_seed_gives_the_same_answer_alone_and_among_others(engine: Engine):
@@ -70,8 +86,11 @@ def test_rows_with_other_settings_do_not_change_a_greedy_answer(model: VisionLan
     assert asyncio.run(mixed()) == expected
 
 
-def test_a_short_answer_comes_back_before_a_long_one_and_a_new_question_does_not_wait(engine: Engine):
+def test_a_short_answer_comes_back_before_a_long_one_and_a_new_question_does_not_wait(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+):
     ended: list[str] = []
+    gate = Gate(monkeypatch, lambda batch: any(len(row.answer) == 60 for row in batch.rows))
 
     async def note(name: str, tokens: int) -> None:
         await ask(engine, LONG, max_new_tokens=tokens, logit_bias=no_end(engine))
@@ -80,8 +99,11 @@ def test_a_short_answer_comes_back_before_a_long_one_and_a_new_question_does_not
     async def main() -> None:
         long = asyncio.create_task(note("long", 120))
         await asyncio.gather(*(note(name, 3) for name in ("a", "b", "c", "d", "e", "f")))
-        await note("late", 2)
-        await long
+        late = asyncio.create_task(note("late", 2))
+        while engine.num_running + engine.num_waiting < 2:
+            await asyncio.sleep(0)
+        gate.opened.set()
+        await asyncio.gather(long, late)
 
     asyncio.run(main())
     assert sorted(ended[:6]) == ["a", "b", "c", "d", "e", "f"]
@@ -93,21 +115,26 @@ def no_end(engine: Engine) -> dict[int, float]:
     return dict.fromkeys(engine.constraints.ends, -1e9)
 
 
-def test_a_closed_generator_frees_its_row(engine: Engine):
+def test_a_closed_generator_frees_its_row(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    gate = Gate(monkeypatch, lambda batch: len(batch.rows[0].answer) >= 20)
+
     async def leave() -> None:
-        pieces = engine.generate(prepare(engine, LONG), SamplingOptions(10**3, logit_bias=no_end(engine)))
+        pieces = engine.generate(prepare(engine, LONG), SamplingOptions(300, logit_bias=no_end(engine)))
         async with aclosing(pieces):
             async for _ in pieces:
                 assert engine.num_running == 1
                 break
 
     asyncio.run(leave())
+    gate.opened.set()
     wait_until(lambda: engine.num_running == 0)
 
 
-def test_a_cancelled_task_leaves_the_queue_and_the_batch(engine: Engine):
+def test_a_cancelled_task_leaves_the_queue_and_the_batch(engine: Engine, monkeypatch: pytest.MonkeyPatch):
+    gate = Gate(monkeypatch, lambda batch: len(batch.rows) == 4)
+
     async def leave() -> None:
-        tasks = [asyncio.create_task(ask(engine, LONG, max_new_tokens=10**3, logit_bias=no_end(engine)))
+        tasks = [asyncio.create_task(ask(engine, LONG, max_new_tokens=300, logit_bias=no_end(engine)))
                  for _ in range(6)]  # fmt: skip
         while engine.num_running < 4 or engine.num_waiting < 2:
             await asyncio.sleep(0)
@@ -118,6 +145,7 @@ def test_a_cancelled_task_leaves_the_queue_and_the_batch(engine: Engine):
         assert engine.num_waiting == 0
 
     asyncio.run(leave())
+    gate.opened.set()
     wait_until(lambda: engine.num_running == 0)
     assert ids_of(ask_all(engine, QUESTIONS[:1])[0])
 
@@ -216,15 +244,20 @@ def test_what_does_not_fit_the_model_is_refused(engine: Engine):
         Engine(engine.model, 0)
 
 
-def test_closing_ends_every_answer(model: VisionLanguageModel):
+def test_closing_ends_every_answer(model: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch):
     engine = Engine(model, 2)
+    gate = Gate(monkeypatch, lambda batch: len(batch.rows) == 2)
 
     async def main() -> list[Any]:
-        tasks = [asyncio.create_task(ask(engine, LONG, max_new_tokens=10**3, logit_bias=no_end(engine)))
+        tasks = [asyncio.create_task(ask(engine, LONG, max_new_tokens=300, logit_bias=no_end(engine)))
                  for _ in range(3)]  # fmt: skip
         while engine.num_running < 2:
             await asyncio.sleep(0)
-        await asyncio.to_thread(engine.close)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        while not engine._is_closed:
+            await asyncio.sleep(0)
+        gate.opened.set()
+        await closing
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     assert [str(error) for error in asyncio.run(main())] == ["the engine is closed"] * 3
