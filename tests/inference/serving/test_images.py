@@ -68,10 +68,10 @@ def test_the_first_image_of_several_is_taken(model: VisionLanguageModel):
     ("data:image/png,AAAA", "data:image/png;base64"),
     ("data:image/png;base64,@@@", "base64 does not decode"),
     ("data:image/png;base64,ä", "base64 does not decode"),
-    ("data:image/png;base64,", "does not open"),
-    ("data:image/png;base64,AAAA", "does not open"),
-    ("data:image/svg+xml;base64,PHN2Zz48L3N2Zz4=", "does not open"),
-    ("data:image/eps;base64,JSFQUy1BZG9iZS0zLjAgRVBTRi0zLjAKJSVCb3VuZGluZ0JveDogMCAwIDkgOQo=", "does not open"),
+    ("data:image/png;base64,", "the image does not open"),
+    ("data:image/png;base64,AAAA", "the image does not open"),
+    ("data:image/svg+xml;base64,PHN2Zz48L3N2Zz4=", "the image does not open"),
+    ("data:image/eps;base64,JSFQUy1BZG9iZS0zLjAgRVBTRi0zLjAKJSVCb3VuZGluZ0JveDogMCAwIDkgOQo=", "the image does not open"),
 ])  # fmt: skip
 def test_images_come_with_the_request_and_from_nowhere_else(model: VisionLanguageModel, url: str, words: str):
     with pytest.raises(RequestError) as refused:

@@ -50,7 +50,8 @@ class ImageReader:
                     image.getexif()  # parsed here, where an error names the image
                     return shrink(image, self.processor)
         except BadSample as error:
-            raise RequestError(f"{param}: {error.reason}", param=param, code="invalid_image") from None
+            reason = error.reason.replace(f"image {reference}", "the image")
+            raise RequestError(f"{param}: {reason}", param=param, code="invalid_image") from None
 
     def _open(self, content: bytes, param: str) -> Image.Image:
         """Return an image that is not decoded yet, once its size is known to be allowed."""
