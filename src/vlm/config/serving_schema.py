@@ -26,6 +26,8 @@ class ServingConfig:
     """The most content parts (texts and images) of all messages of a request, or of all its inputs."""
     max_characters: int = field(default=400_000, metadata=at_least(1))
     """The most characters of all texts of a request, those of tools and schemas included."""
+    max_characters_per_position: int = field(default=32, metadata=at_least(1))
+    """The most characters of a request for each of the model's positions, so that what cannot fit is not tokenized."""
     max_images: int = field(default=8, metadata=at_least(0))
     """The most images of a request; 0: none are taken."""
     max_image_pixels: int = field(default=25_000_000, metadata=at_least(1))

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from vlm.assembly.language_models import max_positions
 from vlm.inference.engine.engine import Engine
 from vlm.inference.predict import Predictor
 from vlm.inference.serving.chat import ChatEndpoint
@@ -41,6 +42,7 @@ def make_chat_app(service: Service, engine: Engine, reason: RefusalReason, key: 
         reason: decides which hosts and sites are answered.
         key: the API key; None: none is asked for.
     """
+    service.limit_characters(engine.model.positions)
     embeddings = EmbeddingsEndpoint(service, engine)
     service.metrics.add_gauge("vlm_answers_running", "Answers that are being written", lambda: engine.num_running)
     service.metrics.add_gauge("vlm_answers_waiting", "Answers that wait", lambda: engine.num_waiting)
@@ -60,6 +62,7 @@ def make_classify_app(
     service: Service, predictor: Predictor, reason: RefusalReason, key: str | None = None
 ) -> Starlette:
     """Return the endpoint of a model with prediction heads; arguments as of `make_chat_app`."""
+    service.limit_characters(max_positions(predictor.model.config))
     endpoint = ClassifyEndpoint(service, predictor)
     return make_app(service, {"/v1/classify": endpoint.respond}, reason, key, endpoint.close, lambda: True)
 

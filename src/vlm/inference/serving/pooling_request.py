@@ -15,7 +15,7 @@ from vlm.inference.serving.chat_request import FieldsWithoutEffect, Message, Tex
 from vlm.inference.serving.errors import RequestError
 from vlm.inference.serving.images import ImageReader
 from vlm.inference.serving.messages import read_messages
-from vlm.inference.serving.validation import check_messages, refuse_beyond
+from vlm.inference.serving.validation import check_messages, refuse_beyond, refuse_characters
 
 
 def _tag_input(value: object) -> str:
@@ -80,7 +80,7 @@ def prepare_inputs(
         turns, images = read_messages(request.messages, ImageReader(processor, config).read)
         conversations.append((turns, images, "messages"))
     if sum(map(len, request.texts)) > config.max_characters:
-        refuse_beyond("input", "more characters", "max_characters", config.max_characters)
+        refuse_characters("input", config.max_characters)
     conversations += [
         ([Turn("user", (text,))], [], f"input[{place}]") for place, text in enumerate(request.texts)
     ]  # fmt: skip

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -52,6 +52,11 @@ class Service:
         self.metrics.add_gauge("vlm_places_taken", "Answers written or waiting", lambda: self.admission.num_taken)
         self.metrics.add_gauge("vlm_prepared_bytes", "Bytes of inputs", lambda: self.admission.prepared_bytes)
         self.metrics.add_gauge("vlm_body_bytes", "Bytes of bodies in memory", lambda: self.bodies.pending_bytes)
+
+    def limit_characters(self, positions: int) -> None:
+        """Lower the limit of characters to what a model of so many positions may have use of."""
+        limit = min(self.config.max_characters, self.config.max_characters_per_position * positions)
+        self.config = replace(self.config, max_characters=limit)
 
     def check_model(self, name: object) -> None:
         """Refuse the name of another model."""

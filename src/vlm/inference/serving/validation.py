@@ -77,6 +77,13 @@ def refuse_beyond(param: str, given: str, key: str, limit: int) -> None:
     )
 
 
+def refuse_characters(param: str, limit: int) -> None:
+    """Raise the refusal of more characters than a request may have."""
+    keys = "serving.max_characters, serving.max_characters_per_position"
+    message = f"{param}: more than {limit:,} characters, the most that are taken ({keys})"
+    raise RequestError(message, param=param, code="context_length_exceeded")
+
+
 def describe_validation_error(error: ErrorDetails, body: object) -> RequestError:
     """Return pydantic's error as a refusal that names the field as the client wrote it."""
     kind = error["type"]
@@ -137,7 +144,7 @@ def check_texts(request: ChatRequest, config: ServingConfig) -> None:
     if request.response_format is not None:
         schemas.append(request.response_format.model_dump())
     if sum(map(count_characters, schemas)) > config.max_characters:
-        refuse_beyond("tools", "more characters", "max_characters", config.max_characters)
+        refuse_characters("tools", config.max_characters)
 
 
 def check_messages(messages: Sequence[Message], config: ServingConfig, param: str = "messages") -> None:
@@ -152,7 +159,7 @@ def check_messages(messages: Sequence[Message], config: ServingConfig, param: st
         if isinstance(message, AssistantMessage):
             characters += sum(len(call.function.arguments) for call in message.tool_calls or ())
     if characters > config.max_characters:
-        refuse_beyond(param, f"{characters:,} characters", "max_characters", config.max_characters)
+        refuse_characters(param, config.max_characters)
     if images > config.max_images:
         refuse_beyond(param, f"{images} images", "max_images", config.max_images)
 
