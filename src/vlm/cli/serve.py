@@ -1,6 +1,7 @@
 """The subcommand `vlm serve`. Modules that import torch are imported once the command line has been understood."""
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vlm.checks.fields import ConfigError, check_fields
 from vlm.checks.messages import describe_unknown_key, explain
+from vlm.cli.collection import collect_as_usual
 from vlm.cli.model_options import add_loading_options, load_model
 from vlm.config.serving_schema import ServingConfig
 from vlm.web.guard import RequestGuard, is_loopback
@@ -65,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
             risk = "whoever reaches this address can ask the model"
             print(f"WARNING: --host {args.host} --no-api-key: {risk}.", file=sys.stderr)
         print(f"{name}: {format_url(args.host, bound.getsockname()[1])}/v1", flush=True)
+        gc.collect()
+        collect_as_usual()  # without the model's objects, for which each collection would hold up all requests
         make_server(app, config).run(sockets=[bound])
 
 
