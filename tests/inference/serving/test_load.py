@@ -23,9 +23,9 @@ from vlm.inference.generate import VisionLanguageModel
 SECONDS = float(os.environ.get("VLM_LOAD_SECONDS", "60"))
 NUM_GOOD, NUM_HOSTILE = 60, 40
 LARGEST_SPREAD = 8.0
-"""The largest ratio of the 99th percentile of good clients' times to their median. Requests are answered in their order,
-so a request waits for the same number of others as any; answers of twice the length, images, and hostile requests that
-take a place in the batch until their client's leaving is noticed make the rest."""
+"""The largest ratio of the 99th percentile of good clients' times to their median. Requests are answered in order, so
+each waits for about as many others as any; answers of twice the length, images, and hostile requests that keep a place
+in the batch until it is noticed that their client left make the rest."""
 GROWTH = 0.15
 """The largest growth of resident memory, as a share, from a third of the time on to the end."""
 
