@@ -48,8 +48,8 @@ class Size:
     shape: str = "small"
     scale: float = 3.0
     clients: int = 8
-    requests: int = 32
-    repeats: int = 3
+    requests: int = 48
+    repeats: int = 2
     tokens: tuple[int, int] = (32, 96)
     bf16: bool = False
 

@@ -1,6 +1,7 @@
 """Clients that put an endpoint under load: good ones, who time their answers, and hostile ones."""
 
 import asyncio
+import base64
 import json
 import random
 import time
@@ -215,7 +216,7 @@ def make_bomb() -> dict[str, Any]:
     header = chunk(b"IHDR", side + side + bytes([8, 2, 0, 0, 0]))
     raw = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1_000_000))) + chunk(b"IEND", b"")
     part = to_part(picture(0))
-    encoded = __import__("base64").b64encode(raw).decode()
+    encoded = base64.b64encode(raw).decode()
     part["image_url"]["url"] = f"data:image/png;base64,{encoded}"
     return part
 
@@ -255,7 +256,8 @@ async def attack_on(load: Load, seed: int) -> None:
 
 
 async def put_under_load(
-    port: int, num_good: int, num_hostile: int, seconds: float, watchers: Sequence[Callable[[Load], Awaitable[None]]] = ()
+    port: int, num_good: int, num_hostile: int, seconds: float,
+    watchers: Sequence[Callable[[Load], Awaitable[None]]] = (),
 ) -> Load:  # fmt: skip
     """Run all clients at once for so many seconds, and return what they met."""
     load = Load(port, time.monotonic() + seconds)

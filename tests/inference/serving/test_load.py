@@ -6,6 +6,7 @@
 import asyncio
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -23,9 +24,9 @@ from vlm.inference.generate import VisionLanguageModel
 SECONDS = float(os.environ.get("VLM_LOAD_SECONDS", "60"))
 NUM_GOOD, NUM_HOSTILE = 60, 40
 LARGEST_SPREAD = 8.0
-"""The largest ratio of the 99th percentile of good clients' times to their median. Requests are answered in their order,
-so a request waits for the same number of others as any; answers of twice the length, images, and hostile requests that
-take a place in the batch until their client's leaving is noticed make the rest."""
+"""The largest ratio of the 99th percentile of good clients' times to their median. Requests are answered in order, so
+each waits for about as many others as any; answers of twice the length, images, and hostile requests that keep a place
+in the batch until it is noticed that their client left make the rest."""
 GROWTH = 0.15
 """The largest growth of resident memory, as a share, from a third of the time on to the end."""
 
@@ -38,10 +39,16 @@ def check(load: Load) -> None:
     assert load.quantile(0.99) <= LARGEST_SPREAD * load.quantile(0.5)
 
 
+def accepts(port: int) -> bool:
+    """Whether somebody listens there: the model is loaded before."""
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_good_clients_get_their_answers_among_hostile_ones(model: VisionLanguageModel):
     """The short form, within this process; slow machines answer fewer requests."""
     with running(model, 8) as engine, listen(make_endpoint(engine)) as port:
-        load = asyncio.run(put_under_load(port, 6, len(HOSTILE), 1.0))
+        load = asyncio.run(put_under_load(port, 6, len(HOSTILE), 0.5))
         assert load.faults == []
         assert load.seconds
         assert load.health_seconds
@@ -61,6 +68,7 @@ def test_an_endpoint_under_load_for_a_minute(model: VisionLanguageModel, tmp_pat
         try:
             assert server.stdout is not None
             port = int(re.findall(r":(\d+)/v1", server.stdout.readline())[0])
+            wait_until(lambda: accepts(port), server)
             memory: list[tuple[float, int]] = []
             process = psutil.Process(server.pid)
 

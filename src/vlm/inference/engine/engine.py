@@ -85,7 +85,8 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Number of rows that are being generated."""
-        return sum(len(batch.rows) for batch in self._batches) + (self._starting is not None)
+        rows = {row for batch in list(self._batches) for row in batch.rows}
+        return len(rows | ({self._starting} - {None}))
 
     def prepare(self, turns: Sequence[Turn], images: Sequence[Medium], tools: Sequence[Tool] = ()) -> Prepared:
         """Return a conversation as the model's inputs. CPU work: call it in a worker thread. Thread-safe.
@@ -200,15 +201,16 @@ class Engine:
             batch = start_batch(self.model, row, self._options)
         except Exception as error:
             self._give_back([row], error)
-            return
+        else:
+            self._join(batch)
         finally:
             self._starting = None
-        if batch.rows:
-            self._join(batch)
-        else:
-            self._note_end(1)
 
     def _join(self, batch: DecodingBatch) -> None:
+        """Put a new batch to one that runs, if they can share a pass; one whose row has ended already is left out."""
+        if not batch.rows:
+            self._note_end(1)
+            return
         other = next((other for other in self._batches if batch.is_joinable and other.is_joinable), None)
         if other is None:
             self._batches.append(batch)
