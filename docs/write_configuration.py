@@ -10,14 +10,14 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
-from vlm.config import model_schema, schema
+from vlm.config import model_schema, schema, serving_schema
 from vlm.config.rules import Choices, get_rule
 
 CLASSES = {
     module.__name__: {
         node.name: node.body for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)
     }
-    for module in (schema, model_schema)
+    for module in (schema, model_schema, serving_schema)
 }
 """Module -> class -> the statements of its body."""
 PAGE = Path(__file__).parent / "configuration.md"
@@ -47,7 +47,8 @@ def write() -> str:
         for field in passed
     )
     header = PASSED_ROW.format("key", "type", "default", "allowed") + PASSED_ROW.format(*["---"] * 4)
-    return HEAD + "".join(sections(schema.RunConfig, "")) + PASSED_ON + header + "".join(rows)
+    own = [*sections(schema.RunConfig, ""), *sections(serving_schema.ServingConfig, "serving")]
+    return HEAD + "".join(own) + PASSED_ON + header + "".join(rows)
 
 
 def sections(kind: type[Any], path: str) -> Iterator[str]:

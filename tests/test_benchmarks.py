@@ -27,6 +27,7 @@ from benchmarks import (
     overhead,
     peers,
     pretrain,
+    serving,
     survival,
 )
 from benchmarks.guards import guards_in_turns
@@ -369,6 +370,18 @@ def test_answers_are_ids_that_follow_question_and_image(tmp_path: Path):
 def test_a_model_that_says_the_same_to_everything_is_no_measure(tmp_path: Path):
     with pytest.raises(SystemExit, match="different questions have the same answer"):
         generation.measure(replace(ANSWERS, scale=1.0), tmp_path)
+
+
+def test_answers_of_several_clients_are_those_one_by_one(tmp_path: Path):
+    size = serving.Size("tiny", scale=12.0, clients=3, requests=5, repeats=1, tokens=(3, 9))
+    (row,), notes = serving.measure(size, tmp_path)
+    assert row.target == 3.0
+    assert set(row.medians) == {"together", "one by one"}
+    assert set(notes.values()) == {size.requests}
+    with pytest.raises(SystemExit, match=r"not those one by one: requests \[1\]"):
+        serving.check_answers([[1], [2]], [[1], [3]])
+    with pytest.raises(SystemExit, match="have the same answer"):
+        serving.check_answers([[1], [1]], [[1], [1]])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")

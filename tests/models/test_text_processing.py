@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny_parts import byte_tokenizer, save_sentencepiece
 from vlm.models import text_processing
-from vlm.models.text_processing import bounded_template, calls_backend, encode_text
+from vlm.models.text_processing import LONG_TEXT, bounded_template, calls_backend, encode_text
 
 TEXTS = ("", " ", "a cat", " a  cat\n", "naïve 猫 🐈\u200d⬛", "<s>what?<|im_end|>\n<image> two", "a" * 3000)
 
@@ -38,7 +38,7 @@ def as_called(tokenizer: PreTrainedTokenizerFast, text: str, *, special: bool) -
 @pytest.mark.parametrize("special", [False, True])
 def test_ids_and_spans_are_those_of_a_call(tokenizer: PreTrainedTokenizerFast, special: bool):
     assert calls_backend(type(tokenizer))
-    for text in TEXTS:
+    for text in (*TEXTS, "a long text. " * (LONG_TEXT // 10)):
         assert encode_text(tokenizer, text, add_special_tokens=special) == as_called(tokenizer, text, special=special)
 
 

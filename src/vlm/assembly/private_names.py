@@ -41,7 +41,6 @@ MODEL, CONFIG = "transformers.modeling_utils:PreTrainedModel", "transformers.con
 AUTO = "transformers.models.auto.auto_factory:_BaseAutoModelClass"
 LOADER = "transformers.core_model_loading:convert_and_load_state_dict_in_model"
 ZERO3 = "transformers.integrations.deepspeed"
-HANDLER = "transformers.cli.serving.chat_completion:ChatCompletionHandler"
 ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 TORCH_ENGINE = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine:TorchCheckpointEngine.save"
 LOOP = "transformers.trainer:Trainer._inner_training_loop"
@@ -77,20 +76,18 @@ PRIVATE_NAMES = {
             "_supports_default_dynamic_cache",
             "state space models make the cache of their states themselves",
         ),
-        PrivateName(MODEL, "_init_weights", "connectors and heads draw their first weights in it", ("module",)),
         PrivateName(
-            HANDLER,
-            "_build_generation_config",
-            "served answers are greedy by default, and end where the template ends them",
-            ("body", "model_generation_config", "use_cb"),
+            "transformers:GenerationMixin",
+            "_update_model_kwargs_for_generation",
+            "served answers are generated together, each token as `generate` makes it",
+            ("outputs", "model_kwargs", "is_encoder_decoder"),
         ),
+        PrivateName(MODEL, "_init_weights", "connectors and heads draw their first weights in it", ("module",)),
         PrivateName(
             "transformers.trainer:Trainer._prepare_for_training",
             "is_distributed_loading_by_transformers",
             "a model that FSDP2 shards is not wrapped (set)",
         ),
-        PrivateName(HANDLER, "_validate_request", "requests for what is not served are refused", ("body",)),
-        PrivateName(HANDLER, "_unused_fields", "requests for what is not served are refused"),
         PrivateName(LOOP, "_tr_loss", "a resumed run logs the mean loss of whole intervals"),
         PrivateName(LOOP, "_total_loss_scalar", "a resumed run logs the mean loss of all its steps"),
         PrivateName(LOOP, "_globalstep_last_logged", "a resumed run logs the mean loss of whole intervals"),

@@ -138,12 +138,15 @@ class Processor(Protocol):
         """Return the ids that one small image takes, its start and end tokens included."""
         ...
 
-    def apply_chat_template(self, conversation: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def apply_chat_template(
+        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Any = None
+    ) -> str:
         """Return a conversation as text, with a token for each image and video.
 
         Args:
             conversation: messages with `role` and `content`, a string or a list of items.
             add_generation_prompt: whether the text ends where a reply begins.
+            tools: the tools that the model may call, for templates that list them.
         """
         ...
 

@@ -213,11 +213,26 @@ class Turn:
             return False
         return not any(isinstance(part, str) and part and not part.isspace() for part in self.content)
 
-    def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, str]:
+    def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, Any]:
         """Return the turn as chat templates read it, with a token for each image and video."""
         tokens = {ImageRef: image_token, VideoRef: video_token or image_token}
         parts = [part if isinstance(part, str) else tokens[type(part)] for part in self.content]
         return {"role": self.role, "content": "".join(parts)}
+
+
+@dataclass(frozen=True)
+class ToolCallTurn(Turn):
+    """A reply that calls tools.
+
+    Attributes:
+        tool_calls: the calls, as chat templates read them.
+    """
+
+    tool_calls: tuple[dict[str, Any], ...] = ()
+
+    def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, Any]:
+        """Return the turn as chat templates read it, with its calls."""
+        return {**super().as_message(image_token, video_token), "tool_calls": list(self.tool_calls)}
 
 
 @dataclass(frozen=True)

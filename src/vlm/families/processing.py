@@ -114,7 +114,9 @@ class FamilyProcessor:
         """Return the ids of a single small image."""
         return self.tokenize(self.image_token, (), [(64, 64)])[0]
 
-    def apply_chat_template(self, conversation: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def apply_chat_template(
+        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Any = None
+    ) -> str:
         """Return a conversation as text, with a token for each image and video.
 
         Contents may be strings with such tokens; the template gets them as lists of text, images and videos.
@@ -131,7 +133,7 @@ class FamilyProcessor:
                 messages = with_items
         if "strftime_now" in template:
             template = FIXED_CLOCK + template
-        return self._render(messages, template, add_generation_prompt)
+        return self._render(messages, template, add_generation_prompt, tools)
 
     @cached_property
     def _own_template_takes_lists(self) -> bool:
@@ -143,11 +145,11 @@ class FamilyProcessor:
             return False
         return self.image_token in rendered and "'type'" not in rendered
 
-    def _render(self, messages: list[Message], template: str, add_generation_prompt: bool) -> str:
+    def _render(self, messages: list[Message], template: str, add_generation_prompt: bool, tools: Any = None) -> str:
         with bounded_template():
             return self.tokenizer.apply_chat_template(
-                messages, chat_template=template, add_generation_prompt=add_generation_prompt, tokenize=False,
-                date_string=FIXED_DATE, enable_thinking=False,
+                messages, tools=tools, chat_template=template, add_generation_prompt=add_generation_prompt,
+                tokenize=False, date_string=FIXED_DATE, enable_thinking=False,
             )  # fmt: skip
 
     def _to_items(self, content: str | list[Message]) -> list[Message]:

@@ -17,7 +17,7 @@ from vlm.assembly.language_models import max_positions
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
-from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode_prompt, reply_ending
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, Tool, encode_prompt, reply_ending
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.records.marks import MarkError, Slot, join_texts, split_at_marks
 from vlm.data.sample import (
@@ -210,7 +210,8 @@ class VisionLanguageModel:
 
     def inputs(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]], *,
-        suffix: Sequence[int] = (), left: bool = True,
+        suffix: Sequence[int] = (), left: bool = True, device: torch.device | None = None,
+        tools: Sequence[Tool] = (),
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Return the model's inputs for conversations that wait for a reply.
 
@@ -219,17 +220,19 @@ class VisionLanguageModel:
             images: the images and videos of each as `open_media` returns them, in order.
             suffix: ids to append to each prompt.
             left: whether to pad on the left, as generation needs.
+            device: where the inputs go; None: to the model's device.
+            tools: those that the model may call, for templates that list them.
 
         Returns:
-            `input_ids` and `attention_mask` `(rows, tokens)`, and the inputs of images, on the model's device.
+            `input_ids` and `attention_mask` `(rows, tokens)`, and the inputs of images.
 
         Raises:
             ValueError: the model's template or processor refuses a conversation, or leaves nothing of it.
         """
         prompts = zip(conversations, images, strict=True)
         with errors_without_record():
-            rows = [prompt_inputs(self.processor, turns, opened, suffix) for turns, opened in prompts]
-        return on_device(Collator.of(self.processor, left=left)(rows), self.processor, self.model.device)
+            rows = [prompt_inputs(self.processor, turns, opened, suffix, tools) for turns, opened in prompts]
+        return on_device(Collator.of(self.processor, left=left)(rows), self.processor, device or self.model.device)
 
     @property
     def positions(self) -> int:
@@ -280,8 +283,9 @@ class VisionLanguageModel:
 
 
 def prompt_inputs(
-    processor: Processor, turns: Sequence[Turn], opened: Sequence[Medium], suffix: Sequence[int] = ()
-) -> SampleInputs:
+    processor: Processor, turns: Sequence[Turn], opened: Sequence[Medium], suffix: Sequence[int] = (),
+    tools: Sequence[Tool] = (),
+) -> SampleInputs:  # fmt: skip
     """Return the inputs of one conversation that waits for a reply, see `VisionLanguageModel.inputs`.
 
     Raises:
@@ -289,7 +293,7 @@ def prompt_inputs(
     """
     sample = Sample("prompt", tuple(turns))
     sizes = media_sizes_from_opened(sample.media, opened, processor)
-    ids = encode_prompt(processor, turns, sizes)
+    ids = encode_prompt(processor, turns, sizes, tools=tools)
     if not ids:
         raise BadSample(sample.id, "the model's template leaves nothing of this prompt (plain keeps images only)")
     ids = [*ids, *suffix]

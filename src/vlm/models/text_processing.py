@@ -14,6 +14,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+LONG_TEXT = 20_000
+"""Characters of a text that is encoded as a batch of one: other threads, such as those of a server, go on meanwhile."""
+
 Ids = list[int]
 Spans = list[tuple[int, int]]
 """The characters that each id comes from."""
@@ -37,7 +40,10 @@ def encode_text(
         and backend.encode_special_tokens == tokenizer.split_special_tokens
     ):
         with suppress(TypeError):  # half of a surrogate pair, which the call below refuses as transformers does
-            encoding = backend.encode(text, add_special_tokens=add_special_tokens)
+            if len(text) > LONG_TEXT:
+                (encoding,) = backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = backend.encode(text, add_special_tokens=add_special_tokens)
             return encoding.ids, encoding.offsets
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     return encoded["input_ids"], encoded["offset_mapping"]

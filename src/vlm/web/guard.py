@@ -67,10 +67,13 @@ class RequestGuard:
             site: its `Sec-Fetch-Site`.
             method: its method.
         """
-        name = urlsplit(f"//{host}").hostname or ""
+        try:
+            name, origin_host = urlsplit(f"//{host}").hostname or "", urlsplit(origin or "").netloc
+        except ValueError:  # a bracket without its pair
+            return "The request's Host or Origin is malformed."
         if not self._is_allowed_name(name):
-            return f"This page does not answer to the name {name!r}. Give it with vlm web --host."
-        other_origin = origin is not None and urlsplit(origin).netloc != host
+            return f"This address does not answer to the name {name[:80]!r}. Give it with --host."
+        other_origin = origin is not None and origin_host != host
         if other_origin or (method not in ("GET", "HEAD") and site == "cross-site"):
             return "Requests from other sites are not answered."
         return None

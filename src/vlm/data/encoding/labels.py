@@ -7,12 +7,13 @@ tokenised once, and a label is the id where a token lies in the span of a reply 
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import count, pairwise
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.processor import Processor
@@ -25,6 +26,9 @@ MARKERS = OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 MARKER_PATTERN = re.compile(f"(?:([{OPEN}{CLOSE}])([0-9]+))?{NUMBERED}")
 THINKING_END = "</think>"
 WHITE_SPACE = re.compile(r"\s*")
+
+Tool = Mapping[str, Any]
+"""A tool that a model may call, as chat templates read it: a JSON object."""
 
 Span = tuple[int, int]
 """Where a text begins and ends, in characters."""
@@ -68,8 +72,13 @@ def read_template(name: str) -> str:
     return resources.files("vlm.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def render(processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *, prompt: bool = False) -> Rendered:
+def render(
+    processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *, prompt: bool = False,
+    tools: Sequence[Tool] = (),
+) -> Rendered:  # fmt: skip
     """Render turns with the processor's template; `prompt` adds the text that precedes an answer.
+
+    `tools` are those that the model may call, for templates that list them.
 
     A template may drop a reply's text up to its last `</think>`; the reply is then the text after that.
 
@@ -80,10 +89,11 @@ def render(processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *,
     learned = [turn.supervised for turn in turns for part in turn.content if isinstance(part, str)]
     if any(marker in part for _, part in texts for marker in MARKERS):
         raise BadSample(sample_id, "contains one of the Unicode noncharacters U+FDD0 to U+FDD2")
-    text, spans = _render_with_markers(processor, turns, sample_id, prompt)
+    text, spans = _render_with_markers(processor, turns, sample_id, prompt, tools)
     whitespace = {}
     if any(role == "assistant" and part != part.strip() for role, part in texts):
-        stripped = _render_with_markers(processor, [_strip_reply(turn) for turn in turns], sample_id, prompt)
+        without_blanks = [_strip_reply(turn) for turn in turns]
+        stripped = _render_with_markers(processor, without_blanks, sample_id, prompt, tools)
         whitespace = _kept_whitespace((text, spans), stripped)
     replies = []
     for number, (role, part) in enumerate(texts):
@@ -97,12 +107,16 @@ def render(processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *,
     return Rendered(text, sorted(spans.values()), replies)
 
 
-def _render_with_markers(processor: Processor, turns: Sequence[Turn], sample_id: str, prompt: bool) -> MarkedText:
+def _render_with_markers(
+    processor: Processor, turns: Sequence[Turn], sample_id: str, prompt: bool, tools: Sequence[Tool]
+) -> MarkedText:
     """Render with markers around each text, and take them out."""
-    return _strip_markers(render_marked(processor, turns, sample_id, prompt=prompt))
+    return _strip_markers(render_marked(processor, turns, sample_id, prompt=prompt, tools=tools))
 
 
-def render_marked(processor: Processor, turns: Sequence[Turn], sample_id: str, *, prompt: bool = False) -> str:
+def render_marked(
+    processor: Processor, turns: Sequence[Turn], sample_id: str, *, prompt: bool = False, tools: Sequence[Tool] = ()
+) -> str:
     """Render with markers around each text.
 
     Raises:
@@ -112,8 +126,10 @@ def render_marked(processor: Processor, turns: Sequence[Turn], sample_id: str, *
     messages = []
     for turn in turns:
         parts = tuple(_add_markers(p, next(numbers), tokens) if isinstance(p, str) else p for p in turn.content)
-        messages.append(Turn(turn.role, parts).as_message(*tokens))
+        messages.append(replace(turn, content=parts).as_message(*tokens))
     with processor_errors("its template", sample_id):
+        if tools:
+            return processor.apply_chat_template(messages, add_generation_prompt=prompt, tools=list(tools))
         return processor.apply_chat_template(messages, add_generation_prompt=prompt)
 
 
@@ -157,7 +173,7 @@ def _strip_reply(turn: Turn) -> Turn:
     """Return a reply without the white space at its ends; any other turn unchanged."""
     if turn.role != "assistant":
         return turn
-    return Turn(turn.role, tuple(part.strip() if isinstance(part, str) else part for part in turn.content))
+    return replace(turn, content=tuple(part.strip() if isinstance(part, str) else part for part in turn.content))
 
 
 def _kept_whitespace(full: MarkedText, stripped: MarkedText) -> dict[int, tuple[int, int]]:
@@ -266,10 +282,11 @@ def encode(
 
 
 def encode_prompt(
-    processor: Processor, turns: Sequence[Turn], sizes: Sequence[MediaSize] = (), sample_id: str = "?"
-) -> list[int]:
-    """Return the ids of a conversation that waits for an answer."""
-    rendered = render(processor, turns, sample_id, prompt=True)
+    processor: Processor, turns: Sequence[Turn], sizes: Sequence[MediaSize] = (), sample_id: str = "?",
+    tools: Sequence[Tool] = (),
+) -> list[int]:  # fmt: skip
+    """Return the ids of a conversation that waits for an answer; `tools` are those that the model may call."""
+    rendered = render(processor, turns, sample_id, prompt=True, tools=tools)
     return tokenize(processor, rendered, Sample(sample_id, tuple(turns)), sizes)[0]
 
 

@@ -4,6 +4,7 @@ The structure of a conversation is its roles, its images, and the blanks around 
 rendering is, and what any conversation gets that has a text which the template might see (`template_analysis`).
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -141,21 +142,23 @@ def make_skeleton(marked: str, texts: Sequence[str], rendered: Rendered) -> Skel
     `rendered` is the same without markers.
     """
     literals, order = [], []
+    seen: set[int] = set()
     position = 0
     matches = list(MARKER_PATTERN.finditer(marked))
     for opened, closed in zip(matches[::2], matches[1::2], strict=False):
         number = int(opened[2] or -1)
         is_pair = (opened[1], closed[1], closed[2]) == (OPEN, CLOSE, opened[2])
-        if not is_pair or number in order or marked[opened.end() : closed.start()] != texts[number]:
+        if not is_pair or number in seen or marked[opened.end() : closed.start()] != texts[number]:
             return None
         literals.append(marked[position : opened.start()])
         order.append(number)
+        seen.add(number)
         position = closed.end()
     skeleton = Skeleton([*literals, marked[position:]], order, [])
-    spans = dict(zip(order, skeleton.fill(texts).spoken, strict=True))
+    spans = skeleton.fill(texts).spoken
     for start, end in rendered.replies:
-        number = next((n for n, span in spans.items() if start <= span[0] and span[1] <= end), None)
-        if number is None:
+        place = bisect_left(spans, (start, 0))  # of the first text from there on
+        if place == len(spans) or spans[place][1] > end:
             return None
-        skeleton.replies.append((number, spans[number][0] - start, end - spans[number][1]))
+        skeleton.replies.append((order[place], spans[place][0] - start, end - spans[place][1]))
     return skeleton if len(matches) % 2 == 0 and skeleton.fill(texts) == rendered else None

@@ -1,0 +1,96 @@
+"""`/v1/embeddings`: hidden states of a model that writes, in OpenAI's form; images come in `messages`.
+
+An embedding is the last layer's hidden state, behind its norm, at the prompt's last token: the state from which the
+answer's first token is drawn. It is scaled to length 1. The model was trained to write and not to compare, so the
+answer says what it is (`pooling`).
+"""
+
+import base64
+import struct
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlm.inference.engine.engine import Engine
+from vlm.inference.serving.batcher import Batcher
+from vlm.inference.serving.chat import translate_engine_error
+from vlm.inference.serving.pooling_request import EmbeddingsRequest, check_inputs, count_tokens, prepare_inputs
+from vlm.inference.serving.service import Call, Service
+from vlm.inference.serving.validation import parse_request
+from vlm.models.configuration_prediction import is_composed
+
+POOLING = "last hidden layer, last token of the prompt, length 1; not trained for comparisons"
+
+
+class EmbeddingsEndpoint:
+    """Answers requests for embeddings.
+
+    Args:
+        service: what all paths share.
+        engine: of the model.
+    """
+
+    def __init__(self, service: Service, engine: Engine):
+        self.service, self.vlm = service, engine.model
+        model, processor = self.vlm.model, self.vlm.processor
+        self.batcher = Batcher(processor, model.device, self._embed, service.config.max_batch)
+
+    def _embed(self, inputs: dict[str, Tensor]) -> list[list[float]]:
+        states = read_last_states(self.vlm.model, self.vlm.use_cached_features(inputs))
+        return torch.nn.functional.normalize(states.float(), dim=1).cpu().tolist()
+
+    async def respond(self, call: Call) -> dict[str, Any]:
+        """Return the embeddings for a request.
+
+        Raises:
+            RequestError: the request is refused.
+        """
+        request = await self.service.threads.run(self._parse, call.body)
+        with ExitStack() as places:
+            places.enter_context(self.service.admission.places(max(0, len(request.texts) - 1)))
+            rows = await self.service.threads.run(
+                prepare_inputs, request, self.vlm.processor, self.vlm.model.config, self.service.config
+            )
+            try:
+                embeddings = await self.batcher.run(rows)
+            except Exception as error:
+                raise translate_engine_error(error) from error
+        number = count_tokens(rows)
+        self.service.metrics.prompt_tokens.inc(number)
+        write = encode_base64 if request.encoding_format == "base64" else list
+        data = [
+            {"object": "embedding", "index": index, "embedding": write(embedding)}
+            for index, embedding in enumerate(embeddings)
+        ]
+        usage = {"prompt_tokens": number, "total_tokens": number}
+        return {"object": "list", "data": data, "model": self.service.name, "usage": usage, "pooling": POOLING}
+
+    def _parse(self, body: dict[str, Any]) -> EmbeddingsRequest:
+        check_inputs(body, self.service.config)
+        request = parse_request(EmbeddingsRequest, body, self.service.config)
+        self.service.check_model(request.model)
+        return request
+
+    def close(self) -> None:
+        """End the model's thread."""
+        self.batcher.close()
+
+
+def encode_base64(embedding: list[float]) -> str:
+    """Return an embedding as OpenAI's clients read it: little-endian float32 in base64."""
+    return base64.b64encode(struct.pack(f"<{len(embedding)}f", *embedding)).decode()
+
+
+def read_last_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the hidden state of each prompt's last token: `(rows, text_dim)`; prompts are padded on the right."""
+    mask = inputs["attention_mask"]
+    arguments: dict[str, Any] = {**inputs, "use_cache": False}
+    composed = is_composed(model.config)
+    if composed:
+        arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    decode = model.decode if composed else model.base_model
+    states = decode(**arguments).last_hidden_state
+    last = mask.sum(dim=1) - 1
+    return states[torch.arange(len(states), device=states.device), last]
