@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -271,7 +271,7 @@ class SavingTrainer(Trainer):
             save_sharded(folder, trained, optimizer)
             return
         if self.saving_group is None and dist.is_initialized():
-            self.saving_group = dist.new_group(backend="gloo")
+            self.saving_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         wait = save_sharded_in_background(folder, trained, optimizer, self.saving_group)
         writer.write(wait, own_files(self.args.process_index))
 
