@@ -1,4 +1,4 @@
-"""Everything with a public name says what it is: classes, functions and methods. Functions within functions are private."""
+"""Everything with a public name says what it is: classes, functions and methods; functions within functions have none."""
 
 import ast
 from collections.abc import Iterator
