@@ -89,7 +89,7 @@ class DecodingBatch:
         """Keep some rows, and the columns that are not padding in all of these."""
         length = max(row.length for row in self.rows)
         self.ids = self.ids[kept][:, self.ids.shape[1] - length :]
-        cache = self._cache
+        cache: Any = self._cache
         if cache is None:
             return
         cache.reorder_cache(kept)
@@ -112,7 +112,9 @@ class DecodingBatch:
         assert name is not None
         lengths = [batch.ids.shape[1] for batch in batches]
         caches = [batch.inputs[name] for batch in batches]
-        inputs = {key: value for key, value in first.inputs.items() if value is None or isinstance(value, bool | int)}
+        inputs: dict[str, Any] = {
+            key: value for key, value in first.inputs.items() if value is None or isinstance(value, bool | int)
+        }
         inputs[name] = join_caches(caches, [length - 1 for length in lengths])
         if first.inputs.get("position_ids") is not None:
             last = [batch.inputs["position_ids"][..., -1:] for batch in batches]

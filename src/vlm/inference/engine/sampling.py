@@ -48,7 +48,7 @@ class Sampler:
             penalties = (options.frequency_penalty, options.presence_penalty)
             self.processors.append(AnswerPenalties(*penalties, num_prompt_tokens))
         if options.logit_bias:
-            bias: dict[tuple[int, ...], float] = {(token,): float(bias) for token, bias in options.logit_bias.items()}
+            bias: list[list[list[int] | float]] = [[[token], float(bias)] for token, bias in options.logit_bias.items()]
             self.processors.append(SequenceBiasLogitsProcessor(bias))
         if self.constraint is not None:
             self.processors.append(self.constraint)
@@ -82,7 +82,8 @@ class Sampler:
         Raises:
             ValueError: the constraint allows nothing, or takes too long.
         """
-        scores = self.processors(ids, logits.clone())
+        processors: Any = self.processors  # declared for LongTensor, a type that no tensor has
+        scores = processors(ids, logits.clone())
         if self._generator is None:
             return int(scores.argmax(dim=-1))
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))
