@@ -25,6 +25,8 @@ from vlm.checks.disk import describe_disk_error
 from vlm.checks.fields import ConfigError, RunFailed, check_fields
 from vlm.checks.messages import NO_BASE_MESSAGE, describe_unknown_key, explain
 from vlm.checks.run import ObjectiveChecks, check
+from vlm.checks.surface import named_by_user
+from vlm.config.named import permit_names
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig
 
@@ -52,6 +54,7 @@ def with_config(
         check_required_values(composed)
         config = OmegaConf.to_object(composed)
         assert isinstance(config, RunConfig)
+        permit_names(named_by_user(config))
         check(config, make_objective(config))
         words = HydraConfig.get().overrides.task
         overrides = [word.split("=")[0].lstrip("+~").replace("/", ".") for word in words]

@@ -8,6 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from vlm.config.named import permit_names
 from vlm.config.schema import DatasetConfig, SourceConfig
 from vlm.inference.resumable_table import check_output
 
@@ -84,6 +85,7 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
     name = args.format or ("llava" if split_suffix(args.input)[0] in JSON_SUFFIXES else "labelled")
     if name not in FORMATS and ":" not in name:
         raise ValueError(f"--format {name}: allowed are {', '.join(FORMATS)}, or package.module:function for your own")
+    permit_names([name])
     known = [p.name for p in signature(get_reader(name)).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for word in args.option:
         key, equals, _ = word.partition("=")

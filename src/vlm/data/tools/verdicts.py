@@ -21,6 +21,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from vlm.config.named import permit_names
 from vlm.data.processes import num_cores
 from vlm.data.records.formats import get_reader
 from vlm.data.records.guess import with_hint
@@ -87,6 +88,7 @@ class CleanTask:
 
     def reader(self) -> partial[Sample]:
         """Return the reader of the format with its options; ValueError where there is none, or no such option."""
+        permit_names([self.format])  # in each process: it is the command's --format
         read = get_reader(self.format)
         options = dict(map(parse_option, self.options))
         try:
