@@ -4,6 +4,7 @@
 """
 
 import copy
+import json
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, without_quantization
+from vlm.assembly.foreign_config import check_adapter_values, load_config
 from vlm.config.derived import BASE_FILE
 from vlm.families.table import get_part_names
 
@@ -83,8 +85,7 @@ def _base_vocabulary_rows(model: PreTrainedModel, base: Base) -> dict[str, int]:
     if base.model is None:
         return {}
     source = base.sources["language_model"]
-    trusted = base.model["language_model"]["trust_remote_code"]
-    config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trusted)
+    config = load_config(source.name, source.name, revision=source.revision)
     rows = config.get_text_config().vocab_size
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     named = {id(parameter): _base_name(name) for name, parameter in model.named_parameters()}
@@ -193,6 +194,8 @@ def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTr
     from peft.tuners.lora import LoraModel
 
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
+    values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    check_adapter_values(values, LoraConfig().to_dict(), str(folder))
     config: Any = LoraConfig.from_pretrained(str(folder))
     layers = dict(model.named_modules())
     if unknown := sorted(set(config.target_modules or ()) - layers.keys()):

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -22,6 +21,7 @@ from vlm.assembly.adapter_folder import add_trained_weights, is_adapter_checkpoi
 from vlm.assembly.compose import build_model, choose_attention, choose_template, compose
 from vlm.assembly.encoders import check_views
 from vlm.assembly.family import check_is_family, get_auto_class, load_complete, load_family_model, read_config
+from vlm.assembly.foreign_config import check_reference
 from vlm.assembly.heads import get_num_embeddings
 from vlm.assembly.quantization import make_checkpoint_quantization
 from vlm.checks.checkpoint import checkpoint_problem
@@ -153,7 +153,8 @@ class Checkpoint:
             options: dict[str, Any] = {}
             if attn_implementation not in (None, "auto"):
                 options["attn_implementation"] = attn_implementation
-            return load_complete(VLMForPrediction, self.name, dtype=dtype, revision=self.revision or "main", **options)
+            options |= {"config": self.config, "revision": self.revision or "main"}
+            return load_complete(VLMForPrediction, self.name, dtype=dtype, **options)
         return self._load_text_model(dtype, attn_implementation, quantization)
 
     def _load_text_model(
@@ -229,7 +230,12 @@ class Checkpoint:
         This package's model classes take the place of the checkpoint's own code, which would have done it.
         """
         config, body = self.config, self.body_config
-        load = partial(get_class_from_dynamic_module, pretrained_model_name_or_path=self.name, revision=self.revision)
+
+        def load(reference: str) -> Any:
+            return get_class_from_dynamic_module(
+                check_reference(reference, self.name), self.name, revision=self.revision
+            )
+
         if is_prediction_config(config):
             for head in config.settings:
                 if head.type not in HEADS and (reference := config.auto_map.get(f"Head.{head.name}")):

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
@@ -14,6 +13,7 @@ from transformers import (
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
+from vlm.assembly.foreign_config import ForeignCodeError, load_config
 from vlm.families.table import FAMILIES
 
 AutoClass = type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]
@@ -30,7 +30,9 @@ def read_config(
 ) -> PreTrainedConfig:
     """Return the configuration of a Hub name or folder; messages call it `label`, such as `model.hf_name=NAME`."""
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return load_config(name, label, revision=revision, trust_remote_code=trust_remote_code)
+    except ForeignCodeError:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{label}: no model configuration there (a Hub name or a local folder with a config.json is needed): "

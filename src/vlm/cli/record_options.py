@@ -39,6 +39,8 @@ def add_reading_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("--format", metavar="FORMAT", help="the records' format (llava, or labelled for tables)")
     group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=option)
     group.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="the folder of relative image paths")
+    links = "follow links that lead out of the image folder"
+    group.add_argument("--follow-links", "--follow_links", action="store_true", help=links)
     group.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as dataset.system_prompt in training")
     group.add_argument("--batch-size", type=int, default=16, metavar="N", help="records in a batch (%(default)s)")
     group.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)")
@@ -93,5 +95,6 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
             raise ValueError(f"--option {word}: NAME=VALUE is needed; {name} takes {', '.join(known) or 'none'}")
     options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.option))
     return SourceConfig(
-        path=args.input, format=name, options=options, image_folder=args.image_folder, system_prompt=args.system_prompt
-    )
+        path=args.input, format=name, options=options, image_folder=args.image_folder,
+        follow_links=args.follow_links, system_prompt=args.system_prompt,
+    )  # fmt: skip

@@ -270,6 +270,10 @@ class SourceConfig:
     """Keyword parameters of that reader, such as `caption_key` of `caption`."""
     image_folder: str | None = None
     """What the records' image paths are relative to; null: the folder of `path`."""
+    follow_links: bool = field(
+        default=False, metadata=reads_outside("reads files that links in a data folder lead to", is_false)
+    )
+    """Whether links in a folder of images or records are followed where they lead out of that folder."""
     split: str = "train"
     """Of a Hugging Face data set that has several."""
     subset: str | None = None
@@ -304,10 +308,6 @@ class DatasetConfig(SourceConfig):
     """Number of records of a block within which a stream is shuffled; readers hold two blocks of each source."""
     allow_pipe: bool = field(default=False, metadata=runs_code("lets a shell run what `path` names", is_false))
     """Whether `path` may be `pipe:` and a command that a shell runs, such as `pipe:cat shard.tar`."""
-    follow_links: bool = field(
-        default=False, metadata=reads_outside("reads files that links in a data folder lead to", is_false)
-    )
-    """Whether links in a folder of images or records are followed where they lead out of that folder."""
     max_frames: int = field(default=8, metadata=at_least(1))
     """The most frames of a video that are used, evenly spaced: as images, or as a video where the model takes videos.
     LLaVA-OneVision and LLaVA-NeXT-Video get exactly so many of every video; frames of a short one are repeated."""

@@ -38,11 +38,16 @@ def is_tar_path(path: str) -> bool:
 
 def _is_tar_address(path: str) -> bool:
     """Return whether a path is the address of a tar file, behind which parameters may stand."""
-    return path.startswith(("http://", "https://")) and path.partition("?")[0].endswith(".tar")
+    return path.startswith(("http://", "https://")) and path.partition("?")[0].endswith(".tar") and "::" not in path
 
 
 def _has_tar_files(path: str) -> bool:
-    return "://" not in path and any(Path(path).glob("*.tar"))
+    return not is_address(path) and any(Path(path).glob("*.tar"))
+
+
+def is_address(path: str) -> bool:
+    """Return whether libraries would take a path for an address, or for one in another (`zip://a::https://b`)."""
+    return "://" in path or "::" in path
 
 
 def path_problem(path: str) -> str | None:
@@ -51,7 +56,7 @@ def path_problem(path: str) -> str | None:
         return None
     if _is_tar_address(path):
         return None
-    if "://" in path:
+    if is_address(path):
         return "of addresses only http(s)://….tar is read; hf://owner/name is a data set on the Hub"
     if Path(path).is_dir() or names_records(path):
         return None
