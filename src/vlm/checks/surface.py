@@ -36,7 +36,7 @@ class Reaching:
 
 def find_reaching(config: object, prefix: str = "") -> Iterator[Reaching]:
     """Yield the keys of a configuration, a dataclass of the schema, whose values reach beyond the run."""
-    for key, value, reach in _iter_marked(config, prefix):
+    for key, value, reach in iter_reach(config, prefix):
         items = value if isinstance(value, list) else [value]
         if any(item is not None and not reach.is_harmless(item) for item in items):
             yield Reaching(key, value, reach)
@@ -72,25 +72,25 @@ def check_plain_values(composed: DictConfig) -> None:
 def named_by_user(config: object) -> frozenset[str]:
     """Return the names `package.module:attribute` in the fields that take them; see `permit_names`."""
     names: set[str] = set()
-    for _, value, reach in _iter_marked(config, ""):
+    for _, value, reach in iter_reach(config, ""):
         if reach.runs_code:
             items = value if isinstance(value, list) else [value]
             names |= {item for item in items if isinstance(item, str) and is_custom_name(item)}
     return frozenset(names)
 
 
-def _iter_marked(node: Any, prefix: str) -> Iterator[tuple[str, Any, Reach]]:
+def iter_reach(node: Any, prefix: str) -> Iterator[tuple[str, Any, Reach]]:
     """Yield key, value and reach of each field that has one, in a dataclass and all that it holds."""
     for field in fields(node):
         key, value, reach = f"{prefix}{field.name}", getattr(node, field.name), get_reach(field)
         if reach is not None:
             yield key, value, reach
         if is_dataclass(value):
-            yield from _iter_marked(value, f"{key}.")
+            yield from iter_reach(value, f"{key}.")
         elif isinstance(value, list | dict):
             for name, child in value.items() if isinstance(value, dict) else enumerate(value):
                 if is_dataclass(child):
-                    yield from _iter_marked(child, f"{key}.{name}.")
+                    yield from iter_reach(child, f"{key}.{name}.")
 
 
 def _find_interpolations(node: DictConfig | ListConfig, path: str = "") -> Iterator[str]:
