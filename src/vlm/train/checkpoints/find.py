@@ -91,7 +91,7 @@ def require_own_checkpoint(checkpoint: Path, run_directory: Path) -> None:
 
 
 def _leads_out(checkpoint: Path) -> Iterator[Path]:
-    """Yield what in a checkpoint leads out of it: links, and a name in `latest`, where DeepSpeed looks for its files."""
+    """Yield what leads out of a checkpoint: links, and `latest`, which says where DeepSpeed's files are."""
     for file in checkpoint.rglob("*"):
         if file.is_symlink() and not file.resolve().is_relative_to(checkpoint):
             yield file
