@@ -128,8 +128,6 @@ def attack_page(word: str, run: str) -> None:
     with pytest.raises(ConfigError) as refused:
         plan.compose_config()
     assert len(str(refused.value).splitlines()) <= 3
-    with pytest.raises(ConfigError):
-        Plan(run, lines=word, keys={"dataset.path": "records.json"}).compose_config()
     make_command(plan, Path("outputs/run"))  # words alone: nothing runs before the check
 
 
@@ -355,9 +353,8 @@ def honest(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     root = tmp_path_factory.mktemp("honest")
     model, processor = parts.model("clip", "llama", template="chatml")
     head = {"name": "label", "task": "binary", "labels": ["no", "yes"], "loss": "bce", "pooling": "last"}
-    config = VLMPredictionConfig(
-        model.config, heads=[head], media_token_ids=[processor.image_token_id], recipe=model.config.recipe
-    )
+    recipe = {**model.config.recipe, "head": {**model.config.recipe["head"], "task": "binary", "labels": ["no", "yes"]}}
+    config = VLMPredictionConfig(model.config, heads=[head], media_token_ids=[processor.image_token_id], recipe=recipe)
     for name, saved in {"writes": model.eval(), "predicts": VLMForPrediction(config, model).eval()}.items():
         saved.save_pretrained(root / name)
         processor.save_pretrained(root / name)
@@ -403,7 +400,7 @@ def attack_checkpoint(trap: Trap, honest: Path, spoil: str, opener: str) -> None
     folder = trap.folder / f"{honest.name} {opener}"
     shutil.copytree(honest, folder)
     SPOILS[spoil](folder, trap)
-    with suppress(SystemExit, ValueError, OSError, KeyError, RuntimeError, TypeError, AttributeError):
+    with suppress(SystemExit, Exception):
         OPENERS[opener](folder)  # what it says is another matter; here it may not run
     trap.check(f"{opener} of {honest.name} with {spoil}")
 

@@ -104,7 +104,7 @@ class Checkpoint:
 
     def load_composed_processor(self, template: str | None = None, image_mode: str | None = None) -> VLMProcessor:
         """Return the processor of a composed model; see `load_processor`."""
-        processor = VLMProcessor.from_pretrained(self.name, revision=self.revision or "main")
+        processor = VLMProcessor.from_pretrained(self.name, revision=self.revision or "main", trust_remote_code=False)
         if template is not None:
             processor.chat_template = choose_template(template, processor.own_template, self.name)
         if image_mode is not None:

@@ -33,7 +33,9 @@ def names_records(path: str) -> bool:
 
 def is_tar_path(path: str) -> bool:
     """Return whether a path names tar shards, which are read in sequence."""
-    return path.startswith(PIPE_PREFIX) or _is_tar_address(path) or path.endswith(".tar") or _has_tar_files(path)
+    if path.startswith(PIPE_PREFIX) or _is_tar_address(path):
+        return True
+    return not is_address(path) and (path.endswith(".tar") or _has_tar_files(path))
 
 
 def _is_tar_address(path: str) -> bool:
@@ -42,7 +44,7 @@ def _is_tar_address(path: str) -> bool:
 
 
 def _has_tar_files(path: str) -> bool:
-    return not is_address(path) and any(Path(path).glob("*.tar"))
+    return any(Path(path).glob("*.tar"))
 
 
 def is_address(path: str) -> bool:
