@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from tests.fixtures import compose_config
 from tests.tiny_parts import Parts
 from vlm.checks.fields import ConfigError
+from vlm.checks.surface import check_surface
 from vlm.cli.main import main
 from vlm.config.model_schema import EncoderConfig, HeadConfig
 from vlm.config.rules import get_reach
@@ -133,9 +135,12 @@ def attack_page(word: str, run: str) -> None:
 
 def test_the_page_runs_no_key(trap: Trap):
     assert {"dataset.format", "model.head.type", "trainer.optim", "dataset.allow_pipe"} <= KEYS.keys()
-    for key, default in KEYS.items():
+    for number, (key, default) in enumerate(KEYS.items()):
         word = spellings(key, default)[0]
-        attack_page(word, "finetune-smol")
+        with pytest.raises(ConfigError, match="on the command line only"):
+            check_surface(compose_config("finetune-smol", ["dataset.path=records.json", word]))
+        if number % 6 == 0:
+            attack_page(word, "finetune-smol")
         trap.check(word)
 
 

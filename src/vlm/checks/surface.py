@@ -100,7 +100,7 @@ def _find_interpolations(node: DictConfig | ListConfig, path: str = "") -> Itera
     names = range(len(node)) if isinstance(node, ListConfig) else list(node)
     for name in names:
         key = f"{path}.{name}" if path else str(name)
-        if "${" in str(name) or OmegaConf.is_interpolation(node, name):  # pyright: ignore[reportArgumentType] - an index
+        if "${" in str(name) or OmegaConf.is_interpolation(node, name):
             yield key
             continue
         child = node._get_node(name)

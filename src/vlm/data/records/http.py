@@ -8,7 +8,6 @@ import io
 import logging
 import re
 import time
-from email.message import Message
 from typing import IO
 from urllib.error import HTTPError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -34,7 +33,7 @@ class HttpRedirects(HTTPRedirectHandler):
     """Follows redirects to HTTP alone: a server may name addresses of other kinds, such as `ftp:`."""
 
     def redirect_request(
-        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
     ) -> Request | None:
         """Return the request for where a server redirects to."""
         if not newurl.lower().startswith(HTTP_PREFIXES):

@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,13 @@ def expand_shards(path: str, *, allow_pipe: bool = False, follow_links: bool = F
 
 
 def _expand_braces(path: str) -> list[str]:
+    """Return the names that a path with braces stands for; ValueError where they are too many."""
     from braceexpand import braceexpand
 
-    names = list(islice(braceexpand(path), MAX_SHARDS + 1))
-    if len(names) > MAX_SHARDS:
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", path)  # looked at first: the library holds a whole range in memory
+    number = prod(abs(int(end) - int(start)) + 1 for start, end in ranges)
+    names = [] if number > MAX_SHARDS else list(islice(braceexpand(path), MAX_SHARDS + 1))
+    if max(number, len(names)) > MAX_SHARDS:
         raise ValueError(f"{path}: it stands for more than {MAX_SHARDS:,} shards")
     return names
 
