@@ -105,7 +105,7 @@ def nested(key: str, value: str) -> str:
         names = [*names[:-1], "0", names[-1]]
     text = value
     for name in reversed(names):
-        text = f"[{text}]" if name == "0" else f"{{{name}: {text}}}"
+        text = f"[{text.replace('{', '{hf_name: a/b, ')}]" if name == "0" else f"{{{name}: {text}}}"
     return f"{first}={text}"
 
 
@@ -174,9 +174,10 @@ def test_the_fields_of_the_page_run_nothing(trap: Trap):
             Plan("finetune-smol", {}, {"dataset.path": "records.json", "dataset.template": value}),
             Plan("finetune-smol", {}, {"dataset.path": "records.json", "trainer.from_pretrained": value}),
         ):  # fmt: skip
-            with pytest.raises(ConfigError):
+            with suppress(ConfigError):  # some are names that the Hub will not have
                 plan.compose_config()
             trap.check(value)
+            assert not (trap.folder / "mark").exists()
 
 
 @pytest.mark.parametrize(
@@ -428,6 +429,16 @@ def test_a_checkpoint_runs_nothing_wherever_it_is_opened(
     attack_checkpoint(trap, honest[kind], spoil, opener)
 
 
-def test_a_checkpoint_that_nobody_touched_opens(trap: Trap, honest: dict[str, Path]):
-    for folder in honest.values():
-        resume_from(folder)
+@pytest.mark.parametrize(
+    ("kind", "opener"),
+    [("writes", "from_pretrained"), ("predicts", "from_pretrained"), ("writes", "page"), ("predicts", "page"),
+     ("writes", "generate"), ("predicts", "predict"), ("writes", "export")],
+)  # fmt: skip
+def test_a_checkpoint_that_nobody_touched_opens(
+    trap: Trap, honest: dict[str, Path], kind: str, opener: str, monkeypatch: pytest.MonkeyPatch
+):
+    """So that the attacks are told from a command that does not work at all."""
+    folder = trap.folder / kind
+    shutil.copytree(honest[kind], folder)
+    monkeypatch.setattr(sys, "argv", ["vlm"])
+    OPENERS[opener](folder)
