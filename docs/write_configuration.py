@@ -10,6 +10,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
+from vlm.checks.surface import iter_reach
 from vlm.config import model_schema, schema, serving_schema
 from vlm.config.rules import Choices, get_rule
 
@@ -35,6 +36,13 @@ These keys go to `transformers.TrainingArguments` as they are; its
 they mean. The list is read from the installed version. An empty default is that of transformers.
 
 """
+COMMAND_LINE_ONLY = """
+## On the command line only
+
+Some values of these keys run code, or reach further than the run that sets them. The command line and YAML files of
+your own take them; nothing else does, such as [the page](web.md).
+
+"""
 ROW = "| {} | {} | {} | {} | {} |\n"
 PASSED_ROW = "| {} | {} | {} | {} |\n"
 
@@ -48,7 +56,21 @@ def write() -> str:
     )
     header = PASSED_ROW.format("key", "type", "default", "allowed") + PASSED_ROW.format(*["---"] * 4)
     own = [*sections(schema.RunConfig, ""), *sections(serving_schema.ServingConfig, "serving")]
-    return HEAD + "".join(own) + PASSED_ON + header + "".join(rows)
+    page = HEAD + "".join(own) + PASSED_ON + header + "".join(rows)
+    return page + COMMAND_LINE_ONLY + "".join(f"- `{key}`: {effect}\n" for key, effect in reaching_keys())
+
+
+def reaching_keys() -> Iterator[tuple[str, str]]:
+    """Yield the keys of which some values are taken on the command line only, with what these do."""
+    config = schema.RunConfig()
+    inner = {
+        "dataset.sources.NAME": schema.MixtureSourceConfig(),
+        "model.head.extra_heads.NAME": model_schema.HeadConfig(),
+        "model.visual_encoder.extra_encoders.N": model_schema.EncoderConfig(),
+    }
+    for path, node in {"": config, **inner}.items():
+        for key, _, reach in iter_reach(node, f"{path}." if path else ""):
+            yield key, reach.effect
 
 
 def sections(kind: type[Any], path: str) -> Iterator[str]:

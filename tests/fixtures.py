@@ -48,6 +48,9 @@ from tests.tiny_parts import Parts
 from vlm.assembly import encoders
 from vlm.checks.compose import open_mapping_key
 from vlm.checks.run import check
+from vlm.checks.surface import named_by_user
+from vlm.config import named
+from vlm.config.named import permit_names
 from vlm.config.packaged import group_names
 from vlm.config.schema import RunConfig
 from vlm.data.encoding.labels import read_template
@@ -359,7 +362,16 @@ def compose_config(name: str, overrides: list[str]) -> RunConfig:
     ConfigLoaderImpl._apply_overrides_to_config([word for word in parsed if word.key_or_group not in GROUPS], config)
     composed = OmegaConf.to_object(config)
     assert isinstance(composed, RunConfig)
+    permit_names(named_by_user(composed))
     return composed
+
+
+@pytest.fixture(autouse=True)
+def no_names_are_permitted_for_ever() -> Iterator[None]:
+    """What a test lets be imported is for that test alone."""
+    before = named._permitted.get()
+    yield
+    named._permitted.set(before)
 
 
 GROUPS = frozenset(group_names())

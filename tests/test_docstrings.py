@@ -1,4 +1,4 @@
-"""Everything with a public name says what it is: classes, functions and methods; functions within functions have none."""
+"""Everything with a public name says what it is: classes, functions and methods. What is within functions is private."""
 
 import ast
 from collections.abc import Iterator

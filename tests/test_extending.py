@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from tests.fixtures import compose_config, losses
 from tests.tiny_parts import Parts
+from vlm.config.named import permit_names
 from vlm.data.records.formats import get_reader
 from vlm.families.table import FAMILIES, get_part_names
 from vlm.models.connectors import CONNECTORS
@@ -79,6 +80,7 @@ def test_the_family_names_the_part_of_every_parameter():
 
 
 def test_the_format_reads_a_record():
+    permit_names(["my_format:read"])
     sample = get_reader("my_format:read")(
         {"file": "cat.png", "label": "a cat"}, Path("images"), question="Which animal?"
     )

@@ -17,6 +17,7 @@ from tests.tiny_parts import Parts, picture
 from vlm.checks.compose import open_mapping_key, strip_launcher_arguments
 from vlm.checks.fields import check_fields
 from vlm.cli.data import TOOLS
+from vlm.config.named import permit_names
 from vlm.config.packaged import run_names
 from vlm.data.records.formats import FORMATS, get_reader
 from vlm.data.sample import ImageRef
@@ -133,6 +134,7 @@ def test_the_reader_of_ones_own_works(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "my_reader.py").write_text(blocks("docs/data.md", "python")[0])
     monkeypatch.syspath_prepend(tmp_path)
     try:
+        permit_names(["my_reader:read"])
         read = get_reader("my_reader:read")
         sample = read({"file": "cat.png", "label": "A cat."}, tmp_path, question="Which?")
     finally:

@@ -55,6 +55,7 @@ from vlm.config.model_schema import (
     ModelConfig,
     VisualEncoderConfig,
 )
+from vlm.config.named import permit_names
 from vlm.data.encoding.labels import read_template
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
@@ -448,6 +449,7 @@ class Parts:
         extra_encoders: dict[str, dict[str, Any]] | None = None,
     ) -> ModelConfig:  # fmt: skip
         """The `model` section of a run on these parts; `extra_encoders` is encoder -> its other keys."""
+        permit_names([connector])
         further = [EncoderConfig(str(self.encoder(name)), **keys) for name, keys in (extra_encoders or {}).items()]
         return ModelConfig(
             visual_encoder=VisualEncoderConfig(

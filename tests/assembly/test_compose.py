@@ -33,6 +33,7 @@ from vlm.assembly.compose import (
     register_connector_class,
 )
 from vlm.config.model_schema import ModelConfig
+from vlm.config.named import permit_names
 from vlm.config.recorded import read_recipe
 from vlm.models.connectors import CONNECTORS, Connector
 
@@ -311,6 +312,7 @@ def test_an_image_processor_of_no_fixed_size_is_refused(parts: Parts, tmp_path: 
 
 @pytest.mark.parametrize("kind", ["nowhere.at.all:Class", "vlm.models.connectors:NoSuchConnector"])
 def test_a_connector_class_that_does_not_exist_is_refused_by_key(kind: str):
+    permit_names([kind])
     with pytest.raises(ValueError, match=re.escape(f"model.connector.type={kind}: ")):
         register_connector_class(kind)
     assert kind not in CONNECTORS

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vlm.config.named import permit_names
 from vlm.evaluation.text_metrics import (
     ALL_METRICS,
     METRIC_MODULES,
@@ -159,6 +160,7 @@ def own_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_metric_of_the_users_own_is_named(own_metrics: None):
     names = ["own_metrics:num_words", "own_metrics:share_of_yes", "exact_match"]
+    permit_names(names)
     check_metrics(names, ALL_METRICS, "--metrics ")
     scores = compute_text_metrics(names, ["yes", "a red cat"], [["yes"], ["a cat"]])
     assert {name: score.value for name, score in scores.items()} == {
@@ -178,11 +180,13 @@ def test_a_metric_of_the_users_own_is_named(own_metrics: None):
     ],
 )
 def test_a_name_of_no_metric_is_refused(own_metrics: None, names: list[str], message: str):
+    permit_names(names)
     with pytest.raises(ValueError, match="metric") as error:
         check_metrics(names, ALL_METRICS, "--metrics ")
     assert str(error.value).startswith(message)
 
 
 def test_values_for_some_answers_are_refused(own_metrics: None):
+    permit_names(["own_metrics:torn"])
     with pytest.raises(ValueError, match=r"own_metrics:torn: it gave values of shape \(1,\) for 2 answers"):
         compute_text_metrics(["own_metrics:torn"], ["a", "b"], [["a"], ["b"]])

@@ -20,6 +20,7 @@ from transformers import (
 from tests import waiting
 from tests.tiny_parts import ENCODERS, LANGUAGE_MODELS, Parts, picture
 from vlm.assembly.compose import register_connector_class
+from vlm.config.named import permit_names
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMProcessor
 from vlm.models.configuration_vlm import AUTO_MAP
 from vlm.models.connectors import CONNECTORS
@@ -200,6 +201,7 @@ def test_a_connector_of_the_users_own_trains_and_comes_back(parts: Parts, own_co
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert (tmp_path / "user_connector.py").read_text() == OWN_CONNECTOR
+    permit_names([own_connector])
     register_connector_class(own_connector)
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded, AutoProcessor.from_pretrained(tmp_path)), logits(model, processor))

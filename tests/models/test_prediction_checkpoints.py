@@ -16,6 +16,7 @@ from tests.families.tiny_families import save_family
 from tests.models.test_checkpoints import OWN_CONNECTOR
 from tests.tiny_parts import Parts, picture
 from vlm.assembly.heads import register_head_class
+from vlm.config.named import permit_names
 from vlm.models import VLMForPrediction, VLMPredictionConfig
 from vlm.models.connectors import CONNECTORS
 from vlm.models.heads import HEADS
@@ -93,6 +94,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     (folder / "my_head.py").write_text(OWN_HEAD)
     (folder / "my_connector.py").write_text(OWN_CONNECTOR)
     sys.path.insert(0, str(folder))
+    permit_names(["my_head:Product"])
     register_head_class("my_head:Product")
     yield "my_head:Product", "my_connector:MyConnector"
     sys.path.remove(str(folder))

@@ -45,10 +45,12 @@ class Served:
     """A page that is being served, and what it shows."""
 
     address: str
+    token: str
     outputs: Path
     chat: Path
     head: Path
     image: Path
+    routes: list[Any]
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +82,10 @@ def served(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(root / "uploads"))
         page = build(settings)
-        address = serve(page, settings)
-        yield Served(address, root / "outputs", root / "chat", root / "head", root / "image.png")
+        address, token = serve(page, settings).split("?token=")
+        yield Served(
+            address, token, root / "outputs", root / "chat", root / "head", root / "image.png", page.app.routes
+        )
         page.close()
 
 
@@ -112,7 +116,8 @@ def visit(served: Served, browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(served.address)
+        page.goto(f"{served.address}?token={served.token}")
+        assert page.url == served.address, "the token leaves the address"
         page.wait_for_selector("#chat-question textarea")
         page.get_by_role("tab", name=tab, exact=True).click()
         return page
@@ -387,7 +392,10 @@ def test_nothing_scrolls_sideways(visit: Callable[..., Any], tab: str):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def get_status(request: urllib.request.Request | str) -> int:
+def get_status(served: Served, path: str, body: bytes | None = None, *, secret: bool = True, **headers: str) -> int:
+    """The status of a request that carries the token, unless it has no `secret`."""
+    own = {"Authorization": f"Bearer {served.token}"} if secret else {}
+    request = urllib.request.Request(f"{served.address}{path}", body, {**own, **headers})
     try:
         with urllib.request.urlopen(request) as answer:
             return answer.status
@@ -397,7 +405,7 @@ def get_status(request: urllib.request.Request | str) -> int:
 
 def test_no_other_file_is_served(served: Served):
     for path in ("/etc/passwd", str(served.chat / "config.json"), str(served.image), str(Path.cwd() / "README.md")):
-        assert get_status(f"{served.address}gradio_api/file={path}") in (403, 404), path
+        assert get_status(served, f"gradio_api/file={path}") in (403, 404), path
 
 
 def upload(served: Served, size: int, **headers: str) -> int:
@@ -406,8 +414,9 @@ def upload(served: Served, size: int, **headers: str) -> int:
         f'--{edge}\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n'
         "Content-Type: image/png\r\n\r\n"
     ).encode() + bytes(size) + f"\r\n--{edge}--\r\n".encode()  # fmt: skip
-    kind = {"Content-Type": f"multipart/form-data; boundary={edge}", **headers}
-    return get_status(urllib.request.Request(f"{served.address}gradio_api/upload", body, kind))
+    return get_status(
+        served, "gradio_api/upload", body, **{"Content-Type": f"multipart/form-data; boundary={edge}", **headers}
+    )
 
 
 def test_uploads_have_a_limit(served: Served):
@@ -417,7 +426,15 @@ def test_uploads_have_a_limit(served: Served):
 
 def test_other_sites_and_names_are_refused(served: Served):
     assert upload(served, 10, Origin="http://elsewhere.example") == 403
-    named = urllib.request.Request(served.address, headers={"Host": "elsewhere.example"})
-    assert get_status(named) == 403
-    with urllib.request.urlopen(served.address) as answer:
+    assert get_status(served, "", Host="elsewhere.example") == 403
+    with urllib.request.urlopen(f"{served.address}gradio_api/startup-events") as answer:
         assert "default-src 'self'" in answer.headers["Content-Security-Policy"]
+
+
+def test_nothing_is_answered_without_the_secret(served: Served):
+    """Every route that the application has, as its own table names them, and one that it has not."""
+    paths = {getattr(route, "path", "/") for route in served.routes}
+    assert {"/gradio_api/upload", "/gradio_api/queue/join"} <= paths
+    for path in paths - {"/gradio_api/startup-events"}:
+        assert get_status(served, path.lstrip("/"), secret=False) == 401, path
+        assert get_status(served, path.lstrip("/"), b"{}", secret=False) == 401, path

@@ -13,11 +13,12 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from vlm.assembly.adapter_base import WHOLE_CHECKPOINT, Base, without_quantization
 from vlm.assembly.adapter_checks import check_adapter_settings, check_adapter_tensors, check_trained_tensors
+from vlm.assembly.foreign_config import check_adapter_values, load_config
 from vlm.assembly.opening import opening
 from vlm.checks.checkpoint_files import ADAPTER_WEIGHTS, read_header, read_object
 from vlm.config.derived import BASE_FILE
@@ -85,8 +86,7 @@ def _base_vocabulary_rows(model: PreTrainedModel, base: Base) -> dict[str, int]:
     if base.model is None:
         return {}
     source = base.sources["language_model"]
-    trusted = base.model["language_model"]["trust_remote_code"]
-    config = AutoConfig.from_pretrained(source.name, revision=source.revision, trust_remote_code=trusted)
+    config = load_config(source.name, source.name, revision=source.revision)
     rows = config.get_text_config().vocab_size
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
     named = {id(parameter): _base_name(name) for name, parameter in model.named_parameters()}
@@ -205,6 +205,7 @@ def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTr
     check_adapter_settings(file, read_object(file), read_header(folder / ADAPTER_WEIGHTS), layers)
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
     check_adapter_tensors(folder, state)
+    check_adapter_values(read_object(folder / "adapter_config.json"), LoraConfig().to_dict(), str(folder))
     config: Any = LoraConfig.from_pretrained(str(folder))
     tuner = LoraModel(model, config, "default", state_dict=state)
     result = set_peft_model_state_dict(model, state, adapter_name="default")

@@ -23,6 +23,7 @@ from vlm.assembly.compose import build_model, choose_attention, choose_template,
 from vlm.assembly.config_checks import check_config, check_generation_config
 from vlm.assembly.encoders import check_views
 from vlm.assembly.family import check_is_family, get_auto_class, load_family_model, read_config
+from vlm.assembly.foreign_config import check_reference
 from vlm.assembly.heads import get_num_embeddings
 from vlm.assembly.loading import check_weights, load_complete
 from vlm.assembly.opening import opening
@@ -111,7 +112,8 @@ class Checkpoint:
 
     def load_composed_processor(self, template: str | None = None, image_mode: str | None = None) -> VLMProcessor:
         """Return the processor of a composed model; see `load_processor`."""
-        processor = load_tried(VLMProcessor.from_pretrained, self.name, self.revision or "main")
+        load = partial(VLMProcessor.from_pretrained, trust_remote_code=False)
+        processor = load_tried(load, self.name, self.revision or "main")
         check_composed_processor(processor, self.body_config, self.name)
         if template is not None:
             processor.chat_template = choose_template(template, processor.own_template, self.name)
@@ -167,14 +169,8 @@ class Checkpoint:
             options: dict[str, Any] = {}
             if attn_implementation not in (None, "auto"):
                 options["attn_implementation"] = attn_implementation
-            return load_complete(
-                VLMForPrediction,
-                self.name,
-                config=self.config,
-                dtype=dtype,
-                revision=self.revision or "main",
-                **options,
-            )
+            options |= {"config": self.config, "revision": self.revision or "main"}
+            return load_complete(VLMForPrediction, self.name, dtype=dtype, **options)
         return self._load_text_model(dtype, attn_implementation, quantization)
 
     def check_weights(self) -> None:
@@ -271,7 +267,12 @@ class Checkpoint:
         This package's model classes take the place of the checkpoint's own code, which would have done it.
         """
         config, body = self.config, self.body_config
-        load = partial(get_class_from_dynamic_module, pretrained_model_name_or_path=self.name, revision=self.revision)
+
+        def load(reference: str) -> Any:
+            return get_class_from_dynamic_module(
+                check_reference(reference, self.name), self.name, revision=self.revision
+            )
+
         if is_prediction_config(config):
             for head in config.settings:
                 if head.type not in HEADS and (reference := config.auto_map.get(f"Head.{head.name}")):

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
@@ -12,6 +11,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from vlm.assembly.foreign_config import ForeignCodeError, load_config
 from vlm.assembly.loading import inspect_checkpoint, load_complete
 from vlm.assembly.opening import opening, shorten
 from vlm.families.table import FAMILIES
@@ -33,9 +33,9 @@ def read_config(
         has_config = inspect_checkpoint(name, revision) is not None
     with opening(label, "its config.json"):
         try:
-            return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+            return load_config(name, label, revision=revision, trust_remote_code=trust_remote_code)
         except (OSError, ValueError) as error:
-            if has_config:
+            if has_config or isinstance(error, ForeignCodeError):
                 raise
             raise ValueError(
                 f"{label}: no model configuration there (a Hub name or a local folder with a config.json is needed): "

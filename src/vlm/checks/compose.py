@@ -31,6 +31,8 @@ from vlm.checks.messages import (
     explain_composition,
 )
 from vlm.checks.run import ObjectiveChecks, check
+from vlm.checks.surface import named_by_user
+from vlm.config.named import permit_names
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig, key_names
 from vlm.config.shown import presentable
@@ -57,6 +59,7 @@ def with_config(
         """Check a composed configuration and pass it on, with the names of the keys that were overridden."""
         name = _require_run(composed)
         config = make_run_config(composed)
+        permit_names(named_by_user(config))
         check(config, make_objective(config))
         words = HydraConfig.get().overrides.task
         overrides = [word.split("=")[0].lstrip("+~").replace("/", ".") for word in words]

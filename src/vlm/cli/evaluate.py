@@ -13,6 +13,7 @@ from tabulate import tabulate
 from vlm.cli.model_options import add_generation_options, load_model, read_inference_settings
 from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
 from vlm.config.choices import ANSWER_METRICS, LOSS_METRICS
+from vlm.config.named import permit_names
 from vlm.config.schema import TrainerOptions
 from vlm.config.shown import printable
 from vlm.evaluation.output import check_no_results, check_references, resolve_output_folder, write_json
@@ -75,6 +76,7 @@ def _evaluate_records(args: argparse.Namespace) -> None:
     names = list(dict.fromkeys(name.strip() for name in args.metrics.split(",") if name.strip()))
     if not names:
         raise ValueError(f"--metrics {args.metrics!r}: allowed are {', '.join(ALL_METRICS)}")
+    permit_names(names)
     check_metrics(names, ALL_METRICS, "--metrics ")
     candidates = args.retrieval_candidates
     if candidates is None:

@@ -8,6 +8,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from vlm.config.named import permit_names
 from vlm.config.schema import DatasetConfig, SourceConfig
 from vlm.inference.resumable_table import check_output
 
@@ -38,6 +39,8 @@ def add_reading_options(group: "argparse._ArgumentGroup", *, writes: bool = True
     group.add_argument("--format", metavar="FORMAT", help="the records' format (llava, or labelled for tables)")
     group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=option)
     group.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="the folder of relative image paths")
+    links = "follow links that lead out of the image folder"
+    group.add_argument("--follow-links", "--follow_links", action="store_true", help=links)
     group.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as dataset.system_prompt in training")
     if not writes:
         return
@@ -86,6 +89,7 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
     name = args.format or ("llava" if split_suffix(args.input)[0] in JSON_SUFFIXES else "labelled")
     if name not in FORMATS and ":" not in name:
         raise ValueError(f"--format {name}: allowed are {', '.join(FORMATS)}, or package.module:function for your own")
+    permit_names([name])
     known = [p.name for p in signature(get_reader(name)).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for word in args.option:
         key, equals, _ = word.partition("=")
@@ -93,5 +97,6 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
             raise ValueError(f"--option {word}: NAME=VALUE is needed; {name} takes {', '.join(known) or 'none'}")
     options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.option))
     return SourceConfig(
-        path=args.input, format=name, options=options, image_folder=args.image_folder, system_prompt=args.system_prompt
-    )
+        path=args.input, format=name, options=options, image_folder=args.image_folder,
+        follow_links=args.follow_links, system_prompt=args.system_prompt,
+    )  # fmt: skip

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vlm.cli.model_options import add_base_options
+from vlm.web.access import PASSWORD_VARIABLE, Access, read_password
 from vlm.web.guard import is_loopback
 
 
@@ -25,12 +26,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder of runs (%(default)s)")
     upload = "largest upload (%(default)s)"
     parser.add_argument("--max-upload", "--max_upload", type=str.lower, default="20mb", help=upload)
-    add_base_options(parser, "let code in checkpoints run")
+    password = f"a file whose first line is a password, or - to ask for it (else {PASSWORD_VARIABLE}; default: none)"
+    parser.add_argument("--password-file", "--password_file", metavar="FILE", help=password)
+    add_base_options(parser, "let code in the checkpoints that are named here run")
     args = parser.parse_args(argv)
     if find_spec("gradio") is None:
         sys.exit("vlm web: Gradio is not installed: pip install 'small-vlm[web]'")
     _check_arguments(args)
-    _serve(args)
+    _serve(args, Access(password=read_password(args.password_file)))
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -52,7 +55,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise ValueError(f"{name}: no checkpoint there (seen from {Path.cwd()}); a run's is its folder `final`")
 
 
-def _serve(args: argparse.Namespace) -> None:
+def _serve(args: argparse.Namespace, access: Access) -> None:
     uploads = tempfile.mkdtemp(prefix="small-vlm-web-")
     os.environ["GRADIO_TEMP_DIR"] = uploads  # the default is shared by all users of the machine
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
@@ -62,12 +65,14 @@ def _serve(args: argparse.Namespace) -> None:
     try:
         from vlm.web.page import PageSettings, build, serve
 
-        settings = PageSettings(**vars(args))
+        options = {name: value for name, value in vars(args).items() if name != "password_file"}
+        settings = PageSettings(**options, access=access)
         page = build(settings)
         address = serve(page, settings)
         if not is_loopback(args.host):
-            risk = "whoever reaches this address may start trainings and read records and images of this machine"
-            print(f"WARNING: --host {args.host}: {risk}. There is no password.", flush=True)
+            secret = "this address" if access.password is None else "this address or the password"
+            risk = "may start trainings and read records and images of this machine; nothing is encrypted on the way"
+            print(f"WARNING: --host {args.host}: whoever has {secret} {risk}.", flush=True)
         print(f"vlm web: {address}  (Ctrl+C ends it; runs that it started go on)", flush=True)
         page.block_thread()
     finally:

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlm.config import choices as allowed
-from vlm.config.rules import above, at_least, choices, share
+from vlm.config.rules import above, at_least, choices, imports_unless, is_false, is_plain_name, runs_code, share
 
 Options = dict[str, Any]
 """Keyword parameters by name, as YAML gives them."""
 MISSING: Any = "???"
 """The default of a key that has to be given, as omegaconf spells it."""
+REMOTE_CODE = runs_code("runs code out of a repository", is_false)
+"""The metadata of each `trust_remote_code`."""
 
 
 @dataclass
@@ -23,7 +25,7 @@ class EncoderConfig:
     """Hub name or local folder of an encoder: CLIP, SigLIP, DINOv2, any timm model (`timm/…`)."""
     revision: str | None = None
     """Branch, tag or commit on the Hub; null is the default branch."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = field(default=False, metadata=REMOTE_CODE)
     """Whether code out of the encoder's repository may run."""
     feature_layer: Any = None
     """Hidden state to read, counted as `hidden_states` is (-2: before the last layer), or a list of them, whose
@@ -53,7 +55,7 @@ class LanguageModelConfig:
     """Hub name or local folder of any `AutoModelForCausalLM` with its tokenizer."""
     revision: str | None = None
     """Branch, tag or commit on the Hub; null is the default branch."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = field(default=False, metadata=REMOTE_CODE)
     """Whether code out of the model's repository may run."""
     quantization: str | None = field(default=None, metadata=choices(allowed.QUANTIZATIONS))
     """Store its matrices in `8bit` or `4bit` (NF4); they stay frozen, adapters may train on them (`trainer.lora`)."""
@@ -65,7 +67,7 @@ class LanguageModelConfig:
 class ConnectorConfig:
     """The module that maps image features to the language model's embedding space."""
 
-    type: str = MISSING
+    type: str = field(default=MISSING, metadata=imports_unless(is_plain_name))
     """A name of the table `CONNECTORS`, or `package.module:Class` for a class of your own."""
     options: Options = field(default_factory=dict)
     """Keyword parameters of that class; null leaves a parameter at the class's own default."""
@@ -148,7 +150,7 @@ class ModelConfig:
     null: the model is composed."""
     revision: str | None = None
     """Branch, tag or commit of `hf_name` on the Hub; null is the default branch."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = field(default=False, metadata=REMOTE_CODE)
     """Whether code out of the repository of `hf_name` may run."""
     visual_encoder: VisualEncoderConfig = field(default_factory=VisualEncoderConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)

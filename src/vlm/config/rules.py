@@ -1,17 +1,20 @@
 """Which values a field of the schema may have: `field(default=…, metadata=at_least(1))`, `metadata=choices("a", "b")`.
 
 `vlm.checks.fields` checks every field by its rule, and the configuration reference lists it. A field whose type has
-`None` may be null besides; the rule of a list is that of its elements. Imports its sibling `named` only.
+`None` may be null besides; the rule of a list is that of its elements. A field whose values can run code, or reach
+files and addresses besides those that a run is about, has a `Reach` too: `metadata=at_least(1) | runs_code(…)`;
+`vlm.checks.surface` refuses such values wherever they do not come from the command line. Imports its sibling `named`
+only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass
 from math import inf
 from typing import Any, get_args
 
 from vlm.config.named import is_custom_name
 
-Metadata = dict[str, "Choices | Bounds"]
+Metadata = dict[str, "Choices | Bounds | Reach"]
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,63 @@ class Bounds:
         return f"{self.text}{', or null,' if nullable else ''} is needed"
 
 
+@dataclass(frozen=True)
+class Reach:
+    """What values of a field do beyond the run itself; null does nothing of the kind.
+
+    Attributes:
+        effect: what a value does, in words that follow `it`: `runs code out of a repository`.
+        is_harmless: returns whether a value, of a list each element, does not do that.
+        runs_code: whether the effect is that code runs; else it reads or writes elsewhere.
+    """
+
+    effect: str
+    is_harmless: Callable[[Any], bool]
+    runs_code: bool
+
+
 def choices(names: Iterable[str], custom: str | None = None) -> Metadata:
-    """Return the metadata of a field that takes one of these names; see `Choices`."""
-    return {"rule": Choices(tuple(names), custom)}
+    """Return the metadata of a field that takes one of these names; with `custom`, others run code. See `Choices`."""
+    rule = Choices(tuple(names), custom)
+    return {"rule": rule} if custom is None else {"rule": rule} | imports_unless(rule.names.__contains__)
+
+
+def runs_code(effect: str, is_harmless: Callable[[Any], bool]) -> Metadata:
+    """Return the metadata of a field whose values run code, but harmless ones; see `Reach`."""
+    return {"reach": Reach(effect, is_harmless, runs_code=True)}
+
+
+def reads_outside(effect: str, is_harmless: Callable[[Any], bool]) -> Metadata:
+    """Return the metadata of a field whose values read or write elsewhere, but harmless ones; see `Reach`."""
+    return {"reach": Reach(effect, is_harmless, runs_code=False)}
+
+
+def imports_unless(is_harmless: Callable[[Any], bool]) -> Metadata:
+    """Return the metadata of a field that takes `package.module:attribute` besides harmless values."""
+    return runs_code("imports a module, which runs code", is_harmless)
+
+
+def is_plain_name(value: object) -> bool:
+    """Return whether a value is a name of a table, and can name no module, file or address."""
+    return isinstance(value, str) and value.replace("_", "").replace("-", "").isalnum()
+
+
+def is_false(value: object) -> bool:
+    """Return whether a value is `false`."""
+    return value is False
+
+
+def is_file_or_hub_name(value: object) -> bool:
+    """Return whether a value is a path of this machine, or a data set on the Hub (`hf://…`)."""
+    if not isinstance(value, str):
+        return False
+    path = value.removeprefix("hf://")
+    return ":" not in path.partition("/")[0] and "://" not in path and "::" not in path
+
+
+def never(value: object) -> bool:
+    """Return that no value of a field is harmless, but null."""
+    return False
 
 
 def at_least(lower: int, text: str | None = None) -> Metadata:
@@ -77,6 +134,11 @@ def share(*, is_open_below: bool = False, is_open_above: bool = False) -> Metada
 def get_rule(field: Field[object]) -> Choices | Bounds | None:
     """Return the rule of a field's values; None: its type is all that there is to check."""
     return field.metadata.get("rule")
+
+
+def get_reach(field: Field[object]) -> Reach | None:
+    """Return what values of a field do beyond the run itself; None: nothing."""
+    return field.metadata.get("reach")
 
 
 def is_nullable(field: Field[object]) -> bool:

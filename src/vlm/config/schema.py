@@ -23,8 +23,26 @@ from vlm.config.choices import (
     SUPERVISIONS,
 )
 from vlm.config.model_schema import ModelConfig, Options
-from vlm.config.rules import above, at_least, choices, share
+from vlm.config.reach import is_packaged_deepspeed, is_start_word, training_argument_reach
+from vlm.config.rules import (
+    above,
+    at_least,
+    choices,
+    imports_unless,
+    is_false,
+    is_file_or_hub_name,
+    is_plain_name,
+    never,
+    reads_outside,
+    runs_code,
+    share,
+)
 from vlm.config.training_fields import read_training_argument_choices, read_training_argument_fields
+
+RECORDS = reads_outside("asks another machine for records", is_file_or_hub_name)
+"""The metadata of each path of records."""
+FOLDER = reads_outside("writes into a folder of its own choice", never)
+"""The metadata of each folder that is written into."""
 
 PARTS = ("visual_encoder", "connector", "language_model")
 """The parts of a model: the names of Hydra groups, dataclass fields, submodules, parameter groups and table rows."""
@@ -120,14 +138,16 @@ class TrainerOptions:
         def __getattr__(self, name: str) -> Any:
             """Return the value of a field of `TrainingArguments`, which `TrainerConfig` gets when it is made."""
 
-    objective: str | None = None
+    objective: str | None = field(default=None, metadata=imports_unless(is_plain_name))
     """What the model learns: `generation` (replies), `prediction` (labels or numbers, by heads), or an objective of
     yours, `package.module:Class`; null: `prediction` where there is a head (`model.head.task`), else `generation`."""
-    output_dir: str | None = None
+    output_dir: str | None = field(default=None, metadata=FOLDER)
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
     """A checkpoint of this framework to start from; its architecture wins over `model`."""
-    resume_from_checkpoint: str = "auto"
+    resume_from_checkpoint: str = field(
+        default="auto", metadata=reads_outside("reads the saved state of a run elsewhere", is_start_word)
+    )
     """`auto`: go on from the newest whole checkpoint in `output_dir`, begin where there is none, and leave a run that
     is done as it is; `never`: begin anew, and rename the directory of a run that is there; or a checkpoint's path."""
     resume_changes: str = field(default="refuse", metadata=choices(("refuse", "accept")))
@@ -147,7 +167,9 @@ class TrainerOptions:
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
     weight_decay: WeightDecayConfig = field(default_factory=WeightDecayConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    deepspeed: Any = None
+    deepspeed: Any = field(
+        default=None, metadata=reads_outside("has settings of its own, which can name files", is_packaged_deepspeed)
+    )
     """A DeepSpeed configuration: `zero0` to `zero3`, the path of a JSON file, a mapping, or null for none."""
     sharding: str | None = field(default=None, metadata=choices((FSDP2,)))
     """Shards weights, gradients and optimiser states over the ranks without DeepSpeed: `fsdp2` is PyTorch's
@@ -226,8 +248,9 @@ CLOSED_LISTS = {name: choices(names) for name, names in read_training_argument_c
 TrainerConfig = make_dataclass(
     "TrainerConfig",
     [
-        (name, kind, field(default=OUR_DEFAULTS.get(name, default), metadata=CLOSED_LISTS.get(name)))
+        (name, kind, field(default=value, metadata=training_argument_reach(name, value) | CLOSED_LISTS.get(name, {})))
         for name, (kind, default) in TRAINING_ARGUMENT_FIELDS.items()
+        for value in [OUR_DEFAULTS.get(name, default)]
     ],
     bases=(TrainerOptions,),
     namespace={"__doc__": "How a run trains."},
@@ -239,16 +262,20 @@ TrainerConfig.__module__ = __name__
 class SourceConfig:
     """Records of one file, folder or data set, and how they are read."""
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata=RECORDS)
     """A `.json`, `.jsonl`, `.parquet`, `.csv` or `.tsv` file, a folder of a Hugging Face data set, `hf://owner/name`
     for one on the Hub; where `dataset.streaming` is on, tar shards too (`shards/{000..127}.tar`, a folder of them,
     `https://host/{000..127}.tar`)."""
-    format: str = "llava"
+    format: str = field(default="llava", metadata=imports_unless(is_plain_name))
     """Format of a record: a name of the table `FORMATS`, or `package.module:function` for a reader of your own."""
     options: Options = field(default_factory=dict)
     """Keyword parameters of that reader, such as `caption_key` of `caption`."""
     image_folder: str | None = None
     """What the records' image paths are relative to; null: the folder of `path`."""
+    follow_links: bool = field(
+        default=False, metadata=reads_outside("reads files that links in a data folder lead to", is_false)
+    )
+    """Whether links in a folder of images or records are followed where they lead out of that folder."""
     split: str = "train"
     """Of a Hugging Face data set that has several."""
     subset: str | None = None
@@ -281,16 +308,16 @@ class DatasetConfig(SourceConfig):
     this machine. Needs `trainer.max_steps`."""
     shuffle_buffer: int = field(default=1000, metadata=at_least(0))
     """Number of records of a block within which a stream is shuffled; readers hold two blocks of each source."""
-    allow_pipe: bool = False
+    allow_pipe: bool = field(default=False, metadata=runs_code("lets a shell run what `path` names", is_false))
     """Whether `path` may be `pipe:` and a command that a shell runs, such as `pipe:cat shard.tar`."""
     max_frames: int = field(default=8, metadata=at_least(1))
     """The most frames of a video that are used, evenly spaced: as images, or as a video where the model takes videos.
     LLaVA-OneVision and LLaVA-NeXT-Video get exactly so many of every video; frames of a short one are repeated."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=FOLDER)
     """Folder of indices, token counts and features; null: `vlm` in the folder of Hugging Face's caches (`HF_HOME`)."""
     num_workers: int | None = field(default=None, metadata=at_least(0))
     """Processes that count tokens before the first run on a data set; null: as many as there are cores."""
-    eval_path: str | None = None
+    eval_path: str | None = field(default=None, metadata=RECORDS)
     """Records for the evaluation loss, of the same format; null: none, or `eval_split`."""
     eval_image_folder: str | None = None
     """What their image paths are relative to; null: `image_folder`, else the folder of `eval_path`."""
@@ -299,7 +326,7 @@ class DatasetConfig(SourceConfig):
     for a head 0.2 where there are no `folds` either. For a head it is stratified by label."""
     max_eval_samples: int | None = field(default=None, metadata=at_least(1))
     """Evaluate on the first so many records only; null: all."""
-    test_path: str | None = None
+    test_path: str | None = field(default=None, metadata=RECORDS)
     """For a head: records that the trained head is only measured on; null: none, or `test_split`."""
     test_image_folder: str | None = None
     """What their image paths are relative to; null: `image_folder`, else the folder of `test_path`."""

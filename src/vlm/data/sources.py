@@ -18,6 +18,7 @@ from vlm.data.processor import Processor
 from vlm.data.records.formats import get_reader
 from vlm.data.records.guess import with_hint
 from vlm.data.records.keys import unread_keys
+from vlm.data.records.links import check_links
 from vlm.data.records.open import Records, open_records, stream_with_positions
 from vlm.data.records.positions import START, Position
 from vlm.data.sample import BadSample, ContentPart, Sample, Turn, VideoRef
@@ -29,7 +30,8 @@ class Source:
     """The records of one file or data set, as samples.
 
     The encoder is the run's, with the source's own template where it has one. At most `max_frames` frames are read of a
-    video. An epoch takes each sample `weight` times. `shown_path` is `path` for files and messages, without secrets.
+    video. An epoch takes each sample `weight` times. `allow_pipe` says whether the path may be a command. Files and
+    messages name `shown_path`, which is `path` without secrets.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Source:
     encoder: SampleEncoder
     max_frames: int
     weight: float = 1.0
+    allow_pipe: bool = False
 
     def __post_init__(self):
         """Find the reader that the configuration names, and where the images are."""
@@ -56,7 +59,10 @@ class Source:
     @cached_property
     def records(self) -> Records:
         """The records, by index."""
-        return open_records(self.path, self.cache, split=self.config.split, subset=self.config.subset)
+        return open_records(
+            self.path, self.cache, split=self.config.split, subset=self.config.subset,
+            follow_links=self.config.follow_links,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -80,7 +86,8 @@ class Source:
         """Iterate over a shard of the records from a position on, each with the position behind it."""
         return stream_with_positions(
             self.path, self.cache, split=self.config.split, subset=self.config.subset, shard=shard,
-            num_shards=num_shards, seed=seed, start=start,
+            num_shards=num_shards, seed=seed, start=start, allow_pipe=self.allow_pipe,
+            follow_links=self.config.follow_links,
         )  # fmt: skip
 
     def read(self, record: object) -> Sample:
@@ -104,7 +111,10 @@ class Source:
         if isinstance(record, BadSample):
             raise record
         try:
-            return self._reader(record, self.folder).without_blank_replies()
+            sample = self._reader(record, self.folder).without_blank_replies()
+            if not self.config.follow_links:
+                check_links(sample, self.folder)
+            return sample
         except BadSample as error:
             raise with_hint(error, record, self.config.format, self.config.options) from None
         except Exception as error:  # a user's own reader may raise anything, and that concerns this record only
@@ -138,12 +148,15 @@ def make_sources(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
     cache = resolve_cache_folder(config.cache_dir)
     if not config.sources:
         assert config.path is not None
-        return [Source(Path(config.path).name, config, cache, encoder, config.max_frames)]
+        name = Path(config.path).name
+        return [Source(name, config, cache, encoder, config.max_frames, allow_pipe=config.allow_pipe)]
     sources = []
     for name, source in config.sources.items():
-        located = replace(source, image_folder=source.image_folder or config.image_folder)
+        folder, follows = source.image_folder or config.image_folder, source.follow_links or config.follow_links
+        located = replace(source, image_folder=folder, follow_links=follows)
         own_encoder = _encoder_with_template(encoder, source.template)
-        sources.append(Source(name, located, cache, own_encoder, config.max_frames, source.weight))
+        options = {"weight": source.weight, "allow_pipe": config.allow_pipe}
+        sources.append(Source(name, located, cache, own_encoder, config.max_frames, **options))
     return sources
 
 

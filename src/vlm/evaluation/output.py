@@ -68,7 +68,10 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
     from vlm.data.records.positions import value_or_bad_sample
 
     assert config.path is not None
-    records = open_records(config.path, resolve_cache_folder(None), split=config.split, subset=config.subset)
+    records = open_records(
+        config.path, resolve_cache_folder(None), split=config.split, subset=config.subset,
+        follow_links=config.follow_links,
+    )  # fmt: skip
     if not len(records):
         raise ValueError(f"--data {config.path}: it has no records")
     folder = Path(config.image_folder or Path(config.path).parent)

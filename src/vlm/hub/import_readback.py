@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from vlm.assembly.checkpoint import is_composed_model, open_checkpoint
+from vlm.assembly.foreign_config import load_config
 from vlm.assembly.round_trip import quiet_loading
 from vlm.hub.folders import read_json, resolve_folder
 from vlm.hub.readback import (
@@ -72,7 +73,9 @@ def _read_native_outputs(
 ) -> State:
     """Return the logits of transformers' LLaVA for the image and the question."""
     with quiet_loading():
-        model: Any = AutoModelForImageTextToText.from_pretrained(resolve_folder(name), dtype=dtype).eval()
+        folder = resolve_folder(name)
+        config = load_config(folder, name)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=dtype).eval()
     images = {"pixel_values": probe.inputs["pixel_values"].to(dtype)}
     if "image_views" in probe.inputs:
         images = {"pixel_values": images["pixel_values"][None], "image_sizes": probe.inputs["image_sizes"]}
@@ -93,7 +96,7 @@ def _read_original_outputs(
     outputs: State = {"logits": model.eval()(probe.text_ids).logits}
     del model
     assert source.encoder is not None
-    vision = AutoConfig.from_pretrained(source.encoder)
+    vision = load_config(source.encoder, source.encoder)
     vision = getattr(vision, "vision_config", vision)
     if parts.tower:
         tower, _ = load_state(AutoModel._model_mapping[type(vision)], vision, parts.tower, dtype=dtype)

@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 
 from transformers import (
     CONFIG_MAPPING,
-    AutoConfig,
     AutoImageProcessor,
     CLIPImageProcessor,
     LlavaConfig,
@@ -26,6 +25,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 from vlm.assembly.encoders import image_size
+from vlm.assembly.foreign_config import load_config
 from vlm.assembly.loading import inspect_checkpoint
 from vlm.assembly.opening import opening
 from vlm.checks.checkpoint_files import shown
@@ -137,7 +137,7 @@ def _refuse_flag(name: str, flag: str, value: str | None) -> None:
 
 def _read_transformers_llava(name: str, folder: Path) -> ForeignCheckpoint:
     """Read transformers' LLaVA, LLaVA-NeXT or LLaVA-OneVision."""
-    config = AutoConfig.from_pretrained(folder)
+    config = load_config(folder, str(folder))
     assert isinstance(config, LlavaConfig | LlavaNextConfig | LlavaOnevisionConfig)
     vision, text = config.vision_config, config.text_config
     assert isinstance(vision, PreTrainedConfig)
@@ -176,7 +176,7 @@ def _read_native_image_settings(name: str, folder: Path, config: PreTrainedConfi
     LLaVA's own class is CLIP's with padding to a square; LLaVA-NeXT's and LLaVA-OneVision's are CLIP's with tiles.
     """
     try:
-        processor = AutoImageProcessor.from_pretrained(folder)
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{name} brings no image processor: {str(error).splitlines()[0]}") from error
     kind = SiglipImageProcessor if config.vision_config.model_type == "siglip_vision_model" else CLIPImageProcessor
@@ -217,9 +217,9 @@ def _read_original_llava(
         recipe.image_start_token, recipe.image_end_token = "<im_start>", "<im_end>"
     vision = processor = None
     if is_tiled(name, values):
-        vision = AutoConfig.from_pretrained(encoder)
+        vision = load_config(encoder, encoder)
         vision = getattr(vision, "vision_config", vision)
-        processor = AutoImageProcessor.from_pretrained(encoder)
+        processor = AutoImageProcessor.from_pretrained(encoder, trust_remote_code=False)
         processor.resample = PILImageResampling.BICUBIC  # as the original resizes
         recipe.anyres = read_original(name, values, image_size(processor)[0])
     adapter = Adapter({}, {})
@@ -252,7 +252,7 @@ def _read_text_config(folder: Path) -> PreTrainedConfig:
     """Return the language model's configuration, from that of an original LLaVA or its own."""
     values = read_json(folder / "config.json")
     if "mm_vision_tower" not in values:
-        return AutoConfig.from_pretrained(folder).get_text_config()
+        return load_config(folder, str(folder)).get_text_config()
     return make_original_text_config(values)
 
 
@@ -278,7 +278,7 @@ def _make_connector_config(name: str, values: JsonObject) -> ConnectorConfig:
 def _make_encoder_config(name: str, values: JsonObject, encoder: str) -> VisualEncoderConfig:
     """Return the encoder; raises ValueError where its configuration does not load, or a field is not supported."""
     try:
-        config = AutoConfig.from_pretrained(encoder)
+        config = load_config(encoder, encoder)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name}: its encoder mm_vision_tower={encoder} does not load; name its folder with --vision-tower FOLDER. "

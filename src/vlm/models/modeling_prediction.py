@@ -14,14 +14,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.utils import ModelOutput
 
 from .configuration_prediction import HeadSettings, VLMPredictionConfig, is_composed
 from .head_losses import head_loss
 from .head_tasks import CLASSIFICATION_TASKS, choose_labels, probabilities
 from .heads import HEADS, PredictionHead
-from .modeling_vlm import VLMForConditionalGeneration, WrapperModel, copy_class_file, has_trainable_parameters
+from .modeling_vlm import (
+    VLMForConditionalGeneration,
+    WrapperModel,
+    copy_class_file,
+    has_trainable_parameters,
+    load_travelling_class,
+)
 from .poolings import TokenMasks, pool_hidden_states
 from .text_loss import SupervisedScores, mean_loss
 
@@ -66,7 +71,7 @@ class VLMForPrediction(WrapperModel):
             for head in config.settings:
                 if head.type not in HEADS:
                     reference = config.auto_map[f"Head.{head.name}"]
-                    HEADS[head.type] = get_class_from_dynamic_module(reference, str(config.name_or_path))
+                    HEADS[head.type] = load_travelling_class(reference, str(config.name_or_path))
         width = config.get_text_config().hidden_size
         self.heads = nn.ModuleDict({head.name: PredictionHead(width, head) for head in config.settings})
         self.post_init()

@@ -50,6 +50,17 @@ class VLMOutput(ModelOutput):
     cache_params: object | None = None
 
 
+def load_travelling_class(reference: str, name: str) -> Any:
+    """Return a class of a file that travels with a checkpoint, `file.Class`.
+
+    Raises:
+        ValueError: the reference names the code of another repository (`owner/name--file.Class`).
+    """
+    if "--" in reference:
+        raise ValueError(f"{name}: {reference} is not a class of a file that travels with the checkpoint")
+    return get_class_from_dynamic_module(reference, name)
+
+
 class WrapperModel(PreTrainedModel):
     """A model around the one that `wrapped` names, whose embeddings and decoder it has."""
 
@@ -125,7 +136,7 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         super().__init__(config)
         kind, options = config.connector["type"], config.connector["options"]
         if kind not in CONNECTORS and type(self).__module__.startswith("transformers_modules."):
-            CONNECTORS[kind] = get_class_from_dynamic_module(config.auto_map["Connector"], str(config.name_or_path))
+            CONNECTORS[kind] = load_travelling_class(config.auto_map["Connector"], str(config.name_or_path))
         self.visual_encoder = visual_encoder or combine_encoders(
             [AutoModel.from_config(getattr(config, name)) for name in config.encoder_names]
         )

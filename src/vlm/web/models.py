@@ -1,6 +1,6 @@
 """The one model that the page holds in memory. Needs no Gradio; torch is imported with the first model."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
@@ -17,11 +17,11 @@ class ModelHolder:
 
     Args:
         base: the new place of an adapter's base, as in `vlm generate --base`.
-        trust_remote_code: whether code in checkpoints may run.
+        trusted: checkpoints whose code may run: names that the command line gave, not what a visitor types.
     """
 
-    def __init__(self, base: Sequence[str], *, trust_remote_code: bool):
-        self.base, self.trust_remote_code = list(base), trust_remote_code
+    def __init__(self, base: Sequence[str], trusted: Collection[str] = ()):
+        self.base, self.trusted = list(base), frozenset(trusted)
         self._loaded: VisionLanguageModel | Predictor | None = None
         self._key: tuple[str, int | None] | None = None
         self._lock = RLock()
@@ -36,7 +36,7 @@ class ModelHolder:
                 return self._loaded
             self.release()  # before the other one is loaded: memory may not hold both
             base = self.base if is_adapter_checkpoint(checkpoint) else ()  # complete checkpoints take no base
-            loaded = kind.load(checkpoint, base=base, trust_remote_code=self.trust_remote_code)
+            loaded = kind.load(checkpoint, base=base, trust_remote_code=checkpoint in self.trusted)
             self._key, self._loaded = key, loaded
             return loaded
 

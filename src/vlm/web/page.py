@@ -1,7 +1,7 @@
 """The page: its four tabs, and how it is served."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -11,6 +11,7 @@ from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
 from vlm.web import chat, data, predict, train
+from vlm.web.access import Access
 from vlm.web.components import QUIET
 from vlm.web.guard import RequestGuard
 from vlm.web.models import ModelHolder
@@ -18,6 +19,9 @@ from vlm.web.runs import checkpoints
 
 UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS = 600, 24 * 3600
 """How often uploaded images are looked through, and after which time they are removed."""
+
+STARTUP_PATH = "/gradio_api/startup-events"
+"""What Gradio asks itself for when it begins to listen, without a secret; it does nothing after the first time."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,13 @@ class PageSettings:
     outputs: Path = Path("outputs")
     max_upload: str = "20mb"
     trust_remote_code: bool = False
+    access: Access = field(default_factory=Access)
 
 
 def build(settings: PageSettings) -> gr.Blocks:
     """Build the page."""
-    holder = ModelHolder(settings.base, trust_remote_code=settings.trust_remote_code)
+    trusted = settings.checkpoints if settings.trust_remote_code else ()
+    holder = ModelHolder(settings.base, trusted)
     outputs, sweep = settings.outputs, (UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS)
     with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=sweep) as page, gr.Tabs():
         # Tab -> its builder, which takes the checkpoints to offer, and whether those have heads.
@@ -67,7 +73,7 @@ def _refresh_choices(
 
 
 def serve(page: gr.Blocks, settings: PageSettings) -> str:
-    """Serve the page from a separate thread; return its address.
+    """Serve the page from a separate thread; return its address, with the token that opens it.
 
     Nothing comes from or goes to another address: no sharing, no telemetry, no fonts from elsewhere, no server for
     other programs. Uploaded files are the only files served.
@@ -85,6 +91,8 @@ def serve(page: gr.Blocks, settings: PageSettings) -> str:
             block_info_text_color_dark="*neutral_400",
         ),
         css=resources.files("vlm.web").joinpath("style.css").read_text(encoding="utf-8"),
-        app_kwargs={"middleware": [Middleware(RequestGuard, host=settings.host)]},
+        app_kwargs={"middleware": [
+            Middleware(RequestGuard, host=settings.host, access=settings.access, open_paths=[STARTUP_PATH])
+        ]},
     )  # fmt: skip
-    return address
+    return f"{address}?token={settings.access.token}"

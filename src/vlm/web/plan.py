@@ -14,6 +14,7 @@ from threading import Lock
 
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -22,6 +23,7 @@ from vlm.checks.compose import compose_overrides, make_run_config, open_mapping_
 from vlm.checks.fields import ConfigError
 from vlm.checks.messages import explain
 from vlm.checks.run import check
+from vlm.checks.surface import check_plain_values, check_surface
 from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.table import make_objective
@@ -50,7 +52,7 @@ class Plan:
         """Return the overrides of the command line, in the order of the fields.
 
         Raises:
-            ConfigError: a line is an option, or changes Hydra's own settings or reads the environment.
+            ConfigError: a line is an option, or changes Hydra's own settings, or reads the environment.
         """
         parts = [_part_override(part, choice) for part, choice in _filled_fields(self.parts)]
         keys = [f"{key}={_quote(value)}" for key, value in _filled_fields(self.keys)]
@@ -59,19 +61,19 @@ class Plan:
         for line in lines:
             if line.startswith("-"):
                 raise ConfigError(f"{line}: options are not taken here; a line is key=value")
-            if line.lstrip("+~").partition("=")[0].partition("/")[0].partition(".")[0] in ("hydra", "_target_"):
-                raise ConfigError(f"{line}: Hydra's own settings are set on the command line only")
         words = [*parts, *keys, *lines]
+        for word in words:
+            _check_own_key(word)
         for word in words:
             if "${" in word:  # it could read the environment, and an error would show the value
                 raise ConfigError(f"{word}: ${{…}} is not filled in here; write the value itself")
         return words
 
     def compose_config(self) -> RunConfig:
-        """Return the configuration, checked as on the command line.
+        """Return the configuration, checked as on the command line, and what only that may do refused.
 
         Raises:
-            ConfigError: with the message of the command line.
+            ConfigError: with the message of the command line, or with what is taken there only.
         """
         if self.run not in run_names():
             raise ConfigError(f"choose a run: {', '.join(run_names())}")
@@ -81,12 +83,13 @@ class Plan:
             try:
                 with initialize_config_module("vlm.config", version_base="1.3"):
                     composed = compose_overrides(self.run, words)
+                    check_plain_values(composed)
                     config = make_run_config(composed)
+                    # Before any name in it is looked up. The train tab bounds the run directory.
+                    check_surface(config, allowed=("trainer.output_dir",))
                     check(config, make_objective(config))
             except (HydraException, OmegaConfBaseException, YAMLError, ConfigError) as error:
                 raise ConfigError(explain(error)) from error
-        if config.dataset.allow_pipe:
-            raise ConfigError("dataset.allow_pipe=true: a shell would run what records name; on the command line only")
         return config
 
     def overridden_keys(self) -> list[str]:
@@ -97,6 +100,20 @@ class Plan:
 def choices(part: str) -> list[str]:
     """Return the packaged choices of a part."""
     return packaged_names("vlm.config", f"model/{part}", ".yaml")
+
+
+def _check_own_key(word: str) -> None:
+    """Refuse an override of Hydra's own settings, which can run code when the command runs, or of another place.
+
+    Hydra's own parser says what its key is; what it does not parse is refused with its message when it is composed.
+    """
+    try:
+        override = OverridesParser.create().parse_override(open_mapping_key(word))
+    except HydraException:
+        return
+    steps = re.split(r"[/.@:]", override.key_or_group)
+    if override.package is not None or steps[0] == "hydra" or "_target_" in steps:
+        raise ConfigError(f"{word}: Hydra's own settings are set on the command line only")
 
 
 def _filled_fields(values: dict[str, str | None]) -> list[tuple[str, str]]:

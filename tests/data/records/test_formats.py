@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from tests.tiny_parts import picture
+from vlm.config.named import permit_names
 from vlm.data.records.formats import (
     CHOICE_INSTRUCTION,
     FORMATS,
@@ -796,11 +797,13 @@ def test_a_labelled_record_that_cannot_be_used_says_why(folder: Path, name: str)
 
 
 def test_a_reader_of_the_users_own_is_named_by_its_function():
+    permit_names(["vlm.data.records.formats:read_llava"])
     assert get_reader("llava") is read_llava
     assert get_reader("vlm.data.records.formats:read_llava") is read_llava
 
 
 @pytest.mark.parametrize("name", ["no.such.module:read", "vlm.data.records.formats:read_nothing"])
 def test_a_reader_that_does_not_exist_is_refused_by_key(name: str):
+    permit_names([name])
     with pytest.raises(ValueError, match=f"dataset.format={name}: "):
         get_reader(name)

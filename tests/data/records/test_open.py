@@ -247,7 +247,7 @@ def write_shards(folder: Path, number: int) -> Path:
 
 
 def streamed(path: Any, **share: Any) -> list[Any]:
-    return list(stream_records(str(path), Path("unused"), **share))
+    return list(stream_records(str(path), Path("unused"), **{"allow_pipe": True, **share}))
 
 
 def test_files_of_one_name_are_one_record(tmp_path: Path):

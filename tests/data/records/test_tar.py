@@ -204,3 +204,25 @@ def test_addresses_are_taken_by_braces(tmp_path: Path):
     assert [record["id"] for record, _ in found] == ["0a", "1a"]
     assert [position.file for _, position in found] == [0, 1]
     assert isinstance(found[0][1], Position)
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1:9/a.tar", "file:///etc/passwd", "pipe:touch mark"])
+def test_a_server_does_not_lead_to_other_kinds_of_addresses(target: str, waits: list[float]):
+    class Redirecting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Redirecting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        ((found, _),) = read_tar(address(server))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "302" in str(found)
+    assert not waits

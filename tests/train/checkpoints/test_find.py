@@ -139,3 +139,23 @@ def test_pickles_of_others_are_not_read(tmp_path: Path, place: str):
     require_own_checkpoint(tmp_path / "run" / "checkpoint-1", tmp_path / "run")
     with pytest.raises(ValueError, match="read checkpoints of their own directory alone"):
         require_own_checkpoint(tmp_path / place, tmp_path / "run")
+
+
+@pytest.mark.parametrize("way", ["file", "folder", "latest", "root", "nothing"])
+def test_a_checkpoint_of_its_own_does_not_lead_elsewhere(tmp_path: Path, way: str):
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    (checkpoint / "global_step1").mkdir(parents=True)
+    (checkpoint / "latest").write_text("global_step1\n")
+    (checkpoint / "linked").symlink_to(checkpoint / "global_step1")
+    require_own_checkpoint(checkpoint, tmp_path / "run")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "a.pt").write_bytes(b"pickle")
+    if way == "file":
+        (checkpoint / "global_step1" / "a.pt").symlink_to(tmp_path / "theirs" / "a.pt")
+    elif way == "folder":
+        (checkpoint / "global_step2").symlink_to(tmp_path / "theirs")
+    else:
+        content = {"latest": "../../theirs", "root": str(tmp_path / "theirs"), "nothing": ""}[way]
+        (checkpoint / "latest").write_text(content)
+    with pytest.raises(ValueError, match="such runs read checkpoints of their own directory alone"):
+        require_own_checkpoint(checkpoint, tmp_path / "run")

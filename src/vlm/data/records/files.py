@@ -4,7 +4,6 @@ Imports the standard library and siblings of its kind only.
 """
 
 import gzip
-import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -15,6 +14,10 @@ from typing import BinaryIO, cast
 
 from vlm.data.file_kinds import NUM_HEAD_BYTES, describe_bytes
 from vlm.data.records.paths import JSON_SUFFIXES, TABLE_BUILDERS, TEXT_TABLE_SUFFIXES, split_suffix
+
+MAX_COMPRESSION, MIN_UNCOMPRESSED_LIMIT = 200, 1 << 30
+"""How many times larger than its file a decompressed one may be, and the bytes that any may have: repeated text
+compresses to a fiftieth, zeros to a thousandth."""
 
 BINARY_TABLES = ("Parquet", "an Arrow file")
 """What `describe_bytes` says of tables that are not text."""
@@ -51,9 +54,16 @@ def uncompressed_file(path: Path) -> Iterator[Path]:
     if not split_suffix(str(path))[1]:
         yield path
         return
+    limit = max(MIN_UNCOMPRESSED_LIMIT, MAX_COMPRESSION * path.stat().st_size)
     with tempfile.NamedTemporaryFile() as target:
         with open_bytes(path) as source:
-            shutil.copyfileobj(source, target, 1 << 20)
+            while chunk := source.read(1 << 20):
+                if target.tell() + len(chunk) > limit:
+                    raise ValueError(
+                        f"{path}: it decompresses to more than {MAX_COMPRESSION} times its size, as records do not; "
+                        "if it is what it should be, gunzip it first"
+                    )
+                target.write(chunk)
         target.flush()
         yield Path(target.name)
 

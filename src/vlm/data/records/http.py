@@ -8,8 +8,9 @@ import io
 import logging
 import re
 import time
+from typing import IO
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,18 @@ BUFFER_BYTES = 1 << 20
 def open_http(url: str, start: int = 0) -> io.BufferedReader:
     """Open a file of a web server from a byte on; see `HttpFile` for errors."""
     return io.BufferedReader(HttpFile(url, start), BUFFER_BYTES)
+
+
+class HttpRedirects(HTTPRedirectHandler):
+    """Follows redirects to HTTP alone: a server may name addresses of other kinds, such as `ftp:`."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
+    ) -> Request | None:
+        """Return the request for where a server redirects to."""
+        if not newurl.lower().startswith(HTTP_PREFIXES):
+            raise HTTPError(req.full_url, code, f"redirects to {newurl[:80]}, which is not http(s)", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class HttpFile(io.RawIOBase):
@@ -80,7 +93,7 @@ class HttpFile(io.RawIOBase):
         """Ask for the file from the current byte on; a server that knows no ranges sends it from the start."""
         headers = {"Range": f"bytes={self.offset}-"} if self.offset else {}
         try:
-            response = urlopen(Request(self.url, headers=headers), timeout=TIMEOUT)
+            response = build_opener(HttpRedirects).open(Request(self.url, headers=headers), timeout=TIMEOUT)
         except HTTPError as error:
             if error.code == 416 and self.offset:  # nothing is left behind the last byte
                 self._size = self.offset

@@ -8,18 +8,20 @@ Hugging Face's `datasets`, tar shards read by `webdataset`.
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm.data.records.files import check_is_records
 from vlm.data.records.index import IndexedRecords, parse_record, read_lines
 from vlm.data.records.layout import find_layout
+from vlm.data.records.links import check_data_files, check_data_folder
 from vlm.data.records.paths import (
     HUB_PATTERN,
     JSON_SUFFIXES,
     TABLE_BUILDERS,
     TEXT_TABLE_SUFFIXES,
+    is_address,
     is_tar_path,
     names_records,
     path_problem,
@@ -28,7 +30,7 @@ from vlm.data.records.paths import (
 from vlm.data.records.positions import START, Position, read_shard
 from vlm.data.records.rows import read_table_rows
 from vlm.data.records.tables import TableRecords, stream_table
-from vlm.data.records.tar import expand_shard_urls, make_tar_record, read_tar
+from vlm.data.records.tar import expand_shards, make_tar_record, read_tar
 from vlm.data.sample import Record
 
 if TYPE_CHECKING:
@@ -61,7 +63,9 @@ class HubTableRecords:
         return self._rows[index].to_pylist()[0]
 
 
-def open_records(path: str, cache: Path, *, split: str = "train", subset: str | None = None) -> Records:
+def open_records(
+    path: str, cache: Path, *, split: str = "train", subset: str | None = None, follow_links: bool = False
+) -> Records:
     """Open the records of a file, a folder or a data set on the Hub, by its split and subset where it has several.
 
     The path ends in `.json`, `.jsonl`, `.ndjson`, `.csv` or `.tsv` (all of these also with `.gz`), `.parquet` or
@@ -80,28 +84,30 @@ def open_records(path: str, cache: Path, *, split: str = "train", subset: str | 
             return IndexedRecords(file, cache)
         if suffix in TEXT_TABLE_SUFFIXES:
             return TableRecords(file, cache)
-    return HubTableRecords(_load_hf_dataset(path, cache, split, subset, streaming=False))
+    return HubTableRecords(_load_hf_dataset(path, cache, split, subset, streaming=False, follow_links=follow_links))
 
 
 def stream_records(
     path: str, cache: Path, *, split: str = "train", subset: str | None = None, shard: int = 0, num_shards: int = 1,
-    seed: int | None = None,
+    seed: int | None = None, allow_pipe: bool = False, follow_links: bool = False,
 ) -> Iterator[object]:  # fmt: skip
     """Iterate over the records that `stream_with_positions` yields from the start."""
     options: dict[str, Any] = {"split": split, "subset": subset, "shard": shard, "num_shards": num_shards, "seed": seed}
+    options |= {"allow_pipe": allow_pipe, "follow_links": follow_links}
     for record, _ in stream_with_positions(path, cache, **options):
         yield record
 
 
 def stream_with_positions(
     path: str, cache: Path, *, split: str = "train", subset: str | None = None, shard: int = 0, num_shards: int = 1,
-    seed: int | None = None, start: Position = START,
+    seed: int | None = None, start: Position = START, allow_pipe: bool = False, follow_links: bool = False,
 ) -> Iterator[tuple[object, Position]]:  # fmt: skip
     """Iterate over the records of a file, a folder or a data set, or over one shard of them, from a position on.
 
     A record that cannot be read is yielded as a `BadSample` with the reason. The path is as `open_records` takes it, or
     names tar shards: `shards/{000..127}.tar`, a folder of them, addresses of them, or a command `pipe:…` that writes
-    one. Shards of the records consist of whole files where there are enough files, whose order a seed shuffles.
+    one, where `allow_pipe` says that it may run. Links that lead out of a folder are followed where `follow_links` says
+    so. Shards of the records consist of whole files where there are enough files, whose order a seed shuffles.
 
     Yields:
         Each record with the position behind it, from which the same shard of the same path and seed can be read on.
@@ -115,7 +121,8 @@ def stream_with_positions(
     if is_file:
         check_is_records(files[0])
     if is_tar_path(path):
-        files, read, parse = expand_shard_urls(path), read_tar, make_tar_record
+        files = expand_shards(path, allow_pipe=allow_pipe, follow_links=follow_links)
+        read, parse = read_tar, make_tar_record
     elif is_file and suffix in JSON_SUFFIXES and find_layout(files[0]).lines:
         read, parse = read_lines, parse_record
     elif is_file and suffix in JSON_SUFFIXES:
@@ -124,7 +131,7 @@ def stream_with_positions(
     elif is_file and suffix in TEXT_TABLE_SUFFIXES:
         read = partial(_read_text_table, cache)
     else:
-        dataset = _load_hf_dataset(path, cache, split, subset, streaming=True)
+        dataset = _load_hf_dataset(path, cache, split, subset, streaming=True, follow_links=follow_links)
         if isinstance(dataset, HubTableRecords):
             read, parse = _read_indices(dataset), dataset.__getitem__
         else:
@@ -154,20 +161,27 @@ def _read_table_rows(path: str, dataset: Any, file: int, start: int) -> Iterator
         raise ValueError(f"{path}: file {file}, counted from 0, is damaged: {error}") from error
 
 
-def _load_hf_dataset(path: str, cache: Path, split: str, subset: str | None, *, streaming: bool) -> Any:
+def _load_hf_dataset(
+    path: str, cache: Path, split: str, subset: str | None, *, streaming: bool, follow_links: bool
+) -> Any:
     """Load a Hugging Face data set: a `Dataset`; streamed an `IterableDataset`, or records that are on the disk."""
     import datasets
     from datasets.exceptions import DatasetsError
 
+    hub = HUB_PATTERN.fullmatch(path)
+    if hub is None and is_address(path):  # of which the library would open many kinds, one in another
+        raise ValueError(f"{path}: {path_problem(path)}")
     options: dict[str, Any] = {"split": split, "streaming": streaming}
     if not streaming:
         options["cache_dir"] = str(cache / "datasets")
     try:
-        if hub := HUB_PATTERN.fullmatch(path):
+        if hub is not None:
             cells = _text_cells(hub[1], subset, split, revision=hub[2])
             return datasets.load_dataset(hub[1], subset, revision=hub[2], **cells, **options)
         if (kind := TABLE_BUILDERS.get(split_suffix(path)[0])) is not None:
             return datasets.load_dataset(kind, data_files={split: path}, **options)
+        if Path(path).is_dir():
+            check_data_folder(Path(path), follow_links=follow_links)
         if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
             dataset = datasets.load_from_disk(path)
             if isinstance(dataset, datasets.DatasetDict):
@@ -188,6 +202,8 @@ def _text_cells(name: str, subset: str | None, split: str, *, revision: str | No
     from datasets.packaged_modules.csv.csv import CsvConfig
 
     config = datasets.load_dataset_builder(name, subset, revision=revision).config
+    if isinstance(config.data_files, dict):
+        check_data_files(chain(*config.data_files.values()), name)
     split = re.split(r"[\[+]", split)[0]  # of `train[:100]` and `train+test`
     if not isinstance(config, CsvConfig) or not isinstance(config.data_files, dict) or split not in config.data_files:
         return {}

@@ -33,16 +33,23 @@ def names_records(path: str) -> bool:
 
 def is_tar_path(path: str) -> bool:
     """Return whether a path names tar shards, which are read in sequence."""
-    return path.startswith(PIPE_PREFIX) or _is_tar_address(path) or path.endswith(".tar") or _has_tar_files(path)
+    if path.startswith(PIPE_PREFIX) or _is_tar_address(path):
+        return True
+    return not is_address(path) and (path.endswith(".tar") or _has_tar_files(path))
 
 
 def _is_tar_address(path: str) -> bool:
     """Return whether a path is the address of a tar file, behind which parameters may stand."""
-    return path.startswith(("http://", "https://")) and path.partition("?")[0].endswith(".tar")
+    return path.startswith(("http://", "https://")) and path.partition("?")[0].endswith(".tar") and "::" not in path
 
 
 def _has_tar_files(path: str) -> bool:
-    return "://" not in path and any(Path(path).glob("*.tar"))
+    return any(Path(path).glob("*.tar"))
+
+
+def is_address(path: str) -> bool:
+    """Return whether libraries would take a path for an address, or for one in another (`zip://a::https://b`)."""
+    return "://" in path or "::" in path
 
 
 def path_problem(path: str) -> str | None:
@@ -51,7 +58,7 @@ def path_problem(path: str) -> str | None:
         return None
     if _is_tar_address(path):
         return None
-    if "://" in path:
+    if is_address(path):
         return "of addresses only http(s)://….tar is read; hf://owner/name is a data set on the Hub"
     if Path(path).is_dir() or names_records(path):
         return None

@@ -4,16 +4,18 @@ The `.json` is the record, the `.txt` its `caption`; images are bytes under `ima
 is the `id` of a record without one.
 """
 
-import os
 import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import closing
+from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from vlm.data.records.http import HTTP_PREFIXES, open_http
 from vlm.data.records.index import parse_record
+from vlm.data.records.links import list_shards
 from vlm.data.records.paths import PIPE_PREFIX
 from vlm.data.records.positions import END
 from vlm.data.sample import BadSample, Record
@@ -22,33 +24,56 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Extensions of image files in a tar shard."""
 META_NAMES = re.compile(r"__[^/]*__($|/)")
 """Names of members that webdataset passes over."""
+Shard = Path | str
+"""A file as a path; an address or a command as text."""
+MAX_SHARDS = 1_000_000
+MAX_MEMBER_BYTES = 1 << 30
+"""The largest file in a shard that is read; it is held in memory."""
 COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 """How compressed files begin."""
 
 
-def expand_shard_urls(path: str) -> list[str]:
+def expand_shards(path: str, *, allow_pipe: bool = False, follow_links: bool = False) -> list[Shard]:
     """Return the shards that a path with braces, a folder, an address or a command stands for.
 
+    Only what the user wrote as an address or a command is one; what a folder holds are files, whatever their names.
+
     Raises:
-        ValueError: a shard does not exist; addresses are not asked.
+        ValueError: a shard does not exist (addresses are not asked), a command is not allowed, or a link leads out of
+            the folder.
     """
-    from webdataset.shardlists import expand_urls
-
-    if path.startswith((PIPE_PREFIX, *HTTP_PREFIXES)):
-        return expand_urls(path)
-    urls = sorted(map(str, Path(path).glob("*.tar"))) if Path(path).is_dir() else expand_urls(path)
-    if missing := [url for url in urls if not os.path.isfile(url)]:
+    if path.startswith(PIPE_PREFIX):
+        if not allow_pipe:
+            raise ValueError(f"{path}: a shell would run this; dataset.allow_pipe=true says that it may")
+        return [*_expand_braces(path)]
+    if path.startswith(HTTP_PREFIXES):
+        return [*_expand_braces(path)]
+    is_folder = Path(path).is_dir()
+    files = list_shards(Path(path), follow_links=follow_links) if is_folder else [*map(Path, _expand_braces(path))]
+    if missing := [file for file in files if not file.is_file()]:
         raise ValueError(f"{path}: there is no file {missing[0]}")
-    return urls
+    return [*files]
 
 
-def read_tar(url: str, start: int = 0) -> Iterator[tuple[Record | BadSample, int]]:
+def _expand_braces(path: str) -> list[str]:
+    """Return the names that a path with braces stands for; ValueError where they are too many."""
+    from braceexpand import braceexpand
+
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", path)  # looked at first: the library holds a whole range in memory
+    number = prod(abs(int(end) - int(start)) + 1 for start, end in ranges)
+    names = [] if number > MAX_SHARDS else list(islice(braceexpand(path), MAX_SHARDS + 1))
+    if max(number, len(names)) > MAX_SHARDS:
+        raise ValueError(f"{path}: it stands for more than {MAX_SHARDS:,} shards")
+    return names
+
+
+def read_tar(url: Shard, start: int = 0) -> Iterator[tuple[Record | BadSample, int]]:
     """Iterate over the samples of a shard, as files by suffix, each with the byte behind it.
 
     What cannot be read any more is a `BadSample` with the place `END`.
 
     Args:
-        url: a file, an address (`http:`, `https:`) or a command (`pipe:`).
+        url: a file as a path; an address (`http:`, `https:`) or a command (`pipe:`) as text.
         start: the byte behind the last sample that was read. Files and addresses are read from there on; the output of
             a command, or of a compressed file, is read from its beginning and passed over.
     """
@@ -63,16 +88,16 @@ def read_tar(url: str, start: int = 0) -> Iterator[tuple[Record | BadSample, int
                 if end > start:
                     yield {"__key__": sample["__key__"], **{name: content for name, (content, _) in files.items()}}, end
     except (tarfile.TarError, OSError, ValueError) as error:  # a torn shard, a command that fails
-        yield BadSample("?", f"{url} does not read on: {error.args[0] if error.args else error}", url), END
+        yield BadSample("?", f"{url} does not read on: {error.args[0] if error.args else error}", str(url)), END
 
 
-def open_shard(url: str, start: int) -> tuple[Any, int]:
+def open_shard(url: Shard, start: int) -> tuple[Any, int]:
     """Open a shard; return it with its first byte, which is `start` or, where nothing can be passed over, 0."""
     from webdataset.gopen import gopen
 
-    if url.startswith(HTTP_PREFIXES):
+    if isinstance(url, str) and url.startswith(HTTP_PREFIXES):
         return open_http(url, start), start
-    if url.startswith(PIPE_PREFIX):
+    if isinstance(url, str) and url.startswith(PIPE_PREFIX):
         return gopen(url), 0
     file = open(url, "rb")  # noqa: SIM115 - `read_tar` closes it
     is_compressed = file.read(6).startswith(COMPRESSIONS)
@@ -81,7 +106,7 @@ def open_shard(url: str, start: int) -> tuple[Any, int]:
     return file, base
 
 
-def _iter_files(stream: Any, base: int, url: str) -> Iterator[dict[str, Any]]:
+def _iter_files(stream: Any, base: int, url: Shard) -> Iterator[dict[str, Any]]:
     """Iterate over the files of a tar stream, as `group_by_keys` takes them: each content with the byte behind it."""
     if base and not stream.peek(1):  # nothing is left, which would be no tar file
         return
@@ -90,12 +115,16 @@ def _iter_files(stream: Any, base: int, url: str) -> Iterator[dict[str, Any]]:
             name = member.name
             is_meta = ("/" not in name and name.startswith("__") and name.endswith("__")) or META_NAMES.match(name)
             if member.isreg() and not is_meta:
+                if member.size > MAX_MEMBER_BYTES:  # also one that is all holes, or was compressed to nothing
+                    raise ValueError(
+                        f"{name} has {member.size:,} bytes; files of at most {MAX_MEMBER_BYTES:,} are read"
+                    )
                 opened = tar.extractfile(member)
                 assert opened is not None
                 content = opened.read()
                 blocks = -(-member.size // tarfile.BLOCKSIZE)
                 end = base + member.offset_data + blocks * tarfile.BLOCKSIZE
-                yield {"fname": name, "data": (content, end), "__url__": url}
+                yield {"fname": name, "data": (content, end), "__url__": str(url)}
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue] - it would keep all of them
 
 

@@ -246,7 +246,7 @@ def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     task = CleanTask(
         args.input, resolve_cache_folder(args.cache_dir), args.image_folder or "", args.format, tuple(args.option),
-        args.split, args.subset, args.min_side, args.max_aspect,
+        args.split, args.subset, args.min_side, args.max_aspect, args.follow_links,
     )  # fmt: skip
     output = Path(args.output)
     options = {name: getattr(args, name) for name in ("duplicates", "workers", "force", "dry_run")}
@@ -274,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--format", default=CleanTask.format, help=formats)
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the format; may be repeated")
     add("--image-folder", help="what image paths are relative to (the folder of INPUT)")
+    add("--follow-links", action="store_true", help="follow links that lead out of the image folder")
     add("--split", default=CleanTask.split, help="of a data set that has several (%(default)s)")
     add("--subset", help="of a data set on the Hub that has several")
     smaller = "smaller images go (%(default)s)"

@@ -25,6 +25,7 @@ from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.guess import Guess, guess_form, with_hint
 from vlm.data.records.layout import find_layout
+from vlm.data.records.links import check_links
 from vlm.data.records.open import stream_records
 from vlm.data.records.paths import JSON_SUFFIXES, split_suffix
 from vlm.data.sample import HALF_PAIR, BadSample, Record, Sample, find_surrogate
@@ -46,7 +47,9 @@ def read_plain_records(
     source: str, context: ConversionContext, *, split: str = "train", subset: str | None = None
 ) -> Iterator[object]:
     """Read records that a reader takes unchanged, from any file that `records.open` opens."""
-    return stream_records(source, context.cache, split=split, subset=subset)
+    return stream_records(
+        source, context.cache, split=split, subset=subset, allow_pipe=True, follow_links=context.follow_links
+    )
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def _first_keys(source: str, cache: Path) -> tuple[set[str], bool, Guess | None]
             if not any(kind.identifying_keys <= keys for kind in CONVERSIONS.values() if not kind.is_list):
                 raise
             return keys, False, None
-    first = next(iter(stream_records(source, cache)), None)
+    first = next(iter(stream_records(source, cache, allow_pipe=True, follow_links=True)), None)
     if not isinstance(first, dict):
         return set(), True, None
     turns = first.get("conversations")
@@ -149,6 +152,7 @@ class RecordConverter:
     dropped_keys: frozenset[str] | None
     format: str
     options: Mapping[str, object]
+    follow_links: bool = False
 
     def convert_record(self, item: Any, number: int) -> tuple[Sample, Record]:
         """Return a record as a sample and in the other form; a record without an id gets its index."""
@@ -158,6 +162,8 @@ class RecordConverter:
             sample = self.read(item, self.folder)
         except BadSample as error:
             raise with_hint(error, item, self.format, self.options, "convert") from None
+        if not self.follow_links:
+            check_links(sample, self.folder)
         if sample.id == "?":
             sample = replace(sample, id=str(number))
         record = self.write(sample, self.folder)
@@ -171,7 +177,7 @@ class RecordConverter:
 def convert(
     source: str, output: str, conversion: str, *, to: str = "llava", image_folder: str | None = None,
     cache: Path, options: Mapping[str, object] | None = None, on_bad: str = "error", embed_images: bool = False,
-    shard_size: int | None = None, force: bool = False,
+    shard_size: int | None = None, force: bool = False, follow_links: bool = False,
 ) -> str:  # fmt: skip
     """Convert records from one file to another, one at a time; return a summary.
 
@@ -187,6 +193,7 @@ def convert(
         embed_images: see `write.make_writer`.
         shard_size: see `write.make_writer`.
         force: replaces what is there.
+        follow_links: follows links that lead out of the folder of images or records.
 
     Raises:
         ValueError: the arguments are invalid, or a record cannot be used.
@@ -198,11 +205,12 @@ def convert(
     kind_options, reader_options = split_options(conversion, options or {})
     dropped_keys = frozenset((*STRUCTURE_KEYS, str(reader_options.get("key")))) if kind.form in FORMS else None
     form = RecordConverter(
-        partial(FORMATS[kind.form], **reader_options), FORMS[to], folder, dropped_keys, kind.form, reader_options
-    )
+        partial(FORMATS[kind.form], **reader_options), FORMS[to], folder, dropped_keys, kind.form, reader_options,
+        follow_links,
+    )  # fmt: skip
     writer = make_writer(output, folder, embed_images=embed_images, shard_size=shard_size, force=force)
     tally = ConversionTally()
-    records = kind.records(source, ConversionContext(folder, cache, tally.left_out), **kind_options)
+    records = kind.records(source, ConversionContext(folder, cache, tally.left_out, follow_links), **kind_options)
     skipped = Path(f"{output.rstrip('/')}.skipped.jsonl")
     _write_all(records, form, writer, skipped if on_bad == "skip" else None, tally)
     summary = [f"{writer.number} records written to {output}, paths of images relative to {folder}", *tally.describe()]
@@ -305,6 +313,7 @@ def main(arguments: Sequence[str]) -> None:
             args.input, args.output, args.conversion or detect_conversion(args.input, cache), to=args.to, cache=cache,
             image_folder=args.image_folder, options={**options, **dict(args.option)}, on_bad=args.on_bad,
             embed_images=args.embed_images, shard_size=args.shard_size, force=args.force,
+            follow_links=args.follow_links,
         )))  # fmt: skip
     except (ValueError, OSError) as error:
         sys.exit(f"vlm data convert: {presentable(error)}")
@@ -325,6 +334,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--from", dest="conversion", choices=CONVERSIONS, metavar="KIND", help=told)
     add("--to", choices=FORMS, default="llava", help="form of the records (%(default)s)")
     add("--image-folder", metavar="FOLDER", help="what paths are relative to (the folder of INPUT)")
+    add("--follow-links", action="store_true", help="follow links that lead out of the folder of images or records")
     add("--embed-images", action="store_true", help=".parquet: hold the images themselves")
     add("--shard-size", type=int, metavar="N", help=f"samples in a tar shard ({SHARD_SIZE})")
     bad = "what to do at a record that cannot be used; skip lists them in OUTPUT.skipped.jsonl (%(default)s)"

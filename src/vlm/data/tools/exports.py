@@ -29,6 +29,7 @@ class ConversionContext:
     folder: Path
     cache: Path
     left_out: Counter[str]
+    follow_links: bool = False
 
 
 def convert_record(value: object, kind: type[Kind]) -> Kind:
@@ -44,7 +45,7 @@ def _convert_records(
     make: Callable[[object], Record | None], source: str, context: ConversionContext
 ) -> Iterator[object]:
     """Convert each record of a file with a function, and leave out those for which it returns None."""
-    for record in stream_records(source, context.cache):
+    for record in stream_records(source, context.cache, allow_pipe=True, follow_links=context.follow_links):
         made = record if isinstance(record, BadSample) else value_or_bad_sample(make, record)
         if made is not None:
             yield made

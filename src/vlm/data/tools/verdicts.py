@@ -21,9 +21,11 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from vlm.config.named import permit_names
 from vlm.data.processes import num_cores
 from vlm.data.records.formats import get_reader
 from vlm.data.records.guess import with_hint
+from vlm.data.records.links import check_links
 from vlm.data.records.open import Records, open_records
 from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
 from vlm.data.vision.images import is_uniform, open_image
@@ -62,6 +64,7 @@ class CleanTask:
         subset: of a data set on the Hub that has several.
         min_side: the fewest pixels of an image's side.
         max_aspect: the largest ratio of an image's sides; None for any.
+        follow_links: whether links that lead out of the image folder are followed.
     """
 
     source: str
@@ -73,6 +76,7 @@ class CleanTask:
     subset: str | None = None
     min_side: int = 28
     max_aspect: float | None = None
+    follow_links: bool = False
 
     @property
     def folder(self) -> Path:
@@ -82,10 +86,12 @@ class CleanTask:
 
     def records(self) -> Records:
         """Open the records."""
-        return open_records(self.source, self.cache, split=self.split, subset=self.subset)
+        where = {"split": self.split, "subset": self.subset}
+        return open_records(self.source, self.cache, **where, follow_links=self.follow_links)
 
     def reader(self) -> partial[Sample]:
         """Return the reader of the format with its options; ValueError where there is none, or no such option."""
+        permit_names([self.format])  # in each process: it is the command's --format
         read = get_reader(self.format)
         options = dict(map(parse_option, self.options))
         try:
@@ -157,7 +163,10 @@ class RecordChecker:
     def _sample(self, number: int) -> Sample:
         record = self.records[number]
         try:
-            return self._read(record, self.task.folder).without_blank_replies()
+            sample = self._read(record, self.task.folder).without_blank_replies()
+            if not self.task.follow_links:
+                check_links(sample, self.task.folder)
+            return sample
         except BadSample as error:
             options = dict(map(parse_option, self.task.options))
             raise with_hint(error, record, self.task.format, options, "clean") from None

@@ -79,14 +79,27 @@ def require_own_checkpoint(checkpoint: Path, run_directory: Path) -> None:
     """Refuse pickles of others, which run code when they are read; files of DeepSpeed and FSDP2 are pickles.
 
     Raises:
-        ValueError: the checkpoint does not lie in the run directory.
+        ValueError: the checkpoint, or a file of it, does not lie in the run directory.
     """
-    if checkpoint.resolve().parent != run_directory.resolve():
+    real = checkpoint.resolve()
+    if real.parent != run_directory.resolve() or any(_leads_out(real)):
         raise ValueError(
             f"trainer.resume_from_checkpoint={checkpoint}: files of sharded runs (trainer.deepspeed, trainer.sharding) "
             "can run code when they are read, so such runs read checkpoints of their own directory alone, "
             f"trainer.output_dir={run_directory}. If you trust this checkpoint, copy its folder there"
         )
+
+
+def _leads_out(checkpoint: Path) -> Iterator[Path]:
+    """Yield what leads out of a checkpoint: links, and `latest`, which says where DeepSpeed's files are."""
+    for file in checkpoint.rglob("*"):
+        if file.is_symlink() and not file.resolve().is_relative_to(checkpoint):
+            yield file
+    latest = checkpoint / "latest"
+    if latest.is_file():
+        name = latest.read_text(encoding="utf-8", errors="replace").strip()
+        if name in ("", "..") or Path(name).name != name:
+            yield latest
 
 
 def find_problems_together(checkpoint: Path) -> list[str]:

@@ -1,7 +1,7 @@
 """The objectives by name. Imports no torch, so that a wrong name is refused in a second."""
 
 from vlm.checks.fields import ConfigError
-from vlm.config.named import import_named, is_custom_name
+from vlm.config.named import import_named, import_packaged, is_custom_name
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.base import Objective
 
@@ -18,12 +18,13 @@ def make_objective(config: RunConfig) -> Objective:
     The configuration, which is recorded in the run directory, names it afterwards.
     """
     name = config.trainer.objective or ("prediction" if config.model.head.by_name else "generation")
-    if not is_custom_name(path := OBJECTIVES.get(name, name)):
+    if name not in OBJECTIVES and not is_custom_name(name):
         raise ConfigError(
             f"trainer.objective={name}: allowed are {', '.join(OBJECTIVES)}, or package.module:Class for your own"
         )
     try:
-        kind = import_named(path, "trainer.objective")
+        packaged = OBJECTIVES.get(name)
+        kind = import_named(name, "trainer.objective") if packaged is None else import_packaged(packaged)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not (isinstance(kind, type) and issubclass(kind, Objective)):

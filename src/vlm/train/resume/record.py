@@ -22,7 +22,7 @@ from vlm.config.schema import RunConfig
 from vlm.config.secrets import mask, mask_settings
 from vlm.data.cache import json_digest
 from vlm.data.dataset import SampleDataset
-from vlm.data.records.open import expand_shard_urls
+from vlm.data.records.open import expand_shards
 from vlm.data.records.paths import is_tar_path
 from vlm.data.stream import SampleStream
 from vlm.train.arguments import deepspeed_config
@@ -201,7 +201,7 @@ def _describe_data(dataset: SampleDataset | SampleStream) -> Facts:
 def digest_stream(path: str) -> str:
     """Return a digest of the names and sizes of a stream's files; of the path, where it names no files."""
     if is_tar_path(path) and not path.startswith("pipe:"):
-        files = list(map(Path, expand_shard_urls(path)))
+        files = list(map(Path, expand_shards(path, follow_links=True)))
     else:
         files = sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]
     known = [(file.name, file.stat().st_size) for file in files if file.is_file()]

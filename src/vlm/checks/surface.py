@@ -1,0 +1,108 @@
+"""What a configuration may do depends on the surface that it came through: only the command line may run code.
+
+Everything else that takes keys from people, such as the page, calls `check_surface` before it acts on a configuration.
+What is looked at are the composed values, whatever the spelling of the overrides was. Fields say in their metadata what
+their values reach (`vlm.config.rules.Reach`). Imports neither torch nor a model.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from vlm.checks.fields import ConfigError, format_value
+from vlm.config.named import is_custom_name
+from vlm.config.rules import Reach, get_reach
+
+LONGEST_VALUE = 80
+"""Characters of a value that a message shows."""
+
+
+@dataclass(frozen=True)
+class Reaching:
+    """A key of a configuration whose value reaches beyond the run."""
+
+    key: str
+    value: object
+    reach: Reach
+
+    def __str__(self) -> str:
+        """Return the refusal."""
+        value = format_value(self.value)
+        shown = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}…"
+        return f"{self.key}={shown}: it {self.reach.effect}, so it is taken on the command line only"
+
+
+def find_reaching(config: object, prefix: str = "") -> Iterator[Reaching]:
+    """Yield the keys of a configuration, a dataclass of the schema, whose values reach beyond the run."""
+    for key, value, reach in iter_reach(config, prefix):
+        items = value if isinstance(value, list) else [value]
+        if any(item is not None and not reach.is_harmless(item) for item in items):
+            yield Reaching(key, value, reach)
+
+
+def check_surface(config: object, *, allowed: Collection[str] = ()) -> None:
+    """Refuse a configuration that did not come from the command line, and asks for what only that may ask for.
+
+    Args:
+        config: the composed configuration, as a dataclass of the schema.
+        allowed: keys that the caller bounds by itself.
+
+    Raises:
+        ConfigError: with the key, its value and what it would do.
+    """
+    for found in find_reaching(config):
+        if found.key not in allowed:
+            raise ConfigError(str(found))
+
+
+def check_plain_values(composed: DictConfig) -> None:
+    """Refuse a composed configuration with an interpolation, which could read the environment or a file.
+
+    The packaged YAML files have none. An override can spell one in many ways, so that its value is looked at.
+
+    Raises:
+        ConfigError: with its key; its value is not resolved.
+    """
+    for key in _find_interpolations(composed):
+        raise ConfigError(f"{key}: ${{…}} is not filled in here; write the value itself")
+
+
+def named_by_user(config: object) -> frozenset[str]:
+    """Return the names `package.module:attribute` in the fields that take them; see `permit_names`."""
+    names: set[str] = set()
+    for _, value, reach in iter_reach(config, ""):
+        if reach.runs_code:
+            items = value if isinstance(value, list) else [value]
+            names |= {item for item in items if isinstance(item, str) and is_custom_name(item)}
+    return frozenset(names)
+
+
+def iter_reach(node: Any, prefix: str) -> Iterator[tuple[str, Any, Reach]]:
+    """Yield key, value and reach of each field that has one, in a dataclass and all that it holds."""
+    for field in fields(node):
+        key, value, reach = f"{prefix}{field.name}", getattr(node, field.name), get_reach(field)
+        if reach is not None:
+            yield key, value, reach
+        if is_dataclass(value):
+            yield from iter_reach(value, f"{key}.")
+        elif isinstance(value, list | dict):
+            for name, child in value.items() if isinstance(value, dict) else enumerate(value):
+                if is_dataclass(child):
+                    yield from iter_reach(child, f"{key}.{name}.")
+
+
+def _find_interpolations(node: DictConfig | ListConfig, path: str = "") -> Iterator[str]:
+    """Yield the keys of a composed configuration whose values are interpolations, also among the keys of mappings."""
+    if node._is_none() or node._is_missing():
+        return
+    names = range(len(node)) if isinstance(node, ListConfig) else list(node)
+    for name in names:
+        key = f"{path}.{name}" if path else str(name)
+        if "${" in str(name) or OmegaConf.is_interpolation(node, name):
+            yield key
+            continue
+        child = node._get_node(name)
+        if isinstance(child, DictConfig | ListConfig):
+            yield from _find_interpolations(child, key)
