@@ -1,4 +1,4 @@
-"""Everything with a public name says what it is: classes, functions and methods. What is within functions is private."""
+"""Everything with a public name says what it is: classes, functions, methods. What is within functions is private."""
 
 import ast
 from collections.abc import Iterator
