@@ -274,6 +274,6 @@ def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(
 
     monkeypatch.setattr(Engine, "_step", fail)
     with running(model) as engine, pytest.raises(KeyError, match="a fault"):
-        ask_all(engine, QUESTIONS[:2])
+        ask_all(engine, QUESTIONS[:1])
     with pytest.raises(RuntimeError, match="the engine is closed"):
         ask_all(engine, QUESTIONS[:1])

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache
-from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+from transformers.generation.utils import ALL_CACHE_NAMES, MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from vlm.inference.engine.cache import cut_cache, is_joinable, join_caches
+from vlm.inference.engine.cache import cut_cache, is_filled, is_joinable, join_caches
 from vlm.inference.engine.row import Row
 from vlm.inference.generate import VisionLanguageModel
 
@@ -46,6 +46,12 @@ class DecodingBatch:
             and all(self.inputs.get(name) is None for name in UNJOINABLE_INPUTS)
             and cache is not None and is_joinable(cache, self.ids.shape[1] - 1)
         )  # fmt: skip
+
+    @property
+    def has_own_state(self) -> bool:
+        """Whether what the rows have seen lies in the inputs, and not in the model's modules, as RecurrentGemma's."""
+        states = [self.inputs.get(name) for name in ALL_CACHE_NAMES]
+        return any(is_filled(state) if isinstance(state, Cache) else state is not None for state in states)
 
     @property
     def _cache_name(self) -> str | None:

@@ -29,6 +29,15 @@ JOINABLE_LAYERS = (
 """Kinds of layers that can be joined; a class derived from one of them may hold more than it does."""
 
 
+def is_filled(cache: Cache) -> bool:
+    """Return whether a cache holds all of what a prompt left: some models keep a part of it in their modules."""
+    layers = cast(list[Any], getattr(cache, "layers", []))
+    if not layers:
+        return not isinstance(cache, DynamicCache)
+    linear = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
+    return all(map(_has_states, linear)) and any(_has_states(layer) or _has_keys(layer) for layer in layers)
+
+
 def is_joinable(cache: Cache, length: int) -> bool:
     """Return whether a cache of rows of so many tokens can be joined with others."""
     return type(cache) is DynamicCache and all(
@@ -86,6 +95,11 @@ def _join_layers(layers: Sequence[Any], length: int) -> Any:
 
 def _has_keys(layer: Any) -> bool:
     return isinstance(layer, DynamicLayer) and layer.is_initialized
+
+
+def _has_states(layer: Any) -> bool:
+    kinds = ("is_recurrent_states_initialized", "is_conv_states_initialized")
+    return any(any(getattr(layer, kind, {}).values()) for kind in kinds)
 
 
 def _num_kept(layer: Any, length: int) -> int:

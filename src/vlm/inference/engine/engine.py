@@ -35,7 +35,7 @@ class Engine:
     Greedy answers are those of `vlm generate`; a seeded answer does not depend on which others are in the batch. A
     failure in one row ends that row; a batch that fails, as where memory is too small, is tried again in halves. Rows
     of models that cannot share a pass (with cross-attention to images, or a cache of another kind than those of
-    `cache.JOINABLE_LAYERS`) take turns, token by token.
+    `cache.JOINABLE_LAYERS`) take turns, token by token; those of models that keep their state in modules, one by one.
 
     Args:
         model: the model with its processor.
@@ -208,6 +208,8 @@ class Engine:
 
     def _join(self, batch: DecodingBatch) -> None:
         """Put a new batch to one that runs, if they can share a pass; one whose row has ended already is left out."""
+        if not batch.has_own_state:  # noticed at the first row: further ones would overwrite what it has seen
+            self.max_batch = self._limit = 1
         if not batch.rows:
             self._note_end(1)
             return
