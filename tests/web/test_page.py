@@ -432,9 +432,9 @@ def test_other_sites_and_names_are_refused(served: Served):
 
 
 def test_nothing_is_answered_without_the_secret(served: Served):
-    """Every route that the application has, as its own table names them, and one that it has not."""
-    paths = {getattr(route, "path", "/") for route in served.routes}
-    assert {"/gradio_api/upload", "/gradio_api/queue/join"} <= paths
+    """The routes that the application's own table names, those of Gradio that matter, and one that is not there."""
+    known = "/ /config /theme.css /nowhere /gradio_api/info /gradio_api/upload /gradio_api/queue/join"
+    paths = {getattr(route, "path", "/") for route in served.routes} | {*known.split(), "/gradio_api/queue/data"}
     for path in paths - {"/gradio_api/startup-events"}:
         assert get_status(served, path.lstrip("/"), secret=False) == 401, path
         assert get_status(served, path.lstrip("/"), b"{}", secret=False) == 401, path

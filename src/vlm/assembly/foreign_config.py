@@ -97,8 +97,8 @@ def drop_flash_attention(config: PreTrainedConfig) -> None:
     waiting: list[Any] = [config]
     while waiting:
         node = waiting.pop()
-        if str(getattr(node, "_attn_implementation_internal", "")).startswith("flash"):
-            node._attn_implementation_internal = None
+        if str(node._attn_implementation).startswith("flash"):
+            node._attn_implementation = None
         waiting += [child for child in vars(node).values() if isinstance(child, PreTrainedConfig)]
 
 
