@@ -39,6 +39,9 @@ from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction,
 from vlm.models.connectors import CONNECTORS, connector_class
 from vlm.models.heads import HEADS, head_class
 
+NEWLINE = ("image_newline.weight",)
+"""The weight that a model has where images come in tiles."""
+
 
 class CheckpointKind(StrEnum):
     """What a checkpoint is."""
@@ -206,10 +209,11 @@ class Checkpoint:
                 for name, auto in parts.items()
             }
         recorded = read_config(self.name, self.name, self.revision)
-        has_new_tiles = self.config.anyres is not None and getattr(recorded, "anyres", None) is None
+        has_tiles, had_tiles = self.config.anyres is not None, getattr(recorded, "anyres", None) is not None
         return load_complete(
-            VLMForConditionalGeneration, self.name, new=["image_newline.weight"] if has_new_tiles else [],
-            config=self.config, dtype=dtype, revision=self.revision or "main", quantization_config=bits, **options,
+            VLMForConditionalGeneration, self.name, new=NEWLINE if has_tiles and not had_tiles else (),
+            unused=NEWLINE if had_tiles and not has_tiles else (), config=self.config, dtype=dtype,
+            revision=self.revision or "main", quantization_config=bits, **options,
         )  # fmt: skip
 
     def _load_base(

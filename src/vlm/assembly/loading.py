@@ -8,6 +8,7 @@ import copy
 import os
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +86,8 @@ def read_weight_headers(name: str, revision: str | None = None) -> dict[str, Ten
 
 
 def load_complete(
-    kind: ModelClass, name: str, *, config: PreTrainedConfig, new: Collection[str] = (), is_part: bool = False,
-    num_layers: int | None = None, **options: Any,
+    kind: ModelClass, name: str, *, config: PreTrainedConfig, new: Collection[str] = (), unused: Collection[str] = (),
+    is_part: bool = False, num_layers: int | None = None, **options: Any,
 ) -> PreTrainedModel:  # fmt: skip
     """Return a model with its weights, all of which the checkpoint has.
 
@@ -95,6 +96,7 @@ def load_complete(
         name: a folder, or a name on the Hub.
         config: the model's configuration.
         new: names of weights that the checkpoint need not have, because the run adds them.
+        unused: names of weights that the checkpoint may have, and the run leaves out.
         is_part: whether the checkpoint may hold more than is loaded, as one with a text tower of which the visual
             encoder alone is read. Further layers of what is loaded are refused all the same.
         num_layers: the number of layers of the part in its checkpoint, where fewer are loaded on purpose.
@@ -103,7 +105,7 @@ def load_complete(
     Raises:
         ValueError: weights are missing, unexpected, misshapen, of another type or not finite; names them.
     """
-    rules = _Rules(name, frozenset(new), is_part, num_layers)
+    rules = _Rules(name, frozenset(new), frozenset(unused), is_part, num_layers)
     with opening(name, "its weights"):
         _check_headers(kind, config, rules, options)
         loaded: Any = kind.from_pretrained(
@@ -118,7 +120,7 @@ def load_complete(
 def check_weights(kind: ModelClass, name: str, config: PreTrainedConfig, revision: str | None = None) -> None:
     """Raise ValueError where a checkpoint does not hold a model's weights, by the headers of its files alone."""
     with opening(name, "its weights"):
-        _check_headers(kind, config, _Rules(name, frozenset(), False, None), {"revision": revision})
+        _check_headers(kind, config, _Rules(name), {"revision": revision})
 
 
 def _check_headers(kind: ModelClass, config: PreTrainedConfig, rules: "_Rules", options: Mapping[str, Any]) -> None:
@@ -168,11 +170,15 @@ def _compare_on_meta(
     rules.check(model_class.__name__, info, model)
 
 
+@dataclass(frozen=True)
 class _Rules:
-    """Which differences between a model and its checkpoint are allowed."""
+    """Which differences between a model and its checkpoint are allowed; see `load_complete`."""
 
-    def __init__(self, name: str, new: frozenset[str], is_part: bool, num_layers: int | None):
-        self.name, self.new, self.is_part, self.num_layers = name, new, is_part, num_layers
+    name: str
+    new: frozenset[str] = frozenset()
+    unused: frozenset[str] = frozenset()
+    is_part: bool = False
+    num_layers: int | None = None
 
     def check(self, kind: str, info: Mapping[str, Any], model: nn.Module) -> None:
         """Raise ValueError where the checkpoint is not that of the model, by what transformers says of loading it."""
@@ -185,7 +191,7 @@ class _Rules:
         if missing := sorted(info["missing_keys"] - self.new):
             names = [shown(name) for name in missing[:5]]
             raise ValueError(f"{self.name} lacks {len(missing)} of the weights that {kind} needs: {names}")
-        if unexpected := sorted(filter(self._is_unexpected(model), info["unexpected_keys"])):
+        if unexpected := sorted(filter(self._is_unexpected(model), info["unexpected_keys"] - self.unused)):
             raise ValueError(
                 f"{self.name} holds {shown(unexpected[0])}, for which {kind} has no place by config.json"
                 f"{_more(unexpected)}: it is another model's, or config.json is"
