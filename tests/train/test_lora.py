@@ -23,6 +23,7 @@ from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.cli.main import main
+from vlm.config.shown import printable
 from vlm.inference.generate import user_turn
 from vlm.train.checkpoints import saving as checkpoints
 from vlm.train.checkpoints.trained import TRAINED_WEIGHTS
@@ -300,7 +301,7 @@ def test_loaded_and_merged_models_say_what_the_trained_one_said(
 def test_an_adapter_is_asked_like_a_complete_model(on_parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     final = on_parts / "final"
     picture().save(tmp_path / "picture.png")
-    said = vlm.load(final, device="cpu").generate("what?", [tmp_path / "picture.png"], max_new_tokens=4)
+    said = printable(vlm.load(final, device="cpu").generate("what?", [tmp_path / "picture.png"], max_new_tokens=4))
     ask = ["--image", str(tmp_path / "picture.png"), "--prompt", "what?", "--max-new-tokens", "4", "--device", "cpu"]
     main(["generate", str(final), *ask])
     assert capsys.readouterr().out.strip() == said
