@@ -60,12 +60,20 @@ def test_a_run_is_found_again_from_disk_and_stopped(started, tmp_path: Path):
         jobs.stop(folder)
 
 
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended; its parent may not have read its exit code."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_what_a_run_started_ends_with_it(started):
     folder = started(PARENT)
     child = int(log_tail(folder / jobs.LOG_FILE))
     assert psutil.pid_exists(child)
     jobs.stop(folder)
-    wait_until(lambda: not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE)
+    wait_until(lambda: has_ended(child))
 
 
 def test_a_run_that_does_not_end_is_killed_only_after_it_was_asked(started, tmp_path: Path, monkeypatch):
