@@ -129,7 +129,8 @@ def test_values_of_secrets_on_the_command_line_are_masked_in_pieces_too():
     assert mask_values("null", ["trainer.hub_token=null"]) == "null"
 
 
-LONG = ["password: a " * 9_000, "password: " + "a" * 100_000, "https://" + "a@" * 50_000, "a_" * 50_000, "a.a-" * 25_000, "&" + "a" * 100_000, "x://" * 25_000, "password" * 12_000,
+LONG = ["password: a " * 9_000, "password: " + "a" * 100_000, "https://" + "a@" * 50_000,
+        "a_" * 50_000, "a.a-" * 25_000, "&" + "a" * 100_000, "x://" * 25_000, "password" * 12_000,
         "password" + " " * 90_000, "--" + "a-" * 50_000, "sk-" * 30_000, "authorization " * 8_000, "?a" * 50_000,
         "eyJ" + "a" * 50_000 + "." + "b" * 50_000]  # fmt: skip
 

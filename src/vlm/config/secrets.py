@@ -41,8 +41,8 @@ _FORMS = tuple(
     re.compile(form, re.IGNORECASE)
     for form in (
         r"(?P<keep>(?<![a-z0-9])[a-z][a-z0-9+-]{0,15}://)[^\s/\"'<>]+(?=@)",  # https://user:password@host
-        r"(?P<keep>[?&;](?:x-(?:amz|goog|ms)-[\w-]+|[\w.-]*token|[\w.-]*signature|sig|(?:[\w.-]*[_.-])?key(?:-pair-id|id)?|"
-        r"apikey|auth|policy|credential|[\w.-]*password|pwd|pass|[\w.-]*secret|jwt|googleaccessid)=)[^\s&;#\"'<>]+",  # ?token=…
+        r"(?P<keep>[?&;](?:x-(?:amz|goog|ms)-[\w-]+|[\w.-]*token|[\w.-]*signature|sig|apikey|"  # ?token=…
+        r"(?:[\w.-]*[_.-])?key(?:-pair-id|id)?|auth|policy|credential|[\w.-]*password|pwd|pass|[\w.-]*secret|jwt|googleaccessid)=)[^\s&;#\"'<>]+",
         rf"(?P<keep>(?<![a-z0-9])authorization[\"']?\s{{0,3}}[:=]\s{{0,3}}[\"']?(?:(?:bearer|basic|token)\s)?){_VALUE}",
         r"(?P<keep>(?<![a-z0-9])bearer\s)(?!\*\*\*)[\w.~+/=-]{8,}",
         rf"(?P<keep>--(?:[\w-]+-)?(?:token|password|api-key|secret)(?:\s|=)[\"']?){_VALUE}",  # --token …

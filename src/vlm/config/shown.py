@@ -5,11 +5,13 @@ records keep what was written. `presentable` is for whole messages and log lines
 such as a model's answer.
 """
 
+import argparse
 import logging
 import re
 import sys
 import traceback
 from types import TracebackType
+from typing import NoReturn
 
 from vlm.config.secrets import mask
 
@@ -86,6 +88,14 @@ class PresentableRecord(logging.LogRecord):
     def getMessage(self) -> str:  # noqa: N802 - the name that logging calls
         """Return the message that is logged."""
         return printable(mask(super().getMessage()))
+
+
+class PresentableParser(argparse.ArgumentParser):
+    """A parser of a command line that is presentable when it repeats what it refuses."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is refused, and end the process."""
+        super().error(presentable(message))
 
 
 def present_what_is_printed() -> None:
