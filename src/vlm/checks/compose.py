@@ -222,7 +222,7 @@ def _check_referred(node: Container, name: Any, key: str, needed: type | None = 
         return
     value = node[name]
     if OmegaConf.is_interpolation(node, name):
-        text = OmegaConf.to_container(node)[name]
+        text = cast(Any, OmegaConf.to_container(node))[name]
         if is_dataclass(OmegaConf.get_type(value)):
             raise ConfigError(f"{key}={text}: it is a section; refer to one of its keys")
         if needed in NEEDED_CONTAINERS and not isinstance(value, NEEDED_CONTAINERS[needed]):
