@@ -19,12 +19,13 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlm.checks.compose import compose_overrides, make_run_config, open_mapping_key
+from vlm.checks.compose import compose_overrides, make_run_config, open_mapping_key, with_config
 from vlm.checks.fields import ConfigError
 from vlm.checks.messages import explain
 from vlm.checks.run import check
 from vlm.config.packaged import group_names, packaged_names, run_names
 from vlm.config.schema import RunConfig
+from vlm.config.secrets import MASK
 from vlm.config.shown import presentable
 from vlm.train.objectives.table import make_objective
 
@@ -168,6 +169,42 @@ def test_every_section_refuses_every_scalar():
     with hydra_context():
         for section, value in list(itertools.product(sections, values))[::9]:
             assert refuse(["dataset.path=records.json", f"{section}={value}"]), (section, value)
+
+
+@pytest.mark.parametrize(
+    ("override", "refusal"),
+    [
+        ("dataset.options=${trainer}", "it is a section; refer to one of its keys"),
+        ("dataset.options=${trainer.seed}", "a mapping is needed"),
+        ("dataset.options.x=${model}", "it is a section"),
+        ("dataset.options={a: {b: [${trainer.lora}]}}", "dataset.options.a.b[0]=${trainer.lora}: it is a section"),
+        (
+            "dataset.sources={a: {path: x, options: ${trainer.lora}}}",
+            "dataset.sources.a.options=${trainer.lora}: it is",
+        ),
+        ("model.visual_encoder.extra_encoders=${trainer.seed}", "a list is needed"),
+        ("trainer/lora=5", "trainer/lora=5: it is a section"),
+        ("trainer/lora=null", "trainer/lora=null: it is a section"),
+    ],
+)
+def test_a_reference_to_what_does_not_fit_is_refused(override: str, refusal: str):
+    with hydra_context():
+        assert refusal in (refuse(["dataset.path=records.json", override]) or "")
+
+
+def test_secrets_are_masked_in_refusals_and_listings(capsys: pytest.CaptureFixture[str]):
+    """Hydra prints the configuration for `--cfg job`, and repeats what it cannot parse."""
+    for words in (["trainer.hub_token=hush1234", "--cfg", "job"], ["trainer.hub_token=[hush1234,hush5678]"],
+                  ["trainer.hub_token=hush{1234"], ["+dataset.options.password=hush5678,hush"],
+                  ["trainer.hub_token=choice(hush1234,hush5678)"], ["--token=hush\x1b[31m"]):  # fmt: skip
+        try:
+            with_config(["-cn", "pretrain-smol", *words], lambda *_: None, make_objective)
+        except SystemExit as end:
+            print(end)
+        printed = "".join(capsys.readouterr())
+        assert MASK in printed
+        assert "hush" not in printed
+        assert "\x1b" not in printed
 
 
 def test_keys_and_choices_are_those_of_the_schema():

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from vlm.config.secrets import MASK, is_secret_key, mask, mask_settings, mask_words
+from vlm.config.secrets import MASK, is_secret_key, mask, mask_settings, mask_values, mask_words
 
 SECRET = "5ecretValue0123"
 TEXTS = [
@@ -27,10 +27,12 @@ TEXTS = [
     f"AWS_SECRET_ACCESS_KEY={SECRET}",
     f"--api-key {SECRET}",
     f"--token={SECRET}",
+    f"https://user:{SECRET}@{SECRET}@host.org/a.tar",
+    f"hub_token: {SECRET}\nseed: 3",
 ]
 TOKENS = [
     "hf_abcdefghijklmnopqrstuvwxyzABCDEFGH",
-    "hf_short1234",
+    "hf_oauth_eyJhbGciOiJI.eyJzdWIi",
     "sk-proj-abcDEF123456",
     "sk-ant-api03-abcdef",
     "ghp_abcdefghijklmnop1234",
@@ -51,6 +53,11 @@ HARMLESS = [
     "hub_token: null",
     "keyboard=3; tokens: 12; the secret of good data",
     "5f4dcc3b5aa765d61d8327deb882cf99",
+    "outputs/hf_llava157b/final, sk-learn-something-long",
+    "/data/secret: no such file; /data/secret=1/a.parquet",
+    "trainer.hub_token: a value is needed; dataset.options.api_key: llava does not take it",
+    "https://host.org/a.png?monkey=1&turkey=2",
+    "num_tokens=5 max_new_tokens: 16 image_token=<image> tokenizer: x tokens_per_second=3.5",
 ]
 
 
@@ -112,7 +119,18 @@ def test_words_of_a_command():
     ]  # fmt: skip
 
 
-LONG = ["a_" * 50_000, "a.a-" * 25_000, "&" + "a" * 100_000, "x://" * 25_000, "password" * 12_000,
+def test_values_of_secrets_on_the_command_line_are_masked_in_pieces_too():
+    words = ["trainer.hub_token=[first-part,'second part']", "+dataset.options.password=a{bcdef", "trainer.seed=1234"]
+    text = "hub_token: cannot convert ['first-part', 'second part'] to text; {bcdef; seed 1234; null"
+    assert (
+        mask_values(text, words)
+        == f"hub_token: cannot convert ['{MASK}', '{MASK} {MASK}'] to text; {{{MASK}; seed 1234; null"
+    )
+    assert mask_values("null", ["trainer.hub_token=null"]) == "null"
+
+
+LONG = ["password: a " * 9_000, "password: " + "a" * 100_000, "https://" + "a@" * 50_000,
+        "a_" * 50_000, "a.a-" * 25_000, "&" + "a" * 100_000, "x://" * 25_000, "password" * 12_000,
         "password" + " " * 90_000, "--" + "a-" * 50_000, "sk-" * 30_000, "authorization " * 8_000, "?a" * 50_000,
         "eyJ" + "a" * 50_000 + "." + "b" * 50_000]  # fmt: skip
 

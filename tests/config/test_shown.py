@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vlm.config.shown import PresentableRecord, presentable, print_traceback, printable, shorten
+from vlm.config.shown import PresentableParser, PresentableRecord, presentable, print_traceback, printable, shorten
 
 CONTROLS = {
     "\x1b[31mred": r"\x1b[31mred",
@@ -30,7 +30,16 @@ def test_control_characters_are_written_out(text: str, shown: str):
 
 
 @pytest.mark.parametrize(
-    "text", ["plain", "two\nlines\twith a tab", "é 漢字 שלום", "👩\u200d👩\u200d👧", "می\u200cخواهم", ""]
+    "text",
+    [
+        "plain",
+        "two\nlines\twith a tab",
+        "é 漢字 שלום",
+        "👩\u200d👩\u200d👧",
+        "می\u200cخواهم",
+        "🏴\U000e0067\U000e0062\U000e0077\U000e006c\U000e0073\U000e007f",
+        "",
+    ],
 )
 def test_letters_of_every_script_stay(text: str):
     assert printable(text) == text
@@ -38,6 +47,18 @@ def test_letters_of_every_script_stay(text: str):
 
 def test_a_single_line_stays_one():
     assert printable("a\nb\tc", single_line=True) == r"a\nb\tc"
+
+
+def test_a_parser_of_a_command_line_refuses_in_a_few_lines(capsys: pytest.CaptureFixture[str]):
+    parser = PresentableParser("vlm")
+    parser.add_argument("--number", type=int)
+    for words in (["--number", "A" * 30_000], ["--\x1b[31mred"], [f"--token=hf_{'a' * 34}"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+    refusals = capsys.readouterr().err
+    assert len(refusals) < 1000
+    assert refusals.replace("\n", "").isprintable()
+    assert "hf_a" not in refusals
 
 
 def test_what_is_long_is_cut_in_the_middle():

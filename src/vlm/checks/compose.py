@@ -7,17 +7,19 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, is_dataclass
+from io import StringIO
 from pathlib import Path
 from traceback import walk_tb
-from typing import cast
+from typing import Any, cast, get_origin, get_type_hints
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -35,7 +37,11 @@ from vlm.checks.surface import named_by_user
 from vlm.config.named import permit_names
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig, key_names
-from vlm.config.shown import presentable
+from vlm.config.secrets import mask, mask_values
+from vlm.config.shown import presentable, printable
+
+NEEDED_CONTAINERS = {dict: DictConfig, list: ListConfig}
+"""The type of a key -> what OmegaConf has there."""
 
 
 class RunError(ConfigError):
@@ -102,6 +108,8 @@ def compose_inference_config(argv: list[str]) -> InferenceConfig:
 def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], None]) -> None:
     """Let Hydra compose a configuration, then act on it; what the user has to fix ends the program with a message."""
     words = strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
+    if odd := next((word for word in words if word.startswith("-") and presentable(word) != word), None):
+        sys.exit(f"vlm: {presentable(odd)}: no such option; vlm --help")  # Hydra would print it as it is
     sys.argv = ["vlm", *map(open_mapping_key, words)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
     ConfigStore.instance().store(name="schema", node=RunConfig)
@@ -118,7 +126,8 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
             refused.append(error)  # Hydra would print the whole command line before it
 
     try:
-        hydra.main(version_base="1.3", config_path="pkg://vlm.config", config_name="base")(job)()
+        with _masked_listing(words):
+            hydra.main(version_base="1.3", config_path="pkg://vlm.config", config_name="base")(job)()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refused.append(error)
     except Exception as error:
@@ -128,7 +137,21 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
     if refused:
         # Before the run all ranks of a machine have the same error, which one prints; later each prints its own.
         silent = os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(refused[0], RunError)
-        sys.exit(1 if silent else f"vlm: {presentable(explain(refused[0]))}")
+        sys.exit(1 if silent else f"vlm: {presentable(mask_values(explain(refused[0]), words))}")
+
+
+@contextmanager
+def _masked_listing(words: Sequence[str]) -> Iterator[None]:
+    """Mask secrets in what Hydra prints in place of a run: `--cfg job` shows the whole configuration."""
+    if not any(re.match(r"--cfg|-c(?!n|p|d)|--info|-i", word) for word in words):
+        yield
+        return
+    listing = StringIO()
+    try:
+        with redirect_stdout(listing):
+            yield
+    finally:
+        print(printable(mask_values(mask(listing.getvalue()), words)), end="")
 
 
 def make_run_config(composed: DictConfig) -> RunConfig:
@@ -180,10 +203,37 @@ def check_known_keys(node: DictConfig, path: str = "") -> None:
             raise ConfigError(describe_unknown_key(key, names))
         if OmegaConf.is_interpolation(node, name) and key_names(key):
             raise ConfigError(describe_scalar_section(key))  # what stands there would be another section
-        if OmegaConf.is_missing(node, name) or OmegaConf.is_interpolation(node, name):
+        if OmegaConf.is_missing(node, name):
+            continue
+        if OmegaConf.is_interpolation(node, name) or isinstance(node[name], Container):
+            _check_referred(node, name, key, get_origin(get_type_hints(kind)[name]))
+        if OmegaConf.is_interpolation(node, name):
             continue
         if isinstance(node[name], DictConfig):
             check_known_keys(node[name], key)
+
+
+def _check_referred(node: Container, name: Any, key: str, needed: type | None = None) -> None:
+    """Refuse a `${…}` that gives a section of the schema, or no mapping or list where one is needed.
+
+    OmegaConf checks the type of a single value that is referred to, but not of mappings, lists and what is in them.
+    """
+    if OmegaConf.is_missing(node, name):
+        return
+    value = node[name]
+    if OmegaConf.is_interpolation(node, name):
+        text = cast(Any, OmegaConf.to_container(node))[name]
+        if is_dataclass(OmegaConf.get_type(value)):
+            raise ConfigError(f"{key}={text}: it is a section; refer to one of its keys")
+        if needed in NEEDED_CONTAINERS and not isinstance(value, NEEDED_CONTAINERS[needed]):
+            raise ConfigError(f"{key}={text}: a {'mapping' if needed is dict else 'list'} is needed")
+    elif isinstance(value, DictConfig):
+        check_known_keys(value, key)
+        for inner in value if not is_dataclass(OmegaConf.get_type(value)) else ():
+            _check_referred(value, inner, f"{key}.{inner}")
+    elif isinstance(value, ListConfig):
+        for inner in range(len(value)):
+            _check_referred(value, inner, f"{key}[{inner}]")
 
 
 def check_required_values(composed: DictConfig) -> None:

@@ -80,9 +80,10 @@ def explain_composition(error: Exception, words: Sequence[str]) -> str:
         return f"{nameless}: {KEY_VALUE_NEEDED}"
     text = str(error).partition("\n")[0]
     for word in overrides:
-        is_section = key_names(keys[word]) or "Config group override must be" in text
-        if is_section and not re.search(r"[./@]", keys[word]) and not _is_choice(word.partition("=")[2]):
-            return f"{word}: {describe_scalar_section(keys[word]).partition(': ')[2]}"
+        section = keys[word].replace("/", ".")
+        is_section = key_names(section) or "Config group override must be" in text
+        if is_section and not re.search(r"[.@]", keys[word]) and not _is_choice(word.partition("=")[2]):
+            return f"{word}: {describe_scalar_section(section).partition(': ')[2]}"
     if isinstance(error, RecursionError):
         text = "values are nested too deeply"
     elif isinstance(error, OSError) and error.strerror:

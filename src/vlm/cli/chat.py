@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from vlm.cli.model_options import add_generation_options, open_conversation, read_inference_settings
 from vlm.cli.record_options import add_max_frames_option
 from vlm.config.schema import InferenceConfig
-from vlm.config.shown import presentable, printable
+from vlm.config.shown import PresentableParser, presentable, printable
 
 if TYPE_CHECKING:
     from vlm.inference.conversation import Conversation
@@ -38,7 +38,7 @@ Anything else is a question; type a blank before one that begins with /. Ctrl-C 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm chat`."""
-    parser = argparse.ArgumentParser("vlm chat", description="Talk with a trained model about images and videos.")
+    parser = PresentableParser("vlm chat", description="Talk with a trained model about images and videos.")
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
     image = "an image for the first question; may be repeated"
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help=image)

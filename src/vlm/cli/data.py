@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vlm.checks.compose import with_config
 from vlm.checks.fields import ConfigError
 from vlm.config.schema import RunConfig
-from vlm.config.shown import printable
+from vlm.config.shown import PresentableParser, printable
 from vlm.train.objectives.table import make_objective
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def stats(words: Sequence[str]) -> None:
 
 def _make_run_parser(tool: str, purpose: str) -> argparse.ArgumentParser:
     usage = f"vlm data {tool} [options] -cn RUN dataset.path=… [key=value …]"
-    return argparse.ArgumentParser(f"vlm data {tool}", usage, purpose, allow_abbrev=False)
+    return PresentableParser(f"vlm data {tool}", usage, purpose, allow_abbrev=False)
 
 
 def _make_sample_encoder(config: RunConfig, overrides: list[str]) -> "SampleEncoder":

@@ -15,7 +15,7 @@ from vlm.cli.record_options import add_max_frames_option, add_reading_options, c
 from vlm.config.choices import ANSWER_METRICS, LOSS_METRICS
 from vlm.config.named import permit_names
 from vlm.config.schema import TrainerOptions
-from vlm.config.shown import printable
+from vlm.config.shown import PresentableParser, printable
 from vlm.evaluation.output import check_no_results, check_references, resolve_output_folder, write_json
 
 RECORD_OPTIONS = (
@@ -29,7 +29,7 @@ TASK_OPTIONS = ("limit", "include_path", "lmms_eval_python")
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm eval`."""
     purpose = "Measure a model: on a file of records, or on tasks of lmms-eval."
-    parser = argparse.ArgumentParser("vlm eval", description=purpose)
+    parser = PresentableParser("vlm eval", description=purpose)
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
     output = "where results go (eval/ beside the checkpoint, in its run)"
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=output)

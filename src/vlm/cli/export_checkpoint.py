@@ -7,6 +7,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm.config.shown import PresentableParser
+
 FORMAT_DESCRIPTIONS = {
     "llava": "transformers and vLLM, without remote code",
     "llava-original": "the original LLaVA's code, and SGLang",
@@ -46,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm export`."""
     purpose = "A checkpoint of this framework in a form that others load."
-    parser = argparse.ArgumentParser("vlm export", description=purpose)
+    parser = PresentableParser("vlm export", description=purpose)
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
     parser.add_argument("out", type=Path, help="a new folder")
     described = FORMAT_DESCRIPTIONS | ADAPTER_FORMAT_DESCRIPTIONS

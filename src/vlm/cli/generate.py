@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from vlm.cli.model_options import add_generation_options, load_model, open_conversation, read_inference_settings
 from vlm.cli.record_options import add_question_options, check_question_options, source_config
 from vlm.config.schema import InferenceConfig
-from vlm.config.shown import printable
+from vlm.config.shown import PresentableParser, printable
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm generate`."""
     purpose = "Ask a trained model: about images and videos, or about every record of a file."
-    parser = argparse.ArgumentParser("vlm generate", description=purpose)
+    parser = PresentableParser("vlm generate", description=purpose)
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
     prompt = "the question; <image> and <video> in it say where one stands"
     add_question_options(parser, prompt, "answers.jsonl or answers.csv")

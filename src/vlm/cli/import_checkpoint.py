@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm.cli.model_options import DTYPES
-from vlm.config.shown import presentable
+from vlm.config.shown import PresentableParser, presentable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
         "A LLaVA checkpoint (the original code's: whole, projector or LoRA; or transformers'; 1.5, LLaVA-NeXT and "
         "LLaVA-OneVision) as one of this framework, to ask and to train on."
     )
-    parser = argparse.ArgumentParser("vlm import", description=purpose)
+    parser = PresentableParser("vlm import", description=purpose)
     parser.add_argument("source", help="a folder, or a name on the Hub")
     parser.add_argument("out", type=Path, help="a new folder")
     parser.add_argument("--base-model", metavar="MODEL", help="the language model under a projector or a LoRA adapter")

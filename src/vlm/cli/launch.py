@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 from vlm.clusters.processes import GRACE_SECONDS, ProcessGroup
 from vlm.clusters.world import slurm_rendezvous
+from vlm.config.shown import PresentableParser
 
 EPILOG = """\
 On several machines, start it on each, with the same --rendezvous and a --node-rank of its own; under Slurm
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of what stands before `--`."""
-    parser = argparse.ArgumentParser(
+    parser = PresentableParser(
         "vlm launch", description="Train on several GPUs: start a rank for each, and end them together.",
         usage="vlm launch [options] -- -cn RUN [key=value …]", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -1,17 +1,17 @@
 """The subcommand `vlm merge-lora`: merges an adapter into its base."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from vlm.assembly.adapter_merge import merge
 from vlm.cli.model_options import add_base_options
+from vlm.config.shown import PresentableParser
 
 
 def main(words: Sequence[str]) -> None:
     """`vlm merge-lora CHECKPOINT OUT`, or the same with LLaVA's options."""
     purpose = "Merge a run's adapter into its base: a checkpoint that is complete by itself."
-    parser = argparse.ArgumentParser("vlm merge-lora", description=purpose)
+    parser = PresentableParser("vlm merge-lora", description=purpose)
     parser.add_argument("checkpoint", nargs="?", help="a LoRA run's folder `final`, or a name on the Hub")
     parser.add_argument("out", nargs="?", help="a new folder")
     parser.add_argument("--lora-path", "--lora_path", metavar="CHECKPOINT", help="in place of CHECKPOINT")

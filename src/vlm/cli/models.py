@@ -1,6 +1,5 @@
 """The subcommand `vlm models`: lists parts and families from the tables, the YAML files and installed libraries."""
 
-import argparse
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from vlm.assembly.family import AutoClass, get_auto_class
 from vlm.config.packaged import packaged_names
+from vlm.config.shown import PresentableParser
 from vlm.families.table import FAMILIES
 from vlm.models.connectors import CONNECTORS
 from vlm.models.head_tasks import NUM_OUTPUTS_BY_TASK
@@ -27,7 +27,7 @@ ATTENTION_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_fla
 def main(words: Sequence[str]) -> None:
     """Print tables of parts, families and installed libraries."""
     purpose = "Parts and families of models that can be trained, and what each of them takes."
-    argparse.ArgumentParser("vlm models", description=purpose).parse_args(words)
+    PresentableParser("vlm models", description=purpose).parse_args(words)
     connectors = ((name, (kind.__doc__ or "").strip().split("\n")[0]) for name, kind in CONNECTORS.items())
     columns = ("family", "model_type", "model=", "images", "videos", "attention", "quantised")
     sections: list[tuple[str, list[tuple[str, ...]]]] = [

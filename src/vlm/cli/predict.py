@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vlm.cli.model_options import add_loading_options
 from vlm.cli.record_options import add_question_options, check_question_options, source_config
-from vlm.config.shown import printable
+from vlm.config.shown import PresentableParser, printable
 
 if TYPE_CHECKING:
     from vlm.inference.predict import Predictor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     """`vlm predict CHECKPOINT --image F --prompt T`, or `--input RECORDS --output TABLE`."""
     purpose = "Ask a model with prediction heads: about one prompt, or about every record of a file."
-    parser = argparse.ArgumentParser("vlm predict", description=purpose)
+    parser = PresentableParser("vlm predict", description=purpose)
     parser.add_argument("checkpoint", help="a head run's folder `final`, or a name on the Hub")
     prompt = "the question, as it was asked in training; <image> says where an image stands"
     add_question_options(parser, prompt, "preds.csv or preds.jsonl")

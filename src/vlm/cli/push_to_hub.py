@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from vlm.assembly.adapter_merge import merge
 from vlm.cli.model_options import add_base_options
-from vlm.config.shown import present_what_is_printed, presentable, printable
+from vlm.config.shown import PresentableParser, present_what_is_printed, presentable, printable
 
 if TYPE_CHECKING:
     from vlm.hub.publishing import PreparedFolder
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def push_parser() -> argparse.ArgumentParser:
     """Return the parser of `push-to-hub`."""
     purpose = "Upload a checkpoint, with its code and a model card, so that plain transformers loads it by its name."
-    parser = argparse.ArgumentParser("push-to-hub", description=purpose)
+    parser = PresentableParser("push-to-hub", description=purpose)
     parser.add_argument("folder", nargs="?", type=Path, metavar="CHECKPOINT", help="a run's folder `final`")
     parser.add_argument("--checkpoint", type=Path, metavar="CHECKPOINT", help="the same, as an option")
     parser.add_argument("--repo", metavar="OWNER/NAME", help="the repository; without OWNER, your own")

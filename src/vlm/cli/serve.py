@@ -16,6 +16,7 @@ from vlm.checks.messages import describe_unknown_key, explain
 from vlm.cli.collection import collect_as_usual
 from vlm.cli.model_options import add_loading_options, load_model
 from vlm.config.serving_schema import ServingConfig
+from vlm.config.shown import PresentableParser
 from vlm.web.guard import RequestGuard, is_loopback
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm serve`."""
     purpose = "Serve a model over HTTP as OpenAI's API: chat completions, or the predictions of its heads."
-    parser = argparse.ArgumentParser("vlm serve", description=purpose)
+    parser = PresentableParser("vlm serve", description=purpose)
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
     parser.add_argument("overrides", nargs="*", metavar="serving.KEY=VALUE", help="a limit, see docs/configuration.md")
     parser.add_argument("--name", help="what requests call the model (default: its folder's or run's name)")

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from vlm.clusters.jobs import COMMON_KEYS, TARGETS, read_job, render
+from vlm.config.shown import PresentableParser
 
 EPILOG = f"""\
 Keys of every job: {", ".join(COMMON_KEYS)} (GPUs of a node; seconds of notice before the end; shell commands that run
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the options; keys and the run's words are none."""
-    parser = argparse.ArgumentParser(
+    parser = PresentableParser(
         "vlm submit", description="Write a run as a job of a cluster, and hand it in where asked.",
         usage="vlm submit [options] -cn RUN nodes=N [key=value …]", epilog=EPILOG, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,

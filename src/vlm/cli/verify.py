@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vlm.cli.model_options import add_loading_options
 from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
+from vlm.config.shown import PresentableParser
 from vlm.hub.certificates import CERTIFICATE_FILE
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
         "Ask the same questions through training's own path and through another engine; compare pixels, ids, logits "
         "and greedy answers, in this order, and name the first layer that differs."
     )
-    parser = argparse.ArgumentParser("vlm verify", description=purpose)
+    parser = PresentableParser("vlm verify", description=purpose)
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
     engines = "; ".join(f"{name}: {what}" for name, what in ENGINES.items())
     parser.add_argument("--with", dest="engine", required=True, choices=ENGINES, help=engines)

@@ -13,13 +13,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vlm.cli.model_options import add_base_options
+from vlm.config.shown import PresentableParser
 from vlm.web.access import PASSWORD_VARIABLE, Access, read_password
 from vlm.web.guard import is_loopback
 
 
 def main(argv: Sequence[str]) -> None:
     """`vlm web [CHECKPOINT …]`."""
-    parser = argparse.ArgumentParser("vlm web", description="A page to chat, predict, train and look through data.")
+    parser = PresentableParser("vlm web", description="A page to chat, predict, train and look through data.")
     parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="to choose from, besides those of runs")
     parser.add_argument("--host", default="127.0.0.1", help="the address (%(default)s: this machine only)")
     parser.add_argument("--port", type=int, default=7860, help="the port (%(default)s)")

@@ -23,33 +23,40 @@ _SECRET_NAME = (
 
 _KEY = re.compile(rf"(?:.*[^A-Za-z0-9])?{_SECRET_NAME}|token|pwd", re.IGNORECASE)
 _ENVIRONMENT_NAME = re.compile(
-    r".*(?:TOKEN(?!S|IZ)|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY).*"
+    r"TOKEN(?!S|IZ)|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE
 )
 MIN_SECRET_LENGTH = 8
 """The shortest value of such a variable that is masked in texts: a shorter one is a word, or a number."""
 
+MIN_PIECE_LENGTH = 4
+"""The shortest piece of a secret of the command line that is masked wherever it stands."""
+
 _VALUE = (  # behind a quotation mark up to the next, else a word; but nothing that is masked or no secret
     r"(?!\*\*\*|null\b|none\b|\$\{|(?:bearer|basic|token)\s)(?:(?<=\")[^\"\n]+|(?<=')[^'\n]+|(?<![\"'])[^\s\"',}]+)"
 )
+_PROSE = r"[ ]{1,3}[a-z]+[ ]+[a-z]"
+"""A word with another behind it: `trainer.hub_token: a value is needed` is a sentence about a key."""
+
 _FORMS = tuple(
     re.compile(form, re.IGNORECASE)
     for form in (
-        r"(?P<keep>(?<![a-z0-9])[a-z][a-z0-9+-]{0,15}://)[^\s/@\"'<>]+(?=@)",  # https://user:password@host
-        r"(?P<keep>[?&;](?:x-(?:amz|goog|ms)-[\w-]+|[\w.-]*token|[\w.-]*signature|sig|[\w.-]*key(?:-pair-id|id)?|auth|"
-        r"policy|credential|[\w.-]*password|pwd|pass|[\w.-]*secret|jwt|googleaccessid)=)[^\s&;#\"'<>]+",  # ?token=…
+        r"(?P<keep>(?<![a-z0-9])[a-z][a-z0-9+-]{0,15}://)[^\s/\"'<>]+(?=@)",  # https://user:password@host
+        r"(?P<keep>[?&;](?:x-(?:amz|goog|ms)-[\w-]+|[\w.-]*token|[\w.-]*signature|sig|apikey|"  # ?token=…
+        r"(?:[\w.-]*[_.-])?key(?:-pair-id|id)?|auth|policy|credential|[\w.-]*password|pwd|pass|[\w.-]*secret|jwt|googleaccessid)=)[^\s&;#\"'<>]+",
         rf"(?P<keep>(?<![a-z0-9])authorization[\"']?\s{{0,3}}[:=]\s{{0,3}}[\"']?(?:(?:bearer|basic|token)\s)?){_VALUE}",
         r"(?P<keep>(?<![a-z0-9])bearer\s)(?!\*\*\*)[\w.~+/=-]{8,}",
         rf"(?P<keep>--(?:[\w-]+-)?(?:token|password|api-key|secret)(?:\s|=)[\"']?){_VALUE}",  # --token …
-        rf"(?P<keep>(?<![a-z0-9]){_SECRET_NAME}[\"']?\s{{0,3}}[:=]\s{{0,3}}[\"']?){_VALUE}",  # hub_token: …
+        rf"(?P<keep>(?<![a-z0-9/\\]){_SECRET_NAME}[\"']?\s{{0,3}}(?:=|:(?!{_PROSE}))\s{{0,3}}[\"']?)"  # hub_token: …
+        rf"{_VALUE}",
     )
 )
 """Secrets by their place in a text; `keep` is what stands before one. Each takes time linear in the text."""
 
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9_-])(?:"
-    r"hf_(?:[A-Za-z0-9]{16,}|(?=[A-Za-z]*\d)[A-Za-z0-9]{8,})"  # Hugging Face
+    r"hf_(?:[A-Za-z0-9]{16,}|(?:oauth|jwt)_[\w.-]{16,})"  # Hugging Face
     r"|api_org_[A-Za-z0-9]{16,}"
-    r"|sk-[A-Za-z0-9_-]{12,}"  # OpenAI, Anthropic
+    r"|sk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{12,}"  # OpenAI, Anthropic
     r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
     r"|xox[abeprs]-[\w-]{10,}"  # Slack
     r"|(?:AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{30,}|ya29\.[\w-]{16,}"  # Amazon, Google
@@ -110,7 +117,20 @@ def mask_words(words: Sequence[str]) -> list[str]:
     return masked
 
 
+def mask_values(text: str, words: Sequence[str]) -> str:
+    """Return a text with the secrets that a command line sets masked, whole and in pieces.
+
+    A refusal may repeat a value as it was parsed: as a list, say, or up to the character at fault.
+    """
+    secrets = [word.partition("=")[2] for word in words if is_secret_key(word.partition("=")[0].lstrip("+~"))]
+    pieces = {piece for secret in secrets for piece in (secret, *re.findall(r"[^\s,'\"\[\]{}()=:$]+", secret))}
+    for piece in sorted(pieces, key=len, reverse=True):
+        if len(piece) >= MIN_PIECE_LENGTH and piece not in ("null", "None"):
+            text = text.replace(piece, MASK)
+    return text
+
+
 def _environment_secrets() -> list[str]:
     """Return the values of environment variables whose names say that they are secrets, the longest first."""
-    values = {value for name, value in os.environ.items() if _ENVIRONMENT_NAME.fullmatch(name.upper())}
+    values = {value for name, value in os.environ.items() if _ENVIRONMENT_NAME.search(name)}
     return sorted((v for v in values if len(v) >= MIN_SECRET_LENGTH and not v.startswith("/")), key=len, reverse=True)

@@ -5,11 +5,13 @@ records keep what was written. `presentable` is for whole messages and log lines
 such as a model's answer.
 """
 
+import argparse
 import logging
 import re
 import sys
 import traceback
 from types import TracebackType
+from typing import NoReturn
 
 from vlm.config.secrets import mask
 
@@ -24,7 +26,8 @@ _SHOWN_ENDS = 80, 30
 """Characters that are shown of the beginning and of the end of what is too long."""
 
 _UNPRINTABLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters of C0 and C1, but tab and line feed
+    "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"  # stays: of Wales, for example
+    "|[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters of C0 and C1, but tab and line feed
     "\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"  # directions, joins, nothing to see
     "\U000e0000-\U000e007f"  # tags: text that is not shown
     "\ud800-\udfff]"
@@ -47,6 +50,8 @@ def printable(text: str, *, single_line: bool = False) -> str:
 
 
 def _escape(match: re.Match[str]) -> str:
+    if match[0][0] == "\U0001f3f4":
+        return match[0]
     return repr(match[0])[1:-1] if match[0] < "\x80" else match[0].encode("unicode_escape").decode()
 
 
@@ -83,6 +88,14 @@ class PresentableRecord(logging.LogRecord):
     def getMessage(self) -> str:  # noqa: N802 - the name that logging calls
         """Return the message that is logged."""
         return printable(mask(super().getMessage()))
+
+
+class PresentableParser(argparse.ArgumentParser):
+    """A parser of a command line that is presentable when it repeats what it refuses."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and what is refused, and end the process."""
+        super().error(presentable(message))
 
 
 def present_what_is_printed() -> None:

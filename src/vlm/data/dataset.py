@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from vlm.config.schema import DatasetConfig
+from vlm.config.secrets import mask
 from vlm.config.shown import shorten
 from vlm.data.blank_images import make_blank_medium
 from vlm.data.encoding.labels import Encoded
@@ -56,7 +57,9 @@ class Skipped:
     def from_error(cls, error: BadSample, source: Source, record: int | None = None) -> "Skipped":
         """Make the entry for the record of a source that raised an error."""
         policy = "over_length" if isinstance(error, OverLong) else "on_bad_sample"
-        return cls(record, error.sample_id, error.reason, error.file, source.shown_path, policy)
+        texts = (error.sample_id, error.reason, error.file)
+        name, reason, file = (mask(text) if text and "://" in text else text for text in texts)  # addresses of shards
+        return cls(record, name or "", reason or "", file, source.shown_path, policy)
 
     def as_error(self) -> ValueError:
         """Return the error to raise where such records are not left out."""

@@ -269,6 +269,8 @@ class Sample:
                         return f"turn {number} ({turn.role})"
                 elif part.path is not None and has_surrogate(str(part.path)):
                     return f"turn {number} ({turn.role}): the name of a file"
+        if self.id.isascii() and self.label is None and self.group is None and not self.references:
+            return None  # as nearly always
         fields = {"id": self.id, "label": self.label, "group": self.group, "references": self.references}
         return find_surrogate({name: value for name, value in fields.items() if value})
 

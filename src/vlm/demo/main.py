@@ -5,7 +5,6 @@ answers questions about combinations of colour and shape that never occur in tra
 predicts the shape.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from vlm.clusters.processes import ProcessGroup
 from vlm.config.schema import InferenceConfig
+from vlm.config.shown import PresentableParser
 from vlm.demo.scenes import Record, write_scenes
 from vlm.demo.tiny_models import build_tiny_parts
 from vlm.inference.generate import VisionLanguageModel, user_turn
@@ -36,7 +36,7 @@ Summary = dict[str, Any]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Generate data, train, evaluate, and print a report."""
-    parser = argparse.ArgumentParser("vlm.demo", description=__doc__)
+    parser = PresentableParser("vlm.demo", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"))
     parser.add_argument("overrides", nargs="*", help="for all stages, such as trainer.max_steps=2")
     args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from vlm.config.shown import presentable, printable
+from vlm.config.shown import PresentableParser, presentable, printable
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import Records
@@ -261,7 +261,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PresentableParser(
         "vlm data clean",
         description="Leave out records that cannot be used or say the same again.",
         epilog="A run that was stopped is resumed by the same command, from OUTPUT.journal.jsonl; "

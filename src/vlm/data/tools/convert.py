@@ -20,7 +20,7 @@ import msgspec
 from tqdm import tqdm
 
 from vlm.config.model_schema import Options
-from vlm.config.shown import presentable, printable
+from vlm.config.shown import PresentableParser, presentable, printable
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.guess import Guess, guess_form, with_hint
@@ -322,7 +322,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PresentableParser(
         "vlm data convert",
         description="Convert annotations of many kinds to records that are trained on.",
         epilog=f"Kinds (--from): {', '.join(CONVERSIONS)}.",

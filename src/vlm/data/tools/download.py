@@ -8,7 +8,6 @@ by the same command; `OUT/download.json` tells the table that the folder belongs
 `table` reads the table, `fetch` fetches and checks images.
 """
 
-import argparse
 import fcntl
 import json
 import os
@@ -29,7 +28,7 @@ import httpx2
 from PIL import Image
 from tqdm import tqdm
 
-from vlm.config.shown import presentable, printable
+from vlm.config.shown import PresentableParser, presentable, printable
 from vlm.data.sample import PLACEHOLDER, Record
 from vlm.data.tools.fetch import Fetcher, FetchError, FetchStopped, check_image_suffix
 from vlm.data.tools.table import FOLDER_SIZE, TABLE_KINDS, Row, Table
@@ -103,7 +102,7 @@ class Outcome:
 
 def main(arguments: Sequence[str]) -> None:
     """`vlm data download TABLE OUT`."""
-    parser = argparse.ArgumentParser("vlm data download", description="Fetch the images of a table of captions.")
+    parser = PresentableParser("vlm data download", description="Fetch the images of a table of captions.")
     parser.add_argument("table", type=Path, help=f"URLs and captions: {', '.join(TABLE_KINDS)}")
     parser.add_argument("output", type=Path, help="a new folder, or the same as before to go on")
     for option in fields(Options):
