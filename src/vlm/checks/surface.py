@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from vlm.checks.fields import ConfigError, format_value
 from vlm.config.named import is_custom_name
@@ -65,7 +65,7 @@ def check_plain_values(composed: DictConfig) -> None:
     Raises:
         ConfigError: with its key; its value is not resolved.
     """
-    for key in _find_interpolations(composed):
+    for key in _find_interpolations(OmegaConf.to_container(composed, resolve=False)):
         raise ConfigError(f"{key}: ${{…}} is not filled in here; write the value itself")
 
 
@@ -93,16 +93,12 @@ def iter_reach(node: Any, prefix: str) -> Iterator[tuple[str, Any, Reach]]:
                     yield from iter_reach(child, f"{key}.{name}.")
 
 
-def _find_interpolations(node: DictConfig | ListConfig, path: str = "") -> Iterator[str]:
+def _find_interpolations(node: object, path: str = "") -> Iterator[str]:
     """Yield the keys of a composed configuration whose values are interpolations, also among the keys of mappings."""
-    if node._is_none() or node._is_missing():
-        return
-    names = range(len(node)) if isinstance(node, ListConfig) else list(node)
-    for name in names:
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in items:
         key = f"{path}.{name}" if path else str(name)
-        if "${" in str(name) or OmegaConf.is_interpolation(node, name):
+        if "${" in str(name) or (isinstance(child, str) and "${" in child):
             yield key
-            continue
-        child = node._get_node(name)
-        if isinstance(child, DictConfig | ListConfig):
+        else:
             yield from _find_interpolations(child, key)

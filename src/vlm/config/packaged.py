@@ -1,6 +1,6 @@
 """The YAML files of this package: shipped runs, groups and what they hold.
 
-Imports the standard library and OmegaConf.
+Imports the standard library; what reads a file imports OmegaConf, which cannot be installed beside lmms-eval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,6 @@ from functools import cache
 from importlib import resources
 from itertools import takewhile
 from pathlib import Path
-
-from omegaconf import OmegaConf
 
 FOLDER = Path(__file__).parent
 """The folder of the shipped YAML files."""
@@ -21,6 +19,8 @@ NON_RUN_CONFIGS = ("base",)
 @cache
 def packaged_connectors() -> Mapping[str, Sequence[str]]:
     """Return type -> options of the packaged connectors; each YAML declares all options of its class."""
+    from omegaconf import OmegaConf
+
     connectors = [OmegaConf.load(file) for file in sorted(FOLDER.glob("model/connector/*.yaml"))]
     return {connector.type: list(connector.options) for connector in connectors}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoProcessor
 
+from vlm.assembly.checkpoint import is_composed_config
 from vlm.assembly.family import read_config
 from vlm.hub.folders import JsonObject, read_json
 from vlm.hub.readback import NATIVE, ORIGINAL, Readback
@@ -185,4 +186,4 @@ SGLANG_NOTES = (
 def read_composed_config(checkpoint: Path) -> VLMConfig | None:
     """Return the configuration of a composed model; None for a family's."""
     config = read_config(str(checkpoint), str(checkpoint))
-    return config if isinstance(config, VLMConfig) else None
+    return config if is_composed_config(config) else None
