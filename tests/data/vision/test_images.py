@@ -184,7 +184,8 @@ def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/mark\n")
     ghostscript.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    for ref in (given(tmp_path, "a.png", content, "a file"), ImageRef(content=content)):
+    (tmp_path / "a.png").write_bytes(content)
+    for ref in (ImageRef(tmp_path / "a.png"), ImageRef(content=content)):
         for read in (open_image, read_image_size):
             with pytest.raises(BadSample, match="PostScript: save it as PNG or JPEG"):
                 read(ref, "x")

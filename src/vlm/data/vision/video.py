@@ -189,7 +189,11 @@ def _open_container(path: Path, sample_id: str, step: str) -> Iterator[Any]:  # 
         with av.open(f"file:{path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise BadSample(sample_id, f"{path} holds no video", str(path))
-            container.streams.video[0].codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+            codec = container.streams.video[0].codec_context
+            if codec.width * codec.height > MAX_FRAME_PIXELS:
+                size = f"{codec.width} × {codec.height}"
+                raise BadSample(sample_id, f"video {path} has frames of {size} pixels, too large to decode", str(path))
+            codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # frames may be larger than the file states
             action = step
             yield container
     except (av.FFmpegError, OSError) as error:
