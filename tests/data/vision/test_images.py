@@ -175,7 +175,7 @@ def test_the_images_of_a_sample_come_in_order(tmp_path: Path):
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
 
 
-@pytest.mark.parametrize("content", [EPS, b"\xc5\xd0\xd3\xc6" + struct.pack("<6I", 32, len(EPS), 0, 0, 0, 0) + EPS])
+@pytest.mark.parametrize("content", [EPS, b"\xc5\xd0\xd3\xc6" + struct.pack("<6I", 28, len(EPS), 0, 0, 0, 0) + EPS])
 def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes):
     """Pillow hands EPS to Ghostscript, whatever the file is called."""
     from vlm.models.pixels import load_images

@@ -197,7 +197,7 @@ BAD: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "page.mp4": (lambda folder: b"<html></html>", "does not open: it is text that begins with '<html></html>'"),
     "pointer.mp4": (lambda folder: b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     "missing.mp4": (lambda folder: b"", "No such file"),
-    "sound.wav": (lambda folder: sound(), "holds no video"),
+    "sound.wav": (lambda folder: sound(), "it is sound (WAV)"),
 }
 
 
@@ -275,5 +275,5 @@ def test_the_kinds_of_videos_are_ffmpegs():
 def test_a_video_of_huge_frames_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = write_video(tmp_path / "a.mp4", 3)
     monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 100)
-    with pytest.raises(BadSample, match="has frames of .* too large to decode"):
+    with pytest.raises(BadSample, match=r"has frames of .* too large to decode"):
         read_frames(path, [0], "x")
