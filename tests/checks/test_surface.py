@@ -230,6 +230,13 @@ def test_a_message_shows_little_of_a_value():
     assert len(str(refused.value)) < 250
 
 
+def test_a_message_shows_no_secret():
+    for override in ("trainer.hub_token=a-secret-of-mine", "dataset.path=https://me:a-secret-of-mine@host/a.tar"):
+        with pytest.raises(ConfigError, match=r"=.*\*\*\*.* taken on the command line only") as refused:
+            check_surface(compose_config("finetune-smol", ["dataset.path=a.json", override]))
+        assert "a-secret-of-mine" not in str(refused.value)
+
+
 def test_every_reach_says_what_it_does():
     reaches = [reach for _, field, _ in leaves(full_config()) if (reach := get_reach(field)) is not None]
     assert len(reaches) > 30

@@ -1,11 +1,15 @@
 """Whether a name can be a checkpoint's: a folder with a `config.json`, or a name on the Hub. Imports no torch."""
 
+import re
 from pathlib import Path
+
+HUB_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+"""The form of a repository's name."""
 
 
 def is_hub_name(name: str) -> bool:
     """Return whether a name that is no folder has the form of a repository's, `owner/name`."""
-    return len(Path(name).parts) == 2 and not name.startswith((".", "/", "~"))
+    return HUB_NAME.fullmatch(name) is not None
 
 
 def missing_folder(label: str) -> str:

@@ -19,6 +19,7 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
     (128, b"DICM", f"DICOM: {CONVERT_IMAGE}, with the window that shows what matters (pydicom reads it)"),
     (0, b"%PDF", "a PDF: save its pages as images"),
     (0, b"%!PS", f"PostScript: {CONVERT_IMAGE}"),
+    (0, b"\xc5\xd0\xd3\xc6", f"PostScript: {CONVERT_IMAGE}"),
     (0, b"8BPS", f"a Photoshop file: {CONVERT_IMAGE}"),
     (0, b"\x00\x00\x00\x0cJXL ", f"JPEG XL: {CONVERT_IMAGE}"),
     (0, b"\xff\x0a", f"JPEG XL: {CONVERT_IMAGE}"),

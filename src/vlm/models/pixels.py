@@ -240,6 +240,8 @@ def load_images(images: Any) -> list[Image.Image]:
         return [rgb_image for image in images for rgb_image in load_images(image)]
     if isinstance(images, str) and os.path.isfile(images):
         with Image.open(images) as image:  # `load_image` would ignore transparency and clip deep levels
+            if image.format == "EPS":  # decoding it would start Ghostscript
+                raise ValueError(f"{images}: PostScript is not read; save it as PNG or JPEG")
             image.load()  # so that the file is not kept open
             return [image]
     return [load_image(images) if isinstance(images, str) else to_pil_image(images)]

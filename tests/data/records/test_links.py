@@ -196,14 +196,44 @@ def test_a_huge_file_in_a_shard_is_told(folder: Path, monkeypatch: pytest.Monkey
     import io
     import tarfile
 
-    monkeypatch.setattr(tar, "MAX_MEMBER_BYTES", 100)
+    monkeypatch.setattr(tar, "MAX_SAMPLE_BYTES", 1000)
     with tarfile.open(folder / "a.tar.gz", "w:gz") as shard:
         info = tarfile.TarInfo("a.json")
-        info.size = 101
-        shard.addfile(info, io.BytesIO(bytes(101)))
+        info.size = 501
+        shard.addfile(info, io.BytesIO(bytes(501)))
     (folder / "a.tar.gz").rename(folder / "a.tar")
     (found,) = stream_records(str(folder), folder / "cache")
-    assert "a.json has 101 bytes" in str(found)
+    assert "the files of a have more than 1,000 bytes" in str(found)
+
+
+def test_many_files_of_one_sample_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Their sum is in memory, whatever stands between them; another sample counts from 0."""
+    import io
+    import tarfile
+
+    monkeypatch.setattr(tar, "MAX_SAMPLE_BYTES", 3000)
+    names = ["a.0.txt", "a.1.txt", "README", "b.0.txt", "b.1.txt", "README", "b.2.txt", "NOTES", "b.3.txt"]
+    with tarfile.open(folder / "a.tar", "w") as shard:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 300
+            shard.addfile(info, io.BytesIO(b"x" * 300))
+    first, last = stream_records(str(folder), folder / "cache")
+    assert isinstance(first, dict)
+    assert "the files of b have more than 3,000 bytes" in str(last)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+def test_a_huge_name_in_a_shard_is_told(folder: Path, kind: bytes):
+    """`tarfile` reads names and further fields into memory, whatever their length is."""
+    import gzip
+    import tarfile
+
+    info = tarfile.TarInfo("a.json")
+    info.type, info.size = kind, 8 << 20
+    (folder / "a.tar").write_bytes(gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + bytes(info.size + 1024), 1))
+    (found,) = stream_records(str(folder), folder / "cache")
+    assert "the name or fields of a file have 8,388,608 bytes" in str(found)
 
 
 def test_links_and_devices_in_a_shard_are_passed_over(folder: Path):

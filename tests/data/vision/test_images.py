@@ -170,3 +170,49 @@ def test_the_images_of_a_sample_come_in_order(tmp_path: Path):
     broken = Sample("9", (Turn("user", (shown[0], ImageRef(tmp_path / "b.png"))),))
     with pytest.raises(BadSample, match=r"record '9': image .*b.png does not open"):
         open_media(broken)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+
+
+@pytest.mark.parametrize("content", [EPS, b"\xc5\xd0\xd3\xc6" + struct.pack("<6I", 28, len(EPS), 0, 0, 0, 0) + EPS])
+def test_no_image_starts_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes):
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    from vlm.models.pixels import load_images
+
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/mark\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    (tmp_path / "a.png").write_bytes(content)
+    for ref in (ImageRef(tmp_path / "a.png"), ImageRef(content=content)):
+        for read in (open_image, read_image_size):
+            with pytest.raises(BadSample, match="PostScript: save it as PNG or JPEG"):
+                read(ref, "x")
+    with pytest.raises(ValueError, match="PostScript is not read"):
+        load_images(str(tmp_path / "a.png"))
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "TGA", "JPEG2000"])
+def test_the_formats_that_people_have_are_read(kind: str):
+    assert open_image(ImageRef(content=encoded(kind)), "x").format == kind
+
+
+@pytest.mark.parametrize("kind", ["SGI", "PCX", "IM"])
+def test_another_format_is_told(kind: str):
+    with pytest.raises(BadSample, match="not an image that is read here; save it as PNG or JPEG"):
+        open_image(ImageRef(content=encoded(kind)), "x")
+
+
+def test_a_small_tiff_with_a_huge_tile_is_told(monkeypatch: pytest.MonkeyPatch):
+    """A tile is decoded whole, however small the image is."""
+    tile = zlib.compress(bytes(64 * 64))
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, 64), (323, 64),
+            (324, 8 + 2 + 10 * 12 + 4), (325, len(tile))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + tile
+    assert open_image(ImageRef(content=content), "x").size == (16, 16)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(BadSample, match="it has tiles of 4,096 pixels"):
+        open_image(ImageRef(content=content), "x")

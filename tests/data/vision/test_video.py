@@ -12,8 +12,10 @@ from PIL import Image
 
 from vlm.data.sample import BadSample, ImageRef, Sample, Turn, VideoRef
 from vlm.data.vision import images as pictures
+from vlm.data.vision import video
 from vlm.data.vision.images import open_image, open_media
 from vlm.data.vision.video import (
+    DEMUXERS,
     make_timeline,
     num_frames,
     read_frames,
@@ -195,7 +197,7 @@ BAD: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "page.mp4": (lambda folder: b"<html></html>", "does not open: it is text that begins with '<html></html>'"),
     "pointer.mp4": (lambda folder: b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
     "missing.mp4": (lambda folder: b"", "No such file"),
-    "sound.wav": (lambda folder: sound(), "holds no video"),
+    "sound.wav": (lambda folder: sound(), "it is sound (WAV)"),
 }
 
 
@@ -240,3 +242,38 @@ def test_without_the_library_what_to_install_is_said(tmp_path: Path, monkeypatch
             ValueError, match=r"a.mp4 is a video; reading one needs PyAV: pip install small-vlm\[video\]"
         ):
             read()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("list.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:1,\nfile://{other}\n#EXT-X-ENDLIST\n"),
+        ("list.mp4", "ffconcat version 1.0\nfile 'link.mp4'\n"),
+        ("concat:link.mp4|link.mp4", "x"),
+        ("subfile,,start,0,end,0,,:link.mp4", "x"),
+    ],
+)
+def test_a_video_leads_to_no_other_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str
+):
+    """Neither a playlist nor a name that FFmpeg would take for an address."""
+    other = write_video(tmp_path / "other.ts", 5)
+    inner = tmp_path / "videos"
+    inner.mkdir()
+    (inner / "link.mp4").symlink_to(other)
+    (inner / name).write_text(content.format(other=other))
+    monkeypatch.chdir(inner)
+    with pytest.raises(BadSample, match="does not open: it is text"):
+        num_frames(Path(name), "x")
+
+
+def test_the_kinds_of_videos_are_ffmpegs():
+    known = {name for names in av.formats_available for name in names.split(",")}
+    assert set(DEMUXERS) <= known
+
+
+def test_a_video_of_huge_frames_is_told(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write_video(tmp_path / "a.mp4", 3)
+    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 100)
+    with pytest.raises(BadSample, match=r"has frames of .* too large to decode"):
+        read_frames(path, [0], "x")

@@ -11,7 +11,7 @@ from contextlib import closing
 from itertools import islice
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vlm.data.records.http import HTTP_PREFIXES, open_http
 from vlm.data.records.index import parse_record
@@ -27,8 +27,13 @@ META_NAMES = re.compile(r"__[^/]*__($|/)")
 Shard = Path | str
 """A file as a path; an address or a command as text."""
 MAX_SHARDS = 1_000_000
-MAX_MEMBER_BYTES = 1 << 30
-"""The largest file in a shard that is read; it is held in memory."""
+MAX_SAMPLE_BYTES = 1 << 30
+"""The most bytes that the files of a sample have, which are held in memory, with their entries in the shard."""
+MAX_EXTENSION_BYTES = 1 << 20
+"""The most bytes of a long name, or of further fields, of a file in a shard."""
+EXTENSION_TYPES = (
+    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
+)  # fmt: skip
 COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 """How compressed files begin."""
 
@@ -106,19 +111,34 @@ def open_shard(url: Shard, start: int) -> tuple[Any, int]:
     return file, base
 
 
+class _Member(tarfile.TarInfo):
+    """A file in a shard. `tarfile` reads all of an extension into memory, also one that was compressed to nothing."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Return the member of an entry; raise ReadError where it is an extension that is too long."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in EXTENSION_TYPES and member.size > MAX_EXTENSION_BYTES:
+            raise tarfile.ReadError(f"the name or fields of a file have {member.size:,} bytes")
+        return member
+
+
 def _iter_files(stream: Any, base: int, url: Shard) -> Iterator[dict[str, Any]]:
     """Iterate over the files of a tar stream, as `group_by_keys` takes them: each content with the byte behind it."""
+    from webdataset.tariterators import base_plus_ext
+
     if base and not stream.peek(1):  # nothing is left, which would be no tar file
         return
-    with tarfile.open(fileobj=stream, mode="r|" if base else "r|*") as tar:
+    key, num_bytes = None, 0
+    with tarfile.open(fileobj=stream, mode="r|" if base else "r|*", tarinfo=_Member) as tar:
         for member in tar:
             name = member.name
             is_meta = ("/" not in name and name.startswith("__") and name.endswith("__")) or META_NAMES.match(name)
             if member.isreg() and not is_meta:
-                if member.size > MAX_MEMBER_BYTES:  # also one that is all holes, or was compressed to nothing
-                    raise ValueError(
-                        f"{name} has {member.size:,} bytes; files of at most {MAX_MEMBER_BYTES:,} are read"
-                    )
+                earlier_key, key = key, base_plus_ext(name)[0] or key  # a file without a suffix is no sample's
+                num_bytes = (num_bytes if key == earlier_key else 0) + tarfile.BLOCKSIZE + member.size
+                if num_bytes > MAX_SAMPLE_BYTES:  # also of files that are all holes, or were compressed to nothing
+                    raise ValueError(f"the files of {key or name} have more than {MAX_SAMPLE_BYTES:,} bytes")
                 opened = tar.extractfile(member)
                 assert opened is not None
                 content = opened.read()

@@ -15,7 +15,6 @@ from io import BytesIO
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from vlm.config.shown import PresentableParser, presentable, printable
@@ -24,6 +23,7 @@ from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import Records
 from vlm.data.sample import Record
 from vlm.data.tools.verdicts import REASONS, CleanTask, RecordVerdict, check_records
+from vlm.data.vision.images import IMAGE_ERRORS, open_lazily
 
 DUPLICATES = ("record", "picture", "keep")
 
@@ -234,9 +234,9 @@ def _inline_bytes(value: object) -> object:
 def _data_url(content: bytes) -> str:
     """Return bytes as a `data:` URL, which readers recognise as an image."""
     try:
-        with Image.open(BytesIO(content)) as image:
+        with open_lazily(BytesIO(content)) as image:
             kind = f"image/{str(image.format).lower()}"
-    except UnidentifiedImageError:
+    except IMAGE_ERRORS:
         kind = "application/octet-stream"
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 

@@ -18,13 +18,12 @@ from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from vlm.data.records.media import first_present, image_refs_from_value
 from vlm.data.records.tar import IMAGE_EXTENSIONS
 from vlm.data.sample import BadSample, ImageRef, Record
 from vlm.data.tools.forms import image_cell_value
-from vlm.data.vision.images import IMAGE_ERRORS
+from vlm.data.vision.images import IMAGE_ERRORS, open_lazily
 
 OUTPUT_NAMES = "NAME.jsonl, NAME.json, NAME.parquet, FOLDER/ or FOLDER/%06d.tar (tar shards), NAME.tar (one of them)"
 SHARD_NAME = "shard-%06d.tar"
@@ -325,7 +324,7 @@ def image_file_extension(image_ref: ImageRef, content: bytes, sample_id: str) ->
 def detect_image_format(content: bytes, sample_id: str) -> str:
     """Return the format of an image, one of `IMAGE_EXTENSIONS`."""
     try:
-        with Image.open(BytesIO(content)) as image:
+        with open_lazily(BytesIO(content)) as image:
             kind = str(image.format).lower().replace("mpo", "jpeg")  # an MPO is a JPEG followed by another
     except IMAGE_ERRORS as error:
         raise BadSample(sample_id, f"one of its images does not open: {error}") from error

@@ -33,6 +33,13 @@ IMAGE_ERRORS = (
 )
 """What Pillow raises for files that are no images, or are truncated, or have broken EXIF data."""
 
+IMAGE_FORMATS = (
+    "JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "JPEG2000", "TGA", "AVIF", "HEIF",
+)  # fmt: skip
+"""Formats that are read where Pillow has them, as it calls them: pixels that Pillow decodes itself. Of others, EPS
+starts Ghostscript, and so runs a program."""
+TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 322, 323
+
 TRUNCATION = re.compile("truncated|unexpected end|broken data stream|premature end", re.IGNORECASE)
 """What Pillow says of images that end early."""
 TRUNCATION_DETAIL = re.compile(r" *\([^)]*\)| when .*")
@@ -101,10 +108,32 @@ def open_image(image_ref: ImageRef, sample_id: str) -> Image.Image:
     if image_ref.frame is not None:
         assert image_ref.path is not None
         return read_frames(image_ref.path, [image_ref.frame], sample_id)[0]
-    with wrap_image_errors(image_ref, sample_id), Image.open(_image_source(image_ref)) as image:
+    with wrap_image_errors(image_ref, sample_id), open_lazily(_image_source(image_ref)) as image:
         image.load()
         image.getexif()  # parsed here, where an error names the image
         return image
+
+
+def open_lazily(source: BytesIO | str) -> Image.Image:
+    """Open an image of `IMAGE_FORMATS`, whose pixels are decoded later.
+
+    Raises:
+        UnidentifiedImageError: it is none.
+        DecompressionBombError: a tile of a TIFF, which is decoded whole, is larger than Pillow lets an image be.
+    """
+    Image.init()
+    image = Image.open(source, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+    if (number := count_tile_pixels(image)) > 2 * (Image.MAX_IMAGE_PIXELS or number):
+        image.close()
+        raise DecompressionBombError(f"it has tiles of {number:,} pixels")
+    return image
+
+
+def count_tile_pixels(image: Image.Image) -> int:
+    """Return the number of pixels of a TIFF's tiles, which are decoded whole, however small the image is."""
+    tags = getattr(image, "tag_v2", {})
+    width, length = (tags.get(tag) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH))
+    return width * length if isinstance(width, int) and isinstance(length, int) else 0
 
 
 def is_uniform(rgb_image: Image.Image) -> bool:
@@ -119,7 +148,7 @@ def read_image_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
 
 
 def _read_upright_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
-    with wrap_image_errors(image_ref, sample_id), Image.open(_image_source(image_ref)) as image:
+    with wrap_image_errors(image_ref, sample_id), open_lazily(_image_source(image_ref)) as image:
         return upright_size(image)
 
 
@@ -166,7 +195,7 @@ def _describe_non_image(image_ref: ImageRef) -> str:
         head = read_head(image_ref.path)
     kind = describe_bytes(head)
     if kind is None:
-        return f"{show_start(head)}, not an image that Pillow reads"
+        return f"{show_start(head)}, not an image that is read here; save it as PNG or JPEG"
     if kind.startswith(("a PNG", "a JPEG", "a GIF", "a WebP", "a TIFF")):
         return f"{kind} that is broken or truncated"
     return f"{kind}, not an image" if kind.startswith("it is text") else kind

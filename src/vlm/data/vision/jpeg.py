@@ -37,5 +37,5 @@ def read_image_or_tensor(image_ref: ImageRef, sample_id: str) -> Tensor | Image.
 
 def _is_plain(content: bytes) -> bool:
     """Return whether a JPEG is in colour and upright; raise where it is a decompression bomb."""
-    with Image.open(BytesIO(content)) as header:
+    with Image.open(BytesIO(content), formats=["JPEG"]) as header:
         return header.mode == "RGB" and header.getexif().get(ExifTags.Base.Orientation, 1) == 1

@@ -18,6 +18,14 @@ from vlm.data.sample import BadSample, Clip, ImageRef, VideoRef
 
 DEFAULT_FPS = 24.0
 """Frames per second of a file that does not tell: what video processors assume then."""
+DEMUXERS = (
+    "mov", "matroska", "avi", "mpeg", "mpegts", "mpegvideo", "flv", "asf", "ogg", "gif", "ivf", "h264", "hevc", "obu",
+    "m4v", "mxf", "nut", "rm",
+)  # fmt: skip
+"""Kinds of files that are read, as FFmpeg calls them; playlists and the like, which name other files, are none."""
+OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": ",".join(DEMUXERS)}
+MAX_FRAME_PIXELS = 1 << 26
+"""The largest frame that is decoded: twice that of 8K; a file of a kilobyte may claim one of gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +185,15 @@ def _open_container(path: Path, sample_id: str, step: str) -> Iterator[Any]:  # 
         raise ValueError(f"{path} is a video; reading one needs PyAV: pip install small-vlm[video]") from error
     action = "open"
     try:
-        with av.open(str(path), metadata_errors="replace") as container:  # titles may be in any encoding
+        # `file:`, since a name may look like an address; titles may be in any encoding.
+        with av.open(f"file:{path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise BadSample(sample_id, f"{path} holds no video", str(path))
+            codec = container.streams.video[0].codec_context
+            if codec.width * codec.height > MAX_FRAME_PIXELS:
+                size = f"{codec.width} × {codec.height}"
+                raise BadSample(sample_id, f"video {path} has frames of {size} pixels, too large to decode", str(path))
+            codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # frames may be larger than the file states
             action = step
             yield container
     except (av.FFmpegError, OSError) as error:

@@ -10,12 +10,11 @@ from PIL import Image
 from vlm.config.serving_schema import ServingConfig
 from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, ImageRef
-from vlm.data.vision.images import Medium, wrap_image_errors
+from vlm.data.vision.images import Medium, count_tile_pixels, wrap_image_errors
 from vlm.inference.serving.errors import RequestError, show
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are opened, as Pillow calls them; none of them runs another program."""
-TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 322, 323
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,")
 
 
@@ -72,13 +71,6 @@ class ImageReader:
                 )  # fmt: skip
         self._num_pixels += number
         return image
-
-
-def count_tile_pixels(image: Image.Image) -> int:
-    """Return the number of pixels of a TIFF's tiles, which are decoded whole, however small the image is."""
-    tags = getattr(image, "tag_v2", {})
-    width, length = (tags.get(tag) for tag in (TIFF_TILE_WIDTH, TIFF_TILE_LENGTH))
-    return width * length if isinstance(width, int) and isinstance(length, int) else 0
 
 
 def decode_data_url(url: str, param: str) -> bytes:
