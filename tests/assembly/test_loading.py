@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tests.tiny_parts import Parts
 from vlm.assembly.loading import check_finite, check_weights, inspect_checkpoint, load_complete
@@ -74,6 +74,14 @@ def test_unexpected_weights_are_refused_and_buffers_that_are_computed_are_not(ll
     change(llama, **{"other.weight": torch.ones(2)})
     with pytest.raises(ValueError, match=r"holds other.weight, for which LlamaForCausalLM has no place by config.json"):
         load(llama)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_causal_masks_that_were_saved_are_no_weights(tmp_path: Path, dtype: torch.dtype):
+    config = GPTNeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    change(tmp_path, **{"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 4, 4, dtype=dtype)})
+    load(tmp_path)
 
 
 def test_a_part_leaves_other_towers_and_heads_and_refuses_further_layers(llama: Path):

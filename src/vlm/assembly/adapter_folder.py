@@ -181,7 +181,8 @@ def add_trained_weights(
     """
     with opening(folder, "its adapter"):
         _overwrite_tensors(model, load_file(folder / NON_LORA_WEIGHTS), folder, needed)
-        return _load_adapter(model, folder, merge=merge) if (folder / ADAPTER_WEIGHTS).is_file() else model
+        has_adapter = any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, "adapter_config.json"))
+        return _load_adapter(model, folder, merge=merge) if has_adapter else model
 
 
 @torch.no_grad()
