@@ -1,5 +1,6 @@
 """Weights: missing, unexpected, misshapen, of another type, not finite; and what libraries raise has a name."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,16 @@ def test_a_refusal_that_names_the_checkpoint_and_what_ends_a_process_pass():
         raise ValueError("folder lacks weights")
     with pytest.raises(KeyboardInterrupt), opening("folder"):
         raise KeyboardInterrupt
+
+
+def test_a_fault_of_this_package_names_its_line():
+    with (
+        pytest.raises(ValueError, match=r"AttributeError: .* \(at vlm/assembly/loading.py:\d+; log level debug"),
+        opening("x"),
+    ):
+        check_finite("name", 3)  # pyright: ignore[reportArgumentType] - the fault
+
+
+def test_a_fault_of_a_library_names_no_line():
+    with pytest.raises(ValueError, match=r"JSON object must be str[^()]*$"), opening("x"):
+        json.loads(3)  # pyright: ignore[reportArgumentType] - the fault
