@@ -1,12 +1,13 @@
 """Weights: missing, unexpected, misshapen, of another type, not finite; and what libraries raise has a name."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 
 from tests.tiny_parts import Parts
 from vlm.assembly.loading import check_finite, check_weights, inspect_checkpoint, load_complete
@@ -76,6 +77,14 @@ def test_unexpected_weights_are_refused_and_buffers_that_are_computed_are_not(ll
         load(llama)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_causal_masks_that_were_saved_are_no_weights(tmp_path: Path, dtype: torch.dtype):
+    config = GPTNeoXConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9)
+    GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    change(tmp_path, **{"gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 4, 4, dtype=dtype)})
+    load(tmp_path)
+
+
 def test_a_part_leaves_other_towers_and_heads_and_refuses_further_layers(llama: Path):
     change(llama, **{"text_tower.weight": torch.ones(2)})
     load(llama, is_part=True)
@@ -132,3 +141,16 @@ def test_a_refusal_that_names_the_checkpoint_and_what_ends_a_process_pass():
         raise ValueError("folder lacks weights")
     with pytest.raises(KeyboardInterrupt), opening("folder"):
         raise KeyboardInterrupt
+
+
+def test_a_fault_of_this_package_names_its_line():
+    with (
+        pytest.raises(ValueError, match=r"AttributeError: .* \(at vlm/assembly/loading.py:\d+; log level debug"),
+        opening("x"),
+    ):
+        check_finite("name", 3)  # pyright: ignore[reportArgumentType] - the fault
+
+
+def test_a_fault_of_a_library_names_no_line():
+    with pytest.raises(ValueError, match=r"JSON object must be str[^()]*$"), opening("x"):
+        json.loads(3)  # pyright: ignore[reportArgumentType] - the fault

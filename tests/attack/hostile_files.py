@@ -143,6 +143,12 @@ def add_layer(state: State) -> None:
     state.update({name.replace("layers.1.", "layers.2."): tensor.clone() for name, tensor in layer.items()})
 
 
+def remove_adapter(folder: Path) -> None:
+    """Remove both files of an adapter, which leaves a folder like one of a run without."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+
+
 def make_wrong_adapters() -> None:
     """Weights of an adapter's folder that are not those of its base."""
     adapters: dict[str, Change] = {
@@ -151,6 +157,7 @@ def make_wrong_adapters() -> None:
         "extra": lambda s: s.update(extra=torch.ones(1)),
         "integers": replace_tensor("lora_B", lambda t: t.to(torch.int32)),
     }  # fmt: skip
+    add("adapter-gone", remove_adapter, kinds=("adapter",))
     for name, change in adapters.items():
         add(f"adapter-{name}", change_weights(change, "adapter_model.safetensors"), kinds=("adapter",))
     trained: dict[str, Change] = {

@@ -21,6 +21,7 @@ MAX_LENGTH = 1000
 """Characters of a refusal, in one to three lines."""
 SHORT = (
     ("composed", "connector-missing"), ("prediction", "head-missing"), ("adapter", "adapter-lacks-b"),
+    ("adapter", "code-pickled-adapter"), ("adapter", "adapter-gone"),
     ("composed", "weights-extra"), ("composed", "weights-integers"), ("composed", "weights-nan"),
     ("composed", "model.safetensors-cut-0.5"), ("composed", "model.safetensors-is-pipe"),
     ("composed", "config.json-list"),

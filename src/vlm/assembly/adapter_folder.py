@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 
 NON_LORA_WEIGHTS = "non_lora_trainables.safetensors"
 """Weights that are new besides the adapter: of trained parts, and those that no base holds. The name is LLaVA's."""
+
+HAS_ADAPTER = "has_adapter"
+"""In the metadata of that file: whether an adapter belongs beside it. Folders of earlier versions do not say."""
 
 PEFT_PREFIX = "base_model.model."
 """The prefix of names in peft's files."""
@@ -54,7 +58,7 @@ def save(
         _save_adapter(model, {name: state.pop(name) for name in adapted}, folder, base)
     rows = _base_vocabulary_rows(model, base) | {_base_name(name): first for name, first in (new_rows or {}).items()}
     state = {_base_name(name): tensor[rows.get(_base_name(name), 0) :].contiguous() for name, tensor in state.items()}
-    save_file(state, folder / NON_LORA_WEIGHTS, metadata={"format": "pt"})
+    save_file(state, folder / NON_LORA_WEIGHTS, {"format": "pt", HAS_ADAPTER: str(bool(adapted))})
     base.write(folder)
     if save_custom_code := getattr(model, "save_custom_code", None):  # models of this framework alone
         save_custom_code(folder)
@@ -181,7 +185,14 @@ def add_trained_weights(
     """
     with opening(folder, "its adapter"):
         _overwrite_tensors(model, load_file(folder / NON_LORA_WEIGHTS), folder, needed)
-        return _load_adapter(model, folder, merge=merge) if (folder / ADAPTER_WEIGHTS).is_file() else model
+        return _load_adapter(model, folder, merge=merge) if _has_adapter(folder) else model
+
+
+def _has_adapter(folder: Path) -> bool:
+    """Return whether a folder has an adapter, or should have one: half a download must not pass for the base."""
+    with safe_open(folder / NON_LORA_WEIGHTS, "np") as file:
+        is_recorded = (file.metadata() or {}).get(HAS_ADAPTER) == "True"
+    return is_recorded or any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, "adapter_config.json"))
 
 
 @torch.no_grad()

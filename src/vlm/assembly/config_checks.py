@@ -62,13 +62,29 @@ def _quantization_problems(config: Any) -> Iterator[Problem]:
         yield "quantization_config", quantization, "an object"
 
 
-ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens")
+ID_KEYS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens",
+    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
+)  # fmt: skip
 NUMBER_KEYS = (
     "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
     "length_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
 )  # fmt: skip
 SWITCH_KEYS = ("do_sample", "use_cache", "early_stopping", "renormalize_logits", "remove_invalid_values")
-OTHER_KEYS = ("transformers_version", "cache_implementation", "num_beams", "_from_model_config", "cache_config")
+OTHER_KEYS = (
+    "transformers_version", "cache_implementation", "_from_model_config", "cache_config", "is_assistant",
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
+    "target_lookbehind", "max_matching_ngram_size",
+)  # fmt: skip
+"""Settings that change no answer; those of an assistant are of a second model, which is never given."""
+NEUTRAL = {
+    "num_return_sequences": 1, "num_beam_groups": 1, "diversity_penalty": 0, "penalty_alpha": 0, "guidance_scale": 1,
+    "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0, "token_healing": False, "low_memory": False,
+    "disable_compile": False, "constraints": [], "force_words_ids": [],
+}  # fmt: skip
+"""Key -> the value that changes nothing, which earlier versions of transformers saved."""
+READ_KEYS = {*vars(GenerationConfig()), *NEUTRAL, "dola_layers"}
+"""Keys that generation reads; it passes over others, such as those of a model's own code."""
 MAX_BEAMS = 64
 
 
@@ -87,13 +103,23 @@ def check_generation_config(settings: GenerationConfig, num_tokens: int, name: s
         ids = value if isinstance(value, list) else [value]
         is_fine = value is None or (
             all(_is_int(each, -1, num_tokens - 1) for each in ids) if key in ID_KEYS
+            else _are_words(value, num_tokens) if key == "bad_words_ids"
             else _is_number(value) if key in NUMBER_KEYS
             else isinstance(value, bool) if key in SWITCH_KEYS
             else _is_int(value, 1, MAX_BEAMS) if key == "num_beams"
-            else key in OTHER_KEYS or key.startswith(("output_", "return_dict", "_"))
+            else value == NEUTRAL[key] if key in NEUTRAL
+            else key not in READ_KEYS or key in OTHER_KEYS or key.startswith(("output_", "return_dict", "_"))
         )  # fmt: skip
         if not is_fine:
             raise ValueError(f"{name}: generation_config.json has {key}={shown(value)}, which is not taken; remove it")
+
+
+def _are_words(value: object, num_tokens: int) -> bool:
+    """Return whether a value is a list of words, each of them ids of tokens, as Idefics and SmolVLM have them."""
+    words = value if isinstance(value, list) else [None]
+    return all(
+        isinstance(word, list) and word and all(_is_int(each, 0, num_tokens - 1) for each in word) for word in words
+    )
 
 
 def _composed_problems(config: Any) -> Iterator[Problem]:

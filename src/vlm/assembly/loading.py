@@ -36,6 +36,8 @@ RECOMPUTED = re.compile(r"(^|\.)(inv_freq|original_inv_freq|position_ids|num_bat
 """Buffers that earlier versions of transformers saved, and that a model computes for itself."""
 NUM_CHECKED = 4096
 """Numbers of a weight, evenly spread, that are looked at for NaN and infinity."""
+MASK_DIMENSIONS = 4
+"""Dimensions of the causal masks that earlier versions of transformers saved."""
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 ModelClass = type[_BaseAutoModelClass] | type[PreTrainedModel]
@@ -137,9 +139,10 @@ def _is_quantized(config: PreTrainedConfig, options: Mapping[str, Any]) -> bool:
 
 
 def _check_types(name: str, headers: Mapping[str, TensorHeader]) -> None:
-    """Raise ValueError where a weight is no floating-point number."""
+    """Raise ValueError where a weight is no floating-point number; masks that GPT-2 and its kin name `bias` may be."""
     for tensor, header in headers.items():
-        if tensor.endswith((".weight", ".bias")) and not header.is_floating:
+        is_weight = tensor.endswith(".weight") or (tensor.endswith(".bias") and len(header.shape) < MASK_DIMENSIONS)
+        if is_weight and not header.is_floating:
             packed = " (it is quantised, and config.json has no quantization_config)" if header.dtype in PACKED else ""
             raise ValueError(
                 f"{name}: {shown(tensor)} is of type {header.dtype}{packed}; allowed are {', '.join(TORCH_DTYPES)}"

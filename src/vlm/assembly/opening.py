@@ -1,6 +1,7 @@
 """What surrounds a library while it opens a checkpoint: errors that name the checkpoint, no reports, whole tensors."""
 
 import logging
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).resolve().parents[1]
 MAX_MESSAGE = 300
 """Characters of a library's message that a refusal repeats."""
 
@@ -38,7 +40,18 @@ def opening(label: str | Path, what: str = "the checkpoint") -> Iterator[None]:
         if isinstance(error, ValueError) and said.startswith(str(label).rpartition("=")[2]):
             raise ValueError(f"{label}: {said}") from error
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
-        raise ValueError(f"{label}: cannot open {what}: {kind}{shorten(said)}") from error
+        raise ValueError(f"{label}: cannot open {what}: {kind}{shorten(said)}{_own_line(error)}") from error
+
+
+def _own_line(error: BaseException) -> str:
+    """Return the line of this package that raised an error which is no refusal, and so may be a fault of its own."""
+    if isinstance(error, ValueError | OSError):
+        return ""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    file = Path(last.filename)
+    if not file.is_relative_to(PACKAGE):
+        return ""
+    return f" (at {file.relative_to(PACKAGE.parent)}:{last.lineno}; log level debug shows the traceback)"
 
 
 def shorten(text: str) -> str:
