@@ -23,7 +23,8 @@ from vlm.inference.serving.tools import Toolbox, ToolStream, check_earlier_calls
 from vlm.inference.serving.validation import check_texts, parse_request
 
 MAX_PIECES_HELD = 16
-"""Pieces of a stream that wait for a client that reads slowly; the answer then waits too."""
+"""Pieces of a stream that wait here for a client that reads slowly. The model goes on writing, so that others do not
+wait: at most `max_tokens` tokens of each answer are held."""
 
 
 @dataclass(frozen=True)
