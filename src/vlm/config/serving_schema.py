@@ -65,6 +65,6 @@ class ServingConfig:
     idle_seconds: int = field(default=5, metadata=at_least(1))
     """Seconds after which a connection without a request is closed."""
     max_connections: int = field(default=1024, metadata=at_least(1))
-    """The most open connections; further ones get status 503."""
+    """The most open connections, or what the system's limit of open files allows; further ones get status 503."""
     preparation_threads: int = field(default=2, metadata=at_least(1))
     """Threads that read requests, decode images and tokenize."""

@@ -4,6 +4,7 @@ import base64
 import struct
 import tracemalloc
 import zlib
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -122,3 +123,73 @@ def test_all_images_of_a_request_have_a_limit(model: VisionLanguageModel):
     reader.read(url, "second")
     with pytest.raises(RequestError, match=r"third.*max_request_pixels"):
         reader.read(url, "third")
+
+
+def to_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def save(form: str, size: tuple[int, int] = (16, 16), **options: Any) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", size, (1, 200, 3)).save(file, form, **options)
+    return file.getvalue()
+
+
+def make_exif_pieces(number: int, length: int) -> bytes:
+    """A JPEG whose EXIF data are many segments: Pillow appends them one by one."""
+    content = b"Exif\0\0" + b"a" * length
+    segment = b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
+    image = save("JPEG")
+    return image[:2] + segment * number + image[2:]
+
+
+def make_scans(number: int) -> bytes:
+    """A progressive JPEG whose last scan stands there many times."""
+    image = save("JPEG", progressive=True)
+    begin, end = image.rindex(b"\xff\xc4", 0, image.rindex(b"\xff\xda")), image.rindex(b"\xff\xd9")
+    return image[:end] + image[begin:end] * number + image[end:]
+
+
+def make_overlapping_tags(number: int, length: int) -> bytes:
+    """A TIFF whose tags all refer to the same bytes."""
+    own = [(256, 3, 1, 4), (257, 3, 1, 4), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8),
+           (277, 3, 1, 1), (278, 3, 1, 4), (279, 4, 1, 16)]  # fmt: skip
+    tags = [*own, *((40000 + place, 7, length, 8) for place in range(number))]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4 + length)
+
+
+def make_png_with(kind: bytes, content: bytes, number: int = 1) -> bytes:
+    image = save("PNG")
+    place = image.index(b"IDAT") - 4
+    chunk = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return image[:place] + chunk * number + image[place:]
+
+
+def make_comments(number: int) -> bytes:
+    image = save("GIF")
+    place = image.rindex(b",")
+    return image[:place] + (b"!\xfe\xff" + b"c" * 255 + b"\0") * number + image[place:]
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    (make_exif_pieces(10_000, 16), "EXIF|pieces"),
+    (make_exif_pieces(3, 60_000), "EXIF"),
+    (make_scans(200), "scans"),
+    (make_overlapping_tags(100, 1_000_000), "overlaps"),
+    (make_png_with(b"eXIf", make_overlapping_tags(100, 100_000)), "EXIF"),
+    (make_png_with(b"abCd", b"", 10_000), "pieces"),
+    (make_comments(10_000), "pieces"),
+])  # fmt: skip
+def test_metadata_that_would_take_all_time_or_memory_are_refused(
+    model: VisionLanguageModel, content: bytes, words: str
+):
+    with pytest.raises(RequestError, match=words) as refused:
+        read(model, to_url(content))
+    assert refused.value.code == "invalid_image"
+
+
+def test_metadata_as_cameras_write_them_are_taken(model: VisionLanguageModel):
+    exif = Image.Exif()
+    exif[274], exif[37500] = 6, b"m" * 50_000  # orientation, and what a maker writes
+    assert read(model, to_url(save("JPEG", exif=exif, icc_profile=b"p" * 500_000, progressive=True))) is not None

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from tests.inference.serving.running import listen
 from tests.waiting import HANG
 from vlm.config.serving_schema import ServingConfig
-from vlm.inference.serving.server import bind
+from vlm.inference.serving.server import OTHER_FILES, allow_connections, bind
 
 QUICK = ServingConfig(header_seconds=0.2, body_seconds=0.2, idle_seconds=1, max_connections=4)
 SIZE = 64 * 2**20
@@ -123,3 +123,24 @@ def test_an_address_that_is_taken_is_refused_before_the_model_loads():
             bind("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(ValueError, match="cannot listen there"):
         bind("no.such.host.invalid", 8000)
+
+
+def test_a_body_in_tiny_pieces_is_refused(port: int):
+    """Each chunk takes time on the event loop, for however few bytes."""
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connect(port) as connection:
+        connection.sendall(head + b"1\r\n \r\n" * 5000)
+        answer = read_all(connection)
+    assert answer.count(b"HTTP/1.1 400 ") == 1
+    assert get(port) == b"word"
+
+
+@pytest.mark.parametrize(("limit", "allowed"), [((400, 500), (4, 500)), ((100, 130), (2, 130)), ((400, 400), (4, 400))])
+def test_connections_are_as_many_as_files_may_be_open(
+    monkeypatch: pytest.MonkeyPatch, limit: tuple[int, int], allowed: tuple[int, int]
+):
+    found = [limit]
+    monkeypatch.setattr("resource.getrlimit", lambda _: found[-1])
+    monkeypatch.setattr("resource.setrlimit", lambda _, value: found.append(value))
+    assert allow_connections(4) == allowed[0]
+    assert found[-1][0] >= min(allowed[0] + OTHER_FILES, allowed[1])

@@ -11,8 +11,10 @@ from tests.inference.serving.fake_engine import FakeEngine
 from tests.inference.serving.running import CHAT, make_body, make_client, make_endpoint
 from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import CHAT_TEMPLATES, Parts
+from vlm.inference.engine.constraints import ConstraintCompiler
 from vlm.inference.engine.engine import Engine
-from vlm.inference.serving.tools import ToolFormat, find_tool_format
+from vlm.inference.serving.chat_request import Tool
+from vlm.inference.serving.tools import ToolFormat, find_tool_format, make_call_schema
 
 HERMES = """
 {%- if tools %}{{- '<|im_start|>system\\n# Tools\\n<tools>' }}
@@ -150,6 +152,7 @@ def test_a_choice_of_tools_constrains_the_answer(client: TestClient, engine: Fak
     assert engine.asked[-1].stop == ("</tool_call>",)
 
 
+USER_TURN = {"role": "user", "content": "what?"}
 SPELLING_CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "<|im_end|>"}}
 
 
@@ -189,3 +192,20 @@ def test_an_answer_that_has_to_be_a_call_is_one(engine: FakeEngine, template: st
     assert json.loads(call["function"]["arguments"])["place"] in ("Köln", "Rom")
     (streamed,) = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]
     assert streamed["function"] == call["function"]
+
+
+def test_a_call_keeps_to_parameters_with_references(engine: FakeEngine):
+    """As pydantic writes them: `$ref` refers to the parameters, which are a part of the call's schema."""
+    place = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    parameters = {"$defs": {"Place": place}, "type": "object", "properties": {"place": {"$ref": "#/$defs/Place"}}}
+    tool = Tool.model_validate({"type": "function", "function": {"name": "weather", "parameters": parameters}})
+    schema = json.dumps(make_call_schema(tool, "arguments"))
+    compiler = ConstraintCompiler(engine.model.processor.tokenizer, [0])
+    assert compiler.lark(f"start: call\ncall: %json {schema}") is not None
+
+
+def test_embeddings_refuse_calls_that_spell_a_mark(client: TestClient):
+    messages = [USER_TURN, {"role": "assistant", "content": "", "tool_calls": [SPELLING_CALL]}]
+    answer = client.post("/v1/embeddings", json={"model": "tiny", "messages": messages})
+    assert answer.status_code == 400
+    assert "spell a mark" in answer.json()["error"]["message"]

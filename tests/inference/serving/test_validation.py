@@ -130,3 +130,16 @@ def test_messages_of_refusals_are_short_and_printable():
     assert len(error["message"]) < 600
     assert error["message"].startswith("a\\x1b[31m\\u202e\\ud83d")
     assert error["param"] == "\\x00"
+
+
+@pytest.mark.parametrize("message", [
+    {"role": "assistant", "refusal": "no " * 200_000},
+    {"role": "assistant", "content": [{"type": "refusal", "refusal": "no " * 200_000}]},
+])  # fmt: skip
+def test_refusals_count_as_characters(message: dict[str, Any]):
+    assert refusal(messages=[USER, message]).code == "context_length_exceeded"
+
+
+def test_what_is_kept_of_a_request_is_small():
+    kept = parse(user="u" * 1000, seed=3).without_contents()
+    assert (kept.user, list(kept.messages), kept.seed) == (None, [], 3)

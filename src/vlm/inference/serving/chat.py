@@ -14,7 +14,7 @@ from vlm.inference.engine.engine import CLOSED, Engine
 from vlm.inference.engine.options import Piece, SamplingOptions
 from vlm.inference.engine.row import Prepared
 from vlm.inference.serving.answers import DONE, Answer, Completion, dump_logprobs, make_usage
-from vlm.inference.serving.chat_request import AssistantMessage, ChatRequest, JsonSchemaFormat
+from vlm.inference.serving.chat_request import ChatRequest, JsonSchemaFormat
 from vlm.inference.serving.errors import RequestError
 from vlm.inference.serving.images import ImageReader
 from vlm.inference.serving.messages import read_messages
@@ -23,7 +23,8 @@ from vlm.inference.serving.tools import Toolbox, ToolStream, check_earlier_calls
 from vlm.inference.serving.validation import check_texts, parse_request
 
 MAX_PIECES_HELD = 16
-"""Pieces of a stream that wait for a client that reads slowly; the answer then waits too."""
+"""Pieces of a stream that wait here for a client that reads slowly. The model goes on writing, so that others do not
+wait: at most `max_tokens` tokens of each answer are held."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Job:
     """A request that is ready to be answered.
 
     Attributes:
-        request: the request.
+        request: the request without its messages.
         toolbox: its tools.
         prepared: its prompt as the model's inputs.
         options: the settings of each of its answers.
@@ -64,17 +65,16 @@ class ChatEndpoint:
         Raises:
             RequestError: the request is refused.
         """
-        request = await self.service.threads.run(self._parse, call.body)
-        number = request.n or 1
         places = ExitStack()
         try:
-            places.enter_context(self.service.admission.places(number - 1))
-            job = await self.service.threads.run(self._prepare, request)
+            job = await self.service.threads.run(self._prepare, call)
+            call.release()
+            places.enter_context(self.service.admission.places(len(job.options) - 1))
             size = sum(tensor.nbytes for tensor in job.prepared.inputs.values())
             places.enter_context(self.service.admission.memory(size))
             self.service.metrics.prompt_tokens.inc(job.prepared.num_prompt_tokens)
             completion = Completion(self.service.name, self.fingerprint)
-            if request.stream:
+            if job.request.stream:
                 return self._stream(job, completion, call, places.pop_all())
             return completion.whole(await self._answer(job, call), job.prepared.num_prompt_tokens)
         finally:
@@ -88,12 +88,12 @@ class ChatEndpoint:
         check_texts(request, self.service.config)
         return request
 
-    def _prepare(self, request: ChatRequest) -> Job:
+    def _prepare(self, call: Call) -> Job:
+        """Return the job of a request; without its messages, which may be large and are of no more use."""
+        request = self._parse(call.parse())
         processor = self.model.processor
         toolbox = Toolbox(request, self.tool_format, processor)
-        calls = [call for message in request.messages if isinstance(message, AssistantMessage)
-                 for call in message.tool_calls or ()]  # fmt: skip
-        check_earlier_calls([call.function.arguments for call in calls], processor)
+        check_earlier_calls(request.messages, processor)
         constraint = self._compile_constraint(request, toolbox)
         reader = ImageReader(processor, self.service.config)
         turns, images = read_messages(request.messages, reader.read)
@@ -102,7 +102,8 @@ class ChatEndpoint:
         except ValueError as error:
             code = "context_length_exceeded" if "reads at most" in str(error) else "invalid_prompt"
             raise RequestError(f"messages: {error}", param="messages", code=code) from None
-        return Job(request, toolbox, prepared, self._make_options(request, toolbox, prepared, constraint))
+        options = self._make_options(request, toolbox, prepared, constraint)
+        return Job(request.without_contents(), toolbox, prepared, options)
 
     def _compile_constraint(self, request: ChatRequest, toolbox: Toolbox) -> Constraint | None:
         form = request.response_format

@@ -298,3 +298,7 @@ class ChatRequest(FieldsWithoutEffect):
         if self.modalities == []:
             raise ValueError('modalities: ["text"] is needed')
         return self
+
+    def without_contents(self) -> Self:
+        """Return the request without its messages, and without the fields that have no effect."""
+        return self.model_copy(update={"messages": [], **dict.fromkeys(FieldsWithoutEffect.model_fields)})

@@ -4,13 +4,13 @@ import time
 from contextlib import ExitStack
 from typing import Any
 
+from vlm.data.processor import SampleInputs
 from vlm.inference.predict import Prediction, Predictor
 from vlm.inference.serving.answers import make_id, make_usage
 from vlm.inference.serving.batcher import Batcher
 from vlm.inference.serving.chat import translate_engine_error
-from vlm.inference.serving.pooling_request import ClassifyRequest, check_inputs, count_tokens, prepare_inputs
+from vlm.inference.serving.pooling_request import ClassifyRequest, count_tokens, parse_inputs, prepare_inputs
 from vlm.inference.serving.service import Call, Service
-from vlm.inference.serving.validation import parse_request
 from vlm.models.configuration_prediction import HeadSettings
 
 DEFAULT_THRESHOLD = 0.5
@@ -37,14 +37,10 @@ class ClassifyEndpoint:
         Raises:
             RequestError: the request is refused.
         """
-        request = await self.service.threads.run(self._parse, call.body)
+        rows = await self.service.threads.run(self._prepare, call)
+        call.release()
         with ExitStack() as places:
-            places.enter_context(self.service.admission.places(max(0, len(request.texts) - 1)))
-            predictor, config = self.predictor, self.service.config
-            suffix = predictor.model.config.suffix_ids
-            rows = await self.service.threads.run(
-                prepare_inputs, request, predictor.processor, predictor.model.config, config, suffix
-            )
+            places.enter_context(self.service.admission.places(len(rows) - 1))
             try:
                 predictions = await self.batcher.run(rows)
             except Exception as error:
@@ -57,11 +53,10 @@ class ClassifyEndpoint:
             "data": data, "usage": usage,
         }  # fmt: skip
 
-    def _parse(self, body: dict[str, Any]) -> ClassifyRequest:
-        check_inputs(body, self.service.config)
-        request = parse_request(ClassifyRequest, body, self.service.config)
-        self.service.check_model(request.model)
-        return request
+    def _prepare(self, call: Call) -> list[SampleInputs]:
+        request = parse_inputs(ClassifyRequest, call)
+        config = self.predictor.model.config
+        return prepare_inputs(request, self.predictor.processor, config, self.service.config, config.suffix_ids)
 
     def _describe(self, index: int, by_head: dict[str, Prediction]) -> dict[str, Any]:
         """Return the predictions of all heads for one prompt; at the top those of the first, as vLLM writes them."""

@@ -7,18 +7,19 @@ answer says what it is (`pooling`).
 
 import base64
 import struct
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vlm.data.processor import SampleInputs
 from vlm.inference.engine.engine import Engine
 from vlm.inference.serving.batcher import Batcher
 from vlm.inference.serving.chat import translate_engine_error
-from vlm.inference.serving.pooling_request import EmbeddingsRequest, check_inputs, count_tokens, prepare_inputs
+from vlm.inference.serving.pooling_request import EmbeddingsRequest, count_tokens, parse_inputs, prepare_inputs
 from vlm.inference.serving.service import Call, Service
-from vlm.inference.serving.validation import parse_request
 from vlm.models.configuration_prediction import is_composed
 
 POOLING = "last hidden layer, last token of the prompt, length 1; not trained for comparisons"
@@ -47,19 +48,16 @@ class EmbeddingsEndpoint:
         Raises:
             RequestError: the request is refused.
         """
-        request = await self.service.threads.run(self._parse, call.body)
+        rows, write = await self.service.threads.run(self._prepare, call)
+        call.release()
         with ExitStack() as places:
-            places.enter_context(self.service.admission.places(max(0, len(request.texts) - 1)))
-            rows = await self.service.threads.run(
-                prepare_inputs, request, self.vlm.processor, self.vlm.model.config, self.service.config
-            )
+            places.enter_context(self.service.admission.places(len(rows) - 1))
             try:
                 embeddings = await self.batcher.run(rows)
             except Exception as error:
                 raise translate_engine_error(error) from error
         number = count_tokens(rows)
         self.service.metrics.prompt_tokens.inc(number)
-        write = encode_base64 if request.encoding_format == "base64" else list
         data = [
             {"object": "embedding", "index": index, "embedding": write(embedding)}
             for index, embedding in enumerate(embeddings)
@@ -67,11 +65,11 @@ class EmbeddingsEndpoint:
         usage = {"prompt_tokens": number, "total_tokens": number}
         return {"object": "list", "data": data, "model": self.service.name, "usage": usage, "pooling": POOLING}
 
-    def _parse(self, body: dict[str, Any]) -> EmbeddingsRequest:
-        check_inputs(body, self.service.config)
-        request = parse_request(EmbeddingsRequest, body, self.service.config)
-        self.service.check_model(request.model)
-        return request
+    def _prepare(self, call: Call) -> tuple[list[SampleInputs], Callable[[list[float]], object]]:
+        """Return the inputs of a request, and what writes its embeddings."""
+        request = parse_inputs(EmbeddingsRequest, call)
+        rows = prepare_inputs(request, self.vlm.processor, self.vlm.model.config, self.service.config)
+        return rows, encode_base64 if request.encoding_format == "base64" else list
 
     def close(self) -> None:
         """End the model's thread."""

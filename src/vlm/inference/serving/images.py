@@ -15,6 +15,15 @@ from vlm.inference.serving.errors import RequestError, show
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are opened, as Pillow calls them; none of them runs another program."""
+MAX_HEADER_READS = 5000
+"""The most pieces that are read of a file before its pixels: Pillow appends pieces of EXIF and of comments one by one,
+which takes quadratic time. Files of cameras and of editors have some hundreds."""
+MAX_EXIF_BYTES = 65_536
+"""The most bytes of EXIF data, as many as a JPEG's segment holds. Each of its tags may refer to all of them."""
+EXIF_MARK = b"Exif\0\0"
+START_OF_SCAN = b"\xff\xda"
+MAX_SCANS = 100
+"""The most scans of a JPEG: each goes over all pixels, in however few bytes. Usual are 1 to 12."""
 DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,")
 
 
@@ -46,6 +55,7 @@ class ImageReader:
                 image = self._open(reference.content or b"", param)
                 with image:
                     image.load()
+                    check_exif_size(count_exif_bytes(image))
                     image.getexif()  # parsed here, where an error names the image
                     return shrink(image, self.processor)
         except BadSample as error:
@@ -54,7 +64,11 @@ class ImageReader:
 
     def _open(self, content: bytes, param: str) -> Image.Image:
         """Return an image that is not decoded yet, once its size is known to be allowed."""
-        image = Image.open(BytesIO(content), formats=FORMATS)
+        file = MeteredFile(content)
+        image = Image.open(file, formats=FORMATS)
+        file.max_reads = None
+        if image.format in ("JPEG", "MPO") and content.count(START_OF_SCAN) > MAX_SCANS:
+            raise ValueError(f"it has more than {MAX_SCANS} scans")
         number, longest = max(image.width * image.height, count_tile_pixels(image)), max(image.size)
         for given, key, limit in (
             (number, "max_image_pixels", self.config.max_image_pixels),
@@ -71,6 +85,48 @@ class ImageReader:
                 )  # fmt: skip
         self._num_pixels += number
         return image
+
+
+class MeteredFile(BytesIO):
+    """A file of which headers read so much and no more: tags that all refer to the same bytes would fill the memory.
+
+    Attributes:
+        max_reads: how often it may be read; None: any number of times.
+    """
+
+    def __init__(self, content: bytes):
+        super().__init__(content)
+        self.max_reads: int | None = MAX_HEADER_READS
+        self._max_bytes = 2 * len(content) + 2**20
+        self._num_reads = self._num_bytes = self._num_exif_bytes = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Return the next bytes.
+
+        Raises:
+            ValueError: too many bytes were read, or in too many pieces.
+        """
+        content = super().read(size)
+        if self.max_reads is not None:
+            self._num_reads += 1
+            self._num_bytes += len(content)
+            if content.startswith(EXIF_MARK):  # a JPEG's segment; Pillow parses all of them while it opens the file
+                self._num_exif_bytes += len(content)
+                check_exif_size(self._num_exif_bytes)
+            if self._num_reads > self.max_reads or self._num_bytes > self._max_bytes:
+                raise ValueError("its metadata is in too many pieces, or overlaps")
+        return content
+
+
+def count_exif_bytes(image: Image.Image) -> int:
+    """Return the number of bytes of an image's EXIF data, in whichever form a PNG has it."""
+    return max(len(image.info.get("exif", b"")), len(image.info.get("Raw profile type exif", "")) // 2)
+
+
+def check_exif_size(size: int) -> None:
+    """Refuse EXIF data of more bytes than allowed, before it is parsed."""
+    if size > MAX_EXIF_BYTES:
+        raise ValueError(f"it has {size:,} bytes of EXIF data, at most {MAX_EXIF_BYTES:,} are read")
 
 
 def decode_data_url(url: str, param: str) -> bytes:

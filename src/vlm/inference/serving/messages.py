@@ -32,7 +32,7 @@ def read_messages(
                 images.append(read_image(part.image_url.url, where))
                 content.append(ImageRef())
             else:
-                content.append(_follow_image(content, _read_text(part)))
+                content.append(_follow_image(content, read_text(part)))
         if isinstance(message, AssistantMessage):
             content += [message.refusal] if message.refusal is not None and message.content is None else []
             if message.tool_calls:
@@ -42,7 +42,8 @@ def read_messages(
     return turns, images
 
 
-def _read_text(part: str | TextPart | RefusalPart) -> str:
+def read_text(part: str | TextPart | RefusalPart) -> str:
+    """Return the text of a content part."""
     if isinstance(part, str):
         return part
     return part.text if isinstance(part, TextPart) else part.refusal

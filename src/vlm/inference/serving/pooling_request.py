@@ -1,7 +1,7 @@
 """Requests to `/v1/classify` and `/v1/embeddings`: texts, or a conversation with its images."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -15,7 +15,9 @@ from vlm.inference.serving.chat_request import FieldsWithoutEffect, Message, Tex
 from vlm.inference.serving.errors import RequestError
 from vlm.inference.serving.images import ImageReader
 from vlm.inference.serving.messages import read_messages
-from vlm.inference.serving.validation import check_messages, refuse_beyond, refuse_characters
+from vlm.inference.serving.service import Call
+from vlm.inference.serving.tools import check_earlier_calls
+from vlm.inference.serving.validation import check_messages, parse_request, refuse_beyond, refuse_characters
 
 
 def _tag_input(value: object) -> str:
@@ -59,11 +61,22 @@ class EmbeddingsRequest(PoolingRequest):
     """Embeddings of these models cannot be shortened."""
 
 
-def check_inputs(body: dict[str, Any], config: ServingConfig) -> None:
-    """Refuse more inputs than allowed, before they are looked at."""
+Request = TypeVar("Request", bound=PoolingRequest)
+
+
+def parse_inputs(kind: type[Request], call: Call) -> Request:
+    """Return the request of a body. CPU work: call it in a worker thread.
+
+    Raises:
+        RequestError: it is refused; names the field.
+    """
+    body, config = call.parse(), call.service.config
     value = body.get("input")
     if isinstance(value, list) and len(value) > config.max_inputs:
         refuse_beyond("input", f"{len(value):,} texts", "max_inputs", config.max_inputs)
+    request = parse_request(kind, body, config)
+    call.service.check_model(request.model)
+    return request
 
 
 def prepare_inputs(
@@ -77,6 +90,7 @@ def prepare_inputs(
     conversations: list[tuple[list[Turn], list[Medium], str]] = []
     if request.messages is not None:
         check_messages(request.messages, config)
+        check_earlier_calls(request.messages, processor)
         turns, images = read_messages(request.messages, ImageReader(processor, config).read)
         conversations.append((turns, images, "messages"))
     if sum(map(len, request.texts)) > config.max_characters:

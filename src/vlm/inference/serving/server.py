@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import resource
 import socket
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -14,10 +16,37 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from vlm.config.serving_schema import ServingConfig
 from vlm.inference.serving.errors import RequestError
 
+FREE_PIECES, LEAST_PIECE_BYTES = 1000, 1024
+"""A body may have so many pieces of any size; beyond them the mean piece has so many bytes: each piece, such as a chunk
+of one byte, takes as much time on the event loop."""
+OTHER_FILES = 128
+"""Open files besides connections."""
 MAX_HEADER_BYTES = 32 * 2**10
 """The most bytes of a request's headers."""
 SHUTDOWN_SECONDS = 30
 """How long answers go on that are being written when the server is told to end."""
+
+
+class BoundedConnection(h11.Connection):
+    """The state of a connection; refuses bodies that come in too many pieces."""
+
+    _num_pieces = _num_bytes = 0
+
+    def next_event(self) -> Any:
+        """Return what arrived next.
+
+        Raises:
+            h11.RemoteProtocolError: it is no HTTP, or a body in too many pieces.
+        """
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_pieces = self._num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self._num_pieces += 1
+            self._num_bytes += len(event.data)
+            if self._num_pieces > FREE_PIECES + self._num_bytes // LEAST_PIECE_BYTES:
+                raise h11.RemoteProtocolError("too many pieces")
+        return event
 
 
 def make_protocol(config: ServingConfig) -> type[H11Protocol]:
@@ -41,6 +70,10 @@ class BoundedProtocol(H11Protocol):
     limits: ServingConfig
     _header_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.conn = BoundedConnection(h11.SERVER, MAX_HEADER_BYTES)
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         """Begin to wait for headers; refuse a connection beyond the limit."""
@@ -128,11 +161,23 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+def allow_connections(number: int) -> int:
+    """Let this process open so many connections; return how many it can: the system may allow fewer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        return max(1, min(number, soft - OTHER_FILES))
+    return number
+
+
 def make_server(app: ASGIApp, config: ServingConfig, **options: Any) -> uvicorn.Server:
     """Return the server of an application; `run(sockets=[bind(…)])` starts it."""
+    config = replace(config, max_connections=allow_connections(config.max_connections))
     settings: dict[str, Any] = {
         "http": make_protocol(config), "ws": "none", "lifespan": "on", "log_level": "warning",
         "proxy_headers": False, "server_header": False, "timeout_keep_alive": config.idle_seconds,
-        "timeout_graceful_shutdown": SHUTDOWN_SECONDS, "h11_max_incomplete_event_size": MAX_HEADER_BYTES, **options,
+        "timeout_graceful_shutdown": SHUTDOWN_SECONDS, **options,
     }  # fmt: skip
     return uvicorn.Server(uvicorn.Config(app, **settings))

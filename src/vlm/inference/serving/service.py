@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 from vlm.config.serving_schema import ServingConfig
 from vlm.inference.serving.admission import Admission, WorkerThreads, run_while_client_stays
 from vlm.inference.serving.answers import to_event
-from vlm.inference.serving.body import BodyReader, ClientLeft, parse_json
+from vlm.inference.serving.body import Body, BodyReader, ClientLeft, parse_json
 from vlm.inference.serving.errors import RequestError, internal_error
 from vlm.inference.serving.metrics import Metrics
 
@@ -71,13 +71,25 @@ class Call:
 
     Attributes:
         service: the endpoint's.
-        body: its JSON.
+        body: its bytes, until the prompt has been made of them: what they become takes many times as much memory.
         begun: when its body was there, by the monotonic clock.
     """
 
     service: Service
-    body: dict[str, Any]
+    body: Body
     begun: float
+
+    def parse(self) -> dict[str, Any]:
+        """Return the body's JSON. CPU work: call it in a worker thread, and do not keep the result beyond it.
+
+        Raises:
+            RequestError: it is no JSON object.
+        """
+        return parse_json(self.body.content, self.service.config.max_characters)
+
+    def release(self) -> None:
+        """Forget the body, and let others have its place."""
+        self.body.release()
 
 
 class JsonEndpoint:
@@ -116,12 +128,8 @@ class JsonEndpoint:
             logger.exception("%s failed", scope["path"])
             await refuse(internal_error(), send, started.is_set())
 
-    async def _answer(self, body: Any, send: Send) -> None:
-        service = self.service
-        begun = time.monotonic()
-        parsed = await service.threads.run(parse_json, body.content, service.config.max_characters)
-        body.release()
-        answer = await self.respond(Call(service, parsed, begun))
+    async def _answer(self, body: Body, send: Send) -> None:
+        answer = await self.respond(Call(self.service, body, time.monotonic()))
         if isinstance(answer, dict):
             await send_json(send, answer)
         else:

@@ -16,7 +16,7 @@ from jinja2 import meta
 
 from vlm.data.encoding.labels import MARKERS
 from vlm.data.processor import Processor
-from vlm.inference.serving.chat_request import ChatRequest, NamedToolChoice, Tool
+from vlm.inference.serving.chat_request import AssistantMessage, ChatRequest, Message, NamedToolChoice, Tool
 from vlm.inference.serving.errors import RequestError, show
 
 PROBE_NAME, PROBE_ARGUMENTS = "probe_tool", {"probe_key": "probe_value"}
@@ -32,6 +32,7 @@ JSON_STYLE = {
     "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False, "coerce_one_of": True
 }  # fmt: skip
 """How llguidance reads a schema: white space as templates write it, and what it does not know is refused."""
+PARAMETERS_ID = "urn:vlm:parameters"
 OPENING_TAG = re.compile(r"<(\w+)>\s*$")
 """A tag in front of a call, such as `<tool_call>`."""
 
@@ -125,6 +126,19 @@ def _read_surroundings(processor: Processor, before: str, after: str, key: str) 
     return ToolFormat("", "", key) if ends_at_once else None
 
 
+def make_call_schema(tool: Tool, arguments_key: str) -> dict[str, Any]:
+    """Return the JSON schema of a call; references within the parameters' schema hold as they did."""
+    parameters = tool.function.parameters or {"type": "object"}
+    parameters = {"$id": PARAMETERS_ID, **parameters}  # `#/$defs/…` in it refers to it, not to the whole
+    return {
+        "x-guidance": JSON_STYLE,
+        "type": "object",
+        "properties": {"name": {"const": tool.function.name}, arguments_key: parameters},
+        "required": ["name", arguments_key],
+        "additionalProperties": False,
+    }
+
+
 class Toolbox:
     """The tools of one request.
 
@@ -178,19 +192,7 @@ class Toolbox:
             tools = [tool for tool in self.tools if tool.function.name == self.choice.function.name]
         else:
             tools = self.tools
-        schemas = [
-            {
-                "x-guidance": JSON_STYLE,
-                "type": "object",
-                "properties": {
-                    "name": {"const": tool.function.name},
-                    self.format.arguments_key: tool.function.parameters or {"type": "object"},
-                },
-                "required": ["name", self.format.arguments_key],
-                "additionalProperties": False,
-            }
-            for tool in tools
-        ]
+        schemas = [make_call_schema(tool, self.format.arguments_key) for tool in tools]
         begin, end = (json.dumps(text) if text else "" for text in (self.format.begin, self.format.end))
         calls = " | ".join(f"call_{number}" for number in range(len(schemas)))
         rules = [f"call_{number}: %json {json.dumps(schema)}" for number, schema in enumerate(schemas)]
@@ -267,9 +269,11 @@ def read_arguments(arguments: str) -> Mapping[str, Any] | str:
     return found[0] if found and not arguments[found[1] :].strip() else arguments
 
 
-def check_earlier_calls(calls: Sequence[str], processor: Processor) -> None:
+def check_earlier_calls(messages: Sequence[Message], processor: Processor) -> None:
     """Refuse arguments of earlier calls that spell a special token: templates write them as they are."""
-    for text in calls:
-        if processor.special_tokens.search(text) or any(marker in text for marker in MARKERS):
-            message = "the arguments of a call spell a mark of the model's"
-            raise RequestError(f"messages: {message}", param="messages", code="invalid_value")
+    for message in messages:
+        for call in message.tool_calls or () if isinstance(message, AssistantMessage) else ():
+            text = call.function.arguments
+            if processor.special_tokens.search(text) or any(marker in text for marker in MARKERS):
+                reason = "the arguments of a call spell a mark of the model's"
+                raise RequestError(f"messages: {reason}", param="messages", code="invalid_value")

@@ -14,9 +14,9 @@ from vlm.inference.serving.chat_request import (
     ImagePart,
     Message,
     StrictModel,
-    TextPart,
 )
 from vlm.inference.serving.errors import RequestError, show
+from vlm.inference.serving.messages import read_text
 
 Request = TypeVar("Request", bound=StrictModel)
 
@@ -154,9 +154,10 @@ def check_messages(messages: Sequence[Message], config: ServingConfig, param: st
         for part in [message.content] if isinstance(message.content, str) else message.content or []:
             if isinstance(part, ImagePart):
                 images += 1
-            elif isinstance(part, str | TextPart):
-                characters += len(part if isinstance(part, str) else part.text)
+            else:
+                characters += len(read_text(part))
         if isinstance(message, AssistantMessage):
+            characters += len(message.refusal or "")
             characters += sum(len(call.function.arguments) for call in message.tool_calls or ())
     if characters > config.max_characters:
         refuse_characters(param, config.max_characters)
@@ -165,9 +166,9 @@ def check_messages(messages: Sequence[Message], config: ServingConfig, param: st
 
 
 def count_characters(value: object) -> int:
-    """Return the number of characters of all texts and keys within a value of JSON."""
+    """Return the number of characters of all texts and keys within a value of JSON; each other value counts as one."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, dict):
-        return sum(count_characters(key) + count_characters(inner) for key, inner in value.items())
-    return sum(map(count_characters, value)) if isinstance(value, list) else 1
+        return 1 + sum(count_characters(key) + count_characters(inner) for key, inner in value.items())
+    return 1 + (sum(map(count_characters, value)) if isinstance(value, list) else 0)
