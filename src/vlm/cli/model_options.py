@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = True) -> None:
-    """Add options of how the model is loaded; `quantized`: those of quantization too."""
+def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = True, on_base: bool = True) -> None:
+    """Add options of how the model is loaded; `quantized`, `on_base`: those of quantization and of a base."""
     parser.add_argument("--device", help="cuda, cpu …; a GPU where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     for bits in ("4bit", "8bit") if quantized else ():
@@ -27,7 +27,11 @@ def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = Tr
         parser.add_argument(
             *spellings, dest="quantization", action="store_const", const=bits, help=f"{purpose} (needs bitsandbytes)"
         )
-    add_base_options(parser, "let code in the checkpoint run")
+    trust = "let code in the checkpoint run"
+    if on_base:
+        add_base_options(parser, trust)
+    else:
+        parser.add_argument("--trust-remote-code", action="store_true", help=trust)
 
 
 def add_base_options(parser: argparse.ArgumentParser, trust: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm.cli.model_options import add_loading_options
-from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
+from vlm.cli.record_options import add_reading_options, check_reading_options, source_config
 from vlm.config.shown import PresentableParser
 from vlm.hub.certificates import CERTIFICATE_FILE
 
@@ -57,8 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     records = parser.add_argument_group("questions of your own, beside those that are made")
     records.add_argument("--data", dest="input", metavar="FILE", help="records, in any format that training reads")
     add_reading_options(records, writes=False)
-    add_max_frames_option(parser)
-    add_loading_options(parser, quantized=False)
+    add_loading_options(parser, quantized=False, on_base=False)
     return parser
 
 
@@ -97,8 +96,8 @@ def _check_options(args: argparse.Namespace) -> None:
         raise ValueError("--url and --export: a running server has loaded its export already; give one of them")
     if args.export is not None and not args.export.exists():
         raise ValueError(f"--export {args.export}: no such folder (seen from {Path.cwd()})")
-    if not args.input and (args.format or args.option or args.image_folder or args.system_prompt):
-        raise ValueError("--format, --option, --image-folder and --system-prompt belong to --data")
+    if not args.input and any((args.format, args.option, args.image_folder, args.follow_links, args.system_prompt)):
+        raise ValueError("--format, --option, --image-folder, --follow-links and --system-prompt belong to --data")
 
 
 def _load(args: argparse.Namespace, checkpoint: Path) -> "VisionLanguageModel":
@@ -114,7 +113,7 @@ def _load(args: argparse.Namespace, checkpoint: Path) -> "VisionLanguageModel":
             "MERGED, then verify MERGED"
         )
     opened.check_heads(expected=False)
-    return VisionLanguageModel(*opened.load_for_inference(device=args.device, dtype=args.dtype, base=args.base))
+    return VisionLanguageModel(*opened.load_for_inference(device=args.device, dtype=args.dtype))
 
 
 def _questions(args: argparse.Namespace, model: "VisionLanguageModel") -> list["Case"]:
@@ -127,7 +126,7 @@ def _questions(args: argparse.Namespace, model: "VisionLanguageModel") -> list["
     if args.input:
         source = prompt_source(
             model.model, model.processor, source_config(args), cache=resolve_cache_folder(None),
-            max_frames=args.max_frames, answer_tokens=args.max_new_tokens,
+            max_frames=1, answer_tokens=args.max_new_tokens,  # records with videos are left out
         )  # fmt: skip
         own, left_out = read_cases(source, args.answers)
         if left_out:

@@ -14,7 +14,9 @@ from tests.hub.tiles import LIKE, ours
 from tests.inference.verify.conftest import Served
 from tests.tiny_parts import Parts
 from vlm.hub.exporting import export_checkpoint
+from vlm.inference.verify.engines import Request, load_engine
 from vlm.inference.verify.paper import check_for_sglang, check_for_vllm, read_composed_config, rename_for_vllm
+from vlm.inference.verify.served_forms import differences_from_fresh
 
 
 def test_an_export_fits_vllm(served: Served):
@@ -39,6 +41,51 @@ def rename(first: str, second: str) -> Callable[[Path], None]:
         save_file(state, folder / "model.safetensors", {"format": "pt"})
 
     return write
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda folder: None, None),
+        (
+            change("config.json", lambda values: values["text_config"]["rope_parameters"].update(rope_theta=77.0)),
+            "config.json: text_config.rope_parameters.rope_theta is 77.0 instead of 10000.0",
+        ),
+        (
+            change("processor_config.json", lambda values: values["image_processor"].update(resample=0)),
+            "processor_config.json: image_processor.resample is 0 instead of 3",
+        ),
+        (change("generation_config.json", lambda values: values.update(eos_token_id=[5])), "eos_token_id is [5]"),
+        (lambda folder: (folder / "chat_template.jinja").write_text("Hi"), "chat_template.jinja: text is 'Hi'"),
+        (lambda folder: scale_weight(folder, "multi_modal_projector.linear_1.bias"), "1 weights are not the"),
+    ],
+)
+def test_an_export_that_is_not_the_checkpoints_is_named(
+    served: Served, tmp_path: Path, edit: Callable[[Path], object], said: str | None
+):
+    """What fits the engine but is another model than was trained."""
+    shutil.copytree(served.export, tmp_path / "export")
+    edit(tmp_path / "export")
+    request = Request(served.final, [], [], {}, tmp_path, 1, export=tmp_path / "export")
+    found = list(differences_from_fresh(request, "llava"))
+    assert found == [] if said is None else len(found) == 1 and said in found[0]
+
+
+def scale_weight(folder: Path, name: str) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, name: state[name] * 1.001}, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("engine", ["vllm", "gguf", "onnx"])
+def test_a_folder_of_another_format_is_refused(served: Served, tmp_path: Path, engine: str):
+    """Also the checkpoint itself, whose configuration names no class of LLaVA's."""
+    (tmp_path / "config.json").write_text('{"model_type": "vlm"}')
+    request = Request(served.final, [], [], {}, tmp_path, 1, export=tmp_path)
+    if engine == "vllm":
+        assert "only LLaVA's classes" in next(check_for_vllm(tmp_path, None))
+        return
+    with pytest.raises(ValueError, match=r"--export .*: no .* is in it; make one with vlm export CHECKPOINT FOLDER"):
+        load_engine(engine).observe(request)
 
 
 UNFIT = {

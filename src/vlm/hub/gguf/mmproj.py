@@ -16,7 +16,8 @@ ENCODER = "siglip_vision_model"
 """The encoder that llama.cpp's LLaVA code computes as transformers does.
 
 It puts CLIP's class token behind the patches, so that each has the position of the one before, and then drops the first
-patch in place of the class (llama.cpp of October 2026; `test_llama_cpp_still_misreads_clip` watches it).
+patch in place of the class (llama.cpp of October 2026; `test_llama_cpp_still_misreads_clip` watches it). Positions
+could be moved in the file, but no file gives back the patch that the graph drops.
 """
 GELUS = ("gelu", "gelu_new", "gelu_pytorch_tanh")
 """Activations that llama.cpp computes alike, by the approximation with tanh."""

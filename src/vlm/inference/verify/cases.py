@@ -92,7 +92,10 @@ def _make_case(index: int) -> Case:
 
 
 def draw_image(index: int, place: int) -> bytes:
-    """Return a PNG file of a gradient, a disc and some noise, another one for each question and place in it."""
+    """Return a PNG file of a gradient, a disc and some noise, another one for each question and place in it.
+
+    One of ten has a single channel.
+    """
     width, height = SIZES[(index + 4 * place) % len(SIZES)]
     generator = np.random.default_rng([index, place])
     columns, rows = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
@@ -102,7 +105,8 @@ def draw_image(index: int, place: int) -> bytes:
     pixels[np.hypot(columns - centre[0], rows - centre[1]) < 0.25] = generator.integers(0, 256, 3)
     pixels += generator.normal(0, 12, pixels.shape)
     file = BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "PNG")
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    (image.convert("L") if index % 10 == 5 else image).save(file, "PNG")
     return file.getvalue()
 
 

@@ -80,6 +80,8 @@ class Observation:
         is_run: whether the engine ran; False for a check on paper, which has neither outputs nor answers.
         problems: what cannot be served rightly, as sentences; on paper, what does not fit.
         notes: what a reader has to know, as sentences.
+        ends: the ids that end an answer there; None where that is not known.
+        failures: name of a case -> why the engine gave no logits of it, as a sentence.
     """
 
     version: str
@@ -88,6 +90,8 @@ class Observation:
     is_run: bool = True
     problems: Sequence[str] = ()
     notes: Sequence[str] = ()
+    ends: Sequence[int] | None = None
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -36,7 +36,8 @@ class OnnxEngine:
             outputs[name] = {LOGITS: torch.from_numpy(logits[0, -NUM_LOGITS:])}
             tokens = graphs.generate(ids, mask, pixels, request.max_new_tokens, tuple(ends))
             answers[name] = tokenizer.decode(tokens[0].tolist()).strip()
-        return Observation(f"onnxruntime {version('onnxruntime')}", outputs, answers, notes=[*notes, GIVEN])
+        name = f"onnxruntime {version('onnxruntime')}"
+        return Observation(name, outputs, answers, notes=[*notes, GIVEN], ends=ends)
 
     def trace(self, request: Request, case: Case) -> State:
         """Return nothing: graphs show no layers."""

@@ -64,7 +64,7 @@ def check_for_vllm(folder: Path, config: VLMConfig | None) -> Iterator[str]:
     """
     values = read_json(folder / "config.json")
     kind, architectures = values.get("model_type"), values.get("architectures") or [None]
-    if NATIVE_ARCHITECTURES.get(str(kind)) != architectures[0]:
+    if kind not in NATIVE_ARCHITECTURES or NATIVE_ARCHITECTURES[kind] != architectures[0]:
         yield f"config.json: model_type={kind}, architectures={architectures}: on paper, only LLaVA's classes are known"
         return
     if config is not None:

@@ -46,7 +46,7 @@ class HiddenPackages:
 
 
 def observe(job: dict[str, Any]) -> None:
-    """Write what a checkpoint gives for each case, and its answers.
+    """Write what a checkpoint gives for each case, and its answers; none where the model fails at a case.
 
     Args:
         job: `model`, a folder; `out`, a folder; `device`; `dtype`; `trust_remote_code`; `processor_options` for
@@ -61,17 +61,27 @@ def observe(job: dict[str, Any]) -> None:
         model_folder, dtype=getattr(torch, job["dtype"]), **trusted
     )
     model = model.to(job["device"]).eval()
+    failures: dict[str, str] = {}
     for case in job["cases"]:
         inputs = prepare(processor, case["messages"])
         outputs = {} if case["name"] in job["traced"] else read_inputs(inputs)
         moved = inputs.to(model.device, model.dtype)
         with torch.no_grad(), traced(model, outputs if case["name"] in job["traced"] else None):
-            logits = model(**moved).logits[0]
-        outputs["logits"] = logits[-job["num_logits"] :]
+            try:
+                outputs["logits"] = model(**moved).logits[0, -job["num_logits"] :]
+            except Exception as error:  # whatever a model raises of inputs that do not fit it
+                failures[case["name"]] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
         save_file({name: as_saved(tensor) for name, tensor in outputs.items()}, out / f"{case['name']}.safetensors")
-    answers = {case["name"]: answer(model, processor, case["messages"], job) for case in job["questions"]}
+    questions = () if failures else job["questions"]
+    answers = {case["name"]: answer(model, processor, case["messages"], job) for case in questions}
     versions = {module.__name__: module.__version__ for module in (transformers, torch)}  # of what was imported
-    results = {"answers": answers, "versions": versions, "class": type(model).__name__}
+    ends = model.generation_config.eos_token_id
+    results = {
+        "answers": answers,
+        "ends": ends if isinstance(ends, list) else [ends] if isinstance(ends, int) else [],
+        "failures": failures,
+        "versions": versions,
+    }
     (out / RESULTS).write_text(json.dumps(results), encoding="utf-8")
 
 

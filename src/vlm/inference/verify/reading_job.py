@@ -45,7 +45,10 @@ class ReadingJob:
             raise ValueError(f"{self.model} cannot be read beside the loaded checkpoint: {shortage}")
         out, results = self._run(request, request.cases, request.questions, traced=())
         outputs = {case.name: load_file(out / f"{case.name}.safetensors") for case in request.cases}
-        return Observation(f"transformers {results['versions']['transformers']}", outputs, results["answers"])
+        return Observation(
+            f"transformers {results['versions']['transformers']}", outputs, results["answers"],
+            ends=results["ends"], failures=results["failures"],
+        )  # fmt: skip
 
     def trace(self, request: Request, case: Case) -> State:
         """Return what the parts give for a case, see `Engine.trace`."""

@@ -106,6 +106,10 @@ class Reference:
         settings = InferenceConfig(temperature=0, max_new_tokens=max_new_tokens)
         return self.model.answer([case.turns], [opened], settings)[0]
 
+    def ends(self) -> list[int]:
+        """Return the ids that end an answer; empty where the template ends replies by another text."""
+        return self.model.generation_options(InferenceConfig(temperature=0)).get("eos_token_id", [])
+
     @torch.no_grad()
     def margin(self, case: Case, ours: str, theirs: str) -> float:
         """Return how far the first token in which two answers differ is from being the other one.
@@ -116,10 +120,8 @@ class Reference:
             as its next token.
         """
         tokenizer = self.model.processor.tokenizer
-        end = self.model.generation_options(InferenceConfig(temperature=0)).get("eos_token_id") or [
-            tokenizer.eos_token_id
-        ]
-        both = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end[0]] for text in (ours, theirs)]
+        end = (self.ends() or [tokenizer.eos_token_id])[0]
+        both = [[*tokenizer(text, add_special_tokens=False)["input_ids"], end] for text in (ours, theirs)]
         place = next((n for n, pair in enumerate(zip(*both, strict=False)) if pair[0] != pair[1]), None)
         if place is None:
             return 0.0

@@ -3,14 +3,14 @@
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlm.inference.verify.cases import Case
 from vlm.inference.verify.endpoint import Endpoint
 from vlm.inference.verify.engines import Observation, Request, State
 from vlm.inference.verify.paper import read_composed_config
-from vlm.inference.verify.served_forms import exported_form
+from vlm.inference.verify.served_forms import differences_from_fresh, exported_form
 from vlm.inference.verify.server_process import started_server
 from vlm.models import VLMConfig
 
@@ -42,7 +42,10 @@ class ServerEngine:
         if request.url is not None:
             return self._ask(request, request.url, f"{self.name}, asked over HTTP")
         export, notes = exported_form(request, self.format_name)
-        problems = list(self.check_on_paper(export, read_composed_config(request.checkpoint)))
+        problems = [
+            *self.check_on_paper(export, read_composed_config(request.checkpoint)),
+            *differences_from_fresh(request, self.format_name),
+        ]
         if importlib.util.find_spec(self.package) is None:
             return Observation(
                 f"{self.name} {self.paper_version}", is_run=False, problems=problems, notes=[*notes, *self.paper_notes]
@@ -50,8 +53,7 @@ class ServerEngine:
         version = importlib.metadata.version(self.package)
         with started_server(self.make_command(export, request.dtype), request.scratch / "server.log") as url:
             observation = self._ask(request, url, f"{self.name} {version}")
-        notes = [*notes, *observation.notes]
-        return Observation(observation.version, observation.outputs, observation.answers, True, problems, notes)
+        return replace(observation, problems=problems, notes=[*notes, *observation.notes])
 
     def _ask(self, request: Request, url: str, version: str) -> Observation:
         """Ask a server the questions; cases that are not among them are not asked."""

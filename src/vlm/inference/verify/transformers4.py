@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlm.data.cache import resolve_cache_folder
@@ -41,7 +42,7 @@ class Transformers4:
         self._jobs[request.scratch] = job
         observation = job.observe(request)
         notes = ["the image processor was loaded with use_fast=True; without it, version 4 resizes with Pillow", *said]
-        return Observation(observation.version, observation.outputs, observation.answers, notes=notes)
+        return replace(observation, notes=notes)
 
     def trace(self, request: Request, case: Case) -> State:
         """Return what the parts give for a case, see `Engine.trace`; `observe` comes before it."""

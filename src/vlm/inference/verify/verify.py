@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.verify.cases import Case
 from vlm.inference.verify.comparison import (
     STAGES,
+    TIES,
     TOLERANCES,
     Difference,
     StageResult,
@@ -101,6 +103,7 @@ class _Comparison:
         difference = next((result.difference for result in results if result.difference), None)
         if difference is not None and difference.stage == LOGITS:
             difference = self._name_layer(difference)
+        difference = difference or self._first_failure() or self._compare_ends()
         different_answer = self._compare_answers()
         if observation.is_run and not results and not self.answers:
             raise ValueError(f"{observation.version} gave nothing that could be compared")
@@ -142,6 +145,25 @@ class _Comparison:
             layer, case.name, f"the outputs of {layer} are the first that {how} {allowed}; {difference.sentence}"
         )
 
+    def _first_failure(self) -> Difference | None:
+        """Return a case of which the engine gave no logits."""
+        for case, reason in self.observation.failures.items():
+            return Difference(LOGITS, case, f"the model fails at inputs that are those of training: {reason}")
+        return None
+
+    def _compare_ends(self) -> Difference | None:
+        """Return a difference where an answer that training's path ends goes on, or the reverse."""
+        ours, theirs = set(self.reference.ends()), self.observation.ends
+        if theirs is None or not ours:
+            return None
+        settings: Any = self.reference.model.model.generation_config
+        base = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        if ours <= set(theirs) <= ours.union(base):
+            return None
+        return Difference(
+            "settings", "any", f"an answer ends at the ids {sorted(set(theirs))[:8]} instead of {sorted(ours)[:8]}"
+        )
+
     def _compare_answers(self) -> Difference | None:
         """Count equal answers; return the first that differs by more than a tie."""
         given = self.observation.answers
@@ -152,7 +174,7 @@ class _Comparison:
             ours, theirs = self.reference.answer(case, self.request.max_new_tokens), given[case.name]
             if ours == theirs:
                 self.equal += 1
-            elif self.reference.margin(case, ours, theirs) <= TOLERANCES[self.request.dtype]:
+            elif self.reference.margin(case, ours, theirs) <= TIES[self.request.dtype]:
                 self.tied += 1
             elif first is None:
                 first = Difference("answers", case.name, f"the answer is {theirs[:60]!r} instead of {ours[:60]!r}")
