@@ -10,6 +10,7 @@ import copy
 import gc
 import json
 import os
+import pickle
 import shutil
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -395,7 +396,7 @@ def compose_config(name: str, overrides: list[str]) -> RunConfig:
     """A shipped run's configuration under overrides; Hydra composes each choice of groups once."""
     parsed = [parse_word(open_mapping_key(word)) for word in overrides]
     groups = [str(word.input_line) for word in parsed if word.key_or_group in GROUPS]
-    config = copy.deepcopy(compose_groups(name, *groups))
+    config = pickle.loads(compose_groups(name, *groups))  # a copy in a fifth of the time that `deepcopy` takes
     ConfigLoaderImpl._apply_overrides_to_config([word for word in parsed if word.key_or_group not in GROUPS], config)
     composed = OmegaConf.to_object(config)
     assert isinstance(composed, RunConfig)
@@ -422,10 +423,10 @@ def parse_word(word: str) -> Override:
 
 
 @cache
-def compose_groups(name: str, *groups: str) -> DictConfig:
-    """A shipped run's configuration under choices of groups, before keys are given values."""
+def compose_groups(name: str, *groups: str) -> bytes:
+    """A shipped run's configuration under choices of groups, before keys are given values, pickled."""
     with initialize_config_module("vlm.config", version_base="1.3"):
-        return compose(name, list(groups))
+        return pickle.dumps(compose(name, list(groups)))
 
 
 def check_config(config: RunConfig) -> None:
