@@ -75,8 +75,8 @@ ConfigStore.instance().store(name="schema", node=RunConfig)
 
 LONGEST_FIRST = (
     "tests/train/test_distributed_runs.py", "tests/train/test_lora_distributed.py", "tests/train/heads", "tests/train",
-    "tests/test_examples.py", "tests/families", "tests/web", "tests/hub", "tests/models", "tests/evaluation",
-    "tests/inference", "tests/cli",
+    "tests/test_examples.py", "tests/families", "tests/web", "tests/test_benchmarks.py", "tests/hub", "tests/models",
+    "tests/assembly", "tests/evaluation", "tests/inference", "tests/cli",
 )  # fmt: skip
 
 
