@@ -21,6 +21,7 @@ from tests.tiny_parts import Parts, picture
 from tests.web.test_runs import write_run
 from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
 from vlm.config.schema import InferenceConfig
+from vlm.config.shown import printable
 from vlm.inference.conversation import Conversation
 from vlm.web import jobs
 from vlm.web.runs import find_run
@@ -187,20 +188,20 @@ def test_chat_streams_what_the_model_says(served: Served, visit: Callable[..., A
     page.locator("#chat-question input[type=file]").set_input_files(served.image)
     page.wait_for_selector("#chat-question img")
     send(page, QUESTION)
-    wait_until(lambda: read_answers(page) and tidy(read_answers(page)[-1]) == tidy(first), page)
+    wait_until(lambda: read_answers(page) and tidy(read_answers(page)[-1]) == tidy(printable(first)), page)
     steps = {text for text in page.evaluate("window.seen") if text}
     assert len(steps) > 1, "the answer came in pieces"
     assert page.locator("#chat-shown .user img").count() == 1
     page.get_by_role("tab", name="Predict", exact=True).click()  # and what was said is still known
     page.get_by_role("tab", name="Chat", exact=True).click()
     send(page, SECOND_QUESTION)
-    wait_until(lambda: len(read_answers(page)) == 2 and tidy(read_answers(page)[-1]) == tidy(second), page)
+    wait_until(lambda: len(read_answers(page)) == 2 and tidy(read_answers(page)[-1]) == tidy(printable(second)), page)
     page.locator("#chat-clear").click()
     wait_until(lambda: not read_answers(page), page)
     send(page, SECOND_QUESTION)
     anew = Conversation(said.model, said.settings)
     alone = "".join(anew.ask(SECOND_QUESTION)).strip()
-    wait_until(lambda: read_answers(page) and tidy(read_answers(page)[-1]) == tidy(alone), page)
+    wait_until(lambda: read_answers(page) and tidy(read_answers(page)[-1]) == tidy(printable(alone)), page)
 
 
 def tidy(text: str) -> str:

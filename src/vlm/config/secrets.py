@@ -8,6 +8,7 @@ token is no change of the run.
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 MASK = "***"
@@ -132,5 +133,11 @@ def mask_values(text: str, words: Sequence[str]) -> str:
 
 def _environment_secrets() -> list[str]:
     """Return the values of environment variables whose names say that they are secrets, the longest first."""
-    values = {value for name, value in os.environ.items() if _ENVIRONMENT_NAME.search(name)}
+    values = {os.environ[name] for name in _secret_names(tuple(os.environ))}
     return sorted((v for v in values if len(v) >= MIN_SECRET_LENGTH and not v.startswith("/")), key=len, reverse=True)
+
+
+@lru_cache(maxsize=1)  # for each text of a run's settings
+def _secret_names(names: tuple[str, ...]) -> list[str]:
+    """Return which names of environment variables say that they are secrets."""
+    return [name for name in names if _ENVIRONMENT_NAME.fullmatch(name.upper())]

@@ -87,12 +87,17 @@ def test_what_is_done_between_steps_is_no_steps_time(
 ):
     """Evaluation after the fifth step, and sample answers when the trace, cut short, ends: each takes much longer."""
     evaluate, generate = VLMTrainer.evaluate, VLMForConditionalGeneration.generate
-    started = time.monotonic()
+    training_step = VLMTrainer.training_step
+    started: list[float] = []
     slept: list[float] = []
 
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        started.append(time.monotonic())
+        return training_step(self, *args, **kwargs)
+
     def sleep() -> None:
-        """Sleep for four times as long as the whole run has taken so far, other sleeps aside."""
-        slept.append(4 * (time.monotonic() - started - sum(slept)))
+        """Sleep for four times as long as all steps have taken so far, which other sleeps are no part of."""
+        slept.append(4 * (time.monotonic() - started[0] - sum(slept)))
         time.sleep(slept[-1])
 
     def slowly(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +108,7 @@ def test_what_is_done_between_steps_is_no_steps_time(
         sleep()
         return generate(self, *args, **kwargs)
 
+    monkeypatch.setattr(VLMTrainer, "training_step", step)
     monkeypatch.setattr(VLMTrainer, "evaluate", slowly)
     monkeypatch.setattr(VLMForConditionalGeneration, "generate", slow_answer)
     folder = train(
