@@ -161,8 +161,8 @@ def _checkpoint_of(trainer: Any) -> Path:
     return Path(trainer.args.output_dir, f"checkpoint-{trainer.state.global_step}")
 
 
-def _make_plain_writer(trainer: CheckpointTrainer, target: Path) -> PlainWriter:
-    return PlainWriter(target, is_leader=True, is_first_of_node=True)
+def _make_plain_writer(trainer: CheckpointTrainer, target: Path, *, in_background: bool = False) -> PlainWriter:
+    return PlainWriter(target, is_leader=True, is_first_of_node=True, in_background=in_background)
 
 
 def main() -> None:

@@ -140,4 +140,4 @@ def _environment_secrets() -> list[str]:
 @lru_cache(maxsize=1)  # for each text of a run's settings
 def _secret_names(names: tuple[str, ...]) -> list[str]:
     """Return which names of environment variables say that they are secrets."""
-    return [name for name in names if _ENVIRONMENT_NAME.fullmatch(name.upper())]
+    return [name for name in names if _ENVIRONMENT_NAME.search(name)]

@@ -76,7 +76,7 @@ def test_labels_and_groups_are_known_beforehand(load):
 
 
 def test_labels_are_read_back_from_the_cache(load, monkeypatch: pytest.MonkeyPatch):
-    labels = [1.5, True, ["a", "b"], {"a": 1, "b": None}, "é\ud800", 0]
+    labels = [1.5, True, ["a", "b"], {"a": 1, "b": None}, "é\U0001f600", 0]
     records = [asked(label, number) for number, label in enumerate(labels)]
     assert load(records).labels == labels
     monkeypatch.setattr(counts, "count_record", lambda *a, **k: pytest.fail("counted again"))
