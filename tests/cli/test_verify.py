@@ -6,17 +6,21 @@ import shlex
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.command_line import refusal
 from tests.inference.verify.conftest import Served, make_served, read_here
 from tests.tiny_parts import Parts
+from vlm.assembly.encoders import image_size
 from vlm.cli import verify as command
 from vlm.cli.main import main
 from vlm.cli.verify import ENGINES
 from vlm.hub.certificates import CERTIFICATE_FILE, read_certificates
+from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.verify.engines import ENGINE_MODULES
 
 __all__ = ["read_here"]
@@ -52,6 +56,18 @@ def test_help_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_llama_cpp_is_asked_about_images_of_the_encoders_size(served: Served):
+    model = VisionLanguageModel.load(served.final, device="cpu")
+    height, width = image_size(model.processor.image_processor)
+    sizes = {}
+    for engine in ("gguf", "onnx"):
+        args = command.make_parser().parse_args([str(served.final), "--with", engine, "--answers", "4"])
+        images = [image for case in command._questions(args, model) for image in case.images]
+        sizes[engine] = {Image.open(BytesIO(image)).size for image in images}
+    assert sizes["gguf"] == {(width, height)}
+    assert len(sizes["onnx"]) > 1
 
 
 @pytest.mark.usefixtures("read_here")

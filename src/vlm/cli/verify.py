@@ -7,7 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vlm.cli.model_options import add_loading_options
 from vlm.cli.record_options import add_reading_options, check_reading_options, source_config
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vlm.hub.certificates import Certificate
     from vlm.inference.generate import VisionLanguageModel
     from vlm.inference.verify.cases import Case
+    from vlm.models import VLMProcessor
 
 ENGINES = {
     "transformers": "the installed one, which loads what vlm push-to-hub publishes, or --export",
@@ -118,9 +119,11 @@ def _load(args: argparse.Namespace, checkpoint: Path) -> "VisionLanguageModel":
 
 def _questions(args: argparse.Namespace, model: "VisionLanguageModel") -> list["Case"]:
     """Return the questions: those of the user first, then made ones up to the number that is asked for."""
+    from vlm.assembly.checkpoint import is_composed_model
+    from vlm.assembly.encoders import image_size
     from vlm.data.cache import resolve_cache_folder
     from vlm.inference.batch import prompt_source
-    from vlm.inference.verify.cases import make_cases, read_cases
+    from vlm.inference.verify.cases import SIZES, make_cases, read_cases
 
     own: list[Case] = []
     if args.input:
@@ -131,7 +134,11 @@ def _questions(args: argparse.Namespace, model: "VisionLanguageModel") -> list["
         own, left_out = read_cases(source, args.answers)
         if left_out:
             print(f"{len(left_out)} records were left out; the first: {left_out[0]}")
-    return [*own, *make_cases(max(args.answers - len(own), min(args.answers, 20)))]
+    sizes = SIZES
+    if args.engine == "gguf" and is_composed_model(model.model):  # llama.cpp resizes other images in its own way
+        height, width = image_size(cast("VLMProcessor", model.processor).image_processor)
+        sizes = ((width, height),)
+    return [*own, *make_cases(max(args.answers - len(own), min(args.answers, 20)), sizes)]
 
 
 def describe(certificate: "Certificate") -> str:

@@ -99,9 +99,9 @@ def keyword_parameters(function: Callable[..., object]) -> dict[str, inspect.Par
     return {name: value for name, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def detect_conversion(source: str, cache: Path) -> str:
+def detect_conversion(source: str, cache: Path, *, follow_links: bool = False) -> str:
     """Return the conversion that fits a file, by the keys of its first record; ValueError unless there is one."""
-    keys, is_list, guess = _first_keys(source, cache)
+    keys, is_list, guess = _first_keys(source, cache, follow_links=follow_links)
     fits = [name for name, kind in CONVERSIONS.items() if kind.is_list == is_list and kind.identifying_keys <= keys]
     if not fits and guess is not None and guess.format in CONVERSIONS and not guess.options:
         return guess.format
@@ -113,7 +113,7 @@ def detect_conversion(source: str, cache: Path) -> str:
     return fits[0]
 
 
-def _first_keys(source: str, cache: Path) -> tuple[set[str], bool, Guess | None]:
+def _first_keys(source: str, cache: Path, *, follow_links: bool) -> tuple[set[str], bool, Guess | None]:
     """Return the keys of the first record, or of a file that is no list; whether it is one; and a guess of its form."""
     if split_suffix(source)[0] in JSON_SUFFIXES and Path(source).is_file():
         try:
@@ -123,7 +123,7 @@ def _first_keys(source: str, cache: Path) -> tuple[set[str], bool, Guess | None]
             if not any(kind.identifying_keys <= keys for kind in CONVERSIONS.values() if not kind.is_list):
                 raise
             return keys, False, None
-    first = next(iter(stream_records(source, cache, allow_pipe=True, follow_links=True)), None)
+    first = next(iter(stream_records(source, cache, allow_pipe=True, follow_links=follow_links)), None)
     if not isinstance(first, dict):
         return set(), True, None
     turns = first.get("conversations")
@@ -309,8 +309,9 @@ def main(arguments: Sequence[str]) -> None:
     options = {name: getattr(args, name) for name in (*OPTIONS, "group") if getattr(args, name) is not None}
     cache = resolve_cache_folder(args.cache_dir)
     try:
+        kind = args.conversion or detect_conversion(args.input, cache, follow_links=args.follow_links)
         print(printable(convert(
-            args.input, args.output, args.conversion or detect_conversion(args.input, cache), to=args.to, cache=cache,
+            args.input, args.output, kind, to=args.to, cache=cache,
             image_folder=args.image_folder, options={**options, **dict(args.option)}, on_bad=args.on_bad,
             embed_images=args.embed_images, shard_size=args.shard_size, force=args.force,
             follow_links=args.follow_links,

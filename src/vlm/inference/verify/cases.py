@@ -72,18 +72,18 @@ def _content(turn: Turn, *, keeps_break: bool) -> Iterator[Message]:
             yield {"type": "image"}
 
 
-def make_cases(number: int) -> list[Case]:
-    """Return so many questions, the same at every call.
+def make_cases(number: int, sizes: Sequence[tuple[int, int]] = SIZES) -> list[Case]:
+    """Return so many questions, the same at every call, about images of these widths and heights.
 
     Of ten, six have one image, two have several, one has none, and one is the second question of a conversation.
     """
-    return [_make_case(index) for index in range(number)]
+    return [_make_case(index, sizes) for index in range(number)]
 
 
-def _make_case(index: int) -> Case:
+def _make_case(index: int, sizes: Sequence[tuple[int, int]]) -> Case:
     kind, text = index % 10, QUESTIONS[index % len(QUESTIONS)]
     num_images = {3: 0, 6: 2, 9: 3}.get(kind, 1)
-    images = [ImageRef(content=draw_image(index, place)) for place in range(num_images)]
+    images = [ImageRef(content=draw_image(index, place, sizes)) for place in range(num_images)]
     content: tuple[ContentPart, ...] = (*images, f"\n{text}") if images else (text,)
     turns = (Turn("user", content),)
     if kind == 7:
@@ -91,12 +91,12 @@ def _make_case(index: int) -> Case:
     return Case(f"made-{index:03}", turns)
 
 
-def draw_image(index: int, place: int) -> bytes:
+def draw_image(index: int, place: int, sizes: Sequence[tuple[int, int]] = SIZES) -> bytes:
     """Return a PNG file of a gradient, a disc and some noise, another one for each question and place in it.
 
     One of ten has a single channel.
     """
-    width, height = SIZES[(index + 4 * place) % len(SIZES)]
+    width, height = sizes[(index + 4 * place) % len(sizes)]
     generator = np.random.default_rng([index, place])
     columns, rows = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     ends = generator.integers(0, 256, (2, 3))
