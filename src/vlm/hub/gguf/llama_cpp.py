@@ -38,7 +38,7 @@ class LlamaCpp:
 
     def __init__(self, folder: Path, max_positions: int = 4096):
         try:
-            import xllamacpp
+            import xllamacpp  # pyright: ignore[reportMissingImports] - in no extra
         except ModuleNotFoundError as error:
             raise ValueError("llama.cpp answers through the package xllamacpp: pip install xllamacpp") from error
         library: Any = xllamacpp  # declares nothing
