@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 NAMES = ("gloo", "pt_gloo", "pt_nccl")
@@ -18,7 +19,10 @@ NAMES = ("gloo", "pt_gloo", "pt_nccl")
 
 def backend_threads() -> list[str]:
     """Return the names of this process's threads that serve process groups; none where there is no `/proc`."""
-    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    names: list[str] = []
+    for file in Path("/proc/self/task").glob("*/comm"):
+        with suppress(OSError):  # a thread that has ended meanwhile
+            names.append(file.read_text().strip())
     return [name for name in names if name.startswith(NAMES)]
 
 
