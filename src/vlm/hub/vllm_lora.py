@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -124,7 +124,9 @@ def _write_base(checkpoint: Path, space: Path, out: Path, base_paths: Sequence[s
     bare = space / "bare"
     bare.mkdir()
     for file in checkpoint.iterdir():
-        if file.is_file() and not file.name.startswith("adapter_"):
+        if file.name == NON_LORA_WEIGHTS:  # it says that an adapter belongs beside it
+            save_file(load_file(file), bare / file.name, {"format": "pt"})
+        elif file.is_file() and not file.name.startswith("adapter_"):
             (bare / file.name).symlink_to(file.resolve())
     merge(str(bare), space / "whole", base_paths)
     return export_checkpoint(str(space / "whole"), out, "llava")

@@ -488,10 +488,10 @@ def half_done(folder: Path, rules: CleanTask) -> None:
     with pytest.MonkeyPatch.context() as patch:
         opened = Image.open
 
-        def stop(source: Any) -> Image.Image:
+        def stop(source: Any, **options: Any) -> Image.Image:
             if str(source).endswith("3.png"):
                 raise KeyboardInterrupt
-            return opened(source)
+            return opened(source, **options)
 
         patch.setattr(Image, "open", stop)
         with pytest.raises(KeyboardInterrupt):
