@@ -3,7 +3,7 @@
     python -m benchmarks.survival [--gpu] [--tokens N] [--steps N] [--repeats N]
 
 The run is the one that `vlm` starts, with SmolLM2-135M's and ViT-B/16's shapes; connector and language model train, so
-that a checkpoint has 1.1 GB. It trains on each step's batch twice in a row, under its guards and without. Then it saves
+that a checkpoint has 1.6 GB. It trains on each step's batch twice in a row, under its guards and without. Then it saves
 in turns as it does, without hashes, manifest and flushing, and without the check of its weights either. What a save
 costs is shared out to the steps between two checkpoints at the default `trainer.save_steps`. Guards and manifests are
 measured apart, and together: a step under both over the same step with neither. About five minutes on two cores.
