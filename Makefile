@@ -42,7 +42,7 @@ test-slow: install ## Run the tests that take minutes each
 torture: install ## Kill runs, damage their checkpoints, fill their disk, again and again; half an hour
 	$(RUN) -m pytest -m torture tests/torture
 
-attack: install ## Attack the page, the endpoint, checkpoints, records and overrides; a quarter of an hour
+attack: install ## Attack the page, the endpoint, checkpoints, records and overrides; about six minutes
 	$(RUN) -m pytest -m attack tests
 
 load: install ## Put the endpoint under 100 clients for a minute, hostile ones among them

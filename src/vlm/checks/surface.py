@@ -16,9 +16,6 @@ from vlm.config.named import is_custom_name
 from vlm.config.rules import Reach, get_reach
 from vlm.config.secrets import MASK, is_secret_key, mask
 
-LONGEST_VALUE = 80
-"""Characters of a value that a message shows."""
-
 
 @dataclass(frozen=True)
 class Reaching:
@@ -31,8 +28,7 @@ class Reaching:
     def __str__(self) -> str:
         """Return the refusal."""
         value = MASK if is_secret_key(self.key) else mask(format_value(self.value))
-        shown = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]}…"
-        return f"{self.key}={shown}: it {self.reach.effect}, so it is taken on the command line only"
+        return f"{self.key}={value}: it {self.reach.effect}, so it is taken on the command line only"
 
 
 def find_reaching(config: object, prefix: str = "") -> Iterator[Reaching]:
