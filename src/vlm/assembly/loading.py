@@ -7,7 +7,7 @@ that claims more than its weights hold costs neither memory nor time.
 import copy
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def _check_headers(kind: ModelClass, config: PreTrainedConfig, rules: "_Rules", 
         _compare_on_meta(kind, config, headers, rules)
 
 
-def _is_quantized(config: PreTrainedConfig, options: Mapping[str, Any]) -> bool:
+def _is_quantized(config: PreTrainedConfig, options: Mapping[str, object]) -> bool:
     """Return whether weights are stored, or become, other than they are trained."""
     return options.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None
 
@@ -202,7 +202,7 @@ class _Rules:
         if errors := info.get("error_msgs"):
             raise ValueError(f"{self.name}: {shorten(str(next(iter(errors))))}")
 
-    def _is_unexpected(self, model: nn.Module) -> Any:
+    def _is_unexpected(self, model: nn.Module) -> Callable[[str], bool]:
         """Return the function that says whether a name is one that the checkpoint must not hold."""
         if not self.is_part:
             return lambda name: RECOMPUTED.search(name) is None

@@ -32,7 +32,7 @@ class BoundedConnection(h11.Connection):
 
     _num_pieces = _num_bytes = 0
 
-    def next_event(self) -> Any:
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """Return what arrived next.
 
         Raises:
