@@ -77,7 +77,7 @@ def read_weight_headers(name: str, revision: str | None = None) -> dict[str, Ten
     """Return the headers of a model's weights, which are fetched from the Hub; None where they are no safetensors."""
     if Path(name).is_dir():
         return read_headers(Path(name))
-    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    options: dict[str, object] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     if (whole := cached_file(name, SAFETENSORS, **options)) is not None:
         return read_headers(Path(whole).parent)
     if (index := cached_file(name, INDEX, **options)) is None:

@@ -126,7 +126,7 @@ class EvaluatingTrainer(Protocol):
     """What is asked of the run's `VLMTrainer`."""
 
     stop_on_signal: StopOnSignal
-    model_wrapped: Any
+    model_wrapped: object
     control: TrainerControl
 
     _maybe_log_save_evaluate: Callable[..., None]

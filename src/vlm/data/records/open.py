@@ -196,7 +196,7 @@ def _load_hf_dataset(
     raise ValueError(f"{path}: {path_problem(path) or 'there is no such file'}")
 
 
-def _text_cells(name: str, subset: str | None, split: str, *, revision: str | None = None) -> dict[str, Any]:
+def _text_cells(name: str, subset: str | None, split: str, *, revision: str | None = None) -> dict[str, object]:
     """Return the options with which `datasets` reads the CSV files of a data set as texts; none for other files."""
     import datasets
     from datasets.packaged_modules.csv.csv import CsvConfig

@@ -128,7 +128,7 @@ def cache_shapes(text: PreTrainedConfig, length: int) -> list[tuple[int, int, in
 
 def _write(
     module: nn.Module, inputs: tuple[Tensor, ...], file: Path, input_names: list[str], output_names: list[str],
-    dynamic_shapes: tuple[Any, ...],
+    dynamic_shapes: tuple[object, ...],
 ) -> None:  # fmt: skip
     """Write one graph."""
     num_bytes = sum(parameter.nbytes for parameter in module.parameters())

@@ -172,7 +172,7 @@ def allow_connections(number: int) -> int:
     return number
 
 
-def make_server(app: ASGIApp, config: ServingConfig, **options: Any) -> uvicorn.Server:
+def make_server(app: ASGIApp, config: ServingConfig, **options: object) -> uvicorn.Server:
     """Return the server of an application; `run(sockets=[bind(…)])` starts it."""
     config = replace(config, max_connections=allow_connections(config.max_connections))
     settings: dict[str, Any] = {

@@ -77,7 +77,7 @@ def measure_held(trainer: MemoryHolder) -> dict[str, int]:
     }
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
     """Iterate over the tensors of nested mappings and lists."""
     for value in values:
         if isinstance(value, Tensor):
