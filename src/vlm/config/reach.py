@@ -7,7 +7,6 @@ is needed: it cannot be installed beside lmms-eval.
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 from vlm.config.rules import Metadata, is_plain_name, reads_outside, runs_code
 
