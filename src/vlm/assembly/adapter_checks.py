@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ INITS = (True, False, "gaussian", "orthogonal")
 
 
 def check_adapter_settings(
-    file: Path, settings: Mapping[str, Any], headers: Mapping[str, TensorHeader], layers: Collection[str]
+    file: Path, settings: Mapping[str, object], headers: Mapping[str, TensorHeader], layers: Collection[str]
 ) -> None:
     """Refuse an `adapter_config.json` that does not fit the adapter's weights and the base's layers.
 
@@ -38,7 +38,7 @@ def check_adapter_settings(
             f"{folder}: its adapter is on {shown(unknown[0])}, which its base does not have: it is another model"
         )
     ranks = {header.shape[0] for name, header in headers.items() if "lora_A" in name and header.shape}
-    patterns = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    patterns = {key: cast(dict[str, object], settings.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
     for key, pattern in patterns.items():
         if not isinstance(pattern, dict) or any(_plain(name) not in layers for name in pattern):
             raise ValueError(f"{file}: {key}={shown(pattern)}; names of layers are needed, and a number for each")

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -217,7 +217,7 @@ def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTr
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items()}
     check_adapter_tensors(folder, state)
     check_adapter_values(read_object(folder / "adapter_config.json"), LoraConfig().to_dict(), str(folder))
-    config: Any = LoraConfig.from_pretrained(str(folder))
+    config: object = LoraConfig.from_pretrained(str(folder))
     tuner = LoraModel(model, config, "default", state_dict=state)
     result = set_peft_model_state_dict(model, state, adapter_name="default")
     if problems := [*(name for name in result.missing_keys if ".lora_" in name), *result.unexpected_keys]:

@@ -3,14 +3,14 @@
 What a family's configuration says, transformers checks. To check another field, add it to a function below.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from vlm.checks.checkpoint_files import shown
 from vlm.config.choices import LOSSES
+from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
 from vlm.models.head_tasks import CLASSIFICATION_TASKS, NUM_OUTPUTS_BY_TASK
 from vlm.models.poolings import POOLINGS
@@ -37,7 +37,7 @@ def check_config(config: PreTrainedConfig, label: str) -> None:
         raise ValueError(f"{label}: config.json has {key}={shown(value)}; needed is {needed}")
 
 
-def _problems(config: Any) -> Iterator[Problem]:
+def _problems(config: PreTrainedConfig) -> Iterator[Problem]:
     yield from _quantization_problems(config)
     if config.model_type == "vlm_prediction":
         yield from _head_problems(config)
@@ -47,7 +47,7 @@ def _problems(config: Any) -> Iterator[Problem]:
         yield from _composed_problems(config)
 
 
-def _quantization_problems(config: Any) -> Iterator[Problem]:
+def _quantization_problems(config: PreTrainedConfig) -> Iterator[Problem]:
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return
@@ -122,7 +122,7 @@ def _are_words(value: object, num_tokens: int) -> bool:
     )
 
 
-def _composed_problems(config: Any) -> Iterator[Problem]:
+def _composed_problems(config: PreTrainedConfig) -> Iterator[Problem]:
     connector = config.connector
     is_connector = isinstance(connector, dict) and set(connector) == {"type", "options"}
     if not (is_connector and isinstance(connector["type"], str) and isinstance(connector["options"], dict)):
@@ -146,7 +146,7 @@ def _composed_problems(config: Any) -> Iterator[Problem]:
         yield from _anyres_problems(config.anyres)
 
 
-def _selection_problems(selection: Any, encoder: Any) -> Iterator[Problem]:
+def _selection_problems(selection: Mapping[str, object], encoder: object) -> Iterator[Problem]:
     layer, strategy = selection["feature_layer"], selection["feature_strategy"]
     num_layers = getattr(encoder, "num_hidden_layers", None)
     most = num_layers if isinstance(num_layers, int) else 4096
@@ -159,7 +159,7 @@ def _selection_problems(selection: Any, encoder: Any) -> Iterator[Problem]:
         yield "num_prefix_tokens", selection["num_prefix_tokens"], "a whole number from 0"
 
 
-def _anyres_problems(anyres: Any) -> Iterator[Problem]:
+def _anyres_problems(anyres: object) -> Iterator[Problem]:
     names = {"grids", "tile_size", "tokens_side", "max_tiles", "tile_several"}
     if not isinstance(anyres, dict) or not {"grids", "tile_size", "tokens_side"} <= set(anyres) <= names:
         yield "anyres", anyres, f"an object with {', '.join(sorted(names))}"
@@ -181,7 +181,7 @@ def _is_grid(grid: object) -> bool:
     )  # fmt: skip
 
 
-def _head_problems(config: Any) -> Iterator[Problem]:
+def _head_problems(config: PreTrainedConfig) -> Iterator[Problem]:
     text = config.get_text_config()
     ids = f"ids of {text.vocab_size:,} tokens"
     for key in ("media_token_ids", "suffix_ids"):
@@ -197,7 +197,7 @@ def _head_problems(config: Any) -> Iterator[Problem]:
             yield f"heads[{number}].{key}", value, needed
 
 
-def _problems_of_head(head: Any, text: Any) -> Iterator[Problem]:
+def _problems_of_head(head: HeadSettings, text: PreTrainedConfig) -> Iterator[Problem]:
     if not isinstance(head.name, str) or not head.name or "." in head.name:
         yield "name", head.name, "a text without a full stop"
     if head.task not in NUM_OUTPUTS_BY_TASK:

@@ -7,7 +7,6 @@ refused by name, with `trust_remote_code` too, which is about code that travels 
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -47,7 +46,7 @@ def load_config(
     return config
 
 
-def check_config_values(values: Mapping[str, Any], label: str) -> None:
+def check_config_values(values: Mapping[str, object], label: str) -> None:
     """Refuse a configuration that asks for code or files elsewhere, at any depth.
 
     Args:
@@ -61,7 +60,7 @@ def check_config_values(values: Mapping[str, Any], label: str) -> None:
         raise ForeignCodeError(f"{label}: its config.json has {key}={str(value)[:80]}, {reason}; remove it there")
 
 
-def _problems(node: Any, path: str) -> Iterator[tuple[str, object, str]]:
+def _problems(node: object, path: str) -> Iterator[tuple[str, object, str]]:
     if isinstance(node, list):
         for number, child in enumerate(node):
             yield from _problems(child, f"{path}{number}.")
@@ -79,7 +78,7 @@ def _problems(node: Any, path: str) -> Iterator[tuple[str, object, str]]:
         yield from _problems(value, f"{path}{name}.")
 
 
-def _timm_problems(name: str, value: Any, path: str) -> Iterator[tuple[str, object, str]]:
+def _timm_problems(name: str, value: object, path: str) -> Iterator[tuple[str, object, str]]:
     """Yield what would make timm read another place than the checkpoint."""
     if name in TIMM_NAMES and isinstance(value, str) and (":" in value or "/" in value):
         yield f"{path}{name}", value, "which names no architecture of timm but another place"
@@ -94,7 +93,7 @@ def drop_flash_attention(config: PreTrainedConfig) -> None:
 
     Where the library is not installed, transformers would load a kernel of the Hub in its place.
     """
-    waiting: list[Any] = [config]
+    waiting: list[PreTrainedConfig] = [config]
     while waiting:
         node = waiting.pop()
         if str(node._attn_implementation).startswith("flash"):
@@ -122,7 +121,7 @@ PLAIN_ADAPTER_KEYS = (
 """Keys of `adapter_config.json` that name nothing to import or to open; others have to be as PEFT has them unset."""
 
 
-def check_adapter_values(values: Mapping[str, Any], defaults: Mapping[str, Any], label: str) -> None:
+def check_adapter_values(values: Mapping[str, object], defaults: Mapping[str, object], label: str) -> None:
     """Refuse an adapter's configuration with keys that are not looked at here: some name modules and files.
 
     Args:

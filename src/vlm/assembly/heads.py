@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from torch import nn
@@ -38,7 +38,7 @@ def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def get_num_embeddings(model: PreTrainedModel) -> int:
     """Return how many rows a model's embeddings have."""
-    embeddings: Any = model.get_input_embeddings()  # declared as a module of any kind
+    embeddings = cast(nn.Embedding, model.get_input_embeddings())  # declared as a module of any kind
     return embeddings.num_embeddings
 
 

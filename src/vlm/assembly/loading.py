@@ -7,7 +7,7 @@ that claims more than its weights hold costs neither memory nor time.
 import copy
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def read_weight_headers(name: str, revision: str | None = None) -> dict[str, Ten
     """Return the headers of a model's weights, which are fetched from the Hub; None where they are no safetensors."""
     if Path(name).is_dir():
         return read_headers(Path(name))
-    options: dict[str, Any] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    options: dict[str, object] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     if (whole := cached_file(name, SAFETENSORS, **options)) is not None:
         return read_headers(Path(whole).parent)
     if (index := cached_file(name, INDEX, **options)) is None:
@@ -133,7 +133,7 @@ def _check_headers(kind: ModelClass, config: PreTrainedConfig, rules: "_Rules", 
         _compare_on_meta(kind, config, headers, rules)
 
 
-def _is_quantized(config: PreTrainedConfig, options: Mapping[str, Any]) -> bool:
+def _is_quantized(config: PreTrainedConfig, options: Mapping[str, object]) -> bool:
     """Return whether weights are stored, or become, other than they are trained."""
     return options.get("quantization_config") is not None or getattr(config, "quantization_config", None) is not None
 
@@ -202,7 +202,7 @@ class _Rules:
         if errors := info.get("error_msgs"):
             raise ValueError(f"{self.name}: {shorten(str(next(iter(errors))))}")
 
-    def _is_unexpected(self, model: nn.Module) -> Any:
+    def _is_unexpected(self, model: nn.Module) -> Callable[[str], bool]:
         """Return the function that says whether a name is one that the checkpoint must not hold."""
         if not self.is_part:
             return lambda name: RECOMPUTED.search(name) is None

@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from PIL import Image
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -70,7 +71,7 @@ def _try_template_once(template: str, image_token: str) -> str:
     return _ask(request, "renders a conversation of a few words")
 
 
-def _variables(image_token: str) -> dict[str, Any]:
+def _variables(image_token: str) -> dict[str, object]:
     """Return the variables of templates, as processors and transformers give them."""
     return {
         "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "image_token": image_token,
@@ -78,12 +79,12 @@ def _variables(image_token: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _conversations(image_token: str) -> Iterator[list[dict[str, Any]]]:
+def _conversations(image_token: str) -> Iterator[list[dict[str, object]]]:
     """Yield short conversations of each form that models are asked in."""
     image, text = {"type": "image"}, {"type": "text", "text": "What is this?"}
     for content in (f"{image_token}\nWhat is this?", [image, text]):
-        answer: Any = "A cat." if isinstance(content, str) else [{"type": "text", "text": "A cat."}]
-        system: Any = "Be brief." if isinstance(content, str) else [{"type": "text", "text": "Be brief."}]
+        answer: object = "A cat." if isinstance(content, str) else [{"type": "text", "text": "A cat."}]
+        system: object = "Be brief." if isinstance(content, str) else [{"type": "text", "text": "Be brief."}]
         question, reply = {"role": "user", "content": content}, {"role": "assistant", "content": answer}
         yield [question]
         yield [question, reply]
@@ -91,7 +92,7 @@ def _conversations(image_token: str) -> Iterator[list[dict[str, Any]]]:
         yield [question, reply] * 12
 
 
-def _ask(request: dict[str, Any], does: str) -> str:
+def _ask(request: dict[str, object], does: str) -> str:
     """Return what a process of its own finds wrong; empty: nothing."""
     request |= {"bytes": MAX_MEMORY, "seconds": MAX_SECONDS}
     command = [sys.executable, "-P", str(Path(trial_process.__file__))]
@@ -197,7 +198,7 @@ def check_composed_processor(processor: VLMProcessor, config: PreTrainedConfig, 
 
 
 def _check_fit(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> None:
-    settings: Any = config
+    settings: object = config
     if processor.image_token_id != settings.image_token_id:
         raise ValueError(
             f"{name}: config.json has image_token_id={settings.image_token_id}, but its tokenizer reads "
@@ -225,7 +226,7 @@ def _check_fit(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> 
 
 def check_vocabulary(processor: Processor, model: PreTrainedModel, name: str) -> None:
     """Raise ValueError where a tokenizer knows tokens that a model has no embedding for."""
-    embeddings: Any = model.get_input_embeddings()  # declared as a module of any kind
+    embeddings = cast(nn.Embedding, model.get_input_embeddings())  # declared as a module of any kind
     token, token_id = max(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
     if token_id >= embeddings.num_embeddings:
         raise ValueError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from vlm.assembly.checkpoint import is_composed_model, is_prediction_model
@@ -79,12 +79,12 @@ def set_reply_ends(model: PreTrainedModel, processor: Processor) -> None:
         ValueError: see `reply_ending`.
     """
     if model.can_generate():
-        settings: Any = model.generation_config  # declared by a mixin, which PreTrainedModel does not name
+        settings = model.generation_config
         settings.update(**reply_end_settings(settings.eos_token_id, settings.pad_token_id, processor))
         _unset_flags_without_effect(settings)
 
 
-def _unset_flags_without_effect(settings: Any) -> None:
+def _unset_flags_without_effect(settings: GenerationConfig) -> None:
     """Unset flags without effect where there are any that transformers refuses to save.
 
     Some published settings have them, such as a temperature without `do_sample`. transformers saves settings like that

@@ -17,7 +17,7 @@ REPEATS = 60
 """How often each character of an expression stands in the texts that it is tried on."""
 
 
-def render(template: str, conversations: list[list[dict[str, Any]]], variables: dict[str, Any]) -> str:
+def render(template: str, conversations: list[list[dict[str, object]]], variables: dict[str, object]) -> str:
     """Render conversations, with and without an opened reply; return what is wrong, in words.
 
     A template may refuse a conversation, but not all of them, take for ever, or write without end.
@@ -69,7 +69,7 @@ def render(template: str, conversations: list[list[dict[str, Any]]], variables: 
     return "" if rendered else refusal
 
 
-def encode(settings: dict[str, Any], expressions: list[str]) -> str:
+def encode(settings: dict[str, object], expressions: list[str]) -> str:
     """Use a tokenizer's steps, without its vocabulary, on texts that it may be slow on; return what is wrong."""
     from tokenizers import Tokenizer
 

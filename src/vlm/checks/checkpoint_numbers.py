@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlm.checks.checkpoint_files import TensorHeader, nested_objects, shown
 
@@ -49,7 +48,7 @@ SIZES = (
 """Kinds of sizes; the first one that fits a key counts. A value is a whole number, null, or these in lists."""
 
 
-def check_numbers(file: Path, config: Mapping[str, Any], headers: Mapping[str, TensorHeader] | None) -> None:
+def check_numbers(file: Path, config: Mapping[str, object], headers: Mapping[str, TensorHeader] | None) -> None:
     """Refuse a configuration with a size that is no whole number, or larger than the weights.
 
     Args:
@@ -98,7 +97,7 @@ MAX_COUNT = 10**6
 NUM_CHANNELS = 3
 
 
-def check_processor_numbers(file: Path, settings: Mapping[str, Any]) -> None:
+def check_processor_numbers(file: Path, settings: Mapping[str, object]) -> None:
     """Refuse the settings of a processor whose sizes are no whole numbers, or larger than images are.
 
     Args:

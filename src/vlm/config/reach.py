@@ -7,7 +7,6 @@ is needed: it cannot be installed beside lmms-eval.
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
 
 from vlm.config.rules import Metadata, is_plain_name, reads_outside, runs_code
 
@@ -98,7 +97,7 @@ def _packaged_deepspeed() -> dict[str, set[object]]:
     return values
 
 
-def _iter_leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def _iter_leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
     """Yield the dotted paths and values of a nested mapping; a list is a leaf, as its text."""
     if isinstance(value, dict):
         for name, child in value.items():

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +45,7 @@ REMEMBERED = 8192
 LONGEST_REMEMBERED = 2048
 """Most characters of such a conversation."""
 
-CountedRow = tuple[Any, ...]
+CountedRow = tuple[object, ...]
 """A row of `SCHEMA`."""
 TokenCounts = tuple[int, int, int]
 """`length`, `needed` and `supervised` of `SCHEMA`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.data.dataset import SampleDataset
+from vlm.data.processor import SampleInputs
 from vlm.evaluation.bootstrap import Score, mean_score
 from vlm.evaluation.loss import loss_scores, sample_losses
 from vlm.evaluation.retrieval import (
@@ -29,7 +30,7 @@ from vlm.models.text_loss import SupervisedScores
 NUM_RESAMPLES = 1000
 """Number of resamples of an interval."""
 
-Collate = Callable[[Sequence[Any]], dict[str, Any]]
+Collate = Callable[[Sequence[Any]], SampleInputs]
 """Makes a batch of a list with one item."""
 
 
@@ -46,7 +47,7 @@ class LossSource(Protocol):
         """Return the number of rows of a batch."""
         ...
 
-    def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[dict[str, Any]]:
+    def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[SampleInputs]:
         """Yield this rank's batches on the device, with a progress bar.
 
         With `collate`, each batch is what it makes of one item: model inputs by name, or groups of them.

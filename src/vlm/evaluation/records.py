@@ -17,6 +17,7 @@ from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig, Trai
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.processor import SampleInputs
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.loss_metrics import LOSS_METRICS, Collate, LossMetric, LossMetricSettings
 from vlm.evaluation.output import write_json, write_rows
@@ -170,7 +171,7 @@ class InferenceLosses:
         """Make what computes the losses."""
         self.compute_losses = SupervisedScores(self.ready.model)
 
-    def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[dict[str, Any]]:
+    def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[SampleInputs]:
         """Yield batches on the model's device; see `LossSource`."""
         size, collate_fn = (self.batch_size, Collator.of(self.ready.processor)) if collate is None else (1, collate)
         loader = DataLoader(dataset, size, collate_fn=collate_fn, num_workers=self.num_workers)
@@ -181,7 +182,7 @@ class InferenceLosses:
                 self._prepare(batch) if collate is None else {name: self._prepare(part) for name, part in batch.items()}
             )
 
-    def _prepare(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+    def _prepare(self, batch: SampleInputs) -> dict[str, Tensor]:
         """Return a batch on the device, with features of images that are known in place of their pixels."""
         device = self.ready.model.device
         labels = batch["labels"].to(device)

@@ -231,11 +231,11 @@ def _num_shared_tokens(rows: Sequence[Encoded]) -> int:
     return next((place for place, ids in enumerate(columns) if len(set(ids)) > 1), len(columns))
 
 
-def make_candidate_collator(processor: Processor) -> Callable[[Sequence[Any]], dict[str, Any]]:
+def make_candidate_collator(processor: Processor) -> Callable[[Sequence[list[SampleInputs] | Skipped]], SampleInputs]:
     """Return what makes the batches `prompt`, of one row, and `replies`, of N rows, from the item of one trial."""
     collate = Collator.of(processor)
 
-    def collate_trial(items: Sequence[list[SampleInputs] | Skipped]) -> dict[str, Any]:
+    def collate_trial(items: Sequence[list[SampleInputs] | Skipped]) -> SampleInputs:
         """Collate the prompt and the candidates of the one trial in a batch."""
         (item,) = items
         if isinstance(item, Skipped):

@@ -7,9 +7,9 @@ import gc
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
+from transformers import ProcessorMixin
 
 from vlm.assembly.checkpoint import is_composed_model, open_checkpoint
 from vlm.assembly.round_trip import quiet_loading
@@ -135,7 +135,7 @@ def _rename_tokenizer_fields(file: Path) -> None:
     write_json(file, values)
 
 
-def _differences(theirs: Any, ours: VLMProcessor) -> list[str]:
+def _differences(theirs: ProcessorMixin, ours: VLMProcessor) -> list[str]:
     """Return where the exported processor gives other ids than ours, by calling both."""
     differences = []
     first = {"role": "user", "content": f"{ours.image_token}\n{PROBE_WORD}?"}

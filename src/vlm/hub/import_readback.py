@@ -8,7 +8,6 @@ import gc
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +74,7 @@ def _read_native_outputs(
     with quiet_loading():
         folder = resolve_folder(name)
         config = load_config(folder, name)
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=dtype).eval()
+        model: object = AutoModelForImageTextToText.from_pretrained(folder, config=config, dtype=dtype).eval()
     images = {"pixel_values": probe.inputs["pixel_values"].to(dtype)}
     if "image_views" in probe.inputs:
         images = {"pixel_values": images["pixel_values"][None], "image_sizes": probe.inputs["image_sizes"]}

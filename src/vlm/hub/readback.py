@@ -154,7 +154,7 @@ def _find_native_problems(values: JsonObject, config: VLMConfig, state: State) -
 
 def _read_native_outputs(folder: Path, config: VLMConfig, probe: Probe) -> State:
     with quiet_loading():
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
+        model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     return read_native_logits(model, folder, probe)
 
 

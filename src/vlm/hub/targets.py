@@ -5,7 +5,7 @@ To add a format, write the functions of an `ExportFormat`, add a line to `EXPORT
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -195,7 +195,7 @@ def get_last_layer(config: VLMConfig) -> int:
 def with_legacy_field_names(config: PreTrainedConfig) -> JsonObject:
     """Return a language model's configuration under the field names of transformers 5 and under the earlier ones."""
     values = _nested_configs(config)
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    model_class = cast(type, AutoModelForCausalLM._model_mapping[type(config)])
     values["architectures"] = [model_class.__name__]
     rotary = values.get("rope_parameters") or {}
     if "rope_theta" in rotary:

@@ -8,9 +8,8 @@ that are equally good for an image.
 import ast
 import math
 import re
-from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import LlavaNextImageProcessor, LlavaOnevisionImageProcessor, PreTrainedConfig
 
 from vlm.config.model_schema import AnyResConfig
 from vlm.hub.folders import JsonObject
@@ -90,7 +89,9 @@ def _read_original_sizes(name: str, written: object, tile: int) -> object:
         ) from error
 
 
-def read_native(name: str, config: PreTrainedConfig, processor: Any, tile: int) -> AnyResConfig:
+def read_native(
+    name: str, config: PreTrainedConfig, processor: LlavaNextImageProcessor | LlavaOnevisionImageProcessor, tile: int
+) -> AnyResConfig:
     """Return `model.anyres` of transformers' `llava_next` or `llava_onevision`.
 
     The image processor cuts the tiles that the model puts together again, so both have to agree. `tile` is the side of

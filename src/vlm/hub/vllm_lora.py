@@ -8,7 +8,6 @@ import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -186,7 +185,7 @@ def _compare(name: str, checkpoint: Path, folder: Path, base_paths: Sequence[str
 def read_adapted_outputs(folder: Path, probe: Probe) -> State:
     """Return the logits of a base with its adapter, which is added to the layers that its names are of, in float32."""
     with quiet_loading():
-        model: Any = AutoModelForImageTextToText.from_pretrained(folder / BASE_FOLDER, dtype="auto").eval()
+        model: object = AutoModelForImageTextToText.from_pretrained(folder / BASE_FOLDER, dtype="auto").eval()
     layers = dict(model.named_parameters())
     for name, delta in read_adapter(folder / ADAPTER_FOLDER).deltas.items():
         weight = layers[name.replace("language_model.model.", "model.language_model.", 1)]  # as transformers names it

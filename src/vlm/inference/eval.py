@@ -87,7 +87,7 @@ def load_pretrained_model(
     load_4bit: bool = False,
     device_map: str | dict[str, object] = "auto",
     device: str | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, ImageProcessor, int]:
     """Load a checkpoint as LLaVA's function of this name does.
 

@@ -144,7 +144,7 @@ class SupervisedScores:
         return scores, targets, replace(outputs, logits=None)
 
     @torch.no_grad()
-    def prove(self, inputs: Mapping[str, Any]) -> bool:
+    def prove(self, inputs: Mapping[str, object]) -> bool:
         """Find out whether a model's logits are all that its head returns, unchanged or capped; set `in_head`.
 
         The head returns known numbers instead. `inputs` are those of the model, without a cache; every rank decides the

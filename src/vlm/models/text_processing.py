@@ -116,7 +116,7 @@ def bounded_template() -> Iterator[None]:
         return
     end, lines = time.thread_time() + MAX_TEMPLATE_SECONDS, 0
 
-    def count_lines(frame: FrameType, event: str, value: object) -> Any:
+    def count_lines(frame: FrameType, event: str, value: object) -> object:
         nonlocal lines
         lines += 1
         if lines % LINES_BETWEEN_CHECKS == 0 and time.thread_time() > end:

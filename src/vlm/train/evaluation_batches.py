@@ -40,7 +40,7 @@ def iterate_batches(
     size = args.eval_batch_size
     if collate is not None:
         size = accelerator.num_processes if accelerator.split_batches else 1  # one item for each rank
-    options: dict[str, Any] = loader_options(args)
+    options = loader_options(args)
     options["persistent_workers"] = False
     loader = accelerator.prepare(DataLoader(dataset, size, collate_fn=collate or trainer.data_collator, **options))
     silent = args.disable_tqdm or not args.should_save

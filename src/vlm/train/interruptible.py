@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,7 +23,7 @@ class InterruptibleTrainer(GuardedTrainer):
 
     stop_on_signal: StopOnSignal
     changed_keys: frozenset[str] = frozenset()
-    new_groups: list[dict[str, Any]]
+    new_groups: list[dict[str, object]]
 
     @contextmanager
     def stoppable(self) -> Iterator[None]:
@@ -58,7 +57,7 @@ class InterruptibleTrainer(GuardedTrainer):
             apply_settings(self.lr_scheduler.optimizer, self.lr_scheduler, self.new_groups, self.changed_keys)
         return prepared
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
         """As usual; `Trainer` would train one step more where a run is resumed that has come to its last one."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True

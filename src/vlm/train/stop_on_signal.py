@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from signal import Signals
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -126,7 +126,7 @@ class EvaluatingTrainer(Protocol):
     """What is asked of the run's `VLMTrainer`."""
 
     stop_on_signal: StopOnSignal
-    model_wrapped: Any
+    model_wrapped: object
     control: TrainerControl
 
     _maybe_log_save_evaluate: Callable[..., None]

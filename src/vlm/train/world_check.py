@@ -3,7 +3,6 @@
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
@@ -77,7 +76,7 @@ def describe_difference(facts: Sequence[Mapping[str, object]]) -> str:
     return "; ".join(texts[:MAX_DIFFERENCES]) + (f"; and {left} more" if left > 0 else "")
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
+def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """Return the leaves of nested mappings by their dotted keys."""
     flat: dict[str, object] = {}
     for name, value in values.items():

@@ -13,7 +13,6 @@ from importlib import resources
 from itertools import count, pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.processor import Processor
@@ -27,7 +26,7 @@ MARKER_PATTERN = re.compile(f"(?:([{OPEN}{CLOSE}])([0-9]+))?{NUMBERED}")
 THINKING_END = "</think>"
 WHITE_SPACE = re.compile(r"\s*")
 
-Tool = Mapping[str, Any]
+Tool = Mapping[str, object]
 """A tool that a model may call, as chat templates read it: a JSON object."""
 
 Span = tuple[int, int]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -186,7 +186,7 @@ RECORD_DECODER = json.JSONDecoder(parse_float=WrittenFloat)
 """Both read records; numbers as texts of turns stay as they are written."""
 
 
-def parse_record(line: bytes, sample_id: str = "?") -> Any:  # any value of JSON
+def parse_record(line: bytes, sample_id: str = "?") -> object:  # any value of JSON
     """Parse a record.
 
     Raises:

@@ -12,6 +12,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vlm.config.model_schema import Options
 from vlm.data.records.files import check_is_records
 from vlm.data.records.index import IndexedRecords, parse_record, read_lines
 from vlm.data.records.layout import find_layout
@@ -92,7 +93,7 @@ def stream_records(
     seed: int | None = None, allow_pipe: bool = False, follow_links: bool = False,
 ) -> Iterator[object]:  # fmt: skip
     """Iterate over the records that `stream_with_positions` yields from the start."""
-    options: dict[str, Any] = {"split": split, "subset": subset, "shard": shard, "num_shards": num_shards, "seed": seed}
+    options: Options = {"split": split, "subset": subset, "shard": shard, "num_shards": num_shards, "seed": seed}
     options |= {"allow_pipe": allow_pipe, "follow_links": follow_links}
     for record, _ in stream_with_positions(path, cache, **options):
         yield record
@@ -171,7 +172,7 @@ def _load_hf_dataset(
     hub = HUB_PATTERN.fullmatch(path)
     if hub is None and is_address(path):  # of which the library would open many kinds, one in another
         raise ValueError(f"{path}: {path_problem(path)}")
-    options: dict[str, Any] = {"split": split, "streaming": streaming}
+    options: Options = {"split": split, "streaming": streaming}
     if not streaming:
         options["cache_dir"] = str(cache / "datasets")
     try:
@@ -196,7 +197,7 @@ def _load_hf_dataset(
     raise ValueError(f"{path}: {path_problem(path) or 'there is no such file'}")
 
 
-def _text_cells(name: str, subset: str | None, split: str, *, revision: str | None = None) -> dict[str, Any]:
+def _text_cells(name: str, subset: str | None, split: str, *, revision: str | None = None) -> dict[str, object]:
     """Return the options with which `datasets` reads the CSV files of a data set as texts; none for other files."""
     import datasets
     from datasets.packaged_modules.csv.csv import CsvConfig
@@ -209,7 +210,7 @@ def _text_cells(name: str, subset: str | None, split: str, *, revision: str | No
         return {}
     import pandas as pd
 
-    header: dict[str, Any] = {"header": config.header, "names": config.names, "skiprows": config.skiprows}
+    header: Options = {"header": config.header, "names": config.names, "skiprows": config.skiprows}
     file = config.data_files[split][0]
     columns = pd.read_csv(file, sep=config.sep, nrows=0, encoding=config.encoding, **header).columns
     texts = datasets.Features({column: datasets.Value("string") for column in columns})

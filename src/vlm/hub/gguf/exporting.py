@@ -1,12 +1,13 @@
 """Exporting to GGUF: the language model as one file, the encoder with the connector (`mmproj`) as another."""
 
 import gc
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import gguf
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from vlm.assembly.checkpoint import is_composed_model, open_checkpoint
@@ -142,7 +143,7 @@ def _compare_tensors(checkpoint: Path, folder: Path, plans: dict[str, list[Plann
             check.compare(source, tensor)
 
 
-def _tensors(checkpoint: Path) -> Any:
+def _tensors(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     return chain.from_iterable(map(read_shard, weight_files(checkpoint)))
 
 

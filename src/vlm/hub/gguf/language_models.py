@@ -33,7 +33,7 @@ class Architecture(NamedTuple):
     """The change of a weight, by its name in transformers."""
 
 
-def head_dim(config: Any) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     """Return the width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -53,7 +53,7 @@ def find_incompatibilities(config: PreTrainedConfig) -> Iterator[str]:
         yield "quantised weights: export the checkpoint before they were quantised, with --dtype q8_0"
 
 
-def add_language_model(writer: gguf.GGUFWriter, config: Any) -> None:
+def add_language_model(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     """Write the settings of a language model, without its vocabulary."""
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(_context_length(config))
@@ -94,34 +94,34 @@ def plan_language_model(
 # Settings
 
 
-def _add_rms(writer: gguf.GGUFWriter, config: Any) -> None:
+def _add_rms(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _add_heads(writer: gguf.GGUFWriter, config: Any) -> None:
+def _add_heads(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     _add_rms(writer, config)
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
 
 
-def _add_phi(writer: gguf.GGUFWriter, config: Any) -> None:
+def _add_phi(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     writer.add_layer_norm_eps(config.layer_norm_eps)
 
 
-def _add_phi3(writer: gguf.GGUFWriter, config: Any) -> None:
+def _add_phi3(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     _add_rms(writer, config)
     writer.add_rope_scaling_orig_ctx_len(config.max_position_embeddings)
     writer.add_sliding_window(0)  # none: the window is not exceeded, see `_context_length`
 
 
-def _add_gemma2(writer: gguf.GGUFWriter, config: Any) -> None:
+def _add_gemma2(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     _add_heads(writer, config)
     writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
     writer.add_final_logit_softcapping(config.final_logit_softcapping)
     writer.add_sliding_window(config.sliding_window)
 
 
-def _add_gemma3(writer: gguf.GGUFWriter, config: Any) -> None:
+def _add_gemma3(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     _add_heads(writer, config)
     writer.add_sliding_window(config.sliding_window)
     writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
@@ -129,7 +129,7 @@ def _add_gemma3(writer: gguf.GGUFWriter, config: Any) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
-def _context_length(config: Any) -> int:
+def _context_length(config: PreTrainedConfig) -> int:
     """Return the most positions that llama.cpp computes as transformers does.
 
     llama.cpp's Llama, Qwen and Phi attend to everything; up to the length of a window that is the same.
@@ -143,13 +143,13 @@ def _context_length(config: Any) -> int:
 # Positions
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def _rope(config: PreTrainedConfig) -> dict[str, Any]:
     """Return the rotary settings, of layers that attend to everything where there are others."""
     values = config.rope_parameters or {}
     return values.get("full_attention", values)
 
 
-def _rope_incompatibilities(config: Any) -> Iterator[str]:
+def _rope_incompatibilities(config: PreTrainedConfig) -> Iterator[str]:
     kind = _rope(config).get("rope_type", "default")
     allowed = ("default", "linear", "yarn", "llama3") if config.model_type == "llama" else ("default", "linear", "yarn")
     if kind not in allowed:
@@ -165,7 +165,7 @@ def _rope_incompatibilities(config: Any) -> Iterator[str]:
         yield f"a window with rope_type={local['rope_type']}: llama.cpp has the default"
 
 
-def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
+def _add_rope(writer: gguf.GGUFWriter, config: PreTrainedConfig) -> None:
     values = _rope(config)
     share = values.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1.0
     writer.add_rope_dimension_count(int(head_dim(config) * share))
@@ -177,7 +177,7 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
             writer.add_rope_scaling_orig_ctx_len(original)
 
 
-def _rope_factors(config: Any) -> Tensor | None:
+def _rope_factors(config: PreTrainedConfig) -> Tensor | None:
     """Return what llama.cpp divides frequencies by, `(head_dim / 2,)`, where a formula of Llama 3 scales them."""
     values = _rope(config)
     if values.get("rope_type") != "llama3":
@@ -191,7 +191,7 @@ def _rope_factors(config: Any) -> Tensor | None:
 # Weights
 
 
-def _interleave_heads(name: str, config: Any) -> Change:
+def _interleave_heads(name: str, config: PreTrainedConfig) -> Change:
     """llama.cpp's Llama rotates neighbouring channels, transformers' the two halves of a head."""
     if ".q_proj." in name:
         heads = config.num_attention_heads
@@ -209,34 +209,34 @@ def _interleave_heads(name: str, config: Any) -> Change:
     return Change(interleave, divide)
 
 
-def _add_one_to_norms(name: str, config: Any) -> Change:
+def _add_one_to_norms(name: str, config: PreTrainedConfig) -> Change:
     """Gemma's norms multiply by one more than their weight; llama.cpp's by the weight."""
     return Change(lambda tensor: tensor + 1, lambda tensor: tensor - 1) if name.endswith("norm.weight") else AS_IT_IS
 
 
-def _unchanged(name: str, config: Any) -> Change:
+def _unchanged(name: str, config: PreTrainedConfig) -> Change:
     return AS_IT_IS
 
 
 # What has no place
 
 
-def _any(config: Any) -> Iterator[str]:
+def _any(config: PreTrainedConfig) -> Iterator[str]:
     yield from ()
 
 
-def _qwen_incompatibilities(config: Any) -> Iterator[str]:
+def _qwen_incompatibilities(config: PreTrainedConfig) -> Iterator[str]:
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if config.use_sliding_window and len(kinds) > 1:
         yield f"a {config.model_type} with use_sliding_window=true: llama.cpp attends to everything"
 
 
-def _phi_incompatibilities(config: Any) -> Iterator[str]:
+def _phi_incompatibilities(config: PreTrainedConfig) -> Iterator[str]:
     if config.qk_layernorm:
         yield "a phi with qk_layernorm=true: llama.cpp has none"
 
 
-def _gemma_incompatibilities(config: Any) -> Iterator[str]:
+def _gemma_incompatibilities(config: PreTrainedConfig) -> Iterator[str]:
     if not config.tie_word_embeddings:
         yield f"a {config.model_type} with tie_word_embeddings=false: llama.cpp's head is its embeddings"
     scalar = getattr(config, "query_pre_attn_scalar", None)

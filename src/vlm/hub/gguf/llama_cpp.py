@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from vlm.hub.gguf.exporting import LANGUAGE_MODEL_FILE, MMPROJ_FILE
 
+Reply = dict[str, Any]
+"""What the server replies, as JSON."""
+
 
 class Answer(NamedTuple):
     """What llama.cpp answered.
@@ -75,7 +78,7 @@ class LlamaCpp:
         (first,) = self._complete(prompt, images, options)["completion_probabilities"]
         return {token["id"]: token["logprob"] for token in first["top_logprobs"]}
 
-    def _complete(self, prompt: str, images: Sequence[bytes], options: dict[str, Any]) -> Any:
+    def _complete(self, prompt: str, images: Sequence[bytes], options: dict[str, object]) -> Reply:
         data = [base64.b64encode(image).decode() for image in images]
         question = {"prompt_string": prompt, "multimodal_data": data} if images else prompt
         return self._post("/completion", {"prompt": question, "temperature": 0, "cache_prompt": False, **options})
@@ -84,14 +87,14 @@ class LlamaCpp:
         """Return the ids of a text; special tokens that it spells are read as such."""
         return self._post("/tokenize", {"content": text, "parse_special": True})["tokens"]
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+    def render(self, messages: Sequence[dict[str, object]]) -> str:
         """Return a conversation as llama.cpp renders it by the file's chat template."""
         return self._post("/apply-template", {"messages": list(messages)})["prompt"]
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    def _post(self, path: str, body: dict[str, object]) -> Reply:
         return self._open(path, json.dumps(body).encode())
 
-    def _open(self, path: str, body: bytes | None = None) -> Any:
+    def _open(self, path: str, body: bytes | None = None) -> Reply:
         address, headers = self.address + path, {"Content-Type": "application/json"}
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
         try:

@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import gguf
 import torch
@@ -129,8 +128,8 @@ def normalises_output(config: VLMConfig) -> bool:
 
 def add_mmproj(writer: gguf.GGUFWriter, config: VLMConfig, processor: VLMProcessor) -> None:
     """Write the settings of the encoder and the connector."""
-    vision: Any = config.vision_config
-    steps: Any = processor.image_processor
+    vision: object = config.vision_config
+    steps: object = processor.image_processor
     writer.add_clip_has_vision_encoder(True)
     writer.add_clip_projector_type(PROJECTORS[config.connector["type"]])
     writer.add_vision_projection_dim(config.text_config.hidden_size)

@@ -7,13 +7,12 @@ it has the architecture.
 import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from vlm.assembly.round_trip import quiet_loading
@@ -79,21 +78,21 @@ def reads_architecture(model_type: str) -> bool:
 
 
 @torch.no_grad()
-def read_logits(file: Path, text_config: Any, ids: Tensor) -> Tensor:
+def read_logits(file: Path, text_config: PreTrainedConfig, ids: Tensor) -> Tensor:
     """Return the logits of a question without an image, `(1, T, vocabulary)`, by transformers' reader of GGUF.
 
     Raises:
         ValueError: the file's settings are not those of the language model.
     """
     with quiet_loading():
-        read: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        read: PreTrainedConfig = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
         for name in CONFIG_FIELDS:
             ours, theirs = getattr(text_config, name, None), getattr(read, name, None)
             if ours is not None and theirs is not None and abs(ours - theirs) > 1e-6 * abs(ours):
                 raise ValueError(f"{file.name} says {name}={theirs} instead of {ours}")
         if text_config.model_type == "mistral":  # a Llama to llama.cpp, whose tensors transformers finds by that name
             text_config = LlamaConfig.from_dict(text_config.to_dict() | {"model_type": "llama"})
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, config=text_config, dtype=torch.float32
         )
     logits = model.eval()(input_ids=ids).logits

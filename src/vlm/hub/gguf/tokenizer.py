@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import gguf
 from gguf import TokenType
@@ -16,6 +16,40 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from vlm.data.encoding.labels import reply_ending
 from vlm.models import VLMProcessor
+
+Step = dict[str, Any]
+"""One step of a normaliser or pre-tokenizer, or a sequence of steps, as `tokenizers` writes it."""
+
+
+class AddedTokenSettings(TypedDict):
+    """A token beside those of the model."""
+
+    id: int
+    content: str
+    special: bool
+    lstrip: bool
+    rstrip: bool
+
+
+class ModelSettings(TypedDict):
+    """The BPE model of a tokenizer."""
+
+    type: str
+    vocab: dict[str, int]
+    merges: list[str] | list[list[str]]
+    byte_fallback: bool
+    unk_token: NotRequired[str | None]
+    ignore_merges: NotRequired[bool]
+
+
+class Settings(TypedDict):
+    """What is read of a tokenizer's own JSON."""
+
+    normalizer: Step | None
+    pre_tokenizer: Step | None
+    model: ModelSettings
+    added_tokens: list[AddedTokenSettings]
+
 
 WORD_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%DIGITS%| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -111,7 +145,7 @@ def find_differences(processor: VLMProcessor) -> Iterator[str]:
 
 def add_tokenizer(writer: gguf.GGUFWriter, processor: VLMProcessor, num_rows: int) -> None:
     """Write the vocabulary, one piece for each row of the embeddings, and what belongs to it."""
-    tokenizer: Any = processor.tokenizer
+    tokenizer = processor.tokenizer
     settings = _read_settings(processor)
     pieces, types = _list_pieces(settings, num_rows)
     writer.add_token_list(pieces)
@@ -141,35 +175,34 @@ def _ending_token(processor: VLMProcessor) -> int | None:
     return token if isinstance(token, int) and token != processor.tokenizer.unk_token_id else None
 
 
-def _read_settings(processor: VLMProcessor) -> dict[str, Any]:
-    backend: Any = processor.tokenizer.backend_tokenizer
-    return json.loads(backend.to_str())
+def _read_settings(processor: VLMProcessor) -> Settings:
+    return cast(Settings, json.loads(processor.tokenizer.backend_tokenizer.to_str()))
 
 
-def is_byte_level(settings: dict[str, Any]) -> bool:
+def is_byte_level(settings: Settings) -> bool:
     """Return whether pieces are made of bytes, each written as a letter."""
     return any(step["type"] == "ByteLevel" for step in _steps(settings["pre_tokenizer"]))
 
 
-def _is_sentencepiece(settings: dict[str, Any]) -> bool:
+def _is_sentencepiece(settings: Settings) -> bool:
     steps = [*_steps(settings["pre_tokenizer"]), *_steps(settings["normalizer"])]
     kinds = {step["type"] for step in steps}
     return kinds <= {"Metaspace", "Prepend", "Replace", "Split"} and bool(kinds & {"Metaspace", "Replace"})
 
 
-def begins_words(processor: VLMProcessor, settings: dict[str, Any]) -> bool:
+def begins_words(processor: VLMProcessor, settings: Settings) -> bool:
     """Return whether a SentencePiece tokenizer puts the start of a word before a text."""
     prepends = any(step["type"] == "Prepend" for step in _steps(settings["normalizer"]))
     return prepends or processor.prepend_scheme != "never"
 
 
-def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _steps(part: Step | None) -> list[Step]:
     if part is None:
         return []
     return part.get("pretokenizers") or part.get("normalizers") or [part]
 
 
-def describe_steps(settings: dict[str, Any]) -> tuple[object, ...]:
+def describe_steps(settings: Settings) -> tuple[object, ...]:
     """Return how a byte-level tokenizer cuts texts, as a key of `PATTERN_NAMES`."""
     words: list[object] = []
     for step in _steps(settings["pre_tokenizer"]):
@@ -187,13 +220,13 @@ def describe_steps(settings: dict[str, Any]) -> tuple[object, ...]:
     return (*words, bool(settings["model"].get("ignore_merges")))
 
 
-def read_merges(settings: dict[str, Any]) -> list[tuple[str, str]]:
+def read_merges(settings: Settings) -> list[tuple[str, str]]:
     """Return the pairs of pieces that are merged, the first ones first."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in settings["model"]["merges"]]
     return [(left, right) for left, right in pairs]
 
 
-def _list_pieces(settings: dict[str, Any], num_rows: int) -> tuple[list[str], list[TokenType]]:
+def _list_pieces(settings: Settings, num_rows: int) -> tuple[list[str], list[TokenType]]:
     """Return the text and the type of each row; rows without a token are unused."""
     pieces = [f"[PAD{number}]" for number in range(num_rows)]
     types = [TokenType.UNUSED] * num_rows
@@ -209,7 +242,7 @@ def _list_pieces(settings: dict[str, Any], num_rows: int) -> tuple[list[str], li
     return pieces, types
 
 
-def _score_pieces(settings: dict[str, Any], pieces: list[str]) -> list[float]:
+def _score_pieces(settings: Settings, pieces: list[str]) -> list[float]:
     """Return what llama.cpp merges by: the piece with the highest score first, as the first merge."""
     merges = read_merges(settings)
     ranks: dict[str, int] = {}
@@ -229,7 +262,7 @@ def rebuild_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
     pattern = _contents(reader, gguf.Keys.Tokenizer.PRE)
     *steps, whole_words = next(steps for steps, name in PATTERN_NAMES.items() if name == pattern)
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=bool(whole_words)))
-    parts: list[Any] = []
+    parts: list[pre_tokenizers.PreTokenizer] = []
     for step in steps:
         if step == "digits":
             parts.append(pre_tokenizers.Digits(individual_digits=True))

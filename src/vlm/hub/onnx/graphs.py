@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 from vlm.models import VLMForConditionalGeneration
 
@@ -41,8 +41,8 @@ class Decoder(nn.Module):
 
     def __init__(self, model: VLMForConditionalGeneration):
         super().__init__()
-        self.language_model: Any = model.language_model
-        self.text_config: Any = model.config.text_config
+        self.language_model = model.language_model
+        self.text_config: PreTrainedConfig = model.config.text_config
 
     def forward(
         self, inputs_embeds: Tensor, attention_mask: Tensor, position_ids: Tensor, *past: Tensor
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         )
         return (outputs.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
 
-    def _make_masks(self, attention_mask: Tensor, embeddings: Tensor) -> Any:
+    def _make_masks(self, attention_mask: Tensor, embeddings: Tensor) -> Tensor | dict[str, Tensor]:
         """Return what is added to attention scores, `(B, 1, T, P + T)`; by kind of layer where there are several."""
         total, new = attention_mask.shape[1], embeddings.shape[1]
         keys = torch.arange(total)[None, :]
@@ -94,7 +94,7 @@ def write_graphs(model: VLMForConditionalGeneration, folder: Path, pixel_shape: 
     Raises:
         ValueError: PyTorch cannot turn a part into a graph; tells which and why.
     """
-    text: Any = model.config.text_config
+    text: PreTrainedConfig = model.config.text_config
     images, batch, new, past = Dim("images"), Dim("batch"), Dim("sequence"), Dim("past_sequence")
     _write(
         VisionEncoder(model), (torch.rand(2, *pixel_shape),), folder / VISION_ENCODER,
@@ -119,7 +119,7 @@ def write_graphs(model: VLMForConditionalGeneration, folder: Path, pixel_shape: 
     )  # fmt: skip
 
 
-def cache_shapes(text: Any, length: int) -> list[tuple[int, int, int]]:
+def cache_shapes(text: PreTrainedConfig, length: int) -> list[tuple[int, int, int]]:
     """Return heads, tokens and width of the keys of each layer, for a number of tokens."""
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -128,7 +128,7 @@ def cache_shapes(text: Any, length: int) -> list[tuple[int, int, int]]:
 
 def _write(
     module: nn.Module, inputs: tuple[Tensor, ...], file: Path, input_names: list[str], output_names: list[str],
-    dynamic_shapes: tuple[Any, ...],
+    dynamic_shapes: tuple[object, ...],
 ) -> None:  # fmt: skip
     """Write one graph."""
     num_bytes = sum(parameter.nbytes for parameter in module.parameters())

@@ -4,7 +4,7 @@ The prompt runs through transformers' own `generate`, which prepares the inputs 
 where tokens are chosen. Each further token is a step as `generate` makes it, of all rows of a batch at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache
 from transformers.generation.utils import ALL_CACHE_NAMES, MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+from transformers.utils import ModelOutput
 
 from vlm.inference.engine.cache import cut_cache, is_filled, is_joinable, join_caches
 from vlm.inference.engine.row import Row
@@ -22,6 +23,9 @@ UNJOINABLE_INPUTS = ("cross_attention_mask", "encoder_outputs", "decoder_attenti
 """Inputs of models whose every token attends to the images, or to an encoded prompt: their rows have own steps."""
 PROMPT_INPUTS = {*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "inputs_embeds"}
 """Inputs that the passes after the prompt's do not take; kept, they would only fill the memory."""
+
+Inputs = dict[str, Any]
+"""What a model takes besides ids: tensors, its cache and flags."""
 
 
 class DecodingBatch:
@@ -34,7 +38,7 @@ class DecodingBatch:
         inputs: what the model's next pass takes besides ids, as `generate` keeps it between passes.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Row], ids: Tensor, inputs: dict[str, Any]):
+    def __init__(self, model: Any, rows: Sequence[Row], ids: Tensor, inputs: Inputs):
         self.model, self.rows, self.ids, self.inputs = model, list(rows), ids, inputs
 
     @property
@@ -118,7 +122,7 @@ class DecodingBatch:
         assert name is not None
         lengths = [batch.ids.shape[1] for batch in batches]
         caches = [batch.inputs[name] for batch in batches]
-        inputs: dict[str, Any] = {
+        inputs: Inputs = {
             key: value for key, value in first.inputs.items() if value is None or isinstance(value, bool | int)
         }
         inputs[name] = join_caches(caches, [length - 1 for length in lengths])
@@ -131,7 +135,7 @@ class DecodingBatch:
         return joined
 
 
-def start_batch(model: VisionLanguageModel, row: Row, options: dict[str, Any]) -> DecodingBatch:
+def start_batch(model: VisionLanguageModel, row: Row, options: Mapping[str, object]) -> DecodingBatch:
     """Run a row's prompt, with its answer so far, and choose its next token.
 
     Args:
@@ -166,7 +170,7 @@ def start_batch(model: VisionLanguageModel, row: Row, options: dict[str, Any]) -
     return started[0]
 
 
-def _update_inputs(network: Any, outputs: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+def _update_inputs(network: Any, outputs: ModelOutput, inputs: Inputs) -> Inputs:
     """Return the inputs that `generate` keeps for the next pass."""
     is_encoder_decoder = bool(network.config.is_encoder_decoder)
     return network._update_model_kwargs_for_generation(outputs, inputs, is_encoder_decoder=is_encoder_decoder)

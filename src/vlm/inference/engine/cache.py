@@ -6,7 +6,7 @@ of all tokens, one with a window those of the last `window - 1`; states of linea
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Any, cast
+from typing import Any, Protocol, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,16 @@ JOINABLE_LAYERS = (
 """Kinds of layers that can be joined; a class derived from one of them may hold more than it does."""
 
 
+class FilledLayer(Protocol):
+    """A layer that holds keys and values `(rows, heads, tokens, width)`."""
+
+    keys: Tensor
+    values: Tensor
+
+
 def is_filled(cache: Cache) -> bool:
     """Return whether a cache holds all of what a prompt left: some models keep a part of it in their modules."""
-    layers = cast(list[Any], getattr(cache, "layers", []))
+    layers = cast(list[object], getattr(cache, "layers", []))
     if not layers:
         return not isinstance(cache, DynamicCache)
     linear = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
@@ -43,7 +50,7 @@ def is_joinable(cache: Cache, length: int) -> bool:
     return type(cache) is DynamicCache and all(
         type(layer) in JOINABLE_LAYERS
         and (not _has_keys(layer) or layer.keys.shape[-2] == _num_kept(layer, length))
-        for layer in cast(list[Any], cache.layers)
+        for layer in cache.layers
     )  # fmt: skip
 
 
@@ -56,7 +63,7 @@ def join_caches(caches: Sequence[Cache], lengths: Sequence[int]) -> DynamicCache
     """
     joined = copy(cast(DynamicCache, caches[0]))
     joined.layers = [
-        _join_layers(cast(list[Any], layers), max(lengths))
+        _join_layers(layers, max(lengths))
         for layers in zip(*(cache.layers for cache in caches), strict=True)
     ]  # fmt: skip
     return joined
@@ -65,12 +72,12 @@ def join_caches(caches: Sequence[Cache], lengths: Sequence[int]) -> DynamicCache
 def cut_cache(cache: Cache, length: int) -> None:
     """Keep the last so many tokens of a cache: its first ones are padding in every row."""
     for layer in cast(list[Any], cache.layers):
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = length
         if _has_keys(layer):
             kept = _num_kept(layer, length)
             layer.keys = layer.keys[..., layer.keys.shape[-2] - kept :, :]
             layer.values = layer.values[..., layer.values.shape[-2] - kept :, :]
-        if hasattr(layer, "cumulative_length"):
-            layer.cumulative_length = length
 
 
 def _join_layers(layers: Sequence[Any], length: int) -> Any:
@@ -93,16 +100,16 @@ def _join_layers(layers: Sequence[Any], length: int) -> Any:
     return joined
 
 
-def _has_keys(layer: Any) -> bool:
+def _has_keys(layer: object) -> TypeGuard[FilledLayer]:
     return isinstance(layer, DynamicLayer) and layer.is_initialized
 
 
-def _has_states(layer: Any) -> bool:
+def _has_states(layer: object) -> bool:
     kinds = ("is_recurrent_states_initialized", "is_conv_states_initialized")
     return any(any(getattr(layer, kind, {}).values()) for kind in kinds)
 
 
-def _num_kept(layer: Any, length: int) -> int:
+def _num_kept(layer: object, length: int) -> int:
     """Return how many tokens' keys a layer holds after so many tokens."""
     return min(length, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else length
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from threading import Lock
-from typing import Any
 
 import llguidance
 import llguidance.hf
@@ -56,7 +55,7 @@ class ConstraintCompiler:
         """Return the constraint that an answer is a JSON object."""
         return self.json_schema({"type": "object"})
 
-    def json_schema(self, schema: Mapping[str, Any] | bool) -> Constraint:
+    def json_schema(self, schema: Mapping[str, object] | bool) -> Constraint:
         """Return the constraint that an answer is JSON of a schema.
 
         Raises:
@@ -68,9 +67,10 @@ class ConstraintCompiler:
             raise ValueError(f"the JSON schema is no JSON, or too deep: {error}") from error
         _check_size("JSON schema", written)
         # A schema's own `x-guidance` would set these otherwise, and `lenient` passes over what is not supported.
-        overrides: Any = {"whitespace_pattern": WHITE_SPACE, "lenient": False, "coerce_one_of": True}
         try:
-            grammar = llguidance.LLMatcher.grammar_from_json_schema(written, overrides=overrides)
+            grammar = llguidance.LLMatcher.grammar_from_json_schema(
+                written, overrides={"whitespace_pattern": WHITE_SPACE, "lenient": False, "coerce_one_of": True}
+            )
         except ValueError as error:
             raise ValueError(f"the JSON schema is refused: {_one_line(str(error))}") from error
         return self._compile("JSON schema", grammar)

@@ -1,7 +1,7 @@
 """Choosing the tokens of one answer: penalties, bias and constraint, its own random numbers, log probabilities."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -65,9 +65,9 @@ class Sampler:
         """Whether the likeliest token by the model's own logits is chosen."""
         return self._generator is None and not self.processors
 
-    def generation_options(self) -> dict[str, Any]:
+    def generation_options(self) -> dict[str, object]:
         """Return what transformers' `generate` needs in order to add the model's own processors to the request's."""
-        chosen: dict[str, Any] = {"max_new_tokens": self.options.max_new_tokens, "logits_processor": self.processors}
+        chosen: dict[str, object] = {"max_new_tokens": self.options.max_new_tokens, "logits_processor": self.processors}
         if self._generator is None:
             return {**chosen, "do_sample": False}
         return {**chosen, "do_sample": True, "temperature": self.options.temperature, "top_p": self.options.top_p}
@@ -82,8 +82,7 @@ class Sampler:
         Raises:
             ValueError: the constraint allows nothing, or takes too long.
         """
-        processors: Any = self.processors  # declared for LongTensor, a type that no tensor has
-        scores = processors(ids, logits.clone())
+        scores = self.processors(cast(torch.LongTensor, ids), logits.clone())
         if self._generator is None:
             return int(scores.argmax(dim=-1))
         return int(torch.multinomial(scores.softmax(dim=-1), 1, generator=self._generator))

@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict, Unpack
 
 from vlm.inference.engine.options import TokenAlternative, TokenLogprob
 from vlm.inference.serving.tools import Call
@@ -19,7 +19,14 @@ def make_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
-def to_event(value: dict[str, Any]) -> bytes:
+class ChunkFields(TypedDict, total=False):
+    """What an event of a stream may have beside a piece of an answer."""
+
+    logprobs: dict[str, object] | None
+    usage: None
+
+
+def to_event(value: dict[str, object]) -> bytes:
     """Return a value as an event of a stream."""
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
@@ -33,7 +40,7 @@ def make_usage(num_prompt_tokens: int, num_answer_tokens: int) -> dict[str, int]
     }
 
 
-def dump_logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+def dump_logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, object] | None:
     """Return log probabilities of tokens; None where none are wanted."""
     if logprobs is None:
         return None
@@ -44,7 +51,7 @@ def dump_logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | N
     return {"content": content, "refusal": None}
 
 
-def _dump_token(token: TokenAlternative) -> dict[str, Any]:
+def _dump_token(token: TokenAlternative) -> dict[str, object]:
     logprob = max(token.logprob, -9999.0)  # JSON has no infinity; OpenAI writes this number too
     return {"token": token.token, "logprob": logprob, "bytes": list(token.bytes)}
 
@@ -67,9 +74,9 @@ class Answer:
     finish_reason: str | None = None
     calls: list[Call] = field(default_factory=list)
 
-    def to_choice(self, index: int) -> dict[str, Any]:
+    def to_choice(self, index: int) -> dict[str, object]:
         """Return the answer as one of a completion's choices."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text, "refusal": None}
+        message: dict[str, object] = {"role": "assistant", "content": self.text, "refusal": None}
         if self.calls:
             message |= {"content": self.text or None, "tool_calls": [call.to_dict() for call in self.calls]}
         return {
@@ -96,18 +103,21 @@ class Completion:
     id: str = field(default_factory=lambda: make_id("chatcmpl"))
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def whole(self, answers: Sequence[Answer], num_prompt_tokens: int) -> dict[str, Any]:
+    def whole(self, answers: Sequence[Answer], num_prompt_tokens: int) -> dict[str, object]:
         """Return the reply as one object."""
         usage = make_usage(num_prompt_tokens, sum(answer.num_tokens for answer in answers))
         choices = [answer.to_choice(index) for index, answer in enumerate(answers)]
         return self._wrap("chat.completion", choices, usage=usage)
 
-    def chunk(self, index: int, delta: dict[str, Any], finish_reason: str | None = None, **fields: Any) -> bytes:
-        """Return an event with a piece of an answer; `fields` are `logprobs` and `usage`."""
-        choice = {
+    def chunk(
+        self, index: int, delta: dict[str, object], finish_reason: str | None = None, **fields: Unpack[ChunkFields]
+    ) -> bytes:
+        """Return an event with a piece of an answer."""
+        logprobs = fields.pop("logprobs", None)
+        choice: dict[str, object] = {
             "index": index,
             "delta": delta,
-            "logprobs": fields.pop("logprobs", None),
+            "logprobs": logprobs,
             "finish_reason": finish_reason,
         }
         return to_event(self._wrap("chat.completion.chunk", [choice], **fields))
@@ -116,7 +126,7 @@ class Completion:
         """Return the event with the number of tokens, which belongs to no answer."""
         return to_event(self._wrap("chat.completion.chunk", [], usage=usage))
 
-    def _wrap(self, kind: str, choices: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
+    def _wrap(self, kind: str, choices: list[dict[str, object]], **fields: object) -> dict[str, object]:
         return {
             "id": self.id,
             "object": kind,

@@ -1,10 +1,9 @@
 """The endpoint as an ASGI application: its paths, and what stands before them."""
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -12,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from transformers import PreTrainedConfig
 
 from vlm.assembly.language_models import max_positions
 from vlm.inference.engine.engine import Engine
@@ -86,7 +86,10 @@ def make_app(
         close()
         service.threads.close()
 
-    handlers: dict[Any, Any] = {HTTPException: _refuse_path, RequestError: _refuse_request}
+    handlers: dict[int | type[Exception], Callable[..., Awaitable[Response]]] = {
+        HTTPException: _refuse_path,
+        RequestError: _refuse_request,
+    }
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan)
     app.router.redirect_slashes = False
     if key is not None:
@@ -97,13 +100,17 @@ def make_app(
     return app
 
 
-def make_fingerprint(config: Any) -> str:
+Answer = Callable[[Request], Awaitable[Response]]
+"""Answers a request without a body."""
+
+
+def make_fingerprint(config: PreTrainedConfig) -> str:
     """Return what changes when answers may: a digest of the model's configuration and of the versions."""
     parts = [config.to_json_string(), *map(version, ("small-vlm", "torch", "transformers"))]
     return f"fp_{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:12]}"
 
 
-def _answer_health(is_running: Callable[[], bool]) -> Any:
+def _answer_health(is_running: Callable[[], bool]) -> Answer:
     async def answer(request: Request) -> Response:
         if is_running():
             return JSONResponse({"status": "ok"})
@@ -112,7 +119,7 @@ def _answer_health(is_running: Callable[[], bool]) -> Any:
     return answer
 
 
-def _answer_metrics(service: Service) -> Any:
+def _answer_metrics(service: Service) -> Answer:
     async def answer(request: Request) -> Response:
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
@@ -123,14 +130,14 @@ def _describe_model(service: Service) -> dict[str, object]:
     return {"id": service.name, "object": "model", "created": service.created, "owned_by": "vlm"}
 
 
-def _list_models(service: Service) -> Any:
+def _list_models(service: Service) -> Answer:
     async def answer(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_describe_model(service)]})
 
     return answer
 
 
-def _retrieve_model(service: Service) -> Any:
+def _retrieve_model(service: Service) -> Answer:
     async def answer(request: Request) -> Response:
         service.check_model(request.path_params["name"])
         return JSONResponse(_describe_model(service))

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Batcher(Generic[Result]):
     ):  # fmt: skip
         self.processor, self.device, self.max_batch = processor, device, max_batch
         self._run = run
-        self._collate: Any = Collator.of(processor, left=False)
+        self._collate = Collator.of(processor, left=False)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vlm-serve-model")
         self._waiting: list[tuple[SampleInputs, asyncio.Future[Result]]] = []
         self._worker: asyncio.Task[None] | None = None

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from starlette.types import Receive
 
@@ -146,7 +146,7 @@ def check_content_headers(headers: Mapping[str, str]) -> None:
         raise RequestError(message, status=415, code="unsupported_media_type")
 
 
-def parse_json(content: bytes | bytearray, max_characters: int) -> dict[str, Any]:
+def parse_json(content: bytes | bytearray, max_characters: int) -> dict[str, object]:
     """Return the JSON object of a body. CPU work: call it in a worker thread.
 
     Args:
@@ -180,7 +180,7 @@ def _malformed(reason: str) -> RequestError:
     return RequestError(f"the body is no valid JSON request: {reason}", code="invalid_json")
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -207,9 +207,9 @@ def _parse_float(digits: str) -> float:
 
 def _check_nesting_and_texts(value: object) -> None:
     """Refuse deep nesting, and texts that are no Unicode; level by level, so that no depth is too deep to look at."""
-    level: list[Any] = [value]
+    level: list[object] = [value]
     for _ in range(MAX_DEPTH + 1):
-        below: list[Any] = []
+        below: list[object] = []
         for item in level:
             if isinstance(item, dict):
                 below += item.keys()

@@ -5,7 +5,6 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -13,7 +12,7 @@ from vlm.inference.engine.constraints import Constraint
 from vlm.inference.engine.engine import CLOSED, Engine
 from vlm.inference.engine.options import Piece, SamplingOptions
 from vlm.inference.engine.row import Prepared
-from vlm.inference.serving.answers import DONE, Answer, Completion, dump_logprobs, make_usage
+from vlm.inference.serving.answers import DONE, Answer, ChunkFields, Completion, dump_logprobs, make_usage
 from vlm.inference.serving.chat_request import ChatRequest, JsonSchemaFormat
 from vlm.inference.serving.errors import RequestError
 from vlm.inference.serving.images import ImageReader
@@ -59,7 +58,7 @@ class ChatEndpoint:
         self.tool_format = find_tool_format(self.model.processor)
         self.vocabulary = self.model.model.config.get_text_config().vocab_size
 
-    async def respond(self, call: Call) -> dict[str, Any] | AsyncGenerator[bytes]:
+    async def respond(self, call: Call) -> dict[str, object] | AsyncGenerator[bytes]:
         """Return the answer to a request, or the events of one.
 
         Raises:
@@ -82,7 +81,7 @@ class ChatEndpoint:
 
     # --- in a worker thread -----------------------------------------------------------------------------------------
 
-    def _parse(self, body: dict[str, Any]) -> ChatRequest:
+    def _parse(self, body: dict[str, object]) -> ChatRequest:
         request = parse_request(ChatRequest, body, self.service.config)
         self.service.check_model(request.model)
         check_texts(request, self.service.config)
@@ -177,7 +176,7 @@ class ChatEndpoint:
     async def _stream(self, job: Job, completion: Completion, call: Call, places: ExitStack) -> AsyncGenerator[bytes]:
         """Yield the events of the answers to a request."""
         options = job.request.stream_options
-        usage: dict[str, Any] = {"usage": None} if options and options.include_usage else {}
+        usage: ChunkFields = {"usage": None} if options and options.include_usage else {}
         answers = [Answer() for _ in job.options]
         splitters = [ToolStream(job.toolbox) for _ in job.options]
         begun: set[int] = set()
@@ -192,7 +191,10 @@ class ChatEndpoint:
                     if piece.finish_reason:
                         rest, calls = splitters[index].finish()
                         text += rest
-                    fields = {"logprobs": dump_logprobs(piece.logprobs if job.request.logprobs else None), **usage}
+                    fields: ChunkFields = {
+                        "logprobs": dump_logprobs(piece.logprobs if job.request.logprobs else None),
+                        **usage,
+                    }
                     if text or piece.logprobs:
                         yield completion.chunk(index, {"content": text}, **fields)
                     if calls:

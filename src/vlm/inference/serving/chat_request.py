@@ -4,7 +4,7 @@ A field that would have no effect on the answer is refused with its name (`UNSER
 that it never has one (`FieldsWithoutEffect`). To serve another, add it to `ChatRequest` and read it in `chat`.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -127,7 +127,7 @@ class AssistantMessage(StrictModel):
     tool_calls: list[ToolCall] | None = None
     audio: None = None
     function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Annotated[list[object], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -155,7 +155,7 @@ class Function(StrictModel):
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, object] | None = None
     strict: bool | None = None
 
 
@@ -184,7 +184,7 @@ class SchemaFormat(StrictModel):
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
     description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[dict[str, object] | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 

@@ -2,7 +2,6 @@
 
 import time
 from contextlib import ExitStack
-from typing import Any
 
 from vlm.data.processor import SampleInputs
 from vlm.inference.predict import Prediction, Predictor
@@ -31,7 +30,7 @@ class ClassifyEndpoint:
         model, processor = predictor.model, predictor.processor
         self.batcher = Batcher(processor, model.device, predictor.of, service.config.max_batch)
 
-    async def respond(self, call: Call) -> dict[str, Any]:
+    async def respond(self, call: Call) -> dict[str, object]:
         """Return the predictions for a request.
 
         Raises:
@@ -58,14 +57,15 @@ class ClassifyEndpoint:
         config = self.predictor.model.config
         return prepare_inputs(request, self.predictor.processor, config, self.service.config, config.suffix_ids)
 
-    def _describe(self, index: int, by_head: dict[str, Prediction]) -> dict[str, Any]:
+    def _describe(self, index: int, by_head: dict[str, Prediction]) -> dict[str, object]:
         """Return the predictions of all heads for one prompt; at the top those of the first, as vLLM writes them."""
         heads = {head.name: describe_prediction(head, by_head[head.name]) for head in self.predictor.heads}
-        first, settings = next(iter(heads.values())), self.predictor.heads[0]
+        settings = self.predictor.heads[0]
+        first = by_head[settings.name]
         return {
             "index": index,
-            "label": first["prediction"] if settings.labels else None,
-            "probs": list(first["probabilities"].values()),
+            "label": first.prediction if settings.labels else None,
+            "probs": list(first.probabilities.values()),
             "num_classes": len(settings.labels),
             "heads": heads,
         }
@@ -75,14 +75,14 @@ class ClassifyEndpoint:
         self.batcher.close()
 
 
-def describe_prediction(head: HeadSettings, prediction: Prediction) -> dict[str, Any]:
+def describe_prediction(head: HeadSettings, prediction: Prediction) -> dict[str, object]:
     """Return a head's prediction as JSON.
 
     `prediction` is the label, the list of labels that apply, or the number; `probabilities` has each label's;
     `threshold` is the least probability at which a label is chosen, for `multilabel` by label, null where the task
     has none.
     """
-    threshold: Any = None
+    threshold: object = None
     if head.task in TASKS_WITH_THRESHOLD:
         chosen = DEFAULT_THRESHOLD if head.threshold is None else head.threshold
         threshold = chosen

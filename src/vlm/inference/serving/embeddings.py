@@ -9,10 +9,11 @@ import base64
 import struct
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vlm.data.processor import SampleInputs
 from vlm.inference.engine.engine import Engine
@@ -42,7 +43,7 @@ class EmbeddingsEndpoint:
         states = read_last_states(self.vlm.model, self.vlm.use_cached_features(inputs))
         return torch.nn.functional.normalize(states.float(), dim=1).cpu().tolist()
 
-    async def respond(self, call: Call) -> dict[str, Any]:
+    async def respond(self, call: Call) -> dict[str, object]:
         """Return the embeddings for a request.
 
         Raises:
@@ -81,14 +82,14 @@ def encode_base64(embedding: list[float]) -> str:
     return base64.b64encode(struct.pack(f"<{len(embedding)}f", *embedding)).decode()
 
 
-def read_last_states(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def read_last_states(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     """Return the hidden state of each prompt's last token: `(rows, text_dim)`; prompts are padded on the right."""
     mask = inputs["attention_mask"]
-    arguments: dict[str, Any] = {**inputs, "use_cache": False}
+    arguments: dict[str, object] = {**inputs, "use_cache": False}
     composed = is_composed(model.config)
     if composed:
         arguments["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    decode = model.decode if composed else model.base_model
+    decode = cast(nn.Module, model.decode if composed else model.base_model)
     states = decode(**arguments).last_hidden_state
     last = mask.sum(dim=1) - 1
     return states[torch.arange(len(states), device=states.device), last]

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 MAX_MESSAGE_LENGTH = 500
 """Characters of a message; longer ones are cut: they quote what a request holds."""
@@ -33,7 +32,7 @@ class RequestError(Exception):
         if status in (429, 503):
             self.headers.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the body of the answer."""
         kind = "server_error" if self.status in SERVER_STATUSES else "invalid_request_error"
         if self.status == 429:

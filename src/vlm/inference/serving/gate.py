@@ -7,10 +7,9 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Collection
-from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlm.inference.serving.errors import RequestError
 from vlm.inference.serving.metrics import Metrics
@@ -84,7 +83,7 @@ class CountingGate:
         path = scope["path"] if scope["path"] in self.paths else "other"
         begun, status = time.monotonic(), "none"
 
-        async def send_counting(message: Any) -> None:
+        async def send_counting(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])

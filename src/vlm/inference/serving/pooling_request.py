@@ -1,9 +1,10 @@
 """Requests to `/v1/classify` and `/v1/embeddings`: texts, or a conversation with its images."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Discriminator, Field, Tag, model_validator
+from transformers import PreTrainedConfig
 
 from vlm.assembly.language_models import max_positions
 from vlm.config.serving_schema import ServingConfig
@@ -80,7 +81,11 @@ def parse_inputs(kind: type[Request], call: Call) -> Request:
 
 
 def prepare_inputs(
-    request: PoolingRequest, processor: Processor, model_config: Any, config: ServingConfig, suffix: Sequence[int] = ()
+    request: PoolingRequest,
+    processor: Processor,
+    model_config: PreTrainedConfig,
+    config: ServingConfig,
+    suffix: Sequence[int] = (),
 ) -> list[SampleInputs]:
     """Return the model's inputs for each prompt of a request. CPU work: call it in a worker thread.
 

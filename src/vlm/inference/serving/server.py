@@ -32,7 +32,7 @@ class BoundedConnection(h11.Connection):
 
     _num_pieces = _num_bytes = 0
 
-    def next_event(self) -> Any:
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         """Return what arrived next.
 
         Raises:
@@ -172,7 +172,7 @@ def allow_connections(number: int) -> int:
     return number
 
 
-def make_server(app: ASGIApp, config: ServingConfig, **options: Any) -> uvicorn.Server:
+def make_server(app: ASGIApp, config: ServingConfig, **options: object) -> uvicorn.Server:
     """Return the server of an application; `run(sockets=[bind(…)])` starts it."""
     config = replace(config, max_connections=allow_connections(config.max_connections))
     settings: dict[str, Any] = {

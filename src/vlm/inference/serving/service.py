@@ -8,10 +8,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from vlm.config.serving_schema import ServingConfig
 from vlm.inference.serving.admission import Admission, WorkerThreads, run_while_client_stays
@@ -22,7 +21,7 @@ from vlm.inference.serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-Respond = Callable[["Call"], Awaitable[dict[str, Any] | AsyncGenerator[bytes]]]
+Respond = Callable[["Call"], Awaitable[dict[str, object] | AsyncGenerator[bytes]]]
 """Answers a request: an object, or events of a stream, the first of which is there once the answer has begun."""
 
 
@@ -79,7 +78,7 @@ class Call:
     body: Body
     begun: float
 
-    def parse(self) -> dict[str, Any]:
+    def parse(self) -> dict[str, object]:
         """Return the body's JSON. CPU work: call it in a worker thread, and do not keep the result beyond it.
 
         Raises:
@@ -108,7 +107,7 @@ class JsonEndpoint:
         service = self.service
         started = asyncio.Event()
 
-        async def send_noting(message: Any) -> None:
+        async def send_noting(message: Message) -> None:
             started.set()
             await send(message)
 
@@ -146,7 +145,7 @@ async def refuse(error: RequestError, send: Send, is_started: bool) -> None:
 
 
 async def send_json(
-    send: Send, value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None
+    send: Send, value: dict[str, object], status: int = 200, headers: dict[str, str] | None = None
 ) -> None:  # fmt: skip
     """Send an object."""
     content = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()

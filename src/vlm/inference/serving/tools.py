@@ -9,7 +9,6 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jinja2
 from jinja2 import meta
@@ -69,7 +68,7 @@ class Call:
     name: str
     arguments: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the call as OpenAI writes it, with an id of its own."""
         return {
             "id": f"call_{secrets.token_hex(12)}",
@@ -105,7 +104,7 @@ def _names_tools(template: str) -> bool:
         return False
 
 
-def _read_object(text: str, start: int) -> tuple[dict[str, Any], int] | None:
+def _read_object(text: str, start: int) -> tuple[dict[str, object], int] | None:
     """Return the JSON object at a place of a text, and where it ends; None where there is none."""
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
@@ -126,7 +125,7 @@ def _read_surroundings(processor: Processor, before: str, after: str, key: str) 
     return ToolFormat("", "", key) if ends_at_once else None
 
 
-def make_call_schema(tool: Tool, arguments_key: str) -> dict[str, Any]:
+def make_call_schema(tool: Tool, arguments_key: str) -> dict[str, object]:
     """Return the JSON schema of a call; references within the parameters' schema hold as they did."""
     parameters = tool.function.parameters or {"type": "object"}
     parameters = {"$id": PARAMETERS_ID, **parameters}  # `#/$defs/…` in it refers to it, not to the whole
@@ -182,7 +181,7 @@ class Toolbox:
         """Whether the answer has to be a call."""
         return self.is_used and self.choice != "auto"
 
-    def to_template(self) -> list[dict[str, Any]]:
+    def to_template(self) -> list[dict[str, object]]:
         """Return the tools as the chat template reads them."""
         return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
@@ -222,7 +221,8 @@ class Toolbox:
         if found is None or text[found[1] :].strip():
             return None
         name, arguments = found[0].get("name"), found[0].get(self.format.arguments_key, {})
-        if name not in [tool.function.name for tool in self.tools] or not isinstance(arguments, dict):
+        known = [tool.function.name for tool in self.tools]
+        if not isinstance(name, str) or name not in known or not isinstance(arguments, dict):
             return None
         return Call(name, json.dumps(arguments, ensure_ascii=False))
 
@@ -263,7 +263,7 @@ class ToolStream:
         return text, calls
 
 
-def read_arguments(arguments: str) -> Mapping[str, Any] | str:
+def read_arguments(arguments: str) -> Mapping[str, object] | str:
     """Return the arguments of an earlier call as a mapping where they are JSON of one, else as they are."""
     found = _read_object(arguments, 0) if arguments.startswith("{") else None
     return found[0] if found and not arguments[found[1] :].strip() else arguments

@@ -1,7 +1,7 @@
 """From JSON to a checked request: forms by pydantic, numbers by the limits; every refusal names the field."""
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
@@ -25,7 +25,7 @@ CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_pa
 MAX_NAME_LENGTH = 60
 
 
-def parse_request(kind: type[Request], body: dict[str, Any], config: ServingConfig) -> Request:
+def parse_request(kind: type[Request], body: dict[str, object], config: ServingConfig) -> Request:
     """Return a request of a kind out of its JSON.
 
     Raises:
@@ -41,7 +41,7 @@ def parse_request(kind: type[Request], body: dict[str, Any], config: ServingConf
         raise describe_validation_error(error.errors(include_url=False)[0], body) from None
 
 
-def check_counts(body: dict[str, Any], config: ServingConfig) -> None:
+def check_counts(body: dict[str, object], config: ServingConfig) -> None:
     """Refuse lists that are longer than a limit, before their items are looked at."""
     limits = {
         "messages": ("max_messages", config.max_messages),

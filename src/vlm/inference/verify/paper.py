@@ -79,7 +79,7 @@ def _check_weights(folder: Path, values: JsonObject, config: VLMConfig, readback
     if not (files := weight_files(folder)):
         yield f"{folder} holds no weights"
         return
-    shapes: Any = {name: tensor for file in files for name, tensor in read_meta_tensors(file).items()}
+    shapes: object = {name: tensor for file in files for name, tensor in read_meta_tensors(file).items()}
     yield from readback.find_problems(values, config, shapes)
 
 

@@ -9,13 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature, ProcessorMixin
 
 VISUAL_ENCODERS = ("visual_encoder", "vision_tower", "visual", "vision_model")
 CONNECTORS = ("connector", "multi_modal_projector")
@@ -33,6 +33,12 @@ def main(job_file: str) -> None:
     observe(job)
 
 
+Message = dict[str, Any]
+"""A message as processors take it: a role, and a list of images and texts."""
+Job = dict[str, Any]
+"""What is to be observed, see `observe`."""
+
+
 class HiddenPackages:
     """Finds no module of some packages, as where they are not installed."""
 
@@ -45,7 +51,7 @@ class HiddenPackages:
             raise ImportError(f"{name} is hidden: a published checkpoint has to load without it")
 
 
-def observe(job: dict[str, Any]) -> None:
+def observe(job: Job) -> None:
     """Write what a checkpoint gives for each case, and its answers; none where the model fails at a case.
 
     Args:
@@ -85,20 +91,21 @@ def observe(job: dict[str, Any]) -> None:
     (out / RESULTS).write_text(json.dumps(results), encoding="utf-8")
 
 
-def prepare(processor: Any, messages: list[dict[str, Any]]) -> Any:
+def prepare(processor: ProcessorMixin, messages: list[Message]) -> BatchFeature:
     """Return the inputs of a conversation, as the model card tells its readers to make them."""
-    return processor.apply_chat_template(
+    inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
+    return cast(BatchFeature, inputs)  # declared for texts too
 
 
-def read_inputs(inputs: Any) -> dict[str, Tensor]:
+def read_inputs(inputs: BatchFeature) -> dict[str, Tensor]:
     """Return ids `(tokens,)`, and pixels if there are any, in the form of the processor."""
     outputs = {"ids": inputs["input_ids"][0]}
     return outputs | ({"pixels": inputs["pixel_values"]} if "pixel_values" in inputs else {})
 
 
-def answer(model: Any, processor: Any, messages: list[dict[str, Any]], job: dict[str, Any]) -> str:
+def answer(model: Any, processor: ProcessorMixin, messages: list[Message], job: Job) -> str:
     """Return the greedy answer to a conversation."""
     inputs = prepare(processor, messages).to(model.device, model.dtype)
     with torch.no_grad():
@@ -138,11 +145,12 @@ def traced(model: nn.Module, outputs: dict[str, Tensor] | None) -> Iterator[None
             handle.remove()
 
 
-def add(outputs: dict[str, Tensor], name: str, given: Any) -> None:
+def add(outputs: dict[str, Tensor], name: str, given: object) -> None:
     """Add what a module gives, or is given: the first of several; a language model's without the only row."""
     if isinstance(given, tuple) and not given:  # what a connector is given by name is not seen
         return
     tensor = given[0] if isinstance(given, tuple) else given
+    assert isinstance(tensor, Tensor)
     if name.startswith("language model"):
         tensor = tensor[0]
     outputs[name] = tensor if name not in outputs else torch.cat([outputs[name], tensor])

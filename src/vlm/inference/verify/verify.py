@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from tqdm import tqdm
 
@@ -156,7 +155,7 @@ class _Comparison:
         ours, theirs = set(self.reference.ends()), self.observation.ends
         if theirs is None or not ours:
             return None
-        settings: Any = self.reference.model.model.generation_config
+        settings: object = self.reference.model.model.generation_config
         base = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         if ours <= set(theirs) <= ours.union(base):
             return None

@@ -6,7 +6,6 @@ Hashes are XXH3 (128 bits), which reads faster than disks do: they find damage, 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
@@ -72,7 +71,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return Manifest(content["step"], content["world_size"], files)
 
 
-def _with_hash(content: dict[str, Any]) -> str:
+def _with_hash(content: dict[str, object]) -> str:
     """Return the text of a manifest: one text for each content, so that every byte of it counts."""
     digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
     return json.dumps({"content": content, "xxh3_128": digest}, indent=1, sort_keys=True) + "\n"

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from vlm.checks.fields import RunFailed
 from vlm.config.schema import RunConfig
@@ -27,9 +28,9 @@ class OutOfMemory(RunFailed):
 class MemoryHolder(Protocol):
     """What is asked of the run's `VLMTrainer`."""
 
-    model: Any
+    model: nn.Module
     optimizer: Any
-    args: Any
+    args: TrainingArguments
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def measure_held(trainer: MemoryHolder) -> dict[str, int]:
     }
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[object]) -> Iterator[Tensor]:
     """Iterate over the tensors of nested mappings and lists."""
     for value in values:
         if isinstance(value, Tensor):

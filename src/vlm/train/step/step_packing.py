@@ -102,7 +102,7 @@ class StepSampler(Sampler[list[Row]]):
 
 def get_inner_sampler(batches: BatchSampler | BatchSamplerShard) -> Any:
     """Return the sampler that orders the samples of batches, of this rank or of all."""
-    own: Any = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
+    own: object = batches.batch_sampler if isinstance(batches, BatchSamplerShard) else batches
     return own.sampler
 
 
