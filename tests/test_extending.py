@@ -14,7 +14,8 @@ from tests.fixtures import compose_config, losses
 from tests.tiny_parts import Parts
 from vlm.config.named import permit_names
 from vlm.data.records.formats import get_reader
-from vlm.families.table import FAMILIES, get_part_names
+from vlm.families.parts import get_part_names
+from vlm.families.table import FAMILIES
 from vlm.models.connectors import CONNECTORS
 from vlm.models.heads import HEADS
 

@@ -9,24 +9,33 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from vlm.data.sample import Clip
 from vlm.data.vision.video import DEFAULT_FPS, DecodedVideo
-from vlm.families.table import Family
+from vlm.families.token_spans import encode_with_spans
 
 CLOCK = 1000
 """Frames per second of the video that stands for one of a variable rate: its times are told to the millisecond."""
+BLANK_SIDE = 64
+"""The height and width of a small video, in pixels."""
 MAX_KEPT_VALUES = 1000
 """Of larger tensors only the shape is kept: they are no grids of patches, nor else needed for a number of tokens."""
 
 
 class FamilyVideos:
-    """The part of a family's processor that reads videos; `native` is transformers' processor of the family."""
+    """The part of a family's processor that reads videos.
 
-    def __init__(self, native: Any, family: Family):
-        self.native, self.family = native, family
+    Args:
+        native: transformers' processor of the family.
+        min_frames: the fewest frames of a video.
+        equal_num_frames: whether all videos of a batch must have the same number of frames.
+    """
+
+    def __init__(self, native: Any, min_frames: int, *, equal_num_frames: bool = False):
+        self.native, self.fewest, self.equal_num_frames = native, min_frames, equal_num_frames
         self.token: str = native.video_token
         self.expansion = lru_cache(4096)(self._compute_expansion)
         self._blank_outputs = lru_cache(256)(self._read_blank)
@@ -34,12 +43,11 @@ class FamilyVideos:
     @property
     def minimal_clip(self) -> Clip:
         """The shortest clip that the model reads."""
-        number = self.family.min_frames
-        return Clip(tuple(range(number)), number, 64, 64, DEFAULT_FPS)
+        return make_blank_clip(self.fewest)
 
     def min_frames(self, max_frames: int) -> int:
         """Return how many frames are read of even the shortest video, where at most `max_frames` are read of any."""
-        return max_frames if self.family.equal_num_frames else self.family.min_frames
+        return max_frames if self.equal_num_frames else self.fewest
 
     def inputs(self, video: DecodedVideo) -> Mapping[str, Any]:
         """Return all outputs of the processor for a single video: inputs of the model, and those of its text."""
@@ -48,6 +56,23 @@ class FamilyVideos:
             text=[self.token], videos=[frames.permute(0, 3, 1, 2).contiguous()],  # (frames, 3, height, width)
             video_metadata=[make_metadata(video.clip)], do_sample_frames=False, return_tensors="pt",
         )  # fmt: skip
+
+    def checked_blank_inputs(self, frames: int) -> Mapping[str, object]:
+        """Return all outputs of the processor for a small blank video, whose ids are compared with those made here.
+
+        Raises:
+            ValueError: the processor's ids are others.
+        """
+        clip = make_blank_clip(frames)
+        outputs = self.inputs(DecodedVideo([Image.new("RGB", (clip.width, clip.height))] * frames, clip))
+        ids = torch.as_tensor(outputs["input_ids"])[0].tolist()
+        expansion = self.expansion(clip)
+        if not any(
+            encode_with_spans(self.native.tokenizer, expansion, add_special_tokens=adds)[0] == ids
+            for adds in (True, False)
+        ):
+            raise ValueError(f"{type(self.native).__name__} writes other tokens for a video than its call of one has")
+        return outputs
 
     def _compute_expansion(self, clip: Clip) -> str:
         """Return the text that a video token is replaced by."""
@@ -63,6 +88,11 @@ class FamilyVideos:
             return_tensors="pt",
         )  # fmt: skip
         return {name: _without_memory(value) for name, value in outputs.items()}
+
+
+def make_blank_clip(frames: int) -> Clip:
+    """Return what stands for a small video of some frames."""
+    return Clip(tuple(range(frames)), frames, BLANK_SIDE, BLANK_SIDE, DEFAULT_FPS)
 
 
 def make_metadata(clip: Clip) -> VideoMetadata:

@@ -1,0 +1,151 @@
+"""What the inputs of a family's model are like, found by calling its own processor on blank images and videos.
+
+Nothing of it depends on what images show: shapes and names alone are looked at.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlm.families.native import REPLACEMENTS, TEXT_INPUTS, NativeProcessor, ProcessorMismatchError, image_inputs_of
+from vlm.families.table import Family
+from vlm.families.token_inputs import Maker, find_maker, mark_replies
+from vlm.families.videos import FamilyVideos
+
+SIDE = 64
+"""The height and width of a blank image, in pixels."""
+WORDS = "words"
+PLAIN_INPUTS = ("input_ids", "attention_mask", "labels")
+"""Outputs for a text that every model has, or that are made here."""
+NUMBERS_OF_FRAMES = (1, 2, 4, 8)
+"""Frames of the shortest video, in the order in which they are tried."""
+
+
+@dataclass(frozen=True)
+class DerivedInputs:
+    """What the inputs of a family's model are like.
+
+    Attributes:
+        per_sample: image inputs with one row for each sample, whatever its number of images.
+        per_token: inputs with one value for each token, besides ids and mask.
+        text_inputs: all outputs for a text.
+        makers: input of `per_token` -> what makes it.
+        min_frames: the fewest frames of a video; 0: no videos.
+        joined: whether images and videos share inputs, in the order of the text.
+        equal_num_frames: whether all videos of a batch must have the same number of frames.
+        replaces_tokens: whether the processor says by which text it replaces the token of an image.
+        adds_special_tokens: whether it lets the tokenizer add special tokens around a text.
+    """
+
+    per_sample: tuple[str, ...]
+    per_token: tuple[str, ...]
+    text_inputs: tuple[str, ...]
+    makers: Mapping[str, Maker] = field(default_factory=dict)
+    min_frames: int = 0
+    joined: bool = False
+    equal_num_frames: bool = False
+    replaces_tokens: bool = True
+    adds_special_tokens: bool = True
+
+
+def derive_inputs(native: NativeProcessor, family: Family) -> DerivedInputs:
+    """Find out what the inputs of a family's model are like; what its row says is taken from there.
+
+    Raises:
+        ProcessorMismatchError: the processor cannot be called for an image, or makes an input that cannot be made here.
+    """
+    blank = Image.new("RGB", (SIDE, SIDE))
+    label = type(native.native).__name__
+    try:
+        expansion = native.expand([blank])[0]
+        outputs = native(f"{native.image_token}{WORDS}", [blank])
+    except ProcessorMismatchError:
+        raise
+    except Exception as error:  # processors raise what they like
+        raise ProcessorMismatchError(
+            f"{label} cannot be called for one image: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    ids = torch.as_tensor(outputs["input_ids"])
+    text_names = _names_of_tokens(outputs, len(ids[0]))
+    images = image_inputs_of(outputs, (*TEXT_INPUTS, *text_names))
+    if not images:
+        raise ProcessorMismatchError(f"{label} makes no inputs for an image")
+    makers = _find_makers(native, family, outputs, text_names, images, expansion)
+    rows = _find_rows(native, images, blank) if family.rows is None else family.rows
+    derived = DerivedInputs(
+        rows, tuple(makers), tuple(dict.fromkeys((*TEXT_INPUTS, *text_names))), makers,
+        replaces_tokens=native.replaces_tokens, adds_special_tokens=native.adds_special_tokens,
+    )  # fmt: skip
+    return _with_videos(native, family, derived, images)
+
+
+def _names_of_tokens(outputs: Mapping[str, object], length: int) -> list[str]:
+    """Return the names of outputs with one value for each token, besides ids, mask and labels."""
+    names = []
+    for name, value in outputs.items():
+        if name in (*PLAIN_INPUTS, REPLACEMENTS):
+            continue
+        is_long = isinstance(value, Tensor) and value.ndim > 1 and tuple(value.shape[:2]) == (1, length)
+        if name in TEXT_INPUTS or is_long:
+            names.append(name)
+    return names
+
+
+def _find_makers(
+    native: NativeProcessor, family: Family, outputs: Mapping[str, object], names: Sequence[str],
+    images: Mapping[str, Tensor], expansion: str,
+) -> dict[str, Maker]:  # fmt: skip
+    """Return input -> what makes it, for the inputs with one value for each token."""
+    if family.tokens is not None:
+        return dict.fromkeys(family.tokens, mark_replies)
+    ids: list[int] = torch.as_tensor(outputs["input_ids"])[0].tolist()
+    image_id = native.most_frequent_id(expansion)
+    makers: dict[str, Maker] = {}
+    for name in names:
+        expected = torch.as_tensor(outputs[name])[0]
+        if maker := find_maker(native.native, name, expected, ids, images, image_id):
+            makers[name] = maker
+        elif expected.any():
+            raise ProcessorMismatchError(
+                f"{type(native.native).__name__} makes the input {name} for each token, in a way that is not known here"
+            )  # zeros for all tokens, images among them, are what tokenizers add for models of two texts
+    return makers
+
+
+def _find_rows(native: NativeProcessor, images: Mapping[str, Tensor], blank: Image.Image) -> tuple[str, ...]:
+    """Return the inputs that have one row for two images, as for one."""
+    try:
+        two = image_inputs_of(native.process([blank, blank])[0], (*TEXT_INPUTS,))
+    except Exception:  # a processor that takes one image for a text: samples of one image are concatenated
+        return ()
+    return tuple(
+        name for name, value in images.items() if value.ndim > 1 and name in two and len(two[name]) == len(value) == 1
+    )
+
+
+def _with_videos(
+    native: NativeProcessor, family: Family, derived: DerivedInputs, images: Mapping[str, Tensor]
+) -> DerivedInputs:
+    """Return derived inputs with what is found of videos, where the processor has a token for them."""
+    plain = native.native
+    if family.videos is False or getattr(plain, "video_token", None) is None or not hasattr(plain, "video_processor"):
+        return derived
+    tried = NUMBERS_OF_FRAMES if family.min_frames is None else (family.min_frames,)
+    for number in tried:
+        videos = FamilyVideos(plain, number)
+        try:
+            shorter, longer = (videos.checked_blank_inputs(frames) for frames in (number, 2 * number))
+        except Exception:  # too few frames for this model
+            continue
+        inputs, more = (image_inputs_of(found, derived.text_inputs) for found in (shorter, longer))
+        differ = {name for name in inputs if inputs[name].shape[1:] != more[name].shape[1:]}
+        joined, equal = not inputs.keys().isdisjoint(images), bool(differ - {*derived.per_sample})
+        return replace(
+            derived, min_frames=number,
+            joined=joined if family.joined is None else family.joined,
+            equal_num_frames=equal if family.equal_num_frames is None else family.equal_num_frames,
+        )  # fmt: skip
+    return derived
