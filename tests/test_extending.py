@@ -78,6 +78,7 @@ def test_the_family_names_the_part_of_every_parameter():
     parts = {name: names.part_of(name) for name, _ in model.named_parameters()}
     assert set(parts.values()) == {"visual_encoder", "connector", "language_model"}
     assert parts["model.language_model.embed_tokens.weight"] == "language_model"
+    assert parts["model.vision_tower.patch_conv.weight"] == "connector"
 
 
 def test_the_format_reads_a_record():

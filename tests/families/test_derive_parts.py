@@ -78,6 +78,7 @@ REFUSED: dict[str, str] = {
     "gemma4": "no visual encoder and no connector",
     "gemma4_unified": "no visual encoder and no connector",
     "git": "no visual encoder",
+    "idefics": "lies within its decoder",
     "mistral4": "no visual encoder",
     "nemotron_h_omni": "no vocabulary head",
     "pi0": "does not let it generate text",

@@ -10,10 +10,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlm.families.native import REPLACEMENTS, TEXT_INPUTS, NativeProcessor, ProcessorMismatchError, image_inputs_of
+from vlm.families.native import (
+    REPLACEMENTS,
+    TEXT_INPUTS,
+    CallForm,
+    NativeProcessor,
+    ProcessorMismatchError,
+    image_inputs_of,
+)
 from vlm.families.table import Family
 from vlm.families.token_inputs import Maker, find_maker, mark_replies
-from vlm.families.videos import FamilyVideos
+from vlm.families.videos import FamilyVideos, make_blank_video
 
 SIDE = 64
 """The height and width of a blank image, in pixels."""
@@ -32,23 +39,23 @@ class DerivedInputs:
         per_sample: image inputs with one row for each sample, whatever its number of images.
         per_token: inputs with one value for each token, besides ids and mask.
         text_inputs: all outputs for a text.
+        form: how the processor is called.
+        dims: image input -> the dimension along which it is concatenated, where that is not the first one.
         makers: input of `per_token` -> what makes it.
         min_frames: the fewest frames of a video; 0: no videos.
         joined: whether images and videos share inputs, in the order of the text.
         equal_num_frames: whether all videos of a batch must have the same number of frames.
-        replaces_tokens: whether the processor says by which text it replaces the token of an image.
-        adds_special_tokens: whether it lets the tokenizer add special tokens around a text.
     """
 
     per_sample: tuple[str, ...]
     per_token: tuple[str, ...]
     text_inputs: tuple[str, ...]
+    form: CallForm
+    dims: Mapping[str, int] = field(default_factory=dict)
     makers: Mapping[str, Maker] = field(default_factory=dict)
     min_frames: int = 0
     joined: bool = False
     equal_num_frames: bool = False
-    replaces_tokens: bool = True
-    adds_special_tokens: bool = True
 
 
 def derive_inputs(native: NativeProcessor, family: Family) -> DerivedInputs:
@@ -59,25 +66,19 @@ def derive_inputs(native: NativeProcessor, family: Family) -> DerivedInputs:
     """
     blank = Image.new("RGB", (SIDE, SIDE))
     label = type(native.native).__name__
-    try:
-        expansion = native.expand([blank])[0]
-        outputs = native(f"{native.image_token}{WORDS}", [blank])
-    except ProcessorMismatchError:
-        raise
-    except Exception as error:  # processors raise what they like
-        raise ProcessorMismatchError(
-            f"{label} cannot be called for one image: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        ) from error
+    native.find_form(blank)
+    expansion = native.expand([blank])[0]
+    outputs = native(f"{native.form.frame}{WORDS}", [blank])
     ids = torch.as_tensor(outputs["input_ids"])
     text_names = _names_of_tokens(outputs, len(ids[0]))
     images = image_inputs_of(outputs, (*TEXT_INPUTS, *text_names))
     if not images:
         raise ProcessorMismatchError(f"{label} makes no inputs for an image")
     makers = _find_makers(native, family, outputs, text_names, images, expansion)
-    rows = _find_rows(native, images, blank) if family.rows is None else family.rows
+    rows, dims = _find_layout(native, images, blank)
     derived = DerivedInputs(
-        rows, tuple(makers), tuple(dict.fromkeys((*TEXT_INPUTS, *text_names))), makers,
-        replaces_tokens=native.replaces_tokens, adds_special_tokens=native.adds_special_tokens,
+        rows if family.rows is None else family.rows, tuple(makers),
+        tuple(dict.fromkeys((*TEXT_INPUTS, *text_names))), native.form, dims, makers,
     )  # fmt: skip
     return _with_videos(native, family, derived, images)
 
@@ -115,15 +116,29 @@ def _find_makers(
     return makers
 
 
-def _find_rows(native: NativeProcessor, images: Mapping[str, Tensor], blank: Image.Image) -> tuple[str, ...]:
-    """Return the inputs that have one row for two images, as for one."""
+def _find_layout(
+    native: NativeProcessor, images: Mapping[str, Tensor], blank: Image.Image
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return which inputs have one row for each sample, and which are concatenated along another dimension.
+
+    Both have one row for two images of a sample, as for one; for two samples, the first kind has two.
+    """
     try:
-        two = image_inputs_of(native.process([blank, blank])[0], (*TEXT_INPUTS,))
+        two = image_inputs_of(native.process([blank, blank])[0], TEXT_INPUTS)
     except Exception:  # a processor that takes one image for a text: samples of one image are concatenated
-        return ()
-    return tuple(
-        name for name, value in images.items() if value.ndim > 1 and name in two and len(two[name]) == len(value) == 1
-    )
+        return (), {}
+    single = [name for name, value in images.items() if value.ndim > 1 and name in two]
+    single = [name for name in single if len(two[name]) == len(images[name]) == 1]
+    samples = image_inputs_of(native.call_twice(blank), TEXT_INPUTS) if single else {}
+    rows = tuple(name for name in single if len(samples[name]) == 2)
+    dims = {name: _grown_dim(images[name], samples[name]) for name in single if name not in rows}
+    return rows, {name: dim for name, dim in dims.items() if dim is not None}
+
+
+def _grown_dim(one: Tensor, other: Tensor) -> int | None:
+    """Return the dimension in which a tensor is larger than another one."""
+    pairs = enumerate(zip(one.shape, other.shape, strict=True))
+    return next((dim for dim, (size, grown) in pairs if grown > size), None)
 
 
 def _with_videos(
@@ -140,11 +155,17 @@ def _with_videos(
             shorter, longer = (videos.checked_blank_inputs(frames) for frames in (number, 2 * number))
         except Exception:  # too few frames for this model
             continue
-        inputs, more = (image_inputs_of(found, derived.text_inputs) for found in (shorter, longer))
+        try:
+            two = videos.inputs(*[make_blank_video(videos.minimal_clip)] * 2)
+        except Exception:  # a processor that takes one video for a text
+            two = shorter
+        inputs, more, twice = (image_inputs_of(found, derived.text_inputs) for found in (shorter, longer, two))
+        dims = {name: _grown_dim(value, twice[name]) for name, value in inputs.items() if len(twice[name]) == 1}
+        along = {name: dim for name, dim in dims.items() if dim and name not in derived.per_sample}
         differ = {name for name in inputs if inputs[name].shape[1:] != more[name].shape[1:]}
-        joined, equal = not inputs.keys().isdisjoint(images), bool(differ - {*derived.per_sample})
+        joined, equal = not inputs.keys().isdisjoint(images), bool(differ - {*derived.per_sample, *along})
         return replace(
-            derived, min_frames=number,
+            derived, min_frames=number, dims={**derived.dims, **along},
             joined=joined if family.joined is None else family.joined,
             equal_num_frames=equal if family.equal_num_frames is None else family.equal_num_frames,
         )  # fmt: skip

@@ -75,8 +75,7 @@ def derive_parts(model: PreTrainedModel, connectors: Sequence[str] = ()) -> Deri
         has_connector = any(
             part == "connector" and prefix not in parts.unused_prefixes for prefix, part in parts.prefixes.items()
         )
-        width = getattr(model.get_input_embeddings(), "embedding_dim", None)
-        for prefix in _find_inner_connectors(encoder, f"{encoder_name}.", width, is_only_one=not has_connector):
+        for prefix in () if has_connector else _find_inner_connectors(encoder, f"{encoder_name}."):
             parts.prefixes.setdefault(prefix, "connector")
     for prefix in [prefix for prefix, part in parts.prefixes.items() if part == "visual_encoder"]:
         if isinstance(tower := _get_module(model, prefix), PreTrainedModel):
@@ -156,28 +155,15 @@ def _reads_sound(name: str, module: nn.Module) -> bool:
     return named or (isinstance(module, PreTrainedModel) and module.main_input_name in SOUND_INPUTS)
 
 
-def _find_inner_connectors(
-    encoder: nn.Module, prefix: str, text_width: int | None, *, is_only_one: bool
-) -> Iterator[str]:
-    """Yield prefixes of mergers and projectors directly within a visual encoder.
+def _find_inner_connectors(encoder: nn.Module, prefix: str) -> Iterator[str]:
+    """Yield prefixes of mergers and projectors directly within a visual encoder, of a model that has none outside it.
 
-    By their names they are such. Where another connector lies outside the encoder, only those count that write the
-    width of the language model; others join layers of the encoder.
+    Their names say that they are such. Beside a connector outside, they would join layers of the encoder.
     """
     for name, child in encoder.named_children():
         words = f"{name} {type(child).__name__}".lower()
-        if isinstance(child, nn.ModuleList) and len(child):
-            words += f" {type(child[0]).__name__}".lower()
-        if not any(word in words for word in CONNECTOR_WORDS) or not any(True for _ in child.parameters()):
-            continue
-        if is_only_one or _output_width(child) == text_width:
+        if any(word in words for word in CONNECTOR_WORDS) and any(True for _ in child.parameters()):
             yield f"{prefix}{name}."
-
-
-def _output_width(module: nn.Module) -> int | None:
-    """Return the width that a module's last layer writes; None where it has no layer."""
-    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)]
-    return layers[-1].weight.shape[0] if layers else None
 
 
 def _find_unread(tower: PreTrainedModel, prefix: str, config: PreTrainedConfig) -> Iterator[str]:

@@ -6,6 +6,8 @@ an image's token is replaced by, and whether special tokens are added around a t
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from PIL import Image
@@ -27,33 +29,76 @@ class ProcessorMismatchError(ValueError):
     """A family's own processor does not do what the ids or inputs of a sample need; the message says what."""
 
 
+@dataclass(frozen=True)
+class CallForm:
+    """How a family's own processor is called for the images of one sample, and what it does to the text.
+
+    Attributes:
+        frame: what stands in a text for an image: its token, perhaps between others without which it is refused.
+        nests_images: whether the images are given as a list for each text, or as one list.
+        replaces_tokens: whether a call says which text it replaces each token by, or leaves each as it is; else each
+            text is compared with the ids of a call.
+        adds_special_tokens: whether the tokenizer adds special tokens around a text.
+        prepends_bos: whether a call puts the token that begins a text before one that lacks it.
+    """
+
+    frame: str
+    nests_images: bool = True
+    replaces_tokens: bool = True
+    adds_special_tokens: bool = True
+    prepends_bos: bool = False
+
+
 class NativeProcessor:
     """Calls of a family's own processor for the images of one sample.
 
     Args:
         native: the processor.
         image_token: the text that stands for an image.
+        form: how it is called; the first call changes it where need be.
     """
 
-    def __init__(self, native: ProcessorMixin, image_token: str):
-        self.native, self.image_token = native, image_token
+    def __init__(self, native: ProcessorMixin, image_token: str, form: CallForm):
+        self.native, self.image_token, self.form = native, image_token, form
         self.tokenizer = native.tokenizer
-        self.replaces_tokens = True
-        """Whether a call says which text each token was replaced by; else each text is compared with a call's ids."""
-        self.adds_special_tokens = True
-        """Whether a call lets the tokenizer add special tokens around a text."""
 
     def __call__(self, text: str, images: Sequence[Image.Image]) -> Outputs:
         """Return all outputs for a text with the images of one sample, as for a conversation rendered to that text."""
         bos = self.tokenizer.bos_token
-        options: dict[str, bool | str] = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-        options |= {"return_tensors": "pt", "return_text_replacement_offsets": True}
-        return dict(self.native(text=[text], images=[list(images)], **options))
+        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        given = [list(images)] if self.form.nests_images else list(images)
+        call: Callable[..., Outputs] = self.native  # its keywords differ between processors
+        return dict(
+            call(text=[text], images=given, return_tensors="pt", return_text_replacement_offsets=True, **options)
+        )
+
+    def call_twice(self, image: Image.Image) -> Outputs:
+        """Return all outputs for two samples of one and the same image."""
+        given = [[image], [image]] if self.form.nests_images else [image, image]
+        call: Callable[..., Outputs] = self.native
+        return dict(call(text=[self.form.frame] * 2, images=given, return_tensors="pt", padding=True))
+
+    def find_form(self, image: Image.Image) -> None:
+        """Find a form in which the processor can be called for an image.
+
+        Raises:
+            ProcessorMismatchError: there is none.
+        """
+        frames = dict.fromkeys((self.image_token, self.form.frame))
+        errors: list[str] = []
+        for frame, nests in product(frames, (True, False)):
+            self.form = replace(self.form, frame=frame, nests_images=nests)
+            try:
+                self(frame, [image])
+            except Exception as error:  # processors raise what they like
+                errors.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+            else:
+                return
+        raise ProcessorMismatchError(f"{self._name} cannot be called for one image: {errors[0]}")
 
     def process(self, images: Sequence[Image.Image]) -> tuple[Outputs, tuple[str, ...]]:
         """Return the outputs for a sample of images alone, and the text that each one's token is replaced by."""
-        text = self.image_token * len(images)
-        outputs = self(text, images)
+        outputs = self(self.form.frame * len(images), images)
         replacements = outputs.pop(REPLACEMENTS, None)
         if isinstance(replacements, list) and replacements and replacements[0]:
             return outputs, tuple(str(replacement["replacement"]) for replacement in replacements[0])
@@ -66,16 +111,22 @@ class NativeProcessor:
             ProcessorMismatchError: the processor's ids are others.
         """
         outputs, expansions = self.process(images)
-        text = "".join(expansions)
+        text = "".join(self.form.frame.replace(self.image_token, expansion) for expansion in expansions)
         if self._has_ids(text, outputs) or self._has_as_many_ids(text, outputs):
             return expansions
-        self.replaces_tokens = False
+        self.form = replace(self.form, replaces_tokens=False)
         return tuple(self._expand_by_ids(image) for image in images)
 
     def check_ids(self, ids: list[int], text: str, images: Sequence[Image.Image]) -> None:
-        """Raise ProcessorMismatchError where the processor has other ids for a text."""
+        """Compare ids with those of the processor for a text; they may lack the one that begins a text.
+
+        Raises:
+            ProcessorMismatchError: the processor's are others.
+        """
         own = _first_row(self(text, images))
-        if own != ids:
+        if own == [self.tokenizer.bos_token_id, *ids]:
+            self.form = replace(self.form, prepends_bos=True)
+        elif own != ids:
             place = next((place for place, (a, b) in enumerate(zip(own, ids, strict=False)) if a != b), len(ids))
             raise ProcessorMismatchError(
                 f"{self._name} has {len(own)} ids for a text of {len(images)} images, which has {len(ids)} here; the "
@@ -88,10 +139,10 @@ class NativeProcessor:
         outputs = self(self.image_token, [image])
         ids = _first_row(outputs)
         around = self.tokenizer("", add_special_tokens=True)["input_ids"]
-        for added in (0, *range(1, len(around) + 1)):
-            inner = ids[added : len(ids) - (len(around) - added if added else 0)]
+        for before in range(len(around) + 1):
+            inner = ids[before : len(ids) - (len(around) - before)]
             text = str(self.tokenizer.decode(inner, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-            if encode_with_spans(self.tokenizer, text)[0] == inner and self._has_ids(text, outputs):
+            if self._has_ids(text, outputs):
                 return text
         raise ProcessorMismatchError(
             f"{self._name} does not say which text it writes for an image, and the ids of its call do not tell: "
@@ -113,14 +164,12 @@ class NativeProcessor:
     def _has_ids(self, text: str, outputs: Outputs) -> bool:
         """Return whether a text has the ids of a call, with or without special tokens around it."""
         ids = _first_row(outputs)
-        for adds in (True, False):
-            if encode_with_spans(self.tokenizer, text, add_special_tokens=adds)[0] == ids:
-                plain = encode_with_spans(self.tokenizer, text)[0]
-                self.adds_special_tokens = adds or plain == encode_with_spans(
-                    self.tokenizer, text, add_special_tokens=True
-                )[0]  # fmt: skip
-                return True
-        return False
+        if encode_with_spans(self.tokenizer, text, add_special_tokens=True)[0] == ids:
+            return True
+        if encode_with_spans(self.tokenizer, text)[0] != ids:
+            return False
+        self.form = replace(self.form, adds_special_tokens=False)
+        return True
 
     @property
     def _name(self) -> str:
@@ -149,30 +198,50 @@ def image_inputs_of(outputs: Mapping[str, object], text_inputs: Sequence[str]) -
     return inputs
 
 
-def find_image_token(native: ProcessorMixin, render: Render | None) -> str:
-    """Return the text that stands for an image: the processor's own token, or what its template writes for an image.
+def find_call_form(native: ProcessorMixin, render: Render | None) -> tuple[str, CallForm]:
+    """Return the text that stands for an image, and how the processor may have to be called.
+
+    A chat template writes that text for an image; where there is none, or it takes no lists, the processor names it.
+
+    Args:
+        native: the processor.
+        render: renders messages with its own template; None: it has none.
 
     Raises:
-        ProcessorMismatchError: there is neither.
+        ProcessorMismatchError: neither says how an image stands in a text.
     """
-    token = getattr(native, "image_token", None)
-    if token is not None:
-        return str(token)
-    if render is not None:
-        words = {"type": "text", "text": "words"}
-        texts = [render([{"role": "user", "content": content}]) for content in ([words], [{"type": "image"}, words])]
-        if token := _inserted(*texts).strip():
-            return token
+    token = None if getattr(native, "image_token", None) is None else str(native.image_token)
+    written = [] if render is None else _render_image(render)
+    if token is not None and (not written or any(token in text for text in written)):
+        return token, CallForm(next((text for text in written if token in text), token))
+    if written:  # of several readings, that which splits no special token
+        text = min(written, key=lambda text: len(native.tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return text, CallForm(text)
     raise ProcessorMismatchError(
         f"{type(native).__name__} names no image_token, and its chat template writes nothing for an image: nothing "
         "says where an image stands in a text"
     )
 
 
-def _inserted(before: str, after: str) -> str:
-    """Return what a text has more than another one, at one place."""
-    start = next(
-        (place for place, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before)
-    )
-    end = len(after) - (len(before) - start)
-    return after[start:end] if before == after[:start] + after[end:] else ""
+def _render_image(render: Render) -> list[str]:
+    """Return what a template writes for an image, without blanks around it, in all its readings.
+
+    Nothing where the template takes no lists, or writes nothing.
+    """
+    words: dict[str, object] = {"type": "text", "text": "words"}
+    try:
+        before, after = (
+            render([{"role": "user", "content": content}]) for content in ([words], [{"type": "image"}, words])
+        )
+    except Exception:  # a template may do anything with a list that it does not expect
+        return []
+    if "'type'" in after:  # the list itself
+        return []
+    return [text.strip() for text in _find_insertions(before, after) if text.strip()]
+
+
+def _find_insertions(before: str, after: str) -> list[str]:
+    """Return what a text has more than another one at one place; `<a>` before `<b>` may be `a><` too."""
+    length = len(after) - len(before)
+    starts = range(len(before) + 1) if length > 0 else range(0)
+    return [after[at : at + length] for at in starts if before == after[:at] + after[at + length :]]

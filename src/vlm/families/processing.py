@@ -7,6 +7,7 @@ be supervised.
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -14,13 +15,13 @@ from typing import Any, cast
 
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor
+from transformers import AutoProcessor, ProcessorMixin
 
 from vlm.data.sample import Clip, MediaSize
 from vlm.data.vision.images import Medium
 from vlm.data.vision.video import DecodedVideo
 from vlm.families.derive_inputs import SIDE, WORDS, DerivedInputs, derive_inputs
-from vlm.families.native import NativeProcessor, ProcessorMismatchError, find_image_token, image_inputs_of
+from vlm.families.native import NativeProcessor, ProcessorMismatchError, find_call_form, image_inputs_of
 from vlm.families.table import Family
 from vlm.families.token_inputs import MASK_OF_IMAGES
 from vlm.families.token_spans import check_spans, encode_with_spans
@@ -73,12 +74,12 @@ class FamilyProcessor:
         self.chat_template = chat_template or self.own_template
         if self.chat_template is None:
             raise ValueError(f"{family.name}: its processor brings no chat template. Name one with dataset.template.")
-        self.image_token = find_image_token(native, self._render_own if self.own_template else None)
-        self.calls = NativeProcessor(native, self.image_token)
+        self.image_token, form = find_call_form(native, self._render_own if self.own_template else None)
+        self.calls = NativeProcessor(native, self.image_token, form if inputs is None else inputs.form)
         is_new = inputs is None
         self.inputs = inputs = inputs or derive_inputs(self.calls, family)
-        self.calls.replaces_tokens = inputs.replaces_tokens
         self.per_sample_inputs, self.per_token_inputs = inputs.per_sample, inputs.per_token
+        self.concatenation_dims = inputs.dims
         self.videos = None
         if inputs.min_frames:
             self.videos = FamilyVideos(native, inputs.min_frames, equal_num_frames=inputs.equal_num_frames)
@@ -88,6 +89,7 @@ class FamilyProcessor:
         self._cached_expansions = lru_cache(4096)(self._compute_expansions)
         if is_new and self.own_template != family.template:  # a row's own template writes what its processor adds
             self.check_chat()
+            self.inputs = replace(inputs, form=self.calls.form)
 
     def __reduce__(self) -> tuple[type["FamilyProcessor"], tuple[object, ...]]:
         """Pickle the arguments, so that a data worker makes its own."""
@@ -201,12 +203,14 @@ class FamilyProcessor:
             continues_text = start > 0
             lead = self._lead if continues_text else ""  # tokenizers begin no new word behind a token
             piece = lead + expanded[start:end]
-            adds_bos = not continues_text and not has_bos and self.inputs.adds_special_tokens
+            adds_bos = not continues_text and not has_bos and self.inputs.form.adds_special_tokens
             new, offsets = encode_with_spans(self.tokenizer, piece, add_special_tokens=adds_bos)
             origin = start - len(lead)
             ids += new[continues_text:]
             spans += [(origin + a, origin + b) if b else (0, 0) for a, b in offsets[continues_text:]]
-        if sizes and not self.inputs.replaces_tokens:
+        if self.inputs.form.prepends_bos and not has_bos:
+            ids, spans = [self.tokenizer.bos_token_id, *ids], [(0, 0), *spans]
+        if sizes and not self.inputs.form.replaces_tokens:
             self._check_ids(text, user_spans, sizes, ids)
         return ids, _map_to_original(spans, replaced)
 
@@ -299,10 +303,10 @@ class FamilyProcessor:
         """
         videos = [image for image in images if isinstance(image, DecodedVideo)]
         if videos and self.inputs.joined:
-            return joined([self._process_one(image) for image in images], self.per_sample_inputs)
+            return joined([self._process_one(image) for image in images], self.per_sample_inputs, self.inputs.dims)
         stills = [self.as_rgb(cast(Image.Image, image)) for image in images if not isinstance(image, DecodedVideo)]
         inputs = self._process_images(stills) if stills else {}
-        return inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs)
+        return inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs, self.inputs.dims)
 
     def _process_one(self, image: Medium) -> dict[str, Tensor]:
         """Return the inputs of a single image or video."""
@@ -335,8 +339,17 @@ class FamilyProcessor:
 def load_family_processor(
     name: str, family: Family, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> FamilyProcessor:
-    """Load the processor of a Hub name or folder."""
+    """Load the processor of a Hub name or folder.
+
+    Raises:
+        ProcessorMismatchError: there is none that can be used here.
+    """
     native = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if not isinstance(native, ProcessorMixin):
+        raise ProcessorMismatchError(
+            f"{family.name}: AutoProcessor opens a {type(native).__name__} there, which does not prepare texts and "
+            "images together; a processor_config.json that names a processor is missing"
+        )
     return FamilyProcessor(native, family)
 
 

@@ -133,12 +133,6 @@ FAMILIES: dict[str, Family] = {
             f"{PHI4_IMAGES}img_processor.head.",
         ),
     ),
-    "idefics": Family(
-        "Idefics",
-        # Its visual encoder and the layers that attend to images are modules of its decoder.
-        connectors=("model.perceiver_resampler.", "model.gated_cross_attn_layers."),
-        supports_packing=False,  # which token attends to which image is said for rows, not for samples
-    ),
     "janus": Family(
         "Janus",
         # What draws images is no part of an answer in text.

@@ -55,7 +55,7 @@ def _lay_along(tokenizer: PreTrainedTokenizerBase, ids: Ids, text: str) -> Spans
     position = start = 0
     for end in range(1, len(ids) + 1):
         piece = _decode(tokenizer, ids[start:end])
-        if UNDECODABLE in piece and not text.startswith(piece, position):
+        if UNDECODABLE in piece and not _is_whole(tokenizer, ids[start : end + 1], piece, text[position:]):
             if end - start >= MAX_PIECE:
                 break
             continue
@@ -71,6 +71,14 @@ def _lay_along(tokenizer: PreTrainedTokenizerBase, ids: Ids, text: str) -> Spans
             f"{text[position:][:20]!r}: labels cannot be placed"
         )
     return spans
+
+
+def _is_whole(tokenizer: PreTrainedTokenizerBase, ids: Ids, piece: str, text: str) -> bool:
+    """Return whether a piece with the sign of an undecodable byte is the text's own, where `ids` has one id more.
+
+    The bytes of that sign itself decode to it one by one.
+    """
+    return text.startswith(piece) and (text == piece or _decode(tokenizer, ids) != piece)
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Ids) -> str:
