@@ -48,7 +48,7 @@ def test_inputs_are_those_that_were_written_by_hand(name: str):
 class Odd(Qwen2VLProcessor):
     """A processor with an input for each token that nothing here makes, and pixels of all samples in one row."""
 
-    def __call__(self, *args: object, **options: object) -> dict[str, object]:
+    def __call__(self, *args: object, **options: object) -> object:
         """The outputs, with what is odd about them."""
         outputs = super().__call__(*args, **options)  # pyright: ignore[reportArgumentType]
         outputs["pixel_values"] = outputs["pixel_values"].T[None]
@@ -77,4 +77,4 @@ def test_inputs_are_concatenated_along_the_dimension_that_grows():
     assert inputs.dims == {"pixel_values": 2}
     rows = [{"input_ids": [1], "labels": [1], "pixel_values": torch.ones(1, 2, size)} for size in (3, 4)]
     batch = Collator(0, dims=inputs.dims)(rows)
-    assert batch["pixel_values"].shape == (1, 2, 7)
+    assert batch.get("pixel_values", torch.empty(0)).shape == (1, 2, 7)

@@ -84,7 +84,7 @@ def make_images(number: int) -> list[Image.Image]:
 
 
 def test_every_family_is_tested():
-    assert {kind for kind, row in FAMILIES.items() if row.choices} == TINY_TYPES
+    assert FAMILIES.keys() >= TINY_TYPES
 
 
 def test_the_parts_share_no_parameter_and_leave_none(name: str, folders: Callable[[str], Path]):

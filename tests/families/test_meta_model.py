@@ -43,5 +43,5 @@ def test_code_of_a_repository_has_to_name_the_models_class(monkeypatch: pytest.M
     assert get_auto_class(Remote()) is AutoModelForCausalLM
     with pytest.raises(NotAFamilyError, match=r"model_type=remote: its config\.json has no auto_map entry"):
         build_meta_model(Remote())
-    config = Remote(auto_map={"AutoModelForImageTextToText": "modeling.Model"})
+    config = Remote.from_dict({"auto_map": {"AutoModelForImageTextToText": "modeling.Model"}})
     assert get_auto_class(config) is AutoModelForImageTextToText

@@ -17,17 +17,18 @@ class WithoutOffsets:
     def __init__(self, inner: PreTrainedTokenizerFast, *, lowers: bool = False):
         self.inner, self.lowers = inner, lowers
 
-    def __call__(self, text: str, **options: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str, *, add_special_tokens: bool) -> dict[str, list[int]]:
         """The ids of a text alone."""
-        return {"input_ids": self.inner(text.lower() if self.lowers else text, **options)["input_ids"]}
+        encoded = self.inner(text.lower() if self.lowers else text, add_special_tokens=add_special_tokens)
+        return {"input_ids": encoded["input_ids"]}
 
     def decode(self, ids: list[int], **options: bool) -> str:
         """The text of ids."""
-        return self.inner.decode(ids, **options)
+        return str(self.inner.decode(ids, **options))
 
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]:
         """The tokens of ids."""
-        return self.inner.convert_ids_to_tokens(ids)
+        return [str(token) for token in self.inner.convert_ids_to_tokens(ids)]
 
 
 @pytest.mark.parametrize("text", TEXTS)

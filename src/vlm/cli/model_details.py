@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from importlib.util import find_spec
 
-import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
 from vlm.cli.model_listing import Section, part_sections, print_sections
-from vlm.families.meta_model import AutoClass, get_auto_class
+from vlm.families.meta_model import NotAFamilyError, build_meta_model, get_auto_class
 from vlm.families.table import FAMILIES
 from vlm.models.connectors import CONNECTORS
 from vlm.models.head_tasks import NUM_OUTPUTS_BY_TASK
@@ -47,14 +46,16 @@ def family_rows() -> Iterator[tuple[str, ...]]:
         auto = get_auto_class(config)
         kind = auto._model_mapping[type(config)]
         attention = ["eager", *(name for name, flag in ATTENTION_FLAGS.items() if getattr(kind, flag))]
-        share = f"{get_quantizable_share(auto, config):.0%}"
+        try:
+            share = f"{get_quantizable_share(config):.0%}"
+        except NotAFamilyError:  # sizes that fit together stand in checkpoints alone
+            share = "-"
         yield family.name, model_type, ", ".join(family.choices), ", ".join(attention), share
 
 
-def get_quantizable_share(auto: AutoClass, config: PreTrainedConfig) -> float:
+def get_quantizable_share(config: PreTrainedConfig) -> float:
     """Return the share of a model's weights in Linear layers, at its family's default size."""
-    with torch.device("meta"):
-        model = auto.from_config(config)
+    model = build_meta_model(config)
     head = model.get_output_embeddings()
     linear = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not head)
     return sum(module.weight.numel() for module in linear) / sum(weight.numel() for weight in model.parameters())

@@ -61,22 +61,21 @@ class NativeProcessor:
     def __init__(self, native: ProcessorMixin, image_token: str, form: CallForm):
         self.native, self.image_token, self.form = native, image_token, form
         self.tokenizer = native.tokenizer
+        self._call: Callable[..., Mapping[str, object]] = native  # its keywords differ between processors
 
     def __call__(self, text: str, images: Sequence[Image.Image]) -> Outputs:
         """Return all outputs for a text with the images of one sample, as for a conversation rendered to that text."""
         bos = self.tokenizer.bos_token
         options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
         given = [list(images)] if self.form.nests_images else list(images)
-        call: Callable[..., Outputs] = self.native  # its keywords differ between processors
         return dict(
-            call(text=[text], images=given, return_tensors="pt", return_text_replacement_offsets=True, **options)
+            self._call(text=[text], images=given, return_tensors="pt", return_text_replacement_offsets=True, **options)
         )
 
     def call_twice(self, image: Image.Image) -> Outputs:
         """Return all outputs for two samples of one and the same image."""
         given = [[image], [image]] if self.form.nests_images else [image, image]
-        call: Callable[..., Outputs] = self.native
-        return dict(call(text=[self.form.frame] * 2, images=given, return_tensors="pt", padding=True))
+        return dict(self._call(text=[self.form.frame] * 2, images=given, return_tensors="pt", padding=True))
 
     def find_form(self, image: Image.Image) -> None:
         """Find a form in which the processor can be called for an image.
@@ -210,7 +209,8 @@ def find_call_form(native: ProcessorMixin, render: Render | None) -> tuple[str, 
     Raises:
         ProcessorMismatchError: neither says how an image stands in a text.
     """
-    token = None if getattr(native, "image_token", None) is None else str(native.image_token)
+    own: object = getattr(native, "image_token", None)
+    token = None if own is None else str(own)
     written = [] if render is None else _render_image(render)
     if token is not None and (not written or any(token in text for text in written)):
         return token, CallForm(next((text for text in written if token in text), token))

@@ -353,7 +353,7 @@ def load_family_processor(
     return FamilyProcessor(native, family)
 
 
-def _get_own_template(native: Any) -> str | None:
+def _get_own_template(native: ProcessorMixin) -> str | None:
     """Return the chat template that came with a processor or its tokenizer; of several, the default one."""
     for owner in (native, native.tokenizer):
         template = getattr(owner, "chat_template", None)

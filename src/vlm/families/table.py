@@ -1,6 +1,6 @@
 """The table of families: usual names, packaged choices, and what cannot be found in a model or its processor.
 
-Imports the standard library only. Any image-text model of transformers is a family, with or without a row: its parts
+Imports the standard library only. Every image-text model of transformers is a family, with or without a row: its parts
 are derived in `derive_parts`, its inputs in `derive_inputs`. A row says what no rule finds, with the reason beside it.
 Prefixes are those of `named_parameters()`; the longest match wins.
 """
