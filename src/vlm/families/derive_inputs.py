@@ -68,9 +68,9 @@ def derive_inputs(native: NativeProcessor, family: Family) -> DerivedInputs:
     label = type(native.native).__name__
     native.find_form(blank)
     expansion = native.expand([blank])[0]
-    outputs = native(f"{native.form.frame}{WORDS}", [blank])
-    ids = torch.as_tensor(outputs["input_ids"])
-    text_names = _names_of_tokens(outputs, len(ids[0]))
+    outputs, longer = (native(f"{native.form.frame}{WORDS * number}", [blank]) for number in (1, 2))
+    longer_names = _names_of_tokens(longer)  # of one text, patches may be as many as tokens
+    text_names = [name for name in _names_of_tokens(outputs) if name in longer_names]
     images = image_inputs_of(outputs, (*TEXT_INPUTS, *text_names))
     if not images:
         raise ProcessorMismatchError(f"{label} makes no inputs for an image")
@@ -83,9 +83,9 @@ def derive_inputs(native: NativeProcessor, family: Family) -> DerivedInputs:
     return _with_videos(native, family, derived, images)
 
 
-def _names_of_tokens(outputs: Mapping[str, object], length: int) -> list[str]:
+def _names_of_tokens(outputs: Mapping[str, object]) -> list[str]:
     """Return the names of outputs with one value for each token, besides ids, mask and labels."""
-    names = []
+    names, length = [], torch.as_tensor(outputs["input_ids"]).shape[1]
     for name, value in outputs.items():
         if name in (*PLAIN_INPUTS, REPLACEMENTS):
             continue
