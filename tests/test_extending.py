@@ -14,7 +14,8 @@ from tests.fixtures import compose_config, losses
 from tests.tiny_parts import Parts
 from vlm.config.named import permit_names
 from vlm.data.records.formats import get_reader
-from vlm.families.table import FAMILIES, get_part_names
+from vlm.families.parts import get_part_names
+from vlm.families.table import FAMILIES
 from vlm.models.connectors import CONNECTORS
 from vlm.models.heads import HEADS
 
@@ -77,6 +78,7 @@ def test_the_family_names_the_part_of_every_parameter():
     parts = {name: names.part_of(name) for name, _ in model.named_parameters()}
     assert set(parts.values()) == {"visual_encoder", "connector", "language_model"}
     assert parts["model.language_model.embed_tokens.weight"] == "language_model"
+    assert parts["model.vision_tower.patch_conv.weight"] == "connector"
 
 
 def test_the_format_reads_a_record():

@@ -28,7 +28,7 @@ TESTED_ELSEWHERE = {
     "cli/data.py": "data/tools/test_show.py",
     "cli/export_checkpoint.py": "cli/test_checkpoints.py",
     "cli/model_options.py": "cli/test_generate.py",
-    "cli/models.py": "families/test_families.py",
+    "cli/model_details.py": "families/test_families.py",
     "cli/predict.py": "inference/test_predict.py",
     "cli/push_to_hub.py": "hub/test_publishing.py",
     "cli/record_options.py": "cli/test_evaluate.py",

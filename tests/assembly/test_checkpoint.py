@@ -115,7 +115,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(parts: Parts, tmp_path: Path
 
 
 def test_another_model_is_refused(parts: Parts):
-    with pytest.raises(ValueError, match="model_type=llama is no family of vision-language models"):
+    with pytest.raises(ValueError, match="model_type=llama: it has no visual encoder"):
         open_checkpoint(parts.language_model("llama"))
 
 

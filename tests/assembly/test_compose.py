@@ -375,7 +375,7 @@ def test_a_later_stage_may_go_back_to_the_tokenizers_own_template(parts: Parts, 
 
 
 def test_another_kind_of_checkpoint_is_refused(parts: Parts):
-    with pytest.raises(ValueError, match="model_type=llama is no family"):
+    with pytest.raises(ValueError, match="model_type=llama: it has no visual encoder"):
         open_checkpoint(parts.language_model("llama"))
 
 

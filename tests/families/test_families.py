@@ -24,11 +24,13 @@ from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import encode, encode_prompt
 from vlm.data.sample import ImageRef, Sample, Turn
 from vlm.evaluation.loss import row_losses
+from vlm.families.parts import get_part_names
 from vlm.families.processing import FamilyProcessor, load_family_processor
-from vlm.families.table import FAMILIES, get_family, get_part_names
+from vlm.families.table import FAMILIES
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models.connectors import CONNECTORS
 
+TINY_TYPES = {made.model_type for made in TINY.values()}
 SIZES = [(30, 40), (64, 20), (16, 16)]
 """Heights and widths of images that have different numbers of tokens where a family knows tiles."""
 
@@ -82,7 +84,7 @@ def make_images(number: int) -> list[Image.Image]:
 
 
 def test_every_family_is_tested():
-    assert {made.model_type for made in TINY.values()} == set(FAMILIES)
+    assert FAMILIES.keys() >= TINY_TYPES
 
 
 def test_the_parts_share_no_parameter_and_leave_none(name: str, folders: Callable[[str], Path]):
@@ -94,8 +96,6 @@ def test_the_parts_share_no_parameter_and_leave_none(name: str, folders: Callabl
     for parameter, weight in model.named_parameters():
         if id(weight) in vocabulary:
             assert found[parameter] == "language_model"
-    for part in get_family(model.config.model_type).parts:
-        assert part in PARTS
 
 
 def test_a_parameter_of_no_part_is_an_error():
@@ -207,9 +207,9 @@ def test_training_leaves_a_checkpoint_of_the_family(
     assert ours.generate("what is it?", make_images(1), max_new_tokens=3, cache_implementation="static") == said
 
 
-def test_a_family_that_is_not_in_the_table_is_refused(folders: Callable[[str], Path], tmp_path: Path):
-    (tmp_path / "config.json").write_text('{"model_type": "blip-2"}')
-    with pytest.raises(ValueError, match=r"model\.hf_name=.*model_type=blip-2 is no family"):
+def test_a_model_that_reads_no_images_at_its_tokens_is_refused(folders: Callable[[str], Path], tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "git"}')
+    with pytest.raises(ValueError, match=r"model\.hf_name=.*model_type=git: it has no visual encoder"):
         load_family_config(str(tmp_path), "model.hf_name")
     with pytest.raises(ValueError, match="no model configuration there"):
         load_family_config(str(tmp_path / "nowhere"), "model.hf_name")
@@ -221,9 +221,9 @@ def test_every_packaged_model_belongs_to_one_family():
 
 
 def test_the_listing_names_every_part_and_family(capsys: pytest.CaptureFixture[str]):
-    main(["models"])
+    main(["models", "--details"])
     said = capsys.readouterr().out
-    for name in (*CONNECTORS, *FAMILIES, *packaged_names("vlm.config", "model/visual_encoder", ".yaml")):
+    for name in (*CONNECTORS, *TINY_TYPES, *packaged_names("vlm.config", "model/visual_encoder", ".yaml")):
         assert name in said
     row = next(line for line in said.splitlines() if " qwen2_vl " in line)
     assert "eager, sdpa, flash_attention_2" in row

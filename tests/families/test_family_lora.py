@@ -12,7 +12,7 @@ from tests.families.test_families import folders, load, make_images, name  # noq
 from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
-from vlm.families.table import get_part_names
+from vlm.families.parts import get_part_names
 from vlm.inference.generate import VisionLanguageModel, user_turn
 from vlm.train.lora import add_adapter, linear_layers
 

@@ -21,7 +21,7 @@ from vlm.models.text_loss import supervised_loss
 from vlm.train.step.packed_attention import use_packed_attention
 from vlm.train.step.packing import add_grid_positions, check_packing
 
-PACKING = [name for name, made in TINY.items() if FAMILIES[made.model_type].supports_packing]
+PACKING = [name for name, made in TINY.items() if FAMILIES[made.model_type].supports_packing is not False]
 
 
 def make_rows(processor: Any) -> list[dict[str, Any]]:

@@ -340,7 +340,7 @@ def test_a_folder_that_is_not_there_is_no_name_on_the_hub(name: str, said: str):
 
 
 def test_another_kind_of_checkpoint_is_refused(parts: Parts):
-    with pytest.raises(ValueError, match="model_type=llama is no family of vision-language models"):
+    with pytest.raises(ValueError, match="model_type=llama: it has no visual encoder"):
         VisionLanguageModel.load(parts.language_model("llama"))
 
 

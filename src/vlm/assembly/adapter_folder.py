@@ -23,7 +23,7 @@ from vlm.assembly.foreign_config import check_adapter_values, load_config
 from vlm.assembly.opening import opening
 from vlm.checks.checkpoint_files import ADAPTER_WEIGHTS, read_header, read_object
 from vlm.config.derived import BASE_FILE
-from vlm.families.table import get_part_names
+from vlm.families.parts import get_part_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig

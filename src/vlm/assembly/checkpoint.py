@@ -33,8 +33,9 @@ from vlm.checks.checkpoint import checkpoint_problem
 from vlm.checks.model import check_no_image_mode
 from vlm.config.derived import BASE_FILE
 from vlm.data.processor import Processor
+from vlm.families.parts import get_part_names
 from vlm.families.processing import load_family_processor
-from vlm.families.table import get_family, get_part_names
+from vlm.families.table import get_family
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig, VLMProcessor
 from vlm.models.connectors import CONNECTORS, connector_class
 from vlm.models.heads import HEADS, head_class

@@ -3,26 +3,13 @@
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    BitsAndBytesConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from vlm.assembly.foreign_config import ForeignCodeError, load_config
 from vlm.assembly.loading import inspect_checkpoint, load_complete
 from vlm.assembly.opening import opening, shorten
-from vlm.families.table import FAMILIES
-
-AutoClass = type[AutoModelForImageTextToText] | type[AutoModelForCausalLM]
-
-
-def get_auto_class(config: PreTrainedConfig) -> AutoClass:
-    """Return the auto class that a model loads through; Phi-4-multimodal counts as a causal language model."""
-    known = type(config) in AutoModelForImageTextToText._model_mapping
-    return AutoModelForImageTextToText if known else AutoModelForCausalLM
+from vlm.families.meta_model import NotAFamilyError, get_auto_class
+from vlm.families.parts import get_part_names
 
 
 def read_config(
@@ -44,12 +31,14 @@ def read_config(
 
 
 def check_is_family(config: PreTrainedConfig, label: str) -> None:
-    """Raise ValueError where a configuration is of no family in the table."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"{label}: model_type={config.model_type} is no family of vision-language models that is known here; "
-            f"known are {', '.join(FAMILIES)}"
-        )
+    """Raise ValueError where a configuration is of no vision-language model whose parts can be told apart.
+
+    Its model is built on the meta device for that, once for each configuration.
+    """
+    try:
+        get_part_names(config)
+    except NotAFamilyError as error:
+        raise ValueError(f"{label}: {error}") from error
 
 
 def load_family_config(

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import cached_file
 
-from vlm.assembly.opening import opening, quiet_loading, shorten, without_zero3
+from vlm.assembly.opening import opening, quiet_loading, shorten
 from vlm.checks.checkpoint_files import (
     INDEX,
     PACKED,
@@ -31,6 +31,7 @@ from vlm.checks.checkpoint_files import (
 )
 from vlm.checks.checkpoint_numbers import PROCESSOR_FILES, check_numbers, check_processor_numbers
 from vlm.config.derived import BASE_FILE
+from vlm.families.meta_model import without_zero3
 
 RECOMPUTED = re.compile(r"(^|\.)(inv_freq|original_inv_freq|position_ids|num_batches_tracked|masked_bias)$")
 """Buffers that earlier versions of transformers saved, and that a model computes for itself."""

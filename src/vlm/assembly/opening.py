@@ -1,4 +1,4 @@
-"""What surrounds a library while it opens a checkpoint: errors that name the checkpoint, no reports, whole tensors."""
+"""What surrounds a library while it opens a checkpoint: errors that name the checkpoint, and no reports."""
 
 import logging
 import traceback
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
@@ -72,14 +71,3 @@ def quiet_loading() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bar:
             transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def without_zero3() -> Iterator[None]:
-    """Load whole tensors, also where the run shards its own."""
-    reference = deepspeed_integration._hf_deepspeed_config_weak_ref
-    deepspeed_integration.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed_integration._hf_deepspeed_config_weak_ref = reference

@@ -14,7 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from vlm.assembly.family import get_auto_class
 from vlm.config.model_schema import ModelConfig
-from vlm.families.table import get_part_names
+from vlm.families.parts import get_part_names
 
 
 def make_quantization_config(kind: str, skipped: Collection[str] | None = None) -> BitsAndBytesConfig:

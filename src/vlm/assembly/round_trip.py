@@ -15,8 +15,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from vlm.assembly.opening import quiet_loading, without_zero3
+from vlm.assembly.opening import quiet_loading
 from vlm.assembly.saving import use_canonical_names
+from vlm.families.meta_model import without_zero3
 
 NUM_MARKS = 251
 """Stand-ins are told apart by so many numbers; bfloat16 holds each exactly."""

@@ -16,7 +16,7 @@ vlm composes, trains and asks vision-language models.
   vlm eval CHECKPOINT --data RECORDS --metrics NAME,NAME    measure a trained model; or --tasks of lmms-eval
   vlm web                                                   a page: chat, predict, train, look through data
   vlm data TOOL …                                           download, convert, clean, stats, show; vlm data --help
-  vlm models                                                what can be trained: parts, families, what each takes
+  vlm models                                                what can be trained: parts, types of models, proofs
   vlm import SOURCE OUT                                     a LLaVA checkpoint as one of this framework
   vlm export CHECKPOINT OUT --format llava                  a checkpoint for transformers and vLLM; vlm export --help
   vlm verify CHECKPOINT --with ENGINE                       is what is served what was trained; vlm verify --help

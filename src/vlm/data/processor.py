@@ -7,7 +7,7 @@ satisfy the Protocol.
 from __future__ import annotations  # the types of libraries are needed by checkers only, and slow to import
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -102,6 +102,11 @@ class Processor(Protocol):
     @property
     def per_sample_inputs(self) -> Sequence[str]:
         """Return the names of image inputs that have one row for each sample; the others have one for each image."""
+        ...
+
+    @property
+    def concatenation_dims(self) -> Mapping[str, int]:
+        """Return image input -> the dimension along which those of samples are concatenated; 0 for all others."""
         ...
 
     @property

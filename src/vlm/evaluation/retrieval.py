@@ -27,7 +27,7 @@ from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
 from vlm.data.vision.images import read_media_sizes
 from vlm.evaluation.loss import last_reply_text, replace_reply, row_losses
 from vlm.evaluation.text_metrics import normalize_answer
-from vlm.families.table import FAMILIES
+from vlm.families.grid_positions import has_grid_positions
 from vlm.models.text_loss import SupervisedScores
 
 log = logging.getLogger(__name__)
@@ -304,8 +304,7 @@ class CandidateLosses:
 
     def _positions(self, start: int, rows: int, length: int) -> dict[str, Tensor]:
         """Return positions behind a prompt where a family's tokens have three, `(3, N, T)`; the others count on."""
-        kind = self.model.config.model_type
-        if kind not in FAMILIES or not FAMILIES[kind].grid_positions:
+        if not has_grid_positions(self.model):
             return {}
         offset = self.model.model.rope_deltas  # (1, 1), from the prompt
         positions = torch.arange(start, start + length, device=offset.device) + offset

@@ -6,27 +6,25 @@ be supervised.
 
 import re
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor
-from transformers.models.mllama.processing_mllama import (
-    convert_sparse_cross_attention_mask_to_dense,
-    get_cross_attention_token_mask,
-)
+from transformers import AutoProcessor, ProcessorMixin
 
-from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.sample import Clip, MediaSize
 from vlm.data.vision.images import Medium
 from vlm.data.vision.video import DecodedVideo
+from vlm.families.derive_inputs import SIDE, WORDS, DerivedInputs, derive_inputs
+from vlm.families.native import NativeProcessor, ProcessorMismatchError, find_call_form, image_inputs_of
 from vlm.families.table import Family
+from vlm.families.token_inputs import MASK_OF_IMAGES
+from vlm.families.token_spans import check_spans, encode_with_spans
 from vlm.families.videos import FamilyVideos, joined
 from vlm.models.pixels import as_rgb
 from vlm.models.processing_vlm import (
@@ -35,10 +33,7 @@ from vlm.models.processing_vlm import (
     MediaMismatchError,
     Message,
 )
-from vlm.models.text_processing import bounded_template, encode_text, span_finder, special_token_pattern
-
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
-"""Outputs of a processor for its text."""
+from vlm.models.text_processing import bounded_template, span_finder, special_token_pattern
 
 Size = tuple[int, int]
 Replacements = list[tuple[int, int, str]]
@@ -50,11 +45,13 @@ class FamilyProcessor:
 
     Args:
         native: the family's processor.
-        family: its row of the table.
+        family: its row of the table, or one without exceptions.
         chat_template: a template to use in place of the family's own.
+        inputs: what the model's inputs are like; None: found by calling `native` on blank images.
 
     Raises:
-        ValueError: the family has no chat template, and none is given.
+        ValueError: the family has no chat template, and none is given; or its processor cannot be used here, with the
+            reason.
     """
 
     needs_image_sizes = True
@@ -62,28 +59,41 @@ class FamilyProcessor:
     accepts_tensors = False
     tiling = None
 
-    def __init__(self, native: Any, family: Family, chat_template: str | None = None):
+    def __init__(
+        self, native: Any, family: Family, chat_template: str | None = None, inputs: DerivedInputs | None = None
+    ):
         self.native = native
         self.family = family
-        self.per_sample_inputs, self.per_token_inputs = family.rows, family.tokens
         self.deduplicated_inputs = ()
         self.tokenizer = native.tokenizer
+        if getattr(native, "image_processor", None) is None:
+            raise ProcessorMismatchError(f"{family.name}: {type(native).__name__} has no image_processor")
+        check_spans(self.tokenizer)
         self.image_processor = native.image_processor
-        self.image_token: str = native.image_token
-        self.videos = FamilyVideos(native, family) if family.videos else None
-        self.video_token = None if self.videos is None else self.videos.token
-        native_template = native.chat_template or self.tokenizer.chat_template
-        self.own_template = native_template if isinstance(native_template, str) else family.template
+        self.own_template = _get_own_template(native) or family.template
         self.chat_template = chat_template or self.own_template
         if self.chat_template is None:
             raise ValueError(f"{family.name}: its processor brings no chat template. Name one with dataset.template.")
+        self.image_token, form = find_call_form(native, self._render_own if self.own_template else None)
+        self.calls = NativeProcessor(native, self.image_token, form if inputs is None else inputs.form)
+        is_new = inputs is None
+        self.inputs = inputs = inputs or derive_inputs(self.calls, family)
+        self.per_sample_inputs, self.per_token_inputs = inputs.per_sample, inputs.per_token
+        self.concatenation_dims = inputs.dims
+        self.videos = None
+        if inputs.min_frames:
+            self.videos = FamilyVideos(native, inputs.min_frames, equal_num_frames=inputs.equal_num_frames)
+        self.video_token = None if self.videos is None else self.videos.token
         self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
         self.special_tokens = special_token_pattern(self.tokenizer, *self.media_tokens)
         self._cached_expansions = lru_cache(4096)(self._compute_expansions)
+        if is_new and self.own_template != family.template:  # a row's own template writes what its processor adds
+            self.check_chat()
+            self.inputs = replace(inputs, form=self.calls.form)
 
     def __reduce__(self) -> tuple[type["FamilyProcessor"], tuple[object, ...]]:
         """Pickle the arguments, so that a data worker makes its own."""
-        return type(self), (self.native, self.family, self.chat_template)
+        return type(self), (self.native, self.family, self.chat_template, self.inputs)
 
     @property
     def image_token_id(self) -> int:
@@ -97,8 +107,7 @@ class FamilyProcessor:
 
     @cached_property
     def _media_token_ids(self) -> tuple[int, int | None]:
-        counts = Counter(self.image_token_ids())
-        image_id = max(counts, key=lambda token_id: (counts[token_id], token_id == self.native.image_token_id))
+        image_id = self.calls.most_frequent_id(self._cached_expansions(((SIDE, SIDE),))[0])
         if self.videos is None:
             return image_id, None
         video_id: int = self.tokenizer.convert_tokens_to_ids(self.videos.token)
@@ -108,7 +117,13 @@ class FamilyProcessor:
     @property
     def encodes_videos_separately(self) -> bool:
         """Whether the model encodes videos in a call of their own."""
-        return self.videos is not None and not self.family.joined
+        return self.videos is not None and not self.inputs.joined
+
+    @cached_property
+    def _lead(self) -> str:
+        """A special token that is one id."""
+        ids = self.tokenizer(self.image_token, add_special_tokens=False)["input_ids"]
+        return self.image_token if len(ids) == 1 else str(self.tokenizer.eos_token)
 
     def image_token_ids(self) -> list[int]:
         """Return the ids of a single small image."""
@@ -145,6 +160,9 @@ class FamilyProcessor:
             return False
         return self.image_token in rendered and "'type'" not in rendered
 
+    def _render_own(self, messages: list[Message]) -> str:
+        return self._render(messages, str(self.own_template), False)
+
     def _render(self, messages: list[Message], template: str, add_generation_prompt: bool, tools: Any = None) -> str:
         with bounded_template():
             return self.tokenizer.apply_chat_template(
@@ -172,6 +190,7 @@ class FamilyProcessor:
         Only special tokens that a user spelled are split. Arguments are those of `Processor.tokenize`.
 
         Raises:
+            ProcessorMismatchError: the family's own processor has other ids for the text.
             MediaMismatchError: the text has more or fewer such tokens than there are images and videos, or in another
                 order where the model reads both by the same inputs.
         """
@@ -182,13 +201,17 @@ class FamilyProcessor:
         spans: list[tuple[int, int]] = []
         for start, end in pairwise([0, *cuts, len(expanded)]):
             continues_text = start > 0
-            lead = self.image_token if continues_text else ""  # tokenizers begin no new word behind a token
+            lead = self._lead if continues_text else ""  # tokenizers begin no new word behind a token
             piece = lead + expanded[start:end]
-            adds_bos = not continues_text and not has_bos
-            new, offsets = encode_text(self.tokenizer, piece, add_special_tokens=adds_bos)
+            adds_bos = not continues_text and not has_bos and self.inputs.form.adds_special_tokens
+            new, offsets = encode_with_spans(self.tokenizer, piece, add_special_tokens=adds_bos)
             origin = start - len(lead)
             ids += new[continues_text:]
             spans += [(origin + a, origin + b) if b else (0, 0) for a, b in offsets[continues_text:]]
+        if self.inputs.form.prepends_bos and not has_bos:
+            ids, spans = [self.tokenizer.bos_token_id, *ids], [(0, 0), *spans]
+        if sizes and not self.inputs.form.replaces_tokens:
+            self._check_ids(text, user_spans, sizes, ids)
         return ids, _map_to_original(spans, replaced)
 
     def _expand_media_tokens(
@@ -220,7 +243,7 @@ class FamilyProcessor:
             given, written = expected.count(token), tokens.count(token)
             if given != written:
                 raise MediaMismatchError(f"{given} {kind} given, but the text has {written} {token}")
-        if self.family.joined and tokens != expected:
+        if self.inputs.joined and tokens != expected:
             raise MediaMismatchError("the template moves videos behind images, which this model cannot tell apart then")
         images = tuple(size for size in sizes if not isinstance(size, Clip))
         of_images = iter(self._cached_expansions(images) if images else ())
@@ -229,7 +252,29 @@ class FamilyProcessor:
 
     def _compute_expansions(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
         """Return the expansions of images of these sizes in one sample; their content does not matter."""
-        return self._process_images([Image.new("RGB", (width, height)) for height, width in sizes])[1]
+        return self.calls.expand(make_blanks(sizes))
+
+    def _check_ids(
+        self, text: str, user_spans: Sequence[tuple[int, int]], sizes: Sequence[Size | Clip], ids: list[int]
+    ) -> None:
+        """Compare ids with those of the family's own call; special tokens that users spelled are left out of both."""
+        is_spelled = span_finder(user_spans)
+        plain = self.special_tokens.sub(lambda match: "" if is_spelled(*match.span()) else match.group(), text)
+        if plain != text:
+            self.tokenize(plain, (), sizes)
+        else:
+            self.calls.check_ids(ids, text, make_blanks([size for size in sizes if not isinstance(size, Clip)]))
+
+    def check_chat(self) -> None:
+        """Compare the ids of a small conversation with those that the family's own processor has for it.
+
+        Raises:
+            ProcessorMismatchError: they differ.
+        """
+        words = f"{self.image_token}{WORDS}"
+        text = self.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
+        blanks = [(SIDE, SIDE)]
+        self.calls.check_ids(self.tokenize(text, (), blanks)[0], text, make_blanks(blanks))
 
     # --- images -----------------------------------------------------------------------------------------------------
 
@@ -247,20 +292,9 @@ class FamilyProcessor:
         """Return an image as the family's processor gets it: upright, in RGB, without transparency."""
         return as_rgb(image, self.alpha_background)
 
-    def _process_images(self, images: Sequence[Image.Image]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-        """Return the inputs of a sample's images, and the expansion of each in its text."""
-        out = self.native(
-            text=[self.image_token * len(images)],
-            images=[list(images)],
-            return_tensors="pt",
-            return_text_replacement_offsets=True,
-        )
-        replacements = out.pop("text_replacement_offsets", None)
-        if replacements is None:  # a family that writes one token for any image
-            expansions = (self.image_token,) * len(images)
-        else:
-            expansions = tuple(replacement["replacement"] for replacement in replacements[0])
-        return {name: value for name, value in out.items() if name not in TEXT_INPUTS}, expansions
+    def _process_images(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """Return the inputs of a sample's images."""
+        return image_inputs_of(self.calls.process(images)[0], self.inputs.text_inputs)
 
     def image_inputs(self, images: Sequence[Medium], sizes: Sequence[MediaSize] = ()) -> dict[str, Tensor]:
         """Return the inputs of a sample's images and videos from the family's processor; empty without any.
@@ -268,38 +302,22 @@ class FamilyProcessor:
         Where images and videos share inputs, they are there in order.
         """
         videos = [image for image in images if isinstance(image, DecodedVideo)]
-        if videos and self.family.joined:
-            return joined([self._process_one(image) for image in images], self.per_sample_inputs)
+        if videos and self.inputs.joined:
+            return joined([self._process_one(image) for image in images], self.per_sample_inputs, self.inputs.dims)
         stills = [self.as_rgb(cast(Image.Image, image)) for image in images if not isinstance(image, DecodedVideo)]
-        inputs = self._process_images(stills)[0] if stills else {}
-        return inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs)
+        inputs = self._process_images(stills) if stills else {}
+        return inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs, self.inputs.dims)
 
     def _process_one(self, image: Medium) -> dict[str, Tensor]:
         """Return the inputs of a single image or video."""
         if self.videos is None or not isinstance(image, DecodedVideo):
-            return self._process_images([self.as_rgb(cast(Image.Image, image))])[0]
-        return {name: value for name, value in self.videos.inputs(image).items() if name not in TEXT_INPUTS}
+            return self._process_images([self.as_rgb(cast(Image.Image, image))])
+        return image_inputs_of(self.videos.inputs(image), self.inputs.text_inputs)
 
     def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs named in `per_token_inputs`: `(tokens, …)` each."""
-        inputs = {}
-        for name in self.per_token_inputs:
-            if name == "cross_attention_mask":
-                if images:
-                    inputs[name] = self._cross_attention_mask(ids, images)
-            elif self.native.return_mm_token_type_ids:
-                inputs[name] = torch.tensor(self.native.create_mm_token_type_ids([list(ids)])[0])
-            else:  # PaliGemma: from the first supervised token on, attention is causal
-                first = next((place for place, label in enumerate(labels) if label != IGNORE_INDEX), len(ids))
-                inputs[name] = torch.tensor([0] * first + [1] * (len(ids) - first))
-        return inputs
-
-    def _cross_attention_mask(self, ids: Sequence[int], images: dict[str, Tensor]) -> Tensor:
-        """Return which token attends to which tile of which image: `(tokens, images, tiles)`."""
-        tiles = images["aspect_ratio_mask"].sum(-1).tolist()  # (1, images)
-        places = [get_cross_attention_token_mask(list(ids), self.image_token_id)]
-        max_tiles = self.image_processor.max_image_tiles
-        return torch.from_numpy(convert_sparse_cross_attention_mask_to_dense(places, tiles, max_tiles, len(ids)))[0]
+        makers = self.inputs.makers.items()
+        return {name: make(ids, labels, images) for name, make in makers if images or name != MASK_OF_IMAGES}
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return the pixels unchanged: the family's processor has normalised them."""
@@ -321,9 +339,34 @@ class FamilyProcessor:
 def load_family_processor(
     name: str, family: Family, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> FamilyProcessor:
-    """Load the processor of a Hub name or folder."""
+    """Load the processor of a Hub name or folder.
+
+    Raises:
+        ProcessorMismatchError: there is none that can be used here.
+    """
     native = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    if not isinstance(native, ProcessorMixin):
+        raise ProcessorMismatchError(
+            f"{family.name}: AutoProcessor opens a {type(native).__name__} there, which does not prepare texts and "
+            "images together; a processor_config.json that names a processor is missing"
+        )
     return FamilyProcessor(native, family)
+
+
+def _get_own_template(native: ProcessorMixin) -> str | None:
+    """Return the chat template that came with a processor or its tokenizer; of several, the default one."""
+    for owner in (native, native.tokenizer):
+        template = getattr(owner, "chat_template", None)
+        if isinstance(template, dict):
+            template = template.get("default")
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def make_blanks(sizes: Sequence[Size]) -> list[Image.Image]:
+    """Return black images of these heights and widths."""
+    return [Image.new("RGB", (width, height)) for height, width in sizes]
 
 
 def _map_to_original(spans: list[tuple[int, int]], replaced: Replacements) -> list[tuple[int, int]]:

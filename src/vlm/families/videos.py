@@ -9,24 +9,37 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers.video_utils import VideoMetadata
 
 from vlm.data.sample import Clip
 from vlm.data.vision.video import DEFAULT_FPS, DecodedVideo
-from vlm.families.table import Family
+from vlm.families.token_spans import encode_with_spans
 
 CLOCK = 1000
 """Frames per second of the video that stands for one of a variable rate: its times are told to the millisecond."""
+METADATA = "video_metadata"
+"""The output of a processor that is no input of its model: frames and times, of which some make their text."""
+BLANK_SIDE = 64
+"""The height and width of a small video, in pixels."""
 MAX_KEPT_VALUES = 1000
 """Of larger tensors only the shape is kept: they are no grids of patches, nor else needed for a number of tokens."""
 
 
 class FamilyVideos:
-    """The part of a family's processor that reads videos; `native` is transformers' processor of the family."""
+    """The part of a family's processor that reads videos.
 
-    def __init__(self, native: Any, family: Family):
-        self.native, self.family = native, family
+    Args:
+        native: transformers' processor of the family.
+        min_frames: the fewest frames of a video.
+        equal_num_frames: whether all videos of a batch must have the same number of frames.
+    """
+
+    def __init__(self, native: Any, min_frames: int, *, equal_num_frames: bool = False):
+        self.needs_call = False
+        """Whether the text of a video is known by a whole call alone: its replacement takes options of such a call."""
+        self.native, self.fewest, self.equal_num_frames = native, min_frames, equal_num_frames
         self.token: str = native.video_token
         self.expansion = lru_cache(4096)(self._compute_expansion)
         self._blank_outputs = lru_cache(256)(self._read_blank)
@@ -34,23 +47,48 @@ class FamilyVideos:
     @property
     def minimal_clip(self) -> Clip:
         """The shortest clip that the model reads."""
-        number = self.family.min_frames
-        return Clip(tuple(range(number)), number, 64, 64, DEFAULT_FPS)
+        return make_blank_clip(self.fewest)
 
     def min_frames(self, max_frames: int) -> int:
         """Return how many frames are read of even the shortest video, where at most `max_frames` are read of any."""
-        return max_frames if self.family.equal_num_frames else self.family.min_frames
+        return max_frames if self.equal_num_frames else self.fewest
 
-    def inputs(self, video: DecodedVideo) -> Mapping[str, Any]:
-        """Return all outputs of the processor for a single video: inputs of the model, and those of its text."""
-        frames = torch.from_numpy(np.stack([np.asarray(frame) for frame in video.frames]))
-        return self.native(
-            text=[self.token], videos=[frames.permute(0, 3, 1, 2).contiguous()],  # (frames, 3, height, width)
-            video_metadata=[make_metadata(video.clip)], do_sample_frames=False, return_tensors="pt",
+    def inputs(self, *videos: DecodedVideo) -> Mapping[str, Any]:
+        """Return all outputs of the processor for the videos of a text: inputs of the model, and those of its text."""
+        frames = [torch.from_numpy(np.stack([np.asarray(frame) for frame in video.frames])) for video in videos]
+        outputs = self.native(
+            text=[self.token * len(videos)],
+            videos=[video.permute(0, 3, 1, 2).contiguous() for video in frames],  # (frames, 3, height, width)
+            video_metadata=[make_metadata(video.clip) for video in videos], do_sample_frames=False,
+            return_metadata=True, return_tensors="pt", return_text_replacement_offsets=True,
         )  # fmt: skip
+        return {name: value for name, value in outputs.items() if name != METADATA}
+
+    def checked_blank_inputs(self, frames: int) -> Mapping[str, object]:
+        """Return all outputs of the processor for a small blank video, whose ids are compared with those made here.
+
+        Raises:
+            ValueError: the processor's ids are others.
+        """
+        clip = make_blank_clip(frames)
+        outputs = self.inputs(make_blank_video(clip))
+        ids = torch.as_tensor(outputs["input_ids"])[0].tolist()
+        try:
+            expansion = self.expansion(clip)
+        except KeyError:  # an option that a call of the processor passes on
+            self.needs_call = True
+            expansion = self.expansion(clip)
+        tokenizer = self.native.tokenizer
+        own = [encode_with_spans(tokenizer, expansion, add_special_tokens=adds)[0] for adds in (True, False)]
+        if ids not in (*own, [tokenizer.bos_token_id, *own[1]]):
+            raise ValueError(f"{type(self.native).__name__} writes other tokens for a video than its call of one has")
+        return outputs
 
     def _compute_expansion(self, clip: Clip) -> str:
         """Return the text that a video token is replaced by."""
+        if self.needs_call:
+            replacements = self.inputs(make_blank_video(clip))["text_replacement_offsets"]
+            return str(replacements[0][0]["replacement"])
         outputs = self._blank_outputs(len(clip.frames), clip.height, clip.width)
         return str(self.native.replace_video_token({**outputs, "video_metadata": [make_metadata(clip)]}, video_idx=0))
 
@@ -63,6 +101,16 @@ class FamilyVideos:
             return_tensors="pt",
         )  # fmt: skip
         return {name: _without_memory(value) for name, value in outputs.items()}
+
+
+def make_blank_clip(frames: int) -> Clip:
+    """Return what stands for a small video of some frames."""
+    return Clip(tuple(range(frames)), frames, BLANK_SIDE, BLANK_SIDE, DEFAULT_FPS)
+
+
+def make_blank_video(clip: Clip) -> DecodedVideo:
+    """Return a clip with black frames."""
+    return DecodedVideo([Image.new("RGB", (clip.width, clip.height))] * len(clip.frames), clip)
 
 
 def make_metadata(clip: Clip) -> VideoMetadata:
@@ -80,16 +128,17 @@ def make_metadata(clip: Clip) -> VideoMetadata:
     )  # fmt: skip
 
 
-def joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[str]) -> dict[str, Tensor]:
+def joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[str], dims: Mapping[str, int]) -> dict[str, Tensor]:
     """Concatenate the inputs of several images and videos of one sample.
 
-    Those named in `rows` have one row for the sample, `(1, images, …)`; the others are `(images, …)`.
+    Those named in `rows` have one row for the sample, `(1, images, …)`; the others are `(images, …)`, or are
+    concatenated along the dimension in `dims`.
     """
     collected: dict[str, list[Tensor]] = {}
     for part in parts:
         for name, value in part.items():
             collected.setdefault(name, []).append(value)
-    return {name: torch.cat(values, dim=int(name in rows)) for name, values in collected.items()}
+    return {name: torch.cat(values, dim=dims.get(name, int(name in rows))) for name, values in collected.items()}
 
 
 def _without_memory(value: object) -> object:

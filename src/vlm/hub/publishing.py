@@ -19,7 +19,7 @@ from vlm.checks.checkpoint import checkpoint_problem
 from vlm.checks.checkpoint_files import inspect_folder
 from vlm.config.derived import BASE_FILE
 from vlm.config.secrets import mask
-from vlm.families.table import FAMILIES
+from vlm.families.installed import is_family_type
 from vlm.hub.card import model_card
 from vlm.hub.certificates import read_certificates
 from vlm.hub.cleaning import find_local_paths, without_paths
@@ -155,7 +155,7 @@ def require_complete_checkpoint(checkpoint: Path) -> JsonObject:
     inspect_folder(checkpoint)
     config = read_json(checkpoint / "config.json")
     kind = get_body_config(config).get("model_type")
-    if kind != COMPOSED_MODEL_TYPE and kind not in FAMILIES:
+    if kind != COMPOSED_MODEL_TYPE and not is_family_type(kind):
         raise ValueError(f"{checkpoint}: model_type={kind} is no model of this framework, nor of a family it knows")
     shards = read_json(checkpoint / WEIGHT_INDEX_FILE).get("weight_map")
     for name in sorted(set(shards.values())) if shards else ["model.safetensors"]:

@@ -5,8 +5,9 @@ inference, evaluation and other people's programs all read the same ids.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice, pairwise, repeat
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -69,6 +70,8 @@ class VLMProcessor(ProcessorMixin):
     _auto_class = "AutoProcessor"
     per_sample_inputs = ()
     """Image inputs with one row for each sample: none, all have one for each image."""
+    concatenation_dims: Mapping[str, int] = MappingProxyType({})
+    """Image inputs that are concatenated along another dimension than the first one: none."""
     per_token_inputs = ()
     """Inputs with one value for each token, besides ids and mask: none."""
     deduplicated_inputs = ("pixel_values", "image_features")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from vlm.assembly.model_interface import TrainableModel
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
-from vlm.families.table import get_part_names
+from vlm.families.parts import get_part_names
 
 if TYPE_CHECKING:
     import peft

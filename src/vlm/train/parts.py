@@ -14,7 +14,7 @@ from vlm.assembly.encoders import encoder_sources
 from vlm.assembly.model_interface import TrainableModel
 from vlm.config.model_schema import ModelConfig
 from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, TrainerOptions
-from vlm.families.table import get_part_names
+from vlm.families.parts import get_part_names
 from vlm.train.lora import is_trained_with_adapter
 
 FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"})

@@ -14,7 +14,7 @@ from tests.models.test_modeling_vlm import batch
 from vlm.assembly.family import get_auto_class
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.checks.fields import ConfigError
-from vlm.families.table import get_part_names
+from vlm.families.parts import get_part_names
 from vlm.train.arguments import training_arguments
 from vlm.train.model import prepare
 from vlm.train.step.activation_checkpointing import _enable_checkpointed_layers

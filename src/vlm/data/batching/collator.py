@@ -1,7 +1,7 @@
 """From samples to batches: padding, a dummy image where a batch has none, and a list of the records left out."""
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import islice
 from typing import Final, cast
 from zlib import crc32
@@ -50,6 +50,7 @@ class Collator:
             then has both. None where an image or a video will do.
         rows: image inputs with one row for each sample; the others are concatenated.
         tokens: inputs with one value for each token.
+        dims: image input -> the dimension along which it is concatenated, where that is not the first one.
         left: whether rows are padded on the left, as generation needs them.
         with_stats: whether batches have `BatchStats` under `BATCH_STATS`, for the training loop to take out.
         with_refs: whether they say under `SAMPLE_REFS` which samples they hold, for the training loop to take out.
@@ -62,6 +63,7 @@ class Collator:
     video_dummy: DummyInputs | None = None
     rows: Sequence[str] = ()
     tokens: Sequence[str] = ()
+    dims: Mapping[str, int] = field(default_factory=dict)
     left: bool = False
     with_stats: bool = False
     with_refs: bool = False
@@ -75,8 +77,8 @@ class Collator:
         """Make a collator for the inputs of a processor."""
         return cls(
             cast(int, processor.tokenizer.pad_token_id), dummy, video_dummy=video_dummy,
-            rows=processor.per_sample_inputs, tokens=processor.per_token_inputs, left=left, with_stats=with_stats,
-            with_refs=with_refs, deduplicate=deduplicate,
+            rows=processor.per_sample_inputs, tokens=processor.per_token_inputs, dims=processor.concatenation_dims,
+            left=left, with_stats=with_stats, with_refs=with_refs, deduplicate=deduplicate,
         )  # fmt: skip
 
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> Batch:
@@ -153,6 +155,8 @@ class Collator:
         if name == VIDEO_INPUT and len(numbers := {value.shape[1:-3] for value in present}) > 1:
             counts = sorted(number for (number,) in numbers)
             raise ValueError(f"this model takes videos of one number of frames in a batch, got {counts}")
+        if name in self.dims:
+            return torch.cat(present, dim=self.dims[name])
         present = _pad_to_same_shape(present)
         padded = iter(present)
         if name in self.rows or name in self.tokens:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from vlm.assembly.model_interface import TrainableModel
-from vlm.families.table import get_part_names
+from vlm.families.parts import get_part_names
 from vlm.train.parts import Part
 from vlm.train.sharding import reshard
 

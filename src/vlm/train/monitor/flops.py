@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from vlm.assembly.checkpoint import is_composed_model
+from vlm.assembly.checkpoint import is_composed_model, is_prediction_model
 from vlm.data.batching.stats import BatchStats, ModelInputs, num_images
-from vlm.families.table import FAMILIES
 from vlm.models import VLMForConditionalGeneration
 
 BASE_LENGTH = 32
@@ -69,10 +68,10 @@ def count_flops(model: PreTrainedModel, image: ModelInputs) -> StepFlops:
     """
     kind = model.config.model_type
     composed = is_composed_model(model)
-    if not composed and kind not in FIXED_IMAGE_SIZE_FAMILIES:
-        if kind in FAMILIES:
-            raise FlopsNotCountable(f"the cost of an image is not the same for all in model_type={kind}")
+    if is_prediction_model(model):
         raise FlopsNotCountable(f"model_type={kind} does not learn to write alone")
+    if not composed and kind not in FIXED_IMAGE_SIZE_FAMILIES:
+        raise FlopsNotCountable(f"the cost of an image is not the same for all in model_type={kind}")
     try:
         meta_model = copy_to_meta_device(model)
         count_images = _count_composed_images if composed else _count_family_images

@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlm.assembly.model_interface import TrainableModel
 from vlm.config.schema import HEAD, PARTS
-from vlm.families.table import get_part_names
+from vlm.families.parts import get_part_names
 from vlm.train.monitor.peak_flops import synchronize
 from vlm.train.monitor.speed import BETWEEN_STEPS
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vlm.config.schema import PARTS, TrainerOptions
-from vlm.families.table import get_part_names
+from vlm.families.parts import get_part_names
 from vlm.train.parts import Part
 
 

@@ -14,7 +14,8 @@ from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator
 from vlm.data.dataset import Skipped
 from vlm.data.processor import Processor, SampleInputs
-from vlm.families.table import FAMILIES
+from vlm.families.grid_positions import has_grid_positions
+from vlm.families.table import FAMILIES, get_family
 from vlm.train.monitor.flops import StepFlops
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.step.packed_attention import use_packed_attention
@@ -27,11 +28,12 @@ def check_packing_support(model_type: str) -> None:
     Raises:
         ValueError: a model of this type cannot be trained on packed rows.
     """
-    if model_type in FAMILIES and not FAMILIES[model_type].supports_packing:
-        can = ", ".join(name for name, family in FAMILIES.items() if family.supports_packing)
+    family = get_family(model_type)
+    if family.supports_packing is False:
+        cannot = ", ".join(name for name, row in FAMILIES.items() if row.supports_packing is False)
         raise ValueError(
-            f"trainer.packing=true: {FAMILIES[model_type].name} ({model_type}) cannot keep the samples of a row apart; "
-            f"composed models can, and {can}. trainer.packing=false pads batches instead, and "
+            f"trainer.packing=true: {family.name} ({model_type}) cannot keep the samples of a row apart, as {cannot} "
+            "cannot; other families and composed models can. trainer.packing=false pads batches instead, and "
             "trainer.train_sampling_strategy=group_by_modality_blocks pads them least"
         )
 
@@ -42,8 +44,7 @@ def add_grid_positions(model: Any, batch: Inputs) -> Inputs:
     The first of the four is the position in the text, which keeps samples apart; the model's own code computes the
     others, sample by sample.
     """
-    kind = model.config.model_type
-    if kind not in FAMILIES or not FAMILIES[kind].grid_positions:
+    if not has_grid_positions(model):
         return batch
     lengths = batch[SEQUENCE_STARTS].diff().tolist()
     rows = {
