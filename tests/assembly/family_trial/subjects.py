@@ -11,12 +11,10 @@ from vlm.assembly.family_trial.subject import Subject
 from vlm.assembly.family_trial.table import PROOFS, make_proof
 from vlm.assembly.family_trial.verdicts import State
 from vlm.families.processing import FamilyProcessor
-from vlm.families.table import FAMILIES
+from vlm.families.table import FAMILIES, Family
 
 
-def make_subject(
-    name: str = "llava-interleave", *, change: Callable[[Any], None] | None = None
-) -> Any:
+def make_subject(name: str = "llava-interleave", *, change: Callable[[Any], None] | None = None) -> Any:
     """A row of `TINY` on trial as it is, with its native processor changed by `change`."""
     made = TINY[name]
     native = made.processor()

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlm.assembly.family import get_auto_class
 from vlm.assembly.family_trial.conversations import Conversation, make_row
+from vlm.assembly.heads import grow_embeddings
 from vlm.assembly.model_interface import TrainableModel
 from vlm.assembly.opening import quiet_loading, without_zero3
 from vlm.data.batching.collator import Collator
@@ -33,21 +34,26 @@ class Subject:
         config: the configuration of the small model.
         processor: the processor of the large one.
         trust_remote_code: whether code of the checkpoint's repository may run.
+        attention: attention implementation; None: as transformers chooses.
     """
 
     config: PreTrainedConfig
     processor: FamilyProcessor
     trust_remote_code: bool = False
+    attention: str | None = None
     _rows: dict[tuple[object, ...], SampleInputs] = field(default_factory=dict)
     _logits: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     @cached_property
     def model(self) -> PreTrainedModel:
         """The small model in float32 and evaluation mode, with the same random weights each time."""
-        options = {"trust_remote_code": True} if self.trust_remote_code else {}
+        options: dict[str, object] = {"trust_remote_code": True} if self.trust_remote_code else {}
+        if self.attention is not None:
+            options["attn_implementation"] = self.attention
         with quiet_loading(), without_zero3(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = get_auto_class(self.config).from_config(self.config, dtype=torch.float32, **options)
+            grow_embeddings(model, self.processor.tokenizer)
         wake(model)
         return model.eval()
 

@@ -31,7 +31,7 @@ MAX_SECONDS = 300.0
 
 def try_family(
     config: PreTrainedConfig, processor: FamilyProcessor, *, trust_remote_code: bool = False,
-    max_seconds: float = MAX_SECONDS,
+    attention: str | None = None, max_seconds: float = MAX_SECONDS,
 ) -> dict[str, Verdict]:  # fmt: skip
     """Return the verdict of each proof of `PROOFS` for a family, made on a small model of the same configuration.
 
@@ -39,18 +39,21 @@ def try_family(
         config: the model's configuration.
         processor: the model's processor.
         trust_remote_code: whether code of the checkpoint's repository may run.
+        attention: attention implementation; None: as transformers chooses.
         max_seconds: seconds after which no further proof is begun.
     """
     started = time.monotonic()
     try:
-        subject = make_subject(config, processor, trust_remote_code)
+        subject = make_subject(config, processor, trust_remote_code, attention)
     except Exception as error:  # whatever a model does with a configuration
         reason = f"no small model of it could be made: {type(error).__name__}: {error}"
         return dict.fromkeys(PROOFS, Verdict(State.NOT_MADE, shorten_reason(reason)))
     return dict(make_proofs(subject, started + max_seconds))
 
 
-def make_subject(config: PreTrainedConfig, processor: FamilyProcessor, trust_remote_code: bool) -> Subject:
+def make_subject(
+    config: PreTrainedConfig, processor: FamilyProcessor, trust_remote_code: bool, attention: str | None = None
+) -> Subject:
     """Return a small model that reads a question about an image; where none does, one that is built.
 
     Raises:
@@ -60,14 +63,14 @@ def make_subject(config: PreTrainedConfig, processor: FamilyProcessor, trust_rem
 
     def read_image(small: PreTrainedConfig) -> None:
         """Read a question about an image, which shows whether sizes fit together."""
-        subject = Subject(small, processor, trust_remote_code)
+        subject = Subject(small, processor, trust_remote_code, attention)
         made.append(subject)
         subject.alone_logits(one_turn(draw_image(1)))
 
     try:
         shrink(config, read_image)
     except ValueError:
-        made = [Subject(shrink(config), processor, trust_remote_code)]
+        made = [Subject(shrink(config), processor, trust_remote_code, attention)]
     return made[-1]
 
 
@@ -106,3 +109,6 @@ PROOFS: dict[str, Proof] = {
     "generation": prove_generation,
 }
 """Name -> proof, in the order in which they are made."""
+
+OPTIONAL = {"packing": "trainer.packing"}
+"""Proof -> the key of runs that need it; other runs do without."""
