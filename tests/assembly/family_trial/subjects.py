@@ -1,7 +1,6 @@
 """Tiny families on trial, and the check that a proof fails."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from transformers import CONFIG_MAPPING
@@ -11,7 +10,7 @@ from vlm.assembly.family_trial.subject import Subject
 from vlm.assembly.family_trial.table import PROOFS, make_proof
 from vlm.assembly.family_trial.verdicts import State
 from vlm.families.processing import FamilyProcessor
-from vlm.families.table import FAMILIES, Family
+from vlm.families.table import FAMILIES
 
 
 def make_subject(name: str = "llava-interleave", *, change: Callable[[Any], None] | None = None) -> Any:
@@ -22,13 +21,6 @@ def make_subject(name: str = "llava-interleave", *, change: Callable[[Any], None
     if change is not None:
         change(native)
     return Subject(config, FamilyProcessor(native, FAMILIES[made.model_type]))
-
-
-def changed_family(monkeypatch: Any, name: str, **changes: object) -> Family:
-    """Let a family of the table have other properties."""
-    family = replace(FAMILIES[name], **changes)
-    monkeypatch.setitem(FAMILIES, name, family)
-    return family
 
 
 def check_fails(proof: str, subject: Any, reason: str) -> None:

@@ -63,5 +63,5 @@ def test_generation_that_forgets_is_found():
 
 @pytest.mark.parametrize("name", ["paligemma", "gemma3", "mllama"])
 def test_families_whose_packed_rows_are_refused_are_those_whose_proof_fails(name: str):
-    assert not FAMILIES[TINY[name].model_type].supports_packing
+    assert FAMILIES[TINY[name].model_type].supports_packing is False
     check_fails("packing", make_subject(name), "")

@@ -6,39 +6,46 @@ from typing import Any
 import pytest
 import torch
 
-from tests.assembly.family_trial.subjects import changed_family, check_fails, check_proved, make_subject
-from vlm.families.table import LLAVA_PARTS, LLAVA_UNUSED_PREFIXES, QWEN_PARTS, make_parts
+from tests.assembly.family_trial.subjects import check_fails, check_proved, make_subject
+from vlm.families.parts import PartNames
 
-TEXT_PARTS = ("model.language_model.", "lm_head.")
+VISION, CONNECTOR, TEXT = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
+HEAD = "lm_head."
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+    "model.language_model.",
+    "lm_head.",
+)
+PREFIXES = {VISION: "visual_encoder", CONNECTOR: "connector", TEXT: "language_model", HEAD: "language_model"}
+"""The parts of a LLaVA."""
+UNUSED = ("model.vision_tower.post_layernorm.",)
 
 
 @pytest.mark.parametrize(
-    ("parts", "reason"),
+    ("changes", "reason"),
     [
-        (make_parts("model.vision_towr.", "model.multi_modal_projector."), "begins with no prefix of a part"),
-        (make_parts("model.nothing.", "model.multi_modal_projector.", language_model="model."), "the visual_encoder"),
-        (make_parts("model.vision_tower.", "model.nothing.", language_model="model."), "the connector"),
+        ({VISION: None}, "begins with no prefix of a part"),
+        ({VISION: "language_model"}, "no parameter belongs to the visual_encoder"),
+        ({CONNECTOR: "language_model"}, "no parameter belongs to the connector"),
         (
-            {"visual_encoder": ("model.multi_modal_projector.",), "connector": ("model.language_model.norm.",),
-             "language_model": ("model.vision_tower.", *TEXT_PARTS)},
+            {VISION: "language_model", CONNECTOR: "visual_encoder", f"{TEXT}norm.": "connector"},
             "of get_encoder(modality='image') belongs to the language_model",
         ),
-        (
-            {**LLAVA_PARTS, "connector": ("model.multi_modal_projector.", "model.language_model.embed_tokens.")},
-            "of get_input_embeddings belongs to the connector",
-        ),
+        ({f"{TEXT}embed_tokens.": "connector"}, "of get_input_embeddings belongs to the connector"),
     ],
-)  # fmt: skip
-def test_wrong_prefixes_are_found(monkeypatch: pytest.MonkeyPatch, parts: dict[str, tuple[str, ...]], reason: str):
-    changed_family(monkeypatch, "llava", parts=parts)
-    check_fails("parts", make_subject(), reason)
+)
+def test_wrong_prefixes_are_found(changes: dict[str, str | None], reason: str):
+    subject = make_subject()
+    check_proved("parts", subject)
+    prefixes = {prefix: part for prefix, part in {**PREFIXES, **changes}.items() if part is not None}
+    subject.names = PartNames(prefixes, UNUSED)
+    check_fails("parts", subject, reason)
 
 
-def test_one_parameter_in_two_parts_is_found(monkeypatch: pytest.MonkeyPatch):
-    parts = {**QWEN_PARTS, "connector": ("model.visual.merger.", "lm_head."), "language_model": TEXT_PARTS[:1]}
-    changed_family(monkeypatch, "qwen2_vl", parts=parts)
-    subject = make_subject("qwen2-vl")
+def test_one_parameter_in_two_parts_is_found():
+    subject = make_subject()
     subject.model.lm_head.weight = subject.model.get_input_embeddings().weight
+    subject.names = PartNames({**PREFIXES, HEAD: "connector"}, UNUSED)
     check_fails("parts", subject, "under another name")
 
 
@@ -49,12 +56,12 @@ def test_gradients_that_do_not_arrive_are_found():
     check_fails("gradients", subject, "with the visual_encoder trained alone, no gradient reaches")
 
 
-def test_what_is_not_read_has_to_be_declared(monkeypatch: pytest.MonkeyPatch):
-    changed_family(monkeypatch, "llava", unused_prefixes=())
-    check_fails("gradients", make_subject("llava-1.5"), "has to be declared as unused")
-    declared = (*LLAVA_UNUSED_PREFIXES, "model.multi_modal_projector.linear_1.bias")
-    changed_family(monkeypatch, "llava", unused_prefixes=declared)
-    check_fails("gradients", make_subject(), "gets gradients, but is declared as unused")
+def test_what_is_not_read_has_to_be_declared():
+    subject = make_subject()
+    subject.names = PartNames(PREFIXES)
+    check_fails("gradients", subject, "no gradient reaches model.vision_tower.post_layernorm.weight")
+    subject.names = PartNames(PREFIXES, (*UNUSED, f"{CONNECTOR}linear_1.bias"))
+    check_fails("gradients", subject, "gets gradients, but is declared as unused")
 
 
 def test_a_proof_of_gradients_leaves_none_behind():

@@ -49,7 +49,7 @@ def draw_image(seed: int, size: tuple[int, int] = SIZES[0]) -> Image.Image:
 def draw_video(seed: int, processor: FamilyProcessor) -> DecodedVideo:
     """Return a video of coarse noise, as short as the family reads."""
     assert processor.videos is not None
-    number = max(MIN_FRAMES, processor.family.min_frames)
+    number = max(MIN_FRAMES, len(processor.videos.minimal_clip.frames))
     frames = [draw_image(seed + place, (VIDEO_SIDE, VIDEO_SIDE)) for place in range(number)]
     return DecodedVideo(frames, Clip(tuple(range(number)), number, VIDEO_SIDE, VIDEO_SIDE, 1.0))
 
@@ -142,7 +142,7 @@ def read_natively(
     """
     native = processor.native
     try:
-        if native.chat_template is None and processor.tokenizer.chat_template is None:
+        if processor.own_template == processor.family.template:
             return _read_without_template(processor, conversation, prompt)
         media = iter(conversation.media)
         takes_lists = takes_lists_of_parts(processor)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
-from vlm.assembly.family import get_auto_class
 from vlm.assembly.family_trial.conversations import draw_image, draw_video, one_turn, read_natively
 from vlm.assembly.family_trial.subject import Subject, compute_reply_logits, list_names, relative_difference
 from vlm.assembly.family_trial.verdicts import DisprovedError
-from vlm.assembly.opening import quiet_loading, without_zero3
+from vlm.assembly.opening import quiet_loading
 from vlm.assembly.saving import save_complete, set_reply_ends
+from vlm.families.meta_model import get_auto_class, without_zero3
 from vlm.families.processing import FamilyProcessor
 
 PART_NAMES = ("visual_encoder", "connector", "language_model")

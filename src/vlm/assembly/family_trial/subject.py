@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vlm.assembly.family import get_auto_class
 from vlm.assembly.family_trial.conversations import Conversation, make_row
 from vlm.assembly.heads import grow_embeddings
 from vlm.assembly.model_interface import TrainableModel
-from vlm.assembly.opening import quiet_loading, without_zero3
+from vlm.assembly.opening import quiet_loading
 from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import SampleInputs
+from vlm.families.meta_model import get_auto_class, without_zero3
+from vlm.families.parts import PartNames, get_part_names
 from vlm.families.processing import FamilyProcessor
-from vlm.families.table import PartNames, get_part_names
 
 VECTOR_NOISE = 0.1
 """Standard deviation of what is added to vectors and single numbers: gates that begin closed open."""
