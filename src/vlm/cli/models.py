@@ -1,8 +1,11 @@
 """The subcommand `vlm models`: lists parts and families from the tables, the YAML files and installed libraries."""
 
+import sys
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from importlib.util import find_spec
+from pathlib import Path
 from textwrap import indent
 
 import torch
@@ -12,9 +15,9 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.utils import is_flash_attn_2_available
 
-from vlm.assembly.family import AutoClass, get_auto_class
 from vlm.config.packaged import packaged_names
-from vlm.config.shown import PresentableParser
+from vlm.config.shown import PresentableParser, presentable
+from vlm.families.meta_model import AutoClass, get_auto_class
 from vlm.families.table import FAMILIES
 from vlm.models.connectors import CONNECTORS
 from vlm.models.head_tasks import NUM_OUTPUTS_BY_TASK
@@ -25,9 +28,39 @@ ATTENTION_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_fla
 
 
 def main(words: Sequence[str]) -> None:
-    """Print tables of parts, families and installed libraries."""
+    """Print tables of parts, families and installed libraries; with `--check`, what is proved of a family."""
+    args = parse(words)
+    if args.check is None:
+        list_models()
+        return
+    from vlm.cli.model_check import check  # a small model and its processor are slow to import
+
+    try:
+        check(args.check, trust_remote_code=args.trust_remote_code, json_file=args.json, markdown_file=args.markdown)
+    except (ValueError, OSError) as error:
+        sys.exit(f"vlm models: {presentable(error)}")
+
+
+def parse(words: Sequence[str]) -> Namespace:
+    """Return the options of the command line."""
     purpose = "Parts and families of models that can be trained, and what each of them takes."
-    PresentableParser("vlm models", description=purpose).parse_args(words)
+    parser = PresentableParser("vlm models", description=purpose)
+    told = (
+        "prove on a small model what training takes for granted of a model (a name on the Hub or a folder), of a "
+        "model_type, or of `all` types of the installed transformers; the exit status is 1 where a proof fails"
+    )
+    parser.add_argument("--check", metavar="MODEL", help=told)
+    parser.add_argument("--trust-remote-code", action="store_true", help="let code of the repository of MODEL run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: write the verdicts to a file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="with --check: write a page with their table")
+    args = parser.parse_args(words)
+    if args.check is None and (args.json or args.markdown or args.trust_remote_code):
+        parser.error("--json, --markdown and --trust-remote-code need --check")
+    return args
+
+
+def list_models() -> None:
+    """Print tables of parts, families and installed libraries."""
     connectors = ((name, (kind.__doc__ or "").strip().split("\n")[0]) for name, kind in CONNECTORS.items())
     columns = ("family", "model_type", "model=", "images", "videos", "attention", "quantised")
     sections: list[tuple[str, list[tuple[str, ...]]]] = [

@@ -11,11 +11,6 @@ from vlm.families.parts import PartNames
 
 VISION, CONNECTOR, TEXT = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
 HEAD = "lm_head."
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-    "model.language_model.",
-    "lm_head.",
-)
 PREFIXES = {VISION: "visual_encoder", CONNECTOR: "connector", TEXT: "language_model", HEAD: "language_model"}
 """The parts of a LLaVA."""
 UNUSED = ("model.vision_tower.post_layernorm.",)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from vlm.assembly.family_trial.conversations import SIZES, Conversation, draw_image, one_turn, read_natively
+from vlm.assembly.family_trial.conversations import SIZES, Conversation, draw_image, one_turn, read_natively, two_turns
 from vlm.assembly.family_trial.subject import Subject, relative_difference
 from vlm.assembly.family_trial.verdicts import DisprovedError, NotProvableError
 from vlm.assembly.logit_proofs import check_causal, check_padding
@@ -66,12 +66,13 @@ def make_rows(subject: Subject, *, with_text: bool) -> list[Conversation]:
     rows = [one_turn(first), one_turn(second, reply="A brown bear in the woods")]
     if with_text:
         rows.insert(1, one_turn())
-    several = one_turn(first, third, reply="Two")
-    try:
-        read_natively(subject.processor, several)
-    except NotProvableError:
-        return rows
-    return [*rows, several]
+    for several in (two_turns([first], [third]), one_turn(first, third, reply="Two")):
+        try:
+            read_natively(subject.processor, several)
+        except NotProvableError:
+            continue
+        return [*rows, several]
+    return rows
 
 
 def compare_rows(alone: Sequence[Tensor], together: Tensor, place: str) -> None:
