@@ -16,6 +16,7 @@ TESTED_ELSEWHERE = {
     "assembly/checkpoint_heads.py": "train/heads/test_checkpoints.py",
     "assembly/config_checks.py": "attack/test_checkpoints.py",
     "assembly/family.py": "families/test_families.py",
+    "assembly/family_trial/kept.py": "train/test_family_trial.py",
     "assembly/heads.py": "models/test_prediction_checkpoints.py",
     "assembly/model_interface.py": "families/test_families.py",
     "assembly/opening.py": "assembly/test_loading.py",

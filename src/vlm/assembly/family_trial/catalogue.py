@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -51,14 +51,23 @@ def not_made(reason: str) -> dict[str, Verdict]:
     return dict.fromkeys(PROOFS, Verdict(State.NOT_MADE, shorten_reason(reason)))
 
 
-def try_types(model_types: Iterable[str], max_seconds: float = TYPE_SECONDS) -> Iterator[TriedType]:
-    """Yield types with their verdicts, each found in a process of its own: one that crashes or hangs ends alone."""
+def try_types(
+    model_types: Iterable[str], max_seconds: float = TYPE_SECONDS,
+    try_one: Callable[[str], Mapping[str, Verdict]] = try_type,
+) -> Iterator[TriedType]:  # fmt: skip
+    """Yield types with their verdicts, each found in a process of its own: one that crashes or hangs ends alone.
+
+    Args:
+        model_types: the types.
+        max_seconds: seconds after which the process of a type is ended.
+        try_one: finds the verdicts of a type; a function of a module's top, which another process imports.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     for model_type in model_types:
         started = time.monotonic()
         receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_send_verdicts, args=(model_type, sender), daemon=True)
+        process = context.Process(target=_send_verdicts, args=(model_type, sender, try_one), daemon=True)
         process.start()
         sender.close()
         verdicts = _receive(receiver, max_seconds)
@@ -72,11 +81,11 @@ def try_types(model_types: Iterable[str], max_seconds: float = TYPE_SECONDS) -> 
         yield TriedType(model_type, verdicts, time.monotonic() - started)
 
 
-def _send_verdicts(model_type: str, sender: Connection) -> None:
+def _send_verdicts(model_type: str, sender: Connection, try_one: Callable[[str], Mapping[str, Verdict]]) -> None:
     """Try a type in this process, whose lines of progress are the parent's to write."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    sender.send({name: str(verdict) for name, verdict in try_type(model_type).items()})
+    sender.send({name: str(verdict) for name, verdict in try_one(model_type).items()})
 
 
 def _receive(receiver: Connection, max_seconds: float) -> dict[str, Verdict] | None:
