@@ -13,6 +13,7 @@ from vlm.assembly.family_trial.subject import Subject
 from vlm.assembly.family_trial.verdicts import DisprovedError, NotProvableError
 from vlm.assembly.resolve import resolve_model
 from vlm.checks.fields import ConfigError
+from vlm.families.processing import FamilyProcessor
 from vlm.train.family_trial import check_family
 
 
@@ -97,6 +98,7 @@ def test_a_trial_is_kept(
 def test_what_a_trial_depends_on_makes_another_one(folder: Path):
     config = compose_config("finetune-llava-onevision", ["dataset.path=x", f"model.hf_name={folder}"])
     model_config, processor = resolve_model(config)
+    assert isinstance(processor, FamilyProcessor)
     digests = [kept.digest_trial(model_config, processor), kept.digest_trial(model_config, processor, "eager")]
     model_config.vision_feature_layer = -2
     digests.append(kept.digest_trial(model_config, processor))

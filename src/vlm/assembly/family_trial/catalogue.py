@@ -10,6 +10,7 @@ from datetime import date
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Protocol
 
 from tabulate import tabulate
 from transformers.utils import logging
@@ -24,6 +25,18 @@ TYPE_SECONDS = 600.0
 """Seconds after which the process of a type is ended."""
 MARKS = {State.PROVED: "yes", State.FAILED: "**no**", State.NOT_MADE: "?"}
 """How a verdict stands in the table of a page."""
+
+
+class Receiver(Protocol):
+    """The end of a pipe that verdicts come out of, on any system."""
+
+    def poll(self, timeout: float, /) -> bool:
+        """Return whether something comes in time; raise EOFError where nothing can come any more."""
+        ...
+
+    def recv(self) -> Mapping[str, str]:
+        """Return what came: proof -> verdict."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,7 @@ def _send_verdicts(model_type: str, sender: Connection, try_one: Callable[[str],
     sender.send({name: str(verdict) for name, verdict in try_one(model_type).items()})
 
 
-def _receive(receiver: Connection, max_seconds: float) -> dict[str, Verdict] | None:
+def _receive(receiver: Receiver, max_seconds: float) -> dict[str, Verdict] | None:
     """Return the verdicts that a process sends in time; None where it ends without."""
     try:
         if not receiver.poll(max_seconds):

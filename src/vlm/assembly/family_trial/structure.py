@@ -14,7 +14,7 @@ from vlm.assembly.family_trial.subject import Subject, compute_reply_logits, lis
 from vlm.assembly.family_trial.verdicts import DisprovedError
 from vlm.assembly.opening import quiet_loading
 from vlm.assembly.saving import save_complete, set_reply_ends
-from vlm.families.meta_model import get_auto_class, without_zero3
+from vlm.families.meta_model import get_auto_class
 from vlm.families.processing import FamilyProcessor
 
 PART_NAMES = ("visual_encoder", "connector", "language_model")
@@ -110,7 +110,7 @@ def prove_saving(subject: Subject) -> None:
     conversation = one_turn(draw_image(1))
     model, batch = subject.model, subject.make_batch(conversation)
     expected = subject.alone_logits(conversation)
-    with TemporaryDirectory(prefix="vlm-trial-") as folder, quiet_loading(), without_zero3():
+    with TemporaryDirectory(prefix="vlm-trial-") as folder, quiet_loading():
         set_reply_ends(model, subject.processor)
         save_complete(model, Path(folder))
         subject.processor.save_pretrained(folder)

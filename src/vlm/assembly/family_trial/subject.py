@@ -18,7 +18,7 @@ from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import SampleInputs
-from vlm.families.meta_model import get_auto_class, without_zero3
+from vlm.families.meta_model import get_auto_class
 from vlm.families.parts import PartNames, get_part_names
 from vlm.families.processing import FamilyProcessor
 
@@ -50,7 +50,7 @@ class Subject:
         options: dict[str, object] = {"trust_remote_code": True} if self.trust_remote_code else {}
         if self.attention is not None:
             options["attn_implementation"] = self.attention
-        with quiet_loading(), without_zero3(), torch.random.fork_rng(devices=[]):
+        with quiet_loading(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = get_auto_class(self.config).from_config(self.config, dtype=torch.float32, **options)
             grow_embeddings(model, self.processor.tokenizer)

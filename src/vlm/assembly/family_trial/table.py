@@ -18,7 +18,9 @@ from vlm.assembly.family_trial.verdicts import (
     Verdict,
     shorten_reason,
 )
+from vlm.assembly.opening import quiet_loading
 from vlm.assembly.small_models.shrink import shrink
+from vlm.families.meta_model import without_zero3
 from vlm.families.processing import FamilyProcessor
 
 Proof = Callable[[Subject], None]
@@ -42,13 +44,14 @@ def try_family(
         attention: attention implementation; None: as transformers chooses.
         max_seconds: seconds after which no further proof is begun.
     """
-    started = time.monotonic()
-    try:
-        subject = make_subject(config, processor, trust_remote_code, attention)
-    except Exception as error:  # whatever a model does with a configuration
-        reason = f"no small model of it could be made: {type(error).__name__}: {error}"
-        return dict.fromkeys(PROOFS, Verdict(State.NOT_MADE, shorten_reason(reason)))
-    return dict(make_proofs(subject, started + max_seconds))
+    deadline = time.monotonic() + max_seconds
+    with quiet_loading(), without_zero3():  # this rank alone tries: nothing may wait for the others
+        try:
+            subject = make_subject(config, processor, trust_remote_code, attention)
+        except Exception as error:  # whatever a model does with a configuration
+            reason = f"no small model of it could be made: {type(error).__name__}: {error}"
+            return dict.fromkeys(PROOFS, Verdict(State.NOT_MADE, shorten_reason(reason)))
+        return dict(make_proofs(subject, deadline))
 
 
 def make_subject(
