@@ -10,6 +10,8 @@ from tests.families.test_families import make_images, make_sample
 from tests.families.tiny_families import TINY, save_family
 from tests.logits import supervised_logits
 from vlm.assembly.family import load_family_config, load_family_model
+from vlm.assembly.packed_attention import use_packed_attention
+from vlm.assembly.packed_rows import add_grid_positions, check_packing
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
 from vlm.data.blank_images import dummy_image
@@ -18,8 +20,6 @@ from vlm.data.encoding.labels import encode
 from vlm.families.processing import load_family_processor
 from vlm.families.table import FAMILIES
 from vlm.models.text_loss import supervised_loss
-from vlm.train.step.packed_attention import use_packed_attention
-from vlm.train.step.packing import add_grid_positions, check_packing
 
 PACKING = [name for name, made in TINY.items() if FAMILIES[made.model_type].supports_packing is not False]
 

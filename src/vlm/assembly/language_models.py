@@ -1,7 +1,7 @@
 """What a language model of transformers must have to be part of a composed model; and how many positions it has.
 
 Looked up in its configuration and in the signature of its class, before weights are loaded. What only the loaded model
-shows is found before the first step, see `train/step/proofs.py`.
+shows is found before the first step, see `assembly/logit_proofs.py`.
 """
 
 import inspect

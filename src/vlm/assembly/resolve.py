@@ -160,8 +160,10 @@ def _resolve_composed(
 
 def check_no_part_overrides(overridden_keys: Sequence[str], whole: str) -> None:
     """Refuse keys of the command line that would change a part of a whole model."""
-    allowed_keys = ("hf_name", "revision", "trust_remote_code", "attn_implementation", "visual_encoder.quantization",
-            "language_model.quantization", "connector.name", "language_model.new_tokens", "head")  # fmt: skip
+    allowed_keys = (
+        "hf_name", "revision", "trust_remote_code", "unproved", "attn_implementation", "visual_encoder.quantization",
+        "language_model.quantization", "connector.name", "language_model.new_tokens", "head",
+    )  # fmt: skip
     if fixed := [key for key in overridden_keys if key not in allowed_keys and not key.startswith("head.")]:
         raise ValueError(f"{whole} is a whole model: its parts are fixed. You asked for model.{fixed[0]}")
 

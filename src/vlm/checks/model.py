@@ -48,6 +48,15 @@ def connector_problems(config: RunConfig) -> Iterator[str]:
         yield f"model.connector.type={connector.type}: allowed are {names}, or package.module:Class for your own"
 
 
+def unproved_problems(config: RunConfig) -> Iterator[str]:
+    """Yield where `model.unproved` has no effect."""
+    if config.model.unproved and config.model.hf_name is None and not config.trainer.from_pretrained:
+        yield (
+            "model.unproved=true: it is for whole models (model.hf_name), which are tried on a small one beforehand; "
+            "leave it out"
+        )
+
+
 def anyres_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with the grids of tiles, and what contradicts them."""
     anyres = config.model.anyres

@@ -13,7 +13,7 @@ from vlm.checks.dataset import dataset_problems
 from vlm.checks.fields import ConfigError, check_fields, format_value, texts_by_key
 from vlm.checks.guards import guard_problems
 from vlm.checks.lora import lora_problems, quantization_problems
-from vlm.checks.model import anyres_problems, connector_problems, encoder_problems
+from vlm.checks.model import anyres_problems, connector_problems, encoder_problems, unproved_problems
 from vlm.checks.packing import packing_problems
 from vlm.checks.saving import saving_problems
 from vlm.checks.sharding import sharding_problems
@@ -66,6 +66,7 @@ def _problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
         dataset_problems(config),
         connector_problems(config),
         anyres_problems(config),
+        unproved_problems(config),
         _path_problems(config),
         saving_problems(config, objective.metric_names()),
         _evaluation_setting_problems(config),

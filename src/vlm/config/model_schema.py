@@ -152,6 +152,9 @@ class ModelConfig:
     """Branch, tag or commit of `hf_name` on the Hub; null is the default branch."""
     trust_remote_code: bool = field(default=False, metadata=REMOTE_CODE)
     """Whether code out of the repository of `hf_name` may run."""
+    unproved: bool = False
+    """Whether a whole model trains although a proof about it could not be made, see `vlm models --check`. One that
+    fails a proof is refused all the same."""
     visual_encoder: VisualEncoderConfig = field(default_factory=VisualEncoderConfig)
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)

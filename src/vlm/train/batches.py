@@ -9,6 +9,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from vlm.assembly.packed_rows import add_grid_positions
 from vlm.config.choices import BEST_FIT, GROUPED_STRATEGIES
 from vlm.config.schema import TrainerOptions
 from vlm.data.batching.best_fit import PackSampler
@@ -28,7 +29,7 @@ from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.random_state import with_own_generator
 from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.step.best_fit_loader import make_best_fit_loader
-from vlm.train.step.packing import add_grid_positions, make_step_packing
+from vlm.train.step.packing import make_step_packing
 from vlm.train.step.step_packing import LOSS_WEIGHTS, StepPacking, StepSampler
 from vlm.train.stream_positions import StreamEpoch, StreamPositions
 

@@ -17,6 +17,7 @@ from vlm.data.processor import Processor
 from vlm.train.arguments import training_arguments
 from vlm.train.checkpoints.world import World
 from vlm.train.extension_locks import extensions_folder, release_stale_locks
+from vlm.train.family_trial import check_family
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.objectives.base import Objective, PreparedRun, RunData
@@ -54,6 +55,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
         check_packing_support(model_config.model_type)
     args = training_arguments(config.trainer, [*objective.training_keys(), *embedding_row_keys(config)])
     check_same_setup(config)
+    check_family(config, model_config, processor)
     if args.local_process_index == 0 and config.trainer.deepspeed:
         release_stale_locks(extensions_folder())
     args.output_dir = str(folder := choose_directory(config, name))

@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import ModelOutput
 
 from vlm.assembly.adapter_base import make_base
+from vlm.assembly.packed_attention import use_packed_attention
 from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
 from vlm.train.batches import BatchTrainer, NumItems
@@ -30,7 +31,6 @@ from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer, read_learning_rates
 from vlm.train.random_state import separate_random_state
 from vlm.train.step.before_first_step import BeforeFirstStep
-from vlm.train.step.packed_attention import use_packed_attention
 from vlm.train.step.step_packing import without_gradient_exchange
 from vlm.train.stop_on_signal import EvaluateWhenDue, StopOnSignal
 

@@ -15,10 +15,10 @@ from torch.compiler import reset
 from tests.fixtures import losses
 from tests.models.test_modeling_vlm import batch
 from tests.tiny_parts import Parts
+from vlm.assembly.packed_attention import use_packed_attention
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
 from vlm.train.step.compile import compile_layers, force_eager, repeated_layers
-from vlm.train.step.packed_attention import use_packed_attention
 
 SHORT = ["trainer.max_steps=4", "trainer.num_samples=1", "trainer.save_strategy=steps", "trainer.save_steps=2"]
 COMPILED = ["trainer.torch_compile=true", "trainer.torch_compile_backend=aot_eager"]

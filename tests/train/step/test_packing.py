@@ -14,6 +14,9 @@ import torch
 from tests.fixtures import check_config, compose_config, losses
 from tests.logits import supervised_losses
 from tests.tiny_parts import LANGUAGE_MODELS, Parts, picture
+from vlm.assembly import packed_attention as attention
+from vlm.assembly.packed_attention import use_packed_attention
+from vlm.assembly.packed_rows import check_packing
 from vlm.checks.fields import ConfigError
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
@@ -24,9 +27,7 @@ from vlm.families.table import FAMILIES
 from vlm.models import text_loss
 from vlm.models.text_loss import SupervisedScores
 from vlm.train.objectives.generation import Generation
-from vlm.train.step import packed_attention as attention
-from vlm.train.step.packed_attention import use_packed_attention
-from vlm.train.step.packing import check_packing, check_packing_support
+from vlm.train.step.packing import check_packing_support
 
 TEXTS = ("<image>a red circle and a blue square", "no picture here", "two: <image> and <image>, both red", "a")
 

@@ -195,7 +195,7 @@ class Objective(ABC):
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:  # noqa: B027 - optional
         """Do what needs the model as it is trained, such as a pass of it; called before the first step.
 
-        Here an objective proves what it takes for granted of a model, see `train/step/proofs.py`.
+        Here an objective proves what it takes for granted of a model, see `assembly/logit_proofs.py`.
 
         Raises:
             ValueError: the model is not what the objective needs.

@@ -123,7 +123,7 @@ class Generation(Objective):
 
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
         """Prove that the model is causal and reads padded batches; find out whether its loss is computed in chunks."""
-        from vlm.train.step.proofs import check_causal, check_padding, model_label, prove_scores
+        from vlm.assembly.logit_proofs import check_causal, check_padding, model_label, prove_scores
 
         label = model_label(self.config)
         check_causal(trainer.model, trainer.processor, label)

@@ -141,7 +141,7 @@ class Prediction(Objective):
         Where its hidden states are cached, the body takes no part in training, and nothing is proved.
         """
         from vlm.assembly.checkpoint import get_body
-        from vlm.train.step.proofs import check_causal, check_padding, model_label, prove_scores
+        from vlm.assembly.logit_proofs import check_causal, check_padding, model_label, prove_scores
 
         if caches_features(self.config):
             return

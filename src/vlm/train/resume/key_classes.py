@@ -51,7 +51,7 @@ SAFE = (
     | _keys("dataset", "path sources.*.path allow_pipe follow_links sources.*.follow_links cache_dir num_workers "
             "cache_limit_gb on_bad_sample max_skipped check_samples")
     | _keys("inference", "temperature top_p num_beams max_new_tokens cache_implementation")
-    | _keys("model", "trust_remote_code visual_encoder.trust_remote_code language_model.trust_remote_code "
+    | _keys("model", "trust_remote_code unproved visual_encoder.trust_remote_code language_model.trust_remote_code "
             "connector.name head.threshold_by")
 )  # fmt: skip
 """Records may be moved: what is in them is compared apart, as `data.…`."""

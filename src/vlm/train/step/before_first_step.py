@@ -4,11 +4,11 @@ from typing import Protocol
 
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vlm.assembly.packed_rows import check_packing
 from vlm.data.processor import Processor
 from vlm.train.objectives.base import Objective, ObjectiveTrainer
 from vlm.train.sharding import gather_shared
 from vlm.train.step.compile import force_eager
-from vlm.train.step.packing import check_packing
 
 
 class StartingTrainer(ObjectiveTrainer, Protocol):

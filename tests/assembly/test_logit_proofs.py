@@ -13,10 +13,10 @@ from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import LANGUAGE_MODELS, WIDTH, Parts, byte_tokenizer
 from vlm.assembly.compose import build_model, compose
 from vlm.assembly.family import load_family_config, load_family_model
+from vlm.assembly.logit_proofs import check_causal, check_padding, choose_tokens, dropout_off, model_label
 from vlm.config.schema import RunConfig
 from vlm.families.processing import load_family_processor
 from vlm.families.table import FAMILIES
-from vlm.train.step.proofs import check_causal, check_padding, choose_tokens, dropout_off, model_label
 
 LABEL = "model.language_model.hf_name=x"
 

@@ -1,0 +1,1 @@
+"""The trial of a family: what training takes for granted of it, proved on a small model before weights load."""

@@ -1,0 +1,52 @@
+"""The trial of a run's family, before its weights load: rank 0 makes the proofs, all ranks hear of them."""
+
+import logging
+import time
+
+from transformers import PreTrainedConfig
+
+from vlm.assembly.family_trial.kept import check_verdicts, recall_or_try
+from vlm.assembly.family_trial.verdicts import State, Verdict
+from vlm.assembly.logit_proofs import model_label
+from vlm.config.schema import RunConfig
+from vlm.data.cache import resolve_cache_folder
+from vlm.data.processor import Processor
+from vlm.families.processing import FamilyProcessor
+from vlm.train.distributed import on_rank0
+
+log = logging.getLogger(__name__)
+
+
+def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: Processor) -> None:
+    """Refuse a run whose model is of a family that fails its trial; every rank calls it. Composed models pass.
+
+    Args:
+        config: the run's configuration.
+        model_config: the configuration of its model, without prediction heads.
+        processor: the run's processor.
+
+    Raises:
+        ValueError: see `check_verdicts`.
+    """
+    if not isinstance(processor, FamilyProcessor):
+        return
+
+    def try_it() -> dict[str, Verdict]:
+        """Make the proofs, or recall them, and log what came of them."""
+        started = time.monotonic()
+        verdicts, known = recall_or_try(
+            model_config, processor, resolve_cache_folder(config.dataset.cache_dir),
+            trust_remote_code=config.model.trust_remote_code,
+            attention="eager" if config.model.attn_implementation == "eager" else None,
+        )  # fmt: skip
+        proved = [name for name, verdict in verdicts.items() if verdict.state is State.PROVED]
+        effort = "known from an earlier trial" if known else f"in {time.monotonic() - started:.1f} s"
+        log.info("Proved of %s, on a small model (%s): %s", model_config.model_type, effort, ", ".join(proved) or "-")
+        for name, verdict in verdicts.items():
+            if verdict.state is not State.PROVED:
+                log.info("  %s: %s", name, verdict)
+        return verdicts
+
+    verdicts = on_rank0(try_it)
+    label = f"{model_label(config)} (model_type={model_config.model_type})"
+    check_verdicts(verdicts, label, unproved=config.model.unproved, packing=config.trainer.packing)

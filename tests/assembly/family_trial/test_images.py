@@ -1,0 +1,81 @@
+"""Proofs about images: they fail where placeholders are miscounted, or an image is not seen or not at its place."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.assembly.family_trial.subjects import check_fails, check_proved, make_subject
+
+
+@pytest.mark.parametrize("name", ["llava-next", "qwen2-vl", "internvl", "mllama"])
+def test_placeholders_and_sight_of_each_form_are_proved(name: str):
+    subject = make_subject(name)
+    check_proved("placeholders", subject)
+    check_proved("sight", subject)
+
+
+@pytest.mark.parametrize("name", ["llava-next", "qwen2-vl", "idefics3"])
+def test_a_token_too_few_is_found(name: str):
+    subject = make_subject(name)
+    real, token = subject.processor._compute_expansions, subject.processor.image_token
+    subject.processor._cached_expansions = lambda sizes: tuple(text.replace(token, "", 1) for text in real(sizes))
+    check_fails("placeholders", subject, "by the family's own processor")
+
+
+def test_other_pixels_are_found(monkeypatch: pytest.MonkeyPatch):
+    subject = make_subject()
+    real = subject.processor.image_inputs
+    monkeypatch.setattr(
+        subject.processor, "image_inputs", lambda *args: {name: value + 1 for name, value in real(*args).items()}
+    )
+    check_fails("placeholders", subject, "pixel_values is not what the family's own processor makes")
+
+
+def test_an_image_that_is_refused_here_alone_is_found(monkeypatch: pytest.MonkeyPatch):
+    subject = make_subject()
+
+    def refuse(*args: Any) -> Any:
+        raise ValueError("too small")
+
+    monkeypatch.setattr(subject.processor, "image_inputs", refuse)
+    check_fails("placeholders", subject, "which the family's own processor takes: too small")
+
+
+def test_a_model_that_does_not_notice_a_wrong_number_is_found():
+    subject = make_subject()
+    image_id = subject.config.image_token_id
+
+    def mask_without_check(ids: torch.Tensor, inputs_embeds: torch.Tensor, **features: torch.Tensor) -> torch.Tensor:
+        return (ids == image_id)[..., None].expand_as(inputs_embeds)
+
+    subject.model.model.get_placeholder_mask = mask_without_check
+    check_fails("placeholders", subject, "takes one placeholder too few")
+
+
+def test_another_id_of_images_is_found():
+    subject = make_subject()
+    subject.config.image_token_id = 3
+    check_fails("placeholders", subject, "places features of images at id 3, and images are counted by id")
+
+
+def test_a_model_that_sees_no_image_is_found():
+    subject = make_subject()
+    subject.model.model.multi_modal_projector.register_forward_hook(lambda module, inputs, output: output * 0)
+    check_fails("sight", subject, "another image changes the logits of the reply by 0")
+
+
+@pytest.mark.parametrize("name", ["llava-interleave", "internvl"])
+def test_images_in_the_wrong_order_are_found(name: str):
+    subject = make_subject(name)
+    subject.model.model.multi_modal_projector.register_forward_hook(lambda module, inputs, output: output.flip(0))
+    check_fails("sight", subject, "reply does")
+
+
+def test_images_of_one_question_that_are_mixed_up_are_found():
+    check_proved("sight", make_subject("paligemma"))
+    subject = make_subject("paligemma")
+    subject.model.model.multi_modal_projector.register_forward_hook(
+        lambda module, inputs, output: output.mean(0, keepdim=True).expand_as(output)
+    )
+    check_fails("sight", subject, "two images that change places")
