@@ -30,7 +30,7 @@ def embedding_problems(config: RunConfig) -> Iterator[str]:
         yield f"model.head.weight={head.weight}: there is no other loss to weigh it against; leave it out"
     if not has_parameters(head) and not training_keys(config.trainer) and not embedding_row_keys(config):
         yield (
-            f"model.head.type={head.type}: it has nothing to train, and neither has the model under it; train an adapter "
+            f"model.head.type={head.type}: it has nothing to train, and neither has the model under it; train adapters "
             "(trainer.lora.language_model.r=16), a part (trainer.unfreeze), or choose model.head.type=linear"
         )
     yield from _loss_problems(head)

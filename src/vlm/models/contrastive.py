@@ -107,7 +107,7 @@ def gather_step(vectors: Tensor, roles: Tensor, keys: Tensor) -> StepRows:
     before = sum(counts[: dist.get_rank()])
     is_own = torch.zeros(sum(counts), dtype=torch.bool, device=roles.device)
     is_own[before : before + len(own)] = True
-    gathered: Tensor = _GatherRows.apply(vectors, counts)  # pyright: ignore[reportAssignmentType] - declared as anything
+    gathered: Tensor = _GatherRows.apply(vectors, counts)
     roles, keys = (torch.cat(_all_gather(values, counts)) for values in (roles, keys))
     return StepRows(gathered, roles, keys, is_own, len(counts))
 

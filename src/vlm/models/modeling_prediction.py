@@ -28,6 +28,7 @@ from .modeling_vlm import (
     load_travelling_class,
 )
 from .poolings import TokenMasks, pool_hidden_states
+from .sentence_embedding import write_sentence_transformers_files
 from .text_loss import SupervisedScores, mean_loss
 
 
@@ -200,10 +201,14 @@ class VLMForPrediction(WrapperModel):
                 loss = head_loss(
                     head.task, head.loss, (outputs[head.name] - head.shift) / head.scale,
                     (named[head.name].float() - head.shift) / head.scale, groups=groups, weights=head.class_weights,
-                    smoothing=head.label_smoothing, options=self.heads[head.name].loss_options(),
+                    smoothing=head.label_smoothing, options=self.head(head.name).loss_options(),
                 )  # fmt: skip
                 losses.append(head.weight * loss)
         return torch.stack(losses).sum()
+
+    def head(self, name: str) -> PredictionHead:
+        """Return a head."""
+        return cast(PredictionHead, self.heads[name])
 
     @torch.no_grad()
     def predict(self, **inputs) -> dict[str, dict[str, Any]]:
@@ -223,7 +228,7 @@ class VLMForPrediction(WrapperModel):
         return {head.name: interpret_outputs(head, outputs[head.name]) for head in self.config.settings}
 
     def save_custom_code(self, save_directory) -> None:
-        """Copy the files of a user's own classes, if there are any, and note them in the configuration."""
+        """Copy the files of a user's own classes, if there are any, and what sentence-transformers needs of vectors."""
         if is_composed(self.body.config):
             cast(VLMForConditionalGeneration, self.body).save_custom_code(save_directory)
         for number, settings in enumerate(self.config.settings):
@@ -231,6 +236,8 @@ class VLMForPrediction(WrapperModel):
                 kind = type(self.heads[settings.name].layers)
                 copy = Path(save_directory, f"user_head_{number}.py")
                 self.config.auto_map[f"Head.{settings.name}"] = copy_class_file(kind, copy)
+        if (first := self.config.settings[0]).task == EMBEDDING:
+            write_sentence_transformers_files(first.prompts, save_directory)
 
 
 def make_body(config: PreTrainedConfig) -> Any:

@@ -45,10 +45,7 @@ class PairEncoder(SampleEncoder):
 
     def with_prompt(self, member: Sample, side: str) -> Sample:
         """Return a member with the system turn of its side, unless it has one of its own."""
-        prompt = self.query_prompt if side == QUERY else self.document_prompt
-        if not prompt or member.turns[0].role == "system":
-            return member
-        return replace(member, turns=(Turn("system", (prompt,)), *member.turns))
+        return add_prompt(member, self.query_prompt if side == QUERY else self.document_prompt)
 
     def encode(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Return the ids of the longest member of a record; nothing is supervised.
@@ -84,3 +81,10 @@ class PairEncoder(SampleEncoder):
     def fingerprint_fields(self) -> tuple[object, ...]:
         """The settings that ids depend on, besides the processor."""
         return (*super().fingerprint_fields, self.suffix, self.query_prompt, self.document_prompt)
+
+
+def add_prompt(member: Sample, prompt: str) -> Sample:
+    """Return a member with a system turn, unless the turn is empty or the member has one of its own."""
+    if not prompt or member.turns[0].role == "system":
+        return member
+    return replace(member, turns=(Turn("system", (prompt,)), *member.turns))

@@ -69,6 +69,18 @@ def split_members(sample: Sample) -> list[Sample]:
     return [replace(sample, turns=turns, label=None) for turns in (tuple(before), (Turn("user", last.content),))]
 
 
+def choose_member(sample: Sample, *, is_query: bool) -> Sample:
+    """Return the query of a record, or its positive; a record that is neither a pair nor answered is one of them.
+
+    Raises:
+        BadSample: see `split_members`.
+    """
+    is_pair = any(isinstance(turn, MemberTurn) for turn in sample.turns)
+    if not is_pair and sample.turns[-1].role != "assistant":
+        return sample
+    return split_members(sample)[0 if is_query else 1]
+
+
 def member_key(member: Sample) -> int:
     """Return a number that is equal for members of equal content, whatever their system turns, from 0 to 2^62.
 

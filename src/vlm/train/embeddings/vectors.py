@@ -62,7 +62,7 @@ def collect_vectors(
         parts.append(trainer.accelerator.gather_for_metrics(outputs[head.name]).float().cpu())
     vectors = torch.cat(parts)
     with torch.no_grad():
-        options = {name: value for name, value in model.heads[head.name].loss_options().items() if value is not None}
+        options = {name: value for name, value in model.head(head.name).loss_options().items() if value is not None}
     return Vectors(vectors, members, mean_loss(vectors, members, options))
 
 

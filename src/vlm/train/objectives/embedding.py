@@ -115,11 +115,11 @@ class Embedding(Objective):
         import torch
 
         model = cast("VLMForPrediction", trainer.model)
-        head = model.heads[model.config.settings[0].name]
-        if not head.temperature.is_learned:  # pyright: ignore[reportAttributeAccessIssue] - of a head that embeds
+        temperature = model.head(model.config.settings[0].name).temperature
+        if temperature is None or not temperature.is_learned:
             return {}
         with torch.no_grad():
-            return {"temperature": float(head.temperature())}  # pyright: ignore[reportCallIssue] - likewise
+            return {"temperature": float(temperature())}
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return loss, recall and mean reciprocal rank in both directions, without intervals."""
