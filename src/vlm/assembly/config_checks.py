@@ -184,10 +184,10 @@ def _is_grid(grid: object) -> bool:
 
 def _head_problems(config: Any) -> Iterator[Problem]:
     text = config.get_text_config()
-    ids = f"ids of {text.vocab_size:,} tokens"
-    for key in ("media_token_ids", "suffix_ids"):
-        if not all(_is_int(token_id, 0, text.vocab_size - 1) for token_id in getattr(config, key)):
-            yield key, getattr(config, key), ids
+    # the ids of media are only compared, and Llama 3.2 Vision's is behind its vocabulary
+    for key, number in (("media_token_ids", MAX_TOKENS), ("suffix_ids", text.vocab_size)):
+        if not all(_is_int(token_id, 0, number - 1) for token_id in getattr(config, key)):
+            yield key, getattr(config, key), f"ids of {number:,} tokens"
     if not config.heads:
         yield "heads", config.heads, "at least one head"
     names = [head.name for head in config.settings]

@@ -7,11 +7,16 @@ from collections.abc import Iterator
 
 from vlm.checks.feature_cache import UNUSED_LIMIT
 from vlm.checks.fields import format_value
-from vlm.checks.heads import VECTOR_TASK, single_head_problems
+from vlm.checks.heads import VECTOR_TASK, head_problems, single_head_problems
 from vlm.config import choices
 from vlm.config.derived import embedding_row_keys, training_keys
 from vlm.config.model_schema import HeadConfig
 from vlm.config.schema import DatasetConfig, RunConfig
+
+
+def problems_of_any_head(config: RunConfig) -> Iterator[str]:
+    """Yield what is wrong with the heads of a run, of either kind: those of a checkpoint may be of the other one."""
+    yield from (embedding_problems if config.model.head.task == VECTOR_TASK else head_problems)(config)
 
 
 def embedding_problems(config: RunConfig) -> Iterator[str]:

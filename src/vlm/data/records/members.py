@@ -131,11 +131,11 @@ def _negatives(record: Record) -> list[object]:
 
 
 def _mmeb_values(record: Record) -> list[tuple[str, object]]:
-    """Return the members of a record of MMEB: texts with the mark of an image, and the image's path."""
+    """Return the members of a record of MMEB: texts, and the path of an image, whose mark begins the text."""
 
     def member(text: object, image: object) -> dict[str, object]:
-        marked = text.replace(MMEB_MARK, "<image>") if isinstance(text, str) else text
-        return {"text": marked, "image": image or None}
+        unmarked = text.replace(MMEB_MARK, "").strip() if isinstance(text, str) and image else text
+        return {"text": unmarked, "image": image or None}
 
     query = member(record.get("qry"), record.get("qry_image_path"))
     values: list[tuple[str, object]] = [("qry", query)]
