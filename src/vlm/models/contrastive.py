@@ -33,7 +33,7 @@ class LogitScale(nn.Module):
     def __init__(self, temperature: float, *, learned: bool):
         super().__init__()
         self.start = temperature
-        value = torch.empty(())
+        value = torch.empty(1)  # DeepSpeed takes no parameter without a dimension
         if learned:
             self.log_temperature = nn.Parameter(value)
         else:
@@ -46,7 +46,7 @@ class LogitScale(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the temperature, `()`."""
-        return self.log_temperature.float().exp().clamp(min=MIN_TEMPERATURE if self.is_learned else 0)
+        return self.log_temperature[0].float().exp().clamp(min=MIN_TEMPERATURE if self.is_learned else 0)
 
     @property
     def is_learned(self) -> bool:
