@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vlm.inference.embed import Embedder
     from vlm.inference.generate import VisionLanguageModel
     from vlm.inference.predict import Predictor
     from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig, VLMProcessor
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = [
-    "Predictor", "VLMConfig", "VLMForConditionalGeneration", "VLMForPrediction", "VLMPredictionConfig", "VLMProcessor",
-    "VisionLanguageModel", "load",
+    "Embedder", "Predictor", "VLMConfig", "VLMForConditionalGeneration", "VLMForPrediction", "VLMPredictionConfig",
+    "VLMProcessor", "VisionLanguageModel", "load",
 ]  # fmt: skip
 
 
@@ -30,5 +31,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'vlm' has no attribute {name!r}")
     if name == "load":
         return import_module("vlm.inference.generate").VisionLanguageModel.load
-    modules = {"VisionLanguageModel": "vlm.inference.generate", "Predictor": "vlm.inference.predict"}
+    modules = {
+        "Embedder": "vlm.inference.embed",
+        "Predictor": "vlm.inference.predict",
+        "VisionLanguageModel": "vlm.inference.generate",
+    }
     return getattr(import_module(modules.get(name, "vlm.models")), name)

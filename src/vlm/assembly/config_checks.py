@@ -12,12 +12,13 @@ from vlm.checks.checkpoint_files import shown
 from vlm.config.choices import LOSSES
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
-from vlm.models.head_tasks import CLASSIFICATION_TASKS, NUM_OUTPUTS_BY_TASK
+from vlm.models.head_tasks import CLASSIFICATION_TASKS, TASKS
 from vlm.models.poolings import POOLINGS
 
 MAX_TILES = 1024
 """Tiles of an image."""
 MAX_LABELS = MAX_TOKENS = 10**7
+MAX_VECTOR = 65536
 
 Problem = tuple[str, object, str]
 """A key, its value, and what is needed."""
@@ -183,10 +184,10 @@ def _is_grid(grid: object) -> bool:
 
 def _head_problems(config: PreTrainedConfig) -> Iterator[Problem]:
     text = config.get_text_config()
-    ids = f"ids of {text.vocab_size:,} tokens"
-    for key in ("media_token_ids", "suffix_ids"):
-        if not all(_is_int(token_id, 0, text.vocab_size - 1) for token_id in getattr(config, key)):
-            yield key, getattr(config, key), ids
+    # the ids of media are only compared, and Llama 3.2 Vision's is behind its vocabulary
+    for key, number in (("media_token_ids", MAX_TOKENS), ("suffix_ids", text.vocab_size)):
+        if not all(_is_int(token_id, 0, number - 1) for token_id in getattr(config, key)):
+            yield key, getattr(config, key), f"ids of {number:,} tokens"
     if not config.heads:
         yield "heads", config.heads, "at least one head"
     names = [head.name for head in config.settings]
@@ -200,9 +201,13 @@ def _head_problems(config: PreTrainedConfig) -> Iterator[Problem]:
 def _problems_of_head(head: HeadSettings, text: PreTrainedConfig) -> Iterator[Problem]:
     if not isinstance(head.name, str) or not head.name or "." in head.name:
         yield "name", head.name, "a text without a full stop"
-    if head.task not in NUM_OUTPUTS_BY_TASK:
-        yield "task", head.task, f"one of {', '.join(NUM_OUTPUTS_BY_TASK)}"
+    if head.task not in TASKS:
+        yield "task", head.task, f"one of {', '.join(TASKS)}"
         return
+    if head.dim is not None and not _is_int(head.dim, 1, MAX_VECTOR):
+        yield "dim", head.dim, f"a whole number from 1 to {MAX_VECTOR:,}, or null"
+    if not isinstance(head.prompts, dict) or not all(isinstance(text, str) for text in head.prompts.values()):
+        yield "prompts", head.prompts, "an object of texts"
     least = 2 if head.task in CLASSIFICATION_TASKS and head.task != "multilabel" else 1
     is_list = isinstance(head.labels, list) and len(head.labels) <= MAX_LABELS
     if head.task in CLASSIFICATION_TASKS and not (is_list and len(head.labels) >= least):
@@ -230,6 +235,8 @@ def _problems_of_head(head: HeadSettings, text: PreTrainedConfig) -> Iterator[Pr
     for key in ("options", "loss_options"):
         if not isinstance(getattr(head, key), dict):
             yield key, getattr(head, key), "an object"
+        elif not _is_number(temperature := getattr(head, key).get("temperature", 1)) or temperature <= 0:
+            yield f"{key}.temperature", temperature, "a number above 0"
     if not isinstance(head.type, str):
         yield "type", head.type, "a text"
 

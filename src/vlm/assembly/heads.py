@@ -68,6 +68,19 @@ def resolve_heads(
     )  # fmt: skip
 
 
+def resolve_vector_head(model: ModelConfig, body_config: PreTrainedConfig, processor: Processor) -> VLMPredictionConfig:
+    """Return the configuration of a model with the head that embeds which a run asks for.
+
+    Raises:
+        ValueError: the head does not go with this language model.
+    """
+    head, width = model.head, model.head.dim or body_config.get_text_config().hidden_size
+    if wrong := [size for size in head.loss_options.get("widths") or [] if size > width]:
+        raise ValueError(f"model.head.loss_options.widths: {wrong} are wider than vectors, which have {width} numbers")
+    no_targets = {head.name: np.empty((0, 1))}
+    return resolve_heads(model, body_config, processor, [HeadLabels(head.name, str(head.task))], no_targets)
+
+
 def _make_head_settings(
     key: str, head: HeadConfig, labels: HeadLabels, targets: np.ndarray, tokenizer: PreTrainedTokenizerBase,
     text: PreTrainedConfig,
@@ -88,7 +101,7 @@ def _make_head_settings(
         pooling=head.pooling, layer=head.layer, token_id=_token_id(key, labels.name, head, tokenizer), shift=shift,
         scale=scale, loss=head.loss or LOSSES[head.task][0], loss_options=_drop_nulls(head.loss_options),
         class_weights=_class_weights(key, head, targets, len(labels.labels)), label_smoothing=head.label_smoothing,
-        weight=head.weight,
+        weight=head.weight, dim=head.dim, prompts={side: str(text) for side, text in head.prompts.items() if text},
     )  # fmt: skip
     try:
         PredictionHead(8, settings)

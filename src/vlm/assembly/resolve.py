@@ -21,7 +21,7 @@ from vlm.assembly.family import load_family_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
 from vlm.assembly.opening import opening
 from vlm.assembly.quantization import quantized_parts
-from vlm.checks.heads import head_problems
+from vlm.checks.embeddings import problems_of_any_head
 from vlm.checks.model import check_no_image_mode
 from vlm.config.model_schema import ConnectorConfig
 from vlm.config.recorded import read_recipe
@@ -103,7 +103,7 @@ def _resolve_heads(config: RunConfig, checkpoint: Checkpoint, overridden_keys: S
     for head in config.model.head.by_name.values():
         if head.type not in named_types:
             head_class(head.type)
-    for problem in head_problems(config):
+    for problem in problems_of_any_head(config):
         raise ValueError(problem)
     for part, kind in quantized_parts(config.model).items():
         raise ValueError(

@@ -20,5 +20,5 @@ def cache_problems(config: RunConfig) -> Iterator[str]:
         yield f"{key} {trains} changes them with every step; choose one of the two"
     if data.streaming:
         yield f"{key} dataset.streaming=true does not know its images beforehand; choose one of the two"
-    if config.model.hf_name is not None:
-        yield f"{key} model.hf_name={config.model.hf_name} is a whole model, which reads images itself; leave it out"
+    if config.model.hf_name is not None and config.trainer.sharding is not None:
+        yield f"{key} of a whole model not with trainer.sharding={config.trainer.sharding}; choose one of the two"

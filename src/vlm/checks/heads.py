@@ -11,6 +11,9 @@ from vlm.config.derived import caches_features, embedding_row_keys, find_body_ch
 from vlm.config.model_schema import HeadConfig, HeadsConfig
 from vlm.config.schema import DatasetConfig, RunConfig
 
+VECTOR_TASK = "embedding"
+"""The task whose outputs are a vector; it has an objective of its own."""
+
 
 def head_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with the heads of a run."""
@@ -21,7 +24,9 @@ def head_problems(config: RunConfig) -> Iterator[str]:
         key = head_key(head, name)
         if not name.isidentifier():
             yield f"{key}: {name!r} is no name of a head; letters, digits and _ are needed"
-        yield from _single_head_problems(key, settings)
+        yield from single_head_problems(key, settings)
+        if settings.task == VECTOR_TASK:
+            yield f"{key}.task={VECTOR_TASK}: it is learned by itself, with trainer.objective=embedding; leave it out"
     if head.weight != 1 and not head.extra_heads and not head.generation_weight:
         yield f"model.head.weight={head.weight}: there is no other loss to weigh it against; leave it out"
     for key in ("profile", "peak_tflops"):
@@ -56,7 +61,7 @@ def unused_head_problems(config: RunConfig) -> Iterator[str]:
             yield f"model.head.{key}={text}: there is no head (model.head.task); choose one, as model/head=binary"
 
 
-def _single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
+def single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
     """Yield what is wrong with one head."""
     task = head.task
     if task is None:
@@ -64,6 +69,8 @@ def _single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
         return
     if (head.pooling == "token") != (head.token is not None):
         yield f"{key}.pooling={head.pooling}, {key}.token={head.token}: pooling=token and a token belong together"
+    if task != VECTOR_TASK and (head.dim is not None or head.prompts):
+        yield f"{key}.dim={head.dim}, {key}.prompts={head.prompts}: these are for task={VECTOR_TASK}; leave them out"
     losses = choices.LOSSES[task]
     if head.loss is not None and head.loss not in losses:
         yield f"{key}.loss={head.loss}: for task={task} allowed are {', '.join(losses)}"

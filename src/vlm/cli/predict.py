@@ -1,9 +1,10 @@
-"""The subcommand `vlm predict`: one prompt, or a file of records.
+"""The subcommand `vlm predict`: one prompt, or a file of records; predictions, or vectors of a head that embeds.
 
 Modules that import torch are imported once the command line has been understood.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,46 +12,73 @@ from typing import TYPE_CHECKING
 from vlm.cli.model_options import add_loading_options
 from vlm.cli.record_options import add_question_options, check_question_options, source_config
 from vlm.config.shown import PresentableParser, printable
+from vlm.inference.resumable_table import SUFFIXES
 
 if TYPE_CHECKING:
+    from vlm.inference.embed import Embedder
     from vlm.inference.predict import Predictor
 
 
 def main(argv: Sequence[str]) -> None:
     """`vlm predict CHECKPOINT --image F --prompt T`, or `--input RECORDS --output TABLE`."""
-    purpose = "Ask a model with prediction heads: about one prompt, or about every record of a file."
+    purpose = (
+        "Ask a model with prediction heads: about one prompt, or about every record of a file. One with a head that "
+    )
+    purpose += "embeds writes vectors."
     parser = PresentableParser("vlm predict", description=purpose)
     parser.add_argument("checkpoint", help="a head run's folder `final`, or a name on the Hub")
     prompt = "the question, as it was asked in training; <image> says where an image stands"
-    add_question_options(parser, prompt, "preds.csv or preds.jsonl")
+    add_question_options(parser, prompt, "preds.csv or preds.jsonl; of vectors .jsonl or .npy")
+    group = parser.add_argument_group("a model with a head that embeds")
+    side = "what the vectors are of: what is searched by, or searched for, each with its system turn (document)"
+    group.add_argument("--side", choices=("query", "document"), help=side)
+    group.add_argument("--width", type=int, metavar="N", help="the first numbers of each vector that are kept (all)")
     add_loading_options(parser, quantized=False)
     args = parser.parse_args(argv)
     try:
-        check_question_options(args)
+        check_question_options(args, (*SUFFIXES, ".npy"))
         _predict_file(args) if args.input else _predict_one(args)
     except KeyboardInterrupt:
         sys.exit("\nvlm predict: stopped; the same command resumes it")
 
 
-def _load_predictor(args: argparse.Namespace) -> "Predictor":
+def _load(args: argparse.Namespace) -> "Predictor | Embedder":
+    """Load the model.
+
+    Raises:
+        ValueError: options of vectors are given, and the model predicts.
+    """
     from transformers.utils.logging import disable_progress_bar
 
+    from vlm.inference.embed import load_with_heads
     from vlm.inference.predict import Predictor
 
     disable_progress_bar()
-    return Predictor.load(
+    loaded = load_with_heads(
         args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code
     )
+    for name in ("side", "width"):
+        if isinstance(loaded, Predictor) and (value := getattr(args, name)) is not None:
+            raise ValueError(f"--{name} {value}: the heads of {args.checkpoint} predict, and make no vectors")
+    return loaded
 
 
 def _predict_one(args: argparse.Namespace) -> None:
-    """Print the prediction of each head for one prompt, with a bar for each label."""
+    """Print the prediction of each head for one prompt, with a bar for each label; or its vector, as JSON."""
+    from vlm.inference.embed import Embedder
     from vlm.inference.generate import check_videos, load_images, user_turn
 
     images = load_images(args.image)
     check_videos(args.video, args.max_frames)
     user_turn(args.prompt, len(images), [()] * len(args.video))
-    predictor = _load_predictor(args)
+    predictor = _load(args)
+    if isinstance(predictor, Embedder):
+        (vector,) = predictor.embed(
+            [args.prompt], [images], [args.video], side=args.side or "document", width=args.width,
+            max_frames=args.max_frames, system_prompt=args.system_prompt,
+        )  # fmt: skip
+        print(json.dumps([float(f"{number:.9g}") for number in vector.tolist()]))
+        return
     predictions = predictor.predict(
         args.prompt, images, args.video, max_frames=args.max_frames, system_prompt=args.system_prompt
     )
@@ -67,20 +95,30 @@ def _predict_one(args: argparse.Namespace) -> None:
 
 
 def _predict_file(args: argparse.Namespace) -> None:
-    """Write the table of predictions, and print metrics where the records have labels."""
+    """Write the table of predictions, and print metrics where the records have labels; or write vectors."""
     from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
     from vlm.data.cache import resolve_cache_folder
+    from vlm.evaluation.embed_file import embed_file
     from vlm.evaluation.predict_file import predict_file
+    from vlm.inference.embed import Embedder
 
     config = source_config(args)
-    predictor = _load_predictor(args)
-    result = predict_file(
-        predictor, config, args.output, cache=resolve_cache_folder(None),
-        fingerprint=fingerprint(local_folder(args.checkpoint)), batch_size=args.batch_size,
-        num_workers=args.num_workers, max_frames=args.max_frames, overwrite=args.overwrite,
-    )  # fmt: skip
+    predictor = _load(args)
+    place = {"cache": resolve_cache_folder(None), "fingerprint": fingerprint(local_folder(args.checkpoint))}
+    options = {name: getattr(args, name) for name in ("batch_size", "num_workers", "max_frames", "overwrite")}
+    if isinstance(predictor, Embedder):
+        side = args.side or "document"
+        rows = embed_file(predictor, config, args.output, side=side, width=args.width, **place, **options)
+        bad = sum(bool(row["error"]) for row in rows)
+        _print_summary(args, len(rows), bad, "the key error")
+        return
+    result = predict_file(predictor, config, args.output, **place, **options)
     if result.metrics_text:
         print(printable(result.metrics_text))
-    bad = f"; {result.bad} could not be read, column error says why" if result.bad else ""
-    print(f"{result.records:,} records: {args.output}{bad}")
+    _print_summary(args, result.records, result.bad, "column error")
+
+
+def _print_summary(args: argparse.Namespace, records: int, bad: int, column: str) -> None:
+    unread = f"; {bad} could not be read, {column} says why" if bad else ""
+    print(f"{records:,} records: {args.output}{unread}")

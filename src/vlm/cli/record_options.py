@@ -4,13 +4,14 @@ Modules that import torch are imported once the command line has been understood
 """
 
 import argparse
+from collections.abc import Sequence
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 from vlm.config.named import permit_names
 from vlm.config.schema import DatasetConfig, SourceConfig
-from vlm.inference.resumable_table import check_output
+from vlm.inference.resumable_table import SUFFIXES, check_output
 
 
 def add_question_options(parser: argparse.ArgumentParser, prompt: str, output: str) -> None:
@@ -49,8 +50,11 @@ def add_reading_options(group: "argparse._ArgumentGroup", *, writes: bool = True
     group.add_argument("--overwrite", action="store_true", help="replace an output that exists or was begun")
 
 
-def check_question_options(args: argparse.Namespace) -> None:
-    """Raise ValueError, before anything is loaded, where options contradict each other or are out of bounds."""
+def check_question_options(args: argparse.Namespace, suffixes: Sequence[str] = SUFFIXES) -> None:
+    """Raise ValueError, before anything is loaded, where options contradict each other or are out of bounds.
+
+    `suffixes` are those of an output.
+    """
     if (args.input is None) == (args.prompt is None):
         raise ValueError("give --prompt for one question, or --input and --output for a file of records")
     if (args.input is None) != (args.output is None):
@@ -59,7 +63,7 @@ def check_question_options(args: argparse.Namespace) -> None:
         raise ValueError("--image and --video belong to --prompt; a file of records names its own")
     check_reading_options(args)
     if args.output is not None:
-        check_output(args.output, overwrite=args.overwrite)
+        check_output(args.output, overwrite=args.overwrite, suffixes=suffixes)
 
 
 def check_reading_options(args: argparse.Namespace, key: str = "--input") -> None:

@@ -31,7 +31,7 @@ PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm serve`."""
-    purpose = "Serve a model over HTTP as OpenAI's API: chat completions, or the predictions of its heads."
+    purpose = "Serve a model over HTTP as OpenAI's API: chat completions, embeddings, or the predictions of its heads."
     parser = PresentableParser("vlm serve", description=purpose)
     parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
     parser.add_argument("overrides", nargs="*", metavar="serving.KEY=VALUE", help="a limit, see docs/configuration.md")
@@ -76,9 +76,9 @@ def main(argv: Sequence[str]) -> None:
 def _make_app(args: argparse.Namespace, name: str, config: ServingConfig, key: str | None) -> "Starlette":
     """Load the model, and return its endpoint."""
     from vlm.assembly.checkpoint import open_checkpoint
+    from vlm.inference.embed import Embedder, load_with_heads
     from vlm.inference.engine.engine import Engine
-    from vlm.inference.predict import Predictor
-    from vlm.inference.serving.app import make_chat_app, make_classify_app
+    from vlm.inference.serving.app import make_chat_app, make_classify_app, make_embeddings_app
     from vlm.inference.serving.service import Service
 
     service = Service(name, config)
@@ -88,10 +88,12 @@ def _make_app(args: argparse.Namespace, name: str, config: ServingConfig, key: s
         return make_chat_app(service, Engine(load_model(args), config.max_batch), guard.refusal_reason, key)
     if args.quantization is not None:
         raise ValueError(f"--load-{args.quantization}: models with prediction heads are not quantized")
-    predictor = Predictor.load(
+    loaded = load_with_heads(
         args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code
     )
-    return make_classify_app(service, predictor, guard.refusal_reason, key)
+    if isinstance(loaded, Embedder):
+        return make_embeddings_app(service, loaded, guard.refusal_reason, key)
+    return make_classify_app(service, loaded, guard.refusal_reason, key)
 
 
 def read_serving_config(words: Sequence[str]) -> ServingConfig:

@@ -10,9 +10,15 @@ LOSSES = {
     "regression": ("mse", "huber"),
     "ordinal": ("ordinal",),
     "pairwise": ("margin",),
+    "embedding": ("infonce",),
 }
 """Task of a prediction head -> its losses; the first is its default."""
-LOSS_OPTIONS = {"focal": ("gamma",), "huber": ("delta",), "margin": ("margin",)}
+LOSS_OPTIONS = {
+    "focal": ("gamma",),
+    "huber": ("delta",),
+    "margin": ("margin",),
+    "infonce": ("temperature", "learned_temperature", "symmetric", "widths", "width_weights"),
+}
 """Loss -> its options."""
 CLASSIFICATION_TASKS = ("binary", "multiclass", "multilabel", "ordinal")
 TASKS_WITH_THRESHOLD = ("binary", "multilabel")
@@ -22,8 +28,11 @@ THRESHOLD_CRITERIA = ("f1", "accuracy", "youden", "none")
 HEAD_TYPES = {
     "linear": ("input_norm", "dropout"),
     "mlp": ("hidden_dim", "num_layers", "input_norm", "dropout"),
+    "identity": (),
 }
 """Type of a prediction head -> its options."""
+PROMPTS = ("query", "document")
+"""Sides of an `embedding` that may have a system turn of their own, as sentence-transformers names them."""
 POOLINGS = ("last", "mean", "image", "text", "attention", "query", "token", "first", "alltoken")
 FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
 SUPERVISIONS = ("replies", "llava-onevision")
@@ -61,6 +70,16 @@ HEAD_METRICS = {
     "regression": ("mae", "rmse", "r2", "spearman"),
     "ordinal": ("accuracy", "mae", "kappa", "spearman"),
     "pairwise": ("pair_accuracy", "spearman"),
+    "embedding": (
+        "recall@1",
+        "recall@5",
+        "recall@10",
+        "mrr",
+        "reverse_recall@1",
+        "reverse_recall@5",
+        "reverse_recall@10",
+        "reverse_mrr",
+    ),
 }
 """Task of a prediction head -> metrics of its outputs, besides the loss."""
 CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded")

@@ -90,11 +90,11 @@ class AnyResConfig:
 
 @dataclass
 class HeadConfig:
-    """A head that predicts a class, several classes, a number or a ranking from hidden states of the language model."""
+    """A head that predicts a class, a number or a ranking from hidden states of the language model, or embeds them."""
 
     task: str | None = field(default=None, metadata=choices(allowed.LOSSES))
-    """`binary`, `multiclass`, `multilabel`, `regression`, `ordinal` or `pairwise`; null: there is no head, the model
-    writes text."""
+    """`binary`, `multiclass`, `multilabel`, `regression`, `ordinal`, `pairwise` or `embedding`; null: there is no head,
+    the model writes text."""
     labels: list[Any] | None = None
     """The labels in order (`binary`: negative, positive); null: those of the training records, sorted."""
     type: str = field(default="linear", metadata=choices(allowed.HEAD_TYPES, custom="package.module:Class"))
@@ -110,9 +110,10 @@ class HeadConfig:
     token: str | None = None
     """With `pooling=token`: the token of the prompt whose hidden state is read, such as one of `new_tokens`."""
     loss: str | None = None
-    """`bce`, `ce`, `focal`, `mse`, `huber`, `ordinal` or `margin`, as the task allows; null: the task's first."""
+    """`bce`, `ce`, `focal`, `mse`, `huber`, `ordinal`, `margin` or `infonce`, as the task allows; null: its first."""
     loss_options: Options = field(default_factory=dict)
-    """`gamma` of `focal`, `delta` of `huber` (in standard deviations of the labels), `margin` of `margin`."""
+    """`gamma` of `focal`, `delta` of `huber` (in standard deviations of the labels), `margin` of `margin`; of `infonce`
+    `temperature`, `learned_temperature`, `symmetric`, `widths` and `width_weights`."""
     class_weights: Any = None
     """Weight of each label in the loss: `balanced` (by its rarity in training), or a list in the order of labels."""
     label_smoothing: float = field(default=0.0, metadata=share(is_open_above=True))
@@ -122,6 +123,10 @@ class HeadConfig:
     `youden`; `none` leaves the threshold at 0.5."""
     weight: float = field(default=1.0, metadata=above(0))
     """Weight of its loss among those of several heads."""
+    dim: int | None = field(default=None, metadata=at_least(1))
+    """How many numbers a vector of `embedding` has; null: as many as hidden states."""
+    prompts: Options = field(default_factory=dict)
+    """`query` and `document` of `embedding`: the system turn of what is searched by, and of what is searched for."""
 
 
 @dataclass

@@ -16,6 +16,7 @@ from vlm.evaluation.bootstrap import format_scores
 from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.head_metrics import scores
 from vlm.inference.batch import Row, fill_table, format_media_paths, prompt_source
+from vlm.inference.embed import Embedder
 from vlm.inference.predict import Prediction, Predictor
 from vlm.inference.resumable_table import ResumableTable, check_output
 from vlm.models.configuration_prediction import HeadSettings
@@ -69,7 +70,7 @@ def predict_file(
     return Predicted(len(rows), sum(bool(row["error"]) for row in rows), format_metrics(predictor, rows))
 
 
-def hash_heads(predictor: Predictor) -> str:
+def hash_heads(predictor: Predictor | Embedder) -> str:
     """Return a digest of heads and thresholds: a fingerprint of pieces of files may miss such small weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(predictor.model.heads.state_dict().items()):

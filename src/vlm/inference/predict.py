@@ -15,7 +15,7 @@ from vlm.data.sample import Turn
 from vlm.inference.feature_cache import ImageFeatureCache
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models.configuration_prediction import HeadSettings
-from vlm.models.head_tasks import CLASSIFICATION_TASKS
+from vlm.models.head_tasks import CLASSIFICATION_TASKS, EMBEDDING
 from vlm.models.modeling_prediction import interpret_outputs
 
 
@@ -58,12 +58,15 @@ class Predictor:
         """Load a checkpoint with prediction heads, from a folder or the Hub; arguments as `VisionLanguageModel.load`.
 
         Raises:
-            ValueError: the checkpoint has no prediction heads.
+            ValueError: the checkpoint has no prediction heads, or one that embeds.
         """
         opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
         opened.check_heads(expected=True)
         model, processor = opened.load_for_inference(device=device, dtype=dtype, base=base)
-        return cls(model, processor, ImageFeatureCache())
+        predictor = cls(model, processor, ImageFeatureCache())
+        if predictor.heads[0].task == EMBEDDING:
+            raise ValueError(f"{checkpoint} has a head that embeds, and predicts nothing: vlm predict and vlm.Embedder")
+        return predictor
 
     @property
     def heads(self) -> list[HeadSettings]:

@@ -15,10 +15,10 @@ SUFFIXES = (".csv", ".jsonl")
 """Allowed suffixes of an output."""
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
+def check_output(output: Path, *, overwrite: bool, suffixes: Sequence[str] = SUFFIXES) -> None:
     """Raise ValueError where a table cannot be written to a path, or would replace a file."""
-    if output.suffix not in SUFFIXES:
-        raise ValueError(f"--output {output}: it must end in {' or '.join(SUFFIXES)}")
+    if output.suffix not in suffixes:
+        raise ValueError(f"--output {output}: it must end in {' or '.join(suffixes)}")
     place = next(parent for parent in output.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"--output {output}: {place} is no folder that can be written to")

@@ -27,7 +27,7 @@ class HeadSettings:
 
     Attributes:
         name: its name.
-        task: a name of `NUM_OUTPUTS_BY_TASK`.
+        task: a name of `head_tasks.TASKS`.
         labels: the labels, in the order of its outputs.
         type: a name of `HEADS`, or `package.module:Class`.
         options: the keyword parameters of that class.
@@ -43,6 +43,8 @@ class HeadSettings:
         weight: the weight of its loss among those of several heads.
         temperature: the divisor of its logits before they become probabilities.
         threshold: the least probability at which a label is chosen; one for each label of `multilabel`.
+        dim: how many numbers a vector of `embedding` has; None: as many as hidden states.
+        prompts: of `embedding`: `query` and `document` -> the system turn of what is searched by, and searched for.
     """
 
     name: str
@@ -62,6 +64,8 @@ class HeadSettings:
     weight: float = 1.0
     temperature: float = 1.0
     threshold: float | list[float] | None = None
+    dim: int | None = None
+    prompts: dict[str, str] = field(default_factory=dict)
 
 
 class VLMPredictionConfig(PreTrainedConfig):

@@ -1,17 +1,19 @@
 """Losses of prediction heads on their raw outputs, in float32.
 
-Hub code: imports torch only. To add a loss, write a function whose keyword parameters are its options and add it to
-`LOSSES` under the tasks that it serves; the first one of a task is its default.
+Hub code: imports torch and its siblings only. To add a loss, write a function whose keyword parameters are its options
+and add it to `LOSSES` under the tasks that it serves; the first one of a task is its default.
 
 Shapes: B rows, C labels, K numbers of a head (see `head_tasks.py`). Targets of rows without a label are NaN, and such
 rows do not count.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .contrastive import contrastive
 
 
 def binary_cross_entropy(outputs: Tensor, targets: Tensor, weights: Tensor | None, smoothing: float) -> Tensor:
@@ -108,30 +110,34 @@ def margin_ranking(outputs: Tensor, targets: Tensor, groups: Tensor, *, margin: 
     return (short * better).sum() / better.sum().clamp(min=1)
 
 
+STEP_LOSSES: dict[str, Loss] = {"pairwise": margin_ranking, "embedding": contrastive}
+"""Task whose only loss compares rows -> function of outputs `(B, K)`, targets and groups to the loss."""
+
+
 def head_loss(
     task: str, loss: str, outputs: Tensor, targets: Tensor, *, groups: Tensor | None = None,
-    weights: Sequence[float] | None = None, smoothing: float = 0.0, options: dict[str, float] | None = None,
+    weights: Sequence[float] | None = None, smoothing: float = 0.0, options: Mapping[str, object] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Compute the loss of a head: the mean over the rows that have a label, 0 where none has; `pairwise`: over pairs.
+    """Compute the loss of a head: the mean over the rows that have a label, 0 where none has; or over pairs of rows.
 
     Args:
-        task: a name of `NUM_OUTPUTS_BY_TASK`.
-        loss: the name of a loss of the task in `LOSSES`; not read for `pairwise`.
+        task: a name of `head_tasks.TASKS`.
+        loss: the name of a loss of the task in `LOSSES`; not read for those of `STEP_LOSSES`.
         outputs: `(B, K)`; of `regression`, in standard deviations from the mean of the training labels.
         targets: `(B, C)` for `multilabel`, else `(B, 1)` or `(B,)`, in the same unit; NaN where a row has no label.
-        groups: `(B,)`: `pairwise` compares rows of the same group; None: all rows.
+        groups: `(B,)`: `pairwise` compares rows of the same group; None: all rows. Of `embedding`, see `contrastive`.
         weights: the weight of each label, in their order.
         smoothing: the share of a target that is spread over all labels.
-        options: the loss's keyword parameters.
+        options: the loss's keyword parameters, by name.
 
     Raises:
         KeyError: the task has no such loss.
     """
     outputs, targets = outputs.float(), targets.to(outputs.device).float().reshape(len(outputs), -1)
     options = options or {}
-    if task == "pairwise":
+    if task in STEP_LOSSES:
         groups = torch.zeros(len(outputs), device=outputs.device) if groups is None else groups.to(outputs.device)
-        return margin_ranking(outputs, targets, groups, **options)
+        return STEP_LOSSES[task](outputs, targets, groups, **options)
     known = ~targets.isnan().any(dim=1)
     label_weights = None if weights is None else outputs.new_tensor(list(weights))
     losses = LOSSES[task][loss](outputs, targets.nan_to_num(), label_weights, smoothing, **options)

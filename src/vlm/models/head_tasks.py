@@ -24,6 +24,12 @@ NUM_OUTPUTS_BY_TASK: dict[str, Callable[[int], int]] = {
 The labels of `binary` are the negative and the positive one; `regression` and `pairwise` have none.
 """
 
+EMBEDDING = "embedding"
+"""The task whose outputs are a vector of length 1, compared with those of others; its width is the head's own."""
+
+TASKS = (*NUM_OUTPUTS_BY_TASK, EMBEDDING)
+"""All tasks."""
+
 CLASSIFICATION_TASKS = ("binary", "multiclass", "multilabel", "ordinal")
 """The tasks that choose among labels."""
 

@@ -7,6 +7,8 @@ Shapes: B rows, T tokens a row, D width of the language model, K outputs of a ta
 """
 
 import math
+from collections.abc import Mapping
+from inspect import signature
 from itertools import pairwise
 
 import torch
@@ -14,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration_prediction import HeadSettings
-from .head_tasks import NUM_OUTPUTS_BY_TASK
+from .contrastive import LogitScale, contrastive
+from .head_tasks import EMBEDDING, NUM_OUTPUTS_BY_TASK
 from .poolings import EVERY_TOKEN_POOLINGS, mean_over_mask
 
 
@@ -74,6 +77,30 @@ class MLPHead(nn.Module):
         return self.layers(self.norm(features))
 
 
+class IdentityHead(nn.Module):
+    """Hidden states as they are, for vectors that are compared: `(..., D) -> (..., D)`.
+
+    Args:
+        width: D.
+        num_outputs: D.
+
+    Raises:
+        ValueError: they differ.
+    """
+
+    def __init__(self, width: int, num_outputs: int):
+        super().__init__()
+        if width != num_outputs:
+            raise ValueError(
+                f"model.head.type=identity has the width of hidden states, {width}, not {num_outputs}; a vector of "
+                "another width (model.head.dim), or a score, needs model.head.type=linear"
+            )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """`(..., D) -> (..., D)`."""
+        return features
+
+
 class OrdinalThresholds(nn.Module):
     """Cut points of an ordinal task: one score against C - 1 ascending thresholds: `(..., 1) -> (..., C - 1)`.
 
@@ -109,12 +136,21 @@ class PredictionHead(nn.Module):
         super().__init__()
         self.settings = settings
         num_labels = len(settings.labels)
-        is_ordinal = settings.task == "ordinal"
-        self.num_outputs = 1 if is_ordinal else NUM_OUTPUTS_BY_TASK[settings.task](num_labels)
+        is_ordinal, embeds = settings.task == "ordinal", settings.task == EMBEDDING
+        if embeds:
+            self.num_outputs = settings.dim or width
+        else:
+            self.num_outputs = 1 if is_ordinal else NUM_OUTPUTS_BY_TASK[settings.task](num_labels)
         self.layers = head_class(settings.type)(width, self.num_outputs, **settings.options)
         self.cuts = OrdinalThresholds(num_labels - 1) if is_ordinal else None
         # without a bias, which a softmax would not see
         self.attention = nn.Linear(width, 1, bias=False) if settings.pooling == "attention" else None
+        self.temperature = make_logit_scale(settings.loss_options) if embeds else None
+
+    def loss_options(self) -> dict[str, object]:
+        """Return the keyword parameters of the loss, with the temperature as it is now."""
+        options = dict(self.settings.loss_options)
+        return options if self.temperature is None else {**options, "temperature": self.temperature()}
 
     def forward(self, features: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
         """Return the outputs of the task, in float32.
@@ -124,7 +160,7 @@ class PredictionHead(nn.Module):
             prompt_mask: `(B, T)`, boolean: tokens of the prompt; needed where every token is.
 
         Returns:
-            `(B, K)`; for `regression` in units of the labels.
+            `(B, K)`; for `regression` in units of the labels, for `embedding` of length 1.
 
         Raises:
             ValueError: `prompt_mask` is missing, or a user's own class returns another number of outputs.
@@ -153,15 +189,23 @@ class PredictionHead(nn.Module):
             outputs = outputs.float()
             if prompt_mask is not None and pooling == "alltoken":
                 outputs = average_token_outputs(task, outputs, prompt_mask)
+        if task == EMBEDDING:
+            return F.normalize(outputs, dim=-1)
         return outputs * self.settings.scale + self.settings.shift if task == "regression" else outputs
+
+
+def make_logit_scale(options: Mapping[str, object]) -> LogitScale:
+    """Return the temperature that the options of `contrastive` ask for."""
+    default = signature(contrastive).parameters["temperature"].default
+    return LogitScale(float(options.get("temperature", default)), learned=bool(options.get("learned_temperature")))  # pyright: ignore[reportArgumentType] - a number, as the checks hold it
 
 
 def average_token_outputs(task: str, outputs: Tensor, prompt_mask: Tensor) -> Tensor:
     """Return the logits of the mean of probabilities over tokens: `(B, T, K), (B, T) -> (B, K)`.
 
-    Outputs of `regression` and `pairwise` are averaged themselves.
+    Outputs of `regression`, `pairwise` and `embedding` are averaged themselves.
     """
-    if task in ("regression", "pairwise"):
+    if task in ("regression", "pairwise", EMBEDDING):
         return mean_over_mask(outputs, prompt_mask)
     absent = ~prompt_mask.unsqueeze(-1)
     if task == "multiclass":
@@ -170,7 +214,7 @@ def average_token_outputs(task: str, outputs: Tensor, prompt_mask: Tensor) -> Te
     return yes - no
 
 
-HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "mlp": MLPHead}
+HEADS: dict[str, type[nn.Module]] = {"linear": LinearHead, "mlp": MLPHead, "identity": IdentityHead}
 
 
 def head_class(name: str) -> type[nn.Module]:

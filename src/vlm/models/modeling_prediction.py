@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from .configuration_prediction import HeadSettings, VLMPredictionConfig, is_composed
 from .head_losses import head_loss
-from .head_tasks import CLASSIFICATION_TASKS, choose_labels, probabilities
+from .head_tasks import CLASSIFICATION_TASKS, EMBEDDING, choose_labels, probabilities
 from .heads import HEADS, PredictionHead
 from .modeling_vlm import (
     VLMForConditionalGeneration,
@@ -28,6 +28,7 @@ from .modeling_vlm import (
     load_travelling_class,
 )
 from .poolings import TokenMasks, pool_hidden_states
+from .sentence_embedding import write_sentence_transformers_files
 from .text_loss import SupervisedScores, mean_loss
 
 
@@ -105,7 +106,7 @@ class VLMForPrediction(WrapperModel):
             attention_mask: `(B, T)`, 0 at padding.
             labels: head -> `(B, C)` for `multilabel`, else `(B, 1)` or `(B,)`: the index of the label, or the number of
                 a regression; NaN where a row has none. A tensor is for the first head.
-            groups: `(B,)`: `pairwise` compares rows of the same group.
+            groups: `(B,)`: `pairwise` compares rows of the same group; of `embedding`, see `contrastive.contrastive`.
             text_labels: `(B, T)`: labels of the replies that the body learns, -100 elsewhere.
             prompt_mask: `(B, T)`: 1 at tokens of the prompt, where a reply follows it.
             features: head -> output of `features`, in place of all inputs of the body; with `attention_mask` where a
@@ -200,10 +201,14 @@ class VLMForPrediction(WrapperModel):
                 loss = head_loss(
                     head.task, head.loss, (outputs[head.name] - head.shift) / head.scale,
                     (named[head.name].float() - head.shift) / head.scale, groups=groups, weights=head.class_weights,
-                    smoothing=head.label_smoothing, options=head.loss_options,
+                    smoothing=head.label_smoothing, options=self.head(head.name).loss_options(),
                 )  # fmt: skip
                 losses.append(head.weight * loss)
         return torch.stack(losses).sum()
+
+    def head(self, name: str) -> PredictionHead:
+        """Return a head."""
+        return cast(PredictionHead, self.heads[name])
 
     @torch.no_grad()
     def predict(self, **inputs) -> dict[str, dict[str, Any]]:
@@ -214,7 +219,7 @@ class VLMForPrediction(WrapperModel):
 
         Returns:
             Head -> `scores` `(B, C)` (probabilities of labels) or `(B,)` (numbers), and `predictions`: for each row a
-            label, the list of labels of `multilabel`, or the number.
+            label, the list of labels of `multilabel`, or the number. For `embedding`, both are the vectors.
 
         Raises:
             ValueError: as `forward`.
@@ -223,7 +228,7 @@ class VLMForPrediction(WrapperModel):
         return {head.name: interpret_outputs(head, outputs[head.name]) for head in self.config.settings}
 
     def save_custom_code(self, save_directory) -> None:
-        """Copy the files of a user's own classes, if there are any, and note them in the configuration."""
+        """Copy the files of a user's own classes, if there are any, and what sentence-transformers needs of vectors."""
         if is_composed(self.body.config):
             cast(VLMForConditionalGeneration, self.body).save_custom_code(save_directory)
         for number, settings in enumerate(self.config.settings):
@@ -231,6 +236,8 @@ class VLMForPrediction(WrapperModel):
                 kind = type(self.heads[settings.name].layers)
                 copy = Path(save_directory, f"user_head_{number}.py")
                 self.config.auto_map[f"Head.{settings.name}"] = copy_class_file(kind, copy)
+        if (first := self.config.settings[0]).task == EMBEDDING:
+            write_sentence_transformers_files(first.prompts, save_directory)
 
 
 def make_body(config: PreTrainedConfig) -> Any:
@@ -252,6 +259,8 @@ def propagate_dtype(config: PreTrainedConfig) -> None:
 
 def interpret_outputs(head: HeadSettings, outputs: Tensor) -> dict[str, Any]:
     """Turn a head's outputs `(B, K)` into scores and predictions, see `VLMForPrediction.predict`."""
+    if head.task == EMBEDDING:
+        return {"scores": outputs, "predictions": outputs.tolist()}
     if head.task not in CLASSIFICATION_TASKS:
         return {"scores": outputs[:, 0], "predictions": outputs[:, 0].tolist()}
     scores = probabilities(head.task, outputs, head.temperature)

@@ -27,6 +27,7 @@ from vlm.data.records.keys import (
 )
 from vlm.data.records.marks import join_texts, move_image_first
 from vlm.data.records.media import FILE_KEYS, ITEM_KINDS, MediaPlacer
+from vlm.data.records.members import PAIR_KEYS, read_members
 from vlm.data.records.rewrites import rewrite_alpaca, rewrite_cauldron, rewrite_minicpm
 from vlm.data.records.text import text_from_value
 from vlm.data.sample import ROLES, BadSample, ContentPart, Record, Sample, Turn
@@ -263,6 +264,33 @@ def read_labelled(
     return Sample(sample_id, tuple(turns), label, read_group(record, group_key))
 
 
+@reads(*PAIR_KEYS, key_options=("query_key", "positive_key", "negative_key"))
+def read_pair(
+    record: Record, image_folder: Path, *, query_key: str | None = None, positive_key: str | None = None,
+    negative_key: str | None = None,
+) -> Sample:  # fmt: skip
+    """Read what embeddings learn from: `{"query", "positive", "negatives": […] or absent}`, see `members.read_members`.
+
+    Each is a text, a list of chat messages, or a mapping with `text`, `image` or `images`, and perhaps an `instruction`
+    (its system turn). Records of sentence-transformers (`anchor`, `positive`, `negative`), ms-swift (`messages`,
+    `positive_messages`, `negative_messages`) and VLM2Vec (`qry`, `qry_image_path`, `pos_text`, …) are read too.
+
+    Args:
+        record: the record.
+        image_folder: what paths are relative to.
+        query_key: the key of the query, where it has another name.
+        positive_key: the key of the positive, likewise.
+        negative_key: the key of the negative, or of a list of them, likewise.
+
+    Raises:
+        BadSample: the record has another form, or an image cannot be used.
+    """
+    sample_id = read_id(record)
+    keys = {"query": query_key, "positive": positive_key, "negatives": negative_key}
+    named = {name: record.get(key) for name, key in keys.items() if key is not None}
+    return Sample(sample_id, read_members({**record, **named}, image_folder, sample_id, _read_chat))
+
+
 @reads("instruction", "input", "output", "history")
 def read_alpaca(record: Record, image_folder: Path) -> Sample:
     """Read `{"instruction", "input", "output"}` and images, see `rewrites.rewrite_alpaca`."""
@@ -352,6 +380,7 @@ FORMATS: dict[str, Reader] = {
     "alpaca": read_alpaca,
     "cauldron": read_cauldron,
     "minicpm": read_minicpm,
+    "pair": read_pair,
 }
 
 

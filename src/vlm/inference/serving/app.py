@@ -14,18 +14,19 @@ from starlette.routing import Route
 from transformers import PreTrainedConfig
 
 from vlm.assembly.language_models import max_positions
+from vlm.inference.embed import Embedder
 from vlm.inference.engine.engine import Engine
 from vlm.inference.predict import Predictor
 from vlm.inference.serving.chat import ChatEndpoint
 from vlm.inference.serving.classify import ClassifyEndpoint
-from vlm.inference.serving.embeddings import EmbeddingsEndpoint
+from vlm.inference.serving.embeddings import EmbeddingsEndpoint, HeadSource, StateSource
 from vlm.inference.serving.errors import RequestError, show
 from vlm.inference.serving.gate import CountingGate, KeyGate, RefusalReason, SiteGate
 from vlm.inference.serving.service import JsonEndpoint, Respond, Service
 
 UNSERVED_PATHS = {
-    "/v1/chat/completions": "this checkpoint has prediction heads and writes no text: ask /v1/classify",
-    "/v1/classify": "this checkpoint has no prediction heads: ask /v1/chat/completions",
+    "/v1/chat/completions": "this checkpoint has heads and writes no text: ask /v1/classify, or /v1/embeddings",
+    "/v1/classify": "this checkpoint has no heads that predict: ask /v1/chat/completions or /v1/embeddings",
     "/v1/embeddings": "this checkpoint has prediction heads, whose states are for these: ask /v1/classify",
     "/v1/completions": "prompts are conversations here: ask /v1/chat/completions",
     "/v1/responses": "ask /v1/chat/completions",
@@ -43,7 +44,7 @@ def make_chat_app(service: Service, engine: Engine, reason: RefusalReason, key: 
         key: the API key; None: none is asked for.
     """
     service.limit_characters(engine.model.positions)
-    embeddings = EmbeddingsEndpoint(service, engine)
+    embeddings = EmbeddingsEndpoint(service, StateSource(engine.model))
     service.metrics.add_gauge("vlm_answers_running", "Answers that are being written", lambda: engine.num_running)
     service.metrics.add_gauge("vlm_answers_waiting", "Answers that wait", lambda: engine.num_waiting)
     paths = {
@@ -65,6 +66,15 @@ def make_classify_app(
     service.limit_characters(max_positions(predictor.model.config))
     endpoint = ClassifyEndpoint(service, predictor)
     return make_app(service, {"/v1/classify": endpoint.respond}, reason, key, endpoint.close, lambda: True)
+
+
+def make_embeddings_app(
+    service: Service, embedder: Embedder, reason: RefusalReason, key: str | None = None
+) -> Starlette:
+    """Return the endpoint of a model with a head that embeds; arguments as of `make_chat_app`."""
+    service.limit_characters(max_positions(embedder.model.config))
+    endpoint = EmbeddingsEndpoint(service, HeadSource(embedder))
+    return make_app(service, {"/v1/embeddings": endpoint.respond}, reason, key, endpoint.close, lambda: True)
 
 
 def make_app(

@@ -58,8 +58,10 @@ class EmbeddingsRequest(PoolingRequest):
     """A request for embeddings."""
 
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: None = None
-    """Embeddings of these models cannot be shortened."""
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """How many numbers each embedding keeps; for heads that embed alone."""
+    input_type: Literal["query", "document"] | None = None
+    """The side, which decides the system turn; for heads that embed alone, where it is `document` by default."""
 
 
 Request = TypeVar("Request", bound=PoolingRequest)
@@ -81,13 +83,12 @@ def parse_inputs(kind: type[Request], call: Call) -> Request:
 
 
 def prepare_inputs(
-    request: PoolingRequest,
-    processor: Processor,
-    model_config: PreTrainedConfig,
-    config: ServingConfig,
-    suffix: Sequence[int] = (),
-) -> list[SampleInputs]:
+    request: PoolingRequest, processor: Processor, model_config: PreTrainedConfig, config: ServingConfig,
+    suffix: Sequence[int] = (), system_prompt: str = "",
+) -> list[SampleInputs]:  # fmt: skip
     """Return the model's inputs for each prompt of a request. CPU work: call it in a worker thread.
+
+    `system_prompt` is the system turn of prompts that have none; empty: there is none.
 
     Raises:
         RequestError: a limit is passed, or a prompt or an image is refused.
@@ -106,6 +107,8 @@ def prepare_inputs(
     rows: list[SampleInputs] = []
     positions = max_positions(model_config)
     for turns, images, param in conversations:
+        if system_prompt and turns[0].role != "system":
+            turns = [Turn("system", (system_prompt,)), *turns]
         try:
             rows.append(prompt_inputs(processor, turns, images, suffix))
         except BadSample as error:

@@ -3,12 +3,13 @@
 import hashlib
 import importlib.metadata
 import inspect
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlm.data.cache import json_digest
 from vlm.data.dataset import SampleDataset
@@ -44,7 +45,11 @@ def body_digest(model: VLMForPrediction) -> str:
 
 def weights_digests(module: nn.Module) -> list[str]:
     """Return a fingerprint of each tensor of a module, whatever device it is on."""
-    state = module.state_dict()
+    return tensors_digests(module.state_dict())
+
+
+def tensors_digests(state: Mapping[str, Tensor]) -> list[str]:
+    """Return a fingerprint of each tensor by its name, whatever device it is on."""
 
     def digest(name: str) -> str:
         """Return a tensor's name, shape, type and hash."""

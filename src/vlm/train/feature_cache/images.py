@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedConfig, TrainingArguments
+from transformers import TrainingArguments
 
-from vlm.assembly.checkpoint import is_composed_config
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image, make_blank_image
@@ -63,15 +62,6 @@ Requests = dict[bytes, FeatureRequest]
 
 Views = dict[int, Tensor]
 """Index of a request -> what the encoder reads."""
-
-
-def require_composed_model(model_config: PreTrainedConfig) -> None:
-    """Raise ValueError where a model's own code reads its images, which it then has to be given."""
-    if not is_composed_config(model_config):
-        raise ValueError(
-            f"dataset.cache_features=true: model_type={model_config.model_type} reads images itself; features are "
-            "kept for composed models alone. Leave it out"
-        )
 
 
 def replace_images_with_features(

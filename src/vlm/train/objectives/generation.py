@@ -10,6 +10,7 @@ from vlm.checks.feature_cache import cache_problems
 from vlm.checks.heads import unused_head_problems
 from vlm.checks.run import evaluation_problems
 from vlm.config.choices import EVAL_METRICS, EVALUATION_LOSSES, LOSS_METRICS
+from vlm.config.derived import training_keys
 from vlm.evaluation.text_metrics import check_metrics
 from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from vlm.data.encoding.sample_encoder import SampleEncoder
     from vlm.data.processor import Processor
     from vlm.evaluation.loss_metrics import LossMetric
-    from vlm.models import VLMForConditionalGeneration, VLMProcessor
+    from vlm.models import VLMProcessor
     from vlm.models.text_loss import SupervisedScores
 
 
@@ -36,11 +37,13 @@ class Generation(Objective):
     Attributes:
         answer_metrics: computes those of `trainer.eval_metrics` that are of a model's answers; None: there are none.
         loss_metrics: those that are of losses.
+        uncached: the training samples with their images, where a family's features are cached; None: they are not.
     """
 
     takes_loss_weights = True
     answer_metrics: Callable[[PreTrainedModel, Callable[[], None]], dict[str, float]] | None = None
     loss_metrics: Sequence[LossMetric] = ()
+    uncached: SampleDataset | None = None
     _scores: SupervisedScores | None = None
 
     def refusals(self) -> Iterator[str]:
@@ -74,11 +77,8 @@ class Generation(Objective):
         """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`."""
         from vlm.assembly.language_models import check_writes
         from vlm.train.data import load_data
-        from vlm.train.feature_cache.images import require_composed_model
 
         check_writes(model_config)
-        if self.config.dataset.cache_features:
-            require_composed_model(model_config)
         train, evaluation = load_data(self.config.dataset, self.make_encoder(model_config, processor), args)
         if evaluation is not None:
             self.loss_metrics = _prepare_loss_metrics(self.config.trainer, evaluation)
@@ -93,6 +93,8 @@ class Generation(Objective):
 
     def before_training(self, run: PreparedRun) -> None:
         """Compute the features of images where they are cached; choose the records that metrics of answers are of."""
+        from vlm.assembly.checkpoint import is_composed_model
+        from vlm.train.feature_cache.families import replace_family_images
         from vlm.train.feature_cache.images import replace_images_with_features
         from vlm.train.sample_generation import make_answer_metrics
 
@@ -100,13 +102,22 @@ class Generation(Objective):
         names = [name for name in config.trainer.eval_metrics if name not in LOSS_METRICS]
         if names and evaluation is not None:
             self.answer_metrics = make_answer_metrics(names, config, evaluation, run.processor, run.args)
-        if config.dataset.cache_features:
-            model, processor = cast("VLMForConditionalGeneration", run.model), cast("VLMProcessor", run.processor)
-            datasets = cast("list[SampleDataset | None]", [data.train, data.evaluation])
+        if not config.dataset.cache_features:
+            return
+        datasets = cast("list[SampleDataset | None]", [data.train, data.evaluation])
+        collate = cast("Collator", run.collate)
+        if is_composed_model(run.model):
+            processor = cast("VLMProcessor", run.processor)
             train, data.evaluation = replace_images_with_features(
-                model, processor, datasets, cast("Collator", run.collate), config.dataset, run.args
+                run.model, processor, datasets, collate, config.dataset, run.args
             )
-            data.train = cast("SampleDataset", train)
+        else:
+            self.uncached = cast("SampleDataset", data.train)
+            train, data.evaluation = replace_family_images(
+                run.model, run.processor, datasets, collate, config.dataset, run.args,
+                connector_trains="connector" in training_keys(config.trainer),
+            )  # fmt: skip
+        data.train = self.cached = cast("SampleDataset", train)
 
     def callbacks(self, run: PreparedRun, trainer: ObjectiveTrainer) -> list[TrainerCallback]:
         """Return what answers a few samples into `samples.md` at each evaluation and at the end."""
@@ -122,13 +133,20 @@ class Generation(Objective):
         return [SampleGenerationCallback(generate, run.folder / "samples.md")]
 
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
-        """Prove that the model is causal and reads padded batches; find out whether its loss is computed in chunks."""
+        """Prove that the model is causal and reads padded batches; find out whether its loss is computed in chunks.
+
+        Where a family's features are cached, prove too that they change no loss.
+        """
         from vlm.assembly.logit_proofs import check_causal, check_padding, model_label, prove_scores
 
         label = model_label(self.config)
         check_causal(trainer.model, trainer.processor, label)
         check_padding(trainer.model, trainer.processor, label)
         prove_scores(self._get_scores(trainer), trainer.processor, label)
+        if self.uncached is not None:
+            from vlm.train.feature_cache.families import prove_cached_losses
+
+            prove_cached_losses(trainer, self._get_scores(trainer), self.cached, self.uncached, label)
 
     def token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each supervised token, `(S,)` in float32: its cross-entropy.

@@ -8,6 +8,7 @@ from vlm.train.objectives.base import Objective
 OBJECTIVES = {
     "generation": "vlm.train.objectives.generation:Generation",
     "prediction": "vlm.train.objectives.prediction:Prediction",
+    "embedding": "vlm.train.objectives.embedding:Embedding",
 }
 """`trainer.objective` -> its class; a class of the user's own is named `package.module:Class` in the same place."""
 

@@ -35,6 +35,7 @@ from vlm.data.batching.step_layout import (
 )
 from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.feature_cache.families import CachedFamilyDataset
 from vlm.data.feature_cache.images import CachedFeatureDataset
 from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options
@@ -282,5 +283,5 @@ def sample_costs(flops: StepFlops | None, config: PreTrainedConfig, dataset: obj
     """
     if flops is None:
         return SampleCosts(token=6.0 * config.get_text_config().hidden_size, pair=1.0)
-    encoded = 0.0 if isinstance(dataset, CachedFeatureDataset) else flops.encoded
+    encoded = 0.0 if isinstance(dataset, CachedFeatureDataset | CachedFamilyDataset) else flops.encoded
     return SampleCosts(flops.token, flops.pair, encoded + flops.connected)
