@@ -39,8 +39,9 @@ def _load_predictor(args: argparse.Namespace) -> "Predictor":
 
     disable_progress_bar()
     return Predictor.load(
-        args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code
-    )
+        args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code,
+        max_image_tokens=args.max_image_tokens,
+    )  # fmt: skip
 
 
 def _predict_one(args: argparse.Namespace) -> None:

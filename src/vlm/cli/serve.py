@@ -89,8 +89,9 @@ def _make_app(args: argparse.Namespace, name: str, config: ServingConfig, key: s
     if args.quantization is not None:
         raise ValueError(f"--load-{args.quantization}: models with prediction heads are not quantized")
     predictor = Predictor.load(
-        args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code
-    )
+        args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code,
+        max_image_tokens=args.max_image_tokens,
+    )  # fmt: skip
     return make_classify_app(service, predictor, guard.refusal_reason, key)
 
 
