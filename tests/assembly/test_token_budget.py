@@ -2,7 +2,8 @@
 
 import pytest
 
-from vlm.assembly.token_budget import BudgetError, BudgetSearch, Settings, Size, changed_options
+from vlm.assembly.token_budget import BudgetError, BudgetSearch, Size, changed_options
+from vlm.models.pixels import Settings
 
 
 def areas(settings: Settings, size: Size) -> int | None:

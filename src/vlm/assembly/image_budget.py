@@ -7,19 +7,19 @@ start and end among them. Marks that a chat template writes around images come o
 
 import logging
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from vlm.assembly.opening import quiet_loading
-from vlm.assembly.processor_options import make_processor, mirror_options
-from vlm.assembly.token_budget import BudgetError, BudgetSearch, Settings, Size, changed_options
+from vlm.assembly.processor_options import PixelProcessor, make_processor, mirror_options
+from vlm.assembly.token_budget import BudgetError, BudgetSearch, Size, changed_options
 from vlm.data.processor import Processor
 from vlm.families.processing import FamilyProcessor
 from vlm.models.anyres import AnyRes
 from vlm.models.configuration_vlm import VLMConfig
+from vlm.models.pixels import Settings
 from vlm.models.processing_vlm import VLMProcessor
 
 log = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class ImageMeter:
 
     def __init__(self, processor: FamilyProcessor):
         self.processor = processor
-        self._made: tuple[Settings | None, Any] = (None, None)
+        self._made: tuple[Settings | None, object] = (None, None)
         self._counts: dict[str, int] = {}
         self.device = "cpu"
         if self(self._template.to_dict(), (64, 96), device="meta") is not None:
@@ -152,7 +152,7 @@ class ImageMeter:
         return 10_000 if self.device == "meta" else REAL_SIDE
 
     @property
-    def _template(self) -> Any:
+    def _template(self) -> PixelProcessor:
         return getattr(self.processor.native, self.attribute)
 
     def __call__(self, settings: Settings, size: Size, device: str | None = None) -> int | None:

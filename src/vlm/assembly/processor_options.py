@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
-from typing import Any
+from typing import Protocol, Self, TypeVar
 
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from vlm.assembly.opening import quiet_loading, shorten
 from vlm.data.processor import Processor
 from vlm.families.processing import FamilyProcessor
+from vlm.models.pixels import Settings
 
 KEY = "model.processor"
 VIDEO = "video"
@@ -58,8 +59,24 @@ BASE_MODULES = {
 TRIAL_SIZES = ((64, 64), (96, 320))
 """Heights and widths of the images that a processor with new options is tried on."""
 
-Settings = dict[str, object]
-"""What `to_dict` of an image or video processor returns."""
+
+class PixelProcessor(Protocol):
+    """The part of transformers' image and video processors that their options are in."""
+
+    valid_kwargs: type
+    """A typed dictionary of the options."""
+
+    def to_dict(self) -> Settings:
+        """Return the settings."""
+        ...
+
+    @classmethod
+    def from_dict(cls, settings: Settings, /) -> Self:
+        """Make a processor with settings."""
+        ...
+
+
+P = TypeVar("P", bound=PixelProcessor)
 
 
 def apply_processor_options(
@@ -86,15 +103,19 @@ def apply_processor_options(
     moving = {str(name): value for name, value in video_options.items() if value is not None}
     native, changes = processor.native, []
     if still:
-        changed = with_options(native.image_processor, still, _fixed_by_call(native, "images_kwargs"), KEY, native)
+        changed = with_options(
+            native.image_processor, still, _fixed_by_call(processor, "images_kwargs"), KEY, processor
+        )
         _try_processor(processor, changed, still)
         changes = mirror_options(config, native.image_processor.to_dict(), changed.to_dict())
         processor.replace_processors(image_processor=changed)
     if moving:
         if processor.videos is None:
             raise ValueError(f"{KEY}.{VIDEO}: {_name(native)} has no videos: their frames are images")
-        fixed, key = _fixed_by_call(native, "videos_kwargs"), f"{KEY}.{VIDEO}"
-        processor.replace_processors(video_processor=with_options(native.video_processor, moving, fixed, key, native))
+        fixed, key = _fixed_by_call(processor, "videos_kwargs"), f"{KEY}.{VIDEO}"
+        processor.replace_processors(
+            video_processor=with_options(native.video_processor, moving, fixed, key, processor)
+        )
     return changes
 
 
@@ -109,7 +130,9 @@ def check_no_processor_options(options: Mapping[str, object]) -> None:
             )
 
 
-def with_options(sub: Any, options: Mapping[str, object], fixed: Mapping[str, object], key: str, native: Any) -> Any:
+def with_options(
+    sub: P, options: Mapping[str, object], fixed: Mapping[str, object], key: str, processor: FamilyProcessor
+) -> P:
     """Return an image or video processor with other options.
 
     Args:
@@ -117,7 +140,7 @@ def with_options(sub: Any, options: Mapping[str, object], fixed: Mapping[str, ob
         options: option -> value; the entries of a mapping replace those of the processor.
         fixed: options that the family's processor gives with every call, so that settings do not count.
         key: where the options were set, for messages.
-        native: the family's processor.
+        processor: the family's.
 
     Raises:
         ValueError: see `apply_processor_options`.
@@ -125,7 +148,7 @@ def with_options(sub: Any, options: Mapping[str, object], fixed: Mapping[str, ob
     settings: Settings = sub.to_dict()
     wanted = dict(settings)
     for name, value in options.items():
-        _check_name(sub, name, fixed, key, native)
+        _check_name(sub, name, fixed, key, processor)
         wanted[name] = _check_value(sub, name, value, settings, key)
     for name in options:
         switch = SWITCHES.get(name)
@@ -134,12 +157,12 @@ def with_options(sub: Any, options: Mapping[str, object], fixed: Mapping[str, ob
     return make_processor(sub, wanted)
 
 
-def make_processor(sub: Any, settings: Settings) -> Any:
+def make_processor(sub: P, settings: Settings) -> P:
     """Return a processor of the class of another one, with these settings."""
     return type(sub).from_dict(dict(settings))
 
 
-def list_options(sub: Any, fixed: Mapping[str, object]) -> list[str]:
+def list_options(sub: PixelProcessor, fixed: Mapping[str, object]) -> list[str]:
     """Return the options of an image or video processor that a run may set; those of a mapping as `size.longest_edge`.
 
     `fixed` is that of `with_options`.
@@ -166,7 +189,7 @@ def describe_options(processor: FamilyProcessor) -> dict[str, object]:
             continue
         sub = getattr(processor.native, attribute)
         settings = sub.to_dict()
-        for name in list_options(sub, _fixed_by_call(processor.native, fixed)):
+        for name in list_options(sub, _fixed_by_call(processor, fixed)):
             option, _, entry = name.partition(".")
             value = settings.get(option)
             value = value.get(entry) if entry and isinstance(value, Mapping) else value
@@ -214,24 +237,27 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _fixed_by_call(native: Any, modality: str) -> dict[str, object]:
+def _fixed_by_call(processor: FamilyProcessor, modality: str) -> dict[str, object]:
     """Return the options that a family's processor gives its parts with every call, whatever their settings are."""
+    native = processor.native
     defaults = getattr(native.valid_processor_kwargs, "_defaults", {}).get(modality, {})
     return {**getattr(native, modality, {}), **defaults}
 
 
-def _check_name(sub: Any, name: str, fixed: Mapping[str, object], key: str, native: Any) -> None:
+def _check_name(
+    sub: PixelProcessor, name: str, fixed: Mapping[str, object], key: str, processor: FamilyProcessor
+) -> None:
     """Refuse a name that is no option of a processor that a run may set."""
     if name in fixed:
         raise ValueError(
-            f"{key}.{name}: {_name(native)} sets {name}={fixed[name]} in every call, so that another setting "
+            f"{key}.{name}: {_name(processor.native)} sets {name}={fixed[name]} in every call, so that another setting "
             "would have no effect"
         )
     if name in FRAME_OPTIONS:
         raise ValueError(f"{key}.{name}: dataset.max_frames says how many frames of a video are read, in every model")
     if _is_shape_option(sub, name):
         raise ValueError(f"{key}.{name}: the weights of the visual encoder fix it. {_listing(sub, fixed)}")
-    videos = getattr(native, "video_processor", None)
+    videos = getattr(processor.native, "video_processor", None)
     if name not in _read_options(type(sub)) or name in CALL_OPTIONS:
         if videos is not None and sub is not videos and name in _read_options(type(videos)) - CALL_OPTIONS:
             raise ValueError(f"{key}.{name}: it is an option of videos; set {KEY}.{VIDEO}.{name}")
@@ -242,11 +268,11 @@ def _check_name(sub: Any, name: str, fixed: Mapping[str, object], key: str, nati
         raise ValueError(f"{key}.{name}: it {what} {_name(sub)}.{hint} {_listing(sub, fixed)}")
 
 
-def _listing(sub: Any, fixed: Mapping[str, object]) -> str:
+def _listing(sub: PixelProcessor, fixed: Mapping[str, object]) -> str:
     return f"Allowed are {', '.join(list_options(sub, fixed)) or 'none'}."
 
 
-def _check_value(sub: Any, name: str, value: object, settings: Settings, key: str) -> object:
+def _check_value(sub: PixelProcessor, name: str, value: object, settings: Settings, key: str) -> object:
     """Return the value of an option, a mapping with the entries that it leaves out; refuse one of another type."""
     label = f"{key}.{name}={value}"
     present = settings.get(name)
@@ -275,7 +301,7 @@ def _is_shape_option(sub: object, name: str) -> bool:
     return name in SHAPE_OPTIONS or any(_name(sub).startswith(kind) and name == own for kind, own in SHAPE_OPTIONS_OF)
 
 
-def _is_shape(name: str, entry: str, present: Mapping[Any, object]) -> bool:
+def _is_shape(name: str, entry: str, present: Mapping[str, object]) -> bool:
     """Return whether an entry of an option is fixed by the visual encoder's weights."""
     alone = entry == "shortest_edge" and "longest_edge" not in present
     return f"{name}.{entry}" in SHAPE_SIZES or alone
@@ -292,9 +318,9 @@ def _name(made: object) -> str:
 @cache
 def _read_options(kind: type) -> frozenset[str]:
     """Return the options that the code of a processor's class reads; it takes others, and does nothing with them."""
-    options: Any = kind.valid_kwargs
+    options: type = kind.valid_kwargs
     read = {"do_convert_rgb"}
-    method: Any = getattr(kind, "_preprocess", None)
+    method = getattr(kind, "_preprocess", None)
     read |= set(inspect.signature(method).parameters) if method is not None else set()
     for parent in kind.__mro__:
         module = inspect.getmodule(parent)
@@ -317,7 +343,7 @@ def _named_in(source: str) -> Iterator[str]:
         yield from re.findall(r"(\w+)\s*:", signature)
 
 
-def _try_processor(processor: FamilyProcessor, image_processor: Any, options: Mapping[str, object]) -> None:
+def _try_processor(processor: FamilyProcessor, image_processor: PixelProcessor, options: Mapping[str, object]) -> None:
     """Refuse an image processor that does not prepare blank images; the family's own is in place again afterwards."""
     before = processor.native.image_processor
     processor.native.image_processor = image_processor

@@ -10,13 +10,14 @@ none.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
+
+from vlm.models.pixels import Settings
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 Path = tuple[str, ...]
 """The place of an option among settings."""
-Settings = dict[str, Any]
 Measure = Callable[[Settings, Size], int | None]
 """Returns the tokens of a blank image under some settings; None where they, or the size, are refused."""
 
@@ -51,7 +52,7 @@ class Candidate:
     """An option that may bound tokens, and the values that it can be lowered to, ascending."""
 
     path: Path
-    values: Sequence[Any]
+    values: Sequence[object]
     first_guess: int | None = None
 
 
@@ -108,7 +109,7 @@ class BudgetSearch:
         """
         if self.fits(settings):
             return settings
-        floors = {path: value for path, value in _leaves(settings) if _is_lower_limit(path, value, settings)}
+        floors = {path: value for path, value in _whole_numbers(settings) if _is_lower_limit(path, settings)}
         lowered = self._put_all(settings, floors, 1)
         if (found := self._lower_one(lowered)) is not None:
             return self._restore(found, floors)
@@ -146,7 +147,7 @@ class BudgetSearch:
     def _least_of(self, settings: Settings) -> Callable[[Candidate], Settings]:
         return lambda option: _put(settings, option.path, option.values[0])
 
-    def _highest(self, settings: Settings, option: Candidate) -> Any:
+    def _highest(self, settings: Settings, option: Candidate) -> object:
         """Return the highest value of an option that fits; its first one does."""
         low, high, guess = 0, len(option.values), option.first_guess
         if guess is not None:
@@ -173,7 +174,7 @@ class BudgetSearch:
 
     def _candidates(self, settings: Settings) -> Iterator[Candidate]:
         """Yield the options that may bound tokens: limits and lists of grids."""
-        for path, value in [leaf for leaf in _leaves(settings) if _is_upper_limit(*leaf)]:
+        for path, value in [leaf for leaf in _whole_numbers(settings) if _is_upper_limit(leaf[0])]:
             values: Sequence[int] = range(1, value + 1)
             if self.most(_put(settings, path, 1)) is None:  # such as Gemma 4, which takes a few numbers only
                 halves = sorted({value >> shift for shift in range(value.bit_length())})
@@ -206,7 +207,7 @@ class BudgetSearch:
         return _shapes(ratios, sorted({min(side, self.largest_side) for side in SIDES}))
 
 
-def changed_options(before: Settings, after: Settings) -> dict[str, tuple[Any, Any]]:
+def changed_options(before: Settings, after: Settings) -> dict[str, tuple[object, object]]:
     """Return the options in which settings differ: `size.longest_edge` -> what it was, and what it is."""
     former = dict(_leaves(before))
     return {".".join(path): (former.get(path), value) for path, value in _leaves(after) if former.get(path) != value}
@@ -220,7 +221,7 @@ def _shapes(ratios: Sequence[float], sides: Sequence[int]) -> Iterator[Size]:
             yield from dict.fromkeys([(side, short), (short, side)])
 
 
-def _leaves(settings: Settings) -> Iterator[tuple[Path, Any]]:
+def _leaves(settings: Settings) -> Iterator[tuple[Path, object]]:
     """Yield the options that may be limits: those of the top, and the entries of `size`."""
     for place in PLACES:
         mapping = _get(settings, place)
@@ -228,15 +229,20 @@ def _leaves(settings: Settings) -> Iterator[tuple[Path, Any]]:
             yield from (((*place, name), value) for name, value in mapping.items() if not isinstance(value, dict))
 
 
-def _is_upper_limit(path: Path, value: object) -> bool:
-    name = path[-1]
-    return type(value) is int and value > 1 and ("max" in name.split("_") or name in OTHER_LIMITS)
+def _whole_numbers(settings: Settings) -> Iterator[tuple[Path, int]]:
+    """Yield the options that are whole numbers above 1, which can be lowered."""
+    for path, value in _leaves(settings):
+        if isinstance(value, int) and type(value) is int and value > 1:
+            yield path, value
 
 
-def _is_lower_limit(path: Path, value: object, settings: Settings) -> bool:
-    name = path[-1]
-    of_range = name == "shortest_edge" and "longest_edge" in (_get(settings, path[:-1]) or {})
-    return type(value) is int and value > 1 and ("min" in name.split("_") or of_range)
+def _is_upper_limit(path: Path) -> bool:
+    return "max" in path[-1].split("_") or path[-1] in OTHER_LIMITS
+
+
+def _is_lower_limit(path: Path, settings: Settings) -> bool:
+    of_range = path[-1] == "shortest_edge" and _get(settings, (*path[:-1], "longest_edge")) is not None
+    return "min" in path[-1].split("_") or of_range
 
 
 def _is_grid_list(value: object) -> bool:
@@ -255,8 +261,8 @@ def _shortened_lists(grids: Sequence[Sequence[int]]) -> list[list[list[int]]]:
     return squares + [[pair for pair in pairs if pair in by_area[:number]] for number in range(1, len(pairs) + 1)]
 
 
-def _get(settings: Settings, path: Path) -> Any:
-    node: Any = settings
+def _get(settings: Settings, path: Path) -> object:
+    node: object = settings
     for name in path:
         node = node.get(name) if isinstance(node, dict) else None
     return node
