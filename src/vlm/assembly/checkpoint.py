@@ -25,6 +25,7 @@ from vlm.assembly.encoders import check_views
 from vlm.assembly.family import check_is_family, get_auto_class, load_family_model, read_config
 from vlm.assembly.foreign_config import check_reference
 from vlm.assembly.heads import get_num_embeddings
+from vlm.assembly.image_budget import limit_image_tokens
 from vlm.assembly.loading import check_weights, load_complete
 from vlm.assembly.opening import opening
 from vlm.assembly.processor_trial import check_composed_processor, check_vocabulary, load_tried
@@ -237,7 +238,7 @@ class Checkpoint:
 
     def load_for_inference(
         self, *, device: str | None = None, dtype: str = "auto", quantization: str | None = None,
-        base: Sequence[str] = (),
+        base: Sequence[str] = (), max_image_tokens: int | None = None,
     ) -> tuple[PreTrainedModel, Processor]:  # fmt: skip
         """Return the model in evaluation mode on its device, and its processor.
 
@@ -246,17 +247,21 @@ class Checkpoint:
             dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
             quantization: `8bit` or `4bit` for the language model; it is then placed where bitsandbytes puts it.
             base: where an adapter's base lies now, if it was moved: a folder, or `part=folder` for each part.
+            max_image_tokens: see `DatasetConfig`; None: as the processor was saved.
 
         Raises:
             ValueError: options that do not fit the checkpoint.
         """
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(place)
+        processor = self.load_processor()
+        if max_image_tokens is not None:
+            adapter = self.name if self.kind is CheckpointKind.ADAPTER else None
+            limit_image_tokens(processor, self.body_config, max_image_tokens, adapter)
         model = self.load_model(
             dtype if dtype == "auto" else getattr(torch, dtype), base_paths=base,
             quantization={} if quantization is None else {"language_model": quantization},
         )  # fmt: skip
-        processor = self.load_processor()
         check_vocabulary(processor, model, self.name)
         if not self.has_heads and model.generation_config is not None:
             check_generation_config(model.generation_config, get_num_embeddings(model), self.name)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from vlm.assembly.adapter_folder import is_adapter_checkpoint
 from vlm.assembly.anyres import resolve_anyres
 from vlm.assembly.checkpoint import (
     Checkpoint,
@@ -19,7 +20,9 @@ from vlm.assembly.compose import build_model, compose, recipe_differences, regis
 from vlm.assembly.encoders import image_size
 from vlm.assembly.family import load_family_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
+from vlm.assembly.image_budget import limit_image_tokens
 from vlm.assembly.opening import opening
+from vlm.assembly.processor_options import apply_processor_options, check_no_processor_options
 from vlm.assembly.quantization import quantized_parts
 from vlm.checks.embeddings import problems_of_any_head
 from vlm.checks.model import check_no_image_mode
@@ -27,6 +30,7 @@ from vlm.config.model_schema import ConnectorConfig
 from vlm.config.recorded import read_recipe
 from vlm.config.schema import RunConfig
 from vlm.data.processor import Processor
+from vlm.families.processing import FamilyProcessor
 from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.heads import head_class
 
@@ -45,6 +49,10 @@ def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Pre
         ValueError: the parts do not fit, or the command line contradicts the checkpoint.
     """
     model_config, processor = _resolve_model(config, overrides)
+    if config.dataset.max_image_tokens is not None:
+        name = config.trainer.from_pretrained
+        adapter = name if name and is_adapter_checkpoint(name) else None
+        limit_image_tokens(processor, model_config, config.dataset.max_image_tokens, adapter)
     if config.dataset.alpha_background is not None:
         processor.alpha_background = config.dataset.alpha_background
     return model_config, processor
@@ -65,6 +73,7 @@ def _resolve_model(config: RunConfig, overrides: Sequence[str]) -> tuple[PreTrai
         check_no_image_mode(config.dataset.image_mode, model.hf_name)
     checkpoint = _open_start(config)
     if checkpoint is None:
+        check_no_processor_options(model.processor)
         return compose(model, config.dataset.template, config.dataset.image_mode)
     if checkpoint.has_heads:
         _resolve_heads(config, checkpoint, overridden_keys)
@@ -119,7 +128,14 @@ def _resolve_family(
     key = "trainer.from_pretrained" if config.trainer.from_pretrained else "model.hf_name"
     check_no_part_overrides(overridden_keys, f"{key}={checkpoint.name}")
     processor = checkpoint.load_processor(config.dataset.template, config.dataset.image_mode)
+    assert isinstance(processor, FamilyProcessor)
     model, name = config.model, checkpoint.name
+    changes = apply_processor_options(processor, checkpoint.body_config, model.processor)
+    if changes and checkpoint.kind is CheckpointKind.ADAPTER:
+        raise ValueError(
+            f"model.processor.{changes[0]}: {name} is an adapter on its base, which keeps how it sees images; merge "
+            "them first (vlm merge-lora)"
+        )
     add_tokens(model, processor.tokenizer)
     config.model = replace(
         model, hf_name=name, revision=checkpoint.revision, visual_encoder=replace(model.visual_encoder, hf_name=name),
@@ -134,6 +150,7 @@ def _resolve_composed(
 ) -> tuple[VLMConfig, Processor]:
     """Resolve a composed model; `config.model` becomes its recipe with what a run may choose anew."""
     name, requested = checkpoint.name, config.model
+    check_no_processor_options(requested.processor)
     with opening(name, "the recipe in its config.json"):
         recorded_recipe = read_recipe(model_config.recipe)
         differences = recipe_differences(model_config, requested, overridden_keys)
@@ -162,9 +179,10 @@ def check_no_part_overrides(overridden_keys: Sequence[str], whole: str) -> None:
     """Refuse keys of the command line that would change a part of a whole model."""
     allowed_keys = (
         "hf_name", "revision", "trust_remote_code", "unproved", "attn_implementation", "visual_encoder.quantization",
-        "language_model.quantization", "connector.name", "language_model.new_tokens", "head",
+        "language_model.quantization", "connector.name", "language_model.new_tokens", "head", "processor",
     )  # fmt: skip
-    if fixed := [key for key in overridden_keys if key not in allowed_keys and not key.startswith("head.")]:
+    free = ("head.", "processor.")
+    if fixed := [key for key in overridden_keys if key not in allowed_keys and not key.startswith(free)]:
         raise ValueError(f"{whole} is a whole model: its parts are fixed. You asked for model.{fixed[0]}")
 
 
@@ -184,6 +202,8 @@ def load_weights(
     else:
         if checkpoint.kind in (CheckpointKind.COMPOSED, CheckpointKind.FAMILY):
             checkpoint = replace(checkpoint, config=model_config)  # which the run may have given tiles
+        elif is_prediction_config(checkpoint.config):
+            checkpoint.config.body_config = model_config
         quantization = {} if checkpoint.kind is CheckpointKind.ADAPTER else quantized_parts(config.model)
         model = checkpoint.load_model(dtype, config.model.attn_implementation, quantization=quantization)
     grow_embeddings(model, processor.tokenizer)

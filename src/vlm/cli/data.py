@@ -42,15 +42,18 @@ def show(words: Sequence[str]) -> None:
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
         """Print records with their labels, and write them to a page."""
+        from vlm.assembly.processor_options import describe_processor
         from vlm.data.tools.show import as_text, load_shown_records, write_page
 
         encoder = _make_sample_encoder(config, overrides)
+        described = describe_processor(encoder.processor)
+        print(printable(described))
         records = load_shown_records(config.dataset, encoder, number=args.number, records=args.records, seed=args.seed)
         shown = []
         for record in records:
             print(as_text(record, colours=sys.stdout.isatty()))
             shown.append(record)
-        write_page(shown, args.output)
+        write_page(shown, args.output, described)
         print(f"With images: {args.output}")
 
     with_config(rest, action, make_objective)

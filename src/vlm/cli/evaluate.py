@@ -127,7 +127,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
     options = {
         "pretrained": args.checkpoint, "base": ";".join(args.base) or None, "device": args.device, "dtype": args.dtype,
         "quantization": args.quantization, "max_frames": args.max_frames, "system_prompt": args.system_prompt,
-        "trust_remote_code": args.trust_remote_code or None,
+        "trust_remote_code": args.trust_remote_code or None, "max_image_tokens": args.max_image_tokens,
     }  # fmt: skip
     arguments = lmms_run.format_model_args({name: value for name, value in options.items() if value is not None})
     results = lmms_run.run_tasks(
@@ -145,5 +145,5 @@ def _run_tasks(args: argparse.Namespace) -> None:
 
 def _describe_run(args: argparse.Namespace) -> dict[str, object]:
     """Return which checkpoint was evaluated, and how it was loaded."""
-    names = ("checkpoint", "base", "dtype", "quantization", "system_prompt", "batch_size")
+    names = ("checkpoint", "base", "dtype", "quantization", "max_image_tokens", "system_prompt", "batch_size")
     return {name: getattr(args, name) for name in names}

@@ -19,7 +19,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = True, on_base: bool = True) -> None:
-    """Add options of how the model is loaded; `quantized`, `on_base`: those of quantization and of a base."""
+    """Add options of how the model is loaded; `quantized`: of quantization; `on_base`: of a base, and of images."""
     parser.add_argument("--device", help="cuda, cpu …; a GPU where there is one")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
     for bits in ("4bit", "8bit") if quantized else ():
@@ -29,6 +29,8 @@ def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = Tr
         )
     trust = "let code in the checkpoint run"
     if on_base:
+        spellings, purpose = _option_spellings("max_image_tokens"), "the most tokens of an image; larger ones shrink"
+        parser.add_argument(*spellings, type=_positive, metavar="N", help=f"{purpose} (as the checkpoint has it)")
         add_base_options(parser, trust)
     else:
         parser.add_argument("--trust-remote-code", action="store_true", help=trust)
@@ -60,6 +62,13 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config-dir", metavar="FOLDER", help="the folder of your own run")
     group.add_argument("overrides", nargs="*", metavar="inference.KEY=VALUE", help="overrides a key of that run")
     add_loading_options(parser)
+
+
+def _positive(text: str) -> int:
+    """Return a whole number above 0; ValueError, which argparse reports, for any other text."""
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
 
 
 def _option_spellings(name: str) -> list[str]:
@@ -100,7 +109,7 @@ def load_model(args: argparse.Namespace) -> "VisionLanguageModel":
     disable_progress_bar()
     return VisionLanguageModel.load(
         args.checkpoint, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
-        trust_remote_code=args.trust_remote_code,
+        trust_remote_code=args.trust_remote_code, max_image_tokens=args.max_image_tokens,
     )  # fmt: skip
 
 

@@ -55,8 +55,9 @@ def _load(args: argparse.Namespace) -> "Predictor | Embedder":
 
     disable_progress_bar()
     loaded = load_with_heads(
-        args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code
-    )
+        args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code,
+        max_image_tokens=args.max_image_tokens,
+    )  # fmt: skip
     for name in ("side", "width"):
         if isinstance(loaded, Predictor) and (value := getattr(args, name)) is not None:
             raise ValueError(f"--{name} {value}: the heads of {args.checkpoint} predict, and make no vectors")

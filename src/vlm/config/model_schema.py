@@ -164,6 +164,9 @@ class ModelConfig:
     connector: ConnectorConfig = field(default_factory=ConnectorConfig)
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     anyres: AnyResConfig = field(default_factory=AnyResConfig)
+    processor: Options = field(default_factory=dict)
+    """With `hf_name`: options of its image processor (`max_pixels`, `size.longest_edge`, `max_patches` …), and under
+    `video` of its video processor, as the installed classes take them; null leaves an option as it is saved."""
     head: HeadsConfig = field(default_factory=HeadsConfig)
     image_token: str = "<image>"
     """The placeholder that image features replace; added to a tokenizer that does not know it."""

@@ -353,6 +353,9 @@ class DatasetConfig(SourceConfig):
     alpha_background: str | None = field(default=None, metadata=choices(ALPHA_BACKGROUNDS))
     """What shows through transparent images: `white`, `black` or `grey`; `drop`: transparency is ignored, as in LLaVA,
     so that black ink on a transparent ground is all black; null: the checkpoint's, else `white`."""
+    max_image_tokens: int | None = field(default=None, metadata=at_least(1))
+    """The most tokens of an image, and of a frame of a video: larger images are made smaller, by the options of the
+    model's own processor, which are saved with it; null: as many as the processor makes."""
     max_length: int | None = 2048
     """Longest sample in tokens, image tokens included; null: as long as the language model's positions."""
     over_length: str = field(default="error", metadata=choices(("error", "skip", "truncate")))

@@ -14,7 +14,7 @@ from vlm.config.schema import DatasetConfig
 from vlm.config.secrets import mask
 from vlm.config.shown import shorten
 from vlm.data.blank_images import make_blank_medium
-from vlm.data.encoding.labels import Encoded
+from vlm.data.encoding.labels import SMALLER_IMAGES, Encoded
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processor import Processor, SampleInputs
@@ -341,11 +341,13 @@ def find_unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict
     longest, truncate = source.encoder.longest, source.encoder.truncate
     too_long = counts.needed > longest if truncate else counts.length > longest
     reason = f", at most {longest} are allowed (dataset.max_length, or the language model's positions)"
+    shrinks = source.encoder.processor.needs_image_sizes
     if truncate:
         reason = f": cutting it to {longest} would cut an image or every reply"
     errors = dict(counts.problems)
     for place in np.flatnonzero(too_long).tolist():
-        errors[place] = OverLong(counts.ids[place].as_py(), f"{counts.length[place]} tokens{reason}")
+        hint = SMALLER_IMAGES if shrinks and counts.images[place] else ""
+        errors[place] = OverLong(counts.ids[place].as_py(), f"{counts.length[place]} tokens{reason}{hint}")
     places = sorted(errors)
     return {place: skip_or_raise(source, config, int(counts.record[place]), errors[place]) for place in places}
 

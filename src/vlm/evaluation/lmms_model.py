@@ -62,6 +62,7 @@ class LmmsModel(lmms):
         max_frames: the largest number of frames read from a video.
         system_prompt: the system turn; empty: none.
         trust_remote_code: whether code in the checkpoint may run.
+        max_image_tokens: the most tokens of an image; None: as the processor was saved.
 
     Raises:
         ValueError: it is no checkpoint of this framework, or has prediction heads.
@@ -73,6 +74,7 @@ class LmmsModel(lmms):
         self, pretrained: str, *, base: str = "", device: str | None = None, dtype: str = "auto",
         quantization: str | None = None, batch_size: int | str = 1, max_batch_size: int | None = None,
         max_frames: int = DatasetConfig.max_frames, system_prompt: str = "", trust_remote_code: bool = False,
+        max_image_tokens: int | None = None,
     ):  # fmt: skip
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -85,7 +87,7 @@ class LmmsModel(lmms):
         bases = [folder for folder in str(base).split(";") if folder]
         self.vlm = VisionLanguageModel.load(
             str(pretrained), device=device, dtype=dtype, quantization=quantization, base=bases,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code, max_image_tokens=max_image_tokens,
         )  # fmt: skip
         self.compute_scores = SupervisedScores(self.vlm.model, score_tokens)
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
+from vlm.data.encoding.processor_errors import ProcessorRefusalError
 from vlm.data.sample import Clip, MediaSize
 from vlm.data.vision.images import Medium
 from vlm.data.vision.video import DecodedVideo
@@ -252,7 +253,15 @@ class FamilyProcessor:
 
     def _compute_expansions(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
         """Return the expansions of images of these sizes in one sample; their content does not matter."""
-        return self.calls.expand(make_blanks(sizes))
+        expansions = self.calls.expand(make_blanks(sizes))
+        if (budget := self.image_token_budget) is not None:
+            for (height, width), expansion in zip(sizes, expansions, strict=True):
+                if (number := self.count_tokens(expansion)) > budget:
+                    raise ProcessorRefusalError(
+                        f"{width} x {height} pixels take {number} tokens, more than the budget of {budget} "
+                        "(dataset.max_image_tokens): its sides are too unequal"
+                    )
+        return expansions
 
     def _check_ids(
         self, text: str, user_spans: Sequence[tuple[int, int]], sizes: Sequence[Size | Clip], ids: list[int]
@@ -277,6 +286,39 @@ class FamilyProcessor:
         self.calls.check_ids(self.tokenize(text, (), blanks)[0], text, make_blanks(blanks))
 
     # --- images -----------------------------------------------------------------------------------------------------
+
+    def count_tokens(self, expansion: str) -> int:
+        """Return the number of tokens of a text that an image is replaced by."""
+        return len(encode_with_spans(self.tokenizer, expansion)[0])
+
+    @property
+    def image_token_budget(self) -> int | None:
+        """The most tokens of an image (`dataset.max_image_tokens`), saved as `alpha_background` is; None: no limit."""
+        return getattr(self.image_processor, "image_token_budget", None)
+
+    @image_token_budget.setter
+    def image_token_budget(self, budget: int) -> None:
+        """Set the most tokens of an image: those that would take more are refused."""
+        self.image_processor.image_token_budget = budget
+        self._cached_expansions.cache_clear()
+
+    def replace_processors(self, *, image_processor: object = None, video_processor: object = None) -> None:
+        """Put other processors of images or videos in place, such as with other options; they are saved with this."""
+        for attribute, made in (("image_processor", image_processor), ("video_processor", video_processor)):
+            if made is not None:
+                setattr(self.native, attribute, made)
+        self.image_processor = self.native.image_processor
+        self._cached_expansions.cache_clear()
+        if self.videos is not None:
+            self.videos.forget_sizes()
+        vars(self).pop("_media_token_ids", None)
+
+    def expand_blank(self, image: Image.Image | Tensor) -> str:
+        """Return the text that the token of a single image is replaced by; of a tensor `(3, height, width)`, too.
+
+        The tensor may be on the meta device, where the image processor reads no pixel to decide on its size.
+        """
+        return self.calls.expand([cast(Image.Image, image)])[0]
 
     @property
     def alpha_background(self) -> str:

@@ -84,6 +84,11 @@ class FamilyVideos:
             raise ValueError(f"{type(self.native).__name__} writes other tokens for a video than its call of one has")
         return outputs
 
+    def forget_sizes(self) -> None:
+        """Count the tokens of each shape of a video anew, since the video processor is another one."""
+        self.expansion.cache_clear()
+        self._blank_outputs.cache_clear()
+
     def _compute_expansion(self, clip: Clip) -> str:
         """Return the text that a video token is replaced by."""
         if self.needs_call:
@@ -94,13 +99,29 @@ class FamilyVideos:
 
     def _read_blank(self, frames: int, height: int, width: int) -> Mapping[str, object]:
         """Return the outputs of the video processor for blank frames; large ones keep their shapes only."""
-        blank = torch.zeros(1, dtype=torch.uint8).expand(frames, 3, height, width)
-        clip = Clip(tuple(range(frames)), frames, height, width, 1.0)
+        return self._read(torch.zeros(1, dtype=torch.uint8).expand(frames, 3, height, width))
+
+    def _read(self, frames: Tensor) -> Mapping[str, object]:
+        """Return the outputs of the video processor for `(frames, 3, height, width)`, as `_read_blank`."""
         outputs = self.native.video_processor(
-            [blank], video_metadata=[make_metadata(clip)], do_sample_frames=False, return_metadata=True,
+            [frames], video_metadata=[make_metadata(_plain_clip(frames))], do_sample_frames=False, return_metadata=True,
             return_tensors="pt",
         )  # fmt: skip
         return {name: _without_memory(value) for name, value in outputs.items()}
+
+    def expand_blank(self, frames: Tensor) -> str:
+        """Return the text that a video token is replaced by for frames `(frames, 3, height, width)`.
+
+        They may be on the meta device, where the video processor reads no pixel to decide on their size.
+        """
+        metadata = [make_metadata(_plain_clip(frames))]
+        return str(self.native.replace_video_token({**self._read(frames), "video_metadata": metadata}, video_idx=0))
+
+
+def _plain_clip(frames: Tensor) -> Clip:
+    """Return a clip of all frames of a video, `(frames, 3, height, width)`, one a second."""
+    number, _, height, width = frames.shape
+    return Clip(tuple(range(number)), number, height, width, 1.0)
 
 
 def make_blank_clip(frames: int) -> Clip:

@@ -43,14 +43,17 @@ class Embedder:
     @classmethod
     def load(
         cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", base: Sequence[str] = (),
-        trust_remote_code: bool = False,
+        trust_remote_code: bool = False, max_image_tokens: int | None = None,
     ) -> Self:  # fmt: skip
         """Load a checkpoint with a head that embeds; arguments as `VisionLanguageModel.load`.
 
         Raises:
             ValueError: the checkpoint has no such head.
         """
-        loaded = load_with_heads(checkpoint, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code)
+        loaded = load_with_heads(
+            checkpoint, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code,
+            max_image_tokens=max_image_tokens,
+        )  # fmt: skip
         if not isinstance(loaded, Embedder):
             raise ValueError(f"{checkpoint} has heads that predict, and none that embeds: vlm.Predictor asks them")
         return cls(loaded.model, loaded.processor, ImageFeatureCache())
@@ -112,7 +115,7 @@ class Embedder:
 
 def load_with_heads(
     checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", base: Sequence[str] = (),
-    trust_remote_code: bool = False,
+    trust_remote_code: bool = False, max_image_tokens: int | None = None,
 ) -> Predictor | Embedder:  # fmt: skip
     """Load a checkpoint with heads: an `Embedder` where its head embeds, else a `Predictor`.
 
@@ -122,7 +125,9 @@ def load_with_heads(
     opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     opened.check_heads(expected=True)
     model: Any
-    model, processor = opened.load_for_inference(device=device, dtype=dtype, base=base)
+    model, processor = opened.load_for_inference(
+        device=device, dtype=dtype, base=base, max_image_tokens=max_image_tokens
+    )
     kind = Embedder if model.config.settings[0].task == EMBEDDING else Predictor
     return kind(model, processor, ImageFeatureCache())
 

@@ -58,7 +58,7 @@ class VisionLanguageModel:
     @classmethod
     def load(
         cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", quantization: str | None = None,
-        base: Sequence[str] = (), trust_remote_code: bool = False,
+        base: Sequence[str] = (), trust_remote_code: bool = False, max_image_tokens: int | None = None,
     ) -> Self:  # fmt: skip
         """Load a checkpoint of this framework, from a folder or the Hub, for inference.
 
@@ -71,13 +71,16 @@ class VisionLanguageModel:
             quantization: `8bit` or `4bit` for the language model; bitsandbytes then chooses the device.
             base: the new place of an adapter's base, if it was moved: a folder, or `part=folder` for each part.
             trust_remote_code: whether code in the checkpoint may run; needed only where a part is a custom class.
+            max_image_tokens: the most tokens of an image, see `DatasetConfig`; None: as the processor was saved.
 
         Raises:
             ValueError: the folder or name is no checkpoint of this framework.
         """
         opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
         opened.check_heads(expected=False)
-        model, processor = opened.load_for_inference(device=device, dtype=dtype, quantization=quantization, base=base)
+        model, processor = opened.load_for_inference(
+            device=device, dtype=dtype, quantization=quantization, base=base, max_image_tokens=max_image_tokens
+        )
         return cls(model, processor, ImageFeatureCache())
 
     def generate(

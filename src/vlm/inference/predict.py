@@ -53,7 +53,7 @@ class Predictor:
     @classmethod
     def load(
         cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", base: Sequence[str] = (),
-        trust_remote_code: bool = False,
+        trust_remote_code: bool = False, max_image_tokens: int | None = None,
     ) -> Self:  # fmt: skip
         """Load a checkpoint with prediction heads, from a folder or the Hub; arguments as `VisionLanguageModel.load`.
 
@@ -62,7 +62,9 @@ class Predictor:
         """
         opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
         opened.check_heads(expected=True)
-        model, processor = opened.load_for_inference(device=device, dtype=dtype, base=base)
+        model, processor = opened.load_for_inference(
+            device=device, dtype=dtype, base=base, max_image_tokens=max_image_tokens
+        )
         predictor = cls(model, processor, ImageFeatureCache())
         if predictor.heads[0].task == EMBEDDING:
             raise ValueError(f"{checkpoint} has a head that embeds, and predicts nothing: vlm predict and vlm.Embedder")

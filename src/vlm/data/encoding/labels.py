@@ -309,11 +309,17 @@ def tokenize(
         return processor.tokenize(rendered.text, rendered.spoken, sizes)
 
 
-def limit_length(encoded: Encoded, longest: int, media: Sequence[int], sample_id: str, *, truncate: bool) -> Encoded:
+SMALLER_IMAGES = "; dataset.max_image_tokens bounds the tokens of an image"
+"""What may be done about a sample with images that is too long, where their tokens depend on their sizes."""
+
+
+def limit_length(
+    encoded: Encoded, longest: int, media: Sequence[int], sample_id: str, *, truncate: bool, hint: str = ""
+) -> Encoded:
     """Return the sample if it has at most `longest` tokens; with `truncate`, its beginning.
 
     The beginning ends within a reply or with one: the start of an unanswered question is cut too, unless an image
-    stands in it. `media` are the ids of images and videos.
+    stands in it. `media` are the ids of images and videos; `hint` says what may be done.
 
     Raises:
         OverLong: it is longer, or cutting it would cut an image or every reply.
@@ -323,10 +329,10 @@ def limit_length(encoded: Encoded, longest: int, media: Sequence[int], sample_id
         return encoded
     if not truncate:
         limit = f"at most {longest} are allowed (dataset.max_length, or the language model's positions)"
-        raise OverLong(sample_id, f"{length} tokens, {limit}")
+        raise OverLong(sample_id, f"{length} tokens, {limit}{hint}")
     cut = Encoded(encoded.input_ids[:longest], encoded.labels[:longest])
     if not set(media).isdisjoint(encoded.input_ids[longest:]):
-        raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut an image")
+        raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut an image{hint}")
     if cut.labels.count(IGNORE_INDEX) == longest:
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut every reply")
     while cut.labels[-1] == IGNORE_INDEX and cut.input_ids[-1] not in media:

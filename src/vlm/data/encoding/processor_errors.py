@@ -19,6 +19,10 @@ PACKAGE = __name__.partition(".")[0]
 MAX_REASON_LENGTH = 300
 
 
+class ProcessorRefusalError(ValueError):
+    """What a processor of this package raises on an image that it does not take."""
+
+
 @contextmanager
 def processor_errors(
     subject: str,
@@ -49,15 +53,17 @@ def processor_errors(
 
 
 def is_refusal(error: Exception) -> bool:
-    """Return whether an error is about the data: a library raised it, or our processors as `MediaMismatchError`.
+    """Return whether an error is about the data: a library raised it, or our processors in their own classes.
 
     A library raised it if the innermost frame outside the standard library is not in this package. A missing library
     says nothing about the data.
     """
     from vlm.models.processing_vlm import MediaMismatchError  # torch comes with it, and is there with any processor
 
-    if isinstance(error, (MediaMismatchError, ImportError)):
-        return isinstance(error, MediaMismatchError)
+    if isinstance(error, (MediaMismatchError, ProcessorRefusalError)):
+        return True
+    if isinstance(error, ImportError):
+        return False
     modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in traceback.walk_tb(error.__traceback__)]
     packages = (module.partition(".")[0] for module in reversed(modules))
     innermost = next((package for package in packages if package not in sys.stdlib_module_names), PACKAGE)

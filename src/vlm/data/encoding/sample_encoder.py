@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vlm.data.cache import json_digest
-from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, get_media_token_ids, limit_length
+from vlm.data.encoding.labels import IGNORE_INDEX, SMALLER_IMAGES, Encoded, encode, get_media_token_ids, limit_length
 from vlm.data.encoding.renderer import Renderer
 from vlm.data.encoding.supervision import SUPERVISIONS
 from vlm.data.processor import Processor
@@ -46,7 +46,9 @@ class SampleEncoder:
             BadSample: it cannot be used, or is too long.
         """
         media = get_media_token_ids(self.processor)
-        return limit_length(self.encode(sample, sizes), self.longest, media, sample.id, truncate=self.truncate)
+        hint = SMALLER_IMAGES if sample.media and self.processor.needs_image_sizes else ""
+        encoded = self.encode(sample, sizes)
+        return limit_length(encoded, self.longest, media, sample.id, truncate=self.truncate, hint=hint)
 
     def encode(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Return the ids and labels of a sample, however long it is.

@@ -18,6 +18,7 @@ from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_text
 from vlm.data.sample import BadSample, Sample
 from vlm.data.sources import Source, make_sources
+from vlm.data.tools.views import describe_views
 from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.data.vision.video import DecodedVideo
 
@@ -26,7 +27,8 @@ from vlm.data.vision.video import DecodedVideo
 class ShownRecord:
     """A record with its ids, labels, images and videos, or the reason why it cannot be used.
 
-    `notes` tell what of the record is not learned: replies, and keys that are not read.
+    `notes` tell what of the record is not learned: replies, and keys that are not read. `views` tell what the model
+    sees of each image and video.
     """
 
     source: Source
@@ -37,6 +39,7 @@ class ShownRecord:
     problem: str | None = None
     label: object = None
     notes: Sequence[str] = ()
+    views: Sequence[str] = ()
 
     def title(self) -> str:
         """Return the record's source, name and counts."""
@@ -44,7 +47,7 @@ class ShownRecord:
         if self.encoded is None:
             return f"{place}, id {self.id}"
         supervised = sum(label != IGNORE_INDEX for label in self.encoded.labels)
-        sizes = ", ".join(map(_describe_size, self.images)) or "no image"
+        sizes = ", ".join(map(_describe_size, self.images, self.views)) or "no image"
         target = f"{supervised} supervised" if supervised else f"label {self.label!r}"
         return f"{place}, id {self.id}: {len(self.encoded.input_ids)} tokens, {target}; {sizes}"
 
@@ -75,11 +78,11 @@ def load_shown_records(
                 yield ShownRecord(source, index, error.sample_id, None, [], error.reason)
 
 
-def _describe_size(shown: Image.Image | DecodedVideo) -> str:
-    """Return the size of an image or video as text."""
+def _describe_size(shown: Image.Image | DecodedVideo, view: str) -> str:
+    """Return the size of an image or video as text, and what the model sees of it."""
     if isinstance(shown, DecodedVideo):
-        return f"video of {len(shown.frames)} frames {shown.clip.width}×{shown.clip.height}"
-    return f"{shown.width}×{shown.height}"
+        return f"video of {len(shown.frames)} frames {shown.clip.width}×{shown.clip.height} (seen as {view})"
+    return f"{shown.width}×{shown.height} (seen as {view})"
 
 
 def _load_shown_record(source: Source, number: int | None, record: object) -> ShownRecord:
@@ -90,9 +93,10 @@ def _load_shown_record(source: Source, number: int | None, record: object) -> Sh
         images = open_media(sample)
         sizes = media_sizes_from_opened(sample.media, images, source.encoder.processor)
         encoded = source.encoder(sample, sizes)
+        views = describe_views(source.encoder.processor, images, sizes)
         if number_unlearned := count_unlearned_replies(sample):
             notes.append(f"replies that are not learned: {number_unlearned}")
-        return ShownRecord(source, number, sample.id, encoded, images, label=sample.label, notes=notes)
+        return ShownRecord(source, number, sample.id, encoded, images, label=sample.label, notes=notes, views=views)
     except BadSample as error:
         return ShownRecord(source, number, error.sample_id, None, images, error.reason, notes=notes)
 
@@ -131,8 +135,9 @@ def as_html(shown: ShownRecord) -> str:
     return f"{head}<p>{tokens_as_html(ids, labels, [1] * len(ids), shown.source.encoder.processor)}</p>"
 
 
-def write_page(records: Sequence[ShownRecord], path: Path) -> None:
-    """Write all records to one HTML page that needs no other file."""
+def write_page(records: Sequence[ShownRecord], path: Path, processor: str = "") -> None:
+    """Write all records to one HTML page that needs no other file; `processor` tells how images are prepared."""
     intro = "As a run would train on them. <mark>Marked</mark> tokens are supervised."
+    intro += f"</p><p>{escape(processor)}" if processor else ""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render_page("Records", intro, [as_html(record) for record in records]), encoding="utf-8")

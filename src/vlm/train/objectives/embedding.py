@@ -99,7 +99,7 @@ class Embedding(Objective):
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
         """Prove that the body reads padded batches."""
         from vlm.assembly.checkpoint import get_body
-        from vlm.train.step.proofs import check_padding, model_label
+        from vlm.assembly.logit_proofs import check_padding, model_label
 
         check_padding(get_body(trainer.model), trainer.processor, model_label(self.config))
 
