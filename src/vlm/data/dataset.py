@@ -30,6 +30,10 @@ SAMPLE_REF: Final = "sample_ref"
 """The key of a sample's `SampleRef`; the collator takes it out."""
 
 
+LOSS_WEIGHTS: Final = "loss_weights"
+"""The key of how much the loss of each label of a sample counts: `(tokens,)`, float32; absent where all count 1."""
+
+
 class SampleRef(NamedTuple):
     """Names a sample for people: `record` is its index in the source, from 0, None in a stream; `id` its own name."""
 
@@ -268,7 +272,8 @@ def model_inputs(
     with processor_errors("the processor", name, refs, process_one):
         image_inputs = processor.image_inputs(media, sizes)
         text_inputs = processor.text_inputs(encoded.input_ids, encoded.labels, image_inputs)
-    return {"input_ids": encoded.input_ids, "labels": encoded.labels, **image_inputs, **text_inputs}
+    weights = {} if encoded.weights is None else {LOSS_WEIGHTS: torch.tensor(encoded.weights)}
+    return {"input_ids": encoded.input_ids, "labels": encoded.labels, **weights, **image_inputs, **text_inputs}
 
 
 def load_dataset(

@@ -13,8 +13,10 @@ from vlm.data.cache import json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, get_media_token_ids, limit_length
 from vlm.data.encoding.renderer import Renderer
 from vlm.data.encoding.supervision import SUPERVISIONS
+from vlm.data.encoding.thinking import drop_thinking
 from vlm.data.processor import Processor
 from vlm.data.sample import MediaSize, Sample
+from vlm.models.processing_messages import thinks
 
 NO_LIMIT = 2**31 - 1
 """The most tokens of a sample where nothing bounds them: the largest number that counts of tokens hold."""
@@ -29,6 +31,7 @@ class SampleEncoder:
         longest: the largest number of tokens of a sample; `NO_LIMIT` for any.
         truncate: whether a longer sample is cut at its end, instead of being refused.
         supervise: which tokens are supervised, `dataset.supervise`.
+        thinking: what becomes of the thinking of replies, `dataset.thinking`.
     """
 
     encodes_labels: ClassVar[bool] = False
@@ -38,6 +41,7 @@ class SampleEncoder:
     longest: int
     truncate: bool
     supervise: str = "replies"
+    thinking: str = "template"
 
     def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Return the ids and labels of a sample; `sizes` of its images, where the processor needs them.
@@ -54,7 +58,13 @@ class SampleEncoder:
         Raises:
             BadSample: it cannot be used.
         """
-        return encode(self.processor, sample, sizes, SUPERVISIONS[self.supervise], self._renderer)
+        sample = self.with_thinking(sample)
+        keep = self.thinking == "keep"
+        return encode(self.processor, sample, sizes, SUPERVISIONS[self.supervise], self._renderer, keep_thinking=keep)
+
+    def with_thinking(self, sample: Sample) -> Sample:
+        """Return a sample with the thinking that is read of it."""
+        return drop_thinking(sample) if self.thinking == "drop" else sample
 
     @cached_property
     def _renderer(self) -> Renderer:
@@ -75,7 +85,7 @@ class SampleEncoder:
     @property
     def fingerprint_fields(self) -> tuple[object, ...]:
         """The settings that ids and labels depend on, besides the processor."""
-        return type(self).__name__, self.supervise
+        return type(self).__name__, self.supervise, self.thinking
 
 
 DATA_FOLDER = Path(__file__).parent.parent
@@ -93,5 +103,5 @@ def processor_digest(processor: Processor) -> str:
     files = [file for folder, names in folders.items() for name in names for file in sorted(folder.glob(name))]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     text = (processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template)
-    images = (processor.image_token_ids(), processor.image_token)
+    images = (processor.image_token_ids(), processor.image_token, thinks(processor.tokenizer))
     return json_digest(*text, *images, processor.to_dict(), versions, code.hexdigest())
