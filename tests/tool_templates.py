@@ -16,7 +16,9 @@ QWEN3 = """
     {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' -}}
 {%- endif -%}
 {%- set ns = namespace(last=messages | length - 1) -%}
-{%- for message in messages -%}{%- if message.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
 {%- for message in messages -%}
     {%- set content = message.content if message.content is string else '' -%}
     {%- if message.role == 'user' or (message.role == 'system' and not loop.first) -%}
@@ -96,7 +98,9 @@ LLAMA3 = """
 MISTRAL = """
 {{- bos_token -}}
 {%- set ns = namespace(last=-1) -%}
-{%- for message in messages -%}{%- if message.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
 {%- for message in messages -%}
     {%- if message.role == 'user' -%}
         {%- if tools and loop.index0 == ns.last -%}

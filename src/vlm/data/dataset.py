@@ -102,6 +102,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         lengths: `(samples,)`: number of tokens, image tokens included.
         num_images: `(samples,)`: number of images and videos.
         has_videos: whether any sample has a video that the model reads as such.
+        has_thinking: whether any sample has thinking that is read.
         skipped: the records that were left out.
         contributions: what each source contributes.
         labels: the label of each sample, see `Sample.label`; None where samples have none.
@@ -116,6 +117,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         num_images: np.ndarray,
         *,
         has_videos: bool = False,
+        has_thinking: bool = False,
         skipped: Iterable[Skipped] = (),
         contributions: Iterable[Contribution] = (),
         labels: Sequence[object] | None = None,
@@ -126,6 +128,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         self.lengths = lengths
         self.num_images = num_images
         self.has_videos = has_videos
+        self.has_thinking = has_thinking
         self.skipped = list(skipped)
         self.contributions = list(contributions)
         self._labels_and_groups = labels, groups
@@ -209,7 +212,8 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
             labels = [labels[index] for index in chosen.tolist()]
         if groups is not None:
             groups = [groups[index] for index in chosen.tolist()]
-        return SampleDataset(self.sources, *rows, has_videos=self.has_videos, labels=labels, groups=groups)
+        has = {"has_videos": self.has_videos, "has_thinking": self.has_thinking}
+        return SampleDataset(self.sources, *rows, **has, labels=labels, groups=groups)
 
 
 class BlankImageDataset(Dataset[SampleInputs]):
@@ -296,7 +300,7 @@ def load_dataset(
     sources = make_sources(config, encoder)
     places, lengths, images, skipped, contributions = [], [], [], [], []
     labels, groups = [], []
-    has_videos = False
+    has = {"has_videos": False, "has_thinking": False}
     for number, source in enumerate(sources):
         records = draw_records(len(source), source.config.max_samples, seed)[:first]
         decode = None if evaluates else config.check_samples
@@ -308,7 +312,8 @@ def load_dataset(
         places.append(np.stack([np.full(len(kept), number), counts.record[kept]], axis=1))
         lengths.append(np.minimum(counts.length[kept], encoder.longest))
         images.append(counts.images[kept])
-        has_videos |= bool(counts.videos[kept].any())
+        has["has_videos"] |= bool(counts.videos[kept].any())
+        has["has_thinking"] |= bool(counts.thinking[kept].any())
         if encoder.encodes_labels:
             new_labels, new_groups = counts.labels_and_groups_at(kept)
             labels += new_labels
@@ -324,7 +329,7 @@ def load_dataset(
         reason = f"the commonest reason is: {reasons[0][0]}" if reasons else "there are none"
         raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {reason}")
     rows = np.concatenate(places), np.concatenate(lengths), np.concatenate(images)
-    dataset = SampleDataset(sources, *rows, has_videos=has_videos, labels=labels or None, groups=groups or None)
+    dataset = SampleDataset(sources, *rows, **has, labels=labels or None, groups=groups or None)
     dataset.skipped, dataset.contributions = skipped, contributions
     return dataset
 

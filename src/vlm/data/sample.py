@@ -161,11 +161,13 @@ class ImageRef:
         path: the file; with `content`, only the name of the image, or None.
         content: the bytes of the image file, where the record itself holds them.
         frame: the index of the frame, from 0, where `path` is a video.
+        is_extracted: whether it is a frame of a video that was extracted before, `path` its image file.
     """
 
     path: Path | None = None
     content: bytes | None = field(default=None, repr=False)
     frame: int | None = None
+    is_extracted: bool = False
 
     def __str__(self) -> str:
         """Return the path, and the number of the frame if it is one."""
@@ -175,15 +177,21 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class VideoRef:
-    """A video file in a turn; a model without video input gets some of its frames as images, see `vision.video`.
+    """A video in a turn; a model without video input gets some of its frames as images, see `vision.video`.
 
     Attributes:
-        path: the file.
+        path: the file, or the first of the frames that were extracted.
         clip: the frames that are read of it, once they are chosen.
+        frames: the frames, where they were extracted before; `path` is then no video.
+        times: seconds of each of these from the first one, where `rate` is None.
+        rate: how many of these there are for each second.
     """
 
     path: Path
     clip: Clip | None = None
+    frames: tuple[ImageRef, ...] = ()
+    times: tuple[float, ...] = ()
+    rate: float | None = None
 
 
 Picture, Video = ImageRef, VideoRef

@@ -7,6 +7,7 @@ from pathlib import Path
 from vlm.config.schema import InferenceConfig, SourceConfig
 from vlm.data.cache import json_digest
 from vlm.data.encoding.prompts import prompt_turns
+from vlm.data.encoding.thinking import without_thinking
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Sample, Turn
 from vlm.inference.batch import Row, fill_table, format_media_paths, prompt_source
 from vlm.inference.generate import VisionLanguageModel
@@ -68,7 +69,7 @@ def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> R
         "prompt": "" if question is None else question_text(question),
         "answer": answer,
         "reference": reply,
-        "references": list(sample.references) or ([] if reply is None else [reply]),
+        "references": list(sample.references) or ([] if reply is None else [without_thinking(reply)]),
         "error": "" if problem is None else problem.reason,
     }
 

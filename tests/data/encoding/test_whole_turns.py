@@ -57,7 +57,8 @@ GOLDEN = {
     "qwen3": (
         f"<|im_start|>system\n# Tools\n\n<tools>\n{TOOL_TEXT}\n</tools><|im_end|>\n"
         "<|im_start|>user\nRain in Bern?<|im_end|>\n"
-        '<|im_start|>assistant\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>assistant\n<tool_call>\n"
+        '{"name": "weather", "arguments": {"city": "Bern"}}\n</tool_call><|im_end|>\n'
         "<|im_start|>user\n<tool_response>\nwet\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\n<think>\n\n</think>\n\nYes.<|im_end|>\n",
         [
@@ -174,13 +175,13 @@ def test_screenshots_stand_in_results(processors):
 def test_a_template_that_ignores_tools_is_refused(parts, name: str):
     template = CHAT_TEMPLATES[name]
     processor = make_processor(parts.processor().image_processor, template.text, "</s>")
-    with pytest.raises(BadSample, match="its template (leaves out the name of the tool weather|drops|refuses)"):
+    with pytest.raises(BadSample, match=r"its template (leaves out the name of the tool weather|drops|refuses)"):
         encode(processor, sample(Turn("user", ("Rain?",)), Turn("assistant", ("Yes.",))))
     with pytest.raises(
-        BadSample, match="its template (leaves out the call of weather|drops|refuses|leaves out the result)"
+        BadSample, match=r"its template (leaves out the call of weather|drops|refuses|leaves out the result)"
     ):
         encode(processor, replace(AGENT, tools=()))
-    with pytest.raises(BadSample, match="its template (leaves out the name of the tool weather|drops|refuses)"):
+    with pytest.raises(BadSample, match=r"its template (leaves out the name of the tool weather|drops|refuses)"):
         encode_prompt(processor, AGENT.turns[:1], tools=AGENT.tools)
 
 
@@ -258,7 +259,7 @@ def test_earlier_thinking_is_what_the_template_makes_of_it(processors):
     last = "<think>\nHm.\n</think>\n\n4<|im_end|>"
     assert learned(processors["qwen3"], both) == ["2<|im_end|>", last]
     assert learned(processors["hermes"], both) == ["<think>\nEasy.\n</think>\n\n2<|im_end|>", last]
-    with pytest.raises(BadSample, match="its template drops the thinking of turn 2; dataset.thinking=template"):
+    with pytest.raises(BadSample, match=r"its template drops the thinking of turn 2; dataset\.thinking=template"):
         encode(processors["qwen3"], both, keep_thinking=True)
     unlearned = replace(both, turns=(turns[0], replace(turns[1], supervised=False), *turns[2:]))
     assert learned(processors["qwen3"], unlearned) == [last]
@@ -271,7 +272,7 @@ def test_a_template_that_begins_thinking_in_its_prompt_leaves_the_mark_out(parts
     text = QWEN3.replace(
         "'<|im_start|>assistant\\n' -}}\n    {%- if enable_thinking",
         "'<|im_start|>assistant\\n<think>\\n' -}}\n    {%- if enable_thinking",
-    )  # noqa: E501
+    )
     text = text.replace("{%- if enable_thinking is defined and enable_thinking is false -%}", "{%- if false -%}")
     processor = make_processor(parts.processor().image_processor, text)
     assert learned(processor, THINKS) == ["Easy.\n</think>\n\n2<|im_end|>"]

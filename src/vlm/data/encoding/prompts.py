@@ -8,6 +8,7 @@ from typing import ClassVar
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, encode_prompt
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import BadSample, MediaSize, Sample, Turn
+from vlm.models.processing_messages import thinks
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class PromptEncoder(SampleEncoder):
     @property
     def fingerprint_fields(self) -> tuple[object, ...]:
         """The settings that ids and labels depend on, besides the processor."""
-        return (*super().fingerprint_fields, self.suffix, self.answers)
+        return (*super().fingerprint_fields, self.suffix, self.answers, thinks(self.processor.tokenizer))
 
 
 def prompt_turns(sample: Sample) -> tuple[Turn, ...]:

@@ -16,7 +16,6 @@ from vlm.data.encoding.supervision import SUPERVISIONS
 from vlm.data.encoding.thinking import drop_thinking
 from vlm.data.processor import Processor
 from vlm.data.sample import MediaSize, Sample
-from vlm.models.processing_messages import thinks
 
 NO_LIMIT = 2**31 - 1
 """The most tokens of a sample where nothing bounds them: the largest number that counts of tokens hold."""
@@ -103,5 +102,5 @@ def processor_digest(processor: Processor) -> str:
     files = [file for folder, names in folders.items() for name in names for file in sorted(folder.glob(name))]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files))
     text = (processor.tokenizer.backend_tokenizer.to_str(), processor.chat_template)
-    images = (processor.image_token_ids(), processor.image_token, thinks(processor.tokenizer))
+    images = (processor.image_token_ids(), processor.image_token)
     return json_digest(*text, *images, processor.to_dict(), versions, code.hexdigest())

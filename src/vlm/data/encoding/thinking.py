@@ -11,8 +11,6 @@ THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 """Thinking at the beginning of a reply's text."""
 THINKING_KEY = "reasoning_content"
 """The key of a message under which templates read thinking; a template that does not name it copies texts."""
-MODES = ("template", "keep", "drop")
-"""What becomes of thinking: `dataset.thinking`."""
 
 
 def has_thinking(turn: Turn) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vlm.config.named import import_named
 from vlm.data.records.answers import find_choice_letter, read_answers, read_choices, read_references
+from vlm.data.records.extracted_frames import RATE_KEYS, TIME_KEYS
 from vlm.data.records.keys import (
     Reader,
     add_system_turn,
@@ -92,7 +93,7 @@ def read_llava(record: Record, image_folder: Path) -> Sample:
 
 @reads(
     *TOOL_KEYS, turns="messages", turn=("role", "content", *TOOL_TURN_KEYS),
-    item=("type", "text", "index", "source", *FILE_KEYS, *ITEM_KINDS),
+    item=("type", "text", "index", "source", *FILE_KEYS, *ITEM_KINDS, *RATE_KEYS, *TIME_KEYS),
 )  # fmt: skip
 def read_messages(record: Record, image_folder: Path, *, key: str = "messages") -> Sample:
     """Read chat messages: `{"messages": [{"role", "content"}, …], "images": […]}`, in their order.

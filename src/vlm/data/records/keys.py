@@ -191,14 +191,24 @@ class _Level:
 
 
 def _without_ignored(record: Record, turns_key: str, ignored: set[str]) -> Record:
-    """Return a record without ignored keys that change what is learned, of its own and of its turns."""
-    kept = {key: value for key, value in record.items() if key not in RECORD_KEYS.keys() & ignored}
-    if isinstance(turns := kept.get(turns_key), list) and (dropped := TURN_KEYS.keys() & ignored):
+    """Return a record without ignored keys that change what is learned: of its own, of its turns and of their items."""
+    kept = _without(record, RECORD_KEYS, ignored)
+    if isinstance(turns := kept.get(turns_key), list):
         kept[turns_key] = [
-            {key: value for key, value in turn.items() if key not in dropped} if isinstance(turn, dict) else turn
-            for turn in turns
+            _without_ignored_of_turn(turn, ignored) if isinstance(turn, dict) else turn for turn in turns
         ]
     return kept
+
+
+def _without_ignored_of_turn(turn: Record, ignored: set[str]) -> Record:
+    kept = _without(turn, TURN_KEYS, ignored)
+    if isinstance(content := kept.get("content"), list):
+        kept["content"] = [_without(item, ITEM_KEYS, ignored) if isinstance(item, dict) else item for item in content]
+    return kept
+
+
+def _without(values: Record, refused: dict[str, str], ignored: set[str]) -> Record:
+    return {key: value for key, value in values.items() if key not in refused or key not in ignored}
 
 
 def _advice(key: str) -> str:

@@ -68,18 +68,22 @@ class Generation(Objective):
 
         longest = max_sample_length(self.config.dataset, model_config)
         data = self.config.dataset
-        return SampleEncoder(processor, longest, truncate=data.over_length == "truncate", supervise=data.supervise)
+        return SampleEncoder(
+            processor, longest, truncate=data.over_length == "truncate", supervise=data.supervise,
+            thinking=data.thinking,
+        )  # fmt: skip
 
     def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
         """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`."""
         from vlm.assembly.language_models import check_writes
-        from vlm.train.data import load_data
+        from vlm.train.data import load_data, set_thinking
         from vlm.train.feature_cache.images import require_composed_model
 
         check_writes(model_config)
         if self.config.dataset.cache_features:
             require_composed_model(model_config)
         train, evaluation = load_data(self.config.dataset, self.make_encoder(model_config, processor), args)
+        set_thinking(processor, self.config.inference, train)
         if evaluation is not None:
             self.loss_metrics = _prepare_loss_metrics(self.config.trainer, evaluation)
         records = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
