@@ -28,7 +28,7 @@ from vlm.data.sources import Source, parts_for_video
 from vlm.data.tools.show import as_text, load_shown_records, write_page
 from vlm.data.vision.frames import sample_clip
 from vlm.data.vision.images import media_sizes_from_opened, open_media, read_media_sizes
-from vlm.data.vision.video import open_video
+from vlm.data.vision.video import num_frames, open_video, read_frames
 from vlm.evaluation.loss import row_losses
 from vlm.families.processing import FamilyProcessor, load_family_processor
 from vlm.families.table import FAMILIES
@@ -138,6 +138,25 @@ def test_a_prompt_is_what_the_familys_own_processor_makes(
         expected = torch.as_tensor(theirs[key])
         assert torch.equal(value.flatten(), expected.flatten()), key
         assert key in processor.per_sample_inputs + processor.per_token_inputs or value.shape == expected.shape, key
+
+
+def test_extracted_frames_are_the_video_that_they_are_of(
+    name: str, processor: FamilyProcessor, folder: Path, tmp_path: Path
+):
+    """The same tokens, the same inputs."""
+    path = folder / "long.mp4"
+    refs = []
+    for number, frame in enumerate(read_frames(path, range(num_frames(path, "x")), "x")):
+        frame.save(tmp_path / f"{number}.png")
+        refs.append(ImageRef(tmp_path / f"{number}.png", is_extracted=True))
+    rate = sample_clip(VideoRef(path), MAX_FRAMES, "x").fps
+    made = []
+    for video in (VideoRef(path), VideoRef(path, frames=tuple(refs), rate=rate)):
+        content = (*parts_for_video(video, MAX_FRAMES, processor, "x"), "what?")
+        made.append(item(processor, Sample("x", (Turn("user", content), Turn("assistant", ("this",))))))
+    assert made[0].keys() == made[1].keys()
+    for key, value in made[0].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(made[1][key])), key
 
 
 def test_times_are_the_true_ones(folder: Path):

@@ -16,7 +16,6 @@ from vlm.data.file_kinds import NUM_HEAD_BYTES, describe_bytes, read_head, show_
 from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, VideoRef
 from vlm.data.vision.video import DecodedVideo, open_video, read_frames
-from vlm.models.pixels import as_rgb
 
 if TYPE_CHECKING:
     from torch import Tensor  # slow to import, and none is made here
@@ -71,9 +70,11 @@ def open_media(sample: Sample) -> list[Image.Image | DecodedVideo]:
 
 def _open_clip(video: VideoRef, sample_id: str) -> DecodedVideo:
     """Decode the frames that are read of a video; those of a list of another size than its first one are resized."""
-    clip = video.clip
     if not video.frames:
         return open_video(video, sample_id)
+    from vlm.models.pixels import as_rgb  # imports torch
+
+    clip = video.clip
     assert clip is not None
     opened: dict[int, Image.Image] = {}
     for number in dict.fromkeys(clip.frames):
