@@ -212,8 +212,10 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
             labels = [labels[index] for index in chosen.tolist()]
         if groups is not None:
             groups = [groups[index] for index in chosen.tolist()]
-        has = {"has_videos": self.has_videos, "has_thinking": self.has_thinking}
-        return SampleDataset(self.sources, *rows, **has, labels=labels, groups=groups)
+        return SampleDataset(
+            self.sources, *rows, has_videos=self.has_videos, has_thinking=self.has_thinking, labels=labels,
+            groups=groups,
+        )  # fmt: skip
 
 
 class BlankImageDataset(Dataset[SampleInputs]):
@@ -300,7 +302,7 @@ def load_dataset(
     sources = make_sources(config, encoder)
     places, lengths, images, skipped, contributions = [], [], [], [], []
     labels, groups = [], []
-    has = {"has_videos": False, "has_thinking": False}
+    has_videos = has_thinking = False
     for number, source in enumerate(sources):
         records = draw_records(len(source), source.config.max_samples, seed)[:first]
         decode = None if evaluates else config.check_samples
@@ -312,8 +314,8 @@ def load_dataset(
         places.append(np.stack([np.full(len(kept), number), counts.record[kept]], axis=1))
         lengths.append(np.minimum(counts.length[kept], encoder.longest))
         images.append(counts.images[kept])
-        has["has_videos"] |= bool(counts.videos[kept].any())
-        has["has_thinking"] |= bool(counts.thinking[kept].any())
+        has_videos |= bool(counts.videos[kept].any())
+        has_thinking |= bool(counts.thinking[kept].any())
         if encoder.encodes_labels:
             new_labels, new_groups = counts.labels_and_groups_at(kept)
             labels += new_labels
@@ -329,7 +331,9 @@ def load_dataset(
         reason = f"the commonest reason is: {reasons[0][0]}" if reasons else "there are none"
         raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {reason}")
     rows = np.concatenate(places), np.concatenate(lengths), np.concatenate(images)
-    dataset = SampleDataset(sources, *rows, **has, labels=labels or None, groups=groups or None)
+    dataset = SampleDataset(
+        sources, *rows, has_videos=has_videos, has_thinking=has_thinking, labels=labels or None, groups=groups or None
+    )
     dataset.skipped, dataset.contributions = skipped, contributions
     return dataset
 

@@ -23,7 +23,7 @@ from vlm.data.encoding.prompts import prompt_turns
 from vlm.data.encoding.thinking import without_thinking
 from vlm.data.processor import Processor
 from vlm.data.records.positions import value_or_bad_sample
-from vlm.data.sample import BadSample, Sample, Turn
+from vlm.data.sample import BadSample, Sample, ToolCallTurn, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.data.vision.video import DecodedVideo
 from vlm.evaluation.loss import last_reply_text
@@ -81,7 +81,9 @@ def _answerable_samples(
         prompt = replace(sample, turns=prompt_turns(sample))
         if sample.turns[-1].role != "assistant" or not prompt.turns:
             return False
-        if not (sample.turns[-1].supervised or sample.references):  # no reply to hold an answer against
+        last = sample.turns[-1]
+        has_text = last.supervised and not isinstance(last, ToolCallTurn)  # templates write calls in many forms
+        if not (has_text or sample.references):  # no reply to hold an answer against
             return False
         needs_sizes = processor.needs_image_sizes
         sizes = media_sizes_from_opened(prompt.media, open_media(prompt), processor) if needs_sizes else []

@@ -128,3 +128,14 @@ def test_an_unknown_tool_is_refused_and_all_are_listed(capsys):
     with pytest.raises(SystemExit, match="vlm data shoe: no such tool"):
         main(["data", "shoe"])
     assert "download" in capsys.readouterr().out
+
+
+def test_what_a_record_has_beside_texts_and_images_is_named():
+    call = ToolCallTurn("assistant", ("",), weight=2.0, tool_calls=({"function": {"name": "f", "arguments": {}}},))
+    frames = VideoRef(Path("0.png"), frames=(ImageRef(Path("0.png"), is_extracted=True),))
+    turns = (Turn("user", (frames, "?")), call, ToolResultTurn("tool", ("a",)), Turn("assistant", ("b",), thinking="c"))
+    assert describe_features(Sample("x", turns, references=("b", "c"), tools=({},))) == [
+        "tools", "calls of tools", "results of tools", "thinking", "weights of replies", "several references",
+        "videos of extracted frames",
+    ]  # fmt: skip
+    assert describe_features(Sample("x", (Turn("user", ("?",)), Turn("assistant", ("b",))))) == []
