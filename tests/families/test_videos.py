@@ -26,8 +26,9 @@ from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import BadSample, Clip, ImageRef, Sample, Turn, VideoRef
 from vlm.data.sources import Source, parts_for_video
 from vlm.data.tools.show import as_text, load_shown_records, write_page
+from vlm.data.vision.frames import sample_clip
 from vlm.data.vision.images import media_sizes_from_opened, open_media, read_media_sizes
-from vlm.data.vision.video import open_video, sample_clip
+from vlm.data.vision.video import num_frames, open_video, read_frames
 from vlm.evaluation.loss import row_losses
 from vlm.families.processing import FamilyProcessor, load_family_processor
 from vlm.families.table import FAMILIES
@@ -79,7 +80,7 @@ def make_sample(
         if one == "picture":
             parts.append(ImageRef(folder / "picture.png"))
         else:
-            parts += parts_for_video(folder / f"{one}.mp4", MAX_FRAMES, processor, "x")
+            parts += parts_for_video(VideoRef(folder / f"{one}.mp4"), MAX_FRAMES, processor, "x")
     turns = [Turn("user", (*parts, asked))]
     for place, reply in enumerate(replies):
         turns += [Turn("user", ("and?",))] if place else []
@@ -138,6 +139,25 @@ def test_a_prompt_is_what_the_familys_own_processor_makes(
         expected = torch.as_tensor(theirs[key])
         assert torch.equal(value.flatten(), expected.flatten()), key
         assert key in processor.per_sample_inputs + processor.per_token_inputs or value.shape == expected.shape, key
+
+
+def test_extracted_frames_are_the_video_that_they_are_of(
+    name: str, processor: FamilyProcessor, folder: Path, tmp_path: Path
+):
+    """The same tokens, the same inputs."""
+    path = folder / "long.mp4"
+    refs = []
+    for number, frame in enumerate(read_frames(path, range(num_frames(path, "x")), "x")):
+        frame.save(tmp_path / f"{number}.png")
+        refs.append(ImageRef(tmp_path / f"{number}.png", is_extracted=True))
+    rate = sample_clip(VideoRef(path), MAX_FRAMES, "x").fps
+    made = []
+    for video in (VideoRef(path), VideoRef(path, frames=tuple(refs), rate=rate)):
+        content = (*parts_for_video(video, MAX_FRAMES, processor, "x"), "what?")
+        made.append(item(processor, Sample("x", (Turn("user", content), Turn("assistant", ("this",))))))
+    assert made[0].keys() == made[1].keys()
+    for key, value in made[0].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(made[1][key])), key
 
 
 def test_times_are_the_true_ones(folder: Path):
@@ -257,7 +277,7 @@ def test_counting_decodes_nothing(name: str, processor: FamilyProcessor, folder:
 
 def test_a_single_frame_will_do(name: str, processor: FamilyProcessor, folder: Path):
     """Also where a model joins two frames to one."""
-    parts = parts_for_video(folder / "long.mp4", 1, processor, "x")
+    parts = parts_for_video(VideoRef(folder / "long.mp4"), 1, processor, "x")
     row = item(processor, Sample("x", (Turn("user", (*parts, "what?")), Turn("assistant", ("yes",)))))
     with torch.no_grad():
         assert load(folder / name)(**Collator.of(processor)([row])).loss.isfinite()
@@ -273,7 +293,7 @@ def test_a_broken_video_is_a_bad_sample(name: str, processor: FamilyProcessor, f
     with pytest.raises(BadSample, match=r"record '7': video .*torn.mp4 does not open"):
         source.read(record)
     (video,) = source.read({**record, "video": "long.mp4"}).videos
-    assert video.clip == sample_clip(folder / "long.mp4", MAX_FRAMES, "7")
+    assert video.clip == sample_clip(VideoRef(folder / "long.mp4"), MAX_FRAMES, "7")
     broken = VideoRef(folder / "torn.mp4", video.clip)
     with pytest.raises(BadSample, match=r"torn.mp4 does not open"):
         open_video(broken, "7")
@@ -283,7 +303,7 @@ def test_videos_of_other_numbers_of_frames_are_refused_where_a_model_cannot_take
     processor = load_family_processor(str(folder / "llava-onevision"), FAMILIES["llava_onevision"])
     rows = []
     for frames in (2, 4):
-        video = VideoRef(folder / "long.mp4", sample_clip(folder / "long.mp4", frames, "x"))
+        video = VideoRef(folder / "long.mp4", sample_clip(VideoRef(folder / "long.mp4"), frames, "x"))
         sample = Sample("x", (Turn("user", (video, "what?")), Turn("assistant", ("yes",))))
         rows.append(item(processor, sample))
     with pytest.raises(ValueError, match=r"videos of one number of frames in a batch, got \[2, 4\]"):

@@ -14,8 +14,9 @@ from tests.data.vision.test_video import write_video
 from tests.tiny_parts import CHAT_TEMPLATES, Parts, byte_tokenizer, picture
 from vlm.config.schema import InferenceConfig
 from vlm.data.encoding.labels import encode_prompt
-from vlm.data.sample import ImageRef, Turn
-from vlm.data.vision.video import read_frames, sample_frame_refs
+from vlm.data.sample import ImageRef, Turn, VideoRef
+from vlm.data.vision.frames import sample_frame_refs
+from vlm.data.vision.video import read_frames
 from vlm.inference.generate import VisionLanguageModel, load_images, user_turn
 from vlm.models import VLMProcessor
 from vlm.models.connectors import CONNECTORS
@@ -397,7 +398,7 @@ def test_a_video_is_frames_to_a_model_that_knows_images(parts: Parts, tmp_path: 
     ours = make_random_model(parts, "llama")
     video = write_video(tmp_path / "a.mp4", 20)
     turn, media = ours.open_question("<image> and <video>?", [picture(0)], [video], 2)
-    assert turn.content == (ImageRef(Path()), " and ", *sample_frame_refs(video, 2, "x"), "?")
+    assert turn.content == (ImageRef(Path()), " and ", *sample_frame_refs(VideoRef(video), 2, "x"), "?")
     frames = read_frames(video, [5, 15], "x")
     assert [image.size for image in media] == [picture(0).size, *(frame.size for frame in frames)]
     alone = ours.generate("<image> and <image><image>?", [picture(0), *frames], max_new_tokens=8)
@@ -405,7 +406,7 @@ def test_a_video_is_frames_to_a_model_that_knows_images(parts: Parts, tmp_path: 
     answers = ours.generate(asked, [[picture(0)], []], [[video], []], max_frames=2, max_new_tokens=8)
     assert answers[0] == alone
     turn, _ = ours.open_question("what <image>?", [picture(0)], [video], 1)
-    assert turn.content == (*sample_frame_refs(video, 1, "x"), "\nwhat ", ImageRef(Path()), "?")
+    assert turn.content == (*sample_frame_refs(VideoRef(video), 1, "x"), "\nwhat ", ImageRef(Path()), "?")
     with pytest.raises(ValueError, match="max_frames=0: must be at least 1"):
         ours.generate("what?", videos=[video], max_frames=0)
     with pytest.raises(ValueError, match=r"b\.mp4 does not open"):

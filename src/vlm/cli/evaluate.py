@@ -95,7 +95,7 @@ def _evaluate_records(args: argparse.Namespace) -> None:
     from vlm.data.cache import json_digest, resolve_cache_folder
     from vlm.evaluation.records import evaluate, write_results
 
-    model = load_model(args)
+    model = load_model(args, settings)
     print(f"Results go to {folder}")
     loaded_as = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
     evaluation = evaluate(

@@ -55,7 +55,7 @@ def _generate_file(args: argparse.Namespace, settings: InferenceConfig) -> None:
     from vlm.inference.generate_file import generate_file
 
     config = source_config(args)
-    model = load_model(args)
+    model = load_model(args, settings)
     loaded_as = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
     rows = generate_file(
         model, config, args.output, settings, cache=resolve_cache_folder(None), fingerprint=json_digest(loaded_as),

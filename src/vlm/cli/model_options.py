@@ -57,6 +57,8 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(*_option_spellings(name), type=kind, metavar="N", help=f"{purpose} ({default})")
     spellings = _option_spellings("cache_implementation")
     group.add_argument(*spellings, choices=CACHE_IMPLEMENTATIONS, help="the cache of keys and values (the model's own)")
+    purpose = "the model thinks before it answers, or not, where its chat template asks (as it was trained)"
+    group.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=None, help=purpose)
     group.add_argument("--seed", type=int, help="makes sampling repeatable")
     group.add_argument("-cn", "--config-name", metavar="RUN", help="a run whose section inference is used")
     group.add_argument("--config-dir", metavar="FOLDER", help="the folder of your own run")
@@ -100,22 +102,30 @@ def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
     return settings
 
 
-def load_model(args: argparse.Namespace) -> "VisionLanguageModel":
-    """Load a command's checkpoint; ValueError where there is none, or it does not load with these options."""
+def load_model(args: argparse.Namespace, settings: InferenceConfig | None = None) -> "VisionLanguageModel":
+    """Load a command's checkpoint; ValueError where there is none, or it does not load with these options.
+
+    `settings` say whether it thinks; None: as it was trained.
+    """
     from transformers.utils.logging import disable_progress_bar
 
     from vlm.inference.generate import VisionLanguageModel
 
     disable_progress_bar()
-    return VisionLanguageModel.load(
+    model = VisionLanguageModel.load(
         args.checkpoint, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
         trust_remote_code=args.trust_remote_code, max_image_tokens=args.max_image_tokens,
     )  # fmt: skip
+    if settings is not None and settings.thinking is not None:
+        from vlm.models.processing_messages import set_thinks
+
+        set_thinks(model.processor.tokenizer, settings.thinking)
+    return model
 
 
 def open_conversation(args: argparse.Namespace, settings: InferenceConfig) -> "Conversation":
     """Load a command's checkpoint, and begin a conversation with it."""
-    model = load_model(args)
+    model = load_model(args, settings)
     from vlm.inference.conversation import Conversation
 
     if args.seed is not None:

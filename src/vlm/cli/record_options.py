@@ -40,6 +40,8 @@ def add_reading_options(group: "argparse._ArgumentGroup", *, writes: bool = True
     group.add_argument("--format", metavar="FORMAT", help="the records' format (llava, or labelled for tables)")
     group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=option)
     group.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="the folder of relative image paths")
+    rate = "frames read for each second of a video, as dataset.fps in training (as many as --max-frames allows)"
+    group.add_argument("--fps", type=float, metavar="N", help=rate)
     links = "follow links that lead out of the image folder"
     group.add_argument("--follow-links", "--follow_links", action="store_true", help=links)
     group.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as dataset.system_prompt in training")
@@ -75,6 +77,8 @@ def check_reading_options(args: argparse.Namespace, key: str = "--input") -> Non
     for name in ("batch_size", "max_frames"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")
+    if args.fps is not None and args.fps <= 0:
+        raise ValueError(f"--fps {args.fps}: a number above 0 is needed")
     if getattr(args, "num_workers", 0) < 0:
         raise ValueError(f"--num-workers {args.num_workers}: 0 or more is needed")
 
@@ -102,5 +106,5 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
     options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.option))
     return SourceConfig(
         path=args.input, format=name, options=options, image_folder=args.image_folder,
-        follow_links=args.follow_links, system_prompt=args.system_prompt,
+        follow_links=args.follow_links, system_prompt=args.system_prompt, fps=args.fps,
     )  # fmt: skip

@@ -24,6 +24,7 @@ from vlm.config.choices import (
 )
 from vlm.config.model_schema import ModelConfig, Options
 from vlm.config.reach import is_packaged_deepspeed, is_start_word, training_argument_reach
+from vlm.config.record_schema import FrameRate, ThinkingInAnswers, ThinkingInRecords
 from vlm.config.rules import (
     above,
     at_least,
@@ -259,7 +260,7 @@ TrainerConfig.__module__ = __name__
 
 
 @dataclass
-class SourceConfig:
+class SourceConfig(FrameRate):
     """Records of one file, folder or data set, and how they are read."""
 
     path: str | None = field(default=None, metadata=RECORDS)
@@ -298,7 +299,7 @@ class MixtureSourceConfig(SourceConfig):
 
 
 @dataclass
-class DatasetConfig(SourceConfig):
+class DatasetConfig(SourceConfig, ThinkingInRecords):
     """The records, and how they become tokens."""
 
     sources: dict[str, MixtureSourceConfig] = field(default_factory=dict)
@@ -370,7 +371,7 @@ class DatasetConfig(SourceConfig):
 
 
 @dataclass
-class InferenceConfig:
+class InferenceConfig(ThinkingInAnswers):
     """Settings of generation, for `samples.md` and metrics of answers while training, and for commands with `-cn`."""
 
     temperature: float = field(default=0.0, metadata=at_least(0, "0 (greedy) or more"))

@@ -30,6 +30,10 @@ SAMPLE_REF: Final = "sample_ref"
 """The key of a sample's `SampleRef`; the collator takes it out."""
 
 
+LOSS_WEIGHTS: Final = "loss_weights"
+"""The key of how much the loss of each label of a sample counts: `(tokens,)`, float32; absent where all count 1."""
+
+
 class SampleRef(NamedTuple):
     """Names a sample for people: `record` is its index in the source, from 0, None in a stream; `id` its own name."""
 
@@ -98,6 +102,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         lengths: `(samples,)`: number of tokens, image tokens included.
         num_images: `(samples,)`: number of images and videos.
         has_videos: whether any sample has a video that the model reads as such.
+        has_thinking: whether any sample has thinking that is read.
         skipped: the records that were left out.
         contributions: what each source contributes.
         labels: the label of each sample, see `Sample.label`; None where samples have none.
@@ -112,6 +117,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         num_images: np.ndarray,
         *,
         has_videos: bool = False,
+        has_thinking: bool = False,
         skipped: Iterable[Skipped] = (),
         contributions: Iterable[Contribution] = (),
         labels: Sequence[object] | None = None,
@@ -122,6 +128,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         self.lengths = lengths
         self.num_images = num_images
         self.has_videos = has_videos
+        self.has_thinking = has_thinking
         self.skipped = list(skipped)
         self.contributions = list(contributions)
         self._labels_and_groups = labels, groups
@@ -205,7 +212,10 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
             labels = [labels[index] for index in chosen.tolist()]
         if groups is not None:
             groups = [groups[index] for index in chosen.tolist()]
-        return SampleDataset(self.sources, *rows, has_videos=self.has_videos, labels=labels, groups=groups)
+        return SampleDataset(
+            self.sources, *rows, has_videos=self.has_videos, has_thinking=self.has_thinking, labels=labels,
+            groups=groups,
+        )  # fmt: skip
 
 
 class BlankImageDataset(Dataset[SampleInputs]):
@@ -268,7 +278,8 @@ def model_inputs(
     with processor_errors("the processor", name, refs, process_one):
         image_inputs = processor.image_inputs(media, sizes)
         text_inputs = processor.text_inputs(encoded.input_ids, encoded.labels, image_inputs)
-    return {"input_ids": encoded.input_ids, "labels": encoded.labels, **image_inputs, **text_inputs}
+    weights = {} if encoded.weights is None else {LOSS_WEIGHTS: torch.tensor(encoded.weights)}
+    return {"input_ids": encoded.input_ids, "labels": encoded.labels, **weights, **image_inputs, **text_inputs}
 
 
 def load_dataset(
@@ -291,7 +302,7 @@ def load_dataset(
     sources = make_sources(config, encoder)
     places, lengths, images, skipped, contributions = [], [], [], [], []
     labels, groups = [], []
-    has_videos = False
+    has_videos = has_thinking = False
     for number, source in enumerate(sources):
         records = draw_records(len(source), source.config.max_samples, seed)[:first]
         decode = None if evaluates else config.check_samples
@@ -304,6 +315,7 @@ def load_dataset(
         lengths.append(np.minimum(counts.length[kept], encoder.longest))
         images.append(counts.images[kept])
         has_videos |= bool(counts.videos[kept].any())
+        has_thinking |= bool(counts.thinking[kept].any())
         if encoder.encodes_labels:
             new_labels, new_groups = counts.labels_and_groups_at(kept)
             labels += new_labels
@@ -319,7 +331,9 @@ def load_dataset(
         reason = f"the commonest reason is: {reasons[0][0]}" if reasons else "there are none"
         raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {reason}")
     rows = np.concatenate(places), np.concatenate(lengths), np.concatenate(images)
-    dataset = SampleDataset(sources, *rows, has_videos=has_videos, labels=labels or None, groups=groups or None)
+    dataset = SampleDataset(
+        sources, *rows, has_videos=has_videos, has_thinking=has_thinking, labels=labels or None, groups=groups or None
+    )
     dataset.skipped, dataset.contributions = skipped, contributions
     return dataset
 

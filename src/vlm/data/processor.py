@@ -144,14 +144,17 @@ class Processor(Protocol):
         ...
 
     def apply_chat_template(
-        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Any = None
-    ) -> str:
+        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Any = None,
+        enable_thinking: bool | None = None,
+    ) -> str:  # fmt: skip
         """Return a conversation as text, with a token for each image and video.
 
         Args:
             conversation: messages with `role` and `content`, a string or a list of items.
             add_generation_prompt: whether the text ends where a reply begins.
             tools: the tools that the model may call, for templates that list them.
+            enable_thinking: whether the model is to think before its reply, for templates that ask; None: what its
+                tokenizer says, see `models.processing_messages.thinks`.
         """
         ...
 

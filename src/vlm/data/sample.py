@@ -16,7 +16,7 @@ from vlm.config.shown import shorten
 Record = dict[str, Any]
 """A record as its file holds it: values of JSON, and bytes of images."""
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 PLACEHOLDER = "<image>"
 """The text that stands for an image in records, whatever token the model has for images."""
 VIDEO_PLACEHOLDER = "<video>"
@@ -161,11 +161,13 @@ class ImageRef:
         path: the file; with `content`, only the name of the image, or None.
         content: the bytes of the image file, where the record itself holds them.
         frame: the index of the frame, from 0, where `path` is a video.
+        is_extracted: whether it is a frame of a video that was extracted before, `path` its image file.
     """
 
     path: Path | None = None
     content: bytes | None = field(default=None, repr=False)
     frame: int | None = None
+    is_extracted: bool = False
 
     def __str__(self) -> str:
         """Return the path, and the number of the frame if it is one."""
@@ -175,15 +177,21 @@ class ImageRef:
 
 @dataclass(frozen=True)
 class VideoRef:
-    """A video file in a turn; a model without video input gets some of its frames as images, see `vision.video`.
+    """A video in a turn; a model without video input gets some of its frames as images, see `vision.video`.
 
     Attributes:
-        path: the file.
+        path: the file, or the first of the frames that were extracted.
         clip: the frames that are read of it, once they are chosen.
+        frames: the frames, where they were extracted before; `path` is then no video.
+        times: seconds of each of these from the first one, where `rate` is None.
+        rate: how many of these there are for each second.
     """
 
     path: Path
     clip: Clip | None = None
+    frames: tuple[ImageRef, ...] = ()
+    times: tuple[float, ...] = ()
+    rate: float | None = None
 
 
 Picture, Video = ImageRef, VideoRef
@@ -197,19 +205,23 @@ class Turn:
     """One turn of a conversation.
 
     Attributes:
-        role: one of `ROLES`.
+        role: one of `ROLES`; `tool` is the result of a call.
         content: texts, images and videos in order.
         supervised: whether a reply is learned; one that is not is only read. Without meaning for other roles.
+        weight: how much the loss of each token of a reply counts, above 0; without meaning where it is not learned.
+        thinking: what the assistant thinks before its reply, where the record has it apart from the reply's text.
     """
 
     role: str
     content: tuple[ContentPart, ...]
     supervised: bool = True
+    weight: float = 1.0
+    thinking: str | None = None
 
     @property
     def is_blank(self) -> bool:
         """Whether it is a reply with nothing but blanks."""
-        if self.role != "assistant":
+        if self.role != "assistant" or self.thinking:
             return False
         return not any(isinstance(part, str) and part and not part.isspace() for part in self.content)
 
@@ -217,7 +229,8 @@ class Turn:
         """Return the turn as chat templates read it, with a token for each image and video."""
         tokens = {ImageRef: image_token, VideoRef: video_token or image_token}
         parts = [part if isinstance(part, str) else tokens[type(part)] for part in self.content]
-        return {"role": self.role, "content": "".join(parts)}
+        thinking = {} if self.thinking is None else {"reasoning_content": self.thinking}
+        return {"role": self.role, "content": "".join(parts), **thinking}
 
 
 @dataclass(frozen=True)
@@ -225,14 +238,39 @@ class ToolCallTurn(Turn):
     """A reply that calls tools.
 
     Attributes:
-        tool_calls: the calls, as chat templates read them.
+        tool_calls: the calls, as chat templates read them: `{"id", "type": "function", "function": {"name",
+            "arguments"}}`.
     """
 
     tool_calls: tuple[dict[str, Any], ...] = ()
 
+    @property
+    def is_blank(self) -> bool:
+        """False: a call is a reply."""
+        return False
+
     def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, Any]:
         """Return the turn as chat templates read it, with its calls."""
         return {**super().as_message(image_token, video_token), "tool_calls": list(self.tool_calls)}
+
+
+@dataclass(frozen=True)
+class ToolResultTurn(Turn):
+    """The result of a call.
+
+    Attributes:
+        call_id: the `id` of the call; None: the record does not tell.
+        name: the name of the function, likewise.
+    """
+
+    call_id: str | None = None
+    name: str | None = None
+
+    def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, Any]:
+        """Return the turn as chat templates read it, with its call's id and name where they are known."""
+        keys = {"tool_call_id": self.call_id, "name": self.name}
+        known = {key: value for key, value in keys.items() if value is not None}
+        return {**super().as_message(image_token, video_token), **known}
 
 
 @dataclass(frozen=True)
@@ -246,6 +284,7 @@ class Sample:
             values; None for a sample without a label.
         group: a ranking compares samples of the same group.
         references: the texts that an answer is compared with, where they are not just the last reply.
+        tools: the tools that the assistant may call, in OpenAI's form, as chat templates read them.
     """
 
     id: str
@@ -253,6 +292,7 @@ class Sample:
     label: object = None
     group: str | None = None
     references: tuple[str, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self):
         if (place := self._surrogate_place()) is not None:
@@ -269,9 +309,14 @@ class Sample:
                         return f"turn {number} ({turn.role})"
                 elif part.path is not None and has_surrogate(str(part.path)):
                     return f"turn {number} ({turn.role}): the name of a file"
-        if self.id.isascii() and self.label is None and self.group is None and not self.references:
+            if has_surrogate(turn.thinking or ""):
+                return f"turn {number} ({turn.role}): its thinking"
+            if isinstance(turn, ToolCallTurn) and (place := find_surrogate(turn.tool_calls, "tool_calls")) is not None:
+                return f"turn {number} ({turn.role}): {place}"
+        if self.id.isascii() and self.label is None and self.group is None and not (self.references or self.tools):
             return None  # as nearly always
         fields = {"id": self.id, "label": self.label, "group": self.group, "references": self.references}
+        fields["tools"] = self.tools
         return find_surrogate({name: value for name, value in fields.items() if value})
 
     @property

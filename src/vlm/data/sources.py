@@ -22,7 +22,7 @@ from vlm.data.records.links import check_links
 from vlm.data.records.open import Records, open_records, stream_with_positions
 from vlm.data.records.positions import START, Position
 from vlm.data.sample import BadSample, ContentPart, Sample, Turn, VideoRef
-from vlm.data.vision.video import sample_clip, sample_frame_refs
+from vlm.data.vision.frames import sample_clip, sample_frame_refs
 
 
 @dataclass
@@ -100,7 +100,9 @@ class Source:
         prompt, processor = self.config.system_prompt, self.encoder.processor
         if prompt and sample.turns[0].role != "system":
             sample = replace(sample, turns=(Turn("system", (prompt,)), *sample.turns))
-        return sample.with_videos(lambda video: parts_for_video(video.path, self.max_frames, processor, sample.id))
+        return sample.with_videos(
+            lambda video: parts_for_video(video, self.max_frames, processor, sample.id, self.config.fps)
+        )
 
     def parse(self, record: object) -> Sample:
         """Read a record as a sample; its blank replies are not learned.
@@ -128,19 +130,27 @@ class Source:
         """A digest of all that a sample's ids depend on: records, reader, processor, and the code in between."""
         reader = inspect.getsource(inspect.getmodule(get_reader(self.config.format)) or sys)
         settings = (self.config.format, self.config.options, str(self.folder), self.config.system_prompt)
-        encoding = (self.max_frames, processor_digest(self.encoder.processor), self.encoder.fingerprint_fields)
+        encoding = (
+            self.max_frames,
+            self.config.fps,
+            processor_digest(self.encoder.processor),
+            self.encoder.fingerprint_fields,
+        )
         return json_digest(self.records.fingerprint, reader, settings, *encoding)
 
 
-def parts_for_video(path: Path, max_frames: int, processor: Processor, sample_id: str) -> tuple[ContentPart, ...]:
+def parts_for_video(
+    video: VideoRef, max_frames: int, processor: Processor, sample_id: str, fps: float | None = None
+) -> tuple[ContentPart, ...]:
     """Return the content that stands for a video: the video where the processor reads videos, else frames as images.
 
     Raises:
         BadSample: it is no video.
     """
     if (videos := processor.videos) is None:
-        return sample_frame_refs(path, max_frames, sample_id)
-    return (VideoRef(path, sample_clip(path, max_frames, sample_id, min_frames=videos.min_frames(max_frames))),)
+        return sample_frame_refs(video, max_frames, sample_id, fps=fps)
+    min_frames = videos.min_frames(max_frames)
+    return (replace(video, clip=sample_clip(video, max_frames, sample_id, min_frames=min_frames, fps=fps)),)
 
 
 def make_sources(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
@@ -153,7 +163,8 @@ def make_sources(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
     sources = []
     for name, source in config.sources.items():
         folder, follows = source.image_folder or config.image_folder, source.follow_links or config.follow_links
-        located = replace(source, image_folder=folder, follow_links=follows)
+        rate = source.fps or config.fps
+        located = replace(source, image_folder=folder, follow_links=follows, fps=rate)
         own_encoder = _encoder_with_template(encoder, source.template)
         options = {"weight": source.weight, "allow_pipe": config.allow_pipe}
         sources.append(Source(name, located, cache, own_encoder, config.max_frames, **options))

@@ -20,6 +20,7 @@ from vlm.data.cache import create_once, json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.encoding.thinking import is_thinking_asked
 from vlm.data.processes import num_cores
 from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, MediaSize, Sample, Turn
@@ -31,11 +32,11 @@ SCHEMA = pa.schema(
     [
         ("record", pa.int64()), ("length", pa.int32()), ("needed", pa.int32()), ("supervised", pa.int32()),
         ("replies", pa.int32()), ("images", pa.int32()), ("videos", pa.int32()), ("width", pa.int32()),
-        ("height", pa.int32()), ("uniform", pa.int32()), ("label", pa.string()), ("group", pa.string()),
-        ("id", pa.string()), ("problem", pa.string()), ("file", pa.string()),
+        ("height", pa.int32()), ("uniform", pa.int32()), ("thinking", pa.int32()), ("label", pa.string()),
+        ("group", pa.string()), ("id", pa.string()), ("problem", pa.string()), ("file", pa.string()),
     ]
 )  # fmt: skip
-INTEGER_COLUMNS = SCHEMA.names[:10]
+INTEGER_COLUMNS = SCHEMA.names[:11]
 CHUNK = 512
 FEW = 1024
 """Up to this many records are counted faster in this process than in workers that have to start."""
@@ -65,6 +66,7 @@ class Counts:
         videos: number of those that the model reads as videos.
         width, height: of the first image in pixels; 0 where it has none, or a frame of a video.
         uniform: number of its images, of those that were decoded, that are of one colour throughout.
+        thinking: 1 where a reply behind its last question has thinking that is read, else 0.
         labels: its label for prediction heads as JSON; null without one, or where labels are not read.
         groups: the group within which a ranking compares it; null as labels.
         problems: place in these arrays -> why the record cannot be used.
@@ -81,6 +83,7 @@ class Counts:
     width: np.ndarray
     height: np.ndarray
     uniform: np.ndarray
+    thinking: np.ndarray
     labels: pa.ChunkedArray
     groups: pa.ChunkedArray
     problems: dict[int, BadSample]
@@ -268,10 +271,11 @@ def count_record(source: Source, number: int, *, decode: bool, counter: TokenCou
         tokens = counter.count(sample, read_media_sizes(sample, source.encoder.processor))
         label_and_group = source.encoder.label_and_group(sample)
     except BadSample as error:
-        return number, *[0] * 9, None, None, error.sample_id, error.reason, error.file
+        return number, *[0] * 10, None, None, error.sample_id, error.reason, error.file
     replies = len(sample.replies)
     media = len(sample.media), len(sample.videos), *(sizes[0] if sizes else (0, 0)), uniform
-    return number, *tokens, replies, *media, *label_and_group, sample.id, None, None
+    thinking = int(is_thinking_asked(source.encoder.with_thinking(sample).turns))
+    return number, *tokens, replies, *media, thinking, *label_and_group, sample.id, None, None
 
 
 def _count_uniform(sample: Sample, processor: Processor) -> int:

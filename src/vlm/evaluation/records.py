@@ -17,6 +17,7 @@ from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig, Trai
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.encoding.thinking import without_thinking
 from vlm.data.processor import SampleInputs
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.loss_metrics import LOSS_METRICS, Collate, LossMetric, LossMetricSettings
@@ -101,7 +102,8 @@ def evaluate(
             raise ValueError(f"{config.path}: there is no answer to measure. {' '.join(exclusions)}")
         records, num_answered = len(rows), len(answered)
         references = [cast("list[str]", row["references"]) for row in answered]
-        scores |= compute_text_metrics(text_metrics, [str(row["answer"]) for row in answered], references)
+        answers = [without_thinking(str(row["answer"])) for row in answered]
+        scores |= compute_text_metrics(text_metrics, answers, references)
     return EvaluationResult(records, num_answered, tuple(exclusions), scores)
 
 

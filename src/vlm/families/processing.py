@@ -28,6 +28,7 @@ from vlm.families.token_inputs import MASK_OF_IMAGES
 from vlm.families.token_spans import check_spans, encode_with_spans
 from vlm.families.videos import FamilyVideos, joined
 from vlm.models.pixels import as_rgb
+from vlm.models.processing_messages import thinks
 from vlm.models.processing_vlm import (
     FIXED_CLOCK,
     FIXED_DATE,
@@ -131,8 +132,9 @@ class FamilyProcessor:
         return self.tokenize(self.image_token, (), [(64, 64)])[0]
 
     def apply_chat_template(
-        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Any = None
-    ) -> str:
+        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Any = None,
+        enable_thinking: bool | None = None,
+    ) -> str:  # fmt: skip
         """Return a conversation as text, with a token for each image and video.
 
         Contents may be strings with such tokens; the template gets them as lists of text, images and videos.
@@ -149,7 +151,7 @@ class FamilyProcessor:
                 messages = with_items
         if "strftime_now" in template:
             template = FIXED_CLOCK + template
-        return self._render(messages, template, add_generation_prompt, tools)
+        return self._render(messages, template, add_generation_prompt, tools, enable_thinking)
 
     @cached_property
     def _own_template_takes_lists(self) -> bool:
@@ -164,11 +166,14 @@ class FamilyProcessor:
     def _render_own(self, messages: list[Message]) -> str:
         return self._render(messages, str(self.own_template), False)
 
-    def _render(self, messages: list[Message], template: str, add_generation_prompt: bool, tools: Any = None) -> str:
+    def _render(
+        self, messages: list[Message], template: str, add_generation_prompt: bool, tools: Any = None,
+        enable_thinking: bool | None = None,
+    ) -> str:  # fmt: skip
         with bounded_template():
             return self.tokenizer.apply_chat_template(
                 messages, tools=tools, chat_template=template, add_generation_prompt=add_generation_prompt,
-                tokenize=False, date_string=FIXED_DATE, enable_thinking=False,
+                tokenize=False, date_string=FIXED_DATE, enable_thinking=thinks(self.tokenizer, enable_thinking),
             )  # fmt: skip
 
     def _to_items(self, content: str | list[Message]) -> list[Message]:

@@ -29,6 +29,7 @@ from vlm.data.sample import (
     ImageRef,
     Sample,
     Turn,
+    VideoRef,
     has_surrogate,
 )
 from vlm.data.sources import parts_for_video
@@ -155,7 +156,8 @@ class VisionLanguageModel:
         """
         check_videos(videos, max_frames)
         with errors_without_record():
-            video_parts = [parts_for_video(Path(path), max_frames, self.processor, str(path)) for path in videos]
+            refs = [(VideoRef(Path(path)), str(path)) for path in videos]
+            video_parts = [parts_for_video(ref, max_frames, self.processor, name) for ref, name in refs]
             turn = user_turn(prompt, len(images), video_parts, every_mark=every_mark)
             shown = Turn("user", tuple(chain.from_iterable(video_parts)))
             frames = iter(open_media(Sample("prompt", (shown,))))
@@ -165,10 +167,10 @@ class VisionLanguageModel:
 
     def answer(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]],
-        settings: InferenceConfig, **kwargs: object,
+        settings: InferenceConfig, *, tools: Sequence[Sequence[Tool]] = (), **kwargs: object,
     ) -> list[str]:  # fmt: skip
-        """Return the next reply of each conversation; each is what the conversation would get by itself."""
-        return self.answers(self.inputs(conversations, images), settings, **kwargs)
+        """Return the next reply of each conversation, which may have tools; each is what it would get by itself."""
+        return self.answers(self.inputs(conversations, images, tools_of=tools), settings, **kwargs)
 
     def answers(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: object) -> list[str]:
         """Return the model's answer to each row of a batch."""
@@ -214,7 +216,7 @@ class VisionLanguageModel:
     def inputs(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]], *,
         suffix: Sequence[int] = (), left: bool = True, device: torch.device | None = None,
-        tools: Sequence[Tool] = (),
+        tools: Sequence[Tool] = (), tools_of: Sequence[Sequence[Tool]] = (),
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Return the model's inputs for conversations that wait for a reply.
 
@@ -225,6 +227,7 @@ class VisionLanguageModel:
             left: whether to pad on the left, as generation needs.
             device: where the inputs go; None: to the model's device.
             tools: those that the model may call, for templates that list them.
+            tools_of: those of each conversation, where they are not the same for all.
 
         Returns:
             `input_ids` and `attention_mask` `(rows, tokens)`, and the inputs of images.
@@ -232,9 +235,9 @@ class VisionLanguageModel:
         Raises:
             ValueError: the model's template or processor refuses a conversation, or leaves nothing of it.
         """
-        prompts = zip(conversations, images, strict=True)
+        prompts = zip(conversations, images, tools_of or [tools] * len(conversations), strict=True)
         with errors_without_record():
-            rows = [prompt_inputs(self.processor, turns, opened, suffix, tools) for turns, opened in prompts]
+            rows = [prompt_inputs(self.processor, turns, opened, suffix, own) for turns, opened, own in prompts]
         return on_device(Collator.of(self.processor, left=left)(rows), self.processor, device or self.model.device)
 
     @property
@@ -254,7 +257,7 @@ class VisionLanguageModel:
         """
         tokenizer = self.processor.tokenizer
         options = {
-            **asdict(settings),
+            **{name: value for name, value in asdict(settings).items() if name != "thinking"},  # the prompt's
             "use_cache": True,  # training switches it off in the configuration
             "do_sample": settings.temperature > 0,
             "pad_token_id": tokenizer.pad_token_id,

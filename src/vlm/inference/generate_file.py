@@ -7,7 +7,8 @@ from pathlib import Path
 from vlm.config.schema import InferenceConfig, SourceConfig
 from vlm.data.cache import json_digest
 from vlm.data.encoding.prompts import prompt_turns
-from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Sample, Turn
+from vlm.data.encoding.thinking import without_thinking
+from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Sample, ToolCallTurn, Turn
 from vlm.inference.batch import Row, fill_table, format_media_paths, prompt_source
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.resumable_table import ResumableTable, check_output
@@ -61,14 +62,15 @@ def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> R
     prompt = prompt_turns(sample) if sample.turns else ()
     question = next((turn for turn in reversed(prompt) if turn.role == "user"), None)
     last = sample.turns[-1] if len(prompt) < len(sample.turns) else None
-    reply = None if last is None or not (last.supervised or last.is_blank) else _turn_text(last)
+    is_compared = last is not None and not isinstance(last, ToolCallTurn)  # templates write calls in many forms
+    reply = _turn_text(last) if last is not None and is_compared and (last.supervised or last.is_blank) else None
     return {
         "source": sample.id,
         "image_path": format_media_paths(sample, problem),
         "prompt": "" if question is None else question_text(question),
         "answer": answer,
         "reference": reply,
-        "references": list(sample.references) or ([] if reply is None else [reply]),
+        "references": list(sample.references) or ([] if reply is None else [without_thinking(reply)]),
         "error": "" if problem is None else problem.reason,
     }
 

@@ -5,7 +5,7 @@ Hub code: imports the standard library only.
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Protocol
 
 Message = dict[str, Any]
 """A message of a conversation, or an item of its content list."""
@@ -48,3 +48,23 @@ def images_in_conversation(conversation: Sequence[Message]) -> list[object]:
         elif item["type"] == "image":
             images.append(next(item[key] for key in ("image", "path", "url", "base64") if key in item))
     return images
+
+
+THINKING_SETTING = "enable_thinking"
+"""The key of a tokenizer's settings that holds what `thinks` returns; it is saved in `tokenizer_config.json`."""
+
+
+class HasSettings(Protocol):
+    """A tokenizer, as far as it has settings that are saved with it."""
+
+    init_kwargs: dict[str, Any]
+
+
+def thinks(tokenizer: HasSettings, asked: bool | None = None) -> bool:
+    """Return whether a model is to think before its reply: what is asked for, else as it was trained."""
+    return bool(tokenizer.init_kwargs.get(THINKING_SETTING, False)) if asked is None else asked
+
+
+def set_thinks(tokenizer: HasSettings, value: bool) -> None:
+    """Set what `thinks` returns where nothing is asked for; it is saved with the tokenizer."""
+    tokenizer.init_kwargs[THINKING_SETTING] = value

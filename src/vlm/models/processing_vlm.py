@@ -30,7 +30,7 @@ from .pixels import (
     make_views,
     normalise_pixels,
 )
-from .processing_messages import Message, break_spelled, images_in_conversation, join_spelled
+from .processing_messages import Message, break_spelled, images_in_conversation, join_spelled, thinks
 from .text_processing import bounded_template, encode_text, read_prepend_scheme, span_finder, special_token_pattern
 
 IMAGE_MODES = ("square", "pad")
@@ -372,7 +372,8 @@ class VLMProcessor(ProcessorMixin):
         template = kwargs.pop("chat_template", self.chat_template)
         if template and "strftime_now" in template:
             template = FIXED_CLOCK + template
-        settings = {"date_string": FIXED_DATE, "enable_thinking": False, "image_token": self.image_token, **kwargs}
+        kwargs["enable_thinking"] = thinks(self.tokenizer, kwargs.get("enable_thinking"))
+        settings = {"date_string": FIXED_DATE, "image_token": self.image_token, **kwargs}
         settings |= {"tokenize": False, "chat_template": template}
         with bounded_template():
             rendered = self.tokenizer.apply_chat_template(flat, *args, **settings)

@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 IGNORE_INDEX = -100
 """The label of a position that is not supervised."""
 
+LOSS_INPUTS = ("labels", "loss_weights")
+"""Inputs of a batch that its loss is computed with, and that no model reads here."""
+
 MAX_LOGITS = 2**26
 """The most logits of one chunk: 256 MiB in float32."""
 
@@ -137,8 +140,8 @@ class SupervisedScores:
         targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T)
         keep = targets != IGNORE_INDEX
         targets = targets[keep]
-        arguments = {"use_cache": False, **inputs, "logits_to_keep": keep}
-        del arguments["labels"]
+        read = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
+        arguments = {"use_cache": False, **read, "logits_to_keep": keep}
         vocabulary = self.model.config.get_text_config().vocab_size
         if self.in_head is None:
             self.prove(inputs)
@@ -186,7 +189,7 @@ class SupervisedScores:
             known.append(torch.linspace(-50, 50, logits.numel(), device=logits.device).to(logits.dtype)[None])
             return known[-1]
 
-        arguments = {name: value for name, value in inputs.items() if name != "labels"}
+        arguments = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
         keep = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         with self._computing_in_head(return_known):
             logits = self.model(**{"use_cache": False, **arguments, "logits_to_keep": keep}).logits

@@ -16,7 +16,7 @@ from vlm.data.batching.best_fit import PackSampler
 from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
 from vlm.data.batching.step_layout import get_rows
-from vlm.data.dataset import Skipped
+from vlm.data.dataset import LOSS_WEIGHTS, Skipped
 from vlm.data.processor import Processor
 from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
@@ -30,11 +30,12 @@ from vlm.train.random_state import with_own_generator
 from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packing import make_step_packing
-from vlm.train.step.step_packing import LOSS_WEIGHTS, StepPacking, StepSampler
+from vlm.train.step.step_packing import StepPacking, StepSampler, supervised_weights
 from vlm.train.stream_positions import StreamEpoch, StreamPositions
 
 NumItems = Tensor | int | None
-"""Supervised tokens of a step on all ranks; None: losses are averaged by micro-batch, each of them a batch."""
+"""Supervised tokens of a step on all ranks, each as often as its weight says; None: losses are averaged by micro-batch,
+each of them a batch."""
 
 
 class BatchTrainer(InterruptibleTrainer):
@@ -119,6 +120,7 @@ class BatchTrainer(InterruptibleTrainer):
             number = self.step_packing.finish_batches(batches)
         counts, refs = [], []
         for batch in chain.from_iterable(map(get_rows, batches)):
+            self._check_weights(batch)
             refs.append(batch.pop(SAMPLE_REFS, []))
             stats = batch.pop(BATCH_STATS, None) or BatchStats(samples=len(batch[self.objective.row_key]))
             counts.append((stats, *count_images(self.model, batch, stats)))
@@ -129,7 +131,25 @@ class BatchTrainer(InterruptibleTrainer):
         self.guard.begin_step(self.state.global_step + 1, refs)
         self.logged_loss.begin_step(self._tr_loss)
         # All records of a step may have been left out.
-        return batches, number.clamp(min=1) if isinstance(number, Tensor) else number
+        return batches, number.where(number > 0, 1) if isinstance(number, Tensor) else number
+
+    def _get_num_items_in_batch(self, batch_samples: list[Inputs], device: torch.device) -> NumItems:
+        """As usual; a supervised token whose reply has a weight counts as often as that says."""
+        is_text = bool(batch_samples) and isinstance(batch_samples[0].get("labels"), Tensor)
+        if not (self.model_accepts_loss_kwargs and is_text):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        number = torch.stack([supervised_weights(batch).sum() for batch in batch_samples]).sum().to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            number = self.accelerator.gather(number).sum()
+        return number
+
+    def _check_weights(self, batch: Inputs) -> None:
+        """Raise ValueError where replies have weights, which the objective does not take."""
+        if LOSS_WEIGHTS in batch and not self.objective.takes_loss_weights:
+            raise ValueError(
+                f"trainer.objective={self.options.objective}: it does not weigh losses (Objective.takes_loss_weights), "
+                "but turns of the records have a `weight` or `loss` other than 0 and 1; leave these out"
+            )
 
     def _prepare_inputs(self, inputs: Inputs) -> Inputs:
         """As usual, copied while the device computes; pixels are normalised there, if workers left that to it."""

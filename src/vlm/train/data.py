@@ -7,17 +7,22 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.assembly.language_models import max_positions
 from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
-from vlm.config.schema import DatasetConfig
+from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
 from vlm.data.blank_images import dummy_image, dummy_video
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
+from vlm.data.encoding.thinking import is_thinking_asked
 from vlm.data.holdout import split_off_eval
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample
 from vlm.data.stream import SampleStream, open_stream
+from vlm.models.processing_messages import THINKING_SETTING, set_thinks
 from vlm.train.arguments import sampler_seed
+
+NUM_PEEKED = 20
+"""Number of samples of a stream that tell whether its records have thinking."""
 
 
 def load_data(
@@ -59,6 +64,24 @@ def max_sample_length(config: DatasetConfig, model_config: PreTrainedConfig) -> 
             "the lengths of a stream are not known before; set dataset.max_length"
         )
     return min(config.max_length or positions, positions)
+
+
+def set_thinking(processor: Processor, settings: InferenceConfig, train: SampleDataset | SampleStream) -> None:
+    """Set whether the model is to think before its answers, which is saved with it: `inference.thinking`.
+
+    Where that is null, it is to think once it is trained on records with thinking; of a stream, the first ones tell.
+    """
+    if settings.thinking is not None:
+        set_thinks(processor.tokenizer, settings.thinking)
+        return
+    if isinstance(train, SampleStream):
+        encoder = train.sources[0].encoder
+        samples = first_samples(train, NUM_PEEKED) if THINKING_SETTING in (processor.chat_template or "") else []
+        has_thinking = any(is_thinking_asked(encoder.with_thinking(sample).turns) for sample in samples)
+    else:
+        has_thinking = train.has_thinking
+    if has_thinking:
+        set_thinks(processor.tokenizer, True)
 
 
 def make_collator(

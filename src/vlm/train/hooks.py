@@ -41,6 +41,7 @@ PRIVATE_HOOKS = (
         *("tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time"),
     ),
     PrivateName(TRAINER, "_run_epoch", "a run that is resumed at its last step trains no further one"),
+    _hook("_get_num_items_in_batch", "tokens count as often as their reply's weight says", "batch_samples", "device"),
     _hook("_defer_fsdp_gradient_reduction", "FSDP2 reduces gradients after each micro-batch"),
 )
 """The private methods, and an attribute. Whoever can do without one should."""

@@ -20,9 +20,10 @@ from vlm.config.schema import InferenceConfig, RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.labels import encode_prompt, render
 from vlm.data.encoding.prompts import prompt_turns
+from vlm.data.encoding.thinking import without_thinking
 from vlm.data.processor import Processor
 from vlm.data.records.positions import value_or_bad_sample
-from vlm.data.sample import BadSample, Sample, Turn
+from vlm.data.sample import BadSample, Sample, ToolCallTurn, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.data.vision.video import DecodedVideo
 from vlm.evaluation.loss import last_reply_text
@@ -48,7 +49,7 @@ def make_answer_metrics(
     settings = config.inference
     samples = _answerable_samples(data, processor, config.trainer.eval_metrics_samples, settings.max_new_tokens)
     prompts = [replace(sample, turns=prompt_turns(sample)) for sample in samples]
-    references = [list(sample.references) or [last_reply_text(sample)] for sample in samples]
+    references = [list(sample.references) or [without_thinking(last_reply_text(sample))] for sample in samples]
     size = args.per_device_eval_batch_size
 
     def compute(model: PreTrainedModel, on_batch: Callable[[], None]) -> dict[str, float]:
@@ -59,8 +60,10 @@ def make_answer_metrics(
         for start in tqdm(range(0, len(prompts), size), "answering", leave=False, disable=silent):
             batch = prompts[start : start + size]
             turns, media = [prompt.turns for prompt in batch], [open_media(prompt) for prompt in batch]
-            answers += generator.answer(turns, media, settings, synced_gpus=dist.is_initialized())
+            tools = [prompt.tools for prompt in batch]
+            answers += generator.answer(turns, media, settings, tools=tools, synced_gpus=dist.is_initialized())
             on_batch()
+        answers = list(map(without_thinking, answers))
         scores = compute_text_metrics(names, answers, references, intervals=False)
         return {name: score.value for name, score in scores.items() if score.value is not None}
 
@@ -78,11 +81,13 @@ def _answerable_samples(
         prompt = replace(sample, turns=prompt_turns(sample))
         if sample.turns[-1].role != "assistant" or not prompt.turns:
             return False
-        if not (sample.turns[-1].supervised or sample.references):  # no reply to hold an answer against
+        last = sample.turns[-1]
+        has_text = last.supervised and not isinstance(last, ToolCallTurn)  # templates write calls in many forms
+        if not (has_text or sample.references):  # no reply to hold an answer against
             return False
         needs_sizes = processor.needs_image_sizes
         sizes = media_sizes_from_opened(prompt.media, open_media(prompt), processor) if needs_sizes else []
-        ids = encode_prompt(processor, prompt.turns, sizes)
+        ids = encode_prompt(processor, prompt.turns, sizes, tools=prompt.tools)
         return bool(ids) and len(ids) + max_new_tokens <= longest
 
     answerable = filter(leaves_room, map(data.sample, range(len(data))))
@@ -104,7 +109,7 @@ def make_sample_generator(
     All ranks generate, since ZeRO-3 needs them; rank 0 writes. Samples of which a template leaves no prompt (`plain`,
     text only), whose images do not open, or which the processor refuses, are passed over.
     """
-    prompts, prompt_media, references = [], [], []
+    prompts, prompt_media, references, tools = [], [], [], []
     for sample in samples:
         replies = [index for index, turn in enumerate(sample.turns) if turn.role == "assistant"]
         turns = list(sample.turns[: replies[-1] if replies else 0])
@@ -112,6 +117,7 @@ def make_sample_generator(
         if media is not None and not isinstance(media, BadSample):
             prompts.append(turns)
             prompt_media.append(media)
+            tools.append(sample.tools)
             references.append(_join_text([sample.turns[replies[-1]]]))
 
     def generate(step: int) -> None:
@@ -122,7 +128,8 @@ def make_sample_generator(
         trainer.model.eval()
         generator = VisionLanguageModel(trainer.model, processor)
         with trainer.compute_loss_context_manager(), force_eager():
-            answers = generator.answer(prompts, prompt_media, settings, synced_gpus=dist.is_initialized())
+            synced = dist.is_initialized()
+            answers = generator.answer(prompts, prompt_media, settings, tools=tools, synced_gpus=synced)
         trainer.model.train(training)
         if trainer.args.process_index == 0:
             questions = [_join_text(turns[-1:]) for turns in prompts]
@@ -140,10 +147,10 @@ def _open_prompt(
     Raises:
         BadSample: one does not open, or the template or the processor refuses the prompt.
     """
-    if not render(processor, turns, sample.id, prompt=True).text:
+    if not sample.tools and not render(processor, turns, sample.id, prompt=True).text:
         return None
     media = open_media(sample)[: len(Sample(sample.id, tuple(turns)).media)]
-    prompt_inputs(processor, turns, media)
+    prompt_inputs(processor, turns, media, tools=sample.tools)
     return media
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from tests.tiny_parts import CHAT_TEMPLATES, byte_tokenizer
-from vlm.data.encoding.labels import Rendered, encode, render
+from vlm.data.encoding.labels import encode, render
+from vlm.data.encoding.markers import Rendered
 from vlm.data.encoding.renderer import Renderer, make_skeleton
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
 from vlm.data.sample import BadSample, ContentPart, ImageRef, Sample, Turn

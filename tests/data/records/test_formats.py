@@ -415,7 +415,7 @@ BAD_MESSAGES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "absent": (None, {}, "`messages` must be a list of at least one message"),
     "empty": ([], {}, "`messages` must be a list of at least one message"),
     "no message": (["hi"], {}, "message 1: role='hi'; allowed are system, user, assistant"),
-    "role": ([message("tool", "x")], {}, "message 1: role='tool'; allowed are system, user, assistant"),
+    "role": ([message("critic", "x")], {}, "message 1: role='critic'; allowed are system, user, assistant, tool"),
     "role of no string": ([message(["user"], "x")], {}, "message 1: role=['user']"),  # type: ignore[arg-type]
     "content": ([message("user", True)], {}, "message 1: `content` must be a string or a list of items"),
     "no content": ([message("user", "a"), {"role": "assistant"}], {}, "message 2: `content` must be"),
@@ -429,7 +429,7 @@ BAD_MESSAGES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty address": ([message("user", [{"type": "image_url", "image_url": None}])], {}, "`image_url` must be a path"),
     "the assistant shows": (
         [message("user", "a"), message("assistant", [{"type": "image", "image": "a.png"}])], {},
-        "message 2: only the user shows images, here it is the assistant",
+        "message 2: only the user and tools show images, here it is the assistant",
     ),
     "none left": ([message("user", [{"type": "image"}])], {}, "it shows more images than the 0 that it lists"),
     "no video left": ([message("user", [{"type": "video"}])], {}, "it shows more videos than the 0 that it lists"),

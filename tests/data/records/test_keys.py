@@ -56,6 +56,8 @@ REFUSED = {
 def test_a_key_that_changes_what_is_learned_is_refused_by_name(name: str, key: str, folder: Path):
     if (name, key) == ("alpaca", "history"):
         return  # the one form that reads it
+    if name in ("llava", "messages") and key in ("tools", "functions"):
+        return  # the two that read them
     record = {"id": 7, **RECORDS[name], key: REFUSED[key]}
     with pytest.raises(BadSample) as caught:
         FORMATS[name](record, folder)
@@ -87,14 +89,11 @@ def test_options_that_name_keys_are_read(folder: Path):
     record = {"photo": "a.png", "asked": "what?", "image": "z.png", "a": 1, "b": 2, "c": 3}
     options = {"image_key": "photo", "prompt_key": "asked", "label_key": ["a", "b"]}
     assert unread_keys(FORMATS["labelled"], record, options) == ["c"]
-    assert unread_keys(read_messages, {"chat": chat("a", name="x")}, {"key": "chat"}) == ["chat[].name"]
+    assert unread_keys(read_messages, {"chat": chat("a", mood="x")}, {"key": "chat"}) == ["chat[].mood"]
     assert unread_keys(lambda record, folder: None, record, {}) == [], "of a user's own reader nothing is known"
 
 
 TURNS = {
-    "tool_calls": [{"name": "f"}],
-    "function_call": {"name": "f"},
-    "reasoning_content": "hm",
     "refusal": "no",
     "audio": {"id": "x"},
     "images": ["a.png"],
@@ -156,10 +155,24 @@ def test_a_reply_may_be_left_out_of_what_is_learned(keys: dict[str, Any], folder
 
 
 BAD_WEIGHTS = {
-    "a share": ({"weight": 0.5}, r"message 2: weight=0.5; a reply is learned \(1, true\) or not \(0, false\)"),
+    "below zero": ({"weight": -0.5}, r"message 2: weight=-0.5; a reply is learned \(true\), or not \(0, false\), or"),
+    "no number": ({"weight": float("nan")}, "message 2: weight=nan; a reply is learned"),
+    "endless": ({"loss": float("inf")}, "message 2: loss=inf; a reply is learned"),
+    "two weights": ({"weight": 0.5, "loss": 2}, "message 2: weight=0.5, loss=2 contradict each other"),
     "a text": ({"loss": "false"}, "message 2: loss='false'; a reply is learned"),
     "both": ({"weight": 1, "loss": False}, "message 2: weight=1, loss=False contradict each other"),
 }
+
+
+@pytest.mark.parametrize("key", ["weight", "loss", "loss_scale", "train", "training"])
+@pytest.mark.parametrize("form", ["llava", "messages"])
+def test_a_reply_has_a_weight(form: str, key: str, folder: Path):
+    for value, learned, weight in ((0.5, True, 0.5), (2, True, 2.0), (True, True, 1.0), (0, False, 1.0)):
+        record = {"messages": chat("a", "b", **{key: value})}
+        if form == "llava":
+            record = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", key: value}]}
+        turn = FORMATS[form](record, folder).turns[1]
+        assert (turn.supervised, turn.weight) == (learned, weight)
 
 
 @pytest.mark.parametrize("name", BAD_WEIGHTS)

@@ -58,8 +58,10 @@ def videos_of(value: Any, folder: Path) -> tuple[Any, ...]:
 
 
 def test_videos_are_named_by_paths(folder: Path):
-    assert videos_of(["a.png", {"path": "deep/b.png"}], folder) == (
-        VideoRef(folder / "a.png"), VideoRef(folder / "deep/b.png"),
+    for name in ("a.mp4", "deep/b.mp4"):
+        (folder / name).write_bytes(b"")
+    assert videos_of(["a.mp4", {"path": "deep/b.mp4"}], folder) == (
+        VideoRef(folder / "a.mp4"), VideoRef(folder / "deep/b.mp4"),
     )  # fmt: skip
     assert videos_of(None, folder) == ()
 

@@ -162,7 +162,7 @@ def test_what_is_not_learned_is_left_out_as_in_training(folder: Path):
         return {"id": "1", "conversations": [{"from": who, "value": text, **more} for who, text, more in turns], **keys}
 
     asked, bad, good = ("human", "a?", {}), ("gpt", "no", {"weight": 0}), ("gpt", "yes", {})
-    rows = [record(asked, bad), record(good, asked, good), record(asked), record(asked, good, tools=[{"name": "f"}])]
+    rows = [record(asked, bad), record(good, asked, good), record(asked), record(asked, good, audio="a.wav")]
     assert cleaned(folder, rows, format="llava").dropped == {"refused": 2, "silent": 2}
     kept = [record(asked, bad, asked, good), record(asked, ("gpt", "no", {}), asked, good), record(asked, label=1)]
     write(folder, kept)

@@ -47,14 +47,14 @@ def test_records_of_these_numbers_and_what_is_wrong_with_them(words, capsys):
 
 def test_what_is_not_learned_of_a_record_is_told(words, tmp_path: Path, capsys):
     asked, bad = {"from": "human", "value": "what?"}, {"from": "gpt", "value": "bad reply", "weight": 0}
-    good = {"from": "gpt", "value": "good reply", "name": "x"}
+    good = {"from": "gpt", "value": "good reply", "mood": "x"}
     rows = [
         {"id": "a", "conversations": [asked, bad, asked, good], "dataset": "web"},
         {"id": "b", "conversations": [asked, good, asked, {"from": "gpt", "value": " "}], "url": ""},
         {"id": "c", "conversations": [asked, {"from": "gpt", "value": ""}]},
         {"id": "d", "conversations": [good, asked, good]},
         {"id": "e", "conversations": [asked, bad]},
-        {"id": "f", "conversations": [asked, good], "tools": "[{}]"},
+        {"id": "f", "conversations": [asked, good], "audio": "a.wav"},
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     words = [*words[:-1], f"dataset.path={tmp_path / 'rows.json'}"]
@@ -64,19 +64,19 @@ def test_what_is_not_learned_of_a_record_is_told(words, tmp_path: Path, capsys):
     assert "【bad reply" not in said
     assert said.count("【good reply") == 2
     assert said.count("replies that are not learned: 1") == 2
-    assert "keys that are not read: dataset, conversations[].name" in said
-    assert said.count("keys that are not read: conversations[].name") == 2
-    assert "keys that are not read: tools, conversations[].name" in said
-    reasons = ["its replies are blank", "it begins with the assistant", "weight 0 or loss false", "`tools` is not read"]
+    assert "keys that are not read: dataset, conversations[].mood" in said
+    assert said.count("keys that are not read: conversations[].mood") == 2
+    assert "keys that are not read: audio, conversations[].mood" in said
+    reasons = ["its replies are blank", "it begins with the assistant", "weight 0 or loss false", "`audio` is not read"]
     for reason in reasons:
         assert reason in said
-    assert "keys that are not read: dataset, conversations[].name" in (tmp_path / "page.html").read_text()
+    assert "keys that are not read: dataset, conversations[].mood" in (tmp_path / "page.html").read_text()
     main(["data", "stats", *words])
     said = " ".join(capsys.readouterr().out.split())
     assert "usable 2 " in said
     assert "replies 2 " in said
     assert "replies that are not learned (blank, weight 0, loss false) 4 " in said
-    assert "keys that are not read: 4 conversations[].name 1 dataset 1 tools" in said
+    assert "keys that are not read: 4 conversations[].mood 1 dataset 1 audio" in said
     assert all(reason in said for reason in reasons)
 
 
@@ -128,3 +128,14 @@ def test_an_unknown_tool_is_refused_and_all_are_listed(capsys):
     with pytest.raises(SystemExit, match="vlm data shoe: no such tool"):
         main(["data", "shoe"])
     assert "download" in capsys.readouterr().out
+
+
+def test_what_a_record_has_beside_texts_and_images_is_named():
+    call = ToolCallTurn("assistant", ("",), weight=2.0, tool_calls=({"function": {"name": "f", "arguments": {}}},))
+    frames = VideoRef(Path("0.png"), frames=(ImageRef(Path("0.png"), is_extracted=True),))
+    turns = (Turn("user", (frames, "?")), call, ToolResultTurn("tool", ("a",)), Turn("assistant", ("b",), thinking="c"))
+    assert describe_features(Sample("x", turns, references=("b", "c"), tools=({},))) == [
+        "tools", "calls of tools", "results of tools", "thinking", "weights of replies", "several references",
+        "videos of extracted frames",
+    ]  # fmt: skip
+    assert describe_features(Sample("x", (Turn("user", ("?",)), Turn("assistant", ("b",))))) == []

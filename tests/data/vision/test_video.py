@@ -13,14 +13,13 @@ from PIL import Image
 from vlm.data.sample import BadSample, ImageRef, Sample, Turn, VideoRef
 from vlm.data.vision import images as pictures
 from vlm.data.vision import video
+from vlm.data.vision.frames import sample_clip, sample_frame_refs
 from vlm.data.vision.images import open_image, open_media
 from vlm.data.vision.video import (
     DEMUXERS,
     make_timeline,
     num_frames,
     read_frames,
-    sample_clip,
-    sample_frame_refs,
     spread_frames,
 )
 
@@ -71,13 +70,13 @@ SPREAD = {1: [10], 2: [5, 15], 3: [3, 10, 16], 4: [2, 7, 12, 17], 20: list(range
 
 @pytest.mark.parametrize("most", SPREAD)
 def test_frames_are_spread_evenly(folder: Path, most: int):
-    found = sample_frame_refs(folder / "a.mp4", most, "7")
+    found = sample_frame_refs(VideoRef(folder / "a.mp4"), most, "7")
     assert found == tuple(ImageRef(folder / "a.mp4", frame=frame) for frame in SPREAD[most])
     assert numbers(read_frames(folder / "a.mp4", SPREAD[most], "7")) == SPREAD[most]
 
 
 def test_a_short_video_gives_all_that_it_has(folder: Path):
-    assert [picture.frame for picture in sample_frame_refs(folder / "short.mp4", 8, "7")] == [0, 1, 2]
+    assert [picture.frame for picture in sample_frame_refs(VideoRef(folder / "short.mp4"), 8, "7")] == [0, 1, 2]
 
 
 def test_frames_come_in_the_order_in_which_they_are_asked_for(folder: Path):
@@ -95,7 +94,7 @@ def test_a_sample_opens_each_video_once(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(pictures, "read_frames", read)
     Image.new("RGB", (8, 8), (4 * STEP,) * 3).save(folder / "p.png")
     turn = Turn("user", (VideoRef(folder / "a.mp4"), "?", ImageRef(folder / "p.png"), VideoRef(folder / "short.mp4")))
-    sample = Sample("7", (turn,)).with_videos(lambda video: sample_frame_refs(video.path, 2, "7"))
+    sample = Sample("7", (turn,)).with_videos(lambda video: sample_frame_refs(video, 2, "7"))
     assert numbers(open_media(sample)) == [5, 15, 4, 0, 2]
     assert asked == [("a.mp4", [5, 15]), ("short.mp4", [0, 2])]
 
@@ -114,7 +113,7 @@ def test_frames_before_the_start_of_a_cut_video_do_not_count(folder: Path):
                 packet.stream, packet.pts, packet.dts = target, packet.pts - shift, packet.dts - shift
                 cut.mux(packet)
     assert num_frames(folder / "cut.mp4", "7") == 13
-    frames = [picture.frame for picture in sample_frame_refs(folder / "cut.mp4", 99, "7")]
+    frames = [picture.frame for picture in sample_frame_refs(VideoRef(folder / "cut.mp4"), 99, "7")]
     assert numbers(read_frames(folder / "cut.mp4", [frame for frame in frames if frame is not None], "7")) == [
         *range(7, 20)
     ]
@@ -142,12 +141,12 @@ def write_timed_video(path: Path, milliseconds: Sequence[int], rate: int = 1000)
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
 def test_frames_of_a_variable_rate_are_spread_in_time_and_have_their_own_times(tmp_path: Path, name: str):
     path = write_timed_video(tmp_path / name, VARIABLE)
-    clip = sample_clip(path, 8, "7")
+    clip = sample_clip(VideoRef(path), 8, "7")
     assert clip.times == tuple(VARIABLE[frame] / 1000 for frame in clip.frames)
     assert len(set(clip.frames)) == 8
     gaps = np.diff(clip.times or ())
     assert 0.4 <= gaps.min() <= gaps.max() <= 2.0
-    assert tuple(ref.frame for ref in sample_frame_refs(path, 8, "7")) == clip.frames
+    assert tuple(ref.frame for ref in sample_frame_refs(VideoRef(path), 8, "7")) == clip.frames
     assert numbers(read_frames(path, clip.frames, "7")) == list(clip.frames)
     assert clip.total_frames / clip.fps == pytest.approx(10, abs=1)
 
@@ -155,7 +154,7 @@ def test_frames_of_a_variable_rate_are_spread_in_time_and_have_their_own_times(t
 @pytest.mark.parametrize("milliseconds", [range(0, 990, 33), [round(n * 1001 / 30) for n in range(40)]])
 def test_a_constant_rate_is_that_of_the_stamps_whatever_the_file_states(tmp_path: Path, milliseconds: Sequence[int]):
     """As recorders write Matroska: a rate of 1000, and stamps that are rounded to milliseconds."""
-    clip = sample_clip(write_timed_video(tmp_path / "a.mkv", milliseconds), 4, "7")
+    clip = sample_clip(VideoRef(write_timed_video(tmp_path / "a.mkv", milliseconds)), 4, "7")
     number = len(milliseconds)
     assert (clip.times, clip.frames) == (None, spread_frames(number, 4))
     assert clip.fps == pytest.approx(1000 * (number - 1) / milliseconds[-1])
@@ -213,7 +212,7 @@ def test_a_file_that_is_no_whole_video_is_told_with_its_record(folder: Path, tmp
     content, said = BAD[name]
     if name != "missing.mp4":
         (tmp_path / name).write_bytes(content(folder))
-    for read in (lambda path: sample_frame_refs(path, 4, "7"), lambda path: read_frames(path, [0], "7")):
+    for read in (lambda path: sample_frame_refs(VideoRef(path), 4, "7"), lambda path: read_frames(path, [0], "7")):
         with pytest.raises(BadSample) as caught:
             read(tmp_path / name)
         assert said in caught.value.reason

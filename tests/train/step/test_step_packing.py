@@ -20,7 +20,8 @@ from vlm.checks.packing import packing_problems
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.samplers import ModalityLengthSampler
 from vlm.data.batching.step_layout import MICRO_BATCH, MORE_ROWS
-from vlm.train.step.step_packing import LOSS_WEIGHTS, StepPacking, StepSampler, sample_costs, weigh_losses
+from vlm.data.dataset import LOSS_WEIGHTS
+from vlm.train.step.step_packing import StepPacking, StepSampler, sample_costs, weigh_losses
 
 # The samples of a step
 

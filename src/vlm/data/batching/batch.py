@@ -54,7 +54,8 @@ class Batch(BatchInputs, total=False):
         micro_batch: `(1, tokens)`, of packed steps: the micro-batch of each token's sample; the training loop takes
             it out.
         more_rows: further packed rows of the same accumulation step; the training loop takes them out.
-        loss_weights: `(1, tokens)`, of packed steps whose micro-batches are averaged: the factor of each label's loss.
+        loss_weights: `(rows, tokens)`, the factor of each label's loss: where replies have weights, and of packed steps
+            whose micro-batches are averaged.
     """
 
     labels: Required[Tensor]

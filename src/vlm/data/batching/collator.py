@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.stats import BATCH_STATS, compute_batch_stats
-from vlm.data.dataset import SAMPLE_REF, Skipped
+from vlm.data.dataset import LOSS_WEIGHTS, SAMPLE_REF, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import Processor, SampleInputs
 
@@ -49,7 +49,7 @@ class Collator:
         video_dummy: a video, where images and videos are encoded separately and there are several ranks: every batch
             then has both. None where an image or a video will do.
         rows: image inputs with one row for each sample; the others are concatenated.
-        tokens: inputs with one value for each token.
+        tokens: inputs with one value for each token, besides the weights of losses.
         dims: image input -> the dimension along which it is concatenated, where that is not the first one.
         left: whether rows are padded on the left, as generation needs them.
         with_stats: whether batches have `BatchStats` under `BATCH_STATS`, for the training loop to take out.
@@ -94,6 +94,7 @@ class Collator:
         items = items or [{"input_ids": [self.pad_token_id], "labels": [IGNORE_INDEX]}]
         for item in items:
             item["attention_mask"] = [1] * len(item["input_ids"])
+        weights = [item.pop(LOSS_WEIGHTS, None) for item in items]
         for dummy in self._missing_dummies(_input_names(items) - {*self.tokens}):
             shortest = min(items, key=lambda item: len(item["input_ids"]))
             _append_dummy(shortest, *dummy, self.tokens)
@@ -106,6 +107,8 @@ class Collator:
             batch[name] = torch.stack([self._pad(row, longest, fill) for row in rows])
         for name in _input_names(items):
             batch[name] = self._collate_input(name, [item.get(name) for item in items], longest)
+        if any(weight is not None for weight in weights):
+            batch[LOSS_WEIGHTS] = self._collate_weights(weights, items, longest)
         if index is not None:
             batch[IMAGE_INDEX] = index
         if skipped:
@@ -148,6 +151,14 @@ class Collator:
         missing = longest - len(value)
         ends = (missing, 0) if self.left else (0, missing)
         return pad(value, (*[0, 0] * (value.ndim - 1), *ends), value=fill)
+
+    def _collate_weights(self, weights: Sequence[Tensor | None], items: Sequence[SampleInputs], longest: int) -> Tensor:
+        """Return the weights of the losses of all rows, 1 where a sample has none: `(rows, tokens)`."""
+        rows = []
+        for weight, item in zip(weights, items, strict=True):
+            ones = torch.ones(len(item["input_ids"]) - (0 if weight is None else len(weight)))  # those of a dummy
+            rows.append(self._pad(ones if weight is None else torch.cat([weight, ones]), longest, 1))
+        return torch.stack(rows)
 
     def _collate_input(self, name: str, values: list[Tensor | None], longest: int) -> Tensor:
         """Collate one input of all rows; None for rows without it."""

@@ -13,7 +13,7 @@ import torch
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.stats import BATCH_STATS
-from vlm.data.dataset import Skipped
+from vlm.data.dataset import LOSS_WEIGHTS, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import SampleInputs
 
@@ -55,7 +55,7 @@ class PackingCollator:
         rows = zip(mask.sum(1).tolist(), (filled & ~mask).sum(1).tolist(), strict=True)
         lengths = [length for lengths in rows for length in lengths if length]
         starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-        token_inputs = ("input_ids", "labels", *self.collate.tokens)
+        token_inputs = ("input_ids", "labels", LOSS_WEIGHTS, *self.collate.tokens)
         batch |= {name: batch[name][filled][None] for name in token_inputs if name in batch}
         for name in self.collate.rows:
             if name in batch:

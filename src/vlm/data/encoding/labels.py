@@ -6,56 +6,46 @@ template (dropping thinking blocks, moving system turns, trimming text) can shif
 tokenised once, and a label is the id where a token lies in the span of a reply or of its end.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import count, pairwise
 from operator import itemgetter
 from pathlib import Path
 
+from vlm.data.encoding.markers import (
+    MARKERS,
+    MarkedText,
+    Rendered,
+    Span,
+    add_markers,
+    reply_end,
+    strip_markers,
+)
 from vlm.data.encoding.processor_errors import processor_errors
+from vlm.data.encoding.whole_turns import needs_whole_turns, render_whole_turns
 from vlm.data.processor import Processor
 from vlm.data.sample import HALF_PAIR, BadSample, Clip, MediaSize, OverLong, Sample, Turn, has_surrogate
 
 IGNORE_INDEX = -100
 """The label of a token that is not supervised."""
-MARKERS = OPEN, NUMBERED, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
-"""Unicode noncharacters that are put around the texts of turns while a template renders them."""
-MARKER_PATTERN = re.compile(f"(?:([{OPEN}{CLOSE}])([0-9]+))?{NUMBERED}")
-THINKING_END = "</think>"
-WHITE_SPACE = re.compile(r"\s*")
-
 Tool = Mapping[str, object]
 """A tool that a model may call, as chat templates read it: a JSON object."""
-
-Span = tuple[int, int]
-"""Where a text begins and ends, in characters."""
-MarkedText = tuple[str, dict[int, Span]]
-"""A rendered conversation without its markers, and the span of each numbered text."""
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A rendered conversation.
-
-    Attributes:
-        text: the conversation as the template writes it.
-        spoken: the spans of the texts of all turns, in order.
-        replies: the spans of the assistant's texts that are learned, in order.
-    """
-
-    text: str
-    spoken: list[Span]
-    replies: list[Span]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ids and labels of one sample, both of length `tokens`."""
+    """Ids and labels of one sample, both of length `tokens`.
+
+    Attributes:
+        input_ids: the ids.
+        labels: the id at each token that is supervised, -100 elsewhere.
+        weights: how much the loss of each label counts; None where all count 1.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    weights: list[float] | None = None
 
 
 def get_media_token_ids(processor: Processor) -> list[int]:
@@ -85,7 +75,7 @@ def render(
         BadSample: the template refuses the turns, or drops a reply.
     """
     texts = [(turn.role, part) for turn in turns for part in turn.content if isinstance(part, str)]
-    learned = [turn.supervised for turn in turns for part in turn.content if isinstance(part, str)]
+    learned = [turn for turn in turns for part in turn.content if isinstance(part, str)]
     if any(marker in part for _, part in texts for marker in MARKERS):
         raise BadSample(sample_id, "contains one of the Unicode noncharacters U+FDD0 to U+FDD2")
     text, spans = _render_with_markers(processor, turns, sample_id, prompt, tools)
@@ -94,23 +84,25 @@ def render(
         without_blanks = [_strip_reply(turn) for turn in turns]
         stripped = _render_with_markers(processor, without_blanks, sample_id, prompt, tools)
         whitespace = _kept_whitespace((text, spans), stripped)
-    replies = []
+    replies, weights = [], []
     for number, (role, part) in enumerate(texts):
         if role == "assistant":
             if number not in spans:
                 raise BadSample(sample_id, f"its template drops the reply {part[:60]!r}")
             own = len(part) - len(part.lstrip()), len(part) - len(part.rstrip())  # not that of the reply beside it
             before, after = map(min, own, whitespace.get(number, (0, 0)))
-            if learned[number]:
+            if learned[number].supervised:
                 replies.append((spans[number][0] - before, spans[number][1] + after))
-    return Rendered(text, sorted(spans.values()), replies)
+                weights.append(learned[number].weight)
+    is_weighted = any(weight != 1 for weight in weights)
+    return Rendered(text, sorted(spans.values()), replies, tuple(weights) if is_weighted else ())
 
 
 def _render_with_markers(
     processor: Processor, turns: Sequence[Turn], sample_id: str, prompt: bool, tools: Sequence[Tool]
 ) -> MarkedText:
     """Render with markers around each text, and take them out."""
-    return _strip_markers(render_marked(processor, turns, sample_id, prompt=prompt, tools=tools))
+    return strip_markers(render_marked(processor, turns, sample_id, prompt=prompt, tools=tools))
 
 
 def render_marked(
@@ -124,48 +116,14 @@ def render_marked(
     numbers, tokens = count(), (processor.image_token, processor.video_token)
     messages = []
     for turn in turns:
-        parts = tuple(_add_markers(p, next(numbers), tokens) if isinstance(p, str) else p for p in turn.content)
+        parts = tuple(add_markers(p, next(numbers), tokens) if isinstance(p, str) else p for p in turn.content)
         messages.append(replace(turn, content=parts).as_message(*tokens))
+    options = {"tools": list(tools)} if tools else {}
     with processor_errors("its template", sample_id):
-        if tools:
-            return processor.apply_chat_template(messages, add_generation_prompt=prompt, tools=list(tools))
-        return processor.apply_chat_template(messages, add_generation_prompt=prompt)
-
-
-def _add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
-    """Put markers around a text, and one more behind its thinking, which some templates drop.
-
-    White space at the ends stays outside, where a template may trim it. A token of an image or video that a user
-    spelled is broken up by a marker, so that a template does not take it for an image or video.
-    """
-    core, start = part.strip(), len(part) - len(part.lstrip())
-    opened, closed = f"{OPEN}{number}{NUMBERED}", f"{CLOSE}{number}{NUMBERED}"
-    text = core
-    if (end := core.rfind(THINKING_END)) >= 0:
-        behind = end_of_blanks(core, end + len(THINKING_END))
-        text = f"{core[:behind]}{opened}{core[behind:]}"
-    for token in tokens:
-        if token is not None:
-            text = text.replace(token, f"{token[0]}{NUMBERED}{token[1:]}")
-    return f"{part[:start]}{opened}{text}{closed}{part[start + len(core) :]}"
-
-
-def _strip_markers(marked: str) -> MarkedText:
-    """Return the text without markers, and the span that each numbered pair of markers encloses."""
-    pieces: list[str] = []
-    length = position = 0
-    opened: dict[int, int] = {}
-    spans: dict[int, Span] = {}
-    for match in MARKER_PATTERN.finditer(marked):
-        pieces.append(marked[position : match.start()])
-        length += match.start() - position
-        position = match.end()
-        number = int(match[2] or -1)
-        if match[1] == OPEN:
-            opened.setdefault(number, length)
-        elif number in opened:
-            spans[number] = (opened[number], length)
-    return "".join([*pieces, marked[position:]]), spans
+        thinking = None if prompt else False  # a prompt has the processor's own setting
+        return processor.apply_chat_template(
+            messages, add_generation_prompt=prompt, enable_thinking=thinking, **options
+        )
 
 
 def _strip_reply(turn: Turn) -> Turn:
@@ -196,24 +154,6 @@ def _span_gaps(text: str, spans: dict[int, Span]) -> dict[int, tuple[int, int]]:
     return {number: around for (number, _), around in zip(order, pairwise(gaps), strict=True)}
 
 
-def reply_end(processor: Processor, text: str, end: int) -> int:
-    """Return the end of a reply's last token: behind the special token that follows it, else behind white space.
-
-    Raises:
-        ValueError: neither follows; the template needs a token that the tokenizer does not know.
-    """
-    behind_blanks = end_of_blanks(text, end)
-    for start in (end, behind_blanks):
-        if match := processor.special_tokens.match(text, start):
-            return match.end()
-    if behind_blanks == end:
-        raise ValueError(
-            f"the template ends a reply with {text[end : end + 20]!r}, which is no special token of the tokenizer. "
-            "Choose the template that the language model was trained with (dataset.template=tokenizer)."
-        )
-    return behind_blanks
-
-
 def reply_ending(processor: Processor) -> str:
     """Return what the chat template writes behind a reply, without blanks before it: a special token or white space.
 
@@ -225,33 +165,42 @@ def reply_ending(processor: Processor) -> str:
     return rendered.text[end : reply_end(processor, rendered.text, end)].lstrip(" ")
 
 
-def end_of_blanks(text: str, start: int) -> int:
-    """Return where the white space ends that begins at a place of a text."""
-    match = WHITE_SPACE.match(text, start)
-    assert match is not None
-    return match.end()
-
-
 Labeller = Callable[[Processor, Rendered, Sequence[int], Sequence[Span]], list[int]]
 """Makes labels, `(tokens,)`, of a rendered conversation, its ids and the span of characters that each id comes from."""
 
 
 def label_replies(processor: Processor, rendered: Rendered, ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
     """Return the id within replies and their ends, -100 elsewhere."""
+    labels = [IGNORE_INDEX] * len(ids)
+    for position, _ in _iter_reply_tokens(processor, rendered, spans):
+        labels[position] = ids[position]
+    return labels
+
+
+def _iter_reply_tokens(processor: Processor, rendered: Rendered, spans: Sequence[Span]) -> Iterator[tuple[int, int]]:
+    """Yield the place of each token of a reply or of its end, with the number of the reply."""
     text = rendered.text
     # A reply begins at the blank before it, without which prompts end (`ASSISTANT:`).
     supervised = [
         (start - text.endswith(" ", 0, start), reply_end(processor, text, end)) for start, end in rendered.replies
     ]
-    labels = [IGNORE_INDEX] * len(ids)
-    remaining = iter([*supervised, (len(text) + 1,) * 2])
-    start, stop = next(remaining)
+    remaining = enumerate([*supervised, (len(text) + 1,) * 2])
+    number, (start, stop) = next(remaining)
     for position, (a, b) in enumerate(spans):
         while a >= stop:
-            start, stop = next(remaining)
+            number, (start, stop) = next(remaining)
         if b > start and a < stop:
-            labels[position] = ids[position]
-    return labels
+            yield position, number
+
+
+def weigh_labels(processor: Processor, rendered: Rendered, spans: Sequence[Span]) -> list[float] | None:
+    """Return the weight of each token's loss, that of its reply and 1 elsewhere; None where all are 1."""
+    if not rendered.weights:
+        return None
+    weights = [1.0] * len(spans)
+    for position, number in _iter_reply_tokens(processor, rendered, spans):
+        weights[position] = rendered.weights[number]
+    return weights
 
 
 def encode(
@@ -260,10 +209,13 @@ def encode(
     sizes: Sequence[MediaSize] = (),
     label: Labeller = label_replies,
     render: Callable[[Processor, Sequence[Turn], str], Rendered] = render,
+    *,
+    keep_thinking: bool = False,
 ) -> Encoded:
     """Return the ids of a whole conversation, and its labels, which `label` makes; `render` renders it.
 
-    A reply that is not `supervised` has no labels.
+    A reply that is not `supervised` has no labels. Conversations with tools or thinking are rendered by `whole_turns`;
+    with `keep_thinking`, a template that drops thinking of a learned reply is refused.
 
     Sizes are those of its images and videos, where the processor needs them (`vision.images.media_sizes_from_opened`).
 
@@ -272,12 +224,15 @@ def encode(
     """
     if problem := sample.reply_problem:
         raise BadSample(sample.id, problem)
-    rendered = render(processor, sample.turns, sample.id)
+    if needs_whole_turns(sample.turns, sample.tools):
+        rendered = render_whole_turns(processor, sample, keep=keep_thinking)
+    else:
+        rendered = render(processor, sample.turns, sample.id)
     ids, spans = tokenize(processor, rendered, sample, sizes)
     labels = label(processor, rendered, ids, spans)
     if labels.count(IGNORE_INDEX) == len(labels):
         raise BadSample(sample.id, "no supervised token")
-    return Encoded(ids, labels)
+    return Encoded(ids, labels, weigh_labels(processor, rendered, spans))
 
 
 def encode_prompt(
@@ -285,8 +240,12 @@ def encode_prompt(
     tools: Sequence[Tool] = (),
 ) -> list[int]:  # fmt: skip
     """Return the ids of a conversation that waits for an answer; `tools` are those that the model may call."""
-    rendered = render(processor, turns, sample_id, prompt=True, tools=tools)
-    return tokenize(processor, rendered, Sample(sample_id, tuple(turns)), sizes)[0]
+    sample = Sample(sample_id, tuple(turns), tools=tuple(map(dict, tools)))
+    if needs_whole_turns(turns, tools):
+        rendered = render_whole_turns(processor, sample, prompt=True)
+    else:
+        rendered = render(processor, turns, sample_id, prompt=True)
+    return tokenize(processor, rendered, sample, sizes)[0]
 
 
 def tokenize(
@@ -330,7 +289,7 @@ def limit_length(
     if not truncate:
         limit = f"at most {longest} are allowed (dataset.max_length, or the language model's positions)"
         raise OverLong(sample_id, f"{length} tokens, {limit}{hint}")
-    cut = Encoded(encoded.input_ids[:longest], encoded.labels[:longest])
+    cut = Encoded(encoded.input_ids[:longest], encoded.labels[:longest], encoded.weights and encoded.weights[:longest])
     if not set(media).isdisjoint(encoded.input_ids[longest:]):
         raise OverLong(sample_id, f"{length} tokens: cutting it to {longest} would cut an image{hint}")
     if cut.labels.count(IGNORE_INDEX) == longest:
@@ -338,4 +297,6 @@ def limit_length(
     while cut.labels[-1] == IGNORE_INDEX and cut.input_ids[-1] not in media:
         cut.input_ids.pop()
         cut.labels.pop()
+        if cut.weights is not None:
+            cut.weights.pop()
     return cut

@@ -8,6 +8,7 @@ from typing import ClassVar
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode, encode_prompt
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import BadSample, MediaSize, Sample, Turn
+from vlm.models.processing_messages import thinks
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,20 @@ class PromptEncoder(SampleEncoder):
             BadSample: the template refuses the prompt or leaves nothing of it, or renders it otherwise once it is
                 answered.
         """
+        sample = self.with_thinking(sample)
         turns = prompt_turns(sample)
         if not turns:
             raise BadSample(sample.id, "nothing stands before its reply")
-        prompt = encode_prompt(self.processor, turns, sizes, sample.id)
+        prompt = encode_prompt(self.processor, turns, sizes, sample.id, sample.tools)
         if not prompt:
             raise BadSample(sample.id, "its template leaves nothing of its prompt")
         last = sample.turns[-1]
         if not self.answers or last.role != "assistant" or not last.supervised:
             return Encoded([*prompt, *self.suffix], [IGNORE_INDEX] * (len(prompt) + len(self.suffix)))
+        if any(turn.weight != 1 for turn in sample.replies):
+            raise BadSample(
+                sample.id, "a reply has a weight; beside a prediction head replies are learned or not (0, 1)"
+            )
         whole = encode(self.processor, sample, sizes)
         length = len(prompt)
         # A head reads the end of the prompt: the reply must be supervised from its first token on.
@@ -82,7 +88,7 @@ class PromptEncoder(SampleEncoder):
     @property
     def fingerprint_fields(self) -> tuple[object, ...]:
         """The settings that ids and labels depend on, besides the processor."""
-        return (*super().fingerprint_fields, self.suffix, self.answers)
+        return (*super().fingerprint_fields, self.suffix, self.answers, thinks(self.processor.tokenizer))
 
 
 def prompt_turns(sample: Sample) -> tuple[Turn, ...]:

@@ -8,17 +8,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vlm.data.encoding.labels import (
-    CLOSE,
-    MARKER_PATTERN,
-    MARKERS,
-    OPEN,
-    THINKING_END,
-    Rendered,
-    Span,
-    render,
-    render_marked,
-)
+from vlm.data.encoding.labels import render, render_marked
+from vlm.data.encoding.markers import CLOSE, MARKER_PATTERN, MARKERS, OPEN, THINKING_END, Rendered, Span
 from vlm.data.encoding.template_analysis import copied_unless
 from vlm.data.processor import Processor
 from vlm.data.sample import ImageRef, Turn
@@ -27,7 +18,8 @@ MAX_STRUCTURES = 4096
 """The most structures whose rendering is kept."""
 
 Structure = tuple[object, ...]
-"""The template; of each turn, the role, whether it is learned, and its parts: blanks around texts, None for images."""
+"""The template; of each turn, its role, whether it is learned, its weight, and its parts: blanks around texts, None for
+images."""
 
 
 @dataclass
@@ -38,12 +30,14 @@ class Skeleton:
         literals: what the template writes before, between and behind the texts.
         order: the numbers of the texts, as they follow one another; one may be left out.
         replies: of each reply that is learned, the number of its text, and how many blanks before and behind it has.
+        weights: as those of `Rendered`.
         is_confirmed: whether it gave the same as a full rendering of a second conversation.
     """
 
     literals: list[str]
     order: list[int]
     replies: list[tuple[int, int, int]]
+    weights: tuple[float, ...] = ()
     is_confirmed: bool = False
 
     def fill(self, texts: Sequence[str]) -> Rendered:
@@ -58,7 +52,7 @@ class Skeleton:
             pieces += (text, literal)
             position = end + len(literal)
         replies = [(spans[number][0] - before, spans[number][1] + after) for number, before, after in self.replies]
-        return Rendered("".join(pieces), list(spans.values()), replies)
+        return Rendered("".join(pieces), list(spans.values()), replies, self.weights)
 
 
 class Renderer:
@@ -103,7 +97,7 @@ class Renderer:
         texts: list[str] = []
         structure: list[object] = [template]
         for turn in turns:
-            structure += (turn.role, turn.supervised)
+            structure += (turn.role, turn.supervised, turn.weight)
             for part in turn.content:
                 if isinstance(part, str):
                     text = part.strip()
@@ -154,7 +148,7 @@ def make_skeleton(marked: str, texts: Sequence[str], rendered: Rendered) -> Skel
         order.append(number)
         seen.add(number)
         position = closed.end()
-    skeleton = Skeleton([*literals, marked[position:]], order, [])
+    skeleton = Skeleton([*literals, marked[position:]], order, [], rendered.weights)
     spans = skeleton.fill(texts).spoken
     for start, end in rendered.replies:
         place = bisect_left(spans, (start, 0))  # of the first text from there on

@@ -13,6 +13,7 @@ from vlm.data.cache import json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX, SMALLER_IMAGES, Encoded, encode, get_media_token_ids, limit_length
 from vlm.data.encoding.renderer import Renderer
 from vlm.data.encoding.supervision import SUPERVISIONS
+from vlm.data.encoding.thinking import drop_thinking
 from vlm.data.processor import Processor
 from vlm.data.sample import MediaSize, Sample
 
@@ -29,6 +30,7 @@ class SampleEncoder:
         longest: the largest number of tokens of a sample; `NO_LIMIT` for any.
         truncate: whether a longer sample is cut at its end, instead of being refused.
         supervise: which tokens are supervised, `dataset.supervise`.
+        thinking: what becomes of the thinking of replies, `dataset.thinking`.
     """
 
     encodes_labels: ClassVar[bool] = False
@@ -38,6 +40,7 @@ class SampleEncoder:
     longest: int
     truncate: bool
     supervise: str = "replies"
+    thinking: str = "template"
 
     def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Return the ids and labels of a sample; `sizes` of its images, where the processor needs them.
@@ -56,7 +59,13 @@ class SampleEncoder:
         Raises:
             BadSample: it cannot be used.
         """
-        return encode(self.processor, sample, sizes, SUPERVISIONS[self.supervise], self._renderer)
+        sample = self.with_thinking(sample)
+        keep = self.thinking == "keep"
+        return encode(self.processor, sample, sizes, SUPERVISIONS[self.supervise], self._renderer, keep_thinking=keep)
+
+    def with_thinking(self, sample: Sample) -> Sample:
+        """Return a sample with the thinking that is read of it."""
+        return drop_thinking(sample) if self.thinking == "drop" else sample
 
     @cached_property
     def _renderer(self) -> Renderer:
@@ -77,7 +86,7 @@ class SampleEncoder:
     @property
     def fingerprint_fields(self) -> tuple[object, ...]:
         """The settings that ids and labels depend on, besides the processor."""
-        return type(self).__name__, self.supervise
+        return type(self).__name__, self.supervise, self.thinking
 
 
 DATA_FOLDER = Path(__file__).parent.parent

@@ -7,11 +7,10 @@ from itertools import pairwise
 from vlm.data.encoding.labels import (
     IGNORE_INDEX,
     Labeller,
-    Rendered,
-    Span,
     get_media_token_ids,
     label_replies,
 )
+from vlm.data.encoding.markers import Rendered, Span
 from vlm.data.processor import Processor
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"

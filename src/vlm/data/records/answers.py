@@ -21,11 +21,11 @@ def read_answers(value: object, sample_id: str) -> list[str]:
 
 
 def read_references(record: Record, sample_id: str) -> tuple[str, ...]:
-    """Read the reference answers of a record: its `answers`, or its `answer` where that is a list."""
-    answers, answer = record.get("answers"), record.get("answer")
-    if answers is None and isinstance(answer, list):
-        answers = answer
-    return () if answers is None else tuple(read_answers(answers, sample_id))
+    """Read the reference answers of a record: its `references` or `answers`, or its `answer` where that is a list."""
+    answer = record.get("answer")
+    given = [record.get("references"), record.get("answers"), answer if isinstance(answer, list) else None]
+    value = next((value for value in given if value is not None), None)
+    return () if value is None else tuple(read_answers(value, sample_id))
 
 
 def read_choices(choices: object, answer: object, sample_id: str) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from vlm.config.named import import_named
 from vlm.data.records.answers import find_choice_letter, read_answers, read_choices, read_references
+from vlm.data.records.extracted_frames import RATE_KEYS, TIME_KEYS
 from vlm.data.records.keys import (
     Reader,
     add_system_turn,
@@ -30,18 +31,30 @@ from vlm.data.records.media import FILE_KEYS, ITEM_KINDS, MediaPlacer
 from vlm.data.records.members import PAIR_KEYS, read_members
 from vlm.data.records.rewrites import rewrite_alpaca, rewrite_cauldron, rewrite_minicpm
 from vlm.data.records.text import text_from_value
+from vlm.data.records.tool_turns import (
+    CALL_ROLES,
+    LLAVA_ROLES,
+    MESSAGE_ROLES,
+    TOOL_KEYS,
+    TOOL_TURN_KEYS,
+    is_call,
+    join_calls,
+    make_turn,
+    read_tools,
+    with_call_text,
+)
 from vlm.data.sample import ROLES, BadSample, ContentPart, Record, Sample, Turn
 
-LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
-@reads(turns="conversations", turn=("from", "value"))
+@reads(*TOOL_KEYS, turns="conversations", turn=("from", "value", *TOOL_TURN_KEYS))
 def read_llava(record: Record, image_folder: Path) -> Sample:
     """Read LLaVA's form: `{"id", "image": path or list or absent, "conversations": [{"from", "value"}, …]}`.
 
     `<image>` in the human's texts stands for the images in order (see `marks`). The only one of a turn is moved to its
     start. A number in place of a text is read as it is written. A turn with `weight` 0 or `loss` false is not learned.
+    ShareGPT's turns from `function_call` and `observation` are calls of `tools` and their results, see `tool_turns`.
 
     Raises:
         BadSample: the record has another form, or an image cannot be used.
@@ -51,27 +64,38 @@ def read_llava(record: Record, image_folder: Path) -> Sample:
     if not isinstance(conversation, list) or not conversation:
         raise BadSample(sample_id, "`conversations` must be a list of at least one turn")
     media = MediaPlacer(record, image_folder, sample_id)
-    roles, texts, supervised = [], [], []
+    roles, texts = [], []
     for number, turn in enumerate(conversation, start=1):
-        text = text_from_value(turn.get("value")) if isinstance(turn, dict) else None
-        if text is None or not isinstance(turn.get("from"), str):
+        given = turn if isinstance(turn, dict) else {}
+        text = "" if given.get("value") is None and is_call(given, None) else text_from_value(given.get("value"))
+        if text is None or not isinstance(given.get("from"), str):
             raise BadSample(sample_id, f"turn {number}: `from` and `value` must be strings")
-        if turn["from"] not in LLAVA_ROLES:
-            raise BadSample(sample_id, f"turn {number}: from={turn['from']!r}; allowed are {', '.join(LLAVA_ROLES)}")
-        roles.append(LLAVA_ROLES[turn["from"]])
+        if given["from"] not in LLAVA_ROLES:
+            raise BadSample(sample_id, f"turn {number}: from={given['from']!r}; allowed are {', '.join(LLAVA_ROLES)}")
+        roles.append(LLAVA_ROLES[given["from"]])
         texts.append(text)
-        supervised.append(read_supervision(turn, roles[-1], f"turn {number}", sample_id))
-    questions = media.split([text for text, role in zip(texts, roles, strict=True) if role == "user"])
-    pieces = map(move_image_first, questions)
-    contents = [
-        media.fill(next(pieces)) if role == "user" else (text,) for text, role in zip(texts, roles, strict=True)
-    ]
-    turns = list(map(Turn, roles, contents, supervised))
+    shows = [role == "user" or (role == "tool" and media.has_media) for role in roles]
+    shown = media.split([text for text, is_shown in zip(texts, shows, strict=True) if is_shown])
+    pieces = iter(shown)
+    turns = []
+    for number, (turn, role, text, is_shown) in enumerate(zip(conversation, roles, texts, shows, strict=True), start=1):
+        where, content = f"turn {number}", (text,)
+        if is_shown:
+            own = next(pieces)
+            content = media.fill(move_image_first(own) if role == "user" else own) or ("",) * (role == "tool")
+        turn = with_call_text(turn, turn["from"], text, where, sample_id)
+        content = () if turn["from"] in CALL_ROLES else content
+        learned = read_supervision(turn, role, where, sample_id)
+        turns.append(make_turn(role, content, learned, turn, where, sample_id))
+    turns = join_calls(turns)
     check_question_first(turns, sample_id)
-    return make_sample(record, turns, media)
+    return replace(make_sample(record, turns, media), tools=read_tools(record, sample_id))
 
 
-@reads(turns="messages", turn=("role", "content"), item=("type", "text", "index", "source", *FILE_KEYS, *ITEM_KINDS))
+@reads(
+    *TOOL_KEYS, turns="messages", turn=("role", "content", *TOOL_TURN_KEYS),
+    item=("type", "text", "index", "source", *FILE_KEYS, *ITEM_KINDS, *RATE_KEYS, *TIME_KEYS),
+)  # fmt: skip
 def read_messages(record: Record, image_folder: Path, *, key: str = "messages") -> Sample:
     """Read chat messages: `{"messages": [{"role", "content"}, …], "images": […]}`, in their order.
 
@@ -79,7 +103,7 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
     `{"type": "text", "text"}`, whose text has no marks, `{"type": "image"}` (naming its image as `image`, `path`, `url`
     or Anthropic's `source`, or with the `index` of one of `images`, else the next of these),
     `{"type": "image_url", "image_url": {"url"}}` and `{"type": "video"}`. A message with `weight` 0 or `loss` false is
-    not learned.
+    not learned. `tools`, `tool_calls`, messages of the role `tool` and `reasoning_content`: see `tool_turns`.
 
     Args:
         record: the record.
@@ -89,7 +113,7 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
     Raises:
         BadSample: the record has another form, or an image cannot be used.
     """
-    return _read_chat(record, image_folder, key)
+    return replace(_read_chat(record, image_folder, key), tools=read_tools(record, read_id(record)))
 
 
 def _read_chat(record: Record, image_folder: Path, key: str = "messages") -> Sample:
@@ -99,22 +123,29 @@ def _read_chat(record: Record, image_folder: Path, key: str = "messages") -> Sam
         raise BadSample(sample_id, f"`{key}` must be a list of at least one message")
     media = MediaPlacer(record, image_folder, sample_id)
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
+        role = message.get("role") if isinstance(message, dict) else message
+        if not isinstance(role, str) or role not in MESSAGE_ROLES:
             raise BadSample(sample_id, f"message {number}: role={role!r:.40}; allowed are {', '.join(ROLES)}")
     messages = [{**message, "content": _as_text(message.get("content"))} for message in messages]
-    asked = [message["content"] for message in messages if _is_text_of_user(message)]
+    asked = [message["content"] for message in messages if _has_marks(message, media)]
     contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
     items = [item for content in contents for item in content if isinstance(item, dict)]
     pieces = iter(media.split(asked, items))
     turns = []
     for number, message in enumerate(messages, start=1):
-        role, where = message["role"], f"message {number}"
-        if _is_text_of_user(message):
-            content = media.fill(next(pieces))
+        given, where = message["role"], f"message {number}"
+        role, content = MESSAGE_ROLES[given], message.get("content")
+        message = with_call_text(message, given, content, where, sample_id)
+        if given in CALL_ROLES:
+            parts = ()
+        elif _has_marks(message, media):
+            parts = media.fill(next(pieces)) or ("",) * (role == "tool")
         else:
-            content = _parse_message_content(message.get("content"), role, media, where)
-        turns.append(Turn(role, content, read_supervision(message, role, where, sample_id)))
+            content = "" if content is None and is_call(message, given) else content
+            parts = _parse_message_content(content, role, media, where)
+        learned = read_supervision(message, role, where, sample_id)
+        turns.append(make_turn(role, parts, learned, message, where, sample_id))
+    turns = join_calls(turns)
     check_question_first(turns, sample_id)
     return make_sample(record, turns, media)
 
@@ -189,7 +220,7 @@ def read_question(
     elif instruction:
         lines.append(instruction)
     turns = [Turn("user", media.place_or_prepend("\n".join(lines)))]
-    answer = first_present(record, "answer", "answers")
+    answer = first_present(record, "answer", "answers", "references")
     if answer is not None or record.get("label") is None:
         if choices:
             reply = find_choice_letter(record.get("answer"), choices, sample_id)
@@ -328,8 +359,10 @@ def _as_text(content: object) -> object:
     return content if text is None else text
 
 
-def _is_text_of_user(message: Record) -> bool:
-    return message["role"] == "user" and isinstance(message.get("content"), str)
+def _has_marks(message: Record, media: MediaPlacer) -> bool:
+    """Return whether marks are looked for in a message: a text of the user's, or a result beside images or videos."""
+    role = MESSAGE_ROLES[message["role"]]
+    return (role == "user" or (role == "tool" and media.has_media)) and isinstance(message.get("content"), str)
 
 
 def _parse_message_content(content: object, role: str, media: MediaPlacer, where: str) -> tuple[ContentPart, ...]:
@@ -350,8 +383,8 @@ def _parse_message_content(content: object, role: str, media: MediaPlacer, where
         if unread := [key for key in others if not is_empty(item.get(key))]:
             problem = f"an item of type {item['type']} has `{unread[0]}` too; make it an item of its own"
             raise BadSample(media.sample_id, f"{where}: {problem}")
-        if not isinstance(part, str) and role != "user":
-            raise BadSample(media.sample_id, f"{where}: only the user shows images, here it is the {role}")
+        if not isinstance(part, str) and role not in ("user", "tool"):
+            raise BadSample(media.sample_id, f"{where}: only the user and tools show images, here it is the {role}")
         parts.append(part)
     joined = tuple(join_texts(parts))
     return joined if role == "user" else joined or ("",)

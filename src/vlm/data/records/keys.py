@@ -6,6 +6,7 @@ and `vlm data show` name them. Imports the standard library and `sample` only.
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -15,13 +16,14 @@ from vlm.data.sample import BadSample, Record, Sample, Turn
 
 Reader = Callable[..., Sample]
 
-TOOLS = "calls of tools are not learned"
+TOOLS = "calls of tools are read in the forms messages and llava"
 SOUND = "sound is not learned"
 BOXES = "boxes are not learned; write them into the texts"
 THINKING = "it is part of a reply; write it into the reply's text"
 FRAMES = "sizes and frames follow from the model and dataset.max_frames"
 PLACED = "images and videos of a turn are listed by the record, or are items of its content"
 WEIGHTS = "records have no weights; a turn has `weight` or `loss`, a source `dataset.sources.….weight`"
+REFUSALS = "it is a reply in place of another; write it as the reply's text"
 
 RECORD_KEYS = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), TOOLS),
@@ -35,7 +37,8 @@ TURN_KEYS = {
     **dict.fromkeys(("tools", "tool_calls", "function_call", "tool_call_id"), TOOLS),
     **dict.fromkeys(("audio", "audios"), SOUND),
     **dict.fromkeys(("objects", "bbox", "bboxes", "boxes"), BOXES),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "refusal"), THINKING),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), THINKING),
+    "refusal": REFUSALS,
     **dict.fromkeys(("image", "images", "video", "videos"), PLACED),
     **dict.fromkeys(("train_detail", "training_detail"), "parts of a reply are not learned by themselves"),
 }
@@ -79,6 +82,7 @@ COMMON_KEYS = (
     "group",
     "answer",
     "answers",
+    "references",
     *SYSTEM_KEYS,
 )
 """Keys that all readers read."""
@@ -136,10 +140,12 @@ def reads(
         def checked(record: Any, image_folder: Any, *, ignore_keys: Sequence[str] = (), **options: Any) -> Sample:
             """Read a record, unless it has unread keys that change what is learned and are not in `ignore_keys`."""
             sample_id = read_id(record)
+            ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
+            if ignored:
+                record = _without_ignored(record, str(options.get("key", declared.turns)), ignored)
             levels = list(_levels_with_unread(record, declared, defaults, options))
             if not levels:
                 return reader(record, image_folder, **options)
-            ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
             for level in levels:
                 level.check(ignored, sample_id)
             sample = reader(record, image_folder, **options)
@@ -182,6 +188,27 @@ class _Level:
                 kind = "video" if key.startswith("video") else "image"
                 problem = f"it shows nothing, and `{key}` is not read; name that key `{kind}`"
                 raise BadSample(sample_id, f"{problem}. {_advice(key)}")
+
+
+def _without_ignored(record: Record, turns_key: str, ignored: set[str]) -> Record:
+    """Return a record without ignored keys that change what is learned: of its own, of its turns and of their items."""
+    kept = _without(record, RECORD_KEYS, ignored)
+    if isinstance(turns := kept.get(turns_key), list):
+        kept[turns_key] = [
+            _without_ignored_of_turn(turn, ignored) if isinstance(turn, dict) else turn for turn in turns
+        ]
+    return kept
+
+
+def _without_ignored_of_turn(turn: Record, ignored: set[str]) -> Record:
+    kept = _without(turn, TURN_KEYS, ignored)
+    if isinstance(content := kept.get("content"), list):
+        kept["content"] = [_without(item, ITEM_KEYS, ignored) if isinstance(item, dict) else item for item in content]
+    return kept
+
+
+def _without(values: Record, refused: dict[str, str], ignored: set[str]) -> Record:
+    return {key: value for key, value in values.items() if key not in refused or key not in ignored}
 
 
 def _advice(key: str) -> str:
@@ -255,25 +282,29 @@ def read_id(record: object, *names: str) -> str:
     return "?" if name is None else str(name)
 
 
-def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> bool:
-    """Read whether a turn is learned: a reply is, unless one of `SUPERVISION_KEYS` is 0 or false.
+def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> tuple[bool, float]:
+    """Read whether a turn is learned, and how much its loss counts: by default it is, and counts 1.
+
+    The value of one of `SUPERVISION_KEYS` is true or false, or a number from 0 on; 0 and false are the same.
 
     Raises:
-        BadSample: a value is neither 0, 1, false nor true, the values contradict each other, or a turn that is no
-            reply is to be learned.
+        BadSample: a value is neither, the values contradict each other, or a turn that is no reply is to be learned.
     """
     if SUPERVISION_KEY_SET.isdisjoint(turn):
-        return True
+        return True, 1.0
     given = {key: turn[key] for key in SUPERVISION_KEYS if turn.get(key) is not None}
     for key, value in given.items():
-        if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise BadSample(sample_id, f"{where}: {key}={value!r:.20}; a reply is learned (1, true) or not (0, false)")
+        if not isinstance(value, bool | int | float) or not 0 <= value < math.inf:
+            allowed = "a reply is learned (true), or not (0, false), or has a weight above 0"
+            raise BadSample(sample_id, f"{where}: {key}={value!r:.20}; {allowed}")
         if value and role != "assistant":
             raise BadSample(sample_id, f"{where}: {key}={value!r} of the {role}'s turn; only replies are learned")
-    if len({*map(bool, given.values())}) > 1:
+    weights = {float(value) for value in given.values()}
+    if len(weights) > 1:
         listing = ", ".join(f"{key}={value!r}" for key, value in given.items())
         raise BadSample(sample_id, f"{where}: {listing} contradict each other; leave one of them out")
-    return all(given.values())
+    weight = next(iter(weights), 1.0)
+    return weight > 0, weight or 1.0
 
 
 def add_system_turn(record: Record, turns: Sequence[Turn], sample_id: str) -> list[Turn]:

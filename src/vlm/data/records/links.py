@@ -47,7 +47,8 @@ def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
 def check_links(sample: Sample, folder: Path) -> None:
     """Raise BadSample where an image or video of a sample lies in the image folder by its name only."""
     paths = [image.path for image in sample.images if image.content is None]
-    for path in [*paths, *(video.path for video in sample.videos)]:
+    paths += [frame.path for video in sample.videos for frame in video.frames if frame.content is None]
+    for path in [*paths, *(video.path for video in sample.videos if not video.frames)]:
         if (
             path is not None
             and _is_within(os.path.abspath(path), os.path.abspath(folder))

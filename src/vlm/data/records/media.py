@@ -7,9 +7,11 @@ import base64
 import binascii
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from vlm.data.records import extracted_frames
 from vlm.data.records.embedded import decode_base64, is_base64_image
 from vlm.data.records.keys import first_present, is_empty
 from vlm.data.records.marks import (
@@ -61,16 +63,28 @@ def image_ref_from_value(value: object, folder: Path, sample_id: str, key: str =
 
 
 def video_ref_from_value(value: object, folder: Path, sample_id: str, key: str = "video") -> VideoRef:
-    """Read one video, a path within `folder`.
+    """Read one video: a path within `folder`, or frames that were extracted before, see `extracted_frames`.
 
     Raises:
-        BadSample: the value is no path, or its file does not exist or is outside the folder.
+        BadSample: the value is neither, or a file does not exist or is outside the folder.
     """
+    if isinstance(value, list) or (isinstance(value, dict) and value.get("frames") is not None):
+        return read_extracted_frames(value, folder, sample_id)
     if isinstance(value, dict):
         value = value.get("path")
     if not isinstance(value, str):
         raise BadSample(sample_id, f"`{key}` must be a path or a list of paths, got {value!r:.60}")
     return VideoRef(resolve_media_file(value, folder, sample_id, "video"))
+
+
+def read_extracted_frames(value: object, folder: Path, sample_id: str) -> VideoRef:
+    """Read a video as its frames: a list of images, or a mapping of such `frames` with their `fps` or `times`."""
+    given = extracted_frames.read_frame_list(value, sample_id)
+    frames = [image_ref_from_value(frame, folder, sample_id, "frames") for frame in given.frames]
+    refs = tuple(replace(frame, is_extracted=True) for frame in frames)
+    return VideoRef(
+        refs[0].path or Path("frames in the record itself"), frames=refs, times=given.times, rate=given.rate
+    )
 
 
 def resolve_media_file(name: str, folder: Path, sample_id: str, kind: str = "image") -> Path:
@@ -126,7 +140,8 @@ class MediaPlacer:
     def __init__(self, record: Record, folder: Path, sample_id: str):
         self.folder, self.sample_id = folder, sample_id
         images = image_refs_from_value(_listed(record, "image", sample_id), folder, sample_id)
-        listed = _as_list(_listed(record, "video", sample_id), sample_id, "video")
+        listed = extracted_frames.group_frames(record, _listed(record, "video", sample_id), sample_id)
+        listed = _as_list(listed, sample_id, "video")
         videos = [video_ref_from_value(item, folder, sample_id) for item in listed]
         self.media: dict[str, list[ImageRef] | list[VideoRef]] = {PLACEHOLDER: images, VIDEO_PLACEHOLDER: videos}
         self.has_media = bool(images or videos)
@@ -183,6 +198,7 @@ class MediaPlacer:
             if file is None:
                 index = item.get("index")
                 return self.next(kind) if index is None else self.at(index, kind)
+        file = extracted_frames.with_item_times(item, file, self.sample_id)
         if item.get("index") is not None and self.media[kind]:
             raise BadSample(self.sample_id, "an item has both an `index` and a file; leave one of them out")
         read = video_ref_from_value if kind == VIDEO_PLACEHOLDER else image_ref_from_value

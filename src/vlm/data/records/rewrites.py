@@ -1,12 +1,13 @@
 """Records of other tools, rewritten as chat messages, which `formats.read_messages` reads.
 
-Imports siblings of the standard library only. Keys that are not rewritten stay. Each function raises `BadSample` for a
+Imports siblings and the standard library only. Keys that are not rewritten stay. Each function raises `BadSample` for a
 record of another form.
 """
 
 import re
 from collections.abc import Sequence
 
+from vlm.data.records.extracted_frames import group_frames
 from vlm.data.records.marks import find_marks
 from vlm.data.records.text import text_from_value
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Record
@@ -100,6 +101,8 @@ def _with_media_first(
     numbers = {}
     for mark, names in ((VIDEO_PLACEHOLDER, ("video", "videos")), (PLACEHOLDER, ("image", "images"))):
         media = next((record[name] for name in names if record.get(name) is not None), [])
+        if mark == VIDEO_PLACEHOLDER:
+            media = group_frames(record, media, "?")
         numbers[mark] = len(media) if isinstance(media, list) else 1
     may_be_words = sum(numbers.values()) == 1 and not every_mark
     written = find_marks([message["content"] for message in messages if message.get("role") == "user"])

@@ -6,6 +6,7 @@ the name that its reader has in `formats.FORMATS`.
 Imports `sample`, `records.marks` and the standard library only.
 """
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from vlm.data.records.marks import MARK_PATTERN, MarkError, Slot, split_at_marks
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ImageRef, Record, Sample, Turn, VideoRef
 
-LLAVA_ROLE_NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
+LLAVA_ROLE_NAMES = {"user": "human", "assistant": "gpt", "system": "system", "tool": "observation"}
 
 
 def to_llava(sample: Sample, image_folder: Path) -> Record:
@@ -29,11 +30,11 @@ def to_llava(sample: Sample, image_folder: Path) -> Record:
     media_or_only = {key: names[0] if len(names) == 1 else names for key, names in media.items()}
     turns = [
         {"from": LLAVA_ROLE_NAMES[turn.role], "value": turn.as_message(PLACEHOLDER, VIDEO_PLACEHOLDER)["content"]}
-        | _weight(turn)
+        | _turn_keys(turn)
         for turn in sample.turns
     ]
     _check_marks(sample)
-    return {"id": sample.id, **media_or_only, "conversations": turns, **_labels_and_groups(sample)}
+    return {"id": sample.id, **media_or_only, "conversations": turns, **_record_keys(sample)}
 
 
 def to_messages(sample: Sample, image_folder: Path) -> Record:
@@ -50,8 +51,8 @@ def to_messages(sample: Sample, image_folder: Path) -> Record:
             {"type": "text", "text": part} if isinstance(part, str) else {"type": kinds[type(part)]}
             for part in turn.content
         ]
-        messages.append({"role": turn.role, "content": items} | _weight(turn))
-    return {"id": sample.id, **media, "messages": messages, **_labels_and_groups(sample)}
+        messages.append({"role": turn.role, "content": items} | _turn_keys(turn))
+    return {"id": sample.id, **media, "messages": messages, **_record_keys(sample)}
 
 
 FORMS: dict[str, Callable[[Sample, Path], Record]] = {"llava": to_llava, "messages": to_messages}
@@ -63,16 +64,17 @@ def is_image_moved_by_llava(turn: Turn) -> bool:
     return sum(isinstance(part, ImageRef) for part in turn.content) == 1 and not isinstance(turn.content[0], ImageRef)
 
 
-def _labels_and_groups(sample: Sample) -> Record:
-    """Return the label and the group of a sample that has them, under their keys."""
-    values = {"label": sample.label, "group": sample.group}
+def _record_keys(sample: Sample) -> Record:
+    """Return the label, the group, the references and the tools of a sample that has them, under their keys."""
+    references, tools = list(sample.references) or None, list(sample.tools) or None
+    values = {"label": sample.label, "group": sample.group, "references": references, "tools": tools}
     return {key: value for key, value in values.items() if value is not None}
 
 
 def _media_values(sample: Sample, folder: Path) -> dict[str, list[str | Record]]:
     values: dict[str, list[str | Record]] = {
         "image": [image_cell_value(image_ref, folder, sample.id) for image_ref in sample.images],
-        "video": [_relative_path(video.path, folder) for video in sample.videos],
+        "video": [_video_value(video, folder, sample.id) for video in sample.videos],
     }
     return {key: names for key, names in values.items() if names}
 
@@ -90,18 +92,45 @@ def image_cell_value(image_ref: ImageRef, folder: Path, sample_id: str) -> str |
     return _relative_path(image_ref.path, folder)
 
 
+def _video_value(video: VideoRef, folder: Path, sample_id: str) -> str | Record:
+    """Return the value for a video in a record: its path, or its frames with their times."""
+    if not video.frames:
+        return _relative_path(video.path, folder)
+    frames = [image_cell_value(frame, folder, sample_id) for frame in video.frames]
+    return {"frames": frames, **({"times": list(video.times)} if video.rate is None else {"fps": video.rate})}
+
+
 def _relative_path(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def _weight(turn: Turn) -> Record:
-    """Return the key of a reply that is not learned."""
-    return {} if turn.supervised or turn.is_blank else {"weight": 0}
+def _turn_keys(turn: Turn) -> Record:
+    """Return the keys of a turn besides its role and content: weight, thinking, calls, and the call it is a result of.
+
+    Arguments of calls are JSON, since Parquet would give each of several calls the keys of all.
+    """
+    message = turn.as_message(PLACEHOLDER, VIDEO_PLACEHOLDER)
+    keys = {key: value for key, value in message.items() if key not in ("role", "content")}
+    if "tool_calls" in keys:
+        keys["tool_calls"] = [_with_json_arguments(call) for call in keys["tool_calls"]]
+    if not (turn.supervised or turn.is_blank):
+        keys["weight"] = 0
+    elif turn.weight != 1:
+        keys["weight"] = turn.weight
+    return keys
+
+
+def _with_json_arguments(call: Record) -> Record:
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def _check_marks(sample: Sample) -> None:
     """Raise BadSample where the texts of a sample would not be split again at the same marks."""
-    contents = [turn.content for turn in sample.turns if turn.role == "user"]
+    shown = ("user", "tool") if sample.media else ("user",)
+    contents = [turn.content for turn in sample.turns if turn.role in shown]
     kinds = {ImageRef: PLACEHOLDER, VideoRef: VIDEO_PLACEHOLDER}
     marked = [
         [part if isinstance(part, str) else Slot(kinds[type(part)], kinds[type(part)]) for part in content]

@@ -15,8 +15,9 @@ from vlm.config.shown import presentable
 from vlm.data.dataset import draw_records
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.encoding.thinking import find_thinking
 from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_text
-from vlm.data.sample import BadSample, Sample
+from vlm.data.sample import BadSample, Sample, ToolCallTurn
 from vlm.data.sources import Source, make_sources
 from vlm.data.tools.views import describe_views
 from vlm.data.vision.images import media_sizes_from_opened, open_media
@@ -96,6 +97,10 @@ def _load_shown_record(source: Source, number: int | None, record: object) -> Sh
         views = describe_views(source.encoder.processor, images, sizes)
         if number_unlearned := count_unlearned_replies(sample):
             notes.append(f"replies that are not learned: {number_unlearned}")
+        if features := describe_features(sample):
+            notes.append(f"with {', '.join(features)}")
+        if weights := sorted({turn.weight for turn in sample.replies} - {1.0}):
+            notes.append(f"weights of replies other than 1: {', '.join(f'{weight:g}' for weight in weights)}")
         return ShownRecord(source, number, sample.id, encoded, images, label=sample.label, notes=notes, views=views)
     except BadSample as error:
         return ShownRecord(source, number, error.sample_id, None, images, error.reason, notes=notes)
@@ -109,6 +114,20 @@ def describe_unread(keys: Sequence[str]) -> list[str]:
 def count_unlearned_replies(sample: Sample) -> int:
     """Return the number of replies that are blank, or that `weight` or `loss` leaves out."""
     return sum(turn.role == "assistant" and not turn.supervised for turn in sample.turns)
+
+
+def describe_features(sample: Sample) -> list[str]:
+    """Name what a sample has beside texts and images: tools, calls, thinking, weights, references, lists of frames."""
+    features = {
+        "tools": bool(sample.tools),
+        "calls of tools": any(isinstance(turn, ToolCallTurn) for turn in sample.turns),
+        "results of tools": any(turn.role == "tool" for turn in sample.turns),
+        "thinking": any(map(find_thinking, sample.turns)),
+        "weights of replies": any(turn.weight != 1 for turn in sample.replies),
+        "several references": len(sample.references) > 1,
+        "videos of extracted frames": any(video.frames for video in sample.videos),
+    }
+    return [name for name, is_there in features.items() if is_there]
 
 
 def as_text(shown: ShownRecord, *, colours: bool) -> str:

@@ -1,7 +1,7 @@
 """`vlm data stats`: statistics of a run's records, as a table and as a plot. Counted once, see `token_counts`."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import indent
 from typing import Self
@@ -18,7 +18,7 @@ from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
 from vlm.data.sample import BadSample, group_reasons
 from vlm.data.sources import Source, make_sources
 from vlm.data.token_counts import Counts, count
-from vlm.data.tools.show import count_unlearned_replies
+from vlm.data.tools.show import count_unlearned_replies, describe_features
 
 
 @dataclass(frozen=True)
@@ -70,35 +70,43 @@ class SourceStats:
 
 @dataclass(frozen=True)
 class ReadingStats:
-    """What records hold that is not learned: keys that are not read -> number of records; number of replies.
+    """What records hold beside replies that are learned.
 
-    `records` is the number of records that were looked at.
+    Attributes:
+        records: the number of records that were looked at.
+        keys: keys that are not read -> number of records.
+        replies: number of replies that are not learned.
+        features: what `describe_features` names -> number of records.
     """
 
     records: int
     keys: Counter[str]
     replies: int
+    features: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def of(cls, source: Source, records: np.ndarray) -> Self:
         """Look at records of a source, evenly spread over it where there are many."""
         places = np.unique(np.linspace(0, len(records) - 1, min(len(records), READ_RECORDS)).astype(int))
         keys: Counter[str] = Counter()
-        replies = 0
+        replies, features = 0, Counter[str]()
         for number in records[places].tolist():
             try:
                 record = source.records[number]
                 keys.update(source.unread_keys(record))
-                replies += count_unlearned_replies(source.parse(record))
+                sample = source.parse(record)
+                replies += count_unlearned_replies(sample)
+                features.update(describe_features(sample))
             except BadSample:  # counted already, with its reason
                 continue
-        return cls(len(places), keys, replies)
+        return cls(len(places), keys, replies, features)
 
     def summary(self, total: int) -> dict[str, int | list[int] | dict[str, int]]:
         """Return the figures of `SourceStats.summary`, of `total` records."""
         of = f", of {self.records:,} records" if self.records < total else ""
         return {
             f"replies that are not learned (blank, weight 0, loss false){of}": self.replies,
+            f"records with{of}": dict(self.features.most_common()),
             f"keys that are not read{of}": dict(self.keys.most_common(20)),
         }
 
@@ -144,11 +152,11 @@ def draw(sources: list[SourceStats], path: Path) -> None:
     figure = Figure(figsize=(11, 8), layout="constrained")
     (lengths, replies), (supervised, sizes) = figure.subplots(2, 2)
     names = [stats.name for stats in sources]
-    for axes, title, field in (
+    for axes, title, column in (
         (lengths, "tokens of a record, image tokens counted", "length"),
         (supervised, "supervised tokens of a record", "supervised"),
     ):
-        values, top = _usable_values(sources, field)
+        values, top = _usable_values(sources, column)
         axes.hist(values, bins=np.linspace(0, top + 1, min(top + 2, 60)), stacked=True, label=names)
         axes.set(xlabel=title, ylabel="records")
     longest = max(stats.longest for stats in sources)

@@ -27,7 +27,7 @@ from vlm.data.records.formats import get_reader
 from vlm.data.records.guess import with_hint
 from vlm.data.records.links import check_links
 from vlm.data.records.open import Records, open_records
-from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
+from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn, VideoRef
 from vlm.data.vision.images import is_uniform, open_image
 from vlm.data.vision.video import num_frames
 
@@ -205,21 +205,33 @@ def image_pixel_digest(image: Image.Image) -> str:
 
 
 def video_file_digest(video: VideoRef, sample_id: str) -> str:
-    """Return the digest of a video's file, which must have frames; decoding every frame would take too long."""
+    """Return the digest of a video's file, which must have frames; decoding every frame would take too long.
+
+    Of frames that were extracted before, it is that of their pixels: each of them must decode.
+    """
+    if video.frames:
+        digests = [image_pixel_digest(open_image(frame, sample_id)) for frame in video.frames]
+        return hashlib.blake2b(json.dumps(digests).encode(), digest_size=16).hexdigest()
     num_frames(video.path, sample_id)
     with video.path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def sample_digest(sample: Sample, images: Sequence[str]) -> str:
-    """Return the digest of a sample's roles and texts, the places of its images and videos, and their digests."""
+    """Return the digest of a sample's roles and texts, the places of its images and videos, and their digests.
+
+    Tools, calls, thinking and weights are part of it where there are any.
+    """
     kinds = {ImageRef: "Picture", VideoRef: "Video"}  # as in journals that exist
     turns = [
         (turn.role, [part if isinstance(part, str) else [kinds[type(part)]] for part in turn.content])
         + (() if turn.supervised or turn.is_blank else ("not learned",))
+        + ((list(turn.tool_calls),) if isinstance(turn, ToolCallTurn) else ())
+        + (() if turn.thinking is None and turn.weight == 1 else (turn.thinking, turn.weight))
         for turn in sample.turns
     ]
-    return hashlib.blake2b(json.dumps([turns, list(images)]).encode(), digest_size=16).hexdigest()
+    whole = [turns, list(images), *([list(sample.tools)] if sample.tools else [])]
+    return hashlib.blake2b(json.dumps(whole).encode(), digest_size=16).hexdigest()
 
 
 def check_records(task: CleanTask, records: Records, first: int, workers: int | None) -> Iterator[RecordVerdict]:

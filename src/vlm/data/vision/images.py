@@ -45,6 +45,9 @@ TRUNCATION = re.compile("truncated|unexpected end|broken data stream|premature e
 TRUNCATION_DETAIL = re.compile(r" *\([^)]*\)| when .*")
 """What it says beside that, which differs from image to image."""
 
+FRAME_BACKGROUND = "white"
+"""What shows through a transparent frame of a list: frames of video files have none."""
+
 ROTATED = (5, 6, 7, 8)
 """EXIF orientations that are rotated by 90 degrees."""
 
@@ -58,11 +61,31 @@ def open_media(sample: Sample) -> list[Image.Image | DecodedVideo]:
     name = sample.id
     for video, refs in groupby(sample.media, lambda ref: ref.path if _is_video_frame(ref) else None):
         if video is None:
-            opened += [open_video(ref, name) if isinstance(ref, VideoRef) else open_image(ref, name) for ref in refs]
+            opened += [_open_clip(ref, name) if isinstance(ref, VideoRef) else open_image(ref, name) for ref in refs]
         else:
             frames = [ref.frame for ref in refs if isinstance(ref, ImageRef) and ref.frame is not None]
             opened += read_frames(video, frames, name)
     return opened
+
+
+def _open_clip(video: VideoRef, sample_id: str) -> DecodedVideo:
+    """Decode the frames that are read of a video; those of a list of another size than its first one are resized."""
+    if not video.frames:
+        return open_video(video, sample_id)
+    from vlm.models.pixels import as_rgb  # imports torch
+
+    clip = video.clip
+    assert clip is not None
+    opened: dict[int, Image.Image] = {}
+    for number in dict.fromkeys(clip.frames):
+        frame = as_rgb(open_image(video.frames[number], sample_id), FRAME_BACKGROUND)
+        opened[number] = frame if frame.size == (clip.width, clip.height) else frame.resize((clip.width, clip.height))
+    return DecodedVideo([opened[number] for number in clip.frames], clip)
+
+
+def _is_pooled_frame(ref: ImageRef | VideoRef) -> bool:
+    """Return whether a medium is a frame of a video, extracted before or not."""
+    return isinstance(ref, ImageRef) and (ref.frame is not None or ref.is_extracted)
 
 
 def _is_video_frame(ref: ImageRef | VideoRef) -> bool:
@@ -83,7 +106,7 @@ def read_media_sizes(sample: Sample, processor: Processor) -> list[MediaSize]:
     for ref in media:
         if isinstance(ref, VideoRef):
             sizes.append(ref.clip)
-        elif ref.frame is not None:
+        elif processor.pools_video_frames and _is_pooled_frame(ref):
             sizes.append(None)
         else:
             sizes.append(_read_upright_size(ref, sample.id))
@@ -96,7 +119,7 @@ def media_sizes_from_opened(
     """Return the sizes of decoded images and videos; empty where the processor needs none."""
     if not processor.needs_image_sizes:
         return []
-    pooled = [processor.pools_video_frames and _is_video_frame(ref) for ref in media]
+    pooled = [processor.pools_video_frames and _is_pooled_frame(ref) for ref in media]
     return [
         None if is_pooled else medium.clip if isinstance(medium, DecodedVideo) else upright_size(medium)
         for is_pooled, medium in zip(pooled, opened, strict=True)

@@ -1,4 +1,4 @@
-"""Frames of videos, evenly spread in time and decoded in one pass: as images, or as clips.
+"""Video files: when their frames are shown, and frames decoded in one pass.
 
 Reads files with PyAV, which the extra `video` installs. A file that is no video or does not decode is a `BadSample`.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vlm.data.file_kinds import describe_bytes, read_head
-from vlm.data.sample import BadSample, Clip, ImageRef, VideoRef
+from vlm.data.sample import BadSample, Clip, VideoRef
 
 DEFAULT_FPS = 24.0
 """Frames per second of a file that does not tell: what video processors assume then."""
@@ -51,6 +51,11 @@ class Timeline:
     fps: float
     times: tuple[float, ...] | None
     duration: float
+
+    def count_kept(self, max_frames: int, fps: float | None) -> int:
+        """Return how many frames are kept, `max_frames` at most: with `fps`, so many for each second, at least one."""
+        number = min(max_frames, self.total_frames)
+        return number if fps is None else max(1, min(number, round(self.duration * fps)))
 
     def spread(self, num_kept: int) -> tuple[int, ...]:
         """Return the frame that is shown in the middle of each of `num_kept` equal sections of the time.
@@ -95,26 +100,6 @@ def make_timeline(stamps: Sequence[float] | None, number: int, fps: float, last_
     return Timeline(number, number / duration, tuple(times.tolist()), duration)
 
 
-def sample_frame_refs(path: Path, max_frames: int, sample_id: str) -> tuple[ImageRef, ...]:
-    """Choose up to `max_frames` frames of a video, evenly spread in time, see `Timeline.spread`."""
-    timeline, _ = _probe_video(path, sample_id)
-    frames = timeline.spread(min(max_frames, timeline.total_frames))
-    return tuple(ImageRef(path, frame=frame) for frame in frames)
-
-
-def sample_clip(path: Path, max_frames: int, sample_id: str, *, min_frames: int = 1) -> Clip:
-    """Choose at least `min_frames` and up to `max_frames` frames of a video, spread as in `sample_frame_refs`.
-
-    None is decoded; frames of a video that has fewer than `min_frames` are repeated.
-    """
-    timeline, size = _probe_video(path, sample_id)
-    if not all(size):
-        raise BadSample(sample_id, f"video {path} does not say how large its frames are", str(path))
-    frames = timeline.spread(max(min_frames, min(max_frames, timeline.total_frames)))
-    times = None if timeline.times is None else tuple(timeline.times[frame] for frame in frames)
-    return Clip(frames, timeline.total_frames, *size, timeline.fps, times)
-
-
 def spread_frames(number: int, num_kept: int) -> tuple[int, ...]:
     """Return the middle of each of `num_kept` equal sections of `number` frames."""
     return tuple((2 * index + 1) * number // (2 * num_kept) for index in range(num_kept))
@@ -134,10 +119,10 @@ def num_frames(path: Path, sample_id: str) -> int:
 
     Packets before the start of a video that was cut without encoding it again are not counted.
     """
-    return _probe_video(path, sample_id)[0].total_frames
+    return probe_video(path, sample_id)[0].total_frames
 
 
-def _probe_video(path: Path, sample_id: str) -> tuple[Timeline, tuple[int, int]]:
+def probe_video(path: Path, sample_id: str) -> tuple[Timeline, tuple[int, int]]:
     """Return the times of a video's frames, from its packets, and their height and width."""
     with _open_container(path, sample_id, "read on") as container:
         stream = container.streams.video[0]

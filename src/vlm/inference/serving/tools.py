@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jinja2
 from jinja2 import meta
 
-from vlm.data.encoding.labels import MARKERS
+from vlm.data.encoding.markers import MARKERS
 from vlm.data.processor import Processor
 from vlm.inference.serving.chat_request import AssistantMessage, ChatRequest, Message, NamedToolChoice, Tool
 from vlm.inference.serving.errors import RequestError, show

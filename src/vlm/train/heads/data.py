@@ -154,6 +154,7 @@ def make_prompt_encoder(config: RunConfig, model_config: PreTrainedConfig, proce
     return PromptEncoder(
         processor, max_sample_length(config.dataset, model_config), truncate=False,
         suffix=suffix_ids(config.model, processor.tokenizer), answers=head.generation_weight > 0,
+        thinking=config.dataset.thinking,
     )  # fmt: skip
 
 

@@ -71,15 +71,19 @@ class Generation(Objective):
 
         longest = max_sample_length(self.config.dataset, model_config)
         data = self.config.dataset
-        return SampleEncoder(processor, longest, truncate=data.over_length == "truncate", supervise=data.supervise)
+        return SampleEncoder(
+            processor, longest, truncate=data.over_length == "truncate", supervise=data.supervise,
+            thinking=data.thinking,
+        )  # fmt: skip
 
     def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
         """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`."""
         from vlm.assembly.language_models import check_writes
-        from vlm.train.data import load_data
+        from vlm.train.data import load_data, set_thinking
 
         check_writes(model_config)
         train, evaluation = load_data(self.config.dataset, self.make_encoder(model_config, processor), args)
+        set_thinking(processor, self.config.inference, train)
         if evaluation is not None:
             self.loss_metrics = _prepare_loss_metrics(self.config.trainer, evaluation)
         records = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
@@ -172,15 +176,21 @@ class Generation(Objective):
     def compute_loss(
         self, trainer: ObjectiveTrainer, model: Module, inputs: Inputs, num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, ModelOutput]:
-        """Return the loss of the supervised positions; vocabulary logits are computed there alone, in chunks."""
-        from vlm.models.text_loss import IGNORE_INDEX, mean_loss
-        from vlm.train.step.step_packing import LOSS_WEIGHTS
+        """Return the loss of the supervised positions; vocabulary logits are computed there alone, in chunks.
 
-        inputs = dict(inputs)
-        weights = inputs.pop(LOSS_WEIGHTS, None)
+        With weights `w` of the positions it is `sum w loss / sum w`, over the step or over a micro-batch.
+        """
+        from vlm.data.dataset import LOSS_WEIGHTS
+        from vlm.models.text_loss import mean_loss
+        from vlm.train.step.step_packing import supervised_weights
+
         losses, _, outputs = self._get_scores(trainer)(inputs, model)
-        if weights is not None:
-            losses = losses * weights[:, 1:][inputs["labels"][:, 1:] != IGNORE_INDEX]
+        if LOSS_WEIGHTS in inputs:
+            weights = supervised_weights(inputs)
+            losses = losses * weights
+            if num_items_in_batch is None:  # the mean of a micro-batch is a weighted one
+                number = weights.sum()
+                num_items_in_batch = number.where(number > 0, 1)
         return mean_loss(losses, num_items_in_batch), outputs
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:

@@ -74,10 +74,11 @@ CHANGES_RUN = (
             "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend fsdp "
             "fsdp_config")
     | _keys("dataset", "format options image_folder split subset max_samples system_prompt streaming shuffle_buffer "
-            "max_frames eval_path eval_image_folder eval_split max_eval_samples test_path test_image_folder "
-            "test_split folds cache_features template supervise image_mode alpha_background max_image_tokens "
-            "max_length over_length")
-    | _keys("dataset.sources.*", "format options image_folder split subset max_samples system_prompt weight template")
+            "max_frames fps thinking eval_path eval_image_folder eval_split max_eval_samples test_path "
+            "test_image_folder test_split folds cache_features template supervise image_mode alpha_background "
+            "max_image_tokens max_length over_length")
+    | _keys("dataset.sources.*", "format options image_folder split subset max_samples system_prompt weight template "
+            "fps")
     | _keys("model", "hf_name revision visual_encoder.hf_name visual_encoder.revision language_model.hf_name "
             "language_model.revision attn_implementation processor")
     | _keys("model.head", "layer token loss loss_options class_weights label_smoothing weight generation_weight")

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice, tee
-from typing import Any, Final, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from vlm.data.batching.step_layout import (
     get_rows,
     lay_out_step,
 )
-from vlm.data.dataset import SampleDataset
+from vlm.data.dataset import LOSS_WEIGHTS, SampleDataset
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.feature_cache.families import CachedFamilyDataset
 from vlm.data.feature_cache.images import CachedFeatureDataset
@@ -41,9 +41,6 @@ from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options
 from vlm.train.monitor.flops import StepFlops
 from vlm.train.objectives.base import Inputs
-
-LOSS_WEIGHTS: Final = "loss_weights"
-"""The input that says how much the loss at each position counts: `(1, tokens)`, float32, 1 on average."""
 
 
 class StepSampler(Sampler[list[Row]]):
@@ -215,11 +212,11 @@ class StepPacking:
 def weigh_losses(
     batches: Sequence[Inputs], loss_average: str, args: TrainingArguments, gather: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """Return the number of supervised tokens of a step on all ranks; for `micro_batch`, put weights into its rows.
+    """Return the sum of the weights of a step's supervised tokens on all ranks; for `micro_batch`, weigh its rows.
 
-    With n the tokens of the step, n_m those of the micro-batch m of M, the weight of each of its tokens is
-    n / (n_m M): the weighted sum over the step, divided by n, is the mean of the means. A micro-batch without
-    supervised tokens contributes 0, as it does padded.
+    The weight of a token is that of its reply, 1 where it has none. With n the sum of the step, n_m that of the
+    micro-batch m of M, each weight is multiplied with n / (n_m M): the weighted sum of losses over the step, divided by
+    n, is the mean of the means. A micro-batch without supervised tokens contributes 0, as it does padded.
 
     Args:
         batches: the batches of the step on this rank. `MICRO_BATCH` is taken out of their rows; a row without it
@@ -229,7 +226,7 @@ def weigh_losses(
         gather: returns `(ranks, M)` of all ranks for `(1, M)` of this one.
     """
     num_micro_batches = len(batches) * args.world_size
-    counts = torch.zeros(num_micro_batches, dtype=torch.int64)
+    sums = torch.zeros(num_micro_batches)
     rows: list[tuple[Inputs, Tensor]] = []
     for step, batch in enumerate(batches):
         for row in get_rows(batch):
@@ -237,16 +234,26 @@ def weigh_losses(
             micro_batches = row.pop(MICRO_BATCH, None)
             if micro_batches is None:
                 micro_batches = torch.full_like(labels, step * args.world_size + args.process_index)
-            supervised = micro_batches[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-            counts += torch.bincount(supervised, minlength=num_micro_batches)
+            is_supervised = labels[:, 1:] != IGNORE_INDEX
+            sums.index_add_(0, micro_batches[:, 1:][is_supervised], supervised_weights(row))
             rows.append((row, micro_batches))
-    counts = gather(counts[None].to(args.device)).view(-1, num_micro_batches).sum(0)
-    number = counts.sum()
+    sums = gather(sums[None].to(args.device)).view(-1, num_micro_batches).sum(0)
+    number = sums.sum()
     if loss_average == "micro_batch":
-        weights = number / (counts.clamp(min=1) * num_micro_batches)
+        factors = number / (sums.where(sums > 0, 1) * num_micro_batches)
         for row, micro_batches in rows:  # on the device, which the host does not wait for
-            row[LOSS_WEIGHTS] = weights[micro_batches.to(weights.device, non_blocking=True)]
+            factor = factors[micro_batches.to(factors.device, non_blocking=True)]
+            own = row.get(LOSS_WEIGHTS)
+            row[LOSS_WEIGHTS] = factor if own is None else factor * own.to(factor.device, non_blocking=True)
     return number
+
+
+def supervised_weights(batch: Inputs) -> Tensor:
+    """Return the weight of each supervised token that is predicted, 1 without weights: `(S,)`, float32."""
+    is_supervised = batch["labels"][:, 1:] != IGNORE_INDEX
+    if (weights := batch.get(LOSS_WEIGHTS)) is None:
+        return torch.ones(int(is_supervised.sum()), device=is_supervised.device)
+    return weights[:, 1:][is_supervised]
 
 
 @contextmanager
