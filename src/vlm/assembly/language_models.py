@@ -4,21 +4,28 @@ Looked up in its configuration and in the signature of its class, before weights
 shows is found before the first step, see `train/step/proofs.py`.
 """
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from typing import cast
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
+from vlm.assembly.opening import shorten
 from vlm.data.encoding.sample_encoder import NO_LIMIT
 from vlm.models.configuration_vlm import VLMConfig
+from vlm.models.language_inputs import PER_LAYER, look_up_ids, looks_up_ids
 
 POSITION_KEYS = ("max_position_embeddings", "max_seq_len")
 """Keys of configurations that bound the positions of a row; MPT's is the second."""
 
 NEEDED_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Keys that each configuration of a language model has, by these names or by aliases of them."""
+
+NUM_TRIED = 4
+"""Tokens of the text that a language model is tried on without weights."""
 
 EMBEDDING_WIDTH_KEYS = ("word_embed_proj_dim", "input_embedding_size", "embedding_size")
 """Keys of configurations, such as OPT-350m's, that give embeddings another width than hidden states."""
@@ -84,18 +91,20 @@ def _composing_problems(config: PreTrainedConfig) -> Iterator[str]:
                 f"its embeddings ({key}={width}) are not as wide as its hidden states (hidden_size="
                 f"{config.hidden_size}), for which connectors are made"
             )
-    if getattr(config, "hidden_size_per_layer_input", None):
+    if getattr(config, "hidden_size_per_layer_input", None) and not _takes_lookups(config):
         yield (
-            f"model_type={kind} looks tokens up again in each layer by their ids (hidden_size_per_layer_input), which "
-            "features of images do not have"
+            f"model_type={kind} looks tokens up again in each layer by their ids (hidden_size_per_layer_input) and takes "
+            "no per_layer_inputs in their place; features of images have no ids"
         )
     yield from _missing_arguments(config, COMPOSING_ARGUMENTS)
+    if (problem := _try_embeddings(config)) is not None:
+        yield problem
 
 
 def _writing_problems(config: PreTrainedConfig) -> Iterator[str]:
     """Yield why a language model cannot learn to write, or could not answer afterwards."""
     kind = config.model_type
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder or type(config)().is_encoder_decoder:  # its decoder alone is saved with false
         yield (
             f"model_type={kind} is the decoder of an encoder-decoder model, which counts positions from the start of a "
             "padded row, so that answers in batches would be wrong"
@@ -106,6 +115,40 @@ def _writing_problems(config: PreTrainedConfig) -> Iterator[str]:
             "model is needed"
         )
     yield from _missing_arguments(config, WRITING_ARGUMENTS)
+
+
+def _takes_lookups(config: PreTrainedConfig) -> bool:
+    """Return whether a language model takes what it looks up by ids in each layer from outside."""
+    decoder = AutoModel._model_mapping.get(type(config), None)  # pyright: ignore[reportOptionalMemberAccess]
+    return isinstance(decoder, type) and looks_up_ids(decoder)
+
+
+def _try_embeddings(config: PreTrainedConfig) -> str | None:
+    """Return why a language model fails on embeddings, by running it without weights; None where it does not.
+
+    What fails on ids of tokens too says nothing of embeddings: not all code runs without numbers.
+    """
+    model_class = _find_class(config)
+    assert model_class is not None
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = model_class(copy.deepcopy(config)).eval()
+        ids = torch.zeros(1, NUM_TRIED, dtype=torch.long)
+        embeddings = torch.zeros(1, NUM_TRIED, config.hidden_size)
+        mask = torch.ones_like(ids)
+        try:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        except Exception:  # whatever it is, it has nothing to do with images
+            return None
+        further = {PER_LAYER: look_up_ids(model.get_decoder(), ids, 0, 0)} if _takes_lookups(config) else {}
+        try:
+            model(inputs_embeds=embeddings, attention_mask=mask, use_cache=False, **further)
+        except (AttributeError, TypeError, LookupError, ValueError) as error:
+            kind = type(error).__name__
+            return (
+                f"the code of model_type={config.model_type} needs the ids of tokens, which features of images do not "
+                f"have ({kind}: {shorten(str(error))})"
+            )
+    return None
 
 
 def _missing_arguments(config: PreTrainedConfig, needed: Mapping[tuple[str, ...], str]) -> Iterator[str]:

@@ -42,6 +42,7 @@ class Generation(Objective):
     answer_metrics: Callable[[PreTrainedModel, Callable[[], None]], dict[str, float]] | None = None
     loss_metrics: Sequence[LossMetric] = ()
     _scores: SupervisedScores | None = None
+    _balance_losses: tuple[Tensor, ...] = ()
 
     def refusals(self) -> Iterator[str]:
         """Yield keys of prediction heads, and what is wrong with evaluation data and cached image features."""
@@ -155,7 +156,7 @@ class Generation(Objective):
         self, trainer: ObjectiveTrainer, model: Module, inputs: Inputs, num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, ModelOutput]:
         """Return the loss of the supervised positions; vocabulary logits are computed there alone, in chunks."""
-        from vlm.models.text_loss import IGNORE_INDEX, mean_loss
+        from vlm.models.text_loss import IGNORE_INDEX, add_balance_loss, mean_loss
         from vlm.train.step.step_packing import LOSS_WEIGHTS
 
         inputs = dict(inputs)
@@ -163,7 +164,22 @@ class Generation(Objective):
         losses, _, outputs = self._get_scores(trainer)(inputs, model)
         if weights is not None:
             losses = losses * weights[:, 1:][inputs["labels"][:, 1:] != IGNORE_INDEX]
-        return mean_loss(losses, num_items_in_batch), outputs
+        loss = mean_loss(losses, num_items_in_batch)
+        if (balance_loss := outputs.get("aux_loss")) is not None:
+            self._balance_losses += (balance_loss.detach(),)
+            text_config = trainer.model.config.get_text_config()
+            loss = add_balance_loss(loss, outputs, text_config, losses.numel(), num_items_in_batch)
+        return loss, outputs
+
+    def training_metrics(self, trainer: ObjectiveTrainer) -> dict[str, float]:
+        """Return the mean balance loss of a mixture of experts, before its coefficient; nothing for other models."""
+        from torch import stack
+
+        if not self._balance_losses:
+            return {}
+        mean = stack(self._balance_losses).float().mean()
+        self._balance_losses = ()
+        return {"balance_loss": float(trainer.accelerator.gather(mean.reshape(1)).mean())}
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics`."""

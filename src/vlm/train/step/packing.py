@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlm.assembly.model_interface import TrainableModel
 from vlm.assembly.numbers import bound_infinite
+from vlm.assembly.opening import shorten
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator
 from vlm.data.dataset import Skipped
@@ -21,6 +22,10 @@ from vlm.train.step.packed_attention import use_packed_attention
 from vlm.train.step.step_packing import StepPacking, sample_costs
 
 
+PACKING_KEY = "trainer.packing=true:"
+"""How a message begins that says why samples cannot be packed."""
+
+
 def check_packing_support(model_type: str) -> None:
     """Refuse families that see more of a row than restarted positions keep apart.
 
@@ -30,7 +35,7 @@ def check_packing_support(model_type: str) -> None:
     if model_type in FAMILIES and not FAMILIES[model_type].supports_packing:
         can = ", ".join(name for name, family in FAMILIES.items() if family.supports_packing)
         raise ValueError(
-            f"trainer.packing=true: {FAMILIES[model_type].name} ({model_type}) cannot keep the samples of a row apart; "
+            f"{PACKING_KEY} {FAMILIES[model_type].name} ({model_type}) cannot keep the samples of a row apart; "
             f"composed models can, and {can}. trainer.packing=false pads batches instead, and "
             "trainer.train_sampling_strategy=group_by_modality_blocks pads them least"
         )
@@ -80,7 +85,7 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
     was_training = model.training
     model.eval()
     try:
-        packed = [_packed_row_logits(model, [before[:size], last]) for before in (first, other)]
+        packed = [_try_packed_row(model, [before[:size], last]) for before in (first, other)]
         alone = model(input_ids=torch.tensor([last], device=model.device), use_cache=False).logits[0]
     finally:
         model.train(was_training)
@@ -95,9 +100,23 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
         return
     text = model.config.get_text_config()
     raise ValueError(
-        f"trainer.packing=true: {problem} in a packed row, with {text.model_type} and attention "
+        f"{PACKING_KEY} {problem} in a packed row, with {text.model_type} and attention "
         f"{text._attn_implementation}. Try another model.attn_implementation, or trainer.packing=false"
     )
+
+
+def _try_packed_row(model: TrainableModel, samples: list[list[int]]) -> Tensor:
+    """Return `_packed_row_logits`; raise ValueError with the key where the model's code has no packed rows."""
+    try:
+        return _packed_row_logits(model, samples)
+    except (AttributeError, TypeError, LookupError, ValueError, NotImplementedError) as error:
+        if str(error).startswith(PACKING_KEY):
+            raise
+        kind = model.config.get_text_config().model_type
+        raise ValueError(
+            f"{PACKING_KEY} the code of {kind} fails on a packed row, {type(error).__name__}: {shorten(str(error))}. "
+            "trainer.packing=false pads batches instead"
+        ) from error
 
 
 def _packed_row_logits(model: TrainableModel, samples: list[list[int]]) -> Tensor:
