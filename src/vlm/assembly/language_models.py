@@ -6,6 +6,7 @@ shows is found before the first step, see `train/step/proofs.py`.
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import cast
 
@@ -16,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 from vlm.assembly.opening import shorten
 from vlm.data.encoding.sample_encoder import NO_LIMIT
 from vlm.models.configuration_vlm import VLMConfig
+from vlm.models.connectors import count_tokens, keeps_grid
 from vlm.models.language_inputs import PER_LAYER, look_up_ids, looks_up_ids
 
 POSITION_KEYS = ("max_position_embeddings", "max_seq_len")
@@ -23,6 +25,12 @@ POSITION_KEYS = ("max_position_embeddings", "max_seq_len")
 
 NEEDED_KEYS = ("hidden_size", "num_hidden_layers", "vocab_size")
 """Keys that each configuration of a language model has, by these names or by aliases of them."""
+
+BALANCE_KEY, ROUTER_KEY = "router_aux_loss_coef", "output_router_logits"
+"""Keys of configurations of mixtures of experts: the coefficient of the balance loss, and whether there is one."""
+
+MROPE_ATTRIBUTE = "mrope_section"
+"""The attribute of modules that turn positions of time, row and column into rotations."""
 
 NUM_TRIED = 4
 """Tokens of the text that a language model is tried on without weights."""
@@ -71,6 +79,56 @@ def check_writes(model_config: PreTrainedConfig) -> None:
         _raise_first(_writing_problems(model_config.text_config), f"model.language_model.hf_name={name}")
 
 
+def set_balance_loss(config: PreTrainedConfig, coefficient: float | None, label: str) -> None:
+    """Write `model.language_model.balance_loss` into a language model's configuration; None leaves it as it is.
+
+    Raises:
+        ValueError: the language model has no such loss; names the key and the model (`label`).
+    """
+    model_class = _find_class(config)
+    arguments = {} if model_class is None else inspect.signature(model_class.forward).parameters
+    has_loss = hasattr(config, BALANCE_KEY) and ROUTER_KEY in arguments
+    if coefficient is None and getattr(config, ROUTER_KEY, False) and not has_loss:
+        coefficient = 0.0  # it would give logits of routers that nothing reads
+    if coefficient and not has_loss:
+        raise ValueError(
+            f"model.language_model.balance_loss={coefficient}: {label} (model_type={config.model_type}) has no loss "
+            "that balances experts; null or 0 is needed"
+        )
+    if coefficient is not None and hasattr(config, ROUTER_KEY):
+        setattr(config, ROUTER_KEY, coefficient > 0)
+    if coefficient:
+        setattr(config, BALANCE_KEY, coefficient)
+
+
+def check_positions(config: VLMConfig, label: str) -> None:
+    """Raise ValueError where a composition has positions in rows and columns that its parts do not allow.
+
+    Args:
+        config: the composition.
+        label: the key and name of the language model.
+    """
+    if config.positions == "plain":
+        return
+    key, text = f"model.language_model.positions={config.positions}", config.text_config
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(text))
+    if not any(hasattr(module, MROPE_ATTRIBUTE) for module in model.modules()):
+        raise ValueError(
+            f"{key}: {label} (model_type={text.model_type}) counts positions in one dimension; plain is needed, or a "
+            "language model of Qwen3.5"
+        )
+    kind = config.connector["type"]
+    tokens = None if config.native is not None else count_tokens(kind, config.num_features, config.connector["options"])
+    has_queries = (config.native or {}).get("num_queries") is not None
+    is_grid = tokens is None or (math.isqrt(tokens) ** 2 == tokens and config.feature_strategy == "patch")
+    if config.anyres is not None or has_queries or not keeps_grid(kind) or not is_grid:
+        raise ValueError(
+            f"{key}: the tokens of an image are no grid with model.connector.type={kind} and "
+            f"model.anyres={'tiles' if config.anyres else 'none'}; plain is needed"
+        )
+
+
 def _raise_first(problems: Iterator[str], label: str) -> None:
     if (problem := next(problems, None)) is not None:
         raise ValueError(f"{label}: {problem}. Choose another, such as model/language_model=qwen3-0.6b")
@@ -93,8 +151,8 @@ def _composing_problems(config: PreTrainedConfig) -> Iterator[str]:
             )
     if getattr(config, "hidden_size_per_layer_input", None) and not _takes_lookups(config):
         yield (
-            f"model_type={kind} looks tokens up again in each layer by their ids (hidden_size_per_layer_input) and takes "
-            "no per_layer_inputs in their place; features of images have no ids"
+            f"model_type={kind} looks tokens up again in each layer by their ids (hidden_size_per_layer_input) and "
+            "takes no per_layer_inputs in their place; features of images have no ids"
         )
     yield from _missing_arguments(config, COMPOSING_ARGUMENTS)
     if (problem := _try_embeddings(config)) is not None:

@@ -27,7 +27,8 @@ HEAD_TYPES = {
 POOLINGS = ("last", "mean", "image", "text", "attention", "query", "token", "first", "alltoken")
 FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
 SUPERVISIONS = ("replies", "llava-onevision")
-IMAGE_MODES = ("square", "pad")
+IMAGE_MODES = ("square", "pad", "native")
+POSITIONS = ("plain", "mrope")
 ALPHA_BACKGROUNDS = ("white", "black", "grey", "drop")
 """What shows through transparent images; `drop` ignores transparency."""
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager")

@@ -224,6 +224,10 @@ def _describe_connector(config: VLMConfig) -> str:
 
 def _encoder_incompatibilities(config: VLMConfig) -> Iterator[str]:
     kind, encoder = config.vision_config.model_type, "model.visual_encoder"
+    if config.native is not None:
+        yield "dataset.image_mode=native: LLaVA has images of one size, or tiles"
+    if config.positions != "plain":
+        yield f"model.language_model.positions={config.positions}: LLaVA counts positions in one dimension"
     if config.beside:
         yield f"{encoder}.extra_encoders: several encoders side by side, and LLaVA has one"
     if isinstance(config.feature_layer, list):

@@ -72,6 +72,11 @@ def require_composed_model(model_config: PreTrainedConfig) -> None:
             f"dataset.cache_features=true: model_type={model_config.model_type} reads images itself; features are "
             "kept for composed models alone. Leave it out"
         )
+    if model_config.native is not None:
+        raise ValueError(
+            "dataset.cache_features=true: images at native resolution have different numbers of features, and the "
+            "cache holds equally many of each. Leave it out, or choose dataset.image_mode=square"
+        )
 
 
 def replace_images_with_features(

@@ -178,7 +178,7 @@ def _multiply_active_experts(
     number = top_k_index.shape[-1]
     rows = hidden_states.sum(-1).flatten()[:, None].repeat(number, 1)  # (active * tokens, 1)
     products = [rows.expand(-1, matrix.shape[1]) @ matrix[0] for matrix in matrices]
-    return hidden_states + sum(product.sum() for product in products)
+    return hidden_states * top_k_weights.sum() + sum(product.sum() for product in products)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.step.packed_attention import use_packed_attention
 from vlm.train.step.step_packing import StepPacking, sample_costs
 
-
 PACKING_KEY = "trainer.packing=true:"
 """How a message begins that says why samples cannot be packed."""
 
