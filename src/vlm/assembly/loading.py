@@ -107,10 +107,11 @@ def load_complete(
     Raises:
         ValueError: weights are missing, unexpected, misshapen, of another type or not finite; names them.
     """
-    rules = _Rules(name, frozenset(new), frozenset(unused), is_part, num_layers)
     with opening(name, "its weights"):
         if is_part and (prefix := _find_part(kind, config, name, options.get("revision"))) is not None:
             options["key_mapping"] = {f"^{re.escape(prefix)}": ""}
+        mapping = options.get("key_mapping")
+        rules = _Rules(name, frozenset(new), frozenset(unused), is_part, num_layers, mapping)
         _check_headers(kind, config, rules, options)
         loaded: Any = kind.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -161,7 +162,7 @@ def _check_headers(kind: ModelClass, config: PreTrainedConfig, rules: "_Rules", 
     headers = read_weight_headers(rules.name, options.get("revision"))
     if headers is not None and not _is_quantized(config, options):
         _check_types(rules.name, headers)
-        _compare_on_meta(kind, config, headers, rules, options.get("key_mapping"))
+        _compare_on_meta(kind, config, headers, rules)
 
 
 def _is_quantized(config: PreTrainedConfig, options: Mapping[str, Any]) -> bool:
@@ -181,9 +182,8 @@ def _check_types(name: str, headers: Mapping[str, TensorHeader]) -> None:
 
 
 def _compare_on_meta(
-    kind: ModelClass, config: PreTrainedConfig, headers: Mapping[str, TensorHeader], rules: "_Rules",
-    key_mapping: Mapping[str, str] | None,
-) -> None:  # fmt: skip
+    kind: ModelClass, config: PreTrainedConfig, headers: Mapping[str, TensorHeader], rules: "_Rules"
+) -> None:
     """Load a model without memory from what the headers say, and refuse what does not fit."""
     model_class: Any = _model_class(kind, config)  # declared without its keyword arguments
     if model_class is None:
@@ -196,7 +196,7 @@ def _compare_on_meta(
     with quiet_loading(), without_zero3(), torch.random.fork_rng(devices=[]):
         loaded = model_class.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True,
-            device_map="meta", key_mapping=key_mapping,
+            device_map="meta", key_mapping=rules.key_mapping,
         )  # fmt: skip
     model, info = loaded
     rules.check(model_class.__name__, info, model)
@@ -211,6 +211,7 @@ class _Rules:
     unused: frozenset[str] = frozenset()
     is_part: bool = False
     num_layers: int | None = None
+    key_mapping: Mapping[str, str] | None = None
 
     def check(self, kind: str, info: Mapping[str, Any], model: nn.Module) -> None:
         """Raise ValueError where the checkpoint is not that of the model, by what transformers says of loading it."""

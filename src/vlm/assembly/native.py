@@ -136,6 +136,8 @@ def _inspect(
 ) -> tuple[int | list[int] | None, int, int, list[str]]:
     """Return layers, width, prefix tokens and unread parameters of an encoder, by running it without weights."""
     layers = None
+    if getattr(config, "deepstack_visual_indexes", None):
+        config.deepstack_visual_indexes = []  # features of earlier layers, for layers of Qwen3-VL's own language model
     if source.feature_layer is not None and hasattr(config, "num_hidden_layers"):
         layers = list(resolve_layers("visual_encoder", source, config.num_hidden_layers + 1))
         if config.model_type in EARLY_EXIT_TYPES or config.model_type == "siglip2_vision_model":
@@ -176,11 +178,11 @@ def _try_grid(
     """Return the features of an image of `grid` patches without numbers: `(1, tokens, V)`."""
     rows, columns = grid
     arguments = forward_arguments(encoder)
-    inputs: dict[str, Tensor | bool] = {"pixel_values": torch.empty(1, 3, rows * patch, columns * patch)}
+    inputs: dict[str, Tensor | bool | None] = {"pixel_values": torch.empty(1, 3, rows * patch, columns * patch)}
     if "spatial_shapes" in arguments:
         inputs = {
             "pixel_values": torch.empty(1, rows * columns, 3 * patch**2),
-            "pixel_attention_mask": torch.ones(1, rows * columns, dtype=torch.int),
+            "pixel_attention_mask": None,  # none is padding, which cannot be looked up without numbers
             "spatial_shapes": torch.tensor([grid], device="cpu"),
         }
     if "interpolate_pos_encoding" in arguments:

@@ -72,7 +72,7 @@ def read_features(
 
 
 def read_states(
-    encoder: nn.Module, inputs: Mapping[str, Tensor | bool], feature_layer: int | list[int] | None
+    encoder: nn.Module, inputs: Mapping[str, Tensor | bool | None], feature_layer: int | list[int] | None
 ) -> Tensor:
     """Return the selected hidden states of an encoder, concatenated by channel: `(I, tokens, V)`.
 

@@ -39,6 +39,9 @@ from .processing_messages import (
     images_in_conversation,
     join_spelled,
 )
+from .processing_messages import (
+    Message as Message,
+)
 from .text_processing import bounded_template, encode_text, read_prepend_scheme, span_finder, special_token_pattern
 
 IMAGE_MODES = ("square", "pad", "native")
