@@ -151,8 +151,9 @@ def test_plain_transformers_ask_it(built: tuple[Any, Any], tmp_path: Path):
 
 
 def test_a_run_packs_evaluates_and_resumes(train: Callable[..., Path], parts: Parts, tmp_path: Path):
+    encoder = f"model.visual_encoder.hf_name={parts.encoder('siglip2_naflex')}"
     words = (
-        f"model.visual_encoder.hf_name={parts.encoder('siglip2_naflex')}", "model/connector=mlp",
+        encoder, "model/connector=mlp",
         "model.native.max_tokens=40", "dataset.max_length=512", "dataset.eval_split=0.25", "trainer.packing=true",
         "trainer.max_tokens_per_batch=512", "trainer.eval_strategy=epoch", "trainer.num_train_epochs=1",
         "trainer.learning_rate.visual_encoder_learning_rate=1e-4",
@@ -164,11 +165,11 @@ def test_a_run_packs_evaluates_and_resumes(train: Callable[..., Path], parts: Pa
     assert config["native"]["max_patches"] == 40
     ready = VisionLanguageModel.load(run / "final", device="cpu")
     assert isinstance(ready.generate("what?", [picture()], max_new_tokens=2), str)
-    start = f"trainer.from_pretrained={run / 'final'}"
-    second = train("finetune-smol", tmp_path / "second", start, "trainer.max_steps=1", "trainer.num_samples=0",
+    start = (encoder, f"trainer.from_pretrained={run / 'final'}")
+    second = train("finetune-smol", tmp_path / "second", *start, "trainer.max_steps=1", "trainer.num_samples=0",
                    "dataset.max_length=512", "trainer.learning_rate.visual_encoder_learning_rate=1e-4")  # fmt: skip
     assert json.loads((second / "final" / "config.json").read_text())["native"] == config["native"]
     with pytest.raises(ValueError, match=r"dataset.image_mode=pad: .* is made for native images"):
-        train("finetune-smol", tmp_path / "third", start, "dataset.image_mode=pad")
+        train("finetune-smol", tmp_path / "third", *start, "dataset.image_mode=pad")
     with pytest.raises(ValueError, match="dataset.cache_features=true: images at native resolution"):
-        train("pretrain-smol", tmp_path / "fourth", start, "dataset.cache_features=true")
+        train("pretrain-smol", tmp_path / "fourth", *start, "dataset.cache_features=true")
