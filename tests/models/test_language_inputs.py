@@ -66,7 +66,7 @@ def test_positions_are_those_of_qwen(theirs: Any, left: bool):
 
 def test_samples_of_a_packed_row_have_the_positions_that_they_have_alone():
     text = torch.cat([torch.arange(len(tokens)) for tokens in ROWS])[None]
-    packed = grid_positions(torch.tensor([sum(ROWS, [])]), GRIDS, IMAGE, None, text)
+    packed = grid_positions(torch.tensor([[token for tokens in ROWS for token in tokens]]), GRIDS, IMAGE, None, text)
     grids = iter(GRIDS)
     alone = [
         grid_positions(torch.tensor([tokens]), [next(grids) for _ in range(number)], IMAGE)

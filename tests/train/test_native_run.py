@@ -171,5 +171,5 @@ def test_a_run_packs_evaluates_and_resumes(train: Callable[..., Path], parts: Pa
     assert json.loads((second / "final" / "config.json").read_text())["native"] == config["native"]
     with pytest.raises(ValueError, match=r"dataset.image_mode=pad: .* is made for native images"):
         train("finetune-smol", tmp_path / "third", *start, "dataset.image_mode=pad")
-    with pytest.raises(ValueError, match="dataset.cache_features=true: images at native resolution"):
+    with pytest.raises(ValueError, match=r"dataset.cache_features=true: images at native resolution"):
         train("pretrain-smol", tmp_path / "fourth", *start, "dataset.cache_features=true")

@@ -14,6 +14,7 @@ from transformers import AutoModel, CLIPImageProcessor, PreTrainedConfig, PreTra
 
 from vlm.assembly.encoders import EARLY_EXIT_TYPES, load_image_processor, resolve_layers
 from vlm.config.model_schema import ModelConfig, NativeConfig, VisualEncoderConfig
+from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.connector_parts import Connector
 from vlm.models.connectors import CONNECTORS, square_side
 from vlm.models.encoders import read_states
@@ -23,6 +24,8 @@ from vlm.models.pixels import ImageProcessor
 
 NATIVE = "native"
 """The name in `dataset.image_mode`."""
+NATIVE_ARGUMENTS = {"spatial_shapes", "grid_thw"}
+"""Arguments of encoders that read images of different sizes in one call, and nothing else."""
 TRIED_SQUARES = ((2, 3), (3, 1))
 """Rows and columns of merged squares of two images that an encoder is tried on without weights."""
 
@@ -45,15 +48,30 @@ def check_image_mode(config: PreTrainedConfig, visual_encoder: VisualEncoderConf
             f"{label}: transformers has no visual encoder of its own (AutoModel) for model_type={config.model_type}; "
             "choose another, such as model/visual_encoder=qwen2.5-vl-vit"
         )
-    needs_it = not isinstance(encoder, tuple) and not forward_arguments(encoder).keys().isdisjoint(
-        ("spatial_shapes", "grid_thw")
-    )
+    needs_it = isinstance(encoder, type) and bool(forward_arguments(encoder).keys() & NATIVE_ARGUMENTS)
     if needs_it and image_mode not in (None, NATIVE):
         raise ValueError(
             f"dataset.image_mode={image_mode}: {label} (model_type={config.model_type}) reads images in their own size "
             "alone; dataset.image_mode=native, or null, is needed"
         )
     return needs_it or image_mode == NATIVE
+
+
+def check_same_calls(config: PreTrainedConfig) -> None:
+    """Raise ValueError where ranks that share weights would call a visual encoder more or less often than others.
+
+    `config` is that of any model. Encoders that read images of one size in a call are called once for each size.
+    """
+    body = getattr(config, "body_config", config)
+    if not isinstance(body, VLMConfig) or body.native is None:
+        return
+    encoder = AutoModel._model_mapping.get(type(body.vision_config), None)  # pyright: ignore[reportOptionalMemberAccess]
+    if isinstance(encoder, type) and not forward_arguments(encoder).keys() & NATIVE_ARGUMENTS:
+        raise ValueError(
+            f"dataset.image_mode=native: a visual encoder of model_type={body.vision_config.model_type} is called once "
+            "for each size of images, and ranks that shard weights (ZeRO-3, trainer.sharding=fsdp2) would wait for "
+            "each other; choose trainer/deepspeed=zero2, or model/visual_encoder=siglip2-naflex or qwen2.5-vl-vit"
+        )
 
 
 def resolve_native(

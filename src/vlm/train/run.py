@@ -6,11 +6,12 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, TrainingArguments
 
+from vlm.assembly.native import check_same_calls
 from vlm.assembly.private_names import check_private_names
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.assembly.round_trip import check_round_trip
 from vlm.assembly.saving import set_reply_ends
-from vlm.config.derived import embedding_row_keys
+from vlm.config.derived import embedding_row_keys, shards_weights
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
@@ -53,6 +54,8 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if config.trainer.packing:
         check_packing_support(model_config.model_type)
     args = training_arguments(config.trainer, [*objective.training_keys(), *embedding_row_keys(config)])
+    if args.world_size > 1 and shards_weights(config.trainer):
+        check_same_calls(model_config)
     check_same_setup(config)
     if args.local_process_index == 0 and config.trainer.deepspeed:
         release_stale_locks(extensions_folder())
