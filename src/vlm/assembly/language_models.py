@@ -177,7 +177,7 @@ def _writing_problems(config: PreTrainedConfig) -> Iterator[str]:
 
 def _takes_lookups(config: PreTrainedConfig) -> bool:
     """Return whether a language model takes what it looks up by ids in each layer from outside."""
-    decoder = AutoModel._model_mapping.get(type(config), None)  # pyright: ignore[reportOptionalMemberAccess]
+    decoder = AutoModel._model_mapping.get(type(config), None)
     return isinstance(decoder, type) and looks_up_ids(decoder)
 
 

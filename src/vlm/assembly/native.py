@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, CLIPImageProcessor, PreTrainedConfig, PreTrainedModel
 
 from vlm.assembly.encoders import EARLY_EXIT_TYPES, load_image_processor, resolve_layers
-from vlm.config.model_schema import ModelConfig, NativeConfig, VisualEncoderConfig
+from vlm.config.model_schema import ModelConfig, NativeConfig, Options, VisualEncoderConfig
 from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.connector_parts import Connector
 from vlm.models.connectors import CONNECTORS, square_side
@@ -42,7 +42,7 @@ def check_image_mode(config: PreTrainedConfig, visual_encoder: VisualEncoderConf
         ValueError: the encoder reads nothing else, and another mode is asked for; or transformers has no such encoder.
     """
     label = f"model.visual_encoder.hf_name={visual_encoder.hf_name}"
-    encoder = AutoModel._model_mapping.get(type(config), None)  # pyright: ignore[reportOptionalMemberAccess]
+    encoder = AutoModel._model_mapping.get(type(config), None)
     if encoder is None:
         raise ValueError(
             f"{label}: transformers has no visual encoder of its own (AutoModel) for model_type={config.model_type}; "
@@ -65,7 +65,7 @@ def check_same_calls(config: PreTrainedConfig) -> None:
     body = getattr(config, "body_config", config)
     if not isinstance(body, VLMConfig) or body.native is None:
         return
-    encoder = AutoModel._model_mapping.get(type(body.vision_config), None)  # pyright: ignore[reportOptionalMemberAccess]
+    encoder = AutoModel._model_mapping.get(type(body.vision_config), None)
     if isinstance(encoder, type) and not forward_arguments(encoder).keys() & NATIVE_ARGUMENTS:
         raise ValueError(
             f"dataset.image_mode=native: a visual encoder of model_type={body.vision_config.model_type} is called once "
@@ -76,7 +76,7 @@ def check_same_calls(config: PreTrainedConfig) -> None:
 
 def resolve_native(
     model: ModelConfig, config: PreTrainedConfig, options: Mapping[str, object]
-) -> tuple[dict[str, object], CLIPImageProcessor]:
+) -> tuple[Options, ImageProcessor]:
     """Return keyword arguments of `VLMConfig`, `native` among them, and the image processor.
 
     Args:
@@ -106,7 +106,7 @@ def resolve_native(
     multiple = math.lcm(merge, side)
     layers, width, prefix, unread = _inspect(source, config, patch, multiple)
     queries = options.get("num_queries")
-    values = {
+    values: Options = {
         "vision_config": config,
         "feature_layer": layers,
         "feature_strategy": "patch",
@@ -187,7 +187,7 @@ def _merged_width(source: VisualEncoderConfig, encoder: PreTrainedModel) -> int:
             "output before its merger; null is needed"
         )
     remove_merger(encoder)
-    return next(encoder.merger.parameters()).shape[0]
+    return next(cast(nn.Module, encoder.merger).parameters()).shape[0]
 
 
 def _try_grid(
@@ -214,9 +214,9 @@ def _try_grid(
         ) from error
 
 
-def _plain_processor(processor: ImageProcessor, side: int) -> CLIPImageProcessor:
+def _plain_processor(processor: ImageProcessor, side: int) -> ImageProcessor:
     """Return an image processor that resizes and normalises as the encoder's own, which has other outputs."""
-    return CLIPImageProcessor(
+    plain = CLIPImageProcessor(
         size={"height": side, "width": side},
         do_center_crop=False,
         resample=processor.resample,
@@ -224,3 +224,4 @@ def _plain_processor(processor: ImageProcessor, side: int) -> CLIPImageProcessor
         image_mean=list(processor.image_mean),
         image_std=list(processor.image_std),
     )
+    return cast(ImageProcessor, plain)

@@ -361,7 +361,7 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         self, input_ids: Tensor, *args, inputs_embeds: Tensor | None = None, is_first_iteration: bool = False, **kwargs
     ) -> dict[str, object]:
         """Return the inputs of the next pass; what was looked up by ids of the prompt is read in the first one."""
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration or inputs.get("inputs_embeds") is None:

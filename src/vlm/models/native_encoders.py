@@ -49,7 +49,7 @@ class MergerNorm(nn.Module):
 def forward_arguments(encoder: nn.Module | type) -> Mapping[str, inspect.Parameter]:
     """Return the arguments of an encoder's `forward`."""
     kind = encoder if isinstance(encoder, type) else type(encoder)
-    return inspect.signature(kind.forward).parameters  # pyright: ignore[reportAttributeAccessIssue] - of a module
+    return inspect.signature(kind.forward).parameters
 
 
 def remove_merger(encoder: nn.Module) -> None:
