@@ -6,8 +6,8 @@ import pytest
 
 from tests.tiny_parts import NATIVE_ENCODERS, Parts
 from vlm.assembly.compose import compose
-from vlm.assembly.native import check_same_calls
 from vlm.config.model_schema import AnyResConfig, NativeConfig
+from vlm.train.sharding import check_same_calls
 
 
 @pytest.mark.parametrize(

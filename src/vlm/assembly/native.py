@@ -14,7 +14,6 @@ from transformers import AutoModel, CLIPImageProcessor, PreTrainedConfig, PreTra
 
 from vlm.assembly.encoders import EARLY_EXIT_TYPES, load_image_processor, resolve_layers
 from vlm.config.model_schema import ModelConfig, NativeConfig, Options, VisualEncoderConfig
-from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.connector_parts import Connector
 from vlm.models.connectors import CONNECTORS, square_side
 from vlm.models.encoders import read_states
@@ -48,7 +47,7 @@ def check_image_mode(config: PreTrainedConfig, visual_encoder: VisualEncoderConf
             f"{label}: transformers has no visual encoder of its own (AutoModel) for model_type={config.model_type}; "
             "choose another, such as model/visual_encoder=qwen2.5-vl-vit"
         )
-    needs_it = isinstance(encoder, type) and bool(forward_arguments(encoder).keys() & NATIVE_ARGUMENTS)
+    needs_it = encodes_sizes_together(config)
     if needs_it and image_mode not in (None, NATIVE):
         raise ValueError(
             f"dataset.image_mode={image_mode}: {label} (model_type={config.model_type}) reads images in their own size "
@@ -57,21 +56,10 @@ def check_image_mode(config: PreTrainedConfig, visual_encoder: VisualEncoderConf
     return needs_it or image_mode == NATIVE
 
 
-def check_same_calls(config: PreTrainedConfig) -> None:
-    """Raise ValueError where ranks that share weights would call a visual encoder more or less often than others.
-
-    `config` is that of any model. Encoders that read images of one size in a call are called once for each size.
-    """
-    body = getattr(config, "body_config", config)
-    if not isinstance(body, VLMConfig) or body.native is None:
-        return
-    encoder = AutoModel._model_mapping.get(type(body.vision_config), None)
-    if isinstance(encoder, type) and not forward_arguments(encoder).keys() & NATIVE_ARGUMENTS:
-        raise ValueError(
-            f"dataset.image_mode=native: a visual encoder of model_type={body.vision_config.model_type} is called once "
-            "for each size of images, and ranks that shard weights (ZeRO-3, trainer.sharding=fsdp2) would wait for "
-            "each other; choose trainer/deepspeed=zero2, or model/visual_encoder=siglip2-naflex or qwen2.5-vl-vit"
-        )
+def encodes_sizes_together(config: PreTrainedConfig) -> bool:
+    """Return whether a visual encoder, by its configuration, reads images of different sizes in one call."""
+    encoder = AutoModel._model_mapping.get(type(config), None)
+    return isinstance(encoder, type) and bool(forward_arguments(encoder).keys() & NATIVE_ARGUMENTS)
 
 
 def resolve_native(

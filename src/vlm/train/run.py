@@ -6,7 +6,6 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, TrainingArguments
 
-from vlm.assembly.native import check_same_calls
 from vlm.assembly.private_names import check_private_names
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.assembly.round_trip import check_round_trip
@@ -28,6 +27,7 @@ from vlm.train.resume.directory import RunStart, open_run_directory
 from vlm.train.resume.final import write_final
 from vlm.train.resume.progress import RunProgress
 from vlm.train.run_directory import choose_directory, contribution_table
+from vlm.train.sharding import check_same_calls
 from vlm.train.step.packing import check_packing_support
 from vlm.train.world_check import check_same_data, check_same_setup
 
