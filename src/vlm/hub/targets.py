@@ -254,6 +254,8 @@ def _mlp_incompatibilities(config: VLMConfig) -> Iterator[str]:
 
 def _text_incompatibilities(config: VLMConfig) -> Iterator[str]:
     values = config.text_config.to_dict()
+    if values.get("hidden_size_per_layer_input"):
+        yield f"a language model of model_type={config.text_config.model_type}: LLaVA looks no tokens up in each layer"
     for name in RESCALED_LOGITS:
         if values.get(name) not in (None, 1.0):
             yield f"a language model with {name}={values[name]}: LLaVA's logits are the vocabulary head's alone"
