@@ -114,6 +114,7 @@ TESTED_ELSEWHERE = {
     "models/configuration_prediction.py": "models/test_prediction_checkpoints.py",
     "models/connector_parts.py": "models/test_connectors.py",
     "models/pixels.py": "models/test_processing_vlm.py",
+    "models/processing_messages.py": "models/test_processing_vlm.py",
     "train/guards/trainer.py": "train/guards/test_step_guard.py",
     "train/arguments.py": "train/test_trainer.py",
     "train/checkpoints/files.py": "train/checkpoints/test_writer.py",

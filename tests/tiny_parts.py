@@ -23,6 +23,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -36,10 +38,18 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLImageProcessor,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
     SiglipImageProcessor,
     SiglipVisionConfig,
     SiglipVisionModel,
@@ -156,6 +166,61 @@ ENCODERS: dict[str, Callable[[Path], None]] = {
     "timm_vit": save_timm_vit,
     "timm_convnet": save_timm_convnet,
 }
+
+
+def save_siglip2_naflex(folder: Path) -> None:
+    """SigLIP 2 with NaFlex, as the Hub has it: a model with a text tower, 3 layers."""
+    shape = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = Siglip2Config(
+        text_config={**shape, "vocab_size": 64, "max_position_embeddings": 16},
+        vision_config={**shape, "patch_size": 8, "num_patches": 16},
+    )
+    Siglip2Model(config).save_pretrained(folder)
+    Siglip2ImageProcessor(patch_size=8, max_num_patches=64).save_pretrained(folder)
+
+
+def save_qwen2_5_vl(folder: Path) -> None:
+    """A Qwen2.5-VL, of which the vision tower is read: 3 layers, two of them with windows of 4 x 4 patches."""
+    text = {**SHAPE, "vocab_size": 64, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+    vision = {
+        "depth": 3, "hidden_size": WIDTH, "intermediate_size": 48, "num_heads": 2, "patch_size": 8, "window_size": 32,
+        "fullatt_block_indexes": [1], "out_hidden_size": WIDTH,
+    }  # fmt: skip
+    Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    Qwen2VLImageProcessor(patch_size=8).save_pretrained(folder)
+
+
+def save_qwen3_vl(folder: Path) -> None:
+    """A Qwen3-VL, of which the vision tower is read: 3 layers, interpolated positions, a deepstack merger."""
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    text = {**SHAPE, "vocab_size": 64, "head_dim": 16, "rope_parameters": rope}
+    vision = {
+        "depth": 3, "hidden_size": WIDTH, "intermediate_size": 48, "num_heads": 2, "patch_size": 8,
+        "out_hidden_size": WIDTH, "num_position_embeddings": 16, "deepstack_visual_indexes": [1],
+    }  # fmt: skip
+    Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    Qwen2VLImageProcessor(patch_size=8).save_pretrained(folder)
+
+
+def save_dinov3(folder: Path) -> None:
+    """DINOv3: a CLS token, 2 registers, positions that are rotated, 3 layers."""
+    config = DINOv3ViTConfig(
+        hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32,
+        patch_size=8, num_register_tokens=2,
+    )  # fmt: skip
+    DINOv3ViTModel(config).save_pretrained(folder)
+    _clip_processor(16).save_pretrained(folder)
+
+
+NATIVE_ENCODERS: dict[str, Callable[[Path], None]] = {
+    "siglip2_naflex": save_siglip2_naflex,
+    "qwen2_5_vl": save_qwen2_5_vl,
+    "qwen3_vl": save_qwen3_vl,
+    "dinov2": save_dinov2,
+    "dinov3": save_dinov3,
+    "siglip": save_siglip,
+}
+"""Encoders that read images at native resolution; patches are 8 pixels wide."""
 
 PREFIX_TOKENS = {"clip": 1, "siglip": 0, "dinov2": 1, "dinov2_with_registers": 3, "timm_vit": 1, "timm_convnet": 0}
 """CLS and register tokens of each encoder, known from its architecture."""
@@ -427,8 +492,8 @@ class Parts:
         self.root = root
 
     def encoder(self, name: str) -> Path:
-        """The folder of a row of `ENCODERS`."""
-        return self._folder("encoder", name, ENCODERS[name])
+        """The folder of a row of `ENCODERS` or `NATIVE_ENCODERS`."""
+        return self._folder("encoder", name, {**NATIVE_ENCODERS, **ENCODERS}[name])
 
     def language_model(self, name: str) -> Path:
         """The folder of a row of `LANGUAGE_MODELS`, or of `vicuna`."""

@@ -14,7 +14,6 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     CpmAntConfig,
-    Gemma3nTextConfig,
     LlamaConfig,
     Mamba2Config,
     Mamba2ForCausalLM,
@@ -35,6 +34,7 @@ from transformers import (
 )
 
 from tests.fixtures import compose_config
+from tests.small_language_models import small_config
 from tests.tiny_parts import WIDTH, Parts, byte_tokenizer, picture
 from vlm.assembly.compose import build_model, compose
 from vlm.assembly.language_models import check_language_model, check_writes, max_positions
@@ -138,7 +138,7 @@ def test_positions_are_read_under_any_name_or_have_no_limit():
         (T5Config(), "transformers has no causal language model"),
         (CpmAntConfig(), "model_type=cpmant takes no inputs_embeds"),
         (OPTConfig(hidden_size=64, word_embed_proj_dim=32), "word_embed_proj_dim=32"),
-        (Gemma3nTextConfig(), "hidden_size_per_layer_input"),
+        (small_config("deepseek_v4", vocab_size=64), "the code of model_type=deepseek_v4 needs the ids of tokens"),
     ],
 )
 def test_what_cannot_read_images_is_refused_before_weights_load(config: PreTrainedConfig, words: str):
@@ -155,6 +155,7 @@ def test_what_cannot_read_images_is_refused_before_weights_load(config: PreTrain
         (TrOCRConfig(), "takes no logits_to_keep"),
         (RwkvConfig(), "takes no past_key_values"),
         (BartConfig(), "is the decoder of an encoder-decoder model"),
+        (BartConfig(is_encoder_decoder=False), "is the decoder of an encoder-decoder model"),
     ],
 )
 def test_what_cannot_learn_to_write_is_refused_before_weights_load(config: PreTrainedConfig, words: str):

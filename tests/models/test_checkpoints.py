@@ -228,6 +228,7 @@ def test_checkpoints_load_where_this_package_is_not_installed(parts: Parts, own_
             "clip", "llama", connector="c_abstractor",
             options={"num_queries": 4, "num_blocks": 1, "hidden_dim": 8, "position_side": 3},
         ),
+        "native": parts.model("qwen2_5_vl", "llama", connector="pixel_shuffle"),
         "several encoders": parts.model(
             "dinov2", "llama", layer=[-2, -3], image_size=24, extra_encoders={"siglip": {"feature_layer": -2}}
         ),

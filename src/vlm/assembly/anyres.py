@@ -32,6 +32,10 @@ def _anyres_fields(
     config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]
 ) -> dict[str, object]:
     """Return the fields of `AnyRes`; raises ValueError where the parts do not allow tiles."""
+    if config.native is not None:
+        raise ValueError(
+            "model.anyres.grids: images are read at native resolution (dataset.image_mode=native), not in tiles"
+        )
     kind, tokens = config.connector["type"], processor.tokens_per_image
     side = math.isqrt(tokens)
     patches = math.isqrt(config.num_patches)

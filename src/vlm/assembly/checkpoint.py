@@ -123,6 +123,11 @@ class Checkpoint:
         if template is not None:
             processor.chat_template = choose_template(template, processor.own_template, self.name)
         if image_mode is not None:
+            if image_mode != processor.image_mode and "native" in (image_mode, processor.image_mode):
+                raise ValueError(
+                    f"dataset.image_mode={image_mode}: {self.name} is made for {processor.image_mode} images; null "
+                    "leaves them so"
+                )
             processor.image_mode = image_mode
         check_views(processor)
         return processor

@@ -22,13 +22,14 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import is_flash_attn_2_available
 
 from vlm.assembly.anyres import resolve_anyres
-from vlm.assembly.encoders import check_views, encoder_sources, resolve_encoders
+from vlm.assembly.encoders import check_views, encoder_sources, image_size, resolve_encoders
 from vlm.assembly.family import read_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
-from vlm.assembly.language_models import check_language_model
+from vlm.assembly.language_models import check_language_model, check_positions, set_balance_loss
 from vlm.assembly.loading import load_complete
+from vlm.assembly.native import NATIVE, check_image_mode, resolve_native
 from vlm.assembly.quantization import make_quantization_config
-from vlm.config.model_schema import EncoderConfig, LanguageModelConfig, ModelConfig
+from vlm.config.model_schema import EncoderConfig, LanguageModelConfig, ModelConfig, NativeConfig
 from vlm.config.named import import_named
 from vlm.config.recorded import upgrade_recipe
 from vlm.data.encoding.labels import read_template
@@ -37,6 +38,7 @@ from vlm.models.configuration_vlm import VLMConfig
 from vlm.models.connectors import CONNECTORS, connector_options, count_tokens
 from vlm.models.encoders import combine_encoders
 from vlm.models.modeling_vlm import VLMForConditionalGeneration
+from vlm.models.native import NativeResolution
 from vlm.models.processing_vlm import VLMProcessor
 
 
@@ -49,14 +51,22 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
     options = connector_options(model.connector.type, model.connector.options)
     vision_configs = [_part_config(part, source) for part, source in encoder_sources(model.visual_encoder).items()]
     text_config = _part_config("language_model", model.language_model).get_text_config()
-    check_language_model(text_config, f"model.language_model.hf_name={model.language_model.hf_name}")
+    label = f"model.language_model.hf_name={model.language_model.hf_name}"
+    check_language_model(text_config, label)
+    set_balance_loss(text_config, model.language_model.balance_loss, label)
     tokenizer = _load_tokenizer(model)
-    features, image_processors, size = resolve_encoders(model.visual_encoder, vision_configs)
+    if check_image_mode(vision_configs[0], model.visual_encoder, image_mode):
+        features, image_processor = resolve_native(model, vision_configs[0], options)
+        image_processors, image_mode = [image_processor], NATIVE
+    else:
+        _check_bounds_unused(model, image_mode)
+        features, image_processors = resolve_encoders(model.visual_encoder, vision_configs)
     config = VLMConfig(
         **features,
         text_config=text_config,
         connector={"type": model.connector.type, "options": options},
         image_token_id=tokenizer.get_vocab()[model.image_token],
+        positions=model.language_model.positions,
         recipe=asdict(model),
     )
     processor = VLMProcessor(
@@ -67,13 +77,24 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
         image_token=model.image_token,
         image_start=model.image_start_token,
         image_end=model.image_end_token,
-        tokens_per_image=count_tokens(config.connector["type"], config.num_features, options),
+        tokens_per_image=count_image_tokens(config),
         image_mode=image_mode or "square",
+        native=config.native,
         beside=image_processors[1:],
     )
-    resolve_anyres(config, processor, model.anyres, size)
+    resolve_anyres(config, processor, model.anyres, image_size(image_processors[0]))
     check_views(processor)
+    check_positions(config, label)
     return config, processor
+
+
+def _check_bounds_unused(model: ModelConfig, image_mode: str | None) -> None:
+    """Raise ValueError where bounds of native resolution are given without it."""
+    if model.native != NativeConfig():
+        raise ValueError(
+            f"model.native: dataset.image_mode={image_mode or 'square'} makes all images one size; "
+            "dataset.image_mode=native reads each in its own"
+        )
 
 
 def build_model(
@@ -111,6 +132,14 @@ def make_generation_config(settings: GenerationConfig | None) -> GenerationConfi
     """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return GenerationConfig(**({} if settings is None else {name: getattr(settings, name) for name in names}))
+
+
+def count_image_tokens(config: VLMConfig) -> int:
+    """Return the number of tokens of an image, at native resolution of the largest one."""
+    if config.native is not None:
+        native = NativeResolution(**config.native)
+        return native.num_queries or native.max_patches // native.factor**2
+    return count_tokens(config.connector["type"], config.num_features, config.connector["options"])
 
 
 def register_connector_class(kind: str) -> None:
@@ -205,6 +234,10 @@ def _load_part(
     )
 
 
+FREE_KEYS = ("attn_implementation", "connector.name", "language_model.new_tokens", "language_model.balance_loss")
+"""Keys of `model` that a run may choose anew for a checkpoint, besides sections."""
+
+
 def recipe_differences(
     config: VLMConfig, model: ModelConfig, overridden_keys: Sequence[str]
 ) -> list[tuple[str, object, object]]:
@@ -216,7 +249,7 @@ def recipe_differences(
         for key, value in requested.items()
         if any(key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.") for name in overridden_keys)
         and value != recorded.get(key)
-        and key not in ("attn_implementation", "connector.name", "language_model.new_tokens")
+        and key not in FREE_KEYS
         and not key.endswith(".quantization")
         and not key.startswith(("anyres.", "head."))
         and not (value is None and key.startswith("connector.options."))

@@ -4,6 +4,7 @@ What a family's configuration says, transformers checks. To check another field,
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -11,12 +12,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from vlm.checks.checkpoint_files import shown
 from vlm.config.choices import LOSSES
 from vlm.models.configuration_prediction import HeadSettings
-from vlm.models.configuration_vlm import FEATURE_STRATEGIES
+from vlm.models.configuration_vlm import FEATURE_STRATEGIES, POSITIONS
 from vlm.models.head_tasks import CLASSIFICATION_TASKS, TASKS
+from vlm.models.native import NativeResolution
 from vlm.models.poolings import POOLINGS
 
 MAX_TILES = 1024
 """Tiles of an image."""
+MAX_PATCHES = 2**20
+"""Patches of an image."""
 MAX_LABELS = MAX_TOKENS = 10**7
 MAX_VECTOR = 65536
 
@@ -143,8 +147,12 @@ def _composed_problems(config: PreTrainedConfig) -> Iterator[Problem]:
     unread = config.unread_parameters
     if not isinstance(unread, list) or not all(isinstance(name, str) for name in unread):
         yield "unread_parameters", unread, "a list of names"
+    if config.positions not in POSITIONS:
+        yield "positions", config.positions, f"one of {', '.join(POSITIONS)}"
     if config.anyres is not None:
         yield from _anyres_problems(config.anyres)
+    if config.native is not None:
+        yield from _native_problems(config.native)
 
 
 def _selection_problems(selection: Mapping[str, object], encoder: object) -> Iterator[Problem]:
@@ -173,6 +181,21 @@ def _anyres_problems(anyres: object) -> Iterator[Problem]:
             yield f"anyres.{key}", anyres[key], f"a whole number from 1 to {most:,}"
     if (tiles := anyres.get("max_tiles")) is not None and not _is_int(tiles, 1, MAX_TILES):
         yield "anyres.max_tiles", tiles, f"a whole number from 1 to {MAX_TILES:,}, or null"
+
+
+def _native_problems(native: object) -> Iterator[Problem]:
+    names = {field.name for field in fields(NativeResolution)}
+    if not isinstance(native, dict) or set(native) != names:
+        yield "native", native, f"an object with {', '.join(sorted(names))}"
+        return
+    for key, most in (("patch_size", 1024), ("multiple", 64), ("factor", 64)):
+        if not _is_int(native[key], 1, most):
+            yield f"native.{key}", native[key], f"a whole number from 1 to {most:,}"
+    for key in ("min_patches", "max_patches"):
+        if not _is_int(native[key], 1, MAX_PATCHES):
+            yield f"native.{key}", native[key], f"a whole number from 1 to {MAX_PATCHES:,}"
+    if (queries := native["num_queries"]) is not None and not _is_int(queries, 1, MAX_PATCHES):
+        yield "native.num_queries", queries, f"a whole number from 1 to {MAX_PATCHES:,}, or null"
 
 
 def _is_grid(grid: object) -> bool:

@@ -39,10 +39,10 @@ def encoder_sources(config: VisualEncoderConfig) -> dict[str, EncoderConfig]:
 
 def resolve_encoders(
     visual_encoder: VisualEncoderConfig, configs: Sequence[PreTrainedConfig]
-) -> tuple[dict[str, Any], list[ImageProcessor], tuple[int, int]]:
+) -> tuple[dict[str, Any], list[ImageProcessor]]:
     """Find out which features the encoders give for one image; layers that are not read are removed from `configs`.
 
-    Returns keyword arguments of `VLMConfig`, the image processors, and height and width of the pixels they return.
+    Returns keyword arguments of `VLMConfig`, and the image processors.
     Refuses a layer or a CLS token that does not exist, and encoders that do not fit together.
     """
     sources = encoder_sources(visual_encoder)
@@ -50,7 +50,7 @@ def resolve_encoders(
         if config.model_type == "siglip_vision_model":
             config.vision_use_head = False  # nothing reads its pooled output
     loaded = list(zip(sources.items(), configs, strict=True))
-    processors = [_image_processor(part, source, config.model_type) for (part, source), config in loaded]
+    processors = [load_image_processor(part, source, config.model_type) for (part, source), config in loaded]
     sizes = [image_size(processor) for processor in processors]
     _check_equal(sources, [f"{height} x {width} pixels" for height, width in sizes])
     infos = [_inspect_encoder(part, source, config, sizes[0]) for (part, source), config in loaded]
@@ -65,7 +65,7 @@ def resolve_encoders(
         "beside": [info.selection for info in infos[1:]],
         "unread_parameters": unread,
     }
-    return values, processors, sizes[0]
+    return values, processors
 
 
 def _check_equal(sources: dict[str, EncoderConfig], outputs: Sequence[str]) -> None:
@@ -88,8 +88,8 @@ SQUASHED = "squashes the image to a square"
 
 def check_views(processor: VLMProcessor) -> None:
     """Refuse encoders that read different parts of an image: features of different places would become one token."""
-    if processor.anyres is not None:
-        return  # tiles are the same for all
+    if processor.anyres is not None or processor.native is not None:
+        return  # tiles are the same for all, and one encoder reads images at native resolution
     crops = [_describe_crop(each, processor.image_mode) for each in processor.image_processors]
     if len(set(crops)) > 1:
         side = image_size(processor.image_processor)[0]
@@ -122,7 +122,7 @@ def image_size(image_processor: ImageProcessor) -> tuple[int, int]:
     return size["height"], size["width"]
 
 
-def _image_processor(part: str, source: EncoderConfig, model_type: str) -> ImageProcessor:
+def load_image_processor(part: str, source: EncoderConfig, model_type: str) -> ImageProcessor:
     """Return an encoder's image processor at the size asked for; timm's as one that loads from any folder."""
     processor: Any  # the classes of transformers declare the attributes of `ImageProcessor` less narrowly
     if model_type == "timm_wrapper":
@@ -166,12 +166,12 @@ def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig,
     """Find out what an encoder gives for one image by running it without weights; layers not read leave `config`."""
     layers = None
     if source.feature_layer is not None and config.model_type in EARLY_EXIT_TYPES:
-        layers = list(_resolve_layers(part, source, config.num_hidden_layers + 1))
+        layers = list(resolve_layers(part, source, config.num_hidden_layers + 1))
         config.num_hidden_layers = max(*layers, 1)
     encoder, outputs = _dry_run(part, source, config, size)
     states = [outputs.last_hidden_state]
     if source.feature_layer is not None:
-        layers = layers or list(_resolve_layers(part, source, len(outputs.hidden_states)))
+        layers = layers or list(resolve_layers(part, source, len(outputs.hidden_states)))
         states = [outputs.hidden_states[layer] for layer in layers]
     tokens = [flatten_feature_map(state) for state in states]
     if len({state.shape[1] for state in tokens}) > 1:
@@ -203,7 +203,7 @@ def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig,
     )
 
 
-def _resolve_layers(part: str, source: EncoderConfig, count: int) -> Iterator[int]:
+def resolve_layers(part: str, source: EncoderConfig, count: int) -> Iterator[int]:
     """Yield the feature layers, counted from the front; raises ValueError where there is no such layer."""
     layers = source.feature_layer if isinstance(source.feature_layer, list) else [source.feature_layer]
     for layer in layers:

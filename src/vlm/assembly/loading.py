@@ -108,8 +108,11 @@ def load_complete(
     Raises:
         ValueError: weights are missing, unexpected, misshapen, of another type or not finite; names them.
     """
-    rules = _Rules(name, frozenset(new), frozenset(unused), is_part, num_layers)
     with opening(name, "its weights"):
+        if is_part and (prefix := _find_part(kind, config, name, options.get("revision"))) is not None:
+            options["key_mapping"] = {f"^{re.escape(prefix)}": ""}
+        mapping = options.get("key_mapping")
+        rules = _Rules(name, frozenset(new), frozenset(unused), is_part, num_layers, mapping)
         _check_headers(kind, config, rules, options)
         loaded: Any = kind.from_pretrained(
             name, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -118,6 +121,35 @@ def load_complete(
         rules.check(type(model).__name__, info, model)
         check_finite(name, model)
     return model
+
+
+def _find_part(kind: ModelClass, config: PreTrainedConfig, name: str, revision: str | None) -> str | None:
+    """Return what stands before the names of a part's weights in the checkpoint of a whole model, such as `visual.`.
+
+    None where the part is loaded by its own names, or by the prefix that its class has for whole models.
+    """
+    model_class = _model_class(kind, config)
+    headers = read_weight_headers(name, revision)
+    if model_class is None or headers is None:
+        return None
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        names = {tensor for tensor, _ in model_class(copy.deepcopy(config)).named_parameters()}
+    first = min(names)
+    own = {"", f"{model_class.base_model_prefix}."}
+    prefixes = {tensor.removesuffix(first) for tensor in headers if tensor.endswith(first)}
+    if prefixes & own:
+        return None
+    whole = [prefix for prefix in sorted(prefixes) if names <= {tensor.removeprefix(prefix) for tensor in headers}]
+    return whole[0] if len(whole) == 1 else None
+
+
+def _model_class(kind: ModelClass, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return the class of transformers that a configuration is of; None: a checkpoint's own, or one of several."""
+    if not issubclass(kind, _BaseAutoModelClass):
+        return kind
+    assert kind._model_mapping is not None
+    model_class = kind._model_mapping.get(type(config), None)
+    return model_class if isinstance(model_class, type) else None
 
 
 def check_weights(kind: ModelClass, name: str, config: PreTrainedConfig, revision: str | None = None) -> None:
@@ -154,13 +186,10 @@ def _compare_on_meta(
     kind: ModelClass, config: PreTrainedConfig, headers: Mapping[str, TensorHeader], rules: "_Rules"
 ) -> None:
     """Load a model without memory from what the headers say, and refuse what does not fit."""
-    config = copy.deepcopy(config)
-    model_class: Any = kind
-    if issubclass(kind, _BaseAutoModelClass):
-        assert kind._model_mapping is not None
-        model_class = kind._model_mapping.get(type(config), None)
-    if isinstance(model_class, tuple) or model_class is None:  # a class of the checkpoint's own, or one of several
+    model_class: Any = _model_class(kind, config)  # declared without its keyword arguments
+    if model_class is None:
         return
+    config = copy.deepcopy(config)
     state = {
         tensor: torch.empty(header.shape, dtype=TORCH_DTYPES.get(header.dtype, torch.int64), device="meta")
         for tensor, header in headers.items()
@@ -168,7 +197,7 @@ def _compare_on_meta(
     with quiet_loading(), without_zero3(), torch.random.fork_rng(devices=[]):
         loaded = model_class.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True,
-            device_map="meta",
+            device_map="meta", key_mapping=rules.key_mapping,
         )  # fmt: skip
     model, info = loaded
     rules.check(model_class.__name__, info, model)
@@ -183,6 +212,7 @@ class _Rules:
     unused: frozenset[str] = frozenset()
     is_part: bool = False
     num_layers: int | None = None
+    key_mapping: Mapping[str, str] | None = None
 
     def check(self, kind: str, info: Mapping[str, Any], model: nn.Module) -> None:
         """Raise ValueError where the checkpoint is not that of the model, by what transformers says of loading it."""

@@ -9,12 +9,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vlm.assembly.model_interface import TrainableModel
 from vlm.assembly.numbers import bound_infinite
+from vlm.assembly.opening import shorten
 from vlm.assembly.packed_attention import use_packed_attention
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator
 from vlm.data.dataset import Skipped
 from vlm.data.processor import Processor, SampleInputs
 from vlm.families.grid_positions import has_grid_positions
+
+PACKING_KEY = "trainer.packing=true:"
+"""How a message begins that says why samples cannot be packed."""
 
 
 def add_grid_positions(model: Any, batch: SampleInputs) -> SampleInputs:
@@ -51,7 +55,7 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
     was_training = model.training
     model.eval()
     try:
-        packed = [_packed_row_logits(model, [before[:size], last]) for before in (first, other)]
+        packed = [_try_packed_row(model, [before[:size], last]) for before in (first, other)]
         alone = model(input_ids=torch.tensor([last], device=model.device), use_cache=False).logits[0]
     finally:
         model.train(was_training)
@@ -66,9 +70,23 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
         return
     text = model.config.get_text_config()
     raise ValueError(
-        f"trainer.packing=true: {problem} in a packed row, with {text.model_type} and attention "
+        f"{PACKING_KEY} {problem} in a packed row, with {text.model_type} and attention "
         f"{text._attn_implementation}. Try another model.attn_implementation, or trainer.packing=false"
     )
+
+
+def _try_packed_row(model: TrainableModel, samples: list[list[int]]) -> Tensor:
+    """Return `_packed_row_logits`; raise ValueError with the key where the model's code has no packed rows."""
+    try:
+        return _packed_row_logits(model, samples)
+    except (AttributeError, TypeError, LookupError, ValueError, NotImplementedError) as error:
+        if str(error).startswith(PACKING_KEY):
+            raise
+        kind = model.config.get_text_config().model_type
+        raise ValueError(
+            f"{PACKING_KEY} the code of {kind} fails on a packed row, {type(error).__name__}: {shorten(str(error))}. "
+            "trainer.packing=false pads batches instead"
+        ) from error
 
 
 def _packed_row_logits(model: TrainableModel, samples: list[list[int]]) -> Tensor:

@@ -206,7 +206,9 @@ def _check_fit(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> 
         )
     if (processor.anyres or None) != (settings.anyres or None):
         raise ValueError(f"{name}: anyres differs between config.json and processor_config.json")
-    if settings.vision_config.model_type in EARLY_EXIT_TYPES:
+    if (processor.native or None) != (settings.native or None):
+        raise ValueError(f"{name}: native differs between config.json and processor_config.json")
+    if settings.vision_config.model_type in EARLY_EXIT_TYPES and settings.native is None:
         given, side = image_size(processor.image_processor), settings.vision_config.image_size
         if given != (side, side):
             raise ValueError(
@@ -214,7 +216,9 @@ def _check_fit(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> 
                 f"{side} x {side}"
             )
     connector = settings.connector
-    if connector["type"] not in CONNECTORS:  # a class of the user's own, which is not imported from here
+    if (
+        settings.native is not None or connector["type"] not in CONNECTORS
+    ):  # a class of the user's own, which is not imported from here
         return
     needed = count_tokens(connector["type"], settings.num_features, connector["options"])
     if processor.tokens_per_image != needed:

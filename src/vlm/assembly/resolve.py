@@ -21,6 +21,7 @@ from vlm.assembly.encoders import image_size
 from vlm.assembly.family import load_family_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
 from vlm.assembly.image_budget import limit_image_tokens
+from vlm.assembly.language_models import set_balance_loss
 from vlm.assembly.opening import opening
 from vlm.assembly.processor_options import apply_processor_options, check_no_processor_options
 from vlm.assembly.quantization import quantized_parts
@@ -170,6 +171,9 @@ def _resolve_composed(
     config.model = recorded_recipe
     config.model.attn_implementation, config.model.head = requested.attn_implementation, requested.head
     config.model.language_model.new_tokens = requested.language_model.new_tokens
+    if (coefficient := requested.language_model.balance_loss) is not None:
+        set_balance_loss(model_config.text_config, coefficient, f"trainer.from_pretrained={name}")
+        config.model.language_model.balance_loss = coefficient
     for part, kind in quantized_parts(requested).items():
         getattr(config.model, part).quantization = kind
     return model_config, processor

@@ -59,6 +59,12 @@ class LanguageModelConfig:
     """Whether code out of the model's repository may run."""
     quantization: str | None = field(default=None, metadata=choices(allowed.QUANTIZATIONS))
     """Store its matrices in `8bit` or `4bit` (NF4); they stay frozen, adapters may train on them (`trainer.lora`)."""
+    positions: str = field(default="plain", metadata=choices(allowed.POSITIONS))
+    """`plain`: tokens of images are counted as text is; `mrope`: by time, row and column of an image, for language
+    models that have such positions (Qwen3.5)."""
+    balance_loss: float | None = field(default=None, metadata=at_least(0))
+    """Coefficient of the loss that keeps tokens spread over the experts of a mixture of experts; 0: none; null: as the
+    language model's own configuration has it (`output_router_logits`, `router_aux_loss_coef`)."""
     new_tokens: list[str] = field(default_factory=list)
     """Tokens added to the vocabulary. Where the language model is frozen, their embeddings alone train, at its rate."""
 
@@ -86,6 +92,18 @@ class AnyResConfig:
     """The features of an image are shrunk bilinearly to about the tokens of so many tiles; null: all are kept."""
     tile_several: bool = False
     """Whether images are tiled in samples that have several of them; else each of these is one square."""
+
+
+@dataclass
+class NativeConfig:
+    """Images in their own size and aspect ratio (`dataset.image_mode=native`), within bounds."""
+
+    min_tokens: int = field(default=4, metadata=at_least(1))
+    """The fewest tokens of an image: smaller images are enlarged. Where the connector reads images with queries, the
+    fewest patches."""
+    max_tokens: int = field(default=1024, metadata=at_least(1))
+    """The most tokens of an image: larger images are made smaller. Where the connector reads images with queries, the
+    most patches."""
 
 
 @dataclass
@@ -167,6 +185,7 @@ class ModelConfig:
     processor: Options = field(default_factory=dict)
     """With `hf_name`: options of its image processor (`max_pixels`, `size.longest_edge`, `max_patches` …), and under
     `video` of its video processor, as the installed classes take them; null leaves an option as it is saved."""
+    native: NativeConfig = field(default_factory=NativeConfig)
     head: HeadsConfig = field(default_factory=HeadsConfig)
     image_token: str = "<image>"
     """The placeholder that image features replace; added to a tokenizer that does not know it."""

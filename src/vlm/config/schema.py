@@ -349,8 +349,9 @@ class DatasetConfig(SourceConfig, ThinkingInRecords):
     """What is supervised of a conversation: `replies` and their ends; `llava-onevision`: in ChatML, the assistant's
     turns as a whole, and the marks of turns and line breaks in those of others, as LLaVA-OneVision was trained."""
     image_mode: str | None = field(default=None, metadata=choices(IMAGE_MODES))
-    """`square`: as the encoder's image processor does it; `pad`: padded to a square first; null: the checkpoint's,
-    else `square`."""
+    """`square`: as the encoder's image processor does it; `pad`: padded to a square first; `native`: each image in its
+    own size and aspect ratio, within the bounds of `model.native`; null: the checkpoint's, else what the encoder reads:
+    `native` for SigLIP 2 with NaFlex and Qwen's vision towers, `square` for others."""
     alpha_background: str | None = field(default=None, metadata=choices(ALPHA_BACKGROUNDS))
     """What shows through transparent images: `white`, `black` or `grey`; `drop`: transparency is ignored, as in LLaVA,
     so that black ink on a transparent ground is all black; null: the checkpoint's, else `white`."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vlm.data.sample import Clip
     from vlm.models.anyres import AnyRes
     from vlm.models.pixels import ImageProcessor
-    from vlm.models.processing_vlm import Message
+    from vlm.models.processing_messages import Message
 
 SampleInputs = dict[str, Any]
 """An encoded sample: `input_ids` and `labels` (lists of ids), and tensors under the names that the model takes.

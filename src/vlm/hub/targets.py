@@ -224,6 +224,10 @@ def _describe_connector(config: VLMConfig) -> str:
 
 def _encoder_incompatibilities(config: VLMConfig) -> Iterator[str]:
     kind, encoder = config.vision_config.model_type, "model.visual_encoder"
+    if config.native is not None:
+        yield "dataset.image_mode=native: LLaVA has images of one size, or tiles"
+    if config.positions != "plain":
+        yield f"model.language_model.positions={config.positions}: LLaVA counts positions in one dimension"
     if config.beside:
         yield f"{encoder}.extra_encoders: several encoders side by side, and LLaVA has one"
     if isinstance(config.feature_layer, list):
@@ -250,6 +254,8 @@ def _mlp_incompatibilities(config: VLMConfig) -> Iterator[str]:
 
 def _text_incompatibilities(config: VLMConfig) -> Iterator[str]:
     values = config.text_config.to_dict()
+    if values.get("hidden_size_per_layer_input"):
+        yield f"a language model of model_type={config.text_config.model_type}: LLaVA looks no tokens up in each layer"
     for name in RESCALED_LOGITS:
         if values.get(name) not in (None, 1.0):
             yield f"a language model with {name}={values[name]}: LLaVA's logits are the vocabulary head's alone"

@@ -43,14 +43,15 @@ class ImageFeatureCache:
     def replace_pixels(self, model: PreTrainedModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return inputs with `image_features` and `image_index` in place of `pixel_values`, each image once.
 
-        Inputs are returned unchanged where they have no images, the model is not composed, or it is training.
+        Inputs are returned unchanged where they have no images, the model is not composed, or it is training, or
+        reads images at native resolution.
 
         Args:
             model: the model that reads them.
             inputs: a batch on the model's device; pixels `(I, 3 * encoders, height, width)`, normalised.
         """
         body = get_body(model)
-        if not is_composed_model(body) or "pixel_values" not in inputs:
+        if not is_composed_model(body) or "pixel_values" not in inputs or body.native is not None:
             return inputs
         with self._lock:
             if body.training:

@@ -17,6 +17,7 @@ if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < MI
         f"{transformers.__version__} is installed, in which it would answer otherwise: pip install -U transformers"
     )
 
+POSITIONS = ("plain", "mrope")
 FEATURE_STRATEGIES = ("patch", "cls+patch", "cls", "full")
 
 AUTO_MAP = {
@@ -49,6 +50,8 @@ class VLMConfig(PreTrainedConfig):
             after the selected one).
         image_token_id: id of the placeholder token.
         anyres: the fields of `anyres.AnyRes`, where images are cut into tiles; None where each is one square.
+        native: the fields of `native.NativeResolution`, where images keep their size; None where all have one size.
+        positions: `plain`, or `mrope` for positions in rows and columns of images, see `language_inputs.py`.
         recipe: the `model` section of the run that built it.
     """
 
@@ -69,6 +72,8 @@ class VLMConfig(PreTrainedConfig):
         unread_parameters: list[str] | None = None,
         image_token_id: int = 0,
         anyres: dict | None = None,
+        native: dict | None = None,
+        positions: str = "plain",
         recipe: dict | None = None,
         **kwargs,
     ):
@@ -86,6 +91,8 @@ class VLMConfig(PreTrainedConfig):
         self.unread_parameters = unread_parameters or []
         self.image_token_id = image_token_id
         self.anyres = anyres
+        self.native = native
+        self.positions = positions
         self.recipe = recipe or {}
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         kwargs["tie_word_embeddings"] = False  # the language model ties its own, nested

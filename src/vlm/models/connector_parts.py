@@ -1,15 +1,18 @@
 """Building blocks of connectors: base classes, checks of options, the MLP, convolutions on a grid.
 
-Hub code: imports torch and transformers only. Blocks of a single connector are in its own file.
+Hub code: imports torch, transformers and its siblings only. Blocks of a single connector are in its own file.
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+
+from .native import Grid
 
 
 class Connector(nn.Module):
@@ -25,6 +28,35 @@ class Connector(nn.Module):
     def num_tokens(cls, num_features: int, **options: object) -> int:
         """Return the number of tokens for an image of `num_features` features: by default as many."""
         return num_features
+
+    @classmethod
+    def square_side(cls, **options: object) -> int | None:
+        """Return the side of the square of patches that becomes one token of an image at native resolution.
+
+        None: the connector reads images of one size alone, which is the default. See `map_native`.
+        """
+        return None
+
+    def map_native(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Map the features of images at native resolution, which a connector with a `square_side` can.
+
+        `(N, vision_dim) -> (tokens, text_dim)`: the N patches of all images, row by row and image by image; `grids` are
+        the rows and columns of each, multiples of `square_side`.
+        """
+        raise NotImplementedError
+
+
+class PointwiseConnector(Connector):
+    """A connector that maps every feature by itself."""
+
+    @classmethod
+    def square_side(cls, **options: object) -> int | None:
+        """Return 1: each patch becomes a token."""
+        return 1
+
+    def map_native(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Map the features of images of different sizes, see `Connector`."""
+        return self(features[None])[0]
 
 
 class GridConnector(Connector):

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .connector_parts import Connector, mlp_layers
+from .connector_parts import Connector, PointwiseConnector, mlp_layers
 from .grid_connectors import CAbstractorConnector, LDPConnector, LDPv2Connector, PixelShuffleConnector, PoolingConnector
 from .query_connectors import QFormerConnector, ResamplerConnector
 
 
-class IdentityConnector(Connector):
+class IdentityConnector(PointwiseConnector):
     """Returns features unchanged, for an encoder as wide as the language model.
 
     Raises:
@@ -39,7 +39,7 @@ class IdentityConnector(Connector):
         return features
 
 
-class LinearConnector(Connector):
+class LinearConnector(PointwiseConnector):
     """One affine map, as in LLaVA (Liu et al. 2023, arXiv:2304.08485, section 4.1).
 
     Options:
@@ -57,7 +57,7 @@ class LinearConnector(Connector):
         return self.linear(self.norm(features))
 
 
-class MLPConnector(Connector):
+class MLPConnector(PointwiseConnector):
     """`num_layers` affine maps with an activation between, as in LLaVA-1.5 (Liu et al. 2023, arXiv:2310.03744).
 
     `num_layers=2, activation="gelu"` is its `mlp2x_gelu`: `W2 gelu(W1 x + b1) + b2`.
@@ -139,6 +139,12 @@ def count_tokens(connector_type: str, num_features: int, options: Mapping[str, o
 def keeps_grid(connector_type: str) -> bool:
     """Return whether a connector's tokens are in a grid as the features are; by default they are."""
     return getattr(connector_class(connector_type), "keeps_grid", True)
+
+
+def square_side(connector_type: str, options: Mapping[str, object]) -> int | None:
+    """Return the side of the square of patches that becomes one token at native resolution; None: it cannot read it."""
+    side = getattr(connector_class(connector_type), "square_side", None)
+    return None if side is None else side(**options)
 
 
 CONNECTORS: dict[str, type[Connector]] = {

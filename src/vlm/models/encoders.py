@@ -5,7 +5,7 @@ Hub code: imports torch and transformers only.
 Shapes: I images, P features an image, V width of the features.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 EARLY_EXIT_TYPES = (
-    "clip_vision_model", "siglip_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "deit", "ijepa",
+    "clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit",
+    "vit", "deit", "ijepa",
 )  # fmt: skip
 """Model types whose `hidden_states[k]` is the output of their first `k` layers, so that later layers need not run.
 
@@ -58,16 +59,7 @@ def read_features(
     Only the selected hidden states are kept; several are concatenated by channel in the order of `feature_layer`. Later
     layers are not run, see `EARLY_EXIT_TYPES`. The last three arguments are fields of `VLMConfig`.
     """
-    if feature_layer is None:
-        features = flatten_feature_map(encoder(pixel_values, return_dict=True).last_hidden_state)
-    else:
-        layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
-        requested_layers = sorted(set(layers))
-        states = _hidden_states(encoder, pixel_values, requested_layers)
-        requested = [state for state in states if state is not None]
-        if len(requested) == len(requested_layers):  # otherwise the encoder returned all hidden states in any case
-            states = dict(zip(requested_layers, requested, strict=True))
-        features = torch.cat([flatten_feature_map(states[layer]) for layer in layers], dim=2)
+    features = read_states(encoder, {"pixel_values": pixel_values}, feature_layer)
     match feature_strategy:
         case "patch":
             return features[:, num_prefix_tokens:]
@@ -79,14 +71,35 @@ def read_features(
             return features
 
 
-def _hidden_states(encoder: Any, pixel_values: Tensor, requested_layers: list[int]) -> Sequence[Any]:
+def read_states(
+    encoder: nn.Module, inputs: Mapping[str, Tensor | bool | None], feature_layer: int | list[int] | None
+) -> Tensor:
+    """Return the selected hidden states of an encoder, concatenated by channel: `(I, tokens, V)`.
+
+    Args:
+        encoder: the encoder.
+        inputs: the arguments of its `forward`, `pixel_values` among them.
+        feature_layer: see `VLMConfig`.
+    """
+    if feature_layer is None:
+        return flatten_feature_map(encoder(**inputs, return_dict=True).last_hidden_state)
+    layers = [feature_layer] if isinstance(feature_layer, int) else feature_layer
+    requested_layers = sorted(set(layers))
+    states = _hidden_states(encoder, inputs, requested_layers)
+    requested = [state for state in states if state is not None]
+    if len(requested) == len(requested_layers):  # otherwise the encoder returned all hidden states in any case
+        states = dict(zip(requested_layers, requested, strict=True))
+    return torch.cat([flatten_feature_map(states[layer]) for layer in layers], dim=2)
+
+
+def _hidden_states(encoder: Any, inputs: Mapping[str, Any], requested_layers: list[int]) -> Sequence[Any]:
     """Return the requested hidden states, or those of all layers, of which others may be None."""
     if hasattr(encoder, "timm_model") and not encoder.features_only:
-        pixels = pixel_values.to(encoder.device, encoder.dtype)  # as in the wrapper, which would run all layers
+        pixels = inputs["pixel_values"].to(encoder.device, encoder.dtype)  # the wrapper would run all layers
         read = encoder.timm_model.forward_intermediates
         return read(pixels, indices=requested_layers, stop_early=True, intermediates_only=True)
     with _truncated_layers(encoder, max(*requested_layers, 1)):
-        return encoder(pixel_values, output_hidden_states=requested_layers, return_dict=True).hidden_states
+        return encoder(**inputs, output_hidden_states=requested_layers, return_dict=True).hidden_states
 
 
 class _TruncatedLayers(nn.ModuleList):

@@ -5,6 +5,7 @@ Hub code: imports torch and its siblings only. Each needs features that are patc
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from .connector_parts import (
     require_positive,
     to_grid,
 )
+from .native import Grid, square_order
 
 
 class PixelShuffleConnector(GridConnector):
@@ -60,6 +62,17 @@ class PixelShuffleConnector(GridConnector):
         """Side of the grid of tokens, see `GridConnector`."""
         require_divisor("factor", factor, side)
         return side // factor
+
+    @classmethod
+    def square_side(cls, *, factor: int, **options: object) -> int | None:
+        """Return the side of the square that becomes one token."""
+        require_positive(factor=factor)
+        return factor
+
+    def map_native(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Map the features of images of different sizes, see `Connector`."""
+        squares = features[square_order(grids, self.factor, features.device)].unflatten(0, (-1, self.factor**2))
+        return self.layers(squares.flatten(1))
 
     def shuffle(self, features: Tensor) -> Tensor:
         """`(images, features, vision_dim) -> (images, features / factor**2, factor**2 * vision_dim)`."""
@@ -101,6 +114,7 @@ class PoolingConnector(GridConnector):
     ):
         super().__init__()
         _require_one_size(kernel, output_side)
+        self.kernel = kernel
         self.pool = nn.AdaptiveAvgPool2d(output_side) if kernel is None else nn.AvgPool2d(kernel)
         self.layers = mlp_layers(vision_dim, text_dim, num_layers, activation, hidden_dim, bias, input_norm)
 
@@ -114,6 +128,18 @@ class PoolingConnector(GridConnector):
         assert kernel is not None
         require_divisor("kernel", kernel, side)
         return side // kernel
+
+    @classmethod
+    def square_side(cls, *, kernel: int | None, output_side: int | None, **options: object) -> int | None:
+        """Return the side of the squares that are averaged; None with `output_side`, which needs a square grid."""
+        _require_one_size(kernel, output_side)
+        return kernel
+
+    def map_native(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Map the features of images of different sizes, see `Connector`."""
+        assert self.kernel is not None
+        squares = features[square_order(grids, self.kernel, features.device)].unflatten(0, (-1, self.kernel**2))
+        return self.layers(squares.mean(1))
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""

@@ -20,16 +20,11 @@ from .configuration_prediction import HeadSettings, VLMPredictionConfig, is_comp
 from .head_losses import head_loss
 from .head_tasks import CLASSIFICATION_TASKS, EMBEDDING, choose_labels, probabilities
 from .heads import HEADS, PredictionHead
-from .modeling_vlm import (
-    VLMForConditionalGeneration,
-    WrapperModel,
-    copy_class_file,
-    has_trainable_parameters,
-    load_travelling_class,
-)
+from .modeling_vlm import VLMForConditionalGeneration, has_trainable_parameters
 from .poolings import TokenMasks, pool_hidden_states
 from .sentence_embedding import write_sentence_transformers_files
 from .text_loss import SupervisedScores, mean_loss
+from .wrapper import WrapperModel, copy_class_file, load_travelling_class
 
 
 @dataclass

@@ -13,6 +13,15 @@ Message = dict[str, Any]
 SPELLED = "\ufdd3"
 """A Unicode noncharacter that breaks up an image token which a text item spells, until its text is tokenised."""
 
+FIXED_DATE = "26 Jul 2024"
+"""The date for templates that would write today's (Llama-3.2), so that a prompt is the same every day."""
+FIXED_CLOCK = f"{{% macro strftime_now(format) %}}{FIXED_DATE}{{% endmacro +%}}"
+"""Put before templates that call `strftime_now`, since transformers gives them its own clock and accepts no other."""
+
+
+class MediaMismatchError(ValueError):
+    """A rendered text has more or fewer places for images and videos than there are, or has them in another order."""
+
 
 def break_spelled(turn: Message, image_token: str) -> Message:
     """Return a turn in whose text items `SPELLED` breaks up the image token."""
@@ -68,3 +77,21 @@ def thinks(tokenizer: HasSettings, asked: bool | None = None) -> bool:
 def set_thinks(tokenizer: HasSettings, value: bool) -> None:
     """Set what `thinks` returns where nothing is asked for; it is saved with the tokenizer."""
     tokenizer.init_kwargs[THINKING_SETTING] = value
+
+
+def flatten_content(content: str | list[Message], image_token: str) -> str:
+    """Return a content list as one string, with an image token for each image.
+
+    Images before the text stand on a line of their own, as in LLaVA's records.
+    """
+    if isinstance(content, str):
+        return content
+    text, before_text = "", True
+    for item in content:
+        if item["type"] == "text":
+            text += "\n" if before_text and text and not item["text"].startswith("\n") else ""
+            text += item["text"]
+            before_text = False
+        else:
+            text += image_token
+    return text

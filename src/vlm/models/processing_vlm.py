@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 from .anyres import AnyRes, Size
+from .image_inputs import make_native_inputs, make_tiled_inputs
+from .native import NativeResolution
 from .pixels import (
     ALPHA_BACKGROUNDS,
     ImageOrTensor,
@@ -27,23 +29,26 @@ from .pixels import (
     load_images,
     make_image_processor,
     make_raw_pixels,
-    make_views,
     normalise_pixels,
 )
-from .processing_messages import Message, break_spelled, images_in_conversation, join_spelled, thinks
+from .processing_messages import (
+    FIXED_CLOCK,
+    FIXED_DATE,
+    MediaMismatchError,
+    break_spelled,
+    flatten_content,
+    images_in_conversation,
+    join_spelled,
+    thinks,
+)
+from .processing_messages import (
+    Message as Message,
+)
 from .text_processing import bounded_template, encode_text, read_prepend_scheme, span_finder, special_token_pattern
 
-IMAGE_MODES = ("square", "pad")
+IMAGE_MODES = ("square", "pad", "native")
 BLANKS = " ", "▁"
 """What SentencePiece reads as the start of a word."""
-FIXED_DATE = "26 Jul 2024"
-"""The date for templates that would write today's (Llama-3.2), so that a prompt is the same every day."""
-FIXED_CLOCK = f"{{% macro strftime_now(format) %}}{FIXED_DATE}{{% endmacro +%}}"
-"""Put before templates that call `strftime_now`, since transformers gives them its own clock and accepts no other."""
-
-
-class MediaMismatchError(ValueError):
-    """A rendered text has more or fewer places for images and videos than there are, or has them in another order."""
 
 
 class VLMProcessor(ProcessorMixin):
@@ -57,9 +62,11 @@ class VLMProcessor(ProcessorMixin):
         image_start: a token before each image, or None.
         image_end: a token after each image, or None.
         tokens_per_image: placeholders that one image takes; the model's own count.
-        image_mode: `square` (resized as the image processor does) or `pad` (to a square in its mean colour first).
+        image_mode: `square` (resized as the image processor does), `pad` (to a square in its mean colour first) or
+            `native` (each image in its own size and aspect ratio, see `native.py`).
         own_template: the language model's own template, kept for a later stage that uses it again.
         anyres: the fields of `anyres.AnyRes`, where images are cut into tiles; None where each is one square.
+        native: the fields of `native.NativeResolution` with `image_mode=native`; else None.
         beside: the image processors of further visual encoders, or what their `to_dict` returned.
         alpha_background: what shows through transparent images, a name of `pixels.ALPHA_BACKGROUNDS`.
 
@@ -74,8 +81,6 @@ class VLMProcessor(ProcessorMixin):
     """Image inputs that are concatenated along another dimension than the first one: none."""
     per_token_inputs = ()
     """Inputs with one value for each token, besides ids and mask: none."""
-    deduplicated_inputs = ("pixel_values", "image_features")
-    """Image inputs in which equal images may stand once: the model reads `image_index` with them."""
     videos = video_token = video_token_id = None
     """No token stands for a video: its frames are images."""
     encodes_videos_separately = False
@@ -94,12 +99,17 @@ class VLMProcessor(ProcessorMixin):
         image_mode: str = "square",
         own_template: str | None = None,
         anyres: Settings | None = None,
+        native: Settings | None = None,
         beside: Sequence[ImageProcessor | Settings] = (),
         alpha_background: str = "white",
         **kwargs: object,
     ):
         if image_mode not in IMAGE_MODES:
             raise ValueError(f"dataset.image_mode={image_mode}: allowed are {', '.join(IMAGE_MODES)}")
+        if (image_mode == "native") != (native is not None):
+            raise ValueError(
+                f"image_mode={image_mode} with native={native}: native is given with image_mode=native alone"
+            )
         if alpha_background not in ALPHA_BACKGROUNDS:
             allowed = ", ".join(ALPHA_BACKGROUNDS)
             raise ValueError(f"dataset.alpha_background={alpha_background}: allowed are {allowed}")
@@ -114,6 +124,7 @@ class VLMProcessor(ProcessorMixin):
         self.alpha_background = alpha_background
         self.own_template = own_template
         self.anyres = anyres
+        self.native = native
         self.beside = [make_image_processor(settings) for settings in beside]
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(image_token)
         self.special_tokens = special_token_pattern(tokenizer, image_token)
@@ -140,9 +151,19 @@ class VLMProcessor(ProcessorMixin):
         return None if self.anyres is None else AnyRes(**self.anyres)
 
     @property
+    def native_resolution(self) -> NativeResolution | None:
+        """How large images are at native resolution; None where all have one size."""
+        return None if self.native is None else NativeResolution(**self.native)
+
+    @property
     def needs_image_sizes(self) -> bool:
         """Whether the number of tokens of an image depends on its size."""
-        return self.anyres is not None
+        return self.anyres is not None or self.native is not None
+
+    @property
+    def deduplicated_inputs(self) -> tuple[str, ...]:
+        """Image inputs in which equal images may stand once: the model reads `image_index` with them."""
+        return () if self.native is not None else ("pixel_values", "image_features")
 
     @property
     def pools_video_frames(self) -> bool:
@@ -178,14 +199,13 @@ class VLMProcessor(ProcessorMixin):
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         pieces = self._split_text(text, user_spans)
-        if (tiling := self.tiling) is not None:
+        counts = repeat(self.tokens_per_image)
+        if self.needs_image_sizes:
             number = sum(text[start:end] == self.image_token for start, end, _ in pieces)
             if number != len(sizes):
                 given = f"{len(sizes)} sizes of images given"
                 raise MediaMismatchError(f"{given}, but the text has {number} {self.image_token}")
-            counts = iter(tiling.image_tokens(sizes))
-        else:
-            counts = repeat(self.tokens_per_image)
+            counts = iter(self._count_tokens(sizes))
         for start, end, continues_text in pieces:
             piece = text[start:end]
             if piece == self.image_token:
@@ -202,6 +222,13 @@ class VLMProcessor(ProcessorMixin):
                 else:
                     spans += [(start + a, start + b) for a, b in offsets] if start else offsets
         return ids, spans
+
+    def _count_tokens(self, sizes: Sequence[Size | None]) -> list[int]:
+        """Return the number of tokens of each image of a sample, where it depends on their sizes."""
+        if (native := self.native_resolution) is not None:
+            return native.image_tokens([size for size in sizes if size is not None])  # frames of videos have sizes too
+        assert self.tiling is not None
+        return self.tiling.image_tokens(sizes)
 
     def _lead(self, piece: str, continues_text: bool) -> str:
         """Return what a piece of text is tokenised behind, so that a word starts before it or does not.
@@ -246,34 +273,30 @@ class VLMProcessor(ProcessorMixin):
 
         Returns:
             `pixel_values` as `raw_pixels` returns them; where images are cut into tiles, those of all views, with
-            `image_sizes` `(images, 2)`, height and width in pixels, and `image_views` `(images,)`, how many each has.
+            `image_sizes` `(images, 2)`, height and width in pixels, and `image_views` `(images,)`, how many each has;
+            at native resolution, those of `make_native_inputs`.
         """
         if not images:
             return {}
-        if (tiling := self.tiling) is None:
+        tiling, native = self.tiling, self.native_resolution
+        if tiling is None and native is None:
             return {"pixel_values": self.raw_pixels(images)}
         rgb_images = [image if isinstance(image, Tensor) else as_tensor(self.as_rgb(image)) for image in images]
-        processors = self.image_processors
-        image_sizes: list[Size] = [(rgb_image.shape[1], rgb_image.shape[2]) for rgb_image in rgb_images]
-        frames = [size is None for size in sizes] or [False] * len(images)
-        views = tiling.num_views([None if frame else size for frame, size in zip(frames, image_sizes, strict=True)])
-        pixels = [
-            torch.cat([make_views(processor, tiling, rgb_image, number) for processor in processors], dim=1)
-            for rgb_image, number in zip(rgb_images, views, strict=True)
-        ]
-        return {
-            "pixel_values": torch.cat(pixels),
-            "image_sizes": torch.tensor(image_sizes),
-            "image_views": torch.tensor(views),
-        }
+        if native is not None:
+            return make_native_inputs(self.image_processor, native, rgb_images)
+        assert tiling is not None
+        return make_tiled_inputs(self.image_processors, tiling, rgb_images, sizes)
 
     def text_inputs(self, ids: Sequence[int], labels: Sequence[int], images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs named in `per_token_inputs`: none."""
         return {}
 
     def pixel_values(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return pixels as the visual encoders read them: `(images, 3 * encoders, height, width)`."""
-        return self.normalise(self.raw_pixels(images))
+        """Return pixels as the visual encoders read them: `(images, 3 * encoders, height, width)`.
+
+        At native resolution they are patches, `(patches, 3, side, side)`.
+        """
+        return self.normalise(self.image_inputs(images)["pixel_values"] if self.native else self.raw_pixels(images))
 
     @property
     def accepts_tensors(self) -> bool:
@@ -322,7 +345,8 @@ class VLMProcessor(ProcessorMixin):
             `input_ids` and `attention_mask` of shape `(texts, tokens)`, padded on the left for generation, and
             `pixel_values` of shape `(images, 3 * encoders, height, width)`. Where images are cut into tiles,
             `pixel_values` holds the views of all images, and `image_sizes` and `image_views` tell whose each is; the
-            images of one text are one sample, and without text each image is a sample.
+            images of one text are one sample, and without text each image is a sample. At native resolution,
+            `pixel_values` holds the patches of all images, and `image_grids` their rows and columns.
 
         Raises:
             ValueError: the texts have more or fewer image tokens than there are images.
@@ -368,7 +392,10 @@ class VLMProcessor(ProcessorMixin):
             text = self.apply_chat_template(broken if is_batch else broken[0], *args, **kwargs)
             inputs = self(images=images or None, text=text, **kwargs.get("processor_kwargs", {}))
             return inputs if return_dict else inputs["input_ids"]
-        flat = [[{**turn, "content": self._flatten(turn["content"])} for turn in turns] for turns in conversations]
+        flat = [
+            [{**turn, "content": flatten_content(turn["content"], self.image_token)} for turn in turns]
+            for turns in conversations
+        ]
         template = kwargs.pop("chat_template", self.chat_template)
         if template and "strftime_now" in template:
             template = FIXED_CLOCK + template
@@ -379,25 +406,9 @@ class VLMProcessor(ProcessorMixin):
             rendered = self.tokenizer.apply_chat_template(flat, *args, **settings)
         return rendered if is_batch else rendered[0]
 
-    def _flatten(self, content: str | list[Message]) -> str:
-        """Return a content list as one string, with an image token for each image.
-
-        Images before the text stand on a line of their own, as in LLaVA's records.
-        """
-        if isinstance(content, str):
-            return content
-        text, before_text = "", True
-        for item in content:
-            if item["type"] == "text":
-                text += "\n" if before_text and text and not item["text"].startswith("\n") else ""
-                text += item["text"]
-                before_text = False
-            else:
-                text += self.image_token
-        return text
-
     @property
     def model_input_names(self) -> list[str]:
         """The names of the inputs that `__call__` returns."""
         names = ["input_ids", "attention_mask", "pixel_values"]
+        names += ["image_grids"] if self.native is not None else []
         return names if self.anyres is None else [*names, "image_sizes", "image_views"]

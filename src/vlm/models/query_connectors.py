@@ -3,13 +3,17 @@
 Hub code: imports torch, transformers and its siblings only. They take features of any number and arrangement.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 from transformers.activations import ACT2FN
 
 from .connector_parts import Connector, require_activation, require_heads, require_positive
+from .native import Grid
 
 
 class QueryConnector(Connector):
@@ -22,6 +26,18 @@ class QueryConnector(Connector):
         """Return the number of queries; raise ValueError where it is no whole number of at least 1."""
         require_positive(num_queries=num_queries)
         return num_queries
+
+    @classmethod
+    def square_side(cls, **options: object) -> int | None:
+        """Return 1: queries read grids of any rows and columns, of which none are merged."""
+        return 1
+
+    def map_native(self, features: Tensor, grids: Sequence[Grid]) -> Tensor:
+        """Map the features of images of different sizes, padded to the largest, see `Connector`."""
+        lengths = torch.tensor([rows * columns for rows, columns in grids], device=features.device)
+        padded = pad_sequence(list(features.split(lengths.tolist())), batch_first=True)  # (images, most, vision_dim)
+        mask = torch.arange(padded.shape[1], device=features.device) < lengths[:, None]
+        return self(padded, mask).flatten(0, 1)
 
 
 class ResamplerConnector(QueryConnector):
@@ -70,12 +86,15 @@ class ResamplerConnector(QueryConnector):
         """Initialise the queries with unit variance, as OpenFlamingo does; modules initialise themselves."""
         nn.init.normal_(self.queries)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`.
+
+        `mask` `(images, features)` is false at padding.
+        """
         features = self.input(self.input_norm(features))
         queries = self.queries.expand(features.shape[0], -1, -1)  # (images, queries, hidden_dim)
         for block in self.blocks:
-            queries = block(queries, features)
+            queries = block(queries, features, mask)
         return self.output(self.norm(queries))
 
 
@@ -101,12 +120,14 @@ class PerceiverBlock(nn.Module):
             nn.Linear(4 * width, width, bias=False),
         )
 
-    def forward(self, queries: Tensor, features: Tensor) -> Tensor:
-        """Update the queries, see the class."""
+    def forward(self, queries: Tensor, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Update the queries, see the class; `mask` `(images, features)` is false at features that are padding."""
+        if mask is not None:
+            mask = F.pad(mask, (0, queries.shape[1]), value=True)[:, None, None]  # (images, 1, 1, features + queries)
         normed = self.query_norm(queries)
         keys = torch.cat([self.feature_norm(features), normed], dim=1)  # (images, features + queries, width)
         attended = F.scaled_dot_product_attention(
-            self._heads(self.query(normed)), self._heads(self.key(keys)), self._heads(self.value(keys))
+            self._heads(self.query(normed)), self._heads(self.key(keys)), self._heads(self.value(keys)), mask
         )
         queries = queries + self.output(attended.transpose(1, 2).flatten(2))
         return queries + self.feed_forward(queries)
@@ -173,8 +194,16 @@ class QFormerConnector(QueryConnector):
         """Initialise the queries as BERT's and BLIP-2's embeddings; modules initialise themselves."""
         nn.init.normal_(self.queries, std=self.qformer.config.initializer_range)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`."""
+    def forward(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map features: `(images, features, vision_dim) -> (images, tokens, text_dim)`.
+
+        `mask` `(images, features)` is false at padding.
+        """
         queries = self.queries.expand(features.shape[0], -1, -1)  # (images, queries, hidden_dim)
         features = self.input_norm(features)
-        return self.output(self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state)
+        outputs = self.qformer(
+            query_embeds=queries,
+            encoder_hidden_states=features,
+            encoder_attention_mask=None if mask is None else mask.int(),
+        )
+        return self.output(outputs.last_hidden_state)

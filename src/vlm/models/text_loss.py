@@ -1,6 +1,6 @@
 """The loss of text: cross-entropy at supervised positions, in chunks where logits are many.
 
-Hub code: imports torch only. Shapes: B rows, T tokens, S supervised positions, D text width.
+Hub code: imports torch and transformers only. Shapes: B rows, T tokens, S supervised positions, D text width.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
 
 IGNORE_INDEX = -100
 """The label of a position that is not supervised."""
@@ -35,6 +36,10 @@ Head = Callable[[Tensor], Tensor]
 
 SOFTCAP_KEY = "final_logit_softcapping"
 """The key of configurations of language models that cap logits (Gemma Team 2024, arXiv:2408.00118, section 2)."""
+
+
+BALANCE_KEY = "router_aux_loss_coef"
+"""The key of configurations of mixtures of experts: the coefficient of the balance loss."""
 
 
 def cap_logits(logits: Tensor, softcap: float) -> Tensor:
@@ -72,6 +77,29 @@ def supervised_loss(logits: Tensor, targets: Tensor, num_items: Divisor) -> Tens
     Logits in half precision are converted in chunks.
     """
     return mean_loss(chunked_scores(nn.Identity(), logits, targets, logits.shape[-1]), num_items)
+
+
+def add_balance_loss(
+    loss: Tensor, outputs: Mapping[str, object], text_config: object, num_supervised: Tensor | int, num_items: Divisor
+) -> Tensor:
+    """Add the balance loss of a mixture of experts, which keeps tokens spread over its experts, to the loss of a batch.
+
+    `loss + router_aux_loss_coef * aux_loss`, as transformers' own models add it. Where the loss is a sum that is
+    divided by the supervised positions of several batches (accumulated ones, or those of other ranks), each batch adds
+    its share, so that the balance loss of a step is a mean over its batches.
+
+    Args:
+        loss: that of the supervised positions, a scalar.
+        outputs: of the model; without `aux_loss`, the loss stays as it is.
+        text_config: the language model's configuration.
+        num_supervised: the supervised positions of this batch.
+        num_items: the divisor of the loss.
+    """
+    balance_loss = outputs.get("aux_loss")
+    if not isinstance(balance_loss, Tensor):
+        return loss
+    share = 1.0 if num_items is None else num_supervised / num_items
+    return loss + getattr(text_config, BALANCE_KEY) * share * balance_loss.to(loss.device)
 
 
 def chunked_scores(head: Head, hidden: Tensor, targets: Tensor, vocabulary: int, score: Score = token_losses) -> Tensor:
@@ -206,13 +234,18 @@ class SupervisedScores:
         own, forward = vars(module).get("forward"), module.forward
         head = forward if softcap is None else lambda hidden: cap_logits(forward(hidden), softcap)
         module.forward = lambda hidden: compute(head, hidden)
-        if softcap is not None:
-            vars(config)[SOFTCAP_KEY] = None  # some classes take no None, where it is set as an attribute
         try:
+            if softcap is not None:
+                _set_softcap(config, None)
             yield
         finally:
             del module.forward
             if own is not None:  # such as that of a hook of accelerate
                 module.forward = own
             if softcap is not None:
-                vars(config)[SOFTCAP_KEY] = softcap
+                _set_softcap(config, softcap)
+
+
+def _set_softcap(config: PreTrainedConfig, softcap: float | None) -> None:
+    """Set the softcap of a configuration, some of which refuse None."""
+    object.__setattr__(config, config.attribute_map.get(SOFTCAP_KEY, SOFTCAP_KEY), softcap)

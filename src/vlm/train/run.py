@@ -10,7 +10,7 @@ from vlm.assembly.private_names import check_private_names
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.assembly.round_trip import check_round_trip
 from vlm.assembly.saving import set_reply_ends
-from vlm.config.derived import embedding_row_keys
+from vlm.config.derived import embedding_row_keys, shards_weights
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
@@ -28,6 +28,7 @@ from vlm.train.resume.directory import RunStart, open_run_directory
 from vlm.train.resume.final import write_final
 from vlm.train.resume.progress import RunProgress
 from vlm.train.run_directory import choose_directory, contribution_table
+from vlm.train.sharding import check_same_calls
 from vlm.train.step.packing import check_packing_support
 from vlm.train.world_check import check_same_data, check_same_setup
 
@@ -54,6 +55,8 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if config.trainer.packing:
         check_packing_support(model_config.model_type)
     args = training_arguments(config.trainer, [*objective.training_keys(), *embedding_row_keys(config)])
+    if args.world_size > 1 and shards_weights(config.trainer):
+        check_same_calls(model_config)
     check_same_setup(config)
     check_family(config, model_config, processor)
     if args.local_process_index == 0 and config.trainer.deepspeed:

@@ -20,12 +20,29 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from vlm.assembly.checkpoint import is_prediction_model
+from vlm.assembly.checkpoint import is_composed_config, is_prediction_config, is_prediction_model
+from vlm.assembly.native import encodes_sizes_together
 from vlm.train.model import compute_dtype
 from vlm.train.parts import Part
 from vlm.train.step.compile import repeated_layers
+
+
+def check_same_calls(config: PreTrainedConfig) -> None:
+    """Check that ranks that share weights call a model's visual encoder equally often, whatever their images are.
+
+    Raises:
+        ValueError: it reads images at native resolution, in a call for each size.
+    """
+    body = config.body_config if is_prediction_config(config) else config
+    if not is_composed_config(body) or body.native is None or encodes_sizes_together(body.vision_config):
+        return
+    raise ValueError(
+        f"dataset.image_mode=native: a visual encoder of model_type={body.vision_config.model_type} is called once for "
+        "each size of images, and ranks that shard weights (ZeRO-3, trainer.sharding=fsdp2) would wait for each other; "
+        "choose trainer/deepspeed=zero2, or model/visual_encoder=siglip2-naflex or qwen2.5-vl-vit"
+    )
 
 
 def shard_model(model: PreTrainedModel, parts: Sequence[Part], args: TrainingArguments) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from tests.families.test_families import load, make_images, make_sample
 from tests.families.tiny_families import TINY, save_family
@@ -134,8 +135,8 @@ def test_counting_leaves_the_model_as_it_is(built: Callable[..., tuple[Any, Any]
 def test_what_the_lengths_do_not_tell_is_refused(parts: Parts):
     model, processor = parts.model("clip", "llama")
     image = dummy_image(processor)[1]
-    model.language_model.model.experts = torch.nn.Parameter(torch.zeros(2, 3, 4))
-    with pytest.raises(FlopsNotCountable, match="experts"):
+    model.language_model.model.convolution = torch.nn.Conv1d(4, 4, 3)
+    with pytest.raises(FlopsNotCountable, match="convolutions"):
         count_flops(model, image)
 
 
@@ -166,3 +167,26 @@ def test_families_are_counted_where_all_images_cost_the_same(name: str, tmp_path
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(**batch, logits_to_keep=targets != IGNORE_INDEX, use_cache=False).logits.sum().backward()
     assert as_squares(count_flops(model, dummy_image(processor)[1]), facts) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_token_counts_in_the_experts_that_it_goes_through(parts: Parts, kind: str):
+    model, processor = parts.model("clip", "llama")
+    image = dummy_image(processor)[1]
+
+    def count(num_experts: int, active: int) -> StepFlops:
+        shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        shape |= {"num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": active, "vocab_size": 320}
+        names = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}
+        if kind == "qwen3_moe":
+            shape["moe_intermediate_size"] = 48
+        model.language_model = AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING[kind](**shape, **{names[kind]: num_experts})
+        )
+        return count_flops(model.train(), image)
+
+    expert = 3 * (3 * 2 * 32 * 48)  # forward, inputs and weights of three matrices
+    few, more, many = count(4, 1), count(4, 2), count(8, 2)
+    assert more.token - few.token == pytest.approx(2 * expert)  # one expert more in each of two layers
+    assert many.token - more.token == pytest.approx(2 * 3 * 2 * 32 * 4)  # the router alone grows
+    assert (many.pair, many.supervised) == (few.pair, few.supervised)

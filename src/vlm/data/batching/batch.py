@@ -23,6 +23,8 @@ class BatchInputs(TypedDict, total=False):
             are there once.
         image_sizes: `(images, 2)`, height and width of images that are cut into tiles.
         image_views: `(images,)`, the number of views of each image.
+        image_grids: `(images, 2)`, rows and columns of patches at native resolution; `pixel_values` is then
+            `(patches, 3, side, side)`.
         skipped: the records that were left out; the training loop takes them out.
         batch_stats: what throughput is computed from; the training loop takes it out.
         sample_refs: which samples these are; the training loop takes them out.
@@ -36,6 +38,7 @@ class BatchInputs(TypedDict, total=False):
     image_index: Tensor
     image_sizes: Tensor
     image_views: Tensor
+    image_grids: Tensor
     skipped: list[Skipped]
     batch_stats: BatchStats
     sample_refs: list[SampleRef]

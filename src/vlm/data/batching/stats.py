@@ -70,6 +70,8 @@ def num_images(inputs: ModelInputs) -> int:
         return len(index)
     if (features := inputs.get("image_features")) is not None:
         return len(features)
+    if (grids := inputs.get("image_grids")) is not None:
+        return len(grids)
     number = 0
     for pixels_name, grids_name in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
         pixels, grids = inputs.get(pixels_name), inputs.get(grids_name)

@@ -49,6 +49,8 @@ def find_incompatibilities(config: VLMConfig, processor: VLMProcessor) -> Iterat
     yield from _connector_incompatibilities(config)
     if processor.anyres is not None:
         yield "model.anyres: llama.cpp lays tiles one behind the other, without image_newline"
+    if processor.native is not None:
+        yield "dataset.image_mode=native: llama.cpp's LLaVA has images of one size"
     for name in ("image_start", "image_end"):
         if token := getattr(processor, name):
             yield f"model.{name}_token={token}: llama.cpp's LLaVA has no tokens around an image"

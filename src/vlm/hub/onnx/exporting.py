@@ -72,6 +72,12 @@ def find_incompatibilities(config: VLMConfig, processor: VLMProcessor) -> Iterat
     """Yield why a model cannot be exported."""
     if processor.anyres is not None:
         yield "model.anyres: tiles are joined by the sizes of images, which no graph of one image holds"
+    if processor.native is not None:
+        yield "dataset.image_mode=native: images have different numbers of patches, and the graph of an image has one"
+    if config.positions != "plain":
+        yield f"model.language_model.positions={config.positions}: the graphs count positions in one dimension"
+    if getattr(config.text_config, "hidden_size_per_layer_input", None):
+        yield f"a language model of model_type={config.text_config.model_type}: it looks tokens up in each layer"
     text = config.text_config.to_dict()
     kinds = set(text.get("layer_types") or ()) - PLAIN_KINDS
     if kinds or any(text.get(field) for field in STATE_FIELDS):

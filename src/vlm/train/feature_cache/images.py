@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
@@ -36,6 +36,7 @@ from vlm.data.sample import BadSample, ImageRef
 from vlm.data.sources import Source
 from vlm.data.vision.images import read_image_size
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
+from vlm.models.configuration_prediction import is_composed
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.feature_cache.encoder import (
     BLANK_SOURCE,
@@ -62,6 +63,15 @@ Requests = dict[bytes, FeatureRequest]
 
 Views = dict[int, Tensor]
 """Index of a request -> what the encoder reads."""
+
+
+def refuse_native_resolution(model_config: PreTrainedConfig) -> None:
+    """Raise ValueError for a composed model that reads images at native resolution: their features differ in number."""
+    if is_composed(model_config) and model_config.native is not None:
+        raise ValueError(
+            "dataset.cache_features=true: images at native resolution have different numbers of features, and the "
+            "cache holds equally many of each. Leave it out, or choose dataset.image_mode=square"
+        )
 
 
 def replace_images_with_features(

@@ -2,13 +2,16 @@
 
 A copy of the model on the meta device runs under PyTorch's own counter, with the same adapters and frozen parameters.
 A multiplication and an addition are two operations; only matrix products and convolutions count, as is usual, and no
-recomputation by activation checkpointing.
+recomputation by activation checkpointing. In a mixture of experts, each token counts in the experts that it goes
+through, not in all.
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -115,8 +118,7 @@ def _count_passes(forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
 
 def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
     """Count the language model of a model on the meta device, and add what its images cost."""
-    if any(p.ndim > 2 for p in model.get_decoder().parameters()):
-        raise FlopsNotCountable("its language model has experts or convolutions, whose cost the lengths do not tell")
+    _count_active_experts(model.get_decoder())
     embeddings = model.get_input_embeddings()
     needs_gradient = images.needs_gradient or any(p.requires_grad for p in embeddings.parameters())
 
@@ -143,6 +145,41 @@ def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
     return StepFlops(token, square, supervised, images.encoded, images.connected, images.batch)
 
 
+EXPERT_ARGUMENTS = ["hidden_states", "top_k_index", "top_k_weights"]
+"""The arguments of transformers' modules of experts, whose parameters have the expert as their first dimension."""
+
+
+def _count_active_experts(decoder: nn.Module) -> None:
+    """Let modules of experts of a model on the meta device compute what `num_experts_per_tok` of them compute.
+
+    Which experts a token goes through depends on numbers, but how many do not. Each of an expert's matrices is
+    multiplied with as many rows as tokens go through it.
+
+    Raises:
+        FlopsNotCountable: there are experts of another kind, or convolutions.
+    """
+    for module in decoder.modules():
+        matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim > 2]
+        if not matrices:
+            continue
+        arguments = list(inspect.signature(module.forward).parameters)[: len(EXPERT_ARGUMENTS)]
+        if arguments != EXPERT_ARGUMENTS or any(matrix.ndim != 3 for matrix in matrices):
+            raise FlopsNotCountable(
+                "its language model has convolutions, or experts of its own kind, whose cost the lengths do not tell"
+            )
+        module.forward = partial(_multiply_active_experts, matrices)
+
+
+def _multiply_active_experts(
+    matrices: list[nn.Parameter], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Return something of the shape `(tokens, width)` that costs what active experts cost, forward and backward."""
+    number = top_k_index.shape[-1]
+    rows = hidden_states.sum(-1).flatten()[:, None].repeat(number, 1)  # (active * tokens, 1)
+    products = [rows.expand(-1, matrix.shape[1]) @ matrix[0] for matrix in matrices]
+    return hidden_states * top_k_weights.sum() + sum(product.sum() for product in products)
+
+
 @dataclass(frozen=True)
 class ImageFlops:
     """The operations for images, as in `StepFlops`, and whether their tokens get a gradient."""
@@ -155,6 +192,8 @@ class ImageFlops:
 
 def _count_composed_images(model: VLMForConditionalGeneration, image: ModelInputs) -> ImageFlops:
     """Count the visual encoder and the connector of a composed model, each on some images and on twice as many."""
+    if model.native is not None:
+        raise FlopsNotCountable("images at native resolution have different costs")
     pixels = torch.empty(2 * NUM_COUNTED_IMAGES, *image["pixel_values"].shape[1:], device="meta")
     trains = any(p.requires_grad for p in model.visual_encoder.parameters())
 

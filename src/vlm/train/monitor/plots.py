@@ -16,6 +16,7 @@ from vlm.data.batching.packing import SEQUENCE_STARTS
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.pages import render_page, thumbnail, tokens_as_html
 from vlm.data.processor import Processor
+from vlm.models.native import join_patches
 from vlm.models.pixels import ImageProcessor
 from vlm.models.processing_vlm import VLMProcessor
 
@@ -113,6 +114,10 @@ def _normalised_images(batch: dict[str, Tensor], processor: Processor) -> Sequen
 
     There are none where the model reads loose patches.
     """
+    if (grids := batch.get("image_grids")) is not None:
+        patches = processor.normalise(batch["pixel_values"]).split(grids.prod(1).tolist())
+        sizes = [(rows, columns) for rows, columns in grids.tolist()]
+        return [join_patches(image, size)[0] for image, size in zip(patches, sizes, strict=True)]
     images: list[Tensor] = []
     for name in ("pixel_values", VIDEO_INPUT):
         pixels = batch.get(name)

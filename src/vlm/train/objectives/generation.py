@@ -45,6 +45,7 @@ class Generation(Objective):
     loss_metrics: Sequence[LossMetric] = ()
     uncached: SampleDataset | None = None
     _scores: SupervisedScores | None = None
+    _balance_losses: tuple[Tensor, ...] = ()
 
     def refusals(self) -> Iterator[str]:
         """Yield keys of prediction heads, and what is wrong with evaluation data and cached image features."""
@@ -80,8 +81,11 @@ class Generation(Objective):
         """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`."""
         from vlm.assembly.language_models import check_writes
         from vlm.train.data import load_data, set_thinking
+        from vlm.train.feature_cache.images import refuse_native_resolution
 
         check_writes(model_config)
+        if self.config.dataset.cache_features:
+            refuse_native_resolution(model_config)
         train, evaluation = load_data(self.config.dataset, self.make_encoder(model_config, processor), args)
         set_thinking(processor, self.config.inference, train)
         if evaluation is not None:
@@ -178,20 +182,36 @@ class Generation(Objective):
     ) -> tuple[Tensor, ModelOutput]:
         """Return the loss of the supervised positions; vocabulary logits are computed there alone, in chunks.
 
-        With weights `w` of the positions it is `sum w loss / sum w`, over the step or over a micro-batch.
+        With weights `w` of the positions it is `sum w loss / sum w`, over the step or over a micro-batch. Mixtures of
+        experts add their balance loss.
         """
         from vlm.data.dataset import LOSS_WEIGHTS
-        from vlm.models.text_loss import mean_loss
+        from vlm.models.text_loss import add_balance_loss, mean_loss
         from vlm.train.step.step_packing import supervised_weights
 
         losses, _, outputs = self._get_scores(trainer)(inputs, model)
+        number: Tensor | int = losses.numel()
         if LOSS_WEIGHTS in inputs:
             weights = supervised_weights(inputs)
-            losses = losses * weights
+            losses, number = losses * weights, weights.sum()
             if num_items_in_batch is None:  # the mean of a micro-batch is a weighted one
-                number = weights.sum()
                 num_items_in_batch = number.where(number > 0, 1)
-        return mean_loss(losses, num_items_in_batch), outputs
+        loss = mean_loss(losses, num_items_in_batch)
+        if (balance_loss := outputs.get("aux_loss")) is not None:
+            self._balance_losses += (balance_loss.detach(),)
+            text_config = trainer.model.config.get_text_config()
+            loss = add_balance_loss(loss, outputs, text_config, number, num_items_in_batch)
+        return loss, outputs
+
+    def training_metrics(self, trainer: ObjectiveTrainer) -> dict[str, float]:
+        """Return the mean balance loss of a mixture of experts, before its coefficient; nothing for other models."""
+        from torch import stack
+
+        if not self._balance_losses:
+            return {}
+        mean = stack(self._balance_losses).float().mean()
+        self._balance_losses = ()
+        return {"balance_loss": float(trainer.accelerator.gather(mean.reshape(1)).mean())}
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics`."""

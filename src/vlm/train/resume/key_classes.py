@@ -80,7 +80,7 @@ CHANGES_RUN = (
     | _keys("dataset.sources.*", "format options image_folder split subset max_samples system_prompt weight template "
             "fps")
     | _keys("model", "hf_name revision visual_encoder.hf_name visual_encoder.revision language_model.hf_name "
-            "language_model.revision attn_implementation processor")
+            "language_model.revision language_model.balance_loss attn_implementation processor")
     | _keys("model.head", "layer token loss loss_options class_weights label_smoothing weight generation_weight")
 )  # fmt: skip
 
@@ -90,8 +90,8 @@ IMPOSSIBLE = (
     | _keys("trainer.lora", "use_dora bias init visual_encoder.r visual_encoder.target_modules connector.r "
             "connector.target_modules language_model.r language_model.target_modules")
     | _keys("model", "image_token image_start_token image_end_token language_model.quantization "
-            "language_model.new_tokens connector.type connector.options anyres.grids anyres.max_tiles "
-            "anyres.tile_several")
+            "language_model.new_tokens language_model.positions connector.type connector.options anyres.grids "
+            "anyres.max_tiles anyres.tile_several native.min_tokens native.max_tokens")
     | _keys("model.visual_encoder", "feature_layer feature_strategy image_size extra_encoders quantization")
     | _keys("model.head", "task labels type options pooling name")
 )  # fmt: skip

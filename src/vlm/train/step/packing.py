@@ -5,6 +5,7 @@ from typing import cast
 
 from torch import Tensor
 
+from vlm.assembly.packed_rows import PACKING_KEY
 from vlm.data.batching.collator import Collator
 from vlm.families.table import FAMILIES, get_family
 from vlm.train.monitor.flops import StepFlops
@@ -22,7 +23,7 @@ def check_packing_support(model_type: str) -> None:
     if family.supports_packing is False:
         cannot = ", ".join(name for name, row in FAMILIES.items() if row.supports_packing is False)
         raise ValueError(
-            f"trainer.packing=true: {family.name} ({model_type}) cannot keep the samples of a row apart, as {cannot} "
+            f"{PACKING_KEY} {family.name} ({model_type}) cannot keep the samples of a row apart, as {cannot} "
             "cannot; other families and composed models can. trainer.packing=false pads batches instead, and "
             "trainer.train_sampling_strategy=group_by_modality_blocks pads them least"
         )
