@@ -42,7 +42,7 @@ def test_the_readme_names_every_package():
 
 def test_the_index_lists_every_page():
     text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    listed = set(re.findall(r"\]\((\w+\.md)\)", text))
+    listed = set(re.findall(r"\]\(([\w-]+\.md)\)", text))
     assert listed == {file.name for file in (ROOT / "docs").glob("*.md")} - {"README.md"}
 
 

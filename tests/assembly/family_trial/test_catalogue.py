@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,12 @@ from vlm.assembly.family_trial.catalogue import (
 )
 from vlm.assembly.family_trial.table import PROOFS
 from vlm.assembly.family_trial.verdicts import State, Verdict
+
+DOZEN = (
+    "llava", "llava_next", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "smolvlm", "internvl",
+    "gemma3", "paligemma", "mistral3",
+)  # fmt: skip
+"""Types of which the table in the documentation is held to what a trial finds today."""
 
 PROVED = dict.fromkeys(PROOFS, Verdict(State.PROVED))
 FAILED = {**PROVED, "labels": Verdict(State.FAILED, "`<end>` is not supervised")}
@@ -47,6 +55,16 @@ def test_a_type_that_crashes_or_hangs_ends_alone():
 
 def test_a_type_is_tried_with_a_processor_of_its_own_classes():
     assert passes(try_type("llava"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", DOZEN)
+def test_the_table_says_what_a_trial_finds(model_type: str):
+    kept = json.loads(resources.files("vlm.families").joinpath("proved.json").read_text(encoding="utf-8"))
+    if kept["transformers"] != version("transformers"):
+        pytest.skip("the table was written with another version of transformers")
+    found = {name: verdict.state for name, verdict in try_type(model_type).items()}
+    assert found == {name: Verdict.parse(text).state for name, text in kept["types"][model_type].items()}
 
 
 def test_a_type_of_which_no_small_model_is_made_says_why():

@@ -72,6 +72,17 @@ def test_images_in_the_wrong_order_are_found(name: str):
     check_fails("sight", subject, "reply does")
 
 
+def test_a_model_that_returns_other_logits_than_those_asked_for_is_found():
+    subject = make_subject()
+    forward = subject.model.forward
+
+    def ignore_positions(logits_to_keep: object, **inputs: object) -> Any:
+        return forward(**inputs)
+
+    subject.model.forward = ignore_positions
+    check_fails("sight", subject, "positions (logits_to_keep), by which training computes the loss")
+
+
 def test_images_of_one_question_that_are_mixed_up_are_found():
     check_proved("sight", make_subject("paligemma"))
     subject = make_subject("paligemma")

@@ -51,8 +51,10 @@ class TriedType:
 def try_type(model_type: str) -> dict[str, Verdict]:
     """Return the verdicts of a type's small model with a processor of the type's own classes, made without files."""
     try:
-        small = make_small(model_type)
-        processor = FamilyProcessor(small.processor, get_family(model_type))
+        small, family = make_small(model_type), get_family(model_type)
+        if family.template is not None:  # the type's own processor brings no template
+            small.processor.chat_template = small.processor.tokenizer.chat_template = None
+        processor = FamilyProcessor(small.processor, family)
     except Exception as error:  # whatever the classes of a type do
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return not_made(reason)

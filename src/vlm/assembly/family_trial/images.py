@@ -47,7 +47,11 @@ def prove_placeholders(subject: Subject) -> None:
         raise refusals[0]
     check_count(subject, one_turn(draw_image(1)))
     if subject.processor.videos is not None:
-        check_count(subject, one_turn(draw_video(1, subject.processor)))
+        try:
+            check_count(subject, one_turn(draw_video(1, subject.processor)))
+        except (TypeError, LookupError, RuntimeError, ValueError) as error:  # of the model's code
+            reason = f"images are proved, but the model's code fails on a video: {type(error).__name__}: {error}"
+            raise NotProvableError(reason) from error
 
 
 def make_prompts(subject: Subject) -> Iterator[Conversation]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlm.assembly.family_trial.conversations import Conversation, make_row
+from vlm.assembly.family_trial.verdicts import DisprovedError
 from vlm.assembly.heads import grow_embeddings
 from vlm.assembly.model_interface import TrainableModel
 from vlm.assembly.opening import quiet_loading
@@ -106,9 +107,20 @@ class Subject:
 
 
 def compute_reply_logits(model: PreTrainedModel, batch: Mapping[str, object]) -> Tensor:
-    """Return a model's logits where the next token is supervised: `(S, vocabulary)`, row by row."""
+    """Return a model's logits where the next token is supervised: `(S, vocabulary)`, row by row.
+
+    Raises:
+        DisprovedError: the model does not keep to the positions that it is asked for.
+    """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
-    return model(**inputs, logits_to_keep=supervised_next(cast(Tensor, batch["labels"])), use_cache=False).logits
+    keep = supervised_next(cast(Tensor, batch["labels"]))
+    logits: Tensor = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    if logits.ndim != 2 or len(logits) != int(keep.sum()):
+        raise DisprovedError(
+            f"asked for logits at {int(keep.sum())} positions (logits_to_keep), by which training computes the loss, "
+            f"the model returns logits of shape {tuple(logits.shape)}"
+        )
+    return logits
 
 
 def supervised_next(labels: Tensor) -> Tensor:
