@@ -31,7 +31,7 @@ REFUSALS = {
     "loss": (["model.head.loss=ce"], "model.head.loss=ce: for task=binary allowed are bce, focal"),
     "loss beside": ([f"{EXTRA}.task=regression", f"{EXTRA}.loss=ce"],
                     f"{EXTRA}.loss=ce: for task=regression allowed are mse, huber"),
-    "type": (["model.head.type=tree"], "model.head.type=tree: allowed are linear, mlp, identity, or package.module:Class"),
+    "type": (["model.head.type=tree"], "model.head.type=tree: allowed are linear, mlp, identity, or package.module:"),
     "option": (["model.head.options.num_layers=3"], "model.head.options.num_layers=3: linear does not take it; allowed "
                "are input_norm, dropout"),
     "loss option": (["model.head.loss_options.gamma=1"], "model.head.loss_options.gamma=1: bce does not take it; "
