@@ -49,7 +49,8 @@ def test_what_fits_is_not_refused(tmp_path: Path):
         assert not list(cache_problems(config))
 
 
-def test_whole_models_read_their_pictures_themselves(tmp_path: Path):
-    config = compose_config("pretrain-smol", [f"dataset.path={tmp_path}", CACHE, "model.hf_name=some/model"])
-    (problem,) = cache_problems(config)
-    assert "model.hf_name=some/model is a whole model, which reads images itself" in problem
+def test_features_of_whole_models_are_not_kept_beside_sharded_weights(tmp_path: Path):
+    words = [f"dataset.path={tmp_path}", CACHE, "model.hf_name=some/model"]
+    assert not list(cache_problems(compose_config("pretrain-smol", words)))
+    (problem,) = cache_problems(compose_config("pretrain-smol", [*words, "trainer/sharding=fsdp2"]))
+    assert "of a whole model not with trainer.sharding=fsdp2" in problem

@@ -115,7 +115,8 @@ def test_a_table_ends_as_vectors_can(checkpoint: Path, tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def client(embedder: Embedder) -> Iterator[TestClient]:
-    reason = RequestGuard(None, "127.0.0.1").refusal_reason
+    app: Any = None
+    reason = RequestGuard(app, "127.0.0.1").refusal_reason
     with make_client(make_embeddings_app(Service(NAME, ServingConfig()), embedder, reason)) as client:
         yield client
 

@@ -27,6 +27,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
 }
 
 
+LEARNED = tuple(OPTIONS)
+"""Heads with parameters; `identity` gives hidden states as they are."""
+
+
 def head(task: str = "binary", pooling: str = "last", **more: Any) -> PredictionHead:
     return PredictionHead(WIDTH, HeadSettings("head", task, list(range(LABELS[task])), pooling=pooling, **more))
 
@@ -40,7 +44,16 @@ def marks() -> TokenMasks:
 
 
 def test_every_head_is_tested():
-    assert set(OPTIONS) == set(HEADS)
+    assert {*OPTIONS, "identity"} == set(HEADS)
+
+
+def test_identity_gives_what_it_is_given():
+    features = torch.randn(2, WIDTH)
+    assert torch.equal(HEADS["identity"](WIDTH, WIDTH)(features), features)
+    with pytest.raises(ValueError, match=f"has the width of hidden states, {WIDTH}, not 2"):
+        HEADS["identity"](WIDTH, 2)
+    vectors = PredictionHead(WIDTH, HeadSettings("head", "embedding", type="identity"))(features)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(2))
 
 
 @pytest.mark.parametrize(("kind", "options"), [(kind, one) for kind, many in OPTIONS.items() for one in many])
@@ -56,7 +69,7 @@ def test_a_head_maps_whatever_stands_before_the_width(kind: str, options: dict[s
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", LEARNED)
 def test_options_of_every_head(kind: str):
     features = 100 * torch.randn(6, WIDTH) + 5
     plain = HEADS[kind](WIDTH, 2).eval()
@@ -87,7 +100,7 @@ def test_a_linear_head_is_a_linear_map_of_normalised_features():
 
 @pytest.mark.parametrize("task", NUM_OUTPUTS_BY_TASK)
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("kind", LEARNED)
 def test_every_head_answers_every_task_from_every_pooling(task: str, pooling: str, kind: str):
     """Shapes; every parameter gets a gradient; the hidden states do too."""
     model = head(task, pooling, type=kind)

@@ -69,6 +69,8 @@ def single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
         return
     if (head.pooling == "token") != (head.token is not None):
         yield f"{key}.pooling={head.pooling}, {key}.token={head.token}: pooling=token and a token belong together"
+    if task != VECTOR_TASK and head.type == "identity":
+        yield f"{key}.type=identity: hidden states are no score; it is for task={VECTOR_TASK}, choose linear or mlp"
     if task != VECTOR_TASK and (head.dim is not None or head.prompts):
         yield f"{key}.dim={head.dim}, {key}.prompts={head.prompts}: these are for task={VECTOR_TASK}; leave them out"
     losses = choices.LOSSES[task]

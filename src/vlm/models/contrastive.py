@@ -77,11 +77,13 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, counts: list[int]) -> Tensor:
+        """Return the rows of all ranks."""
         ctx.counts = counts
         return torch.cat(_all_gather(rows, counts))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Return the sum of all ranks' gradients of this rank's rows."""
         gradient = gradients[0].contiguous()
         dist.all_reduce(gradient)
         return gradient.split(ctx.counts)[dist.get_rank()], None

@@ -83,7 +83,7 @@ def replace_family_images(
     part.attach(model)
     if collate.dummy is not None:
         ids, inputs = collate.dummy
-        collate.dummy = ids, inputs | read_features(require_image(packs, dummy_cache_key()))
+        collate.dummy = ids, {**inputs, **read_features(require_image(packs, dummy_cache_key()))}
     return tuple(None if dataset is None else CachedFamilyDataset(dataset, packs) for dataset in datasets)
 
 

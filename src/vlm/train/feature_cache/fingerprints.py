@@ -54,7 +54,7 @@ def tensors_digests(state: Mapping[str, Tensor]) -> list[str]:
     def digest(name: str) -> str:
         """Return a tensor's name, shape, type and hash."""
         tensor = state[name].detach().cpu().contiguous()
-        content = tensor.view(-1).view(torch.uint8).numpy() if tensor.numel() else b""
+        content = tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
         return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.blake2b(content).hexdigest()}"
 
     with ThreadPoolExecutor(num_cores()) as pool:

@@ -233,11 +233,14 @@ class FrozenPart:
     def attach(self, model: PreTrainedModel) -> None:
         """Let batches of the model bring features: each forward pass takes them out of its inputs."""
 
-        def take(module: nn.Module, given: tuple[object, ...], named: dict[str, object]) -> object:
+        def take(
+            module: nn.Module, given: tuple[object, ...], named: dict[str, object]
+        ) -> tuple[tuple[object, ...], dict[str, object]]:
             """Take the features out of the inputs of a forward pass."""
             numbers, shapes = named.pop(CACHED_FEATURES, None), named.pop(CACHED_SHAPES, None)
-            has_both = isinstance(numbers, Tensor) and isinstance(shapes, Tensor)
-            self.returned = self.unpack(numbers, shapes) if has_both else None
+            self.returned = None
+            if isinstance(numbers, Tensor) and isinstance(shapes, Tensor):
+                self.returned = self.unpack(numbers, shapes)
             return given, named
 
         def forget(module: nn.Module, given: object, output: object) -> None:
