@@ -1,4 +1,4 @@
-"""Tools and thinking through a family's own processor: its template gets lists, and is refused where it ignores tools."""
+"""Tools and thinking through a family's own processor: its template gets lists, or is refused."""
 
 from pathlib import Path
 

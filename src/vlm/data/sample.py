@@ -266,7 +266,7 @@ class ToolResultTurn(Turn):
     call_id: str | None = None
     name: str | None = None
 
-    def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, Any]:
+    def as_message(self, image_token: str, video_token: str | None = None) -> Record:
         """Return the turn as chat templates read it, with its call's id and name where they are known."""
         keys = {"tool_call_id": self.call_id, "name": self.name}
         known = {key: value for key, value in keys.items() if value is not None}
@@ -292,7 +292,7 @@ class Sample:
     label: object = None
     group: str | None = None
     references: tuple[str, ...] = ()
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[Record, ...] = ()
 
     def __post_init__(self):
         if (place := self._surrogate_place()) is not None:

@@ -66,7 +66,7 @@ THINKING_SETTING = "enable_thinking"
 class HasSettings(Protocol):
     """A tokenizer, as far as it has settings that are saved with it."""
 
-    init_kwargs: dict[str, Any]
+    init_kwargs: dict[str, object]
 
 
 def thinks(tokenizer: HasSettings, asked: bool | None = None) -> bool:

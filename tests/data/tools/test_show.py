@@ -8,6 +8,8 @@ from PIL import Image
 
 from tests.tiny_parts import picture
 from vlm.cli.main import main
+from vlm.data.sample import ImageRef, Sample, ToolCallTurn, ToolResultTurn, Turn, VideoRef
+from vlm.data.tools.show import describe_features
 
 
 @pytest.fixture
