@@ -1,0 +1,68 @@
+"""`shrink`: a configuration of the same architecture with few, narrow layers.
+
+Image size, patches, tiles, merging, vocabulary and token ids keep their values, so that the processor of the large
+model is that of the small one, token for token.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from vlm.assembly.family import get_auto_class
+from vlm.assembly.opening import shorten
+from vlm.assembly.small_models.fields import Sizes, walk
+from vlm.assembly.small_models.layers import fit_references, read_depth, read_references, shrink_layers
+from vlm.assembly.small_models.widths import shrink_widths
+
+LADDER = (Sizes(), Sizes(width=128, head=32), Sizes(width=256, head=64), Sizes(width=None))
+"""The sizes that are tried, one after the other, until a model builds."""
+
+Trial = Callable[[PreTrainedConfig], object]
+
+
+def shrink(config: PreTrainedConfig, trial: Trial | None = None) -> PreTrainedConfig:
+    """Return a small configuration of the same architecture, the given one left alone.
+
+    It has at least one layer of every kind, narrow layers, few heads and experts. The first sizes with which the trial
+    passes are taken.
+
+    Args:
+        config: the configuration, with those of its parts.
+        trial: raises an error where a configuration does not work; None: the model is built on the meta device.
+
+    Raises:
+        ValueError: no sizes pass.
+    """
+    trial = trial or build_on_meta
+    problems = []
+    for sizes in LADDER:
+        try:
+            small = apply_sizes(config, sizes)
+            trial(small)
+        except Exception as error:  # whatever a model does with numbers that do not fit together
+            problems.append(f"width {sizes.width or 'kept'}: {type(error).__name__}: {shorten(str(error))}")
+        else:
+            return small
+    raise ValueError(f"model_type={config.model_type}: no small model of it can be built: {'; '.join(problems)}")
+
+
+def apply_sizes(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
+    """Return a configuration with these sizes, without a trial."""
+    small = copy.deepcopy(config)
+    references = read_references(small)
+    nested = list(walk(small))
+    for part in nested:
+        shrink_layers(part, references)
+    depth = min((number for part in nested if (number := read_depth(part))), default=1)
+    for part in nested:
+        fit_references(part, depth)
+        shrink_widths(part, sizes)
+    return small
+
+
+def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model of a configuration without storage for its weights."""
+    with torch.device("meta"):
+        return get_auto_class(config).from_config(config)
