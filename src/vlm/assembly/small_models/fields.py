@@ -14,9 +14,9 @@ Fields = dict[str, object]
 """The fields of a configuration, by name."""
 
 KEPT = re.compile(
-    r"vocab|position|patch|window|kernel|merge|stride|chunk|token|(^|_)ids?$|_index$|(in|num|out)_channels$|seq|length"
-    r"|image_size|tile|canvas|pool|sampl|mel|temporal|max_|min_|grid|resolution|feature_size|block_size|img_size"
-    r"|ssm_state|state_size|conv|altup|active|latent|buckets|distance|codebook|base_channels|channel_multiplier"
+    r"vocab|position|patch|window|kernel|merge_size|merger_times|stride|chunk|token|(^|_)ids?$|_index$|(in|num|out)_channels$|seq|length"
+    r"|image_size|tile|canvas|pool|sampling|mel|temporal|max_|min_|grid|resolution|feature_size|block_size|img_size"
+    r"|ssm_state|state_size|conv|altup|active|latent|buckets|distance|codebook|channel_multiplier"
 )
 """Fields that pixels, tokens and positions depend on, and those of no weight: they keep their values."""
 EXPERTS = re.compile(r"(^|_)(num|n)(_routed|_local)?_experts$")
@@ -28,8 +28,8 @@ WIDTHS = re.compile(
     r"hidden_sizes?|intermediate_size|ffn|mlp_size|(^|_)dims?($|_)|^d_(model|ff|inner)$|^n_(embd|inner)$|embed_dim|rank$"
     r"|(output|down\w*)_channels$|adapter\w*size|(in|out)\w*_dim$|^width$"
 )
-SPANS = ("n_group", "topk_group")
-"""Groups of experts, and how many of them a token may choose from."""
+SPANS = {"n_group": 2, "topk_group": 1, "n_groups": 2}
+"""Groups of experts, how many of them a token may choose from, and groups of states -> the most of them."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,18 @@ def is_int(value: object) -> TypeGuard[int]:
 def is_list(value: object) -> TypeGuard[Sequence[object]]:
     """Return whether a value is a list or a tuple."""
     return isinstance(value, (list, tuple))
+
+
+def get_merge(fields: Mapping[str, object]) -> int:
+    """Return how many patches a configuration makes one of; 1 where it does not say."""
+    for name in ("spatial_merge_size", "merge_size", "merge_kernel_size"):
+        side = fields.get(name)
+        if is_list(side) and side:
+            side = side[0]
+        if is_int(side):
+            return side**2
+    ratio = fields.get("pixel_shuffle_ratio")
+    return round(ratio**-2) if isinstance(ratio, float) else 1
 
 
 def get_int(fields: Mapping[str, object], *names: str) -> int | None:

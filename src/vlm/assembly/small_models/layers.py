@@ -34,6 +34,8 @@ def shrink_layers(config: PreTrainedConfig, references: Sequence[int] = ()) -> N
         config: the configuration.
         references: layers that others read: negative ones count from the last layer.
     """
+    overrides = read_overrides(config)
+    config.per_layer_config = None  # what is of a layer reads as what is of all, until it is set again
     fields = get_fields(config)
     for name, value in fields.items():
         if OTHER_DEPTHS.search(name) and isinstance(value, int):
@@ -43,11 +45,23 @@ def shrink_layers(config: PreTrainedConfig, references: Sequence[int] = ()) -> N
     name, depth = next(((name, depth) for name in DEPTHS if (depth := get_int(fields, name))), ("", 0))
     if not depth:
         return
-    kept = choose_layers(fields, depth, max([MIN_LAYERS, *(-layer for layer in references if layer < 0)]))
+    kept = choose_layers(
+        {**fields, "layer_overrides": _spread(overrides, depth)},
+        depth,
+        max([MIN_LAYERS, *(-layer for layer in references if layer < 0)]),
+    )
     setattr(config, name, len(kept))
     for field, value in fields.items():
         if (new := _cut(field, value, depth, kept)) is not None:
             setattr(config, field, new)
+    if overrides:
+        config.per_layer_config = {place: overrides[layer] for place, layer in enumerate(kept) if layer in overrides}
+
+
+def read_overrides(config: PreTrainedConfig) -> dict[int, Fields]:
+    """Return the fields that single layers have of their own: layer -> fields."""
+    overrides = config.to_dict().get("per_layer_config") or {}
+    return {int(layer): fields for layer, fields in overrides.items()}
 
 
 def choose_layers(fields: Fields, depth: int, least: int) -> list[int]:
@@ -132,6 +146,11 @@ def _is_layer_list(name: str, value: object, depth: int) -> bool:
 
 def _ints(fields: Mapping[str, object]) -> Iterable[tuple[str, int]]:
     return ((name, value) for name, value in fields.items() if is_int(value))
+
+
+def _spread(overrides: Mapping[int, Fields], depth: int) -> list[object]:
+    """Return the own fields of each layer, as a list of all layers."""
+    return [str(overrides.get(layer)) for layer in range(depth)]
 
 
 def _like(value: object, items: list[object]) -> object:

@@ -5,14 +5,14 @@ model is that of the small one, token for token.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlm.assembly.family import get_auto_class
 from vlm.assembly.opening import shorten
-from vlm.assembly.small_models.fields import Sizes, walk
+from vlm.assembly.small_models.fields import Sizes, get_fields, get_merge, get_width, walk
 from vlm.assembly.small_models.layers import fit_references, read_depth, read_references, shrink_layers
 from vlm.assembly.small_models.widths import shrink_widths
 
@@ -56,10 +56,20 @@ def apply_sizes(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
     for part in nested:
         shrink_layers(part, references)
     depth = min((number for part in nested if (number := read_depth(part))), default=1)
+    merged = find_merged_widths(nested)
     for part in nested:
         fit_references(part, depth)
-        shrink_widths(part, sizes)
+        shrink_widths(part, sizes, merged)
     return small
+
+
+def find_merged_widths(parts: Sequence[PreTrainedConfig]) -> dict[int, int]:
+    """Return the widths of vectors that several patches are laid side by side in -> how many patches those are."""
+    fields = [get_fields(part) for part in parts]
+    widths = [get_width(part) for part in fields]
+    merges = {get_merge(part) for part in fields} - {1}
+    merged = {width * merge: merge for width in widths if width for merge in merges}
+    return {width: merge for width, merge in merged.items() if width not in widths}
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:

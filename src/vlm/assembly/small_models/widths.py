@@ -21,32 +21,60 @@ from vlm.assembly.small_models.fields import (
     is_int,
     is_list,
 )
+from vlm.assembly.small_models.layers import read_overrides
+from vlm.assembly.small_models.rotary import ROPES, fits_head, iterate_ropes, scale_rope
 
 MAX_ACTIVE = 2
 """Experts that a token is sent to, at most."""
+PER_LAYER_WIDTH = 8
+"""Width of an embedding that every layer has for every token."""
+BASE_CHANNELS = 32
+"""Channels of the first convolutions, which are normalised in so many groups."""
 HEAD_CHOICES = (16, 32, 64)
-ROTARY_LISTS = ("short_factor", "long_factor")
-"""Factors of rotary positions: one for each frequency."""
+TIMM_OPTIONS: dict[str, Fields] = {
+    "mobilenetv5": {"channel_multiplier": 0.1},
+    "fastvit": {"layers": (1, 1, 1, 1, 1), "embed_dims": (16, 16, 32, 32, 64), "cls_ratio": 1},
+    "vit": {"embed_dim": 64, "depth": 2, "num_heads": 4},
+}
+"""Beginning of an architecture's name -> options that make it small: timm names architectures, it describes none."""
 
 
-def shrink_widths(config: PreTrainedConfig, sizes: Sizes) -> None:
-    """Make a configuration narrow in place, nested ones left alone."""
+def shrink_widths(config: PreTrainedConfig, sizes: Sizes, merged: Mapping[int, int]) -> None:
+    """Make a configuration narrow in place, nested ones left alone.
+
+    Args:
+        config: the configuration.
+        sizes: the sizes of the small model.
+        merged: widths of several patches in one vector -> how many those are.
+    """
+    overrides = read_overrides(config)
+    config.per_layer_config = None  # what is of a layer reads as what is of all, until it is set again
     fields = get_fields(config)
+    for name, value in narrow(fields, sizes, merged).items():
+        setattr(config, name, value)
+    if overrides:
+        config.per_layer_config = {
+            layer: {**own, **_only(own, narrow({**fields, **own}, sizes, merged))} for layer, own in overrides.items()
+        }
+
+
+def narrow(fields: Fields, sizes: Sizes, merged: Mapping[int, int]) -> Fields:
+    """Return the fields that change, with their new values."""
+    changed: Fields = {}
     for name, value in fields.items():
         if is_int(value) and (experts := _experts(name, value, sizes)) is not None:
-            setattr(config, name, experts)
+            changed[name] = experts
     if sizes.width is None:
-        return
+        return changed
+    if "architecture" in fields and "model_args" in fields:
+        return changed | _narrow_timm(fields, sizes.width)
     before = get_head_width(fields)
     head = choose_head_width(fields, before, sizes)
     for name, value in fields.items():
-        if (new := _resize(name, value, fields, sizes, head)) is not None:
-            setattr(config, name, new)
-    _set_sums(config)
-    if before and head != before:
-        for name in ("rope_parameters", "rope_scaling"):
-            if isinstance(rope := fields.get(name), dict):
-                setattr(config, name, scale_rope(rope, head / before))
+        if (new := _resize(name, value, fields, sizes, head, merged)) is not None:
+            changed[name] = new
+    changed |= _sums(fields, {**fields, **changed})
+    return changed | _narrow_ropes(fields, {**fields, **changed}, before)
 
 
 def choose_head_width(fields: Fields, before: int | None, sizes: Sizes) -> int:
@@ -54,41 +82,41 @@ def choose_head_width(fields: Fields, before: int | None, sizes: Sizes) -> int:
     if before is None:
         return sizes.head
     for head in HEAD_CHOICES:
-        if head >= sizes.head and all(_fits(rope, head / before) for rope in _ropes(fields)):
+        if head >= sizes.head and all(fits_head(rope, head / before) for rope in iterate_ropes(fields)):
             return head
     return before
 
 
-def scale_rope(rope: Mapping[str, object], factor: float) -> dict[str, object]:
-    """Return the parameters of rotary positions for heads that are `factor` times as wide."""
-    scaled: dict[str, object] = {}
-    for name, value in rope.items():
-        if isinstance(value, dict):
-            scaled[name] = scale_rope(value, factor)
-        elif name == "mrope_section" and is_list(value):
-            scaled[name] = scale_sections([item for item in value if is_int(item)], factor)
-        elif name in ROTARY_LISTS and is_list(value):
-            scaled[name] = list(value[: round(len(value) * factor)])
-        else:
-            scaled[name] = value
-    return scaled
+def _only(kept: Fields, fields: Fields) -> Fields:
+    return {name: value for name, value in fields.items() if name in kept}
 
 
-def scale_sections(sections: list[int], factor: float) -> list[int]:
-    """Return sections of the rotary frequencies whose sum is `factor` times theirs, none of them empty."""
-    total = round(sum(sections) * factor)
-    scaled = [max(1, int(section * factor)) for section in sections]
-    while (rest := total - sum(scaled)) != 0:
-        errors = [section * factor - new for section, new in zip(sections, scaled, strict=True)]
-        place = errors.index(max(errors)) if rest > 0 else scaled.index(max(scaled))
-        scaled[place] += 1 if rest > 0 else -1
-    return scaled
+def _narrow_timm(fields: Fields, width: int) -> Fields:
+    """Return the options of a small visual encoder of timm."""
+    name, arguments = str(fields["architecture"]), fields["model_args"]
+    options = next((options for start, options in TIMM_OPTIONS.items() if name.startswith(start)), {})
+    changed: Fields = {"model_args": {**(arguments if isinstance(arguments, dict) else {}), **options}}
+    if "embed_dims" in options and is_int(fields.get("hidden_size")):
+        changed["hidden_size"] = width
+    return changed
 
 
-def _resize(name: str, value: object, fields: Fields, sizes: Sizes, head: int) -> object:
+def _narrow_ropes(fields: Fields, new: Fields, before: int | None) -> Fields:
+    """Return the parameters of rotary positions for the new heads."""
+    after = get_head_width(new)
+    if not before or not after or before == after:
+        return {}
+    rotary, old_rotary = new.get("qk_rope_head_dim"), fields.get("qk_rope_head_dim")
+    share = rotary / after if is_int(rotary) and is_int(old_rotary) and old_rotary != before else None
+    return {
+        name: scale_rope(rope, after / before, share) for name in ROPES if isinstance(rope := fields.get(name), dict)
+    }
+
+
+def _resize(name: str, value: object, fields: Fields, sizes: Sizes, head: int, merged: Mapping[int, int]) -> object:
     """Return the small value of a field; None where it stays as it is."""
     if is_list(value):
-        new = [_resize(name, item, fields, sizes, head) for item in value]
+        new = [_resize(name, item, fields, sizes, head, merged) for item in value]
         items = [old if item is None else item for old, item in zip(value, new, strict=True)]
         return tuple(items) if isinstance(value, tuple) else items
     if not is_int(value) or value <= 1:
@@ -102,14 +130,16 @@ def _resize(name: str, value: object, fields: Fields, sizes: Sizes, head: int) -
     if name == "rotary_dim":
         before = get_head_width(fields)
         return round(value * head / before) if before else None
+    if name == "base_channels":
+        return min(value, BASE_CHANNELS)
     if KEPT.search(name) or not WIDTHS.search(name) or sizes.width is None or value <= sizes.width:
         return None
-    return sizes.width
+    return PER_LAYER_WIDTH if "per_layer" in name else sizes.width * merged.get(value, 1)
 
 
 def _num_heads(fields: Fields, sizes: Sizes, head: int) -> int:
     """Return the number of heads, which fill the width where the configuration does not give their own."""
-    given = "head_dim" in fields or "d_kv" in fields or sizes.width is None
+    given = is_int(fields.get("head_dim")) or "d_kv" in fields or sizes.width is None
     return sizes.heads if given else max(1, min(sizes.heads, (sizes.width or head) // head))
 
 
@@ -124,34 +154,19 @@ def _experts(name: str, value: int, sizes: Sizes) -> int | None:
     if ACTIVE_EXPERTS.search(name):
         return min(value, MAX_ACTIVE)
     if name in SPANS:
-        return min(value, MAX_ACTIVE if name == SPANS[0] else 1)
+        return min(value, SPANS[name])
     return None
 
 
-def _set_sums(config: PreTrainedConfig) -> None:
-    """Set widths that are sums of others."""
-    fields = get_fields(config)
-    rotary, other = fields.get("qk_rope_head_dim"), fields.get("qk_nope_head_dim")
-    if "qk_head_dim" in fields and isinstance(rotary, int) and isinstance(other, int):
-        config.qk_head_dim = rotary + other
-    indices = fields.get("intermediate_layers_indices")
-    if "vision_output_dim" in fields and is_list(indices):
-        width = fields.get("hidden_size")
-        config.vision_output_dim = width * (1 + len(indices)) if isinstance(width, int) else None
-
-
-def _ropes(fields: Fields) -> list[Mapping[str, object]]:
-    """Return the parameters of rotary positions, those of each kind of layer on their own."""
-    found: list[Mapping[str, object]] = []
-    for name in ("rope_parameters", "rope_scaling"):
-        if isinstance(rope := fields.get(name), dict):
-            found += [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    return found
-
-
-def _fits(rope: Mapping[str, object], factor: float) -> bool:
-    sections = rope.get("mrope_section")
-    if not is_list(sections):
-        return True
-    total = sum(number for number in sections if is_int(number)) * factor
-    return total >= len(sections) and total == int(total)
+def _sums(before: Fields, after: Fields) -> Fields:
+    """Return widths that are sums or multiples of others."""
+    changed: Fields = {}
+    parts = ("qk_rope_head_dim", "qk_nope_head_dim")
+    old = [number for name in parts if is_int(number := before.get(name))]
+    new = [number for name in parts if is_int(number := after.get(name))]
+    if len(old) == len(new) == len(parts):
+        changed = {name: sum(new) for name in ("qk_head_dim", "head_dim") if before.get(name) == sum(old)}
+    indices, width = after.get("intermediate_layers_indices"), after.get("hidden_size")
+    if "vision_output_dim" in before and is_list(indices) and is_int(width):
+        changed["vision_output_dim"] = width * (1 + len(indices))
+    return changed
