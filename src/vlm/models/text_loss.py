@@ -44,6 +44,14 @@ def is_close(tensor: Tensor, other: Tensor) -> bool:
     return tensor.shape == other.shape and torch.allclose(tensor, other, rtol=1e-6, atol=1e-6)
 
 
+def select_kept(values: Tensor, keep: Tensor) -> Tensor:
+    """Return `values`, `(B, T, D)`, where `keep`, `(B, T)`, is true: `(S, D)`.
+
+    A model that reads `logits_to_keep` has done so, and its `(S, D)` stay as they are; a few models do not read it.
+    """
+    return values[keep] if values.shape[:-1] == keep.shape else values
+
+
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute the cross-entropy of each position in float32: `(S, vocabulary), (S,) -> (S,)`."""
     return F.cross_entropy(logits.float(), targets, reduction="none")
@@ -101,7 +109,7 @@ class SupervisedScores:
 
     Attributes:
         model: the model, not wrapped by DeepSpeed or DDP. Called with a mask `logits_to_keep`, `(B, T)`, it returns
-            logits at these positions, `(S, vocabulary)`.
+            logits at these positions, `(S, vocabulary)`, or all of them, `(B, T, vocabulary)`.
         score: what is computed of the logits.
         in_head: whether the scores are computed in the head's call; None: the first call finds out.
         softcap: the largest logit that the model allows; None: it does not cap its logits, or `in_head` is not true.
@@ -135,12 +143,18 @@ class SupervisedScores:
         if self.in_head is None:
             self.prove(inputs)
         if self.in_head:
-            with self._computing_in_head(lambda head, x: chunked_scores(head, x, targets, vocabulary, self.score)):
+
+            def compute(head: Head, hidden: Tensor) -> Tensor:
+                """Return the scores at the supervised positions."""
+                return chunked_scores(head, select_kept(hidden, keep), targets, vocabulary, self.score)
+
+            with self._computing_in_head(compute):
                 outputs = forward(**arguments)
             scores = outputs.logits
         else:
             outputs = forward(**arguments)
-            scores = chunked_scores(nn.Identity(), outputs.logits, targets, vocabulary, self.score)
+            logits = select_kept(outputs.logits, keep)
+            scores = chunked_scores(nn.Identity(), logits, targets, vocabulary, self.score)
         return scores, targets, replace(outputs, logits=None)
 
     @torch.no_grad()
@@ -190,7 +204,7 @@ class SupervisedScores:
         head = forward if softcap is None else lambda hidden: cap_logits(forward(hidden), softcap)
         module.forward = lambda hidden: compute(head, hidden)
         if softcap is not None:
-            setattr(config, SOFTCAP_KEY, None)
+            vars(config)[SOFTCAP_KEY] = None  # some classes take no None, where it is set as an attribute
         try:
             yield
         finally:
@@ -198,4 +212,4 @@ class SupervisedScores:
             if own is not None:  # such as that of a hook of accelerate
                 module.forward = own
             if softcap is not None:
-                setattr(config, SOFTCAP_KEY, softcap)
+                vars(config)[SOFTCAP_KEY] = softcap

@@ -5,10 +5,10 @@ import torch
 from PIL import Image
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vlm.assembly.family import get_auto_class
 from vlm.assembly.small_models.defaults import UNSUPPORTED
 from vlm.assembly.small_models.make import find_token_id, make_small
 from vlm.assembly.small_models.tokenizers import read_special_tokens
+from vlm.families.meta_model import get_auto_class
 
 TYPES = ("gemma3", "gemma4", "idefics2", "llava_onevision", "minimax_m3_vl", "molmo2", "perception_lm", "qwen3_5")
 

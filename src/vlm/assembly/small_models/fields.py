@@ -37,13 +37,13 @@ class Sizes:
     """The sizes of a small model.
 
     Attributes:
-        width: of hidden states, and of everything as wide or wider; None: widths and heads keep their values.
+        width: of hidden states, and of everything as wide or wider.
         head: width of an attention head, at least.
         heads: number of attention heads, at most.
         experts: number of experts, at most.
     """
 
-    width: int | None = 64
+    width: int = 64
     head: int = 16
     heads: int = 4
     experts: int = 4

@@ -40,10 +40,11 @@ def shrink_layers(config: PreTrainedConfig, references: Sequence[int] = ()) -> N
     for name, value in fields.items():
         if OTHER_DEPTHS.search(name) and isinstance(value, int):
             setattr(config, name, min(value, MIN_LAYERS))
-    if is_list(depths := fields.get("depths")):
+    depths = fields.get("depths")
+    if is_list(depths):
         config.depths = _like(depths, [1] * len(depths))
     name, depth = next(((name, depth) for name in DEPTHS if (depth := get_int(fields, name))), ("", 0))
-    if not depth:
+    if not depth or is_list(depths):  # stages, each of its own width
         return
     kept = choose_layers(
         {**fields, "layer_overrides": _spread(overrides, depth)},

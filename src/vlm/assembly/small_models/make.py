@@ -12,6 +12,8 @@ from vlm.assembly.small_models.fields import get_fields, is_int, walk
 from vlm.assembly.small_models.processors import make_processor
 from vlm.assembly.small_models.shrink import shrink
 from vlm.assembly.small_models.templates import expand, find_image_text, make_template
+from vlm.assembly.small_models.tokenizers import FurtherTokens, find_special_tokens
+from vlm.families.table import get_family
 
 ID_ENDINGS = ("_token_id", "_token_index")
 STANDARD = ("bos", "eos", "pad")
@@ -38,10 +40,12 @@ def make_small(model_type: str) -> SmallModel:
     config = shrink(make_default(model_type))
     processor = make_processor(config)
     missing = [name for name in read_token_names(config) if find_token_id(processor, name) is None]
-    if missing:
-        processor = make_processor(config, *(f"{name}_token" for name in missing))
+    written = find_special_tokens(str(processor.chat_template or ""))  # a few classes bring a template of their own
+    if missing or written:
+        further = FurtherTokens(tuple(f"{name}_token" for name in missing), tuple(written))
+        processor = make_processor(config, further)
     fit_vocabulary(config, processor)
-    if not (processor.chat_template or processor.tokenizer.chat_template):
+    if not (processor.chat_template or get_family(model_type).template):
         processor.chat_template = make_template(processor)
     return SmallModel(config, processor)
 

@@ -11,7 +11,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 
 from vlm.assembly.small_models.fields import Fields, get_fields, is_int, is_list, walk
-from vlm.assembly.small_models.tokenizers import make_tokenizer
+from vlm.assembly.small_models.tokenizers import FurtherTokens, make_tokenizer
 
 BACKENDS = ("torchvision", "pil")
 """Of the classes of a type's image processor, the one that is taken first."""
@@ -40,13 +40,16 @@ BORROWED = {
 
 PART_OPTIONS: dict[str, Fields] = {
     "aria": {"max_image_size": 490},
+    "gemma4": {"max_soft_tokens": 70},
+    "perception_lm": {"vision_input_type": "vanilla"},
+    "step3p7": {"patch_size": 504},
     "dots3_note": {"temporal_patch_size": 1},
     "paligemma": {"image_seq_length": 256},
     "idefics3": {"size": {"longest_edge": 364}, "max_image_size": {"longest_edge": 364}},
     "smolvlm": {"size": {"longest_edge": 364}, "max_image_size": {"longest_edge": 364}},
     "fast_vlm": {"size": {"height": 512, "width": 512}, "crop_size": {"height": 512, "width": 512}},
 }
-"""A type -> options of its image processor that do not follow from the configuration."""
+"""A type -> options of its image and video processors that do not follow from the configuration."""
 PROCESSOR_OPTIONS: dict[str, Fields] = {
     "fast_vlm": {"patch_size": 64},
     "perception_lm": {"patch_size": 14},
@@ -57,18 +60,18 @@ MAX_TILES = 2
 """Tiles of an image, at most."""
 
 
-def make_processor(config: PreTrainedConfig, *names: str) -> ProcessorMixin:
+def make_processor(config: PreTrainedConfig, further: FurtherTokens | None = None) -> ProcessorMixin:
     """Return a processor of a configuration's type.
 
     Args:
         config: the configuration, whose patches, tiles and numbers of tokens the processor takes over.
-        names: names of special tokens, beside those that the class asks for.
+        further: special tokens beside those that the class asks for.
 
     Raises:
         ValueError: transformers maps no processor to the type.
     """
     kind = find_processor_class(config)
-    parts = {name: _make_part(name, kind, config, names) for name in kind.get_attributes()}
+    parts = {name: _make_part(name, kind, config, further or FurtherTokens()) for name in kind.get_attributes()}
     known = inspect.signature(kind.__init__).parameters
     options = {name: value for name, value in _options(config).items() if name in known}
     return kind(**parts, **options | PROCESSOR_OPTIONS.get(config.model_type, {}))
@@ -88,17 +91,21 @@ def _config_classes(config: PreTrainedConfig) -> Iterator[type[PreTrainedConfig]
         yield CONFIG_MAPPING[BORROWED[config.model_type]]
 
 
-def _make_part(name: str, kind: type[ProcessorMixin], config: PreTrainedConfig, names: tuple[str, ...]) -> object:
+def _make_part(name: str, kind: type[ProcessorMixin], config: PreTrainedConfig, further: FurtherTokens) -> object:
     """Return one part of a processor, such as its `image_processor`."""
     if name.endswith("tokenizer"):
-        return make_tokenizer(kind, *names)
+        return make_tokenizer(kind, further)
     mapping = {"image_processor": IMAGE_PROCESSOR_MAPPING, "video_processor": VIDEO_PROCESSOR_MAPPING}.get(
         name, FEATURE_EXTRACTOR_MAPPING
     )
     part = next(_part_classes(mapping, kind, config), None)
     if part is None:
         raise ValueError(f"model_type={config.model_type}: transformers maps no {name} to it")
-    return part(**_part_options(part, config))
+    own = PART_OPTIONS.get(config.model_type, {})
+    known = own if name == "image_processor" else {}
+    if hasattr(part, "draw_on_frames"):
+        known = {**known, "draw_on_frames": False}  # with a font, which is a file
+    return part(**_part_options(part, config) | known)
 
 
 def _part_classes(
@@ -127,7 +134,7 @@ def _part_options(part: type, config: PreTrainedConfig) -> dict[str, object]:
         if getattr(part, "crop_size", None):
             options["crop_size"] = {"height": side, "width": side}
     options |= {name: MAX_TILES for name in ("max_patches", "max_num_tiles") if is_int(getattr(part, name, None))}
-    return options | PART_OPTIONS.get(config.model_type, {})
+    return options
 
 
 def _options(config: PreTrainedConfig) -> dict[str, object]:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from vlm.assembly.family import get_auto_class
 from vlm.assembly.opening import shorten
 from vlm.assembly.small_models.fields import Sizes, get_fields, get_merge, get_width, walk
 from vlm.assembly.small_models.layers import fit_references, read_depth, read_references, shrink_layers
 from vlm.assembly.small_models.widths import shrink_widths
+from vlm.families.meta_model import get_auto_class
 
-LADDER = (Sizes(), Sizes(width=128, head=32), Sizes(width=256, head=64), Sizes(width=None))
+LADDER = (Sizes(), Sizes(width=128, head=32), Sizes(width=256, head=64))
 """The sizes that are tried, one after the other, until a model builds."""
 
 Trial = Callable[[PreTrainedConfig], object]
@@ -42,7 +42,7 @@ def shrink(config: PreTrainedConfig, trial: Trial | None = None) -> PreTrainedCo
             small = apply_sizes(config, sizes)
             trial(small)
         except Exception as error:  # whatever a model does with numbers that do not fit together
-            problems.append(f"width {sizes.width or 'kept'}: {type(error).__name__}: {shorten(str(error))}")
+            problems.append(f"width {sizes.width}: {type(error).__name__}: {shorten(str(error))}")
         else:
             return small
     raise ValueError(f"model_type={config.model_type}: no small model of it can be built: {'; '.join(problems)}")
@@ -60,7 +60,7 @@ def apply_sizes(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
     for part in nested:
         fit_references(part, depth)
         shrink_widths(part, sizes, merged)
-    return small
+    return type(small).from_dict(small.to_dict())  # what a class derives from other fields, it derives again
 
 
 def find_merged_widths(parts: Sequence[PreTrainedConfig]) -> dict[int, int]:

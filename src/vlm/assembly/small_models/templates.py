@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 from vlm.assembly.small_models.tokenizers import END, TURN
 
 TEMPLATE = (
-    "{%% for message in messages %%}%(turn)s{{ message['role'] }}\n"
+    "{{ bos_token }}{%% for message in messages %%}%(turn)s{{ message['role'] }}\n"
     "{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}"
     "{%% for item in message['content'] %%}{%% if item['type'] == 'image' %%}%(image)s"
     "{%% elif item['type'] == 'video' %%}%(video)s{%% else %%}{{ item['text'] }}{%% endif %%}{%% endfor %%}"

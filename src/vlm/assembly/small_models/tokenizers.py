@@ -3,6 +3,7 @@
 import inspect
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
@@ -21,15 +22,29 @@ STANDARD = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "se
 MAX_LENGTH = 100_000
 
 
-def make_tokenizer(kind: type[ProcessorMixin], *names: str) -> PreTrainedTokenizerFast:
-    """Return a byte-level tokenizer with every special token that a class of processors asks for.
+@dataclass(frozen=True)
+class FurtherTokens:
+    """Special tokens beside those that a class of processors asks for.
 
-    Args:
-        kind: the class of processors.
-        names: names of further special tokens, such as `image_token`.
+    Attributes:
+        names: their names, such as `image_token`.
+        tokens: tokens without a name.
     """
+
+    names: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
+
+
+def make_tokenizer(kind: type[ProcessorMixin], further: FurtherTokens) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer with every special token that a class of processors asks for, and further ones."""
     literals, named = read_special_tokens(kind)
-    return build_tokenizer(literals, {name: f"<|{name.removesuffix('_token')}|>" for name in (*named, *names)})
+    names = (*named, *further.names)
+    return build_tokenizer((*literals, *further.tokens), {name: f"<|{name.removesuffix('_token')}|>" for name in names})
+
+
+def find_special_tokens(text: str) -> list[str]:
+    """Return what looks like special tokens in a text, each once."""
+    return list(dict.fromkeys(LITERALS.findall(text)))
 
 
 def read_special_tokens(kind: type) -> tuple[list[str], list[str]]:

@@ -50,11 +50,14 @@ def shrink_widths(config: PreTrainedConfig, sizes: Sizes, merged: Mapping[int, i
     overrides = read_overrides(config)
     config.per_layer_config = None  # what is of a layer reads as what is of all, until it is set again
     fields = get_fields(config)
-    for name, value in narrow(fields, sizes, merged).items():
+    changed = narrow(fields, sizes, merged)
+    for name, value in changed.items():
         setattr(config, name, value)
     if overrides:
+        everywhere = {**fields, **changed}
         config.per_layer_config = {
-            layer: {**own, **_only(own, narrow({**fields, **own}, sizes, merged))} for layer, own in overrides.items()
+            layer: _differences(own, {**fields, **own, **narrow({**fields, **own}, sizes, merged)}, everywhere)
+            for layer, own in overrides.items()
         }
 
 
@@ -64,8 +67,6 @@ def narrow(fields: Fields, sizes: Sizes, merged: Mapping[int, int]) -> Fields:
     for name, value in fields.items():
         if is_int(value) and (experts := _experts(name, value, sizes)) is not None:
             changed[name] = experts
-    if sizes.width is None:
-        return changed
     if "architecture" in fields and "model_args" in fields:
         return changed | _narrow_timm(fields, sizes.width)
     before = get_head_width(fields)
@@ -87,8 +88,13 @@ def choose_head_width(fields: Fields, before: int | None, sizes: Sizes) -> int:
     return before
 
 
-def _only(kept: Fields, fields: Fields) -> Fields:
-    return {name: value for name, value in fields.items() if name in kept}
+def _differences(own: Fields, layer: Fields, everywhere: Fields) -> Fields:
+    """Return the fields that a layer has of its own, or with another value than the other layers."""
+    return {
+        name: value
+        for name, value in layer.items()
+        if name in own or (name not in ROPES and value != everywhere.get(name))
+    }
 
 
 def _narrow_timm(fields: Fields, width: int) -> Fields:
@@ -132,15 +138,15 @@ def _resize(name: str, value: object, fields: Fields, sizes: Sizes, head: int, m
         return round(value * head / before) if before else None
     if name == "base_channels":
         return min(value, BASE_CHANNELS)
-    if KEPT.search(name) or not WIDTHS.search(name) or sizes.width is None or value <= sizes.width:
+    if KEPT.search(name) or not WIDTHS.search(name) or value <= sizes.width:
         return None
     return PER_LAYER_WIDTH if "per_layer" in name else sizes.width * merged.get(value, 1)
 
 
 def _num_heads(fields: Fields, sizes: Sizes, head: int) -> int:
     """Return the number of heads, which fill the width where the configuration does not give their own."""
-    given = is_int(fields.get("head_dim")) or "d_kv" in fields or sizes.width is None
-    return sizes.heads if given else max(1, min(sizes.heads, (sizes.width or head) // head))
+    given = is_int(fields.get("head_dim")) or "d_kv" in fields
+    return sizes.heads if given else max(1, min(sizes.heads, sizes.width // head))
 
 
 def _key_value_heads(value: int, fields: Fields, heads: int) -> int:
