@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import torch
 from PIL import Image
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from tests.fixtures import compose_config
 from vlm.assembly.saving import save_complete, set_reply_ends
+from vlm.assembly.small_models.defaults import UNSUPPORTED
 from vlm.assembly.small_models.make import make_small
 from vlm.config.schema import PARTS, TRAIN_FLAGS, RunConfig, UnfreezeConfig
 from vlm.data.batching.collator import Collator
@@ -27,6 +29,8 @@ from vlm.models.text_loss import SupervisedScores, token_losses
 from vlm.train import parts as run_parts
 from vlm.train.objectives.generation import Generation
 
+TYPES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - UNSUPPORTED.keys())
+"""The types that small models are made of."""
 SIZES = ((60, 48), (40, 64))
 """Widths and heights of the images."""
 RATE = 1e-3

@@ -7,10 +7,8 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.families.small_runs import SmallRun
-from vlm.assembly.small_models.defaults import UNSUPPORTED
+from tests.families.small_runs import TYPES, SmallRun
 from vlm.config.schema import PARTS
 from vlm.families.meta_model import get_auto_class
 from vlm.inference.generate import VisionLanguageModel
@@ -22,7 +20,6 @@ QUICK = {
 """Those that every run of the tests tries."""
 WITHOUT = {"gemma4_unified": {"visual_encoder"}, "inkling2": {"connector"}}
 """A type -> parts without parameters: patches go straight to the language model, or the encoder ends at its width."""
-TYPES = sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - UNSUPPORTED.keys())
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,16 @@ FAMILIES: dict[str, Family] = {
     "llava_onevision": Family("LLaVA-OneVision", ("llava-onevision-0.5b", "llava-onevision-7b")),
     "qwen2_vl": Family("Qwen2-VL", ("qwen2-vl-2b", "qwen2-vl-7b")),
     "qwen2_5_vl": Family("Qwen2.5-VL", ("qwen2.5-vl-3b", "qwen2.5-vl-7b")),
-    "qwen3_vl": Family("Qwen3-VL", ("qwen3-vl-2b", "qwen3-vl-4b")),
+    "qwen3_vl": Family("Qwen3-VL", ("qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b")),
     "idefics3": Family("Idefics3", ("idefics3-8b",)),
     "smolvlm": Family(
         "SmolVLM", ("smolvlm-256m", "smolvlm-500m", "smolvlm2-2.2b"),
         video_template=SMOLVLM_TEMPLATE,  # its processor takes this one, whatever its own is, where there are videos
     ),
-    "internvl": Family("InternVL", ("internvl3-1b", "internvl3-2b")),
+    "internvl": Family(
+        "InternVL",
+        ("internvl3-1b", "internvl3-2b", "internvl3.5-1b", "internvl3.5-2b", "internvl3.5-4b", "internvl3.5-8b"),
+    ),
     "paligemma": Family(
         "PaliGemma", ("paligemma-3b", "paligemma2-3b"),
         template=PALIGEMMA_TEMPLATE,  # its processor brings none
@@ -138,6 +141,28 @@ FAMILIES: dict[str, Family] = {
         # What draws images is no part of an answer in text.
         unused_prefixes=("model.generation_embeddings.", "model.generation_aligner.", "model.generation_head."),
     ),
+    # Names and packaged choices alone: nothing of these is an exception.
+    "qwen3_vl_moe": Family("Qwen3-VL, mixture of experts", ("qwen3-vl-30b-a3b",)),
+    "qwen3_5": Family("Qwen3.5", ("qwen3.5-4b", "qwen3.5-9b", "qwen3.5-27b")),
+    "qwen3_5_moe": Family("Qwen3.5, mixture of experts", ("qwen3.5-35b-a3b",)),
+    "gemma3n": Family("Gemma 3n", ("gemma3n-e2b", "gemma3n-e4b")),
+    "gemma4": Family("Gemma 4", ("gemma4-e2b", "gemma4-e4b")),
+    "gemma4_unified": Family("Gemma 4, without an encoder", ("gemma4-12b",)),
+    "glm4v": Family("GLM-4.1V, GLM-4.6V-Flash", ("glm-4.1v-9b", "glm-4.6v-flash")),
+    "glm4v_moe": Family("GLM-4.5V, GLM-4.6V", ("glm-4.5v", "glm-4.6v")),
+    "glm_ocr": Family("GLM-OCR", ("glm-ocr",)),
+    "mistral3": Family("Mistral Small 3, Ministral 3", ("mistral-small-3.1-24b", "ministral-3-3b", "ministral-3-8b")),
+    "llama4": Family("Llama 4", ("llama-4-scout",)),
+    "lfm2_vl": Family("LFM2-VL", ("lfm2-vl-450m", "lfm2-vl-1.6b")),
+    "molmo2": Family("Molmo2", ("molmo2-4b", "molmo2-8b")),
+    "minicpmv4_6": Family("MiniCPM-V 4.6", ("minicpm-v-4.6",)),
+    "ovis2": Family("Ovis2", ("ovis2-1b",)),
+    "perception_lm": Family("PerceptionLM", ("perception-lm-1b", "perception-lm-3b")),
+    "deepseek_ocr2": Family("DeepSeek-OCR 2", ("deepseek-ocr-2",)),
+    "paddleocr_vl": Family("PaddleOCR-VL", ("paddleocr-vl",)),
+    "lighton_ocr": Family("LightOnOCR", ("lighton-ocr-1b",)),
+    "got_ocr2": Family("GOT-OCR2", ("got-ocr2",)),
+    "hunyuan_vl": Family("HunyuanOCR", ("hunyuan-ocr",)),
 }  # fmt: skip
 """`model_type` of `config.json` -> names and exceptions."""
 
