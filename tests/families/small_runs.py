@@ -101,7 +101,7 @@ class SmallRun:
 
     @property
     def empty_parts(self) -> set[str]:
-        """The parts without parameters: patches may go straight to the language model, or an encoder end at its width."""
+        """The parts without parameters: patches may go straight to the language model, for one."""
         names = get_part_names(self.model.config)
         return {*PARTS} - {names.part_of(name) for name, _ in self.model.named_parameters()}
 
