@@ -23,6 +23,7 @@ from vlm.data.encoding.labels import encode
 from vlm.data.sample import ImageRef, Sample, Turn
 from vlm.evaluation.loss import sample_losses
 from vlm.families.meta_model import get_auto_class
+from vlm.families.parts import get_part_names
 from vlm.families.processing import FamilyProcessor
 from vlm.families.table import get_family
 from vlm.models.text_loss import SupervisedScores, token_losses
@@ -97,6 +98,12 @@ class SmallRun:
             for part in parts
         }
         return losses, changed
+
+    @property
+    def empty_parts(self) -> set[str]:
+        """The parts without parameters: patches may go straight to the language model, for one."""
+        names = get_part_names(self.model.config)
+        return {*PARTS} - {names.part_of(name) for name, _ in self.model.named_parameters()}
 
     def evaluate(self) -> float:
         """Return the loss per supervised token."""

@@ -16,7 +16,7 @@ Fields = dict[str, object]
 KEPT = re.compile(
     r"vocab|position|patch|window|kernel|merge_size|merger_times|stride|chunk|token|(^|_)ids?$|_index$|(in|num|out)_channels$|seq|length"
     r"|image_size|tile|canvas|pool|sampling|mel|temporal|max_|min_|grid|resolution|feature_size|block_size|img_size"
-    r"|ssm_state|state_size|conv|altup|active|latent|buckets|distance|codebook|channel_multiplier"
+    r"|ssm_state|state_size|conv|altup|active|latent|buckets|distance|codebook_size|channel_multiplier"
 )
 """Fields that pixels, tokens and positions depend on, and those of no weight: they keep their values."""
 EXPERTS = re.compile(r"(^|_)(num|n)(_routed|_local)?_experts$")

@@ -17,6 +17,7 @@ from vlm.families.table import get_family
 
 ID_ENDINGS = ("_token_id", "_token_index")
 STANDARD = ("bos", "eos", "pad")
+VOCABULARIES = ("vocab_size", "unpadded_vocab_size")
 MIN_VOCABULARY = 1000
 """Smaller vocabularies are none of words."""
 
@@ -70,7 +71,7 @@ def fit_vocabulary(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
                 setattr(part, name, image_id)
             elif ending and (value is not None or token in STANDARD):
                 setattr(part, name, find_token_id(processor, token))
-            elif name == "vocab_size" and is_int(value) and value > MIN_VOCABULARY:
+            elif name in VOCABULARIES and is_int(value) and value > MIN_VOCABULARY:
                 setattr(part, name, len(processor.tokenizer))
 
 
