@@ -32,6 +32,7 @@ from vlm.assembly.quantization import make_checkpoint_quantization
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.checks.model import check_no_image_mode
 from vlm.config.derived import BASE_FILE
+from vlm.data.coordinates.table import AUTO, use_convention
 from vlm.data.processor import Processor
 from vlm.families.processing import load_family_processor
 from vlm.families.table import get_family, get_part_names
@@ -111,6 +112,7 @@ class Checkpoint:
         processor = load_tried(load, self.name, self.revision)
         if template is not None:
             processor.chat_template = choose_template(template, processor.own_template, self.name)
+        use_convention(processor, AUTO, self.body_config.model_type)
         return processor
 
     def load_composed_processor(self, template: str | None = None, image_mode: str | None = None) -> VLMProcessor:
@@ -123,6 +125,7 @@ class Checkpoint:
         if image_mode is not None:
             processor.image_mode = image_mode
         check_views(processor)
+        use_convention(processor, AUTO, self.body_config.model_type)
         return processor
 
     def load_model(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlm.config.choices import (
     ALPHA_BACKGROUNDS,
     CACHE_IMPLEMENTATIONS,
+    COORDINATES,
     EVAL_METRICS,
     FSDP2,
     IMAGE_MODES,
@@ -353,6 +354,9 @@ class DatasetConfig(SourceConfig):
     alpha_background: str | None = field(default=None, metadata=choices(ALPHA_BACKGROUNDS))
     """What shows through transparent images: `white`, `black` or `grey`; `drop`: transparency is ignored, as in LLaVA,
     so that black ink on a transparent ground is all black; null: the checkpoint's, else `white`."""
+    coordinates: str = field(default="auto", metadata=choices(COORDINATES, custom="package.module:Class"))
+    """How boxes, points and time spans of records are written (docs/coordinates.md); `auto`: as the checkpoint was
+    trained, else as its family writes them, for composed models `llava`."""
     max_length: int | None = 2048
     """Longest sample in tokens, image tokens included; null: as long as the language model's positions."""
     over_length: str = field(default="error", metadata=choices(("error", "skip", "truncate")))

@@ -22,6 +22,7 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
+from vlm.data.coordinates.table import token_pattern
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.sample import Clip, MediaSize
 from vlm.data.vision.images import Medium
@@ -79,6 +80,7 @@ class FamilyProcessor:
             raise ValueError(f"{family.name}: its processor brings no chat template. Name one with dataset.template.")
         self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
         self.special_tokens = special_token_pattern(self.tokenizer, *self.media_tokens)
+        self.coordinate_tokens = token_pattern(self.coordinates)
         self._cached_expansions = lru_cache(4096)(self._compute_expansions)
 
     def __reduce__(self) -> tuple[type["FamilyProcessor"], tuple[object, ...]]:
@@ -195,10 +197,10 @@ class FamilyProcessor:
         self, text: str, user_spans: Sequence[tuple[int, int]], sizes: Sequence[Size | Clip]
     ) -> tuple[str, Replacements, list[int]]:
         """Return the text with expanded media tokens, the replacements, and where spelled special tokens are split."""
-        places, cuts = [], []
+        places, cuts, coordinates = [], [], self.coordinate_tokens
         is_spelled = span_finder(user_spans)
         for match in self.special_tokens.finditer(text):
-            if is_spelled(*match.span()):
+            if is_spelled(*match.span()) and not (coordinates and coordinates.fullmatch(match.group())):
                 cuts.append(match.start() + 1)  # neither half is a special token
             elif match.group() in self.media_tokens:
                 places.append(match.span())
@@ -230,6 +232,15 @@ class FamilyProcessor:
     def _compute_expansions(self, sizes: tuple[Size, ...]) -> tuple[str, ...]:
         """Return the expansions of images of these sizes in one sample; their content does not matter."""
         return self._process_images([Image.new("RGB", (width, height)) for height, width in sizes])[1]
+
+    @property
+    def coordinates(self) -> str | None:
+        """The convention of coordinates: kept and saved among the settings of the native image processor."""
+        return getattr(self.image_processor, "coordinates", None)
+
+    def use_coordinates(self, name: str, tokens: re.Pattern[str] | None) -> None:
+        """Set the convention of coordinates and what matches its tokens, which are tokens in users' texts, too."""
+        self.image_processor.coordinates, self.coordinate_tokens = name, tokens
 
     # --- images -----------------------------------------------------------------------------------------------------
 

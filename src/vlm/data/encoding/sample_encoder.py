@@ -79,7 +79,7 @@ class SampleEncoder:
 
 
 DATA_FOLDER = Path(__file__).parent.parent
-DATA_FILES = ("*.py", "encoding/*.py", "records/*.py", "vision/*.py")
+DATA_FILES = ("*.py", "coordinates/*.py", "encoding/*.py", "records/*.py", "vision/*.py")
 PROCESSOR_FILES = ("*process*.py", "anyres.py", "pixels.py", "table.py", "videos.py")
 """The files that ids and counts depend on: those of this package, and those of processors, in the folder of the
 processor's class and in `vlm/models`, whose functions all processors call."""

@@ -17,7 +17,7 @@ Reader = Callable[..., Sample]
 
 TOOLS = "calls of tools are not learned"
 SOUND = "sound is not learned"
-BOXES = "boxes are not learned; write them into the texts"
+BOXES = "boxes stand in the record's `objects`, and <bbox> in the texts where they are written"
 THINKING = "it is part of a reply; write it into the reply's text"
 FRAMES = "sizes and frames follow from the model and dataset.max_frames"
 PLACED = "images and videos of a turn are listed by the record, or are items of its content"
@@ -48,6 +48,8 @@ ITEM_KEYS = {
     **dict.fromkeys(("audio", "input_audio"), SOUND),
 }
 """Keys of an item of a message's content, likewise."""
+READ_WHERE_PRESENT = ("objects",)
+"""Keys of a record that nearly every reader reads, and that `ignore_keys` leaves out before it does."""
 LOST_MEDIA_KEYS = (
     "image_path",
     "image_paths",
@@ -136,10 +138,12 @@ def reads(
         def checked(record: Any, image_folder: Any, *, ignore_keys: Sequence[str] = (), **options: Any) -> Sample:
             """Read a record, unless it has unread keys that change what is learned and are not in `ignore_keys`."""
             sample_id = read_id(record)
+            ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
+            if not ignored.isdisjoint(READ_WHERE_PRESENT):
+                record = {key: value for key, value in record.items() if key not in ignored}
             levels = list(_levels_with_unread(record, declared, defaults, options))
             if not levels:
                 return reader(record, image_folder, **options)
-            ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
             for level in levels:
                 level.check(ignored, sample_id)
             sample = reader(record, image_folder, **options)
