@@ -17,6 +17,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
 from vlm.config.schema import InferenceConfig, RunConfig
+from vlm.data.coordinates.answers import parse_answer_to_sample, true_objects_of_reply
+from vlm.data.coordinates.drawing import draw_objects, objects_of_image
 from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.labels import encode_prompt, render
 from vlm.data.encoding.prompts import prompt_turns
@@ -26,9 +28,10 @@ from vlm.data.sample import BadSample, Sample, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.data.vision.video import DecodedVideo
 from vlm.evaluation.loss import last_reply_text
-from vlm.evaluation.text_metrics import compute_text_metrics
+from vlm.evaluation.object_metrics import ObjectAnswer
+from vlm.evaluation.text_metrics import compute_answer_metrics
 from vlm.inference.generate import VisionLanguageModel, prompt_inputs
-from vlm.train.monitor.plots import append_sample_generations
+from vlm.train.monitor.plots import AnsweredSample, append_sample_generations
 from vlm.train.objectives.base import ObjectiveTrainer
 from vlm.train.step.compile import force_eager
 
@@ -49,6 +52,7 @@ def make_answer_metrics(
     samples = _answerable_samples(data, processor, config.trainer.eval_metrics_samples, settings.max_new_tokens)
     prompts = [replace(sample, turns=prompt_turns(sample)) for sample in samples]
     references = [list(sample.references) or [last_reply_text(sample)] for sample in samples]
+    true_places = [true_objects_of_reply(sample, processor) for sample in samples]
     size = args.per_device_eval_batch_size
 
     def compute(model: PreTrainedModel, on_batch: Callable[[], None]) -> dict[str, float]:
@@ -61,7 +65,11 @@ def make_answer_metrics(
             turns, media = [prompt.turns for prompt in batch], [open_media(prompt) for prompt in batch]
             answers += generator.answer(turns, media, settings, synced_gpus=dist.is_initialized())
             on_batch()
-        scores = compute_text_metrics(names, answers, references, intervals=False)
+        objects = [
+            ObjectAnswer(parse_answer_to_sample(answer, processor, prompt), true)
+            for answer, prompt, true in zip(answers, samples, true_places, strict=True)
+        ]
+        scores = compute_answer_metrics(names, answers, references, objects, intervals=False)
         return {name: score.value for name, score in scores.items() if score.value is not None}
 
     return compute
@@ -104,13 +112,14 @@ def make_sample_generator(
     All ranks generate, since ZeRO-3 needs them; rank 0 writes. Samples of which a template leaves no prompt (`plain`,
     text only), whose images do not open, or which the processor refuses, are passed over.
     """
-    prompts, prompt_media, references = [], [], []
+    prompts, prompt_media, references, answered = [], [], [], []
     for sample in samples:
         replies = [index for index, turn in enumerate(sample.turns) if turn.role == "assistant"]
         turns = list(sample.turns[: replies[-1] if replies else 0])
         media = value_or_bad_sample(partial(_open_prompt, processor, turns), sample) if turns else None
         if media is not None and not isinstance(media, BadSample):
             prompts.append(turns)
+            answered.append(sample)
             prompt_media.append(media)
             references.append(_join_text([sample.turns[replies[-1]]]))
 
@@ -126,8 +135,9 @@ def make_sample_generator(
         trainer.model.train(training)
         if trainer.args.process_index == 0:
             questions = [_join_text(turns[-1:]) for turns in prompts]
-            rows = zip(questions, references, answers, map(_preview, prompt_media), strict=True)
-            append_sample_generations(step, rows, folder)
+            drawn = [_draw(processor, *item) for item in zip(answered, answers, prompt_media, strict=True)]
+            rows = zip(questions, references, answers, map(_preview, prompt_media), drawn, strict=True)
+            append_sample_generations(step, (AnsweredSample(*row) for row in rows), folder)
 
     return generate
 
@@ -151,6 +161,18 @@ def _preview(opened: Sequence[object]) -> Any:
     """Return the first image of a sample, or of its first video; None where it has neither."""
     first = next(iter(opened), None)
     return first.frames[0] if isinstance(first, DecodedVideo) else first
+
+
+def _draw(
+    processor: Processor, sample: Sample, answer: str, opened: Sequence[Image.Image | DecodedVideo]
+) -> Image.Image | None:
+    """Return the first image of a sample with its true objects and those of an answer; None where it has neither."""
+    first = next(iter(opened), None)
+    if not isinstance(first, Image.Image) or sample.images[0].frame is not None:
+        return None
+    true = objects_of_image(true_objects_of_reply(sample, processor), 0)
+    found = objects_of_image(parse_answer_to_sample(answer, processor, sample), 0)
+    return draw_objects(first, true, found) if true or found else None
 
 
 def _join_text(turns: Sequence[Turn]) -> str:

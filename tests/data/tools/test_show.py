@@ -128,3 +128,19 @@ def test_an_unknown_tool_is_refused_and_all_are_listed(capsys):
     with pytest.raises(SystemExit, match="vlm data shoe: no such tool"):
         main(["data", "shoe"])
     assert "download" in capsys.readouterr().out
+
+
+def test_objects_are_told_and_drawn(words, tmp_path: Path, capsys):
+    picture(size=(100, 80)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nwhere?"}, {"from": "gpt", "value": "<objects>"}]
+    objects = [{"label": "cat", "box": [10, 20, 50, 80]}, {"label": "dog", "point": [0.5, 0.5], "units": "share"}]
+    rows = [{"id": "a", "image": "a.png", "objects": objects, "conversations": turns},
+            {"id": "b", "image": "a.png", "objects": [{"box": [10, 20, 500, 80]}], "conversations": turns}]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    keys = [f"dataset.path={tmp_path / 'rows.json'}", f"dataset.image_folder={tmp_path}", "dataset.coordinates=pixels"]
+    main(["data", "show", *words, *keys])
+    said = capsys.readouterr().out
+    assert "【cat: [10, 20, 50, 80]\ndog: [50, 40]<|im_end|>】" in said
+    assert "objects, written as pixels: cat [10, 20, 50, 80]; dog [50, 40]" in said
+    assert "box [10, 20, 500, 80] is outside its image, which has 100×80 pixels" in said
+    assert '<img style="height:auto' in (tmp_path / "records.html").read_text()

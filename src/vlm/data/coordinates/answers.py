@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm.data.coordinates.geometry import ImageView, Size, make_views
 from vlm.data.coordinates.table import DEFAULT, get_convention
-from vlm.data.coordinates.writing import view_for
+from vlm.data.coordinates.writing import is_unsized, view_for
 from vlm.data.objects import SPAN, MarkedObject
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample
@@ -19,14 +19,12 @@ def parse_answer(text: str, convention: str, view: ImageView | None, image: int 
     Args:
         text: the answer.
         convention: the name of the model's convention.
-        view: what the model sees of the image; None where it sees none, so that only time spans are read.
+        view: what the model sees of the image; None where it sees none. Only time spans are read then, and where the
+            convention counts pixels that the model sees, and their number is not known.
         image: the number of the image that the answer is about.
-
-    Raises:
-        ValueError: the convention counts pixels that the model sees, and their number is not known.
     """
     kind = get_convention(convention)
-    seen = None if view is None else view_for(kind, view)
+    seen = None if view is None or is_unsized(kind, view) else view_for(kind, view)
     objects = []
     for place in kind.read(text, (1.0, 1.0) if seen is None else seen.seen_size):
         if place.kind == SPAN:
@@ -58,6 +56,20 @@ def parse_answer_to_sample(text: str, processor: Processor, sample: Sample) -> l
 def true_objects(sample: Sample) -> list[MarkedObject]:
     """Return the objects whose places the last reply of a sample tells."""
     return [marked for marked in sample.objects if marked.is_answer]
+
+
+def true_objects_of_reply(sample: Sample, processor: Processor) -> list[MarkedObject]:
+    """Return the objects whose places the last reply tells: those of the record, else those that its text spells.
+
+    Raises:
+        BadSample: an image does not open.
+    """
+    if objects := true_objects(sample):
+        return objects
+    if not sample.turns or sample.turns[-1].role != "assistant" or sample.objects:
+        return []
+    text = "".join(part for part in sample.turns[-1].content if isinstance(part, str))
+    return parse_answer_to_sample(text, processor, sample)
 
 
 def decode_answer(processor: Processor, ids: Sequence[int]) -> str:

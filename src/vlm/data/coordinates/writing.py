@@ -50,12 +50,17 @@ def view_for(convention: Convention, view: ImageView) -> ImageView:
     """
     if convention.sees_stored_image:
         return view.whole_image()
-    if convention.steps is None and not view.is_sized:
+    if is_unsized(convention, view):
         raise ValueError(
             f"dataset.coordinates={convention.name}: it counts pixels of the resized image, and this model's processor "
             "does not tell its size; choose one that counts shares of the image, or pixels"
         )
     return view
+
+
+def is_unsized(convention: Convention, view: ImageView) -> bool:
+    """Return whether a convention counts pixels that the model sees, and their number is not known."""
+    return convention.steps is None and not convention.sees_stored_image and not view.is_sized
 
 
 @dataclass

@@ -35,7 +35,7 @@ def read_objects(record: Record, turns: Sequence[Turn], sample_id: str) -> tuple
         objects, names = _read_swift_objects(value, sample_id)
         objects, turns = _add_swift_labels(objects, names, turns, sample_id)
     elif isinstance(value, list):
-        objects = [_read_item(item, f"objects[{number}]", sample_id) for number, item in enumerate(value)]
+        objects = [read_object(item, f"objects[{number}]", sample_id) for number, item in enumerate(value)]
     else:
         raise BadSample(sample_id, f"`objects` must be a list of mappings with a label and a box, got {value!r:.60}")
     _check_media(objects, turns, sample_id)
@@ -45,8 +45,12 @@ def read_objects(record: Record, turns: Sequence[Turn], sample_id: str) -> tuple
     return turns, tuple(objects)
 
 
-def _read_item(item: object, where: str, sample_id: str) -> MarkedObject:
-    """Read an object of our own form."""
+def read_object(item: object, where: str, sample_id: str) -> MarkedObject:
+    """Read an object of our own form; `where` names it in messages.
+
+    Raises:
+        BadSample: it has another form.
+    """
     if not isinstance(item, dict):
         raise BadSample(sample_id, f"`{where}` must be a mapping with a label and a box, got {item!r:.60}")
     if unknown := [key for key in item if key not in ITEM_KEYS and not is_empty(item[key])]:

@@ -5,18 +5,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from PIL import Image
 
 from vlm.config.schema import DatasetConfig
 from vlm.config.shown import presentable
+from vlm.data.coordinates.drawing import describe_objects, draw_objects, objects_of_image
 from vlm.data.dataset import draw_records
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.objects import MarkedObject
 from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_text
-from vlm.data.sample import BadSample, Sample
+from vlm.data.sample import BadSample, ImageRef, Sample
 from vlm.data.sources import Source, make_sources
 from vlm.data.vision.images import media_sizes_from_opened, open_media
 from vlm.data.vision.video import DecodedVideo
@@ -26,7 +28,8 @@ from vlm.data.vision.video import DecodedVideo
 class ShownRecord:
     """A record with its ids, labels, images and videos, or the reason why it cannot be used.
 
-    `notes` tell what of the record is not learned: replies, and keys that are not read.
+    `notes` tell what of the record is not learned: replies, and keys that are not read. `objects` are drawn onto the
+    images, which come in the order of the text, frames of videos that are read as images with them (`is_frame`).
     """
 
     source: Source
@@ -37,6 +40,8 @@ class ShownRecord:
     problem: str | None = None
     label: object = None
     notes: Sequence[str] = ()
+    objects: Sequence[MarkedObject] = ()
+    is_frame: Sequence[bool] = ()
 
     def title(self) -> str:
         """Return the record's source, name and counts."""
@@ -92,7 +97,13 @@ def _load_shown_record(source: Source, number: int | None, record: object) -> Sh
         encoded = source.encoder(sample, sizes)
         if number_unlearned := count_unlearned_replies(sample):
             notes.append(f"replies that are not learned: {number_unlearned}")
-        return ShownRecord(source, number, sample.id, encoded, images, label=sample.label, notes=notes)
+        if sample.objects:
+            shown = "; ".join(describe_objects(sample.objects))
+            notes.append(f"objects, written as {source.encoder.processor.coordinates}: {shown}")
+        frames = [isinstance(ref, ImageRef) and ref.frame is not None for ref in sample.media]
+        return ShownRecord(
+            source, number, sample.id, encoded, images, None, sample.label, notes, sample.objects, frames
+        )  # fmt: skip
     except BadSample as error:
         return ShownRecord(source, number, error.sample_id, None, images, error.reason, notes=notes)
 
@@ -120,15 +131,24 @@ def as_text(shown: ShownRecord, *, colours: bool) -> str:
 def as_html(shown: ShownRecord) -> str:
     """Format a record as a section of a page, with its images."""
     head = f"<h2>{escape(shown.title())}</h2>" + "".join(f"<p>{escape(note)}</p>" for note in shown.notes)
-    for image in shown.images:
+    numbers = count()
+    for place, image in enumerate(shown.images):
+        is_image = not isinstance(image, DecodedVideo) and not (shown.is_frame and shown.is_frame[place])
+        objects = objects_of_image(shown.objects, next(numbers)) if is_image else []
         for frame in image.frames if isinstance(image, DecodedVideo) else [image]:
-            buffer = BytesIO()
-            thumbnail(frame).save(buffer, "JPEG", quality=85)
-            head += f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
+            head += _image_as_html(frame, objects)
     if shown.encoded is None:
         return f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
     ids, labels = shown.encoded.input_ids, shown.encoded.labels
     return f"{head}<p>{tokens_as_html(ids, labels, [1] * len(ids), shown.source.encoder.processor)}</p>"
+
+
+def _image_as_html(image: Image.Image, objects: Sequence[MarkedObject]) -> str:
+    """Return a thumbnail of an image; where it has objects, a larger copy with these."""
+    buffer = BytesIO()
+    (draw_objects(image, objects) if objects else thumbnail(image)).save(buffer, "JPEG", quality=85)
+    style = ' style="height:auto;max-width:100%"' if objects else ""
+    return f'<img{style} src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
 
 
 def write_page(records: Sequence[ShownRecord], path: Path) -> None:
