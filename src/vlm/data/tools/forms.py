@@ -64,8 +64,9 @@ def is_image_moved_by_llava(turn: Turn) -> bool:
 
 
 def _labels_and_groups(sample: Sample) -> Record:
-    """Return the label and the group of a sample that has them, under their keys."""
-    values = {"label": sample.label, "group": sample.group}
+    """Return the label, the group and the objects of a sample that has them, under their keys."""
+    objects = [marked.as_record() for marked in sample.objects] or None
+    values = {"label": sample.label, "group": sample.group, "objects": objects}
     return {key: value for key, value in values.items() if value is not None}
 
 
