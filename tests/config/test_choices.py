@@ -62,5 +62,7 @@ def test_the_other_lists_are_those_of_the_code():
     assert tuple(METRICS) == choices.ANSWER_METRICS
     assert tuple(LOSS_METRICS) == choices.LOSS_METRICS
     assert tuple(OBJECT_METRICS) == choices.OBJECT_METRICS
-    assert set(choices.EVAL_METRICS) == {*METRICS, *OBJECT_METRICS, *LOSS_METRICS} - {"loss"}, "the loss is always measured"
+    assert set(choices.EVAL_METRICS) == {*METRICS, *OBJECT_METRICS, *LOSS_METRICS} - {"loss"}, (
+        "the loss is always measured"
+    )
     assert set(choices.CACHE_IMPLEMENTATIONS) <= set(ALL_CACHE_IMPLEMENTATIONS)

@@ -67,7 +67,8 @@ def test_means_have_intervals_and_leave_answers_without_truth_out():
     answers += [ObjectAnswer([box(0, 0, 10, 10)], [])] * 90
     scores = compute_object_metrics(list(OBJECT_METRICS), answers)
     assert {name: score.value for name, score in scores.items()} == dict.fromkeys(OBJECT_METRICS, 0.5)
-    assert scores["iou"].low is not None and scores["iou"].low < 0.5
+    assert scores["iou"].low is not None
+    assert scores["iou"].low < 0.5
     assert compute_object_metrics(["iou"], answers, intervals=False)["iou"].low is None
     with pytest.raises(ValueError, match="iou: no record tells where an object is"):
         compute_object_metrics(["iou"], answers[-1:])

@@ -49,9 +49,7 @@ def with_flag(marked: MarkedObject, *, is_answer: bool) -> MarkedObject:
     return replace(marked, is_answer=is_answer)
 
 
-def turn_upright(
-    values: tuple[float, ...], orientation: int, stored_size: tuple[float, float]
-) -> tuple[float, ...]:
+def turn_upright(values: tuple[float, ...], orientation: int, stored_size: tuple[float, float]) -> tuple[float, ...]:
     """Return coordinates of a stored image as those of the image turned upright.
 
     Args:

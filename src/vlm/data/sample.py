@@ -1,6 +1,7 @@
 """The one in-memory form of a record: a `Sample` of `Turn`s, whatever file it came from.
 
-Texts that no encoding can write are refused here, where records and prompts alike come in. Imports `vlm.config.shown` and its sibling `objects`.
+Texts that no encoding can write are refused here, where records and prompts alike come in. Imports `vlm.config.shown`
+and its sibling `objects`.
 """
 
 import re

@@ -35,8 +35,9 @@ def overlap(found: MarkedObject, true: MarkedObject) -> float:
     if found.kind != true.kind or true.kind not in (BOX, SPAN):
         return 0.0
     half = len(true.values) // 2
-    starts, ends = zip(found.values[:half], true.values[:half], strict=True), zip(
-        found.values[half:], true.values[half:], strict=True
+    starts, ends = (
+        zip(found.values[:half], true.values[:half], strict=True),
+        zip(found.values[half:], true.values[half:], strict=True),
     )
     common = np.prod([max(0.0, min(end) - max(start)) for start, end in zip(starts, ends, strict=True)])
     union = _extent(found) + _extent(true) - common

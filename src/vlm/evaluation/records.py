@@ -21,8 +21,8 @@ from vlm.data.objects import MarkedObject
 from vlm.data.records.objects import read_object
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.loss_metrics import LOSS_METRICS, Collate, LossMetric, LossMetricSettings
-from vlm.evaluation.output import write_json, write_rows
 from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer
+from vlm.evaluation.output import write_json, write_rows
 from vlm.evaluation.text_metrics import compute_answer_metrics
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file

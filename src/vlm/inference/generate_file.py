@@ -54,8 +54,9 @@ def generate_file(
     digest = json_digest(fingerprint, source.fingerprint, asdict(settings), sampling)
     return fill_table(
         ResumableTable(output, COLUMNS, digest), source, model.model.device,
-        lambda inputs: model.answers(inputs, settings), partial(make_row, model.processor), progress_label="answering", batch_size=batch_size,
-        num_workers=num_workers, left=True, seed=seed, overwrite=overwrite,
+        lambda inputs: model.answers(inputs, settings), partial(make_row, model.processor),
+        progress_label="answering", batch_size=batch_size, num_workers=num_workers, left=True, seed=seed,
+        overwrite=overwrite,
     )  # fmt: skip
 
 

@@ -47,5 +47,8 @@ def test_objects_of_an_image_and_their_text():
     span, other = MarkedObject("span", (1, 2.5), "jump"), MarkedObject("point", (1, 2), "cat", medium=1)
     assert objects_of_image([BOX, span, other], 0) == [BOX]
     assert objects_of_image([BOX, span, other], 1) == [other]
-    assert describe_objects([BOX, span, MarkedObject("name", label="x")]) == ["[10, 20, 60, 70]", "jump [1, 2.5] seconds"]
+    assert describe_objects([BOX, span, MarkedObject("name", label="x")]) == [
+        "[10, 20, 60, 70]",
+        "jump [1, 2.5] seconds",
+    ]
     assert draw_objects(Image.new("RGB", (320, 320)), [span]).getextrema() == ((0, 0),) * 3

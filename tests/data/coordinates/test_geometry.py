@@ -97,7 +97,12 @@ def test_painted_boxes_land_where_the_view_says(name: str, size: tuple[int, int]
 def test_the_size_that_qwen_sees_is_that_of_its_patches(name: str):
     processor = family(name)
     chance = random.Random(name)
-    for height, width in [(30, 40), (4, 90), (200, 9), *((chance.randint(3, 99), chance.randint(3, 99)) for _ in range(9))]:
+    for height, width in [
+        (30, 40),
+        (4, 90),
+        (200, 9),
+        *((chance.randint(3, 99), chance.randint(3, 99)) for _ in range(9)),
+    ]:
         (view,) = make_views(processor, [(height, width)])
         grid = processor.image_inputs([Image.new("RGB", (width, height))])["image_grid_thw"][0].tolist()
         assert view.is_sized
@@ -105,7 +110,9 @@ def test_the_size_that_qwen_sees_is_that_of_its_patches(name: str):
         assert view.to_pixels((1.0, 1.0)) == pytest.approx((width, height))
 
 
-@pytest.mark.parametrize("name", ["llava-next", "llava-onevision", "idefics3", "smolvlm", "internvl", "mllama", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["llava-next", "llava-onevision", "idefics3", "smolvlm", "internvl", "mllama", "gemma3"]
+)
 def test_tiles_keep_proportions(name: str):
     (view,) = make_views(family(name), [(30, 90)])
     assert view.to_shares((45.0, 15.0)) == (0.5, 0.5)

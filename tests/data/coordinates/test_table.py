@@ -89,8 +89,8 @@ def test_answers_of_any_kind_are_no_error(name: str):
     good = convention.write_all([draw_place(chance, kinds_of(name)[0], "cat", (640, 480)) for _ in range(3)])
     for end in range(0, len(good), 7):
         assert len(convention.read(good[:end], (640, 480))) <= 3  # cut off by max_new_tokens
-    for text in ("", "no", "[", "[[]]", "{}", '{"bbox_2d": "x"}', '{"bbox_2d": [1, 2, 3]}', "[1,2,3,4,5,6]", "(1,2", "<loc",
-                 '<point x="a">', "[9e999, 1]", '{"bbox_2d": [5, 5, 1, 1]}', '{"label": 3}', "<loc0001>"):  # fmt: skip
+    for text in ("", "no", "[", "[[]]", "{}", '{"bbox_2d": "x"}', '{"bbox_2d": [1, 2, 3]}', "[1,2,3,4,5,6]", "(1,2",
+                 "<loc", '<point x="a">', "[9e999, 1]", '{"bbox_2d": [5, 5, 1, 1]}', '{"label": 3}', "<loc0001>"):  # fmt: skip
         assert convention.read(text, (640, 480)) == []
 
 

@@ -136,7 +136,8 @@ def test_marks_are_words_without_objects(folder: Path):
         ("question", {"question": "Where?", "answer": "<objects>"}),
         ("alpaca", {"instruction": "Where?", "output": "<objects>"}),
         ("cauldron", {"texts": [{"user": "Where?", "assistant": "<objects>"}]}),
-        ("minicpm", {"conversations": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "<objects>"}]}),
+        ("minicpm", {"conversations": [{"role": "user", "content": "Where?"},
+                                       {"role": "assistant", "content": "<objects>"}]}),
     ],
 )  # fmt: skip
 def test_other_formats_have_objects_too(name: str, record: dict, folder: Path):

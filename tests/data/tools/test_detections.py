@@ -67,7 +67,11 @@ def test_coco_detections_are_recognised(capsys):
 def test_coco_detections_label_by_label():
     records = convert(COCO, "--prompt", "detect {label}", "--by-label")
     asked = [(record["id"], record["conversations"][0]["value"], len(record["objects"])) for record in records]
-    assert asked == [("9-0", "<image>\ndetect cat", 2), ("9-1", "<image>\ndetect dog", 1), ("8-0", "<image>\ndetect dog", 1)]
+    assert asked == [
+        ("9-0", "<image>\ndetect cat", 2),
+        ("9-1", "<image>\ndetect dog", 1),
+        ("8-0", "<image>\ndetect dog", 1),
+    ]
     whole = convert(COCO, "--prompt", "detect {label}")
     assert whole[0]["conversations"][0]["value"] == "<image>\ndetect cat ; dog"
 
@@ -88,7 +92,7 @@ def test_bad_boxes_are_told(bad: dict, words: str):
 
 
 REFS = [
-    {"ref_id": 5, "ann_id": 1, "image_id": 9, "category_id": 17, "split": "train", "file_name": "x_1.jpg", "sent_ids": [1, 2],
+    {"ref_id": 5, "ann_id": 1, "image_id": 9, "category_id": 17, "split": "train", "file_name": "x_1.jpg",
      "sentences": [{"sent_id": 1, "raw": "Left cat", "sent": "left  cat", "tokens": ["left", "cat"]},
                    {"sent_id": 2, "raw": "grey one", "sent": "grey one", "tokens": ["grey", "one"]}]},
     {"ref_id": 6, "ann_id": 4, "image_id": 8, "category_id": 18, "split": "testA", "sentences": [{"sent": "the dog"}]},
@@ -108,20 +112,20 @@ def test_refcoco(name: str):
     assert test["conversations"][0]["value"] == "<image>\nFind <ref-object:0>"
     with pytest.raises(SystemExit, match="ann_id=99 is not in the file of boxes"):
         convert(REFS, *words, "--split", "val", name=name)
-    with pytest.raises(SystemExit, match="--split test: .* has testA, train, val"):
+    with pytest.raises(SystemExit, match=r"--split test: .* has testA, train, val"):
         convert(REFS, *words, "--split", "test", name=name)
 
 
 def test_a_pickle_runs_no_code():
     Path("instances.json").write_text(json.dumps(COCO))
-    with pytest.raises(SystemExit, match="it names pathlib.*, which is not imported"):
+    with pytest.raises(SystemExit, match=r"it names pathlib.*, which is not imported"):
         convert([Path("a")], "--from", "refcoco", "--instances", "instances.json", name="refs.p")
 
 
 def rectangle(label: str | None = "cat", kind: str = "rectanglelabels", **more: object) -> dict:
     value = {"x": 10, "y": 20.5, "width": 30, "height": 40, "rotation": 0, **({kind: [label]} if label else {}), **more}
-    return {"id": "r", "type": kind, "from_name": "box", "to_name": "image", "original_width": 200, "original_height": 100,
-            "image_rotation": 0, "value": value}  # fmt: skip
+    return {"id": "r", "type": kind, "from_name": "box", "to_name": "image", "original_width": 200,
+            "original_height": 100, "image_rotation": 0, "value": value}  # fmt: skip
 
 
 def task(number: int, *results: dict, **more: object) -> dict:

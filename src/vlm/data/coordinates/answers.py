@@ -34,7 +34,9 @@ def parse_answer(text: str, convention: str, view: ImageView | None, image: int 
     return objects
 
 
-def parse_answer_to_images(text: str, processor: Processor, sizes: Sequence[Size], image: int = 0) -> list[MarkedObject]:
+def parse_answer_to_images(
+    text: str, processor: Processor, sizes: Sequence[Size], image: int = 0
+) -> list[MarkedObject]:
     """Return the objects of an answer to images of these upright heights and widths; `image` is the one it is about."""
     views = make_views(processor, sizes)
     view = views[image] if image < len(views) else None
@@ -72,7 +74,7 @@ def true_objects_of_reply(sample: Sample, processor: Processor) -> list[MarkedOb
     return parse_answer_to_sample(text, processor, sample)
 
 
-def decode_answer(processor: Processor, ids: Sequence[int]) -> str:
+def decode_answer(processor: Processor, ids: list[int]) -> str:
     """Return the text of generated ids without special tokens, but for those of the model's coordinates."""
     tokenizer, pattern = processor.tokenizer, processor.coordinate_tokens
     special = _special_ids(tokenizer)

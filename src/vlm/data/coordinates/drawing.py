@@ -42,7 +42,9 @@ def objects_of_image(objects: Sequence[MarkedObject], image: int) -> list[Marked
 def describe_objects(objects: Sequence[MarkedObject]) -> list[str]:
     """Return each object as text, such as `cat [10, 20, 30, 40]`."""
     return [
-        " ".join(filter(None, [marked.label, f"[{', '.join(f'{value:.4g}' for value in marked.values)}]", _unit(marked)]))
+        " ".join(
+            filter(None, [marked.label, f"[{', '.join(f'{value:.4g}' for value in marked.values)}]", _unit(marked)])
+        )
         for marked in objects
         if marked.values
     ]

@@ -117,7 +117,8 @@ def _qwen_size(image_processor: ImageProcessor, size: Size) -> Size:
     settings = vars(image_processor)
     factor = int(settings["patch_size"]) * int(settings["merge_size"])
     least, most = _side(image_processor.size, "shortest_edge"), _side(image_processor.size, "longest_edge")
-    assert least is not None and most is not None
+    assert least is not None
+    assert most is not None
     height, width = smart_resize(*size, factor=factor, min_pixels=least, max_pixels=most)
     return height, width
 

@@ -66,7 +66,9 @@ class Qwen25VL(JsonConvention):
     """Pixels of the image after its resize: `{"bbox_2d": [x1, y1, x2, y2], "label": …}`, `{"point_2d": [x, y], …}`."""
 
     name = "qwen2.5-vl"
-    source = "Bai et al. 2025, arXiv:2502.13923, section 2.2.2; cookbooks/spatial_understanding.ipynb of QwenLM/Qwen2.5-VL"
+    source = (
+        "Bai et al. 2025, arXiv:2502.13923, section 2.2.2; cookbooks/spatial_understanding.ipynb of QwenLM/Qwen2.5-VL"
+    )
     steps = None
 
 

@@ -83,7 +83,8 @@ def use_convention(processor: Processor, requested: str, model_type: str) -> Non
 
 def token_pattern(name: str | None) -> re.Pattern[str] | None:
     """Return what matches the tokens of a convention; None for one without tokens, and for the user's own where the
-    user did not name it: it then came with a checkpoint, and importing it would run code."""
+    user did not name it: it then came with a checkpoint, and importing it would run code.
+    """
     if name is None or (name not in CONVENTIONS and not is_permitted(name)):
         return None
     return get_convention(name).token_pattern

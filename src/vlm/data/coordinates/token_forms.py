@@ -80,7 +80,9 @@ class Florence2(Convention):
     """`cat<loc_x1><loc_y1><loc_x2><loc_y2>`, with a token for each of 1000 bins of a side."""
 
     name = "florence-2"
-    source = "Xiao et al. 2023, arXiv:2311.06242, section 4.1; BoxQuantizer in processing_florence2.py of its checkpoints"
+    source = (
+        "Xiao et al. 2023, arXiv:2311.06242, section 4.1; BoxQuantizer in processing_florence2.py of its checkpoints"
+    )
     highest = 999
     token_pattern = re.compile(r"<loc_\d{1,3}>")
     required_tokens = ("<loc_0>", "<loc_500>", "<loc_999>")
@@ -129,7 +131,9 @@ class TaggedLists(Convention):
     def write_list(self, places: Sequence[Place]) -> str:
         """Return a line for each run of places of one label: the label, and a list with all of them."""
         runs = ((label, list(run)) for label, run in groupby(places, lambda place: place.label))
-        return "\n".join(f"{'' if label is None else self.write_label(label)}{self._write_places(run)}" for label, run in runs)
+        return "\n".join(
+            f"{'' if label is None else self.write_label(label)}{self._write_places(run)}" for label, run in runs
+        )
 
     def read_places(self, text: str, seen_size: tuple[float, float]) -> Iterator[Place]:
         """Yield the boxes and points of an answer, with its tokens or without them; see `Convention`."""

@@ -105,9 +105,7 @@ class _Writer:
         return Place(marked.kind, inside, marked.label, view.seen_size)
 
 
-def _in_upright_pixels(
-    marked: MarkedObject, sizes: Sequence[StoredSize], number: int, sample_id: str
-) -> MarkedObject:
+def _in_upright_pixels(marked: MarkedObject, sizes: Sequence[StoredSize], number: int, sample_id: str) -> MarkedObject:
     """Return an object in pixels of its image turned upright, within its bounds.
 
     Raises:

@@ -256,7 +256,9 @@ def label_studio_boxes(
             return None
         image = task.data.get(image_field)
         if not isinstance(image, str):
-            raise BadSample(str(task.id), f"`{image_field}` must be a string of its data, which has {', '.join(task.data)}")
+            raise BadSample(
+                str(task.id), f"`{image_field}` must be a string of its data, which has {', '.join(task.data)}"
+            )
         objects = [_studio_object(result.type, result.value, str(task.id)) for result in results]
         image = resolve_local_image_name(image, context.folder)
         return make_detection_record(str(task.id), image, objects, prompt, "<objects>")
@@ -270,7 +272,9 @@ def has_boxes_alone(task: Record) -> bool:
     if not isinstance(annotations, list) or not isinstance(task.get("data"), dict):
         return False
     results = [item.get("result") for item in annotations if isinstance(item, dict)]
-    types = [item.get("type") for found in results if isinstance(found, list) for item in found if isinstance(item, dict)]
+    types = [
+        item.get("type") for found in results if isinstance(found, list) for item in found if isinstance(item, dict)
+    ]
     return bool(types) and set(types) <= set(BOX_CONTROLS)
 
 
