@@ -34,7 +34,9 @@ def with_tokens(processor: Processor, convention: str) -> Processor:
 def test_tokens_of_coordinates_are_tokens_in_the_texts_of_users(kind: str, parts: Parts):
     for convention, is_token in (("qwen2-vl", True), ("llava", False)):
         processor = family("qwen2-vl") if kind == "family" else composed(parts, "square", squashes())
-        processor.tokenizer.add_special_tokens({"additional_special_tokens": TOKENS}, replace_extra_special_tokens=False)
+        processor.tokenizer.add_special_tokens(
+            {"additional_special_tokens": TOKENS}, replace_extra_special_tokens=False
+        )
         processor = family_again(processor) if kind == "family" else composed_again(processor)
         use_convention(processor, convention, "any")
         text = f"see {BOX}"

@@ -12,6 +12,11 @@ from vlm.data.objects import BOX, POINT, SPAN
 SEEN_SIZES = [(1, 1), (3, 2000), (640, 480), (1344, 28), (20000, 17)]
 NAMES = list(CONVENTIONS)
 
+BROKEN = (
+    "", "no", "[", "[[]]", "{}", '{"bbox_2d": "x"}', '{"bbox_2d": [1, 2, 3]}', "[1,2,3,4,5,6]", "(1,2", "<loc",
+    '<point x="a">', "[9e999, 1]", '{"bbox_2d": [5, 5, 1, 1]}', '{"label": 3}', "<loc0001>",
+)  # fmt: skip
+
 
 class Corners(Convention):
     """A convention of the user's own: two corners in hundredths."""
@@ -89,8 +94,7 @@ def test_answers_of_any_kind_are_no_error(name: str):
     good = convention.write_all([draw_place(chance, kinds_of(name)[0], "cat", (640, 480)) for _ in range(3)])
     for end in range(0, len(good), 7):
         assert len(convention.read(good[:end], (640, 480))) <= 3  # cut off by max_new_tokens
-    for text in ("", "no", "[", "[[]]", "{}", '{"bbox_2d": "x"}', '{"bbox_2d": [1, 2, 3]}', "[1,2,3,4,5,6]", "(1,2",
-                 "<loc", '<point x="a">', "[9e999, 1]", '{"bbox_2d": [5, 5, 1, 1]}', '{"label": 3}', "<loc0001>"):  # fmt: skip
+    for text in BROKEN:
         assert convention.read(text, (640, 480)) == []
 
 

@@ -230,8 +230,8 @@ def label_studio_boxes(
     """Convert rectangles and key points of Label Studio's export JSON: a record for each task, with all of them.
 
     A result is `{"type": "rectanglelabels", "value": {"x", "y", "width", "height", "rotation", "rectanglelabels":
-    ["cat"]}}`, in percent of the image as it is shown (https://labelstud.io/guide/export); `rectangle` has no labels. The
-    first annotation counts that was not cancelled. A rectangle that is rotated makes its task a bad record.
+    ["cat"]}}`, in percent of the image as it is shown (https://labelstud.io/guide/export); `rectangle` has no labels.
+    The first annotation counts that was not cancelled. A rectangle that is rotated makes its task a bad record.
 
     Args:
         source: the export.
