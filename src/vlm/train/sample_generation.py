@@ -22,13 +22,14 @@ from vlm.data.coordinates.drawing import draw_objects, objects_of_image
 from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.labels import encode_prompt, render
 from vlm.data.encoding.prompts import prompt_turns
+from vlm.data.objects import MarkedObject
 from vlm.data.processor import Processor
 from vlm.data.records.positions import value_or_bad_sample
-from vlm.data.sample import BadSample, Sample, Turn
-from vlm.data.vision.images import media_sizes_from_opened, open_media
+from vlm.data.sample import BadSample, ImageRef, Sample, Turn
+from vlm.data.vision.images import media_sizes_from_opened, open_media, upright_size
 from vlm.data.vision.video import DecodedVideo
 from vlm.evaluation.loss import last_reply_text
-from vlm.evaluation.object_metrics import ObjectAnswer
+from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer
 from vlm.evaluation.text_metrics import compute_answer_metrics
 from vlm.inference.generate import VisionLanguageModel, prompt_inputs
 from vlm.train.monitor.plots import AnsweredSample, append_sample_generations
@@ -52,23 +53,28 @@ def make_answer_metrics(
     samples = _answerable_samples(data, processor, config.trainer.eval_metrics_samples, settings.max_new_tokens)
     prompts = [replace(sample, turns=prompt_turns(sample)) for sample in samples]
     references = [list(sample.references) or [last_reply_text(sample)] for sample in samples]
-    true_places = [true_objects_of_reply(sample, processor) for sample in samples]
+    needs_objects = not set(OBJECT_METRICS).isdisjoint(names)
+    true_places = [true_objects_of_reply(sample, processor) if needs_objects else [] for sample in samples]
     size = args.per_device_eval_batch_size
 
     def compute(model: PreTrainedModel, on_batch: Callable[[], None]) -> dict[str, float]:
         """Return the metrics of the model's answers to the prompts."""
         generator = VisionLanguageModel(model, processor)
         answers: list[str] = []
+        found: list[list[MarkedObject]] = []
         silent = args.disable_tqdm or not args.should_save
         for start in tqdm(range(0, len(prompts), size), "answering", leave=False, disable=silent):
             batch = prompts[start : start + size]
             turns, media = [prompt.turns for prompt in batch], [open_media(prompt) for prompt in batch]
-            answers += generator.answer(turns, media, settings, synced_gpus=dist.is_initialized())
+            new = generator.answer(turns, media, settings, synced_gpus=dist.is_initialized())
+            asked = zip(new, samples[start : start + size], media, strict=True)
+            found += [
+                parse_answer_to_sample(answer, processor, sample, _image_sizes(sample, opened))
+                for answer, sample, opened in asked
+            ]
+            answers += new
             on_batch()
-        objects = [
-            ObjectAnswer(parse_answer_to_sample(answer, processor, prompt), true)
-            for answer, prompt, true in zip(answers, samples, true_places, strict=True)
-        ]
+        objects = list(map(ObjectAnswer, found, true_places))
         scores = compute_answer_metrics(names, answers, references, objects, intervals=False)
         return {name: score.value for name, score in scores.items() if score.value is not None}
 
@@ -170,9 +176,17 @@ def _draw(
     first = next(iter(opened), None)
     if not isinstance(first, Image.Image) or sample.images[0].frame is not None:
         return None
-    true = objects_of_image(true_objects_of_reply(sample, processor), 0)
-    found = objects_of_image(parse_answer_to_sample(answer, processor, sample), 0)
+    sizes = _image_sizes(sample, opened)
+    true = objects_of_image(true_objects_of_reply(sample, processor, sizes), 0)
+    found = objects_of_image(parse_answer_to_sample(answer, processor, sample, sizes), 0)
     return draw_objects(first, true, found) if true or found else None
+
+
+def _image_sizes(sample: Sample, opened: Sequence[Image.Image | DecodedVideo]) -> list[tuple[int, int]]:
+    """Return the upright heights and widths of a sample's opened images, frames of videos left out."""
+    pairs = zip(sample.media, opened, strict=False)  # a prompt shows the first ones of its sample
+    shown = [(ref, medium) for ref, medium in pairs if isinstance(ref, ImageRef) and ref.frame is None]
+    return [upright_size(medium) for _, medium in shown if isinstance(medium, Image.Image)]
 
 
 def _join_text(turns: Sequence[Turn]) -> str:

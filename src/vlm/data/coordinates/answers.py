@@ -43,14 +43,23 @@ def parse_answer_to_images(
     return parse_answer(text, processor.coordinates or DEFAULT, view, image)
 
 
-def parse_answer_to_sample(text: str, processor: Processor, sample: Sample) -> list[MarkedObject]:
+def parse_answer_to_sample(
+    text: str, processor: Processor, sample: Sample, sizes: Sequence[Size] | None = None
+) -> list[MarkedObject]:
     """Return the objects of an answer to a sample: to the image of its true objects where they are of one image alone,
     else to its first image.
+
+    Args:
+        text: the answer.
+        processor: the model's.
+        sample: what was asked.
+        sizes: upright heights and widths of its images but frames of videos; None: they are read from their files.
 
     Raises:
         BadSample: an image does not open.
     """
-    sizes = [read_stored_size(image, sample.id).upright for image in sample.images if image.frame is None]
+    if sizes is None:
+        sizes = [read_stored_size(image, sample.id).upright for image in sample.images if image.frame is None]
     images = {marked.medium for marked in true_objects(sample) if marked.kind != SPAN}
     return parse_answer_to_images(text, processor, sizes, images.pop() if len(images) == 1 else 0)
 
@@ -60,8 +69,12 @@ def true_objects(sample: Sample) -> list[MarkedObject]:
     return [marked for marked in sample.objects if marked.is_answer]
 
 
-def true_objects_of_reply(sample: Sample, processor: Processor) -> list[MarkedObject]:
+def true_objects_of_reply(
+    sample: Sample, processor: Processor, sizes: Sequence[Size] | None = None
+) -> list[MarkedObject]:
     """Return the objects whose places the last reply tells: those of the record, else those that its text spells.
+
+    Arguments are those of `parse_answer_to_sample`.
 
     Raises:
         BadSample: an image does not open.
@@ -71,7 +84,7 @@ def true_objects_of_reply(sample: Sample, processor: Processor) -> list[MarkedOb
     if not sample.turns or sample.turns[-1].role != "assistant" or sample.objects:
         return []
     text = "".join(part for part in sample.turns[-1].content if isinstance(part, str))
-    return parse_answer_to_sample(text, processor, sample)
+    return parse_answer_to_sample(text, processor, sample, sizes)
 
 
 def decode_answer(processor: Processor, ids: list[int]) -> str:
