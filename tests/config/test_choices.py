@@ -12,6 +12,7 @@ from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.embedding_metrics import embedding_scores
 from vlm.evaluation.head_metrics import scores
 from vlm.evaluation.loss_metrics import LOSS_METRICS
+from vlm.evaluation.object_metrics import OBJECT_METRICS
 from vlm.evaluation.text_metrics import METRICS
 from vlm.models import head_losses
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
@@ -66,5 +67,8 @@ def test_the_other_lists_are_those_of_the_code():
     assert tuple(ALPHA_BACKGROUNDS) == choices.ALPHA_BACKGROUNDS
     assert tuple(METRICS) == choices.ANSWER_METRICS
     assert tuple(LOSS_METRICS) == choices.LOSS_METRICS
-    assert set(choices.EVAL_METRICS) == {*METRICS, *LOSS_METRICS} - {"loss"}, "the loss is always measured"
+    assert tuple(OBJECT_METRICS) == choices.OBJECT_METRICS
+    assert set(choices.EVAL_METRICS) == {*METRICS, *OBJECT_METRICS, *LOSS_METRICS} - {"loss"}, (
+        "the loss is always measured"
+    )
     assert set(choices.CACHE_IMPLEMENTATIONS) <= set(ALL_CACHE_IMPLEMENTATIONS)

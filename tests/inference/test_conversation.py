@@ -15,6 +15,7 @@ from tests.data.vision.test_video import write_video
 from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import CHAT_TEMPLATES, Parts, byte_tokenizer, picture
 from vlm.config.schema import InferenceConfig
+from vlm.data.coordinates.drawing import ANSWER_COLOUR
 from vlm.data.sample import Turn
 from vlm.inference.conversation import Conversation
 from vlm.inference.generate import VisionLanguageModel, user_turn
@@ -233,3 +234,22 @@ def test_a_conversation_that_grows_too_long_is_refused(ours: VisionLanguageModel
     assert 1 < len(talk.exchanges) < 9
     talk.reset()
     say(talk, long)
+
+
+def test_the_places_that_an_answer_tells_are_drawn(ours: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch):
+    """Onto the newest image, in its pixels."""
+    monkeypatch.setattr(ours, "stream_batch", lambda inputs, settings: iter(["cat: [0.10, 0.25, 0.50, ", "0.75]"]))
+    talk = Conversation(ours, GREEDY)
+    assert talk.draw_last_answer() is None
+    say(talk, "where?")
+    assert talk.draw_last_answer() is None, "no image was shown"
+    say(talk, "where?", [Image.new("RGB", (400, 400))])
+    say(talk, "and here?", [Image.new("RGB", (800, 400))])
+    drawn = talk.draw_last_answer()
+    assert drawn is not None
+    assert drawn.size == (768, 384)
+    crop = round((0.1 * 400 + 200) * 768 / 800)  # the model sees the middle of it
+    assert drawn.getpixel((crop, 192)) == ANSWER_COLOUR
+    monkeypatch.setattr(ours, "stream_batch", lambda inputs, settings: iter(["no"]))
+    say(talk, "sure?")
+    assert talk.draw_last_answer() is None

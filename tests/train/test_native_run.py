@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from vlm.train.step.packed_attention import use_packed_attention
 
 from tests.data.vision.test_video import write_video
 from tests.fixtures import losses
@@ -20,7 +21,6 @@ from vlm.data.blank_images import dummy_image
 from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.inference.generate import VisionLanguageModel
-from vlm.train.step.packed_attention import use_packed_attention
 
 SHAPES = [(40, 30), (20, 90), (24, 24), (70, 10)]
 """Widths and heights."""

@@ -114,8 +114,9 @@ def test_what_cannot_be_measured_is_refused(common: list[str]):
 
     assert "trainer.eval_metrics=meteor: allowed are exact_match" in refused("trainer.eval_metrics=[meteor]")
     assert "set trainer.eval_strategy to epoch or steps" in refused("trainer.eval_metrics=[anls]")
-    assert "allowed are exact_match, vqa_accuracy, anls, cider, bleu, rouge, retrieval, or" in refused(
-        "trainer.eval_metrics=[loss]"
+    assert (
+        "allowed are exact_match, vqa_accuracy, anls, cider, bleu, rouge, iou, acc@0.5, point_in_box, retrieval, or"
+        in refused("trainer.eval_metrics=[loss]")
     )
     assert "eval_retrieval_candidates=1: at least 2" in refused("trainer.eval_retrieval_candidates=1")
     assert "eval_metrics_samples=0: at least 1" in refused("trainer.eval_metrics_samples=0")

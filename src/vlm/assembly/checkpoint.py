@@ -33,6 +33,7 @@ from vlm.assembly.quantization import make_checkpoint_quantization
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.checks.model import check_no_image_mode
 from vlm.config.derived import BASE_FILE
+from vlm.data.coordinates.table import AUTO, use_convention
 from vlm.data.processor import Processor
 from vlm.families.parts import get_part_names
 from vlm.families.processing import load_family_processor
@@ -113,6 +114,7 @@ class Checkpoint:
         processor = load_tried(load, self.name, self.revision)
         if template is not None:
             processor.chat_template = choose_template(template, processor.own_template, self.name)
+        use_convention(processor, AUTO, self.body_config.model_type)
         return processor
 
     def load_composed_processor(self, template: str | None = None, image_mode: str | None = None) -> VLMProcessor:
@@ -130,6 +132,7 @@ class Checkpoint:
                 )
             processor.image_mode = image_mode
         check_views(processor)
+        use_convention(processor, AUTO, self.body_config.model_type)
         return processor
 
     def load_model(

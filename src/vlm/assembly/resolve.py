@@ -30,6 +30,7 @@ from vlm.checks.model import check_no_image_mode
 from vlm.config.model_schema import ConnectorConfig
 from vlm.config.recorded import read_recipe
 from vlm.config.schema import RunConfig
+from vlm.data.coordinates.table import use_convention
 from vlm.data.processor import Processor
 from vlm.families.processing import FamilyProcessor
 from vlm.models.configuration_vlm import VLMConfig
@@ -56,11 +57,12 @@ def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Pre
         limit_image_tokens(processor, model_config, config.dataset.max_image_tokens, adapter)
     if config.dataset.alpha_background is not None:
         processor.alpha_background = config.dataset.alpha_background
+    use_convention(processor, config.dataset.coordinates, model_config.model_type)
     return model_config, processor
 
 
 def _resolve_model(config: RunConfig, overrides: Sequence[str]) -> tuple[PreTrainedConfig, Processor]:
-    """Resolve a model, see `resolve_model`; how transparent images are seen is the checkpoint's, or the default."""
+    """Resolve a model, see `resolve_model`; what `dataset` says of pixels and coordinates is left to it."""
     overridden_keys = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
     model, name = config.model, config.trainer.from_pretrained
     if name and model.hf_name is not None and {"model", "model.hf_name", "model.revision"} & set(overrides):

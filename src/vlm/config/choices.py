@@ -40,6 +40,11 @@ IMAGE_MODES = ("square", "pad", "native")
 POSITIONS = ("plain", "mrope")
 ALPHA_BACKGROUNDS = ("white", "black", "grey", "drop")
 """What shows through transparent images; `drop` ignores transparency."""
+COORDINATES = (
+    "auto", "llava", "pixels", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "paligemma", "internvl", "gemini", "glm", "molmo",
+    "florence-2", "deepseek-vl2",
+)  # fmt: skip
+"""Conventions of boxes, points and time spans; `auto`: the checkpoint's, else that of the kind of model."""
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager")
 QUANTIZATIONS = ("8bit", "4bit")
 GROUP_BY_MODALITY_LENGTH = "group_by_modality_length"
@@ -58,9 +63,11 @@ MUON = "muon"
 """The optimiser that this framework has besides those of transformers."""
 ANSWER_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge")
 """Metrics of answers."""
+OBJECT_METRICS = ("iou", "acc@0.5", "point_in_box")
+"""Metrics of the boxes, points and time spans in answers."""
 LOSS_METRICS = ("loss", "retrieval")
 """Metrics of losses."""
-EVAL_METRICS = (*ANSWER_METRICS, "retrieval")
+EVAL_METRICS = (*ANSWER_METRICS, *OBJECT_METRICS, "retrieval")
 """What a run measures on request; every evaluation measures the loss."""
 EVALUATION_LOSSES = ("loss", "blank_loss", "image_gain")
 """Metrics of every evaluation of a run that learns to write."""

@@ -28,6 +28,11 @@ def permit_names(names: Iterable[str]) -> None:
     _permitted.set(_permitted.get() | frozenset(names))
 
 
+def is_permitted(name: str) -> bool:
+    """Return whether this thread may import what a name stands for."""
+    return name in _permitted.get()
+
+
 def import_named(name: str, key: str) -> object:
     """Return what `package.module:attribute` names; modules are looked for in the working directory, too.
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vlm.config.choices import (
     ALPHA_BACKGROUNDS,
     CACHE_IMPLEMENTATIONS,
+    COORDINATES,
     EVAL_METRICS,
     FSDP2,
     IMAGE_MODES,
@@ -358,6 +359,9 @@ class DatasetConfig(SourceConfig, ThinkingInRecords):
     max_image_tokens: int | None = field(default=None, metadata=at_least(1))
     """The most tokens of an image, and of a frame of a video: larger images are made smaller, by the options of the
     model's own processor, which are saved with it; null: as many as the processor makes."""
+    coordinates: str = field(default="auto", metadata=choices(COORDINATES, custom="package.module:Class"))
+    """How boxes, points and time spans of records are written (docs/coordinates.md); `auto`: as the checkpoint was
+    trained, else as its family writes them, for composed models `llava`."""
     max_length: int | None = 2048
     """Longest sample in tokens, image tokens included; null: as long as the language model's positions."""
     over_length: str = field(default="error", metadata=choices(("error", "skip", "truncate")))

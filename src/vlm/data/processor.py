@@ -51,6 +51,8 @@ class Processor(Protocol):
         special_tokens: matches every special token of the tokenizer.
         chat_template: the Jinja template in use.
         own_template: the template that came with the language model or the family.
+        coordinate_tokens: matches the tokens of the convention of coordinates, which are tokens in the texts of users,
+            too; None: it has none.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -59,6 +61,16 @@ class Processor(Protocol):
     special_tokens: re.Pattern[str]
     chat_template: str | None
     own_template: str | None
+    coordinate_tokens: re.Pattern[str] | None
+
+    @property
+    def coordinates(self) -> str | None:
+        """Return the convention of boxes, points and time spans, see `vlm.data.coordinates`; None: none was chosen."""
+        ...
+
+    def use_coordinates(self, name: str, tokens: re.Pattern[str] | None) -> None:
+        """Set that convention, which is saved with the processor, and its `coordinate_tokens`."""
+        ...
 
     @property
     def alpha_background(self) -> str:

@@ -1,6 +1,7 @@
 """The one in-memory form of a record: a `Sample` of `Turn`s, whatever file it came from.
 
-Texts that no encoding can write are refused here, where records and prompts alike come in. Imports `vlm.config.shown`.
+Texts that no encoding can write are refused here, where records and prompts alike come in. Imports `vlm.config.shown`
+and its sibling `objects`.
 """
 
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vlm.config.shown import shorten
+from vlm.data.objects import MarkedObject
 
 Record = dict[str, Any]
 """A record as its file holds it: values of JSON, and bytes of images."""
@@ -285,6 +287,8 @@ class Sample:
         group: a ranking compares samples of the same group.
         references: the texts that an answer is compared with, where they are not just the last reply.
         tools: the tools that the assistant may call, in OpenAI's form, as chat templates read them.
+        objects: its boxes, points and time spans, for which marks stand in its texts until they are written as the
+            model writes them (`coordinates.writing`).
     """
 
     id: str
@@ -293,6 +297,7 @@ class Sample:
     group: str | None = None
     references: tuple[str, ...] = ()
     tools: tuple[Record, ...] = ()
+    objects: tuple[MarkedObject, ...] = ()
 
     def __post_init__(self):
         if (place := self._surrogate_place()) is not None:

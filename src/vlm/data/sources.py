@@ -12,6 +12,7 @@ from pathlib import Path
 from vlm.config.schema import DatasetConfig, SourceConfig
 from vlm.config.secrets import mask
 from vlm.data.cache import json_digest, resolve_cache_folder
+from vlm.data.coordinates.writing import write_objects
 from vlm.data.encoding.labels import read_template
 from vlm.data.encoding.sample_encoder import SampleEncoder, processor_digest
 from vlm.data.processor import Processor
@@ -91,7 +92,8 @@ class Source:
         )  # fmt: skip
 
     def read(self, record: object) -> Sample:
-        """Read a record as a sample, add the source's system prompt, and choose the frames of its videos.
+        """Read a record as a sample, add the source's system prompt, write its objects as the model writes them, and
+        choose the frames of its videos.
 
         Raises:
             BadSample: it cannot be used.
@@ -100,6 +102,7 @@ class Source:
         prompt, processor = self.config.system_prompt, self.encoder.processor
         if prompt and sample.turns[0].role != "system":
             sample = replace(sample, turns=(Turn("system", (prompt,)), *sample.turns))
+        sample = write_objects(sample, processor)
         return sample.with_videos(
             lambda video: parts_for_video(video, self.max_frames, processor, sample.id, self.config.fps)
         )

@@ -1,6 +1,6 @@
 """Evaluation on a file of records: metrics of losses and of answers, as a table and as files.
 
-Metrics of losses are in `loss_metrics.py`, those of answers in `text_metrics.py`.
+Metrics of losses are in `loss_metrics.py`, those of answers in `text_metrics.py` and `object_metrics.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +18,14 @@ from vlm.data.batching.collator import SKIPPED_KEY, Collator
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.encoding.thinking import without_thinking
+from vlm.data.objects import MarkedObject
 from vlm.data.processor import SampleInputs
+from vlm.data.records.objects import read_object
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.loss_metrics import LOSS_METRICS, Collate, LossMetric, LossMetricSettings
+from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer
 from vlm.evaluation.output import write_json, write_rows
-from vlm.evaluation.text_metrics import compute_text_metrics
+from vlm.evaluation.text_metrics import compute_answer_metrics
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
 from vlm.models.text_loss import SupervisedScores
@@ -102,9 +105,17 @@ def evaluate(
             raise ValueError(f"{config.path}: there is no answer to measure. {' '.join(exclusions)}")
         records, num_answered = len(rows), len(answered)
         references = [cast("list[str]", row["references"]) for row in answered]
+        objects = [ObjectAnswer(_objects(row["objects"]), _objects(row["true_objects"])) for row in answered]
         answers = [without_thinking(str(row["answer"])) for row in answered]
-        scores |= compute_text_metrics(text_metrics, answers, references)
+        scores |= compute_answer_metrics(text_metrics, answers, references, objects)
+        if left_out := sum(not answer.true for answer in objects) * bool({*text_metrics} & {*OBJECT_METRICS}):
+            exclusions.append(f"{left_out:,} of {len(rows):,} records tell no place, and are not in metrics of objects")
     return EvaluationResult(records, num_answered, tuple(exclusions), scores)
+
+
+def _objects(items: object) -> list[MarkedObject]:
+    """Return the objects of a row of answers."""
+    return [read_object(item, "objects", "?") for item in cast("list[object]", items)]
 
 
 def prepare_loss_metrics(

@@ -17,6 +17,7 @@ import numpy as np
 from vlm.config.choices import LOSS_METRICS
 from vlm.config.named import import_named, is_custom_name
 from vlm.evaluation.bootstrap import Score, make_score, mean_score
+from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, compute_object_metrics
 
 References = Sequence[Sequence[str]]
 Metric = Callable[[Sequence[str], References], np.ndarray | float]
@@ -106,8 +107,8 @@ METRICS: dict[str, Metric] = {
     metric.__name__: metric for metric in (exact_match, vqa_accuracy, anls, cider, bleu, rouge)
 }
 
-ALL_METRICS = (*METRICS, *LOSS_METRICS)
-"""The names of all metrics; those of losses are in `loss_metrics.py`."""
+ALL_METRICS = (*METRICS, *OBJECT_METRICS, *LOSS_METRICS)
+"""The names of all metrics; those of objects are in `object_metrics.py`, those of losses in `loss_metrics.py`."""
 
 METRIC_MODULES = {
     "anls": "rapidfuzz.distance",
@@ -116,6 +117,23 @@ METRIC_MODULES = {
     "rouge": "rouge_score.rouge_scorer",
 }
 """Metric -> the module of the extra `eval` that it needs."""
+
+
+def compute_answer_metrics(
+    names: Sequence[str], answers: Sequence[str], references: References, objects: Sequence[ObjectAnswer], *,
+    intervals: bool = True,
+) -> dict[str, Score]:  # fmt: skip
+    """Return metrics of texts and of objects by name, in the order of the names; `objects` are those of each answer.
+
+    Raises:
+        ValueError: as `compute_text_metrics` and `compute_object_metrics`.
+    """
+    of_objects = [name for name in names if name in OBJECT_METRICS]
+    of_texts = [name for name in names if name not in OBJECT_METRICS]
+    scores = compute_text_metrics(of_texts, answers, references, intervals=intervals)
+    if of_objects:
+        scores |= compute_object_metrics(of_objects, objects, intervals=intervals)
+    return {label: scores[label] for label in (name.rpartition(":")[2] for name in names)}
 
 
 def compute_text_metrics(

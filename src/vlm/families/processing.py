@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
+from vlm.data.coordinates.table import token_pattern
 from vlm.data.encoding.processor_errors import ProcessorRefusalError
 from vlm.data.sample import Clip, MediaSize
 from vlm.data.vision.images import Medium
@@ -88,6 +89,7 @@ class FamilyProcessor:
         self.video_token = None if self.videos is None else self.videos.token
         self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
         self.special_tokens = special_token_pattern(self.tokenizer, *self.media_tokens)
+        self.coordinate_tokens = token_pattern(self.coordinates)
         self._cached_expansions = lru_cache(4096)(self._compute_expansions)
         if is_new and self.own_template != family.template:  # a row's own template writes what its processor adds
             self.check_chat()
@@ -224,10 +226,10 @@ class FamilyProcessor:
         self, text: str, user_spans: Sequence[tuple[int, int]], sizes: Sequence[Size | Clip]
     ) -> tuple[str, Replacements, list[int]]:
         """Return the text with expanded media tokens, the replacements, and where spelled special tokens are split."""
-        places, cuts = [], []
+        places, cuts, coordinates = [], [], self.coordinate_tokens
         is_spelled = span_finder(user_spans)
         for match in self.special_tokens.finditer(text):
-            if is_spelled(*match.span()):
+            if is_spelled(*match.span()) and not (coordinates and coordinates.fullmatch(match.group())):
                 cuts.append(match.start() + 1)  # neither half is a special token
             elif match.group() in self.media_tokens:
                 places.append(match.span())
@@ -289,6 +291,15 @@ class FamilyProcessor:
         text = self.apply_chat_template([{"role": "user", "content": words}], add_generation_prompt=True)
         blanks = [(SIDE, SIDE)]
         self.calls.check_ids(self.tokenize(text, (), blanks)[0], text, make_blanks(blanks))
+
+    @property
+    def coordinates(self) -> str | None:
+        """The convention of coordinates: kept and saved among the settings of the native image processor."""
+        return getattr(self.image_processor, "coordinates", None)
+
+    def use_coordinates(self, name: str, tokens: re.Pattern[str] | None) -> None:
+        """Set the convention of coordinates and what matches its tokens, which are tokens in users' texts, too."""
+        self.image_processor.coordinates, self.coordinate_tokens = name, tokens
 
     # --- images -----------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,14 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from PIL import Image
 from torch import Tensor
 
 from vlm.config.schema import DatasetConfig, InferenceConfig
+from vlm.data.coordinates.answers import parse_answer_to_images
+from vlm.data.coordinates.drawing import draw_objects, objects_of_image
 from vlm.data.sample import Turn
-from vlm.data.vision.images import Medium
+from vlm.data.vision.images import Medium, upright_size
 from vlm.inference.generate import ImageInput, VideoInput, VisionLanguageModel, errors_without_record
 
 
@@ -99,6 +102,23 @@ class Conversation:
             yield piece
         if revision == self._revision:
             self._set_exchanges((*self.exchanges, Exchange(question, media, answer.strip())))
+
+    def draw_last_answer(self) -> Image.Image | None:
+        """Return the newest image with the objects that the last answer tells drawn onto it; None without any.
+
+        It is the first image of the newest question with images.
+        """
+        if not self.exchanges:
+            return None
+        shown = [[media for media in one.media if isinstance(media, Image.Image)] for one in self.exchanges]
+        newest = max((number for number, images in enumerate(shown) if images), default=None)
+        if newest is None:
+            return None
+        place, images = sum(map(len, shown[:newest])), list(chain.from_iterable(shown))
+        sizes = [upright_size(image) for image in images]
+        found = parse_answer_to_images(self.exchanges[-1].answer, self.model.processor, sizes, place)
+        objects = objects_of_image(found, place)
+        return draw_objects(images[place], answered=objects) if objects else None
 
     def undo(self) -> None:
         """Forget the last exchange, if there is one."""

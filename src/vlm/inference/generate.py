@@ -16,6 +16,7 @@ from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.language_models import max_positions
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.batching.collator import Collator
+from vlm.data.coordinates.answers import decode_answer
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, Tool, encode_prompt, reply_ending
 from vlm.data.processor import Processor, SampleInputs
@@ -176,7 +177,7 @@ class VisionLanguageModel:
         """Return the model's answer to each row of a batch."""
         options = {**self.generation_options(settings), **kwargs}
         output = self._generate_ids(**self.use_cached_features(inputs), **options)
-        return [self._decode(row) for row in output[:, inputs["input_ids"].shape[1] :]]
+        return [decode_answer(self.processor, row.tolist()) for row in output[:, inputs["input_ids"].shape[1] :]]
 
     def use_cached_features(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a batch in which cached features replace pixels, see `ImageFeatureCache`."""
@@ -283,9 +284,6 @@ class VisionLanguageModel:
     def _generate_ids(self, **options: object) -> torch.Tensor:
         """Return what the model's `generate` returns: `(rows, tokens)`, the prompt first."""
         return cast(Any, self.model).generate(**options)  # from a mixin, which PreTrainedModel does not declare
-
-    def _decode(self, ids: torch.Tensor) -> str:
-        return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
 def prompt_inputs(

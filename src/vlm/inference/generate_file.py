@@ -1,13 +1,16 @@
 """A model's answers to a file of records, as a table: each prompt is a record up to its last reply."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 
 from vlm.config.schema import InferenceConfig, SourceConfig
 from vlm.data.cache import json_digest
+from vlm.data.coordinates.answers import parse_answer_to_sample, true_objects_of_reply
 from vlm.data.encoding.prompts import prompt_turns
 from vlm.data.encoding.thinking import without_thinking
+from vlm.data.processor import Processor
 from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, Sample, ToolCallTurn, Turn
 from vlm.inference.batch import Row, fill_table, format_media_paths, prompt_source
 from vlm.inference.generate import VisionLanguageModel
@@ -52,13 +55,22 @@ def generate_file(
     digest = json_digest(fingerprint, source.fingerprint, asdict(settings), sampling)
     return fill_table(
         ResumableTable(output, COLUMNS, digest), source, model.model.device,
-        lambda inputs: model.answers(inputs, settings), make_row, progress_label="answering", batch_size=batch_size,
-        num_workers=num_workers, left=True, seed=seed, overwrite=overwrite,
+        lambda inputs: model.answers(inputs, settings), partial(make_row, model.processor),
+        progress_label="answering", batch_size=batch_size, num_workers=num_workers, left=True, seed=seed,
+        overwrite=overwrite,
     )  # fmt: skip
 
 
-def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> Row:
-    """Return a record's row; JSON lines also have its `references`."""
+def make_row(processor: Processor, sample: Sample, answer: str | None, problem: BadSample | None) -> Row:
+    """Return a record's row.
+
+    JSON lines also have its `references`, the `objects` whose places the answer tells, in pixels of the stored images,
+    and the `true_objects`.
+    """
+    objects, true = [], []
+    if answer is not None and problem is None:
+        objects = parse_answer_to_sample(answer, processor, sample)
+        true = true_objects_of_reply(sample, processor)
     prompt = prompt_turns(sample) if sample.turns else ()
     question = next((turn for turn in reversed(prompt) if turn.role == "user"), None)
     last = sample.turns[-1] if len(prompt) < len(sample.turns) else None
@@ -71,6 +83,8 @@ def make_row(sample: Sample, answer: str | None, problem: BadSample | None) -> R
         "answer": answer,
         "reference": reply,
         "references": list(sample.references) or ([] if reply is None else [without_thinking(reply)]),
+        "objects": [marked.as_record() for marked in objects],
+        "true_objects": [marked.as_record() for marked in true],
         "error": "" if problem is None else problem.reason,
     }
 

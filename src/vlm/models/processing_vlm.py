@@ -69,6 +69,7 @@ class VLMProcessor(ProcessorMixin):
         native: the fields of `native.NativeResolution` with `image_mode=native`; else None.
         beside: the image processors of further visual encoders, or what their `to_dict` returned.
         alpha_background: what shows through transparent images, a name of `pixels.ALPHA_BACKGROUNDS`.
+        coordinates: the convention in which boxes and points are written; None: none was chosen.
 
     Raises:
         ValueError: the image mode or the background is unknown, or the tokenizer is missing or not a fast one.
@@ -102,6 +103,7 @@ class VLMProcessor(ProcessorMixin):
         native: Settings | None = None,
         beside: Sequence[ImageProcessor | Settings] = (),
         alpha_background: str = "white",
+        coordinates: str | None = None,
         **kwargs: object,
     ):
         if image_mode not in IMAGE_MODES:
@@ -122,6 +124,7 @@ class VLMProcessor(ProcessorMixin):
         self.tokens_per_image = tokens_per_image
         self.image_mode = image_mode
         self.alpha_background = alpha_background
+        self.use_coordinates(coordinates)
         self.own_template = own_template
         self.anyres = anyres
         self.native = native
@@ -144,6 +147,10 @@ class VLMProcessor(ProcessorMixin):
     def as_rgb(self, image: Image.Image) -> Image.Image:
         """Return an image as the visual encoders see it before it is resized: upright, in RGB, without transparency."""
         return as_rgb(image, self.alpha_background)
+
+    def use_coordinates(self, name: str | None, tokens: re.Pattern[str] | None = None) -> None:
+        """Set the convention of coordinates and what matches its tokens, which are tokens in users' texts, too."""
+        self.coordinates, self.coordinate_tokens = name, tokens
 
     @property
     def tiling(self) -> AnyRes | None:
@@ -245,11 +252,11 @@ class VLMProcessor(ProcessorMixin):
 
         Where a word starts behind every special token, also at blanks that follow one.
         """
-        starts = [(0, False)]
+        starts, coordinates = [(0, False)], self.coordinate_tokens
         is_spelled = span_finder(user_spans)
         for match in self.special_tokens.finditer(text):
             start, end = match.span()
-            if is_spelled(start, end):
+            if is_spelled(start, end) and not (coordinates and coordinates.fullmatch(match.group())):
                 starts.append((start + 1, True))  # neither half is a special token
             elif match.group() == self.image_token:
                 starts += [(start, False), (end, False)]

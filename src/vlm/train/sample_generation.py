@@ -17,19 +17,23 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
 from vlm.config.schema import InferenceConfig, RunConfig
+from vlm.data.coordinates.answers import parse_answer_to_sample, true_objects_of_reply
+from vlm.data.coordinates.drawing import draw_objects, objects_of_image
 from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.labels import encode_prompt, render
 from vlm.data.encoding.prompts import prompt_turns
 from vlm.data.encoding.thinking import without_thinking
+from vlm.data.objects import MarkedObject
 from vlm.data.processor import Processor
 from vlm.data.records.positions import value_or_bad_sample
-from vlm.data.sample import BadSample, Sample, ToolCallTurn, Turn
-from vlm.data.vision.images import media_sizes_from_opened, open_media
+from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn, Turn
+from vlm.data.vision.images import media_sizes_from_opened, open_media, upright_size
 from vlm.data.vision.video import DecodedVideo
 from vlm.evaluation.loss import last_reply_text
-from vlm.evaluation.text_metrics import compute_text_metrics
+from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer
+from vlm.evaluation.text_metrics import compute_answer_metrics
 from vlm.inference.generate import VisionLanguageModel, prompt_inputs
-from vlm.train.monitor.plots import append_sample_generations
+from vlm.train.monitor.plots import AnsweredSample, append_sample_generations
 from vlm.train.objectives.base import ObjectiveTrainer
 from vlm.train.step.compile import force_eager
 
@@ -50,21 +54,31 @@ def make_answer_metrics(
     samples = _answerable_samples(data, processor, config.trainer.eval_metrics_samples, settings.max_new_tokens)
     prompts = [replace(sample, turns=prompt_turns(sample)) for sample in samples]
     references = [list(sample.references) or [without_thinking(last_reply_text(sample))] for sample in samples]
+    needs_objects = not set(OBJECT_METRICS).isdisjoint(names)
+    true_places = [true_objects_of_reply(sample, processor) if needs_objects else [] for sample in samples]
     size = args.per_device_eval_batch_size
 
     def compute(model: PreTrainedModel, on_batch: Callable[[], None]) -> dict[str, float]:
         """Return the metrics of the model's answers to the prompts."""
         generator = VisionLanguageModel(model, processor)
         answers: list[str] = []
+        found: list[list[MarkedObject]] = []
         silent = args.disable_tqdm or not args.should_save
         for start in tqdm(range(0, len(prompts), size), "answering", leave=False, disable=silent):
             batch = prompts[start : start + size]
             turns, media = [prompt.turns for prompt in batch], [open_media(prompt) for prompt in batch]
             tools = [prompt.tools for prompt in batch]
-            answers += generator.answer(turns, media, settings, tools=tools, synced_gpus=dist.is_initialized())
+            new = generator.answer(turns, media, settings, tools=tools, synced_gpus=dist.is_initialized())
+            asked = zip(new, samples[start : start + size], media, strict=True)
+            found += [
+                parse_answer_to_sample(answer, processor, sample, _image_sizes(sample, opened))
+                for answer, sample, opened in asked
+            ]
+            answers += new
             on_batch()
         answers = list(map(without_thinking, answers))
-        scores = compute_text_metrics(names, answers, references, intervals=False)
+        objects = list(map(ObjectAnswer, found, true_places))
+        scores = compute_answer_metrics(names, answers, references, objects, intervals=False)
         return {name: score.value for name, score in scores.items() if score.value is not None}
 
     return compute
@@ -109,13 +123,14 @@ def make_sample_generator(
     All ranks generate, since ZeRO-3 needs them; rank 0 writes. Samples of which a template leaves no prompt (`plain`,
     text only), whose images do not open, or which the processor refuses, are passed over.
     """
-    prompts, prompt_media, references, tools = [], [], [], []
+    prompts, prompt_media, references, tools, answered = [], [], [], [], []
     for sample in samples:
         replies = [index for index, turn in enumerate(sample.turns) if turn.role == "assistant"]
         turns = list(sample.turns[: replies[-1] if replies else 0])
         media = value_or_bad_sample(partial(_open_prompt, processor, turns), sample) if turns else None
         if media is not None and not isinstance(media, BadSample):
             prompts.append(turns)
+            answered.append(sample)
             prompt_media.append(media)
             tools.append(sample.tools)
             references.append(_join_text([sample.turns[replies[-1]]]))
@@ -133,8 +148,9 @@ def make_sample_generator(
         trainer.model.train(training)
         if trainer.args.process_index == 0:
             questions = [_join_text(turns[-1:]) for turns in prompts]
-            rows = zip(questions, references, answers, map(_preview, prompt_media), strict=True)
-            append_sample_generations(step, rows, folder)
+            drawn = [_draw(processor, *item) for item in zip(answered, answers, prompt_media, strict=True)]
+            rows = zip(questions, references, answers, map(_preview, prompt_media), drawn, strict=True)
+            append_sample_generations(step, (AnsweredSample(*row) for row in rows), folder)
 
     return generate
 
@@ -158,6 +174,26 @@ def _preview(opened: Sequence[object]) -> Any:
     """Return the first image of a sample, or of its first video; None where it has neither."""
     first = next(iter(opened), None)
     return first.frames[0] if isinstance(first, DecodedVideo) else first
+
+
+def _draw(
+    processor: Processor, sample: Sample, answer: str, opened: Sequence[Image.Image | DecodedVideo]
+) -> Image.Image | None:
+    """Return the first image of a sample with its true objects and those of an answer; None where it has neither."""
+    first = next(iter(opened), None)
+    if not isinstance(first, Image.Image) or sample.images[0].frame is not None:
+        return None
+    sizes = _image_sizes(sample, opened)
+    true = objects_of_image(true_objects_of_reply(sample, processor, sizes), 0)
+    found = objects_of_image(parse_answer_to_sample(answer, processor, sample, sizes), 0)
+    return draw_objects(first, true, found) if true or found else None
+
+
+def _image_sizes(sample: Sample, opened: Sequence[Image.Image | DecodedVideo]) -> list[tuple[int, int]]:
+    """Return the upright heights and widths of a sample's opened images, frames of videos left out."""
+    pairs = zip(sample.media, opened, strict=False)  # a prompt shows the first ones of its sample
+    shown = [(ref, medium) for ref, medium in pairs if isinstance(ref, ImageRef) and ref.frame is None]
+    return [upright_size(medium) for _, medium in shown if isinstance(medium, Image.Image)]
 
 
 def _join_text(turns: Sequence[Turn]) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
+from gradio.utils import get_upload_folder
 
 from vlm.checks.fields import check_fields
 from vlm.config.schema import InferenceConfig
@@ -16,6 +18,8 @@ from vlm.web.html import chat_text, toast_html
 from vlm.web.models import ModelHolder
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from vlm.inference.conversation import Conversation, Exchange
 
 EMPTY_TEXT = "Choose a checkpoint, add an image, and ask."
@@ -119,7 +123,14 @@ def ask(
         yield earlier, gr.update(value=message, submit_btn=True, stop_btn=False)  # to be corrected and sent again
         raise gr.Error(toast_html(str(error)), duration=None, title="Not asked", print_exception=False) from error
     turns.append({"role": "assistant", "content": chat_text(answer) + STOPPED_NOTICE * state.stopped})
+    if not state.stopped and (drawn := conversation.draw_last_answer()) is not None:
+        turns.append({"role": "assistant", "content": {"path": save_drawn(drawn), "alt_text": "the places it tells"}})
     yield turns if state.num_resets == num_resets else [], gr.update(submit_btn=True, stop_btn=False)
+
+
+def save_drawn(image: "Image.Image") -> str:
+    """Save an image where Gradio serves files that it made itself; return its path."""
+    return save_pil_to_cache(image, get_upload_folder(), "answer", "png")
 
 
 def open_conversation(holder: ModelHolder, checkpoint: str | None, settings: Sequence[float | None]) -> "Conversation":

@@ -241,7 +241,7 @@ def last_samples(folder: Path) -> tuple[str, list[SampleAnswer]]:
     samples: list[SampleAnswer] = []
     image = None
     for line in body.splitlines():
-        if match := re.fullmatch(r"!\[sample \d+\]\((samples/\d+\.png)\)", line):
+        if match := re.fullmatch(r"!\[sample \d+\]\((samples/[\d-]+\.png)\)", line):
             image = str(folder / match[1])
         elif match := re.match(r"- \*\*(question|reference|answer)\*\*: (.*)", line):
             if match[1] == "question":

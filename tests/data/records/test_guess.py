@@ -80,7 +80,7 @@ def test_a_reader_that_refuses_a_record_is_told_its_form(folder: Path):
 UNREAD = {
     "boxes": (
         {"image": "a.png", "boxes": [[1, 2, 3, 4]], "labels": [1]},
-        "a detection export (`boxes`): no format reads",
+        "a detection export (`boxes`): write its boxes as `objects` of records",
     ),
     "preferences": (
         {"prompt": "what?", "chosen": "a", "rejected": "b"},

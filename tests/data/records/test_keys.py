@@ -54,8 +54,8 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_key_that_changes_what_is_learned_is_refused_by_name(name: str, key: str, folder: Path):
-    if (name, key) == ("alpaca", "history"):
-        return  # the one form that reads it
+    if (name, key) == ("alpaca", "history") or (key == "objects" and name != "labelled"):
+        return  # the forms that read it
     if name in ("llava", "messages") and key in ("tools", "functions"):
         return  # the two that read them
     record = {"id": 7, **RECORDS[name], key: REFUSED[key]}
@@ -65,6 +65,14 @@ def test_a_key_that_changes_what_is_learned_is_refused_by_name(name: str, key: s
     assert f"ignore_keys=[{key}]" in caught.value.reason
     assert caught.value.sample_id == "7"
     assert FORMATS[name](record, folder, ignore_keys=[key]) == FORMATS[name]({"id": 7, **RECORDS[name]}, folder)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "labelled"])
+def test_objects_can_be_ignored(name: str, folder: Path):
+    record = {**RECORDS[name], "objects": {"bbox": [[1, 2, 3, 4]], "category": [1]}}
+    with pytest.raises(BadSample, match=r"`objects\.category`"):
+        FORMATS[name](record, folder)
+    assert FORMATS[name](record, folder, ignore_keys=["objects"]) == FORMATS[name](RECORDS[name], folder)
 
 
 @pytest.mark.parametrize("value", [None, "", [], {}, "[]", False, {"ref": [], "bbox": None}])
@@ -270,7 +278,7 @@ def test_words_of_a_record_are_no_marks(name: str, folder: Path):
 @pytest.mark.parametrize("mark", ["<bbox>", "<ref-object>"])
 def test_marks_of_boxes_beside_an_image_are_refused(mark: str, folder: Path):
     for messages in (chat(f"<image>find {mark}"), chat("<image>find it", f"here: {mark}")):
-        with pytest.raises(BadSample, match=f"its text has {mark}, for which no box is read"):
+        with pytest.raises(BadSample, match=f"its text has {mark}, but the record has no `objects`"):
             read_messages({"image": "a.png", "messages": messages}, folder)
     assert read_messages({"messages": chat(f"What is {mark}?")}, folder).turns[0].content == (f"What is {mark}?",)
 

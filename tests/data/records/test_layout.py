@@ -61,7 +61,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "boxes of COCO": (
         {"images": COCO_IMAGE, "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}], "categories": [{"id": 1}]},
-        "a detection export in COCO's form.*write a reader, dataset.format=my_reader:read",
+        "COCO's detections: vlm data convert .*a.json OUT.jsonl --from coco-detections",
     ),
     "questions of VQAv2": (
         {"info": {}, "questions": [{"question_id": 1, "image_id": 1, "question": "what?"}]},

@@ -495,7 +495,7 @@ def test_every_form_is_converted_and_every_option_has_a_flag():
     assert {one.form for one in CONVERSIONS.values()} <= set(FORMATS)
     own = {name for one in CONVERSIONS.values() for name in keyword_parameters(one.records)}
     known = {name for one in CONVERSIONS.values() for name in one.options}
-    assert own - {"group"} <= set(OPTIONS) <= known
+    assert own - {"group", "by_label"} <= set(OPTIONS) <= known
     assert set(FORMS) == {"llava", "messages"}
 
 

@@ -141,3 +141,19 @@ def test_what_a_record_has_beside_texts_and_images_is_named():
         "videos of extracted frames",
     ]  # fmt: skip
     assert describe_features(Sample("x", (Turn("user", ("?",)), Turn("assistant", ("b",))))) == []
+
+
+def test_objects_are_told_and_drawn(words, tmp_path: Path, capsys):
+    picture(size=(100, 80)).save(tmp_path / "a.png")
+    turns = [{"from": "human", "value": "<image>\nwhere?"}, {"from": "gpt", "value": "<objects>"}]
+    objects = [{"label": "cat", "box": [10, 20, 50, 80]}, {"label": "dog", "point": [0.5, 0.5], "units": "share"}]
+    rows = [{"id": "a", "image": "a.png", "objects": objects, "conversations": turns},
+            {"id": "b", "image": "a.png", "objects": [{"box": [10, 20, 500, 80]}], "conversations": turns}]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    keys = [f"dataset.path={tmp_path / 'rows.json'}", f"dataset.image_folder={tmp_path}", "dataset.coordinates=pixels"]
+    main(["data", "show", *words, *keys])
+    said = capsys.readouterr().out
+    assert "【cat: [10, 20, 50, 80]\ndog: [50, 40]<|im_end|>】" in said
+    assert "objects, written as pixels: cat [10, 20, 50, 80]; dog [50, 40]" in said
+    assert "box [10, 20, 500, 80] is outside its image, which has 100×80 pixels" in said
+    assert '<img style="height:auto' in (tmp_path / "records.html").read_text()

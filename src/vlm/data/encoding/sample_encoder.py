@@ -90,7 +90,7 @@ class SampleEncoder:
 
 
 DATA_FOLDER = Path(__file__).parent.parent
-DATA_FILES = ("*.py", "encoding/*.py", "records/*.py", "vision/*.py")
+DATA_FILES = ("*.py", "coordinates/*.py", "encoding/*.py", "records/*.py", "vision/*.py")
 PROCESSOR_FILES = (
     *("*process*.py", "anyres.py", "image_inputs.py", "native.py", "pixels.py", "table.py", "videos.py"),
 )

@@ -29,6 +29,7 @@ from vlm.data.records.keys import (
 from vlm.data.records.marks import join_texts, move_image_first
 from vlm.data.records.media import FILE_KEYS, ITEM_KINDS, MediaPlacer
 from vlm.data.records.members import PAIR_KEYS, read_members
+from vlm.data.records.objects import read_objects
 from vlm.data.records.rewrites import rewrite_alpaca, rewrite_cauldron, rewrite_minicpm
 from vlm.data.records.text import text_from_value
 from vlm.data.records.tool_turns import (
@@ -48,7 +49,7 @@ from vlm.data.sample import ROLES, BadSample, ContentPart, Record, Sample, Turn
 CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
 
-@reads(*TOOL_KEYS, turns="conversations", turn=("from", "value", *TOOL_TURN_KEYS))
+@reads("objects", *TOOL_KEYS, turns="conversations", turn=("from", "value", *TOOL_TURN_KEYS))
 def read_llava(record: Record, image_folder: Path) -> Sample:
     """Read LLaVA's form: `{"id", "image": path or list or absent, "conversations": [{"from", "value"}, …]}`.
 
@@ -93,7 +94,7 @@ def read_llava(record: Record, image_folder: Path) -> Sample:
 
 
 @reads(
-    *TOOL_KEYS, turns="messages", turn=("role", "content", *TOOL_TURN_KEYS),
+    "objects", *TOOL_KEYS, turns="messages", turn=("role", "content", *TOOL_TURN_KEYS),
     item=("type", "text", "index", "source", *FILE_KEYS, *ITEM_KINDS, *RATE_KEYS, *TIME_KEYS),
 )  # fmt: skip
 def read_messages(record: Record, image_folder: Path, *, key: str = "messages") -> Sample:
@@ -150,7 +151,7 @@ def _read_chat(record: Record, image_folder: Path, key: str = "messages") -> Sam
     return make_sample(record, turns, media)
 
 
-@reads(key_options=("image_key", "caption_key"))
+@reads("objects", key_options=("image_key", "caption_key"))
 def read_caption(
     record: Record, image_folder: Path, *, image_key: str = "image", caption_key: str = "caption",
     prompt: str | list[str] | None = None,
@@ -179,7 +180,7 @@ def read_caption(
     return make_sample(record, [Turn("user", asked), Turn("assistant", (caption,))], media)
 
 
-@reads("question", "choices", key_options=("question_key", "answer_key"))
+@reads("question", "choices", "objects", key_options=("question_key", "answer_key"))
 def read_question(
     record: Record,
     image_folder: Path,
@@ -231,7 +232,7 @@ def read_question(
     return replace(sample, references=()) if choices else sample  # an answer is compared with the letter only
 
 
-@reads("source", "conversations")
+@reads("source", "conversations", "objects")
 def read_head(record: Record, image_folder: Path) -> Sample:
     """Read a prompt and answer: `{"source", "images", "videos", "system_prompt", "conversations": [prompt, answer]}`.
 
@@ -322,30 +323,31 @@ def read_pair(
     return Sample(sample_id, read_members({**record, **named}, image_folder, sample_id, _read_chat))
 
 
-@reads("instruction", "input", "output", "history")
+@reads("instruction", "input", "output", "history", "objects")
 def read_alpaca(record: Record, image_folder: Path) -> Sample:
     """Read `{"instruction", "input", "output"}` and images, see `rewrites.rewrite_alpaca`."""
     return _read_chat(rewrite_alpaca(record, read_id(record)), image_folder)
 
 
-@reads(turns="texts", turn=("user", "assistant"))
+@reads("objects", turns="texts", turn=("user", "assistant"))
 def read_cauldron(record: Record, image_folder: Path) -> Sample:
     """Read `{"images", "texts": [{"user", "assistant"}]}`, see `rewrites.rewrite_cauldron`."""
     return _read_chat(rewrite_cauldron(record, read_id(record)), image_folder)
 
 
-@reads(turns="conversations", turn=("role", "content"))
+@reads("objects", turns="conversations", turn=("role", "content"))
 def read_minicpm(record: Record, image_folder: Path) -> Sample:
     """Read MiniCPM-V's `{"image", "conversations": [{"role", "content"}]}`, see `rewrites.rewrite_minicpm`."""
     return _read_chat(rewrite_minicpm(record, read_id(record)), image_folder)
 
 
 def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample:
-    """Make a sample with the record's system turn, label, group and references; all of its images must be placed."""
+    """Make a sample with what else its record has; all of its images and objects must be placed."""
     media.check_all_placed(turns)
+    turns, objects = read_objects(record, turns, media.sample_id)
     turns = add_system_turn(record, turns, media.sample_id)
     references = read_references(record, media.sample_id)
-    return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references)
+    return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references, objects)
 
 
 def _rename_image(record: Record, image_key: str) -> Record:

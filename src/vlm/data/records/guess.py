@@ -40,6 +40,8 @@ QUESTION_AND_ANSWER_KEYS = (
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box", "objects", "segmentation", "annotations")
 NEEDS_READER = "no format reads it: write a reader, dataset.format=my_reader:read (docs/data.md)"
 
+NEEDS_CONVERSION = "write its boxes as `objects` of records (docs/coordinates.md); vlm data convert does it for COCO's"
+
 
 @dataclass(frozen=True)
 class Guess:
@@ -124,7 +126,11 @@ def _question(record: Mapping[str, object]) -> Guess | None:
 def _boxes(record: Mapping[str, object]) -> Guess | None:
     boxes = [key for key in BOX_KEYS if isinstance(record.get(key), (list, dict))]
     has_text = any(isinstance(record.get(key), str) for key in CAPTION_KEYS)
-    return Guess(f"a detection export (`{boxes[0]}`)") if boxes and not has_text else None
+    if not boxes or has_text:
+        return None
+    if isinstance(record.get("annotations"), list) and isinstance(record.get("data"), dict):
+        return Guess("Label Studio's tasks", advice="vlm data convert reads them: label-studio, label-studio-boxes")
+    return Guess(f"a detection export (`{boxes[0]}`)", advice=NEEDS_CONVERSION)
 
 
 def _caption(record: Mapping[str, object]) -> Guess | None:
@@ -196,7 +202,7 @@ def describe_collection(first_items: Mapping[str, Mapping[str, object]]) -> str 
         if "caption" in annotations:
             return "COCO's captions: vlm data convert {path} OUT.jsonl --from coco-captions"
         if set(BOX_KEYS) & annotations.keys():
-            return f"a detection export in COCO's form, which {NEEDS_READER}"
+            return "COCO's detections: vlm data convert {path} OUT.jsonl --from coco-detections"
     if "question_id" in first_items.get("questions", {}):
         return "VQAv2's questions: vlm data convert {path} OUT.jsonl --from vqa --annotations … --image-pattern …"
     if annotations is not None and "question_id" in annotations and "question" not in annotations:

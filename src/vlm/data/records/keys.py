@@ -18,7 +18,7 @@ Reader = Callable[..., Sample]
 
 TOOLS = "calls of tools are read in the forms messages and llava"
 SOUND = "sound is not learned"
-BOXES = "boxes are not learned; write them into the texts"
+BOXES = "boxes stand in the record's `objects`, and <bbox> in the texts where they are written"
 THINKING = "it is part of a reply; write it into the reply's text"
 FRAMES = "sizes and frames follow from the model and dataset.max_frames"
 PLACED = "images and videos of a turn are listed by the record, or are items of its content"
@@ -51,6 +51,8 @@ ITEM_KEYS = {
     **dict.fromkeys(("audio", "input_audio"), SOUND),
 }
 """Keys of an item of a message's content, likewise."""
+READ_WHERE_PRESENT = ("objects",)
+"""Keys of a record that nearly every reader reads, and that `ignore_keys` leaves out before it does."""
 LOST_MEDIA_KEYS = (
     "image_path",
     "image_paths",
@@ -143,6 +145,7 @@ def reads(
             ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
             if ignored:
                 record = _without_ignored(record, str(options.get("key", declared.turns)), ignored)
+                record = {key: value for key, value in record.items() if key not in ignored & {*READ_WHERE_PRESENT}}
             levels = list(_levels_with_unread(record, declared, defaults, options))
             if not levels:
                 return reader(record, image_folder, **options)

@@ -191,7 +191,7 @@ def join_texts(parts: Sequence[Part]) -> list[Part]:
 # Marks of other tools
 
 BOX_MARKS = re.compile(r"<bbox>|<ref-object>")
-"""Marks of ms-swift, in the place of boxes and the names of what is in them."""
+"""Marks in the place of boxes and the names of what is in them, as ms-swift writes them too (see `records.objects`)."""
 FILE_MARK = r"<img>(?=[^<>\s]*[./])[^<>\s]*</img>"  # the lookahead keeps it linear in the text
 OTHER_MARKS = re.compile(
     rf"{FILE_MARK}|<\|(?:image|video|audio|vision|img)\w*\|>|<ImageHere>|<IMG_CONTEXT>|<audio>"

@@ -145,6 +145,7 @@ class MediaPlacer:
         videos = [video_ref_from_value(item, folder, sample_id) for item in listed]
         self.media: dict[str, list[ImageRef] | list[VideoRef]] = {PLACEHOLDER: images, VIDEO_PLACEHOLDER: videos}
         self.has_media = bool(images or videos)
+        self.has_objects = not is_empty(record.get("objects"))
         self._placed = {PLACEHOLDER: 0, VIDEO_PLACEHOLDER: 0}
         self._indexed: dict[str, set[int]] = {PLACEHOLDER: set(), VIDEO_PLACEHOLDER: set()}
 
@@ -273,12 +274,11 @@ class MediaPlacer:
                 raise BadSample(self.sample_id, f"{unused} of the {number} {name}s that it lists stand nowhere in it")
         parts = [part for turn in turns for part in turn.content]
         texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) < len(parts):
+        if len(texts) < len(parts) and not self.has_objects:
             for text in texts:
                 if match := BOX_MARKS.search(text):
-                    raise BadSample(
-                        self.sample_id, f"its text has {match[0]}, for which no box is read; write boxes as text"
-                    )
+                    advice = "the record has no `objects`; list its boxes there, or write them as text"
+                    raise BadSample(self.sample_id, f"its text has {match[0]}, but {advice}")
 
 
 ITEM_KINDS = {

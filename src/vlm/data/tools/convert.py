@@ -30,15 +30,25 @@ from vlm.data.records.open import stream_records
 from vlm.data.records.paths import JSON_SUFFIXES, split_suffix
 from vlm.data.sample import HALF_PAIR, BadSample, Record, Sample, find_surrogate
 from vlm.data.tools.corpora import SHORT_ANSWER, coco_captions, conceptual_captions, decode_json_file, vqa
+from vlm.data.tools.detections import (
+    DETECTION_PROMPT,
+    REFERRING_PROMPT,
+    coco_detections,
+    has_boxes_alone,
+    label_studio_boxes,
+    refcoco,
+)
 from vlm.data.tools.exports import ConversionContext, label_studio, ubiai
 from vlm.data.tools.forms import FORMS, is_image_moved_by_llava
 from vlm.data.tools.verdicts import parse_option
 from vlm.data.tools.write import OUTPUT_NAMES, SHARD_SIZE, RecordWriter, make_writer
 
-STRUCTURE_KEYS = ("id", "image", "images", "video", "videos", "conversations", "messages", "system", "system_prompt")
+STRUCTURE_KEYS = ("id", "image", "images", "video", "videos", "conversations", "messages", "objects", "system",
+                  "system_prompt")  # fmt: skip
 """Keys that a form defines; other keys of records in LLaVA's form or of chat messages are kept unchanged."""
 URL_COLUMN = "a table's header that is a URL"
 STRING_CONVERSATIONS = "conversations of strings"
+BOX_RESULTS = "results of Label Studio that are rectangles or key points alone"
 MINICPM_IMAGES = "conversations of roles, and several images by name"
 """In place of keys, where these do not tell the kind of a record."""
 
@@ -90,6 +100,11 @@ CONVERSIONS = {
     "vqa": Conversion(vqa, "llava", frozenset({"questions"}), is_list=False),
     "ubiai": Conversion(ubiai, "llava", frozenset({"documentName"})),
     "label-studio": Conversion(label_studio, "question", frozenset({"data", "annotations"})),
+    "coco-detections": Conversion(
+        coco_detections, "llava", frozenset({"images", "annotations", "categories"}), is_list=False
+    ),
+    "refcoco": Conversion(refcoco, "llava", frozenset({"ref_id", "ann_id", "sentences"})),
+    "label-studio-boxes": Conversion(label_studio_boxes, "llava", frozenset({BOX_RESULTS})),
 }
 
 
@@ -103,6 +118,8 @@ def detect_conversion(source: str, cache: Path, *, follow_links: bool = False) -
     """Return the conversion that fits a file, by the keys of its first record; ValueError unless there is one."""
     keys, is_list, guess = _first_keys(source, cache, follow_links=follow_links)
     fits = [name for name, kind in CONVERSIONS.items() if kind.is_list == is_list and kind.identifying_keys <= keys]
+    specific = [name for name in fits if not any(is_more_specific(other, name) for other in fits)]
+    fits = specific if len(specific) == 1 else fits
     if not fits and guess is not None and guess.format in CONVERSIONS and not guess.options:
         return guess.format
     if len(fits) != 1:
@@ -111,6 +128,11 @@ def detect_conversion(source: str, cache: Path, *, follow_links: bool = False) -
         kinds = ", ".join(CONVERSIONS)
         raise ValueError(f"{source}: its records {reason}{hint}; say with --from what they are: {kinds}")
     return fits[0]
+
+
+def is_more_specific(name: str, other: str) -> bool:
+    """Return whether a conversion is recognised by all keys of another one, and more."""
+    return CONVERSIONS[other].identifying_keys < CONVERSIONS[name].identifying_keys
 
 
 def _first_keys(source: str, cache: Path, *, follow_links: bool) -> tuple[set[str], bool, Guess | None]:
@@ -129,6 +151,8 @@ def _first_keys(source: str, cache: Path, *, follow_links: bool) -> tuple[set[st
     turns = first.get("conversations")
     if isinstance(turns, list) and turns and isinstance(turns[0], str):
         return {STRING_CONVERSATIONS}, True, None
+    if has_boxes_alone(first):
+        return {BOX_RESULTS}, True, None
     if source.endswith(".tsv") and len(first) == 2 and any(key.startswith(("http://", "https://")) for key in first):
         return {URL_COLUMN}, True, None
     return {key for key, value in first.items() if value is not None}, True, guess_form(first)
@@ -283,7 +307,8 @@ def split_options(conversion: str, options: Mapping[str, object]) -> tuple[Optio
 OPTIONS = {
     "split": ("NAME", "of a data set that has several (train)"),
     "subset": ("NAME", "of a data set on the Hub that has several"),
-    "prompt": ("TEXT", "what is asked about every image"),
+    "prompt": ("TEXT", f"what is asked about every image ({DETECTION_PROMPT}; refcoco: {REFERRING_PROMPT})"),
+    "instances": ("FILE", "refcoco: the file of boxes, instances.json"),
     "annotations": ("FILE", "vqa: the file of answers"),
     "image_pattern": ("NAME", "vqa: name of an image, such as COCO_train2014_{image_id:012d}.jpg"),
     "instruction": ("TEXT", f"a line after questions; vqa: after the first of a record ({SHORT_ANSWER})"),
@@ -306,7 +331,7 @@ def option_flag(name: str) -> str:
 def main(arguments: Sequence[str]) -> None:
     """`vlm data convert INPUT OUTPUT --from FORM`."""
     args = _parser().parse_args(arguments)
-    options = {name: getattr(args, name) for name in (*OPTIONS, "group") if getattr(args, name) is not None}
+    options = {name: getattr(args, name) for name in (*OPTIONS, "group", "by_label") if getattr(args, name) is not None}
     cache = resolve_cache_folder(args.cache_dir)
     try:
         kind = args.conversion or detect_conversion(args.input, cache, follow_links=args.follow_links)
@@ -346,6 +371,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, (metavar, text) in OPTIONS.items():
         add(option_flag(name), metavar=metavar, help=text.replace("%", "%%"))
     add("--no-group", dest="group", action="store_false", default=None, help="vqa: a record a question")
+    each = "coco-detections: a record for each label of an image"
+    add("--by-label", dest="by_label", action="store_true", default=None, help=each)
     other = "any other option of the reader, such as caption_key=text; may be repeated"
     add("--option", action="append", default=[], type=_parse_option, metavar="NAME=VALUE", help=other)
     return parser

@@ -41,7 +41,7 @@ def convert_record(value: object, kind: type[Kind]) -> Kind:
         raise BadSample("?" if sample_id is None else str(sample_id), str(error)) from None
 
 
-def _convert_records(
+def convert_records(
     make: Callable[[object], Record | None], source: str, context: ConversionContext
 ) -> Iterator[object]:
     """Convert each record of a file with a function, and leave out those for which it returns None."""
@@ -154,7 +154,7 @@ def ubiai(
             return None
         return make_llava_record(document.name, resolve_image_name(document.name, context.folder), pairs)
 
-    return _convert_records(make_record, source, context)
+    return convert_records(make_record, source, context)
 
 
 def _link_answers(
@@ -284,7 +284,7 @@ def label_studio(
         image = resolve_local_image_name(image, context.folder)
         return {"id": task.id, "image": image, "question": question, "answer": answer}
 
-    return _convert_records(make_record, source, context)
+    return convert_records(make_record, source, context)
 
 
 def _results(task: LabelStudioTask) -> list[tuple[str, object]] | None:

@@ -65,9 +65,12 @@ def is_image_moved_by_llava(turn: Turn) -> bool:
 
 
 def _record_keys(sample: Sample) -> Record:
-    """Return the label, the group, the references and the tools of a sample that has them, under their keys."""
+    """Return the label, group, references, tools and objects of a sample that has them, under their keys."""
     references, tools = list(sample.references) or None, list(sample.tools) or None
-    values = {"label": sample.label, "group": sample.group, "references": references, "tools": tools}
+    objects = [marked.as_record() for marked in sample.objects] or None
+    values = {
+        "label": sample.label, "group": sample.group, "references": references, "tools": tools, "objects": objects
+    }  # fmt: skip
     return {key: value for key, value in values.items() if value is not None}
 
 

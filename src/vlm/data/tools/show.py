@@ -5,19 +5,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from io import BytesIO
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 from PIL import Image
 
 from vlm.config.schema import DatasetConfig
 from vlm.config.shown import presentable
+from vlm.data.coordinates.drawing import describe_objects, draw_objects, objects_of_image
 from vlm.data.dataset import draw_records
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.encoding.thinking import find_thinking
+from vlm.data.objects import MarkedObject
 from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_text
-from vlm.data.sample import BadSample, Sample, ToolCallTurn
+from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn
 from vlm.data.sources import Source, make_sources
 from vlm.data.tools.views import describe_views
 from vlm.data.vision.images import media_sizes_from_opened, open_media
@@ -29,7 +31,8 @@ class ShownRecord:
     """A record with its ids, labels, images and videos, or the reason why it cannot be used.
 
     `notes` tell what of the record is not learned: replies, and keys that are not read. `views` tell what the model
-    sees of each image and video.
+    sees of each image and video. `objects` are drawn onto the images, which come in the order of the text, frames of
+    videos that are read as images with them (`is_frame`).
     """
 
     source: Source
@@ -41,6 +44,8 @@ class ShownRecord:
     label: object = None
     notes: Sequence[str] = ()
     views: Sequence[str] = ()
+    objects: Sequence[MarkedObject] = ()
+    is_frame: Sequence[bool] = ()
 
     def title(self) -> str:
         """Return the record's source, name and counts."""
@@ -101,7 +106,13 @@ def _load_shown_record(source: Source, number: int | None, record: object) -> Sh
             notes.append(f"with {', '.join(features)}")
         if weights := sorted({turn.weight for turn in sample.replies} - {1.0}):
             notes.append(f"weights of replies other than 1: {', '.join(f'{weight:g}' for weight in weights)}")
-        return ShownRecord(source, number, sample.id, encoded, images, label=sample.label, notes=notes, views=views)
+        if sample.objects:
+            shown = "; ".join(describe_objects(sample.objects))
+            notes.append(f"objects, written as {source.encoder.processor.coordinates}: {shown}")
+        frames = [isinstance(ref, ImageRef) and ref.frame is not None for ref in sample.media]
+        return ShownRecord(
+            source, number, sample.id, encoded, images, None, sample.label, notes, views, sample.objects, frames
+        )
     except BadSample as error:
         return ShownRecord(source, number, error.sample_id, None, images, error.reason, notes=notes)
 
@@ -143,15 +154,24 @@ def as_text(shown: ShownRecord, *, colours: bool) -> str:
 def as_html(shown: ShownRecord) -> str:
     """Format a record as a section of a page, with its images."""
     head = f"<h2>{escape(shown.title())}</h2>" + "".join(f"<p>{escape(note)}</p>" for note in shown.notes)
-    for image in shown.images:
+    numbers = count()
+    for place, image in enumerate(shown.images):
+        is_image = not isinstance(image, DecodedVideo) and not (shown.is_frame and shown.is_frame[place])
+        objects = objects_of_image(shown.objects, next(numbers)) if is_image else []
         for frame in image.frames if isinstance(image, DecodedVideo) else [image]:
-            buffer = BytesIO()
-            thumbnail(frame).save(buffer, "JPEG", quality=85)
-            head += f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
+            head += _image_as_html(frame, objects)
     if shown.encoded is None:
         return f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
     ids, labels = shown.encoded.input_ids, shown.encoded.labels
     return f"{head}<p>{tokens_as_html(ids, labels, [1] * len(ids), shown.source.encoder.processor)}</p>"
+
+
+def _image_as_html(image: Image.Image, objects: Sequence[MarkedObject]) -> str:
+    """Return a thumbnail of an image; where it has objects, a larger copy with these."""
+    buffer = BytesIO()
+    (draw_objects(image, objects) if objects else thumbnail(image)).save(buffer, "JPEG", quality=85)
+    style = ' style="height:auto;max-width:100%"' if objects else ""
+    return f'<img{style} src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="">'
 
 
 def write_page(records: Sequence[ShownRecord], path: Path, processor: str = "") -> None:

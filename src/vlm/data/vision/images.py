@@ -5,6 +5,7 @@ import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import groupby
 from typing import TYPE_CHECKING, TypeAlias
@@ -175,13 +176,44 @@ def _read_upright_size(image_ref: ImageRef, sample_id: str) -> tuple[int, int]:
         return upright_size(image)
 
 
+@dataclass(frozen=True)
+class StoredSize:
+    """Width and height of an image as its file stores them, and the EXIF orientation that turns it upright."""
+
+    width: int
+    height: int
+    orientation: int = 1
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """The height and width of the image turned upright."""
+        return (self.width, self.height) if self.orientation in ROTATED else (self.height, self.width)
+
+
+def read_stored_size(image_ref: ImageRef, sample_id: str) -> StoredSize:
+    """Read the size and orientation of an image from its header; a frame of a video is decoded.
+
+    Raises:
+        BadSample: it does not open.
+    """
+    if image_ref.frame is not None:
+        return stored_size(open_image(image_ref, sample_id))
+    with wrap_image_errors(image_ref, sample_id), open_lazily(_image_source(image_ref)) as image:
+        return stored_size(image)
+
+
+def stored_size(image: Image.Image) -> StoredSize:
+    """Return the size and orientation of an image that is not turned upright."""
+    has_no_exif = image.format == "PNG" and "exif" not in image.info  # `getexif` would decode all of a PNG to be sure
+    orientation = 1 if has_no_exif else image.getexif().get(ExifTags.Base.Orientation, 1)
+    return StoredSize(image.width, image.height, orientation if orientation in range(1, 9) else 1)
+
+
 def upright_size(image: "Image.Image | Tensor") -> tuple[int, int]:
     """Return the upright height and width of an image, whatever the orientation of its file."""
     if not isinstance(image, Image.Image):
         return image.shape[1], image.shape[2]
-    has_no_exif = image.format == "PNG" and "exif" not in image.info  # `getexif` would decode all of a PNG to be sure
-    is_rotated = not has_no_exif and image.getexif().get(ExifTags.Base.Orientation, 1) in ROTATED
-    return (image.width, image.height) if is_rotated else (image.height, image.width)
+    return stored_size(image).upright
 
 
 def _image_source(image_ref: ImageRef) -> BytesIO | str:

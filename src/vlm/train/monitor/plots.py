@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -134,17 +135,28 @@ def _to_image(pixels: Tensor, image_processor: ImageProcessor) -> Image.Image:
     return to_pil_image((pixels * std + mean).clamp(0, 1).float().cpu())
 
 
-def append_sample_generations(
-    step: int, rows: Iterable[tuple[str, str, str, Image.Image | None]], folder: Path
-) -> None:
-    """Append to `samples.md` what the model answered at a step: (question, reference, answer, image) of each sample."""
+@dataclass(frozen=True)
+class AnsweredSample:
+    """What a model answered to a sample; `drawn` is its image with objects on it, where it has any."""
+
+    question: str
+    reference: str
+    answer: str
+    image: Image.Image | None = None
+    drawn: Image.Image | None = None
+
+
+def append_sample_generations(step: int, samples: Iterable[AnsweredSample], folder: Path) -> None:
+    """Append to `samples.md` what the model answered at a step; images with objects are kept for each step."""
     (folder / "samples").mkdir(exist_ok=True)
     lines = [f"## Step {step}\n"]
-    for index, (question, reference, answer, image) in enumerate(rows):
-        if image is not None:
-            thumbnail(image, 224).save(folder / "samples" / f"{index}.png")
-            lines.append(f"![sample {index}](samples/{index}.png)\n")
-        quoted = {"question": question, "reference": reference, "answer": answer}
+    for index, sample in enumerate(samples):
+        if sample.image is not None:
+            name = f"{index}.png" if sample.drawn is None else f"{step}-{index}.png"
+            shown = thumbnail(sample.image, 224) if sample.drawn is None else sample.drawn
+            shown.save(folder / "samples" / name)
+            lines.append(f"![sample {index}](samples/{name})\n")
+        quoted = {"question": sample.question, "reference": sample.reference, "answer": sample.answer}
         lines += [f"- **{label}**: {' '.join(text.split())}" for label, text in quoted.items()] + [""]
     with (folder / "samples.md").open("a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")

@@ -1,0 +1,102 @@
+"""From a model's answer to objects: places that it wrote, in pixels of the stored images turned upright."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from vlm.data.coordinates.geometry import ImageView, Size, make_views
+from vlm.data.coordinates.table import DEFAULT, get_convention
+from vlm.data.coordinates.writing import is_unsized, view_for
+from vlm.data.objects import SPAN, MarkedObject
+from vlm.data.processor import Processor
+from vlm.data.sample import Sample
+from vlm.data.vision.images import read_stored_size
+
+
+def parse_answer(text: str, convention: str, view: ImageView | None, image: int = 0) -> list[MarkedObject]:
+    """Return the objects that an answer tells, in order, in pixels of the stored image turned upright.
+
+    Args:
+        text: the answer.
+        convention: the name of the model's convention.
+        view: what the model sees of the image; None where it sees none. Only time spans are read then, and where the
+            convention counts pixels that the model sees, and their number is not known.
+        image: the number of the image that the answer is about.
+    """
+    kind = get_convention(convention)
+    seen = None if view is None or is_unsized(kind, view) else view_for(kind, view)
+    objects = []
+    for place in kind.read(text, (1.0, 1.0) if seen is None else seen.seen_size):
+        if place.kind == SPAN:
+            objects.append(MarkedObject(SPAN, place.values, place.label))
+        elif seen is not None:
+            objects.append(MarkedObject(place.kind, seen.to_pixels(place.values), place.label, image))
+    return objects
+
+
+def parse_answer_to_images(
+    text: str, processor: Processor, sizes: Sequence[Size], image: int = 0
+) -> list[MarkedObject]:
+    """Return the objects of an answer to images of these upright heights and widths; `image` is the one it is about."""
+    views = make_views(processor, sizes)
+    view = views[image] if image < len(views) else None
+    return parse_answer(text, processor.coordinates or DEFAULT, view, image)
+
+
+def parse_answer_to_sample(
+    text: str, processor: Processor, sample: Sample, sizes: Sequence[Size] | None = None
+) -> list[MarkedObject]:
+    """Return the objects of an answer to a sample: to the image of its true objects where they are of one image alone,
+    else to its first image.
+
+    Args:
+        text: the answer.
+        processor: the model's.
+        sample: what was asked.
+        sizes: upright heights and widths of its images but frames of videos; None: they are read from their files.
+
+    Raises:
+        BadSample: an image does not open.
+    """
+    if sizes is None:
+        sizes = [read_stored_size(image, sample.id).upright for image in sample.images if image.frame is None]
+    images = {marked.medium for marked in true_objects(sample) if marked.kind != SPAN}
+    return parse_answer_to_images(text, processor, sizes, images.pop() if len(images) == 1 else 0)
+
+
+def true_objects(sample: Sample) -> list[MarkedObject]:
+    """Return the objects whose places the last reply of a sample tells."""
+    return [marked for marked in sample.objects if marked.is_answer]
+
+
+def true_objects_of_reply(
+    sample: Sample, processor: Processor, sizes: Sequence[Size] | None = None
+) -> list[MarkedObject]:
+    """Return the objects whose places the last reply tells: those of the record, else those that its text spells.
+
+    Arguments are those of `parse_answer_to_sample`.
+
+    Raises:
+        BadSample: an image does not open.
+    """
+    if objects := true_objects(sample):
+        return objects
+    if not sample.turns or sample.turns[-1].role != "assistant" or sample.objects:
+        return []
+    text = "".join(part for part in sample.turns[-1].content if isinstance(part, str))
+    return parse_answer_to_sample(text, processor, sample, sizes)
+
+
+def decode_answer(processor: Processor, ids: list[int]) -> str:
+    """Return the text of generated ids without special tokens, but for those of the model's coordinates."""
+    tokenizer, pattern = processor.tokenizer, processor.coordinate_tokens
+    special = _special_ids(tokenizer)
+    kept = set() if pattern is None else {number for number, text in special.items() if pattern.fullmatch(text)}
+    if not kept:
+        return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    shown = [number for number in map(int, ids) if number in kept or number not in special]
+    return str(tokenizer.decode(shown, skip_special_tokens=False)).strip()
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
