@@ -40,7 +40,7 @@ def test_every_kind_of_layer_stays():
     small = shrink(config)
     assert len(config.vision_config.deepstack_visual_indexes) == 3
     assert small.vision_config.depth == 2
-    assert small.vision_config.deepstack_visual_indexes == (1,)
+    assert list(small.vision_config.deepstack_visual_indexes) == [1]
     gemma = shrink(Gemma3nConfig()).text_config
     own = len(gemma.layer_types) - gemma.num_kv_shared_layers
     for kinds in (gemma.layer_types[:own], gemma.layer_types[own:]):  # those that share keys and values come last
