@@ -18,7 +18,8 @@ from vlm.assembly.family_trial.conversations import (
 )
 from vlm.assembly.family_trial.subject import Subject
 from vlm.assembly.family_trial.verdicts import DisprovedError, NotProvableError
-from vlm.data.encoding.labels import IGNORE_INDEX, THINKING_END, Encoded, encode
+from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, encode
+from vlm.data.encoding.markers import THINKING_END
 from vlm.data.sample import BadSample, Sample
 from vlm.families.processing import FamilyProcessor
 

@@ -347,7 +347,7 @@ def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample
     turns, objects = read_objects(record, turns, media.sample_id)
     turns = add_system_turn(record, turns, media.sample_id)
     references = read_references(record, media.sample_id)
-    return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references, objects)
+    return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references, objects=objects)
 
 
 def _rename_image(record: Record, image_key: str) -> Record:

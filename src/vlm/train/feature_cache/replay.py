@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from vlm.data.feature_cache.families import CACHED_FEATURES, CACHED_SHAPES, MAX_DIMS, count_numbers
-from vlm.families.table import get_part_names
+from vlm.families.parts import get_part_names
 
 FEATURES_METHOD = "get_image_features"
 KEY = "dataset.cache_features=true"
