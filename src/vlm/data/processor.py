@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vlm.models.pixels import ImageProcessor
     from vlm.models.processing_messages import Message
 
+Tools = Sequence[Mapping[str, object]]
+"""The tools that a model may call, as chat templates read them: JSON objects."""
 SampleInputs = dict[str, Any]
 """An encoded sample: `input_ids` and `labels` (lists of ids), and tensors under the names that the model takes.
 
@@ -156,7 +158,7 @@ class Processor(Protocol):
         ...
 
     def apply_chat_template(
-        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Any = None,
+        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools | None = None,
         enable_thinking: bool | None = None,
     ) -> str:  # fmt: skip
         """Return a conversation as text, with a token for each image and video.

@@ -19,6 +19,7 @@ from transformers import AutoProcessor, ProcessorMixin
 
 from vlm.data.coordinates.table import token_pattern
 from vlm.data.encoding.processor_errors import ProcessorRefusalError
+from vlm.data.processor import Tools
 from vlm.data.sample import Clip, MediaSize
 from vlm.data.vision.images import Medium
 from vlm.data.vision.video import DecodedVideo
@@ -134,7 +135,7 @@ class FamilyProcessor:
         return self.tokenize(self.image_token, (), [(64, 64)])[0]
 
     def apply_chat_template(
-        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Any = None,
+        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools | None = None,
         enable_thinking: bool | None = None,
     ) -> str:  # fmt: skip
         """Return a conversation as text, with a token for each image and video.
@@ -169,7 +170,7 @@ class FamilyProcessor:
         return self._render(messages, str(self.own_template), False)
 
     def _render(
-        self, messages: list[Message], template: str, add_generation_prompt: bool, tools: Any = None,
+        self, messages: list[Message], template: str, add_generation_prompt: bool, tools: Tools | None = None,
         enable_thinking: bool | None = None,
     ) -> str:  # fmt: skip
         with bounded_template():

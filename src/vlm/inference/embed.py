@@ -17,7 +17,7 @@ from vlm.data.records.members import choose_member
 from vlm.data.sample import Sample, Turn
 from vlm.data.sources import Source
 from vlm.inference.feature_cache import ImageFeatureCache
-from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.generate import ImageInput, VideoInput, VisionLanguageModel
 from vlm.inference.predict import Predictor
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.contrastive import shorten_vectors
@@ -69,8 +69,8 @@ class Embedder:
         return self.head.dim or self.model.config.get_text_config().hidden_size
 
     def embed(
-        self, texts: Sequence[str], images: Sequence[Sequence[Any]] = (), videos: Sequence[Sequence[Any]] = (), *,
-        side: str = DOCUMENT, width: int | None = None, max_frames: int = DatasetConfig.max_frames,
+        self, texts: Sequence[str], images: Sequence[Sequence[ImageInput]] = (),
+        videos: Sequence[Sequence[VideoInput]] = (), *, side: str = DOCUMENT, width: int | None = None, max_frames: int = DatasetConfig.max_frames,
         system_prompt: str | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Return vectors of length 1, float32: `(N, width)`. Two are compared by their scalar product.

@@ -92,7 +92,7 @@ def read_states(
     return torch.cat([flatten_feature_map(states[layer]) for layer in layers], dim=2)
 
 
-def _hidden_states(encoder: Any, inputs: Mapping[str, Any], requested_layers: list[int]) -> Sequence[Any]:
+def _hidden_states(encoder: Any, inputs: Mapping[str, Any], requested_layers: list[int]) -> Sequence[Tensor]:
     """Return the requested hidden states, or those of all layers, of which others may be None."""
     if hasattr(encoder, "timm_model") and not encoder.features_only:
         pixels = inputs["pixel_values"].to(encoder.device, encoder.dtype)  # the wrapper would run all layers

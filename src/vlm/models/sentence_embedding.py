@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, PreTrainedTokenizerBase
+
+from .processing_messages import Message
 
 Features = dict[str, Any]
 """What one module of sentence-transformers gives to the next."""
@@ -34,7 +36,7 @@ class SentenceEmbedding(nn.Module):
     def load(
         cls, model_name_or_path: str, *, token: str | bool | None = None, cache_folder: str | None = None,
         revision: str | None = None, local_files_only: bool = False, trust_remote_code: bool = False,
-        model_kwargs: Mapping[str, Any] | None = None, processor_kwargs: Mapping[str, Any] | None = None,
+        model_kwargs: Mapping[str, object] | None = None, processor_kwargs: Mapping[str, object] | None = None,
         **kwargs: object,
     ) -> "SentenceEmbedding":  # fmt: skip
         """Load a checkpoint; arguments as of sentence-transformers' `Module.load`."""
@@ -57,7 +59,7 @@ class SentenceEmbedding(nn.Module):
         return ["text", "image", ("text", "image"), ("image", "text"), "message"]
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The language model's tokenizer."""
         return self.processor.tokenizer
 
@@ -72,7 +74,7 @@ class SentenceEmbedding(nn.Module):
 
     get_embedding_dimension = get_sentence_embedding_dimension
 
-    def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **kwargs: object) -> Features:
+    def preprocess(self, inputs: Sequence[object], prompt: str | None = None, **kwargs: object) -> Features:
         """Return the model's inputs for texts, images, mappings of both, or conversations.
 
         Args:
@@ -90,7 +92,7 @@ class SentenceEmbedding(nn.Module):
         ]
         return {"batches": batches, "modality": "message"}
 
-    def _process(self, conversations: list[list[Any]]) -> Mapping[str, Tensor]:
+    def _process(self, conversations: list[list[Message]]) -> Mapping[str, Tensor]:
         """Return the inputs of conversations that all have images, or all have none."""
         texts = [
             self.processor.apply_chat_template(without_images(conversation), add_generation_prompt=True, tokenize=False)
@@ -115,7 +117,7 @@ class SentenceEmbedding(nn.Module):
         return {**features, "sentence_embedding": torch.cat(vectors)[order]}
 
 
-def as_messages(item: Any) -> list[Any]:
+def as_messages(item: object) -> list[Message]:
     """Return an input as a conversation, whose texts and images are items, as records of training are read."""
     if isinstance(item, list):
         return item
@@ -126,20 +128,20 @@ def as_messages(item: Any) -> list[Any]:
     else:
         images, text = (None, item) if isinstance(item, str) else (item, None)
     listed = [] if images is None else images if isinstance(images, list | tuple) else [images]
-    content: list[Any] = [{"type": "image", "image": image} for image in listed]
+    content: list[Message] = [{"type": "image", "image": image} for image in listed]
     if text:
         content.append({"type": "text", "text": f"\n{text}" if listed else text})
     return [{"role": "user", "content": content}]
 
 
-def add_system(conversation: list[Any], prompt: str | None) -> list[Any]:
+def add_system(conversation: list[Message], prompt: str | None) -> list[Message]:
     """Return a conversation behind a system turn, unless there is none or the conversation has one."""
     if not prompt or conversation[0]["role"] == "system":
         return conversation
     return [{"role": "system", "content": [{"type": "text", "text": prompt}]}, *conversation]
 
 
-def images_of(conversation: Sequence[Mapping[str, Any]]) -> list[Any]:
+def images_of(conversation: Sequence[Message]) -> list[object]:
     """Return the images of a conversation, in order."""
     items = [item for turn in conversation if not isinstance(turn["content"], str) for item in turn["content"]]
     return [
@@ -147,7 +149,7 @@ def images_of(conversation: Sequence[Mapping[str, Any]]) -> list[Any]:
     ]
 
 
-def without_images(conversation: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def without_images(conversation: Sequence[Message]) -> list[Message]:
     """Return a conversation whose items of images name no file, as templates read it."""
     return [
         {**turn, "content": turn["content"] if isinstance(turn["content"], str) else [

@@ -15,6 +15,7 @@ from vlm.checks.fields import ConfigError
 from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.base import Objective
+from vlm.train.objectives.embedding import Embedding
 from vlm.train.objectives.generation import Generation
 from vlm.train.objectives.prediction import Prediction
 from vlm.train.objectives.table import OBJECTIVES, make_objective
@@ -128,16 +129,19 @@ def test_objectives_are_known_before_torch_is():
 
 
 @pytest.mark.parametrize("name", run_names())
-def test_runs_with_a_head_choose_prediction(name: str):
+def test_runs_with_a_head_choose_its_objective(name: str):
     config = compose_config(name, ["dataset.path=a.json"])
-    assert config.trainer.objective == ("prediction" if config.model.head.by_name else None)
-    assert type(make_objective(config)) is (Prediction if config.model.head.by_name else Generation)
+    embeds = config.model.head.task == "embedding"
+    kind = Embedding if embeds else Prediction if config.model.head.by_name else Generation
+    assert config.trainer.objective == {Embedding: "embedding", Prediction: "prediction", Generation: None}[kind]
+    assert type(make_objective(config)) is kind
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_head_brings_its_objective(head: str):
     config = compose_config("pretrain-smol", ["dataset.path=a.json", f"model/head={head}"])
-    assert (config.model.head.task, config.trainer.objective) == (head, "prediction")
+    assert config.model.head.task == head
+    assert config.trainer.objective == ("embedding" if head == "embedding" else "prediction")
     without = compose_config("head-binary", ["dataset.path=a.json", f"model/head={head}", "model/head=none"])
     assert type(make_objective(without)) is Generation
 
@@ -155,7 +159,7 @@ def test_a_head_without_an_objective_is_trained():
     ("run", "overrides", "message"),
     [
         ("pretrain-smol", ["trainer.objective=other"],
-         r"trainer.objective=other: allowed are generation, prediction, or package.module:Class for your own"),
+         r"trainer.objective=other: allowed are generation, prediction, embedding, or package.module:Class for your own"),
         ("pretrain-smol", ["trainer.objective=no_such:Mine"],
          r"trainer.objective=no_such:Mine: No module named 'no_such'"),
         ("pretrain-smol", ["trainer.objective=json:Mine"],

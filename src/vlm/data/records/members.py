@@ -116,7 +116,7 @@ def read_members(record: Record, folder: Path, sample_id: str, read_chat: ReadCh
     turns: list[Turn] = []
     for number, (name, value) in enumerate(values):
         for turn in _read_member(value, folder, sample_id, name, read_chat):
-            turns.append(MemberTurn(turn.role, turn.content, turn.supervised, number))
+            turns.append(MemberTurn(turn.role, turn.content, turn.supervised, member=number))
     if 1 not in {turn.member for turn in turns if isinstance(turn, MemberTurn)}:
         raise BadSample(sample_id, "it has no positive, which its query should find")
     return tuple(turns)

@@ -50,7 +50,7 @@ SAFE = (
             "length_column_name torch_empty_cache_steps use_cache ddp_timeout do_train do_eval do_predict local_rank")
     | _keys("dataset", "path sources.*.path allow_pipe follow_links sources.*.follow_links cache_dir num_workers "
             "cache_limit_gb on_bad_sample max_skipped check_samples")
-    | _keys("inference", "temperature top_p num_beams max_new_tokens cache_implementation")
+    | _keys("inference", "temperature top_p num_beams max_new_tokens cache_implementation thinking")
     | _keys("model", "trust_remote_code unproved visual_encoder.trust_remote_code language_model.trust_remote_code "
             "connector.name head.threshold_by")
 )  # fmt: skip
@@ -81,7 +81,8 @@ CHANGES_RUN = (
             "fps")
     | _keys("model", "hf_name revision visual_encoder.hf_name visual_encoder.revision language_model.hf_name "
             "language_model.revision language_model.balance_loss attn_implementation processor")
-    | _keys("model.head", "layer token loss loss_options class_weights label_smoothing weight generation_weight")
+    | _keys("model.head", "layer token loss loss_options class_weights label_smoothing weight generation_weight "
+            "prompts")
 )  # fmt: skip
 
 IMPOSSIBLE = (
@@ -93,7 +94,7 @@ IMPOSSIBLE = (
             "language_model.new_tokens language_model.positions connector.type connector.options anyres.grids "
             "anyres.max_tiles anyres.tile_several native.min_tokens native.max_tokens")
     | _keys("model.visual_encoder", "feature_layer feature_strategy image_size extra_encoders quantization")
-    | _keys("model.head", "task labels type options pooling name")
+    | _keys("model.head", "task labels type options pooling dim name")
 )  # fmt: skip
 """A checkpoint holds what trains and the state of its optimiser: neither may become something else."""
 
