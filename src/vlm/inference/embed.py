@@ -70,8 +70,8 @@ class Embedder:
 
     def embed(
         self, texts: Sequence[str], images: Sequence[Sequence[ImageInput]] = (),
-        videos: Sequence[Sequence[VideoInput]] = (), *, side: str = DOCUMENT, width: int | None = None, max_frames: int = DatasetConfig.max_frames,
-        system_prompt: str | None = None,
+        videos: Sequence[Sequence[VideoInput]] = (), *, side: str = DOCUMENT, width: int | None = None,
+        max_frames: int = DatasetConfig.max_frames, system_prompt: str | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Return vectors of length 1, float32: `(N, width)`. Two are compared by their scalar product.
 
