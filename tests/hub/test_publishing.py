@@ -28,7 +28,7 @@ from vlm.train.run import run
 
 HUB_FILES = {
     "anyres.py", "configuration_vlm.py", "connector_parts.py", "connectors.py", "encoders.py", "grid_connectors.py",
-    "modeling_vlm.py", "pixels.py", "processing_messages.py", "processing_vlm.py",
+    "image_inputs.py", "language_inputs.py", "modeling_vlm.py", "native.py", "native_encoders.py", "wrapper.py", "pixels.py", "processing_messages.py", "processing_vlm.py",
     "query_connectors.py", "text_loss.py", "text_processing.py",
 }  # fmt: skip
 
