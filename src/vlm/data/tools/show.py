@@ -147,8 +147,9 @@ def as_text(shown: ShownRecord, *, colours: bool) -> str:
     title = presentable(shown.title())
     if shown.encoded is None:
         return f"── {title}\n{notes}   cannot be used: {presentable(shown.problem)}\n"
-    ids, labels = shown.encoded.input_ids, shown.encoded.labels
-    return f"── {title}\n{notes}{tokens_as_text(ids, labels, shown.source.encoder.processor, colours=colours)}\n"
+    ids, labels, weights = shown.encoded.input_ids, shown.encoded.labels, shown.encoded.weights
+    tokens = tokens_as_text(ids, labels, shown.source.encoder.processor, weights, colours=colours)
+    return f"── {title}\n{notes}{tokens}\n"
 
 
 def as_html(shown: ShownRecord) -> str:
@@ -162,8 +163,9 @@ def as_html(shown: ShownRecord) -> str:
             head += _image_as_html(frame, objects)
     if shown.encoded is None:
         return f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
-    ids, labels = shown.encoded.input_ids, shown.encoded.labels
-    return f"{head}<p>{tokens_as_html(ids, labels, [1] * len(ids), shown.source.encoder.processor)}</p>"
+    encoded, processor = shown.encoded, shown.source.encoder.processor
+    mask = [1] * len(encoded.input_ids)
+    return f"{head}<p>{tokens_as_html(encoded.input_ids, encoded.labels, mask, processor, encoded.weights)}</p>"
 
 
 def _image_as_html(image: Image.Image, objects: Sequence[MarkedObject]) -> str:
