@@ -314,3 +314,8 @@ def test_a_conversation_that_begins_with_the_assistant_is_refused(folder: Path):
     turns = [{"from": "gpt", "value": "Hello!"}, *RECORDS["llava"]["conversations"]]
     with pytest.raises(BadSample, match="it begins with the assistant"):
         read_llava({"conversations": turns}, folder)
+
+
+def test_rates_and_times_of_extracted_frames_are_read():
+    record = {**RECORDS["messages"], "videos": [["a.png", "b.png"]], "times": [0, 1], "fps": None, "mood": "x"}
+    assert unread_keys(read_messages, record, {}) == ["mood"]

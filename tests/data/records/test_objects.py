@@ -169,3 +169,7 @@ def test_marks_in_thinking_and_in_calls(folder: Path):
     assert texts(sample)[-1] == "<bbox:1>"
     with pytest.raises(BadSample, match="<bbox> stands in an argument of a call"):
         read_agent([CAT, DOG], {"box": "<bbox>"})
+    turns = [{"role": "user", "content": "<image>Where?"},
+             {"role": "assistant", "content": "there", "reasoning_content": "at <bbox>"}]  # fmt: skip
+    with pytest.raises(BadSample, match="its text has <bbox>, but the record has no `objects`"):
+        read_messages({"id": "1", "image": "a.png", "messages": turns}, folder)

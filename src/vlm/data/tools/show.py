@@ -22,7 +22,7 @@ from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_tex
 from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn
 from vlm.data.sources import Source, make_sources
 from vlm.data.tools.views import describe_views
-from vlm.data.vision.images import media_sizes_from_opened, open_media
+from vlm.data.vision.images import media_sizes_from_opened, open_media, upright_size
 from vlm.data.vision.video import DecodedVideo
 
 
@@ -88,7 +88,8 @@ def _describe_size(shown: Image.Image | DecodedVideo, view: str) -> str:
     """Return the size of an image or video as text, and what the model sees of it."""
     if isinstance(shown, DecodedVideo):
         return f"video of {len(shown.frames)} frames {shown.clip.width}×{shown.clip.height} (seen as {view})"
-    return f"{shown.width}×{shown.height} (seen as {view})"
+    height, width = upright_size(shown)
+    return f"{width}×{height} (seen as {view})"
 
 
 def _load_shown_record(source: Source, number: int | None, record: object) -> ShownRecord:
