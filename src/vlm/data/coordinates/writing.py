@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from vlm.data.coordinates.convention import Convention, Place
 from vlm.data.coordinates.geometry import ImageView, make_views
 from vlm.data.coordinates.table import DEFAULT, find_token_problem, get_convention
+from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.encoding.thinking import without_thinking
 from vlm.data.objects import BOX, NAME, PIXELS, SPAN, UNIT_SIZES, MarkedObject, turn_upright
 from vlm.data.processor import Processor
@@ -35,7 +36,8 @@ def write_objects(sample: Sample, processor: Processor) -> Sample:
     has_places = any(marked.kind not in (NAME, SPAN) for marked in sample.objects)
     sizes = [read_stored_size(image, sample.id) for image in sample.images] if has_places else []
     objects = [_in_upright_pixels(marked, sizes, number, sample.id) for number, marked in enumerate(sample.objects)]
-    views = make_views(processor, [size.upright for size in sizes])
+    with processor_errors("the processor", sample.id):
+        views = make_views(processor, [size.upright for size in sizes])
     writer = _Writer(convention, objects, views, sample.id)
     turns = tuple(map_texts(turn, writer.write_marks) for turn in sample.turns)
     answered = _numbers_of_answer(sample.turns)
