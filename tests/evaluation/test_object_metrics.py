@@ -72,3 +72,17 @@ def test_means_have_intervals_and_leave_answers_without_truth_out():
     assert compute_object_metrics(["iou"], answers, intervals=False)["iou"].low is None
     with pytest.raises(ValueError, match="iou: no record tells where an object is"):
         compute_object_metrics(["iou"], answers[-1:])
+
+
+def test_objects_that_a_metric_does_not_measure_do_not_count():
+    point, span = MarkedObject("point", (1, 1)), MarkedObject("span", (1, 2))
+    answers = [
+        ObjectAnswer([box(0, 0, 9, 9), point, span], [box(0, 0, 9, 9), point, span]),
+        ObjectAnswer([point], [point]),
+    ]
+    scores = compute_object_metrics(["iou", "acc@0.5"], answers)
+    assert [score.value for score in scores.values()] == [1, 1]
+    answers = [ObjectAnswer([box(0, 0, 9, 9), span], [box(0, 0, 9, 9), span]), ObjectAnswer([span], [span])]
+    assert compute_object_metrics(["point_in_box"], answers)["point_in_box"].value == 1
+    with pytest.raises(ValueError, match=r"point_in_box: no record .* `objects` \(box\) that the last reply"):
+        compute_object_metrics(["iou", "point_in_box"], answers[1:])

@@ -7,6 +7,7 @@ start and end among them. Marks that a chat template writes around images come o
 
 import logging
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -42,15 +43,13 @@ def limit_image_tokens(processor: Processor, config: PreTrainedConfig, budget: i
         ValueError: a smaller number is not possible; with the smallest one that is. Or the configuration of an
             adapter's base would have to change.
     """
-    if isinstance(processor, VLMProcessor):
-        assert isinstance(config, VLMConfig)
-        changes = _limit_composed(processor, config, budget)
-    else:
-        assert isinstance(processor, FamilyProcessor)
+    if isinstance(processor, FamilyProcessor):
         with quiet_loading():
             changes = _limit_family(processor, config, budget)
             if processor.videos is not None:
                 _limit_videos(processor, budget)
+    else:
+        changes = _limit_composed(cast(VLMProcessor, processor), cast(VLMConfig, config), budget)
     if changes and name is not None:
         raise ValueError(
             f"{KEY}={budget}: it changes {', '.join(changes)}, and {name} is an adapter on its base, which keeps how "
@@ -96,6 +95,10 @@ def _limit_composed(processor: VLMProcessor, config: VLMConfig, budget: int) -> 
 
     Returns the options of the model's configuration that changed.
     """
+    if config.native is not None:
+        raise ValueError(
+            f"{KEY}={budget}: model.native.max_tokens bounds images at native resolution; set that instead"
+        )
     marks = len(processor.image_token_ids(0))
     square, tiling = processor.tokens_per_image + marks, processor.tiling
     if budget < square:

@@ -42,7 +42,7 @@ ALPHA_BACKGROUNDS = ("white", "black", "grey", "drop")
 """What shows through transparent images; `drop` ignores transparency."""
 COORDINATES = (
     "auto", "llava", "pixels", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "paligemma", "internvl", "gemini", "glm", "molmo",
-    "florence-2", "deepseek-vl2",
+    "molmo2", "florence-2", "deepseek-vl2",
 )  # fmt: skip
 """Conventions of boxes, points and time spans; `auto`: the checkpoint's, else that of the kind of model."""
 ATTENTION_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "flex_attention", "eager")

@@ -1,6 +1,6 @@
 """Objects of a record: boxes, points and time spans, as a `Sample` holds them. Imports the standard library only."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 BOX, POINT, SPAN, NAME = "box", "point", "span", "name"
 """Kinds of objects; one of the last kind has a label and no place."""
@@ -42,11 +42,6 @@ class MarkedObject:
         units = {} if self.units == PIXELS else {"units": self.units}
         upright = {} if self.upright else {"upright": False}
         return {**({} if self.label is None else {"label": self.label}), **place, **medium, **units, **upright}
-
-
-def with_flag(marked: MarkedObject, *, is_answer: bool) -> MarkedObject:
-    """Return an object that the last reply tells about, or does not."""
-    return replace(marked, is_answer=is_answer)
 
 
 def turn_upright(values: tuple[float, ...], orientation: int, stored_size: tuple[float, float]) -> tuple[float, ...]:

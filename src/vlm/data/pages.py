@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from itertools import groupby
 from operator import itemgetter
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -23,27 +24,51 @@ COUNTED_KINDS = {"pad": "padding", "image": "image token", "video": "video token
 GREEN, BLUE, RESET = "\033[30;42m", "\033[34m", "\033[0m"
 
 
+class Run(NamedTuple):
+    """Tokens of one kind beside each other: `mark` (supervised), `text`, or a number of `image`, `video` or `pad`.
+
+    `weight` is how much the loss of each supervised token counts.
+    """
+
+    kind: str
+    text: str
+    weight: float
+
+
 def token_runs(
-    ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Processor
-) -> Iterator[tuple[str, str]]:
-    """Yield kind and text of runs of tokens: `mark` (supervised), `text`, or a number of `image`, `video` or `pad`."""
+    ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Processor,
+    weights: Sequence[float] | None = None,
+) -> Iterator[Run]:  # fmt: skip
+    """Yield runs of tokens; without `weights`, the loss of each counts 1."""
     media: dict[int | None, str] = {processor.video_token_id: "video", processor.image_token_id: "image"}
     kinds = [
         "pad" if not attended else media.get(token) or ("mark" if label != IGNORE_INDEX else "text")
         for token, label, attended in zip(ids, labels, mask, strict=True)
     ]
-    for kind, pairs in groupby(zip(kinds, ids, strict=True), itemgetter(0)):
-        run = [token for _, token in pairs]
+    known = [1.0] * len(kinds) if weights is None else weights
+    counting = [weight if kind == "mark" else 1.0 for kind, weight in zip(kinds, known, strict=True)]
+    for (kind, weight), group in groupby(zip(kinds, counting, ids, strict=True), itemgetter(0, 1)):
+        run = [token for _, _, token in group]
         counted = COUNTED_KINDS.get(kind)
-        yield kind, f"[{len(run)} × {counted}]" if counted else str(processor.tokenizer.decode(run))
+        yield Run(kind, f"[{len(run)} × {counted}]" if counted else str(processor.tokenizer.decode(run)), weight)
 
 
-def tokens_as_html(ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Processor) -> str:
-    """Return a row's tokens as HTML; image, video and padding tokens as counts."""
+def tokens_as_html(
+    ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Processor,
+    weights: Sequence[float] | None = None,
+) -> str:  # fmt: skip
+    """Return a row's tokens as HTML; image, video and padding tokens as counts.
+
+    Behind supervised tokens stands the weight of their losses where it is not 1; those below 1 are paler, others have a
+    darker line below.
+    """
     elements = []
-    for kind, text in token_runs(ids, labels, mask, processor):
+    for kind, text, weight in token_runs(ids, labels, mask, processor, weights):
         content = escape(printable(text)).replace("\n", "⏎<br>")
-        if kind == "mark":
+        if kind == "mark" and weight != 1:
+            style = f"opacity:{max(weight, 0.3):g}" if weight < 1 else "border-bottom:2px solid #2a7a3b"
+            content = f'<mark style="{style}" title="weight {weight:g}">{content}</mark><sup>×{weight:g}</sup>'
+        elif kind == "mark":
             content = f"<mark>{content}</mark>"
         elif kind in COUNTED_KINDS:
             content = f'<span class="{kind}">{content}</span>'
@@ -51,13 +76,20 @@ def tokens_as_html(ids: Sequence[int], labels: Sequence[int], mask: Sequence[int
     return "".join(elements)
 
 
-def tokens_as_text(ids: Sequence[int], labels: Sequence[int], processor: Processor, *, colours: bool) -> str:
-    """Return a sample's tokens for a terminal: supervised ones on green, or in 【 】 without colours."""
+def tokens_as_text(
+    ids: Sequence[int], labels: Sequence[int], processor: Processor, weights: Sequence[float] | None = None, *,
+    colours: bool,
+) -> str:  # fmt: skip
+    """Return a sample's tokens for a terminal: supervised ones on green, or in 【 】 without colours.
+
+    Behind these stands the weight of their losses where it is not 1: `【a reply】×0.5`.
+    """
     shown = []
-    for kind, text in token_runs(ids, labels, [1] * len(ids), processor):
+    for kind, text, weight in token_runs(ids, labels, [1] * len(ids), processor, weights):
         text = printable(text)
         if kind == "mark":
-            shown.append(f"{GREEN}{text}{RESET}" if colours else f"【{text}】")
+            factor = "" if weight == 1 else f"×{weight:g}"
+            shown.append((f"{GREEN}{text}{RESET}" if colours else f"【{text}】") + factor)
         else:
             shown.append(f"{BLUE}{text}{RESET}" if colours and kind in COUNTED_KINDS else text)
     return "".join(shown)

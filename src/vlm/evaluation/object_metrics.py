@@ -4,7 +4,8 @@ its name to `vlm.config.choices.OBJECT_METRICS`.
 Objects of an answer are paired one to one with true objects, so that the sum of the values of pairs is largest. Objects
 of different images, of different kinds, or of different labels (where both have one) are no pair. The value of an
 answer is that sum divided by the number of its objects or of the true ones, whichever is larger: an object too many
-counts as one that is missing does. Answers without true objects are left out.
+counts as one that is missing does. Only objects of kinds that a metric measures count (`MEASURED_KINDS`); answers
+without true objects of these are left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,6 +65,12 @@ OBJECT_METRICS: dict[str, Pairing] = {
     "point_in_box": is_point_inside,
 }
 """Name of a metric -> the value of a pair."""
+MEASURED_KINDS = {
+    "iou": ((BOX, SPAN), (BOX, SPAN)),
+    f"acc@{IOU_THRESHOLD:g}": ((BOX, SPAN), (BOX, SPAN)),
+    "point_in_box": ((BOX, POINT), (BOX,)),
+}
+"""Name of a metric -> the kinds of objects of an answer, and of true ones, that count."""
 
 
 def compute_object_metrics(
@@ -72,19 +79,35 @@ def compute_object_metrics(
     """Return metrics by name, with 95% intervals unless `intervals` is False.
 
     Raises:
-        ValueError: no answer has true objects.
+        ValueError: no answer has true objects that a metric measures.
     """
-    measured = [answer for answer in answers if answer.true]
-    if not measured:
-        raise ValueError(
-            f"{', '.join(names)}: no record tells where an object is; give records with `objects` that the last reply "
-            "tells about (docs/coordinates.md)"
-        )
+    check_measurable(names, [answer.true for answer in answers])
     scores = {}
     for name in names:
-        values = np.array([pair_value(OBJECT_METRICS[name], answer) for answer in measured], np.float64)
+        measured = (measured_objects(name, answer) for answer in answers)
+        values = np.array([pair_value(OBJECT_METRICS[name], answer) for answer in measured if answer.true], np.float64)
         scores[name] = mean_score(values, 1000 if intervals else 0)
     return scores
+
+
+def check_measurable(names: Sequence[str], true: Sequence[Sequence[MarkedObject]]) -> None:
+    """Raise ValueError where no record has true objects that a metric measures; `true` has those of each record."""
+    for name in names:
+        kinds = MEASURED_KINDS[name][1]
+        if not any(marked.kind in kinds for objects in true for marked in objects):
+            raise ValueError(
+                f"{name}: no record tells where an object is; give records with `objects` ({' or '.join(kinds)}) that "
+                "the last reply tells about (docs/coordinates.md)"
+            )
+
+
+def measured_objects(name: str, answer: ObjectAnswer) -> ObjectAnswer:
+    """Return an answer with the objects that a metric measures alone."""
+    found, true = MEASURED_KINDS[name]
+    return ObjectAnswer(
+        [marked for marked in answer.found if marked.kind in found],
+        [marked for marked in answer.true if marked.kind in true],
+    )
 
 
 def pair_value(value: Pairing, answer: ObjectAnswer) -> float:

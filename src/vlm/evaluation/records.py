@@ -23,7 +23,7 @@ from vlm.data.processor import SampleInputs
 from vlm.data.records.objects import read_object
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.loss_metrics import LOSS_METRICS, Collate, LossMetric, LossMetricSettings
-from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer
+from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, measured_objects
 from vlm.evaluation.output import write_json, write_rows
 from vlm.evaluation.text_metrics import compute_answer_metrics
 from vlm.inference.generate import VisionLanguageModel, on_device
@@ -108,8 +108,9 @@ def evaluate(
         objects = [ObjectAnswer(_objects(row["objects"]), _objects(row["true_objects"])) for row in answered]
         answers = [without_thinking(str(row["answer"])) for row in answered]
         scores |= compute_answer_metrics(text_metrics, answers, references, objects)
-        if left_out := sum(not answer.true for answer in objects) * bool({*text_metrics} & {*OBJECT_METRICS}):
-            exclusions.append(f"{left_out:,} of {len(rows):,} records tell no place, and are not in metrics of objects")
+        for name in (name for name in text_metrics if name in OBJECT_METRICS):
+            if left_out := sum(not measured_objects(name, answer).true for answer in objects):
+                exclusions.append(f"{left_out:,} of {len(rows):,} records tell no place that {name} measures")
     return EvaluationResult(records, num_answered, tuple(exclusions), scores)
 
 

@@ -30,7 +30,7 @@ from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media, upright_size
 from vlm.data.vision.video import DecodedVideo
 from vlm.evaluation.loss import last_reply_text
-from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer
+from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, check_measurable
 from vlm.evaluation.text_metrics import compute_answer_metrics
 from vlm.inference.generate import VisionLanguageModel, prompt_inputs
 from vlm.train.monitor.plots import AnsweredSample, append_sample_generations
@@ -48,14 +48,15 @@ def make_answer_metrics(
     It is called with the model, and with what is to be called after each batch of answers.
 
     Raises:
-        ValueError: no evaluation record can be answered.
+        ValueError: no evaluation record can be answered, or none tells a place that a metric measures.
     """
     settings = config.inference
     samples = _answerable_samples(data, processor, config.trainer.eval_metrics_samples, settings.max_new_tokens)
     prompts = [replace(sample, turns=prompt_turns(sample)) for sample in samples]
     references = [list(sample.references) or [without_thinking(last_reply_text(sample))] for sample in samples]
-    needs_objects = not set(OBJECT_METRICS).isdisjoint(names)
-    true_places = [true_objects_of_reply(sample, processor) if needs_objects else [] for sample in samples]
+    of_objects = [name for name in names if name in OBJECT_METRICS]
+    true_places = [true_objects_of_reply(sample, processor) if of_objects else [] for sample in samples]
+    check_measurable(of_objects, true_places)
     size = args.per_device_eval_batch_size
 
     def compute(model: PreTrainedModel, on_batch: Callable[[], None]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The proof about labels: it fails where anything but the replies and their ends is supervised, or ids are others."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tests.families.tiny_families import TURN
 from vlm.data.encoding import labels
 from vlm.data.encoding.labels import IGNORE_INDEX, Rendered
 from vlm.data.processor import Processor
+from vlm.data.sample import Sample
 
 THINKING = TURN.replace(
     "{{ c['text'] }}",
@@ -119,14 +121,11 @@ def make_spelling(subject: Any) -> Any:
 
 def test_thinking_that_swallows_the_answer_is_found(monkeypatch: pytest.MonkeyPatch):
     subject = make_subject(change=set_template(THINKING))
-    real = labels.render
+    real = labels.render_whole_turns
 
-    def render_short(processor: Processor, turns: Any, sample_id: str) -> Rendered:
-        rendered = real(processor, turns, sample_id)
-        if not any("<think>" in str(part) for turn in turns for part in turn.content):
-            return rendered
-        return Rendered(rendered.text, rendered.spoken, [(end - 3, end) for _, end in rendered.replies])
+    def render_short(processor: Processor, sample: Sample, *, keep: bool) -> Rendered:
+        rendered = real(processor, sample, keep=keep)
+        return replace(rendered, replies=[(end - 3, end) for _, end in rendered.replies])
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labels.encode, "__defaults__", ((), labels.label_replies, render_short))
-        check_fails("labels", subject, "of a reply with thinking")
+    monkeypatch.setattr(labels, "render_whole_turns", render_short)
+    check_fails("labels", subject, "of a reply with thinking")

@@ -94,11 +94,11 @@ def test_a_processor_keeps_its_convention_unless_another_is_asked_for(parts: Par
 
 def test_answers_are_in_pixels_of_the_stored_image():
     view = ImageView(640, 480, 64, 64, scale=(0.1, 0.1), offset=(0, 8))  # padded to a square
-    (cat,) = parse_answer("cat: [0.50, 0.50, 1.00, 0.75]", "llava", view, image=2)
+    (cat,) = parse_answer("cat: [0.50, 0.50, 1.00, 0.75]", "llava", [view] * 3, image=2)
     assert cat == MarkedObject("box", (320, 240, 640, 400), "cat", 2)
-    assert parse_answer("[320, 240, 640, 400]", "pixels", view)[0].values == (320, 240, 640, 400)
-    assert parse_answer("[1, 2, 3, 4]", "qwen2.5-vl", ImageView(9, 9, 9, 9, is_sized=False)) == []
-    assert [found.kind for found in parse_answer("[1, 2, 3, 4] 1.0 - 2.0 s", "pixels", None)] == ["span"]
+    assert parse_answer("[320, 240, 640, 400]", "pixels", [view])[0].values == (320, 240, 640, 400)
+    assert parse_answer("[1, 2, 3, 4]", "qwen2.5-vl", [ImageView(9, 9, 9, 9, is_sized=False)]) == []
+    assert [found.kind for found in parse_answer("[1, 2, 3, 4] 1.0 - 2.0 s", "pixels", [])] == ["span"]
 
 
 def test_the_image_of_an_answer(parts: Parts, tmp_path: Path):
@@ -117,3 +117,18 @@ def test_the_image_of_an_answer(parts: Parts, tmp_path: Path):
     assert (found.medium, found.values) == (1, (10, 10, 20, 20))
     assert true_objects_of_reply(marked, processor) == list(marked.objects)
     assert parse_answer_to_images("[0.1, 0.1]", processor, []) == []
+
+
+def test_thinking_tells_no_objects(parts: Parts, tmp_path: Path):
+    processor = composed(parts, "square", squashes())
+    use_convention(processor, "llava", "vlm")
+    text = "<think>at [0.50, 0.50, 0.60, 0.60]?</think>\n\n[0.10, 0.10, 0.20, 0.20]"
+    (found,) = parse_answer_to_images(text, processor, [(100, 100)])
+    assert found.values == (10, 10, 20, 20)
+    assert parse_answer_to_images("<think>at [0.50, 0.50, 0.60, 0.60]", processor, [(100, 100)]) == []
+
+
+def test_an_answer_may_tell_its_images():
+    views = [ImageView(100, 100, 100, 100), ImageView(1000, 500, 1000, 500)]
+    found = parse_answer('<points coords="1 1 500 500;2 2 500 500;3 3 500 500">a</points>', "molmo2", views)
+    assert [(marked.medium, marked.values) for marked in found] == [(0, (50, 50)), (1, (500, 250))]

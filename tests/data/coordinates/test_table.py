@@ -35,7 +35,7 @@ class Corners(Convention):
 
 
 def kinds_of(name: str) -> list[str]:
-    return [POINT] if name == "molmo" else [BOX, POINT]
+    return [POINT] if name.startswith("molmo") else [BOX, POINT]
 
 
 def draw_place(chance: random.Random, kind: str, label: str | None, size: tuple[float, float]) -> Place:
@@ -121,7 +121,7 @@ EXPECTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "molmo"])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("molmo")])
 def test_boxes_are_written_as_the_family_writes_them(name: str):
     place = Place(BOX, (0.25, 0.1, 0.5, 1.0), "cat", (640, 480))
     convention = get_convention(name)
@@ -136,6 +136,36 @@ def test_molmo_writes_points_alone():
     assert [place.label for place in molmo.read(molmo.write_all(points), (1, 1))] == ["a <cat>"] * 2
     with pytest.raises(ValueError, match="points, not boxes"):
         molmo.write_all([Place(BOX, (0, 0, 1, 1))])
+
+
+def test_molmo_2_tells_the_image_of_each_point():
+    molmo = get_convention("molmo2")
+    points = [Place(POINT, (0.308, 0.05), "cat", medium=0), Place(POINT, (1, 0.377), "cat", medium=1)]
+    assert molmo.write_all(points) == '<points coords="1 1 308 050;2 2 1000 377">cat</points>'
+    assert [place.medium for place in molmo.read(molmo.write_all(points), (1, 1))] == [0, 1]
+    # as the model itself writes: https://huggingface.co/allenai/Molmo2-4B
+    text = 'Counting the <points coords="1 1 073 160 2 173 600" alt="boats">the boats</points> shows 2.'
+    assert [(place.values, place.label) for place in molmo.read(text, (1, 1))] == [
+        ((0.073, 0.16), "the boats"), ((0.173, 0.6), "the boats")
+    ]  # fmt: skip
+    text = '<points coords="1 1 555 169\t2 3 649 154 4 709 162"/>'
+    assert [place.medium for place in molmo.read(text, (1, 1))] == [0, 1, 1]
+
+
+def test_boxes_of_a_label_follow_each_other_in_florence_2():
+    florence, boxes = get_convention("florence-2"), [(0, 0, 0.1, 0.1), (0, 0, 0.2, 0.2), (0, 0, 0.5, 0.5)]
+    labels = ["wheel", "wheel", "car"]
+    text = florence.write_all([Place(BOX, box, label) for box, label in zip(boxes, labels, strict=True)])
+    assert text == (
+        "wheel<loc_0><loc_0><loc_100><loc_100><loc_0><loc_0><loc_200><loc_200>car<loc_0><loc_0><loc_500><loc_500>"
+    )
+    assert [place.label for place in florence.read(text, (1, 1))] == labels
+
+
+def test_paligemma_counts_to_1023_as_it_was_trained():
+    for share, token in ((0.0, 0), (0.25, 256), (0.7, 716), (1.0, 1023)):  # round(share * 1023)
+        place = Place(POINT, (share, 0.0))
+        assert get_convention("paligemma").write(place) == f"<loc0000><loc{token:04d}>"
 
 
 def test_several_boxes_of_a_label_share_a_list_in_internvl():

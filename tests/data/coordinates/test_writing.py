@@ -14,10 +14,10 @@ from vlm.data.coordinates.answers import parse_answer_to_sample, true_objects
 from vlm.data.coordinates.geometry import make_views
 from vlm.data.coordinates.table import CONVENTIONS, get_convention, use_convention
 from vlm.data.coordinates.writing import view_for, write_objects
-from vlm.data.objects import BOX, POINT, turn_upright
+from vlm.data.objects import BOX, POINT, MarkedObject, turn_upright
 from vlm.data.processor import Processor
 from vlm.data.records.formats import read_llava
-from vlm.data.sample import BadSample, Sample
+from vlm.data.sample import BadSample, ImageRef, Sample, Turn
 
 TOKENS = [
     *(token for kind in CONVENTIONS.values() for token in kind.required_tokens),
@@ -90,7 +90,7 @@ def answer_text(sample: Sample) -> str:
 def test_round_trip(way: str, convention: str, parts: Parts, tmp_path: Path):
     processor = ready(way, convention, parts)
     chance = random.Random(f"{way}{convention}")
-    kinds = [POINT] if convention == "molmo" else [BOX, POINT]
+    kinds = [POINT] if convention.startswith("molmo") else [BOX, POINT]
     if convention == "qwen2.5-vl" and not make_views(processor, [(60, 90)])[0].is_sized:
         with pytest.raises(BadSample, match="does not tell its size"):
             write_objects(Case(tmp_path, (60, 90)).sample([{"label": "cat", "box": [1, 2, 3, 4]}]), processor)
@@ -220,3 +220,13 @@ def test_a_tokenizer_without_the_tokens_is_refused(parts: Parts, tmp_path: Path)
         write_objects(Case(tmp_path, (100, 300)).sample([{"label": "cat", "box": [10, 10, 90, 20]}]), processor)
     with pytest.raises(ValueError, match=r"add its tokens with model\.language_model\.new_tokens"):
         use_convention(processor, "glm", "internvl")
+
+
+def test_an_image_that_the_processor_refuses_is_a_bad_sample(tmp_path: Path):
+    Image.new("RGB", (1, 300)).save(tmp_path / "thin.png")
+    turns = (Turn("user", (ImageRef(tmp_path / "thin.png"), "?")), Turn("assistant", ("<bbox:0>",)))
+    sample = Sample("thin", turns, objects=(MarkedObject("box", (0, 1, 1, 2)),))
+    processor = family("qwen2-vl")
+    use_convention(processor, "pixels", "any")
+    with pytest.raises(BadSample, match=r"the processor refuses it: .*aspect ratio"):
+        write_objects(sample, processor)

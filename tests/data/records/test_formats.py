@@ -227,7 +227,7 @@ WHOLE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_images_come_in_every_form_to_every_reader(name: str, folder: Path):
     content = (folder / "a.png").read_bytes()
     given = [
@@ -261,7 +261,7 @@ REFUSED_PATHS = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("path", REFUSED_PATHS)
 def test_every_reader_refuses_a_path_that_is_no_image_of_the_folder(name: str, path: str, folder: Path):
     with pytest.raises(BadSample, match=REFUSED_PATHS[path]) as caught:
@@ -699,7 +699,7 @@ def test_a_record_with_a_label_needs_no_reply(folder: Path, name: str, label: An
     assert (sample.label, sample.group) == (label, "3")
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", WHOLE)
 def test_every_reader_takes_label_and_group(folder: Path, name: str):
     record = {**WHOLE[name], "image": "a.png", "label": "x", "group": "g"}
     assert (FORMATS[name](record, folder).label, FORMATS[name](record, folder).group) == ("x", "g")

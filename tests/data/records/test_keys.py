@@ -35,6 +35,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "alpaca": {"instruction": "what?", "output": "that"},
     "cauldron": {"texts": [{"user": "what?", "assistant": "that"}]},
     "minicpm": {"conversations": chat("what?")},
+    "pair": {"query": "what?", "positive": "that"},
 }
 """A record of every form."""
 
@@ -54,7 +55,7 @@ REFUSED = {
 @pytest.mark.parametrize("key", REFUSED)
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_key_that_changes_what_is_learned_is_refused_by_name(name: str, key: str, folder: Path):
-    if (name, key) == ("alpaca", "history") or (key == "objects" and name != "labelled"):
+    if (name, key) == ("alpaca", "history") or (key == "objects" and name not in ("labelled", "pair")):
         return  # the forms that read it
     if name in ("llava", "messages") and key in ("tools", "functions"):
         return  # the two that read them
@@ -67,7 +68,7 @@ def test_a_key_that_changes_what_is_learned_is_refused_by_name(name: str, key: s
     assert FORMATS[name](record, folder, ignore_keys=[key]) == FORMATS[name]({"id": 7, **RECORDS[name]}, folder)
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "labelled"])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("labelled", "pair")])
 def test_objects_can_be_ignored(name: str, folder: Path):
     record = {**RECORDS[name], "objects": {"bbox": [[1, 2, 3, 4]], "category": [1]}}
     with pytest.raises(BadSample, match=r"`objects\.category`"):
@@ -249,7 +250,7 @@ def test_items_of_video_urls_are_videos(folder: Path):
 # Words, boxes, system turns, beginnings
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "pair"])
 def test_words_of_a_record_are_no_marks(name: str, folder: Path):
     """With an image and, in the forms that need none, without one."""
     asked = "What does the HTML tag <image> do, and <video>?"
@@ -291,7 +292,7 @@ def test_marks_of_other_tools_are_refused_with_the_mark_to_write(folder: Path):
 
 
 @pytest.mark.parametrize("key", ["system", "system_prompt"])
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "pair"])
 def test_a_system_prompt_beside_the_turns_is_a_turn(name: str, key: str, folder: Path):
     sample = FORMATS[name]({**RECORDS[name], key: "Be brief."}, folder)
     assert sample.turns == (Turn("system", ("Be brief.",)), *FORMATS[name](RECORDS[name], folder).turns)
@@ -314,3 +315,8 @@ def test_a_conversation_that_begins_with_the_assistant_is_refused(folder: Path):
     turns = [{"from": "gpt", "value": "Hello!"}, *RECORDS["llava"]["conversations"]]
     with pytest.raises(BadSample, match="it begins with the assistant"):
         read_llava({"conversations": turns}, folder)
+
+
+def test_rates_and_times_of_extracted_frames_are_read():
+    record = {**RECORDS["messages"], "videos": [["a.png", "b.png"]], "times": [0, 1], "fps": None, "mood": "x"}
+    assert unread_keys(read_messages, record, {}) == ["mood"]

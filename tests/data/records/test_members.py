@@ -106,3 +106,16 @@ def test_keys_are_of_contents(images: Path):
     keys = [list(map(member_key, split_members(read_pair(record, images)))) for record in records]
     assert keys[0] == keys[1]
     assert len({keys[0][0], *keys[2], keys[0][1]}) == 4
+
+
+@pytest.mark.parametrize("key", ["image", "images", "videos", "system"])
+def test_what_belongs_to_no_member_is_refused(key: str, images: Path):
+    value = "a.png" if key == "image" else "be brief" if key == "system" else ["a.png"]
+    for form in ("own", "VLM2Vec"):
+        with pytest.raises(BadSample, match=f"`{key}` stands beside query and positive, and is of neither"):
+            read_pair({**FORMS[form], key: value}, images)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(BadSample, match="`messages`: calls of tools are not compared"):
+        read_pair({**FORMS["ms-swift"], "messages": [*user("q"), call, *user("so?")]}, images)
+    record = {**FORMS["ms-swift"], "messages": user("<image>q"), "images": ["a.png"]}
+    assert split_members(read_pair(record, images))[0].images == [ImageRef(images / "a.png")]

@@ -154,3 +154,22 @@ def test_formats_without_replies_refuse_objects(folder: Path):
 def test_turning_keeps_corners_in_order():
     assert turn_upright((10, 20, 30, 40), 6, (100, 50)) == (10, 10, 30, 30)
     assert turn_upright((10, 20), 3, (100, 50)) == (90, 30)
+
+
+def test_marks_in_thinking_and_in_calls(folder: Path):
+    def read_agent(objects: object, arguments: dict) -> Sample:
+        call = {"role": "assistant", "content": "", "reasoning_content": "It is at <bbox>.",
+                "tool_calls": [{"function": {"name": "zoom", "arguments": arguments}}]}  # fmt: skip
+        turns = [{"role": "user", "content": "<image>Where?"}, call, {"role": "tool", "content": "seen"},
+                 {"role": "assistant", "content": "<bbox>", "reasoning_content": "so: <bbox:1>"}]  # fmt: skip
+        return read_messages({"id": "1", "image": "a.png", "objects": objects, "messages": turns}, folder)
+
+    sample = read_agent([CAT, DOG], {"box": [1, 2, 3, 4]})
+    assert [turn.thinking for turn in sample.turns] == [None, "It is at <bbox:0>.", None, "so: <bbox:1>"]
+    assert texts(sample)[-1] == "<bbox:1>"
+    with pytest.raises(BadSample, match="<bbox> stands in an argument of a call"):
+        read_agent([CAT, DOG], {"box": "<bbox>"})
+    turns = [{"role": "user", "content": "<image>Where?"},
+             {"role": "assistant", "content": "there", "reasoning_content": "at <bbox>"}]  # fmt: skip
+    with pytest.raises(BadSample, match="its text has <bbox>, but the record has no `objects`"):
+        read_messages({"id": "1", "image": "a.png", "messages": turns}, folder)

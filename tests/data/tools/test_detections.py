@@ -168,3 +168,17 @@ def test_objects_survive_conversion():
     again = open_records("llava.json", Path("cache"))[0]
     assert again["objects"] == record["objects"]
     assert again["conversations"] == record["conversations"]
+
+
+def test_label_studio_labels_of_a_control_of_their_own():
+    plain = {**rectangle(None, "rectangle"), "id": "a"}
+    named = {**plain, "type": "labels", "from_name": "names", "value": {**plain["value"], "labels": ["cat"]}}
+    (record,) = convert([task(1, plain, named)])
+    assert [item["label"] for item in record["objects"]] == ["cat"]
+    (record,) = convert([task(1, plain, named)], "--from", "label-studio-boxes", "--from-name", plain["from_name"])
+    assert [item["label"] for item in record["objects"]] == ["cat"]
+
+
+def test_rectangles_on_rotated_images_are_refused():
+    with pytest.raises(SystemExit, match="its image was rotated by 90° there; rotate its file"):
+        convert([task(1, {**rectangle(), "image_rotation": 90})])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlm.data.records.formats import FORMATS, read_llava, read_messages
 from vlm.data.records.open import open_records, stream_records
-from vlm.data.sample import BadSample, ImageRef, Sample, Turn, VideoRef
+from vlm.data.sample import BadSample, ImageRef, Sample, ToolResultTurn, Turn, VideoRef
 from vlm.data.tools import write
 from vlm.data.tools.forms import FORMS, is_image_moved_by_llava, to_llava, to_messages
 from vlm.data.tools.write import make_writer
@@ -100,6 +100,7 @@ def test_an_image_after_text_is_one_that_llava_moves(folder: Path):
     assert read_llava(to_llava(sample, folder), folder).turns[0].content == (picture, "\nwhat?")
     assert read_messages(to_messages(sample, folder), folder) == sample
     assert not any(is_image_moved_by_llava(turn) for sample in samples(folder) for turn in sample.turns)
+    assert not is_image_moved_by_llava(ToolResultTurn("tool", ("seen: ", picture)))
 
 
 @pytest.mark.parametrize("asked", ["what does <image> mean?", "<image> or <video>?"])

@@ -7,40 +7,44 @@ from transformers import PreTrainedTokenizerBase
 from vlm.data.coordinates.geometry import ImageView, Size, make_views
 from vlm.data.coordinates.table import DEFAULT, get_convention
 from vlm.data.coordinates.writing import is_unsized, view_for
+from vlm.data.encoding.thinking import without_thinking
 from vlm.data.objects import SPAN, MarkedObject
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample
 from vlm.data.vision.images import read_stored_size
 
 
-def parse_answer(text: str, convention: str, view: ImageView | None, image: int = 0) -> list[MarkedObject]:
+def parse_answer(text: str, convention: str, views: Sequence[ImageView], image: int = 0) -> list[MarkedObject]:
     """Return the objects that an answer tells, in order, in pixels of the stored image turned upright.
 
     Args:
         text: the answer.
         convention: the name of the model's convention.
-        view: what the model sees of the image; None where it sees none. Only time spans are read then, and where the
-            convention counts pixels that the model sees, and their number is not known.
-        image: the number of the image that the answer is about.
+        views: what the model sees of each image. Without any, only time spans are read, and where the convention counts
+            pixels that the model sees, and their number is not known.
+        image: the number of the image that the answer is about, where it does not tell that itself.
     """
     kind = get_convention(convention)
-    seen = None if view is None or is_unsized(kind, view) else view_for(kind, view)
+    seen = {number: view_for(kind, view) for number, view in enumerate(views) if not is_unsized(kind, view)}
     objects = []
-    for place in kind.read(text, (1.0, 1.0) if seen is None else seen.seen_size):
+    for place in kind.read(text, seen[image].seen_size if image in seen else (1.0, 1.0)):
+        medium = image if place.medium is None else place.medium
         if place.kind == SPAN:
             objects.append(MarkedObject(SPAN, place.values, place.label))
-        elif seen is not None:
-            objects.append(MarkedObject(place.kind, seen.to_pixels(place.values), place.label, image))
+        elif medium in seen:
+            objects.append(MarkedObject(place.kind, seen[medium].to_pixels(place.values), place.label, medium))
     return objects
 
 
 def parse_answer_to_images(
     text: str, processor: Processor, sizes: Sequence[Size], image: int = 0
 ) -> list[MarkedObject]:
-    """Return the objects of an answer to images of these upright heights and widths; `image` is the one it is about."""
+    """Return the objects of an answer to images of these upright heights and widths, without those of its thinking.
+
+    `image` is the number of the one that it is about.
+    """
     views = make_views(processor, sizes)
-    view = views[image] if image < len(views) else None
-    return parse_answer(text, processor.coordinates or DEFAULT, view, image)
+    return parse_answer(without_thinking(text), processor.coordinates or DEFAULT, views, image)
 
 
 def parse_answer_to_sample(

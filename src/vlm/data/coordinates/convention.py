@@ -28,12 +28,14 @@ class Place:
         values: shares of the sides of what the model sees, `x1, y1, x2, y2` or `x, y`; of a span, seconds.
         label: what the object is; None where nothing says so.
         seen_size: width and height of what the model sees, in pixels.
+        medium: the number of its image, from 0; None where an answer does not tell it.
     """
 
     kind: str
     values: tuple[float, ...]
     label: str | None = None
     seen_size: tuple[float, float] = (1.0, 1.0)
+    medium: int | None = None
 
 
 class Convention(ABC):

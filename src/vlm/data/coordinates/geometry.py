@@ -10,7 +10,6 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vlm.data.processor import Processor
 from vlm.models.pixels import ImageProcessor, is_plain
-from vlm.models.processing_vlm import VLMProcessor
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -80,16 +79,17 @@ def make_views(processor: Processor, sizes: Sequence[Size]) -> list[ImageView]:
         processor: the model's.
         sizes: upright height and width of each image, frames of videos left out.
     """
-    if isinstance(processor, VLMProcessor):
-        return _views_of_composed(processor, sizes)
+    image_mode = getattr(processor, "image_mode", None)  # families decide it in their image processors
+    if image_mode is not None:
+        return _views_of_composed(processor, image_mode, sizes)
     return [_view_of_family(processor.image_processor, size) for size in sizes]
 
 
-def _views_of_composed(processor: VLMProcessor, sizes: Sequence[Size]) -> list[ImageView]:
+def _views_of_composed(processor: Processor, image_mode: str, sizes: Sequence[Size]) -> list[ImageView]:
     """Return the views of a composed model; of several encoders, the first one's count."""
     tiling, image_processor = processor.tiling, processor.image_processor
     if tiling is None:
-        return [_plain_view(image_processor, size, pads=processor.image_mode == "pad") for size in sizes]
+        return [_plain_view(image_processor, size, pads=image_mode == "pad") for size in sizes]
     side = tiling.tile_size
     views = []
     for size, number in zip(sizes, tiling.num_views(sizes), strict=True):

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from vlm.config.named import import_named, is_custom_name, is_permitted
 from vlm.data.coordinates.convention import Convention
 from vlm.data.coordinates.json_forms import Gemini, Glm, Qwen3VL, Qwen25VL
-from vlm.data.coordinates.text_forms import Llava, Molmo, Pixels
+from vlm.data.coordinates.text_forms import Llava, Molmo, Molmo2, Pixels
 from vlm.data.coordinates.token_forms import DeepSeekVL2, Florence2, InternVL, PaliGemma, Qwen2VL
 from vlm.data.processor import Processor
 
@@ -18,7 +18,8 @@ KEY = "dataset.coordinates"
 CONVENTIONS: dict[str, type[Convention]] = {
     kind.name: kind
     for kind in (
-        Llava, Pixels, Qwen2VL, Qwen25VL, Qwen3VL, PaliGemma, InternVL, Gemini, Glm, Molmo, Florence2, DeepSeekVL2
+        Llava, Pixels, Qwen2VL, Qwen25VL, Qwen3VL, PaliGemma, InternVL, Gemini, Glm, Molmo, Molmo2, Florence2,
+        DeepSeekVL2,
     )
 }  # fmt: skip
 DEFAULT = Llava.name
@@ -33,7 +34,8 @@ BY_MODEL_TYPE = {
     **dict.fromkeys(("glm4v", "glm4v_moe", "glm46v"), Glm.name),
     "florence2": Florence2.name,
     "molmo": Molmo.name,
-    "deepseek_vl_v2": DeepSeekVL2.name,
+    "molmo2": Molmo2.name,
+    **dict.fromkeys(("deepseek_vl_v2", "deepseek_ocr2"), DeepSeekVL2.name),
 }
 """`model_type` of `config.json` -> the convention that models of this kind were trained with."""
 

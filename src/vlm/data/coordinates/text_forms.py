@@ -1,9 +1,10 @@
-"""Conventions of plain text: LLaVA's shares, pixels, and Molmo's points."""
+"""Conventions of plain text: LLaVA's shares, pixels, and the points of Molmo and Molmo 2."""
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape, unescape
-from itertools import groupby
+from itertools import count, groupby
 
 from vlm.data.coordinates.convention import NUMBER, Convention, Place, label_before
 from vlm.data.objects import POINT
@@ -70,7 +71,9 @@ class Molmo(Convention):
     def _write_points(self, places: Sequence[Place]) -> str:
         if any(place.kind != POINT for place in places):
             raise ValueError("Molmo writes points, not boxes: give points, or choose another convention")
-        label = escape(places[0].label or "")
+        return self._write_element(places, escape(places[0].label or ""))
+
+    def _write_element(self, places: Sequence[Place], label: str) -> str:
         pairs = [self.numbers(place) for place in places]
         if len(pairs) == 1:
             return f'<point x="{pairs[0][0]}" y="{pairs[0][1]}" alt="{label}">{label}</point>'
@@ -85,3 +88,39 @@ class Molmo(Convention):
                 place = self.make_place(pair, seen_size, unescape(match[2] or ""))
                 if place is not None:
                     yield place
+
+
+class Molmo2(Molmo):
+    """`<points coords="1 1 250 500 2 700 300">cat</points>`: the number of the image, then each point's own, x and y.
+
+    They are in thousandths of the sides; points of several images are separated by semicolons. It knows no boxes.
+    """
+
+    name = "molmo2"
+    source = "Clark et al. 2026, arXiv:2601.10611; the code that reads points on the card of allenai/Molmo2-4B"
+    steps = 1000
+    decimals = 0
+    _coords = re.compile(r'\bcoords\s*=\s*"([^"]*)"')
+    _image = re.compile(r"(?:^|[\t:,;])\s*(\d+) ([\d ]+)")
+    _point = re.compile(r"(\d+) (\d{1,4}) (\d{1,4})(?!\d)")
+
+    def _write_element(self, places: Sequence[Place], label: str) -> str:
+        by_image: dict[int, list[str]] = {}
+        for place in sorted(places, key=lambda place: place.medium or 0):
+            by_image.setdefault(place.medium or 0, []).append(" ".join(text.zfill(3) for text in self.numbers(place)))
+        number = count(1)
+        images = (
+            f"{image + 1} {' '.join(f'{next(number)} {point}' for point in points)}"
+            for image, points in by_image.items()
+        )
+        return f'<points coords="{";".join(images)}">{label}</points>'
+
+    def read_places(self, text: str, seen_size: tuple[float, float]) -> Iterator[Place]:
+        """Yield the points of an answer, each with the number of its image; see `Convention`."""
+        for match in self._answer.finditer(text):
+            groups = (found for coords in self._coords.findall(match[1]) for found in self._image.findall(coords))
+            for image, points in groups:
+                for _, x, y in self._point.findall(points):
+                    place = self.make_place((x, y), seen_size, unescape(match[2] or ""))
+                    if place is not None:
+                        yield replace(place, medium=max(int(image) - 1, 0))

@@ -7,6 +7,7 @@ from math import floor
 from typing import ClassVar
 
 from vlm.data.coordinates.convention import NUMBER, Convention, Place
+from vlm.data.objects import BOX
 
 
 class Qwen2VL(Convention):
@@ -49,12 +50,14 @@ class Qwen2VL(Convention):
 
 
 class PaliGemma(Convention):
-    """`<loc y1><loc x1><loc y2><loc x2> cat ; …`, with a token for each of 1024 bins of a side."""
+    """`<loc y1><loc x1><loc y2><loc x2> cat ; …`, with tokens from 0 to 1023 for shares of a side from 0 to 1."""
 
     name = "paligemma"
-    source = "Beyer et al. 2024, arXiv:2407.07726, section 3.2.5; big_vision/configs/proj/paligemma/README.md"
-    steps = 1024
-    highest = 1023
+    source = (
+        "Beyer et al. 2024, arXiv:2407.07726, section 3.2.5; round(share * 1023) as in get_refcoco_mask2str of "
+        "big_vision/pp/proj/paligemma/segmentation.py"
+    )
+    steps = 1023
     is_y_first = True
     token_pattern = re.compile(r"<loc\d{4}>")
     required_tokens = ("<loc0000>", "<loc0512>", "<loc1023>")
@@ -77,12 +80,13 @@ class PaliGemma(Convention):
 
 
 class Florence2(Convention):
-    """`cat<loc_x1><loc_y1><loc_x2><loc_y2>`, with a token for each of 1000 bins of a side."""
+    """`cat<loc_x1><loc_y1><loc_x2><loc_y2>`, with a token for each of 1000 bins of a side.
+
+    Further boxes of the same label follow without it.
+    """
 
     name = "florence-2"
-    source = (
-        "Xiao et al. 2023, arXiv:2311.06242, section 4.1; BoxQuantizer in processing_florence2.py of its checkpoints"
-    )
+    source = "Xiao et al. 2023, arXiv:2311.06242, section 4.1; transformers' models/florence2/processing_florence2.py"
     highest = 999
     token_pattern = re.compile(r"<loc_\d{1,3}>")
     required_tokens = ("<loc_0>", "<loc_500>", "<loc_999>")
@@ -93,14 +97,22 @@ class Florence2(Convention):
         return "".join(f"<loc_{number}>" for number in self.numbers(place))
 
     def write_list(self, places: Sequence[Place]) -> str:
-        """Return each place behind its label."""
-        return "".join(f"{place.label or ''}{self.write_place(place)}" for place in places)
+        """Return each label, and behind it the boxes of a run that have it; each point behind its label."""
+        texts, before = [], None
+        for place in places:
+            is_same = before is not None and place.kind == before.kind == BOX and place.label == before.label
+            texts.append(f"{'' if is_same else place.label or ''}{self.write_place(place)}")
+            before = place
+        return "".join(texts)
 
     def read_places(self, text: str, seen_size: tuple[float, float]) -> Iterator[Place]:
         """Yield the boxes and points of an answer, each at the middle of its bins; see `Convention`."""
+        label, end = "", 0
         for match in self._answer.finditer(text):
+            label = match[1] if match[1] or match.start() > end else label
+            end = match.end()
             numbers = [int(number) + 0.5 for number in re.findall(r"\d+", match[2])]
-            place = self.make_place(numbers, seen_size, match[1])
+            place = self.make_place(numbers, seen_size, label)
             if place is not None:
                 yield place
 
@@ -167,7 +179,7 @@ class DeepSeekVL2(TaggedLists):
     """`<|ref|>cat<|/ref|><|det|>[[x1, y1, x2, y2]]<|/det|>` in 999ths of the sides."""
 
     name = "deepseek-vl2"
-    source = "Wu et al. 2024, arXiv:2412.10302; README.md of deepseek-ai/DeepSeek-VL2: normalised to [0, 999]"
+    source = "Wu et al. 2024, arXiv:2412.10302; parse_ref_bbox of deepseek-ai/DeepSeek-VL2: box / 999 * side"
     steps = 999
     label_tokens = ("<|ref|>", "<|/ref|>")
     box_tokens = ("<|det|>", "<|/det|>")

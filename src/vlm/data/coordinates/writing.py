@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from vlm.data.coordinates.convention import Convention, Place
 from vlm.data.coordinates.geometry import ImageView, make_views
 from vlm.data.coordinates.table import DEFAULT, find_token_problem, get_convention
+from vlm.data.encoding.processor_errors import processor_errors
+from vlm.data.encoding.thinking import without_thinking
 from vlm.data.objects import BOX, NAME, PIXELS, SPAN, UNIT_SIZES, MarkedObject, turn_upright
 from vlm.data.processor import Processor
-from vlm.data.records.objects import LABEL_MARK, LIST_MARK, OBJECT_MARK
-from vlm.data.sample import BadSample, ContentPart, Sample, Turn
+from vlm.data.records.objects import LABEL_MARK, LIST_MARK, OBJECT_MARK, map_texts
+from vlm.data.sample import BadSample, Sample, Turn
 from vlm.data.vision.images import StoredSize, read_stored_size
 
 TOLERANCE = 1.0
@@ -34,9 +36,10 @@ def write_objects(sample: Sample, processor: Processor) -> Sample:
     has_places = any(marked.kind not in (NAME, SPAN) for marked in sample.objects)
     sizes = [read_stored_size(image, sample.id) for image in sample.images] if has_places else []
     objects = [_in_upright_pixels(marked, sizes, number, sample.id) for number, marked in enumerate(sample.objects)]
-    views = make_views(processor, [size.upright for size in sizes])
+    with processor_errors("the processor", sample.id):
+        views = make_views(processor, [size.upright for size in sizes])
     writer = _Writer(convention, objects, views, sample.id)
-    turns = tuple(replace(turn, content=tuple(map(writer.write_marks, turn.content))) for turn in sample.turns)
+    turns = tuple(map_texts(turn, writer.write_marks) for turn in sample.turns)
     answered = _numbers_of_answer(sample.turns)
     flagged = (replace(marked, is_answer=number in answered) for number, marked in enumerate(objects))
     return replace(sample, turns=turns, objects=tuple(flagged))
@@ -72,9 +75,9 @@ class _Writer:
     views: Sequence[ImageView]
     sample_id: str
 
-    def write_marks(self, part: ContentPart) -> ContentPart:
-        """Return a text with what the model writes in place of its marks; any other part as it is."""
-        return OBJECT_MARK.sub(self._write, part) if isinstance(part, str) and "<" in part else part
+    def write_marks(self, text: str) -> str:
+        """Return a text with what the model writes in place of its marks."""
+        return OBJECT_MARK.sub(self._write, text) if "<" in text else text
 
     def _write(self, match: re.Match[str]) -> str:
         numbers = [int(number) for number in match[2].split(",")]
@@ -102,7 +105,7 @@ class _Writer:
         if is_lost and max(abs(a - b) for a, b in zip(inside, shares, strict=True)) > 1e-6:
             problem = "the model does not see it: it lies outside the middle that its processor cuts out"
             raise BadSample(self.sample_id, f"objects[{number}] at {_shown(marked.values)}: {problem}")
-        return Place(marked.kind, inside, marked.label, view.seen_size)
+        return Place(marked.kind, inside, marked.label, view.seen_size, marked.medium)
 
 
 def _in_upright_pixels(marked: MarkedObject, sizes: Sequence[StoredSize], number: int, sample_id: str) -> MarkedObject:
@@ -135,9 +138,9 @@ def _shown(values: Sequence[float]) -> str:
 
 
 def _numbers_of_answer(turns: Sequence[Turn]) -> set[int]:
-    """Return the numbers of the objects whose places the last turn tells, where it is a reply."""
+    """Return the numbers of the objects whose places the last turn tells, where it is a reply, behind its thinking."""
     if not turns or turns[-1].role != "assistant":
         return set()
-    texts = [part for part in turns[-1].content if isinstance(part, str)]
-    marks = [match for text in texts for match in OBJECT_MARK.finditer(text) if match[1] != LABEL_MARK]
+    text = without_thinking("".join(part for part in turns[-1].content if isinstance(part, str)))
+    marks = [match for match in OBJECT_MARK.finditer(text) if match[1] != LABEL_MARK]
     return {int(number) for match in marks for number in match[2].split(",")}

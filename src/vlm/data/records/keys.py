@@ -80,6 +80,10 @@ COMMON_KEYS = (
     "images",
     "video",
     "videos",
+    "fps",
+    "sample_fps",
+    "times",
+    "timestamps",
     "label",
     "group",
     "answer",
@@ -87,7 +91,7 @@ COMMON_KEYS = (
     "references",
     *SYSTEM_KEYS,
 )
-"""Keys that all readers read."""
+"""Keys that all readers read; those of rates and times are of lists of extracted frames."""
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,7 @@ class MediaPlacer:
         parts = [part for turn in turns for part in turn.content]
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) < len(parts) and not self.has_objects:
-            for text in texts:
+            for text in [*texts, *(turn.thinking for turn in turns if turn.thinking)]:
                 if match := BOX_MARKS.search(text):
                     advice = "the record has no `objects`; list its boxes there, or write them as text"
                     raise BadSample(self.sample_id, f"its text has {match[0]}, but {advice}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from vlm.data.records.keys import first_present, is_empty
 from vlm.data.records.media import MediaPlacer
 from vlm.data.records.text import text_from_value
-from vlm.data.sample import BadSample, ContentPart, ImageRef, Record, Sample, Turn
+from vlm.data.sample import BadSample, ContentPart, ImageRef, Record, Sample, ToolCallTurn, ToolResultTurn, Turn
 
 INSTRUCTION_KEYS = ("instruction", "prompt", "system")
 """Keys of a member that hold its own system turn."""
@@ -23,13 +23,15 @@ POSITIVE_KEYS = ("positive", "pos", "response")
 NEGATIVE_KEYS = ("negatives", "negative", "neg", "rejected_response")
 MMEB_KEYS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path")
 """Keys of VLM2Vec's records (MMEB)."""
-SWIFT_KEYS = ("messages", "positive_messages", "negative_messages")
+SWIFT_KEYS = ("messages", "positive_messages", "negative_messages", "positive_images", "negative_images")
 """Keys of ms-swift's records."""
 PAIR_KEYS = (
     *QUERY_KEYS, *POSITIVE_KEYS, *NEGATIVE_KEYS, *(f"negative_{number}" for number in range(1, 33)), *MMEB_KEYS,
     *SWIFT_KEYS,
 )  # fmt: skip
 """Keys of records that the format `pair` reads."""
+OWN_KEYS = ("image", "images", "video", "videos", "system", "system_prompt")
+"""Keys of other forms, which stand in members here; of ms-swift's records, `images` are the query's."""
 MMEB_MARK = "<|image_1|>"
 
 ReadChat = Callable[[Record, Path], Sample]
@@ -103,6 +105,12 @@ def read_members(record: Record, folder: Path, sample_id: str, read_chat: ReadCh
     Raises:
         BadSample: the record has another form, or an image cannot be used.
     """
+    for key in OWN_KEYS:
+        if not is_empty(record.get(key)) and not (key == "images" and "positive_messages" in record):
+            member = "as `instruction` of that member" if key.startswith("system") else "within that member"
+            raise BadSample(
+                sample_id, f"`{key}` stands beside query and positive, and is of neither; write it {member}"
+            )
     if "qry" in record or "qry_image_path" in record:
         values = _mmeb_values(record)
     elif "positive_messages" in record:
@@ -116,7 +124,9 @@ def read_members(record: Record, folder: Path, sample_id: str, read_chat: ReadCh
     turns: list[Turn] = []
     for number, (name, value) in enumerate(values):
         for turn in _read_member(value, folder, sample_id, name, read_chat):
-            turns.append(MemberTurn(turn.role, turn.content, turn.supervised, member=number))
+            if isinstance(turn, ToolCallTurn | ToolResultTurn):
+                raise BadSample(sample_id, f"`{name}`: calls of tools are not compared; write them as text")
+            turns.append(MemberTurn(turn.role, turn.content, turn.supervised, turn.weight, turn.thinking, number))
     if 1 not in {turn.member for turn in turns if isinstance(turn, MemberTurn)}:
         raise BadSample(sample_id, "it has no positive, which its query should find")
     return tuple(turns)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from vlm.data.objects import BOX, NAME, NUM_VALUES, PIXELS, POINT, SHARE, SPAN, THOUSANDTHS, MarkedObject
 from vlm.data.records.keys import is_empty
-from vlm.data.sample import BadSample, ImageRef, Record, Turn, VideoRef
+from vlm.data.sample import BadSample, ImageRef, Record, ToolCallTurn, Turn, VideoRef
 
 LABEL_MARK, PLACE_MARK, LIST_MARK = "ref-object", "bbox", "objects"
 OBJECT_MARK = re.compile(r"<(ref-object|bbox|objects)(?::(\d+(?:,\d+)*))?>")
@@ -40,7 +40,8 @@ def read_objects(record: Record, turns: Sequence[Turn], sample_id: str) -> tuple
         raise BadSample(sample_id, f"`objects` must be a list of mappings with a label and a box, got {value!r:.60}")
     _check_media(objects, turns, sample_id)
     numbered = _MarkNumbers(objects, sample_id)
-    turns = [replace(turn, content=tuple(map(numbered.number_marks, turn.content))) for turn in turns]
+    _check_calls(turns, sample_id)
+    turns = [map_texts(turn, numbered.number_marks) for turn in turns]
     numbered.check_all_used()
     return turns, tuple(objects)
 
@@ -155,7 +156,7 @@ def _add_swift_labels(
         """Return the mark of a name with the number of its object; another mark as it is."""
         return f"<{LABEL_MARK}:{next(following)}>" if match[1] == LABEL_MARK else match[0]
 
-    return objects, [_map_texts(turn, lambda text: OBJECT_MARK.sub(number_name, text)) for turn in turns]
+    return objects, [map_texts(turn, lambda text: OBJECT_MARK.sub(number_name, text)) for turn in turns]
 
 
 # Marks
@@ -175,9 +176,9 @@ class _MarkNumbers:
         self.places = iter(self.placed)
         self.used: set[int] = set()
 
-    def number_marks(self, part: object) -> object:
-        """Return a text whose marks have numbers; any other part as it is."""
-        return OBJECT_MARK.sub(self._number, part) if isinstance(part, str) and "<" in part else part
+    def number_marks(self, text: str) -> str:
+        """Return a text whose marks have numbers."""
+        return OBJECT_MARK.sub(self._number, text) if "<" in text else text
 
     def _number(self, match: re.Match[str]) -> str:
         kind = match[1]
@@ -228,9 +229,21 @@ def _check_media(objects: Sequence[MarkedObject], turns: Sequence[Turn], sample_
             raise BadSample(sample_id, f"objects[{number}] is of {name} {marked.medium}, but {shown}")
 
 
+def _check_calls(turns: Sequence[Turn], sample_id: str) -> None:
+    """Raise BadSample for a mark in an argument of a call, which is no text that the model writes word by word."""
+    for turn in turns:
+        if isinstance(turn, ToolCallTurn) and (match := OBJECT_MARK.search(str(turn.tool_calls))):
+            problem = f"{match[0]} stands in an argument of a call; write its numbers there as the model counts them"
+            raise BadSample(sample_id, problem)
+
+
 def _texts(turns: Sequence[Turn]) -> Iterator[str]:
-    yield from (part for turn in turns for part in turn.content if isinstance(part, str))
+    parts = (part for turn in turns for part in (turn.thinking, *turn.content))
+    yield from (part for part in parts if isinstance(part, str))
 
 
-def _map_texts(turn: Turn, change: Callable[[str], str]) -> Turn:
-    return replace(turn, content=tuple(change(part) if isinstance(part, str) else part for part in turn.content))
+def map_texts(turn: Turn, change: Callable[[str], str]) -> Turn:
+    """Return a turn with its thinking and its texts changed, in this order, in which templates write them."""
+    thinking = None if turn.thinking is None else change(turn.thinking)
+    content = tuple(change(part) if isinstance(part, str) else part for part in turn.content)
+    return replace(turn, thinking=thinking, content=content)

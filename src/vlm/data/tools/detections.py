@@ -19,6 +19,7 @@ from vlm.data.tools.corpora import CocoImage, decode_json_file
 from vlm.data.tools.exports import (
     ConversionContext,
     LabelStudioTask,
+    Result,
     convert_record,
     convert_records,
     resolve_local_image_name,
@@ -221,6 +222,8 @@ def _read_references(path: Path) -> list[object]:
 
 BOX_CONTROLS = ("rectanglelabels", "rectangle", "keypointlabels", "keypoint")
 """Types of controls whose results are boxes or points."""
+LABELS = "labels"
+"""The type of a control that labels the results of others, `rectangle` and `keypoint`: its result has their id."""
 
 
 def label_studio_boxes(
@@ -230,8 +233,9 @@ def label_studio_boxes(
     """Convert rectangles and key points of Label Studio's export JSON: a record for each task, with all of them.
 
     A result is `{"type": "rectanglelabels", "value": {"x", "y", "width", "height", "rotation", "rectanglelabels":
-    ["cat"]}}`, in percent of the image as it is shown (https://labelstud.io/guide/export); `rectangle` has no labels.
-    The first annotation counts that was not cancelled. A rectangle that is rotated makes its task a bad record.
+    ["cat"]}}`, in percent of the image as it is shown (https://labelstud.io/tags/rectanglelabels); `rectangle` has no
+    labels but those of a result of type `labels` with the same `id`. The first annotation counts that was not
+    cancelled. A rectangle that is rotated, or drawn onto a rotated image, makes its task a bad record.
 
     Args:
         source: the export.
@@ -249,6 +253,7 @@ def label_studio_boxes(
             context.left_out["tasks without a completed annotation"] += 1
             return None
         results = [result for result in done.result or [] if result.type in BOX_CONTROLS]
+        named = {result.id: result.value.get(LABELS) for result in done.result or [] if result.type == LABELS}
         if from_name is not None:
             results = [result for result in results if result.from_name == from_name]
         context.left_out["tasks without a box"] += not results
@@ -259,7 +264,7 @@ def label_studio_boxes(
             raise BadSample(
                 str(task.id), f"`{image_field}` must be a string of its data, which has {', '.join(task.data)}"
             )
-        objects = [_studio_object(result.type, result.value, str(task.id)) for result in results]
+        objects = [_studio_object(result, named.get(result.id), str(task.id)) for result in results]
         image = resolve_local_image_name(image, context.folder)
         return make_detection_record(str(task.id), image, objects, prompt, "<objects>")
 
@@ -267,7 +272,7 @@ def label_studio_boxes(
 
 
 def has_boxes_alone(task: Record) -> bool:
-    """Return whether a task of Label Studio's has rectangles or key points as results, and no others."""
+    """Return whether a task of Label Studio's has rectangles or key points as results, and no others but labels."""
     annotations = task.get("annotations")
     if not isinstance(annotations, list) or not isinstance(task.get("data"), dict):
         return False
@@ -275,18 +280,21 @@ def has_boxes_alone(task: Record) -> bool:
     types = [
         item.get("type") for found in results if isinstance(found, list) for item in found if isinstance(item, dict)
     ]
-    return bool(types) and set(types) <= set(BOX_CONTROLS)
+    return not set(types).isdisjoint(BOX_CONTROLS) and set(types) <= {*BOX_CONTROLS, LABELS}
 
 
-def _studio_object(control: str, value: Record, sample_id: str) -> Record:
-    """Return the box or point of a result."""
+def _studio_object(result: Result, named: object, sample_id: str) -> Record:
+    """Return the box or point of a result, which has the labels `named` where it has none of its own."""
+    control, value = result.type, result.value
     numbers = {name: value.get(name, 0) for name in ("x", "y", "width", "height", "rotation")}
     for name, number in numbers.items():
         if not isinstance(number, int | float):
             raise BadSample(sample_id, f"`{name}` of a {control} must be a number, got {number!r:.40}")
     if numbers["rotation"] % 360:
         raise BadSample(sample_id, f"a rectangle is rotated by {numbers['rotation']:g}°; boxes here are upright")
-    labels = value.get(control)
+    if result.image_rotation % 360:
+        raise BadSample(sample_id, f"its image was rotated by {result.image_rotation:g}° there; rotate its file")
+    labels = value.get(control) or named
     label = {"label": ", ".join(map(str, labels))} if isinstance(labels, list) and labels else {}
     percent = corners(*(float(numbers[name]) for name in ("x", "y", "width", "height")))
     shares = [round(min(max(number / 100, 0.0), 1.0), 6) for number in percent]

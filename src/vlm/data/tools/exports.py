@@ -212,6 +212,8 @@ class Result(Struct):
     type: str = ""
     from_name: str = ""
     value: Record = field(default_factory=dict)
+    id: str | int | None = None
+    image_rotation: float = 0
 
 
 class Annotation(Struct):

@@ -60,8 +60,9 @@ FORMS: dict[str, Callable[[Sample, Path], Record]] = {"llava": to_llava, "messag
 
 
 def is_image_moved_by_llava(turn: Turn) -> bool:
-    """Return whether LLaVA's form moves the only image of a turn to its start, since text stands before it."""
-    return sum(isinstance(part, ImageRef) for part in turn.content) == 1 and not isinstance(turn.content[0], ImageRef)
+    """Return whether LLaVA's form moves the only image of a user's turn to its start, since text stands before it."""
+    is_single = turn.role == "user" and sum(isinstance(part, ImageRef) for part in turn.content) == 1
+    return is_single and not isinstance(turn.content[0], ImageRef)
 
 
 def _record_keys(sample: Sample) -> Record:

@@ -22,7 +22,7 @@ from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_tex
 from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn
 from vlm.data.sources import Source, make_sources
 from vlm.data.tools.views import describe_views
-from vlm.data.vision.images import media_sizes_from_opened, open_media
+from vlm.data.vision.images import media_sizes_from_opened, open_media, upright_size
 from vlm.data.vision.video import DecodedVideo
 
 
@@ -88,7 +88,8 @@ def _describe_size(shown: Image.Image | DecodedVideo, view: str) -> str:
     """Return the size of an image or video as text, and what the model sees of it."""
     if isinstance(shown, DecodedVideo):
         return f"video of {len(shown.frames)} frames {shown.clip.width}×{shown.clip.height} (seen as {view})"
-    return f"{shown.width}×{shown.height} (seen as {view})"
+    height, width = upright_size(shown)
+    return f"{width}×{height} (seen as {view})"
 
 
 def _load_shown_record(source: Source, number: int | None, record: object) -> ShownRecord:
@@ -147,8 +148,9 @@ def as_text(shown: ShownRecord, *, colours: bool) -> str:
     title = presentable(shown.title())
     if shown.encoded is None:
         return f"── {title}\n{notes}   cannot be used: {presentable(shown.problem)}\n"
-    ids, labels = shown.encoded.input_ids, shown.encoded.labels
-    return f"── {title}\n{notes}{tokens_as_text(ids, labels, shown.source.encoder.processor, colours=colours)}\n"
+    ids, labels, weights = shown.encoded.input_ids, shown.encoded.labels, shown.encoded.weights
+    tokens = tokens_as_text(ids, labels, shown.source.encoder.processor, weights, colours=colours)
+    return f"── {title}\n{notes}{tokens}\n"
 
 
 def as_html(shown: ShownRecord) -> str:
@@ -162,8 +164,9 @@ def as_html(shown: ShownRecord) -> str:
             head += _image_as_html(frame, objects)
     if shown.encoded is None:
         return f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
-    ids, labels = shown.encoded.input_ids, shown.encoded.labels
-    return f"{head}<p>{tokens_as_html(ids, labels, [1] * len(ids), shown.source.encoder.processor)}</p>"
+    encoded, processor = shown.encoded, shown.source.encoder.processor
+    mask = [1] * len(encoded.input_ids)
+    return f"{head}<p>{tokens_as_html(encoded.input_ids, encoded.labels, mask, processor, encoded.weights)}</p>"
 
 
 def _image_as_html(image: Image.Image, objects: Sequence[MarkedObject]) -> str:
