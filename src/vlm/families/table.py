@@ -141,6 +141,11 @@ FAMILIES: dict[str, Family] = {
         # What draws images is no part of an answer in text.
         unused_prefixes=("model.generation_embeddings.", "model.generation_aligner.", "model.generation_head."),
     ),
+    "nemotron_h_omni": Family(
+        "Nemotron Nano Omni",
+        videos=False,  # its processor reads the frames per second of all videos from one object, and refuses a list
+        unused_prefixes=("vision_model.embeddings.video_patch_projection.",),  # what reads frames of videos
+    ),
     # Names and packaged choices alone: nothing of these is an exception.
     "qwen3_vl_moe": Family("Qwen3-VL, mixture of experts", ("qwen3-vl-30b-a3b",)),
     "qwen3_5": Family("Qwen3.5", ("qwen3.5-4b", "qwen3.5-9b", "qwen3.5-27b")),
