@@ -53,11 +53,14 @@ class FamilyVideos:
         """Return how many frames are read of even the shortest video, where at most `max_frames` are read of any."""
         return max_frames if self.equal_num_frames else self.fewest
 
-    def inputs(self, *videos: DecodedVideo) -> Mapping[str, Any]:
-        """Return all outputs of the processor for the videos of a text: inputs of the model, and those of its text."""
+    def inputs(self, *videos: DecodedVideo, apart: bool = False) -> Mapping[str, Any]:
+        """Return all outputs of the processor for the videos of a text: inputs of the model, and those of its text.
+
+        With `apart`, each video has a text of its own.
+        """
         frames = [torch.from_numpy(np.stack([np.asarray(frame) for frame in video.frames])) for video in videos]
         outputs = self.native(
-            text=[self.token * len(videos)],
+            text=[self.token] * len(videos) if apart else [self.token * len(videos)],
             videos=[video.permute(0, 3, 1, 2).contiguous() for video in frames],  # (frames, 3, height, width)
             video_metadata=[make_metadata(video.clip) for video in videos], do_sample_frames=False,
             return_metadata=True, return_tensors="pt", return_text_replacement_offsets=True,
