@@ -7,11 +7,12 @@ import torch
 from transformers.models.qwen2_vl import Qwen2VLProcessor
 
 from tests.families.tiny_families import TINY, qwen
+from vlm.assembly.small_models.make import make_small
 from vlm.data.batching.collator import Collator
 from vlm.families.derive_inputs import derive_inputs
 from vlm.families.native import CallForm, NativeProcessor, ProcessorMismatchError
 from vlm.families.processing import FamilyProcessor
-from vlm.families.table import FAMILIES, Family
+from vlm.families.table import FAMILIES, Family, get_family
 
 ROWS = {
     "idefics3": ("pixel_values", "pixel_attention_mask"),
@@ -78,3 +79,13 @@ def test_inputs_are_concatenated_along_the_dimension_that_grows():
     rows = [{"input_ids": [1], "labels": [1], "pixel_values": torch.ones(1, 2, size)} for size in (3, 4)]
     batch = Collator(0, dims=inputs.dims)(rows)
     assert batch.get("pixel_values", torch.empty(0)).shape == (1, 2, 7)
+
+
+def test_indices_of_rows_are_told_from_other_numbers():
+    molmo2, qwen2_vl = (
+        FamilyProcessor(make_small(kind).processor, get_family(kind)) for kind in ("molmo2", "qwen2_vl")
+    )
+    assert molmo2.row_indices == {
+        "image_token_pooling": ("pixel_values", 2), "video_token_pooling": ("pixel_values_videos", 2)
+    }  # fmt: skip
+    assert not qwen2_vl.row_indices

@@ -12,6 +12,7 @@ from vlm.families.derive_parts import derive_parts
 from vlm.families.installed import image_text_types
 from vlm.families.meta_model import NotAFamilyError, build_meta_model
 from vlm.families.parts import get_part_names
+from vlm.models.vocabulary import find_vocabulary_head
 
 LLAVA = {
     "visual_encoder": ("model.vision_tower.",),
@@ -73,14 +74,13 @@ OF_EVERY_KIND = (
 )  # fmt: skip
 OTHERS = [kind for kind in image_text_types() if kind not in (*OF_EVERY_KIND, *BY_HAND)]
 REFUSED: dict[str, str] = {
-    "blip": "no vocabulary head",
+    "blip": "names a vocabulary head",
     "florence2": "encoder-decoder",
     "gemma4": "no visual encoder and no connector",
     "gemma4_unified": "no visual encoder and no connector",
     "git": "no visual encoder",
     "idefics": "lies within its decoder",
     "mistral4": "no visual encoder",
-    "nemotron_h_omni": "no vocabulary head",
     "pi0": "does not let it generate text",
     "pix2struct": "encoder-decoder",
     "pp_formulanet": "encoder-decoder",
@@ -123,7 +123,7 @@ def check_parts(kind: str) -> None:
     found = {name: names.part_of(name) for name in tensors(model)}
     assert set(found.values()) <= set(PARTS)
     assert found
-    vocabulary = [model.get_input_embeddings(), model.get_output_embeddings()]
+    vocabulary = [model.get_input_embeddings(), find_vocabulary_head(model)]
     weights = {id(parameter) for layer in vocabulary for parameter in layer.parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) in weights:

@@ -24,6 +24,7 @@ from vlm.assembly.opening import opening
 from vlm.checks.checkpoint_files import ADAPTER_WEIGHTS, read_header, read_object
 from vlm.config.derived import BASE_FILE
 from vlm.families.parts import get_part_names
+from vlm.models.vocabulary import find_vocabulary_head
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -92,7 +93,7 @@ def _base_vocabulary_rows(model: PreTrainedModel, base: Base) -> dict[str, int]:
     source = base.sources["language_model"]
     config = load_config(source.name, source.name, revision=source.revision)
     rows = config.get_text_config().vocab_size
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    layers = [model.get_input_embeddings(), find_vocabulary_head(model)]
     named = {id(parameter): _base_name(name) for name, parameter in model.named_parameters()}
     weights = [layer.weight for layer in layers if layer is not None and not layer.weight.requires_grad]
     return {named[id(weight)]: rows for weight in weights if getattr(weight, "ds_shape", weight.shape)[0] > rows}
@@ -199,7 +200,7 @@ def _has_adapter(folder: Path) -> bool:
 def _overwrite_tensors(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, needed: Collection[str]) -> None:
     """Overwrite tensors of a model; a tensor with fewer rows holds the last rows (of embeddings that grew)."""
     current = dict([*model.named_parameters(), *model.named_buffers()])
-    embeddings = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
+    embeddings = {id(layer.weight) for layer in (model.get_input_embeddings(), find_vocabulary_head(model)) if layer}
     growing = {name for name, tensor in current.items() if id(tensor) in embeddings}
     check_trained_tensors(folder, state, current, needed=needed, growing=growing)
     for name, tensor in state.items():

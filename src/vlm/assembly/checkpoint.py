@@ -24,7 +24,7 @@ from vlm.assembly.config_checks import check_config, check_generation_config
 from vlm.assembly.encoders import check_views
 from vlm.assembly.family import check_is_family, get_auto_class, load_family_model, read_config
 from vlm.assembly.foreign_config import check_reference
-from vlm.assembly.heads import get_num_embeddings
+from vlm.assembly.heads import get_num_embeddings, grow_rows
 from vlm.assembly.image_budget import limit_image_tokens
 from vlm.assembly.loading import check_weights, load_complete
 from vlm.assembly.opening import opening
@@ -362,9 +362,7 @@ def _with_recorded_config(model: PreTrainedModel, config: PreTrainedConfig) -> P
 
     Heads of a class of the user's own are refused: the class is not imported from here.
     """
-    rows = config.get_text_config().vocab_size
-    if rows > get_num_embeddings(model):
-        model.resize_token_embeddings(rows)
+    grow_rows(model, config.get_text_config().vocab_size)
     body, body_config = get_body(model), get_body_config(config)
     if is_composed_config(body_config):
         body.config.recipe = body_config.recipe

@@ -17,6 +17,7 @@ from vlm.data.heads.labels import HeadLabels, label_mean_and_std
 from vlm.data.processor import Processor
 from vlm.models.configuration_prediction import HeadSettings, VLMPredictionConfig
 from vlm.models.heads import HEADS, PredictionHead
+from vlm.models.vocabulary import resize_vocabulary
 
 
 def add_tokens(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -32,8 +33,13 @@ def new_token_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give a model's embeddings a row for each token; a new row is drawn around the mean of the others."""
-    if len(tokenizer) > get_num_embeddings(model):
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)
+    grow_rows(model, len(tokenizer), multiple=64)
+
+
+def grow_rows(model: PreTrainedModel, rows: int, multiple: int | None = None) -> None:
+    """Give a model's embeddings and its vocabulary head at least so many rows, a multiple of a number where given."""
+    if rows > get_num_embeddings(model):
+        resize_vocabulary(model, rows, multiple)
 
 
 def get_num_embeddings(model: PreTrainedModel) -> int:

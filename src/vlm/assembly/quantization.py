@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 from vlm.assembly.family import get_auto_class
 from vlm.config.model_schema import ModelConfig
 from vlm.families.parts import get_part_names
+from vlm.models.vocabulary import find_vocabulary_head
 
 
 def make_quantization_config(kind: str, skipped: Collection[str] | None = None) -> BitsAndBytesConfig:
@@ -54,7 +55,7 @@ def make_checkpoint_quantization(config: PreTrainedConfig, kinds: Mapping[str, s
     with torch.device("meta"):
         model = get_auto_class(config).from_config(config)
     part_of = get_part_names(config).part_of
-    head = model.get_output_embeddings()
+    head = find_vocabulary_head(model)
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     skipped = [name for name, module in linear if module is head or part_of(f"{name}.weight") not in kinds]
     return make_quantization_config(next(iter(kinds.values())), skipped)

@@ -13,6 +13,7 @@ from vlm.families.table import FAMILIES
 from vlm.models.connectors import CONNECTORS
 from vlm.models.head_tasks import NUM_OUTPUTS_BY_TASK
 from vlm.models.poolings import POOLINGS
+from vlm.models.vocabulary import find_vocabulary_head
 
 ATTENTION_FLAGS = {"sdpa": "_supports_sdpa", "flash_attention_2": "_supports_flash_attn", "flex": "_supports_flex_attn"}
 """Attention implementation -> the attribute of a model class that says whether the class supports it."""
@@ -56,7 +57,7 @@ def family_rows() -> Iterator[tuple[str, ...]]:
 def get_quantizable_share(config: PreTrainedConfig) -> float:
     """Return the share of a model's weights in Linear layers, at its family's default size."""
     model = build_meta_model(config)
-    head = model.get_output_embeddings()
+    head = find_vocabulary_head(model)
     linear = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not head)
     return sum(module.weight.numel() for module in linear) / sum(weight.numel() for weight in model.parameters())
 

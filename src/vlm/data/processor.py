@@ -30,6 +30,10 @@ Prompts for prediction heads have `targets` (head -> list of numbers) and `group
 """
 
 
+RowIndex = tuple[str, int]
+"""An input whose rows another one's numbers are indices of, and how many of its leading dimensions make a row."""
+
+
 class VideoSupport(Protocol):
     """Properties of a model that reads videos through a token of their own."""
 
@@ -121,6 +125,16 @@ class Processor(Protocol):
     @property
     def concatenation_dims(self) -> Mapping[str, int]:
         """Return image input -> the dimension along which those of samples are concatenated; 0 for all others."""
+        ...
+
+    @property
+    def row_indices(self) -> Mapping[str, RowIndex]:
+        """Return image input -> the input whose rows its numbers are indices of; none for most."""
+        ...
+
+    @property
+    def sees_media_together(self) -> bool:
+        """Return whether each image and video of a conversation sees all others, those that come later too."""
         ...
 
     @property

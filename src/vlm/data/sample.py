@@ -356,6 +356,15 @@ class Sample:
             return "no reply to learn from: its replies are blank"
         return "no reply to learn from: those that are not blank have weight 0 or loss false"
 
+    @property
+    def learns_between_media(self) -> bool:
+        """Whether a learned reply stands behind an image or video and before another one."""
+        has_media = [any(not isinstance(part, str) for part in turn.content) for turn in self.turns]
+        return any(
+            turn.role == "assistant" and turn.supervised and any(has_media[:place]) and any(has_media[place + 1 :])
+            for place, turn in enumerate(self.turns)
+        )
+
     def without_blank_replies(self) -> "Sample":
         """Return the sample with blank replies that are not learned, only read."""
         if not any(turn.supervised and turn.is_blank for turn in self.turns):

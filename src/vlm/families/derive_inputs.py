@@ -3,13 +3,16 @@
 Nothing of it depends on what images show: shapes and names alone are looked at.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from math import prod
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from vlm.data.processor import RowIndex
 from vlm.families.native import (
     REPLACEMENTS,
     TEXT_INPUTS,
@@ -27,6 +30,8 @@ SIDE = 64
 WORDS = "words"
 PLAIN_INPUTS = ("input_ids", "attention_mask", "labels")
 """Outputs for a text that every model has, or that are made here."""
+NUMBERS = (torch.int64, torch.int32)
+"""Precisions of indices, grids and other numbers; pixels have others."""
 NUMBERS_OF_FRAMES = (1, 2, 4, 8)
 """Frames of the shortest video, in the order in which they are tried."""
 
@@ -41,6 +46,7 @@ class DerivedInputs:
         text_inputs: all outputs for a text.
         form: how the processor is called.
         dims: image input -> the dimension along which it is concatenated, where that is not the first one.
+        indices: image input -> the input whose rows its numbers are indices of.
         makers: input of `per_token` -> what makes it.
         min_frames: the fewest frames of a video; 0: no videos.
         joined: whether images and videos share inputs, in the order of the text.
@@ -52,6 +58,7 @@ class DerivedInputs:
     text_inputs: tuple[str, ...]
     form: CallForm
     dims: Mapping[str, int] = field(default_factory=dict)
+    indices: Mapping[str, RowIndex] = field(default_factory=dict)
     makers: Mapping[str, Maker] = field(default_factory=dict)
     min_frames: int = 0
     joined: bool = False
@@ -78,7 +85,8 @@ def derive_inputs(native: NativeProcessor, family: Family) -> DerivedInputs:
     rows, dims = _find_layout(native, images, blank)
     derived = DerivedInputs(
         rows if family.rows is None else family.rows, tuple(makers),
-        tuple(dict.fromkeys((*TEXT_INPUTS, *text_names))), native.form, dims, makers,
+        tuple(dict.fromkeys((*TEXT_INPUTS, *text_names))), native.form, dims,
+        _find_indices(images, partial(native.call_twice, blank), TEXT_INPUTS), makers,
     )  # fmt: skip
     return _with_videos(native, family, derived, images)
 
@@ -135,6 +143,45 @@ def _find_layout(
     return rows, {name: dim for name, dim in dims.items() if dim is not None}
 
 
+def _find_indices(
+    images: Mapping[str, Tensor], call_twice: Callable[[], Mapping[str, object]], text_inputs: Sequence[str]
+) -> dict[str, RowIndex]:
+    """Return the inputs that are indices of rows of another one: input -> that input and its counted dimensions.
+
+    Of two samples with equal images, the second has the numbers of the first plus the number of rows of an image.
+
+    Args:
+        images: the inputs of one image or video.
+        call_twice: returns the outputs for two samples of it.
+        text_inputs: outputs for a text.
+    """
+    candidates = [name for name, value in images.items() if value.ndim > 1 and value.dtype in NUMBERS]
+    if not candidates:
+        return {}
+    try:
+        samples = image_inputs_of(call_twice(), text_inputs)
+    except Exception:  # a processor that takes one sample at a time
+        return {}
+    found = {name: _match_rows(name, images, samples.get(name)) for name in candidates}
+    return {name: index for name, index in found.items() if index is not None}
+
+
+def _match_rows(name: str, images: Mapping[str, Tensor], samples: Tensor | None) -> RowIndex | None:
+    """Return the input whose rows an input's numbers count, by its values for two samples; None: it is no index."""
+    own = images[name]
+    if samples is None or samples.shape != (2 * len(own), *own.shape[1:]):
+        return None
+    first, second = samples.chunk(2)
+    shifts = (second - first)[own >= 0].unique().tolist()
+    if not torch.equal(first, own) or not torch.equal(first[own < 0], second[own < 0]) or len(shifts) != 1:
+        return None
+    for source, value in images.items():
+        for num_dims in range(1, 1 if value.dtype in NUMBERS else value.ndim):
+            if prod(value.shape[:num_dims]) == shifts[0] > int(own.max()):
+                return source, num_dims
+    return None
+
+
 def _grown_dim(one: Tensor, other: Tensor) -> int | None:
     """Return the dimension in which a tensor is larger than another one."""
     pairs = enumerate(zip(one.shape, other.shape, strict=True))
@@ -155,17 +202,23 @@ def _with_videos(
             shorter, longer = (videos.checked_blank_inputs(frames) for frames in (number, 2 * number))
         except Exception:  # too few frames for this model
             continue
+        blanks = [make_blank_video(videos.minimal_clip)] * 2
         try:
-            two = videos.inputs(*[make_blank_video(videos.minimal_clip)] * 2)
+            two = videos.inputs(*blanks)
         except Exception:  # a processor that takes one video for a text
             two = shorter
         inputs, more, twice = (image_inputs_of(found, derived.text_inputs) for found in (shorter, longer, two))
         dims = {name: _grown_dim(value, twice[name]) for name, value in inputs.items() if len(twice[name]) == 1}
         along = {name: dim for name, dim in dims.items() if dim and name not in derived.per_sample}
         differ = {name for name in inputs if inputs[name].shape[1:] != more[name].shape[1:]}
+        indices = _find_indices(
+            inputs,
+            partial(videos.inputs, *[make_blank_video(videos.minimal_clip)] * 2, apart=True),
+            derived.text_inputs,
+        )
         joined, equal = not inputs.keys().isdisjoint(images), bool(differ - {*derived.per_sample, *along})
         return replace(
-            derived, min_frames=number, dims={**derived.dims, **along},
+            derived, min_frames=number, dims={**derived.dims, **along}, indices={**derived.indices, **indices},
             joined=joined if family.joined is None else family.joined,
             equal_num_frames=equal if family.equal_num_frames is None else family.equal_num_frames,
         )  # fmt: skip

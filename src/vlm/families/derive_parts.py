@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlm.families.meta_model import NotAFamilyError
+from vlm.models.vocabulary import find_vocabulary_head
 
 CONNECTOR_WORDS = ("merger", "projector", "projection", "connector", "adapter", "aligner", "resampler")
 """Words in the names of modules that carry image features into the language model."""
@@ -59,7 +60,7 @@ def derive_parts(model: PreTrainedModel, connectors: Sequence[str] = ()) -> Deri
         )
     kinds = {id(decoder): "language_model"}
     kinds |= {} if encoder is None else {id(encoder): "visual_encoder"}
-    vocabulary = (model.get_input_embeddings(), model.get_output_embeddings())
+    vocabulary = (model.get_input_embeddings(), find_vocabulary_head(model))
     kinds |= {id(layer): "language_model" for layer in vocabulary if layer is not None and id(layer) not in kinds}
     for prefix, part, is_unused in _walk(model, "", kinds):
         parts.prefixes.setdefault(prefix, part)
@@ -106,8 +107,10 @@ def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
         raise NotAFamilyError(
             f"{label}: its decoder reads the image by cross-attention only, not at tokens of its text"
         )
-    if model.get_output_embeddings() is None:
-        raise NotAFamilyError(f"{label}: get_output_embeddings names no vocabulary head, at which the loss is taken")
+    if find_vocabulary_head(model) is None:
+        raise NotAFamilyError(
+            f"{label}: neither it nor a causal language model in it names a vocabulary head, at which the loss is taken"
+        )
 
 
 def _get_image_encoder(model: PreTrainedModel) -> nn.Module | None:

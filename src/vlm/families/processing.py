@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, ProcessorMixin
 
+from vlm.data.batching.row_indices import shift_indices
 from vlm.data.coordinates.table import token_pattern
 from vlm.data.encoding.processor_errors import ProcessorRefusalError
 from vlm.data.processor import Tools
@@ -83,7 +84,8 @@ class FamilyProcessor:
         is_new = inputs is None
         self.inputs = inputs = inputs or derive_inputs(self.calls, family)
         self.per_sample_inputs, self.per_token_inputs = inputs.per_sample, inputs.per_token
-        self.concatenation_dims = inputs.dims
+        self.concatenation_dims, self.row_indices = inputs.dims, inputs.indices
+        self.sees_media_together = family.sees_media_together
         self.videos = None
         if inputs.min_frames:
             self.videos = FamilyVideos(native, inputs.min_frames, equal_num_frames=inputs.equal_num_frames)
@@ -362,10 +364,14 @@ class FamilyProcessor:
         """
         videos = [image for image in images if isinstance(image, DecodedVideo)]
         if videos and self.inputs.joined:
-            return joined([self._process_one(image) for image in images], self.per_sample_inputs, self.inputs.dims)
+            parts = [self._process_one(image) for image in images]
+            shift_indices(parts, self.row_indices)
+            return joined(parts, self.per_sample_inputs, self.inputs.dims)
         stills = [self.as_rgb(cast(Image.Image, image)) for image in images if not isinstance(image, DecodedVideo)]
         inputs = self._process_images(stills) if stills else {}
-        return inputs | joined([self._process_one(video) for video in videos], self.per_sample_inputs, self.inputs.dims)
+        read = [self._process_one(video) for video in videos]
+        shift_indices(read, self.row_indices)
+        return inputs | joined(read, self.per_sample_inputs, self.inputs.dims)
 
     def _process_one(self, image: Medium) -> dict[str, Tensor]:
         """Return the inputs of a single image or video."""

@@ -33,6 +33,7 @@ class Family:
         min_frames: the fewest frames of a video.
         video_template: the chat template of conversations with videos, where its own does not support them.
         template: the chat template where its processor has none.
+        sees_media_together: whether each image and video of a conversation sees all others, later ones too.
         supports_packing: whether it keeps the samples of a packed row apart (`trainer.packing`); None: the first step
             of a run proves it.
     """
@@ -50,6 +51,7 @@ class Family:
     min_frames: int | None = None
     video_template: str | None = None
     template: str | None = None
+    sees_media_together: bool = False
     supports_packing: bool | None = None
 
 
@@ -141,6 +143,16 @@ FAMILIES: dict[str, Family] = {
         # What draws images is no part of an answer in text.
         unused_prefixes=("model.generation_embeddings.", "model.generation_aligner.", "model.generation_head."),
     ),
+    "molmo2": Family(
+        "Molmo2", ("molmo2-4b", "molmo2-8b"),
+        sees_media_together=True,  # its mask puts all images of a row into one block
+        supports_packing=False,  # and those of all samples of a packed row too
+    ),
+    "nemotron_h_omni": Family(
+        "Nemotron Nano Omni",
+        videos=False,  # its processor reads the frames per second of all videos from one object, and refuses a list
+        unused_prefixes=("vision_model.embeddings.video_patch_projection.",),  # what reads frames of videos
+    ),
     # Names and packaged choices alone: nothing of these is an exception.
     "qwen3_vl_moe": Family("Qwen3-VL, mixture of experts", ("qwen3-vl-30b-a3b",)),
     "qwen3_5": Family("Qwen3.5", ("qwen3.5-4b", "qwen3.5-9b", "qwen3.5-27b")),
@@ -154,7 +166,6 @@ FAMILIES: dict[str, Family] = {
     "mistral3": Family("Mistral Small 3, Ministral 3", ("mistral-small-3.1-24b", "ministral-3-3b", "ministral-3-8b")),
     "llama4": Family("Llama 4", ("llama-4-scout",)),
     "lfm2_vl": Family("LFM2-VL", ("lfm2-vl-450m", "lfm2-vl-1.6b")),
-    "molmo2": Family("Molmo2", ("molmo2-4b", "molmo2-8b")),
     "minicpmv4_6": Family("MiniCPM-V 4.6", ("minicpm-v-4.6",)),
     "ovis2": Family("Ovis2", ("ovis2-1b",)),
     "perception_lm": Family("PerceptionLM", ("perception-lm-1b", "perception-lm-3b")),

@@ -80,6 +80,9 @@ class VLMProcessor(ProcessorMixin):
     """Image inputs with one row for each sample: none, all have one for each image."""
     concatenation_dims: Mapping[str, int] = MappingProxyType({})
     """Image inputs that are concatenated along another dimension than the first one: none."""
+    row_indices: Mapping[str, tuple[str, int]] = MappingProxyType({})
+    """Image inputs that are indices of rows of other inputs: none."""
+    sees_media_together = False
     per_token_inputs = ()
     """Inputs with one value for each token, besides ids and mask: none."""
     videos = video_token = video_token_id = None

@@ -15,6 +15,8 @@ from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
+from .vocabulary import find_vocabulary_head
+
 IGNORE_INDEX = -100
 """The label of a position that is not supervised."""
 
@@ -196,7 +198,7 @@ class SupervisedScores:
         same, whatever its inputs are.
         """
         self.in_head, self.softcap = False, None
-        if self.model.get_output_embeddings() is None:
+        if find_vocabulary_head(self.model) is None:
             return False
         softcap = getattr(self.model.config.get_text_config(), SOFTCAP_KEY, None)
         known, logits = self._replace_logits(inputs)
@@ -230,7 +232,7 @@ class SupervisedScores:
 
         Its hooks run around that as around its own function. Where the model caps logits, `head` does so in its place.
         """
-        module, config, softcap = self.model.get_output_embeddings(), self.model.config.get_text_config(), self.softcap
+        module, config, softcap = find_vocabulary_head(self.model), self.model.config.get_text_config(), self.softcap
         own, forward = vars(module).get("forward"), module.forward
         head = forward if softcap is None else lambda hidden: cap_logits(forward(hidden), softcap)
         module.forward = lambda hidden: compute(head, hidden)

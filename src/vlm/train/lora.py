@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from vlm.assembly.model_interface import TrainableModel
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
 from vlm.families.parts import get_part_names
+from vlm.models.vocabulary import find_vocabulary_head
 
 if TYPE_CHECKING:
     import peft
@@ -73,7 +74,7 @@ def select_adapted_layers(model: TrainableModel, part: str, config: LoraPartConf
 
 def linear_layers(model: TrainableModel, part: str) -> list[str]:
     """Return full names of a part's Linear layers, without `lm_head` and layers that no answer depends on."""
-    names, head = get_part_names(model.config), model.get_output_embeddings()
+    names, head = get_part_names(model.config), find_vocabulary_head(model)
     return [
         name
         for name, module in model.named_modules()

@@ -15,6 +15,7 @@ from vlm.assembly.model_interface import TrainableModel
 from vlm.config.model_schema import ModelConfig
 from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, TrainerOptions
 from vlm.families.parts import get_part_names
+from vlm.models.vocabulary import find_vocabulary_head
 from vlm.train.lora import is_trained_with_adapter
 
 FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"})
@@ -104,7 +105,7 @@ def make_parts(
 
 def token_embedding_names(model: TrainableModel) -> frozenset[str]:
     """Return full names of the matrices with a row for each token: embeddings, and untied vocabulary heads."""
-    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    layers = [model.get_input_embeddings(), find_vocabulary_head(model)]
     weights = {id(layer.weight) for layer in layers if layer is not None}
     return frozenset(name for name, parameter in model.named_parameters() if id(parameter) in weights)
 
@@ -113,7 +114,7 @@ def parameters_unread_by_heads(model: TrainableModel) -> frozenset[str]:
     """Return full names of what no head depends on: later layers, an untied vocabulary head if no reply is learned."""
     if not is_prediction_model(model) or model.config.generation_weight:
         return frozenset()
-    vocabulary, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    vocabulary, embeddings = find_vocabulary_head(model), model.get_input_embeddings()
     unread = [] if vocabulary is None else [p for p in vocabulary.parameters() if p is not embeddings.weight]
     depth = model.config.get_text_config().num_hidden_layers
     last = max(depth if head.layer is None else head.layer % (depth + 1) for head in model.config.settings)

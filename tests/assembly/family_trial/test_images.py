@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from tests.assembly.family_trial.subjects import check_fails, check_proved, make_subject
+from vlm.assembly.family_trial.subject import Subject
+from vlm.assembly.small_models.make import make_small
+from vlm.families.processing import FamilyProcessor
+from vlm.families.table import get_family
 
 
 @pytest.mark.parametrize("name", ["llava-next", "qwen2-vl", "internvl", "mllama"])
@@ -90,3 +94,23 @@ def test_images_of_one_question_that_are_mixed_up_are_found():
         lambda module, inputs, output: output.mean(0, keepdim=True).expand_as(output)
     )
     check_fails("sight", subject, "two images that change places")
+
+
+def test_images_that_see_later_ones_are_found_unless_training_leaves_such_conversations_out(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    processor = FamilyProcessor(make_small("molmo2").processor, get_family("molmo2"))
+    subject = Subject(make_small("molmo2").config, processor)
+    check_proved("sight", subject)
+    monkeypatch.setattr("vlm.data.sample.Sample.learns_between_media", False)
+    check_fails("sight", subject, "a reply between images is learned")
+    processor.sees_media_together = False
+    check_fails("sight", subject, "depends on the second of two images, which comes later")
+
+
+def test_indices_that_are_not_counted_anew_are_found():
+    processor = FamilyProcessor(make_small("molmo2").processor, get_family("molmo2"))
+    subject = Subject(make_small("molmo2").config, processor)
+    check_proved("batch", subject)
+    subject.collate.indices = {}
+    check_fails("batch", subject, "in a padded batch")

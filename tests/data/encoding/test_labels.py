@@ -334,3 +334,18 @@ def test_nothing_is_left_of_a_question_whose_answer_is_cut(second: list[int], ke
 def test_truncation_cuts_neither_images_nor_all_replies(longest: int, what: str):
     with pytest.raises(OverLong, match=rf"cutting it to {longest} would cut {what}"):
         limit_length(WHOLE, longest, [9], "x", truncate=True)
+
+
+def test_a_learned_reply_between_images_that_see_each_other_is_refused(processors, monkeypatch: pytest.MonkeyPatch):
+    processor = processors[TEMPLATES[0]]
+    turns = [
+        Turn("user", (PICTURE, "this?")), Turn("assistant", ("a cat",)), Turn("user", (PICTURE, "and this?")),
+        Turn("assistant", ("a dog",)),
+    ]  # fmt: skip
+    encode(processor, Sample("pets", tuple(turns)))
+    monkeypatch.setattr(processor, "sees_media_together", True)
+    with pytest.raises(BadSample, match="put all images before it"):
+        encode(processor, Sample("pets", tuple(turns)))
+    turns[1] = replace(turns[1], supervised=False)
+    encode(processor, Sample("pets", tuple(turns)))
+    encode(processor, Sample("pets", (*turns[:2], Turn("user", ("and?",)), turns[3])))

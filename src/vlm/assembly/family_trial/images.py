@@ -140,6 +140,9 @@ def prove_sight(subject: Subject) -> None:
         read_natively(subject.processor, two_turns([one], [other]))
     except NotProvableError:
         return check_order_in_turn(subject)
+    if subject.processor.sees_media_together:
+        check_refused(subject, two_turns([one], [other]))
+        return check_order_in_turn(subject)
     third = draw_image(3)
     changes = {
         name: compare_turns(subject, two_turns([one], [other]), changed)
@@ -156,8 +159,21 @@ def prove_sight(subject: Subject) -> None:
     return None
 
 
+def check_refused(subject: Subject, conversation: Conversation) -> None:
+    """Check that training leaves out a conversation whose first reply would depend on a later image.
+
+    Raises:
+        DisprovedError: it would be learned.
+    """
+    try:
+        subject.make_row(conversation)
+    except BadSample:
+        return
+    raise DisprovedError("a reply between images is learned, though earlier images see later ones")
+
+
 def check_order_in_turn(subject: Subject) -> None:
-    """Check, where a template takes one question only, that two images of it are told apart.
+    """Check, where images stand in one question only, that two of them are told apart.
 
     Raises:
         DisprovedError: the logits are the same when they change places.

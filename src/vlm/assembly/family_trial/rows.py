@@ -66,7 +66,8 @@ def make_rows(subject: Subject, *, with_text: bool) -> list[Conversation]:
     rows = [one_turn(first), one_turn(second, reply="A brown bear in the woods")]
     if with_text:
         rows.insert(1, one_turn())
-    for several in (two_turns([first], [third]), one_turn(first, third, reply="Two")):
+    apart, together = two_turns([first], [third]), one_turn(first, third, reply="Two")
+    for several in (together,) if subject.processor.sees_media_together else (apart, together):
         try:
             read_natively(subject.processor, several)
         except NotProvableError:

@@ -16,6 +16,7 @@ from vlm.assembly.opening import quiet_loading
 from vlm.assembly.saving import save_complete, set_reply_ends
 from vlm.families.meta_model import get_auto_class
 from vlm.families.processing import FamilyProcessor
+from vlm.models.vocabulary import find_vocabulary_head
 
 PART_NAMES = ("visual_encoder", "connector", "language_model")
 SAVED_TOLERANCE = 1e-5
@@ -47,7 +48,7 @@ def _named_modules(subject: Subject) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield (a part that must not have its parameters, a module, how transformers names it)."""
     model = subject.model
     for getter, layer in (("get_input_embeddings", model.get_input_embeddings()),
-                          ("get_output_embeddings", model.get_output_embeddings())):  # fmt: skip
+                          ("get_output_embeddings", find_vocabulary_head(model))):  # fmt: skip
         if layer is not None:
             yield "visual_encoder", layer, getter
             yield "connector", layer, getter

@@ -54,7 +54,6 @@ UNSUPPORTED = {
     "kosmos-2": "transformers maps no processor to it; its own marks images by a mask of positions",
     "kosmos-2.5": "transformers maps no processor to it; its own marks images by a mask of positions",
     "mistral4": "it reads text alone",
-    "nemotron_h_omni": "its class names no vocabulary head, at which the loss is taken",
     "pi0": "it predicts movements of a robot, no text",
     "pix2struct": "an encoder-decoder, whose questions are drawn into the image",
     "pp_chart2table": "its processor writes no tokens for an image: they stand in its checkpoint's chat template",

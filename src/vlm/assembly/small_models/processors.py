@@ -56,6 +56,8 @@ PROCESSOR_OPTIONS: dict[str, Fields] = {
     "vipllava": {"vision_feature_select_strategy": "default"},
 }
 """A type -> options of its processor that do not follow from the configuration."""
+PATCH_OPTIONS = {"temporal_patch_size"}
+"""Of these, the options that one layer of patches asks of images and videos alike."""
 MAX_TILES = 2
 """Tiles of an image, at most."""
 
@@ -102,7 +104,7 @@ def _make_part(name: str, kind: type[ProcessorMixin], config: PreTrainedConfig, 
     if part is None:
         raise ValueError(f"model_type={config.model_type}: transformers maps no {name} to it")
     own = PART_OPTIONS.get(config.model_type, {})
-    known = own if name == "image_processor" else {}
+    known = own if name == "image_processor" else {option: own[option] for option in PATCH_OPTIONS & own.keys()}
     if hasattr(part, "draw_on_frames"):
         known = {**known, "draw_on_frames": False}  # with a font, which is a file
     return part(**_part_options(part, config) | known)

@@ -13,10 +13,11 @@ from torch.nn.functional import pad
 from torch.utils.data import get_worker_info
 
 from vlm.data.batching.batch import Batch
+from vlm.data.batching.row_indices import shift_indices
 from vlm.data.batching.stats import BATCH_STATS, compute_batch_stats
 from vlm.data.dataset import LOSS_WEIGHTS, SAMPLE_REF, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
-from vlm.data.processor import Processor, SampleInputs
+from vlm.data.processor import Processor, RowIndex, SampleInputs
 
 SKIPPED_KEY: Final = "skipped"
 """The key of the records that were left out of a batch; the training loop takes them out."""
@@ -51,6 +52,7 @@ class Collator:
         rows: image inputs with one row for each sample; the others are concatenated.
         tokens: inputs with one value for each token, besides the weights of losses.
         dims: image input -> the dimension along which it is concatenated, where that is not the first one.
+        indices: image input -> the input whose rows its numbers are indices of.
         left: whether rows are padded on the left, as generation needs them.
         with_stats: whether batches have `BatchStats` under `BATCH_STATS`, for the training loop to take out.
         with_refs: whether they say under `SAMPLE_REFS` which samples they hold, for the training loop to take out.
@@ -64,6 +66,7 @@ class Collator:
     rows: Sequence[str] = ()
     tokens: Sequence[str] = ()
     dims: Mapping[str, int] = field(default_factory=dict)
+    indices: Mapping[str, RowIndex] = field(default_factory=dict)
     left: bool = False
     with_stats: bool = False
     with_refs: bool = False
@@ -78,7 +81,8 @@ class Collator:
         return cls(
             cast(int, processor.tokenizer.pad_token_id), dummy, video_dummy=video_dummy,
             rows=processor.per_sample_inputs, tokens=processor.per_token_inputs, dims=processor.concatenation_dims,
-            left=left, with_stats=with_stats, with_refs=with_refs, deduplicate=deduplicate,
+            indices=processor.row_indices, left=left, with_stats=with_stats, with_refs=with_refs,
+            deduplicate=deduplicate,
         )  # fmt: skip
 
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> Batch:
@@ -100,6 +104,7 @@ class Collator:
             _append_dummy(shortest, *dummy, self.tokens)
         longest = max(len(item["input_ids"]) for item in items)
         fills = {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}
+        shift_indices(items, self.indices)
         index = self._deduplicate(items)
         batch: dict[str, object] = {}
         for name, fill in fills.items():

@@ -224,6 +224,12 @@ def encode(
     """
     if problem := sample.reply_problem:
         raise BadSample(sample.id, problem)
+    if processor.sees_media_together and sample.learns_between_media:
+        raise BadSample(
+            sample.id,
+            "has a learned reply between images, and this model's earlier images see later ones: put all images before "
+            'it, or set "loss": false on it',
+        )
     if needs_whole_turns(sample.turns, sample.tools):
         rendered = render_whole_turns(processor, sample, keep=keep_thinking)
     else:

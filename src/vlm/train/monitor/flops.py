@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from vlm.assembly.checkpoint import is_composed_model, is_prediction_model
 from vlm.data.batching.stats import BatchStats, ModelInputs, num_images
 from vlm.models import VLMForConditionalGeneration
+from vlm.models.vocabulary import find_vocabulary_head
 
 BASE_LENGTH = 32
 """Tokens of the shortest counted text; the others are multiples of it."""
@@ -119,7 +120,7 @@ def _count_passes(forward: Callable[[], Tensor]) -> tuple[int, Tensor]:
 def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
     """Count the language model of a model on the meta device, and add what its images cost."""
     _count_active_experts(model.get_decoder())
-    embeddings = model.get_input_embeddings()
+    embeddings, head = model.get_input_embeddings(), cast(nn.Module, find_vocabulary_head(model))
     needs_gradient = images.needs_gradient or any(p.requires_grad for p in embeddings.parameters())
 
     def text(length: int, supervised: int) -> int:
@@ -130,7 +131,7 @@ def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
         def predict() -> Tensor:
             """Return the logits of the supervised tokens."""
             hidden = model.get_decoder()(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-            return model.get_output_embeddings()(hidden[:, -supervised:])
+            return head(hidden[:, -supervised:])
 
         return _count_passes(predict)[0]
 
