@@ -84,7 +84,8 @@ def get_part_names(config: PreTrainedConfig, unused_forms: Iterable[str] = ()) -
             tuple(f"visual_encoder.{name}" for name in config.unread_parameters),
         )
     found = _get_family_parts(_ConfigKey(config.to_json_string(use_diff=False), config))
-    return replace(found, unused_forms=tuple(unused_forms))
+    forms = tuple(unused_forms)
+    return replace(found, unused_forms=forms) if forms else found
 
 
 @lru_cache(maxsize=64)

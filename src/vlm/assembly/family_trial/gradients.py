@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlm.assembly.family_trial.conversations import SIZES, draw_image, draw_video, one_turn
 from vlm.assembly.family_trial.subject import Subject, list_names, supervised_next
-from vlm.assembly.family_trial.verdicts import DisprovedError, describe_unused
+from vlm.assembly.family_trial.verdicts import DisprovedError, NotProvableError, describe_unused
 from vlm.assembly.logit_proofs import choose_tokens
 from vlm.families.parts import get_form
 from vlm.models.text_loss import SupervisedScores, token_losses
@@ -58,7 +58,9 @@ def check_loss(subject: Subject) -> None:
     Raises:
         DisprovedError: it is another.
     """
-    batch = subject.make_batch(one_turn(draw_image(1)))
+    conversation = one_turn(draw_image(1))
+    subject.alone_logits(conversation)  # names a shape that the loss is not computed of
+    batch = subject.make_batch(conversation)
     keep = supervised_next(batch["labels"])
     with torch.no_grad():
         losses, targets, _ = SupervisedScores(subject.model)(batch)
@@ -82,11 +84,18 @@ def prove_part(subject: Subject, part: str, own: Sequence[str]) -> list[str]:
     """
     names, reached, tried = subject.names, set[str](), list[Batch]()
     needed = {name for name in own if not names.is_unused(name)}
-    for makes_batch in _batch_makers(subject):
-        if needed <= reached and len(tried) >= len(SIZES):
+    failures = []
+    for number, makes_batch in enumerate(_batch_makers(subject)):
+        if needed <= reached and number >= len(SIZES):
             break
-        tried.append(makes_batch())
-        reached |= find_reached(subject, tried[-1], set(own))
+        try:
+            batch = makes_batch()
+            reached |= find_reached(subject, batch, set(own))
+            tried.append(batch)
+        except Exception as error:  # of the model's code
+            if number < len(SIZES):
+                raise
+            failures.append(f"{type(error).__name__}: {error}")
     missed = [name for name in own if name in needed - reached]
     if last := _last_layer(subject).intersection(missed):  # what is of images there moves no reply in this layer alone
         reached |= last & find_reached(subject, tried[0], last, everywhere=True)
@@ -104,6 +113,8 @@ def prove_part(subject: Subject, part: str, own: Sequence[str]) -> list[str]:
             f"with the {part} trained alone, no gradient reaches {list_names(partly)}, but others of the same name in "
             "other layers; what no reply depends on has to be declared as unused"
         )
+    if missed and failures:
+        raise NotProvableError(f"{told}, and a batch that might reach it fails: {failures[0]}")
     if missed and not are_idle(subject, missed, tried):
         raise DisprovedError(f"{told}, although logits change with them")
     return missed
@@ -113,10 +124,10 @@ def _batch_makers(subject: Subject) -> Iterator[Callable[[], Batch]]:
     """Yield what makes batches that take different ways through a model: sizes of images, many words, a video."""
     for seed, size in enumerate((*SIZES, LARGE), start=1):
         yield partial(_make_batch, subject, draw_image(seed, size))
-    if subject.processor.videos is not None:
-        yield lambda: subject.make_batch(one_turn(draw_video(3, subject.processor)))
     words = subject.processor.tokenizer.decode(choose_tokens(subject.processor, NUM_WORDS))
     yield partial(_make_batch, subject, draw_image(1), question=words, reply=words)
+    if subject.processor.videos is not None:
+        yield lambda: subject.make_batch(one_turn(draw_video(3, subject.processor)))
 
 
 def _make_batch(subject: Subject, *media: object, **texts: str) -> Batch:
