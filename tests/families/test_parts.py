@@ -4,7 +4,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from vlm.families import parts
-from vlm.families.parts import PartNames, get_part_names
+from vlm.families.parts import PartNames, get_form, get_part_names
 from vlm.families.table import FAMILIES, Family, get_family
 
 
@@ -16,6 +16,17 @@ def test_the_longest_prefix_wins_and_none_is_an_error():
     assert not names.is_unused("a.b.d")
     with pytest.raises(ValueError, match=r"b\.x: begins with no prefix of a part"):
         names.part_of("b.x")
+
+
+def test_what_a_trial_found_is_unused_in_every_layer_and_below_heads():
+    config = CONFIG_MAPPING["llava"]()
+    names = get_part_names(config, ["model.language_model.layers.*.indexer.", "model.language_model.gate"])
+    assert get_form("body.model.layers.3.experts.12.weight") == "model.layers.*.experts.*.weight"
+    for start in ("", "body."):
+        assert names.is_unused(f"{start}model.language_model.layers.7.indexer.wk.weight")
+        assert names.is_unused(f"{start}model.language_model.gate")
+        assert not names.is_unused(f"{start}model.language_model.layers.7.mlp.up_proj.weight")
+    assert not get_part_names(config).is_unused("model.language_model.gate")
 
 
 def test_equal_configurations_build_one_model(monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ from tests.families.tiny_families import save_family
 from tests.fixtures import check_config, compose_config
 from vlm.assembly.family_trial import kept, table
 from vlm.assembly.family_trial.subject import Subject
-from vlm.assembly.family_trial.verdicts import DisprovedError, NotProvableError
+from vlm.assembly.family_trial.verdicts import DisprovedError, NotProvableError, describe_unused
 from vlm.assembly.resolve import resolve_model
 from vlm.checks.fields import ConfigError
 from vlm.families.processing import FamilyProcessor
@@ -33,13 +33,13 @@ def quick_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def start(folder: Path, tmp_path: Path) -> Callable[..., None]:
+def start(folder: Path, tmp_path: Path) -> Callable[..., tuple[str, ...]]:
     """`start(*overrides)` tries the family of a run, with an empty cache at first."""
 
-    def try_it(*overrides: str) -> None:
+    def try_it(*overrides: str) -> tuple[str, ...]:
         words = ["dataset.path=x", f"model.hf_name={folder}", f"dataset.cache_dir={tmp_path}", *overrides]
         config = compose_config("finetune-llava-onevision", ["trainer.packing=false", *words])
-        check_family(config, *resolve_model(config))
+        return check_family(config, *resolve_model(config))
 
     return try_it
 
@@ -81,6 +81,18 @@ def test_packing_is_refused_where_samples_see_each_other(start: Callable[..., No
     start()
     with pytest.raises(ValueError, match=r"packing \(the replies.*trainer\.packing=false pads"):
         start("trainer.packing=true")
+
+
+def test_what_no_reply_depends_on_reaches_the_run_from_a_new_and_from_a_kept_trial(
+    start: Callable[..., tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    forms = ("model.language_model.layers.*.indexer.", "model.gate")
+    monkeypatch.setitem(table.PROOFS, "gradients", lambda subject: describe_unused(forms))
+    with caplog.at_level(logging.INFO, "vlm.train.family_trial"):
+        assert start() == forms
+    assert "gradients: proved: no reply depends on model.language_model.layers.*.indexer., model.gate" in caplog.text
+    monkeypatch.setattr(kept, "try_family", None)
+    assert start() == forms
 
 
 def test_a_trial_is_kept(

@@ -11,10 +11,11 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import vlm
 from tests.command_line import refusal
+from tests.families.tiny_families import TINY
 from tests.fixtures import compose_config, losses
 from tests.tiny_parts import picture
 from vlm.assembly.adapter_base import BASE_FILE, fingerprint
@@ -23,7 +24,9 @@ from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.cli.main import main
+from vlm.config.schema import LoraConfig, LoraPartConfig
 from vlm.config.shown import printable
+from vlm.families.meta_model import get_auto_class
 from vlm.inference.generate import user_turn
 from vlm.train.checkpoints import saving as checkpoints
 from vlm.train.checkpoints.trained import TRAINED_WEIGHTS
@@ -422,3 +425,24 @@ def test_activation_checkpointing_reaches_adapters_under_a_frozen_base(train: Ca
     assert losses(saving) == pytest.approx(losses(plain), abs=1e-6)
     first, last = losses(plain)[0], losses(plain)[-1]
     assert last < first
+
+
+# What a family's trial finds
+
+
+def test_what_no_reply_depends_on_is_frozen_and_gets_no_adapter():
+    made = TINY["llava-interleave"]
+    native = made.processor()
+    config = CONFIG_MAPPING[made.model_type](**made.config(native))
+    model: Any = get_auto_class(config).from_config(config)
+    forms, idle = ("model.language_model.layers.*.mlp.up_proj.",), "mlp.up_proj"
+    assert any(idle in name for name in linear_layers(model, "language_model"))
+    assert not any(idle in name for name in linear_layers(model, "language_model", forms))
+    run = compose_config("finetune-llava-onevision", ["dataset.path=x"])
+    freeze(make_parts(model, run.trainer, run.model, (), forms))
+    assert {name for name, weight in model.named_parameters() if not weight.requires_grad and "vision" not in name} == {
+        name for name, _ in model.named_parameters() if idle in name
+    }
+    add_adapter(model, LoraConfig(language_model=LoraPartConfig(r=2)), 0, torch.float32, forms)
+    assert adapted(model)
+    assert not any(idle in name for name in adapted(model))

@@ -21,8 +21,10 @@ IMAGE_INPUTS = ("pixel_values", "flattened_patches")
 SOUND_INPUTS = ("input_features", "input_values", "audio_values")
 """Main inputs of audio encoders."""
 SOUND_WORDS = ("audio", "speech", "sound")
-FEATURE_LAYER_KEYS = ("vision_feature_layer", "vision_feature_layers")
+FEATURE_LAYER_KEYS = ("vision_feature_layer", "vision_feature_layers", "spatial_vision_layer")
 """Keys of configurations that say which hidden states of the visual encoder are read."""
+LAYER_MAP_KEY = "deepstack_layer_map"
+"""The key of pairs of a hidden state of the visual encoder and a layer of the language model that reads it."""
 
 
 @dataclass
@@ -178,11 +180,10 @@ def _find_unread(tower: PreTrainedModel, prefix: str, config: PreTrainedConfig) 
     for name, child in tower.named_modules():
         if type(child).__name__.endswith("PoolingHead"):
             yield f"{prefix}{name}."
-    selected = next((getattr(config, key) for key in FEATURE_LAYER_KEYS if hasattr(config, key)), None)
+    states = _list_selected(config)
     depth = getattr(tower.config, "num_hidden_layers", None)
-    if selected is None or not isinstance(depth, int):
+    if not states or not isinstance(depth, int):
         return
-    states = [selected] if isinstance(selected, int) else list(selected)
     highest = max(state % (depth + 1) for state in states)  # state 0 precedes layer 0
     for name, child in tower.named_modules():
         if isinstance(child, nn.ModuleList) and len(child) == depth:
@@ -190,3 +191,13 @@ def _find_unread(tower: PreTrainedModel, prefix: str, config: PreTrainedConfig) 
             break
     if hasattr(tower, "post_layernorm"):
         yield f"{prefix}post_layernorm."
+
+
+def _list_selected(config: PreTrainedConfig) -> list[int]:
+    """Return the hidden states of the visual encoder that a configuration selects; none where it does not say."""
+    states: list[int] = []
+    for key in FEATURE_LAYER_KEYS:
+        selected = getattr(config, key, None)
+        if selected is not None:
+            states += [selected] if isinstance(selected, int) else selected
+    return [*states, *(state for state, _ in getattr(config, LAYER_MAP_KEY, None) or ())]

@@ -10,7 +10,7 @@ from importlib import resources
 
 FILE = "proved.json"
 PROVED = "proved"
-"""The verdict of a proof that was made and holds; others begin with what became of it, and go on with the reason."""
+"""What the verdict of a proof begins with that was made and holds; the reason, or what it found, follows `: `."""
 UNKNOWN = "-"
 
 
@@ -33,7 +33,7 @@ class Proved:
         verdicts = self.types.get(model_type)
         if not verdicts:
             return UNKNOWN
-        lacking = [proof for proof, verdict in verdicts.items() if verdict != PROVED]
+        lacking = [proof for proof, verdict in verdicts.items() if verdict.partition(": ")[0] != PROVED]
         if len(lacking) == len(verdicts):
             return "none"
         return f"all but {', '.join(lacking)}" if lacking else "all"

@@ -6,7 +6,7 @@ import time
 from transformers import PreTrainedConfig
 
 from vlm.assembly.family_trial.kept import check_verdicts, recall_or_try
-from vlm.assembly.family_trial.verdicts import State, Verdict
+from vlm.assembly.family_trial.verdicts import State, Verdict, read_unused
 from vlm.assembly.logit_proofs import model_label
 from vlm.config.schema import RunConfig
 from vlm.data.cache import resolve_cache_folder
@@ -17,8 +17,11 @@ from vlm.train.distributed import on_rank0
 log = logging.getLogger(__name__)
 
 
-def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: Processor) -> None:
+def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: Processor) -> tuple[str, ...]:
     """Refuse a run whose model is of a family that fails its trial; every rank calls it. Composed models pass.
+
+    Returns:
+        What the forms of parameters begin with that no reply depends on, as the trial has found.
 
     Args:
         config: the run's configuration.
@@ -29,7 +32,7 @@ def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: P
         ValueError: see `check_verdicts`.
     """
     if not isinstance(processor, FamilyProcessor):
-        return
+        return ()
 
     def try_it() -> dict[str, Verdict]:
         """Make the proofs, or recall them, and log what came of them."""
@@ -43,10 +46,11 @@ def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: P
         effort = "known from an earlier trial" if known else f"in {time.monotonic() - started:.1f} s"
         log.info("Proved of %s, on a small model (%s): %s", model_config.model_type, effort, ", ".join(proved) or "-")
         for name, verdict in verdicts.items():
-            if verdict.state is not State.PROVED:
+            if verdict.state is not State.PROVED or verdict.reason:
                 log.info("  %s: %s", name, verdict)
         return verdicts
 
     verdicts = on_rank0(try_it)
     label = f"{model_label(config)} (model_type={model_config.model_type})"
     check_verdicts(verdicts, label, unproved=config.model.unproved, packing=config.trainer.packing)
+    return read_unused(verdicts)

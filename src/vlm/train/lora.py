@@ -6,6 +6,7 @@ stay.
 
 import difflib
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,15 +26,21 @@ PEFT_INITS = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal
 """`trainer.lora.init` -> peft's name. Other choices of peft change the base, which is not saved."""
 
 
-def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torch.dtype) -> None:
+def add_adapter(
+    model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torch.dtype, unused_forms: Sequence[str] = ()
+) -> None:
     """Put a new adapter of this precision into a loaded model, if any part is to have one.
 
-    Its first weights depend on the seed alone.
+    Its first weights depend on the seed alone; `unused_forms` as of `linear_layers`.
 
     Raises:
         ValueError: a part has no layer to adapt, or none of a name that was given.
     """
-    targets = {part: layers for part in PARTS if (layers := select_adapted_layers(model, part, getattr(lora, part)))}
+    targets = {
+        part: layers
+        for part in PARTS
+        if (layers := select_adapted_layers(model, part, getattr(lora, part), unused_forms))
+    }
     if not targets:
         return
     from peft.tuners.lora import LoraLayer  # slow to import, and only runs with an adapter need it
@@ -47,15 +54,17 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, seed: int, dtype: torc
             parameter.data = parameter.data.to(dtype)
 
 
-def select_adapted_layers(model: TrainableModel, part: str, config: LoraPartConfig) -> list[str]:
-    """Return full names of the layers of a part that get an adapter.
+def select_adapted_layers(
+    model: TrainableModel, part: str, config: LoraPartConfig, unused_forms: Sequence[str] = ()
+) -> list[str]:
+    """Return full names of the layers of a part that get an adapter; `unused_forms` as of `linear_layers`.
 
     Raises:
         ValueError: the part has no Linear layer, or none whose name ends as `target_modules` says.
     """
     if config.r is None:
         return []
-    linear = linear_layers(model, part)
+    linear = linear_layers(model, part, unused_forms)
     if not linear:
         raise ValueError(f"trainer.lora.{part}.r={config.r}: the {part} has no Linear layer to adapt")
     if config.target_modules is None:
@@ -72,9 +81,12 @@ def select_adapted_layers(model: TrainableModel, part: str, config: LoraPartConf
     return [name for name in linear if f".{name}".endswith(tuple(f".{ending}" for ending in config.target_modules))]
 
 
-def linear_layers(model: TrainableModel, part: str) -> list[str]:
-    """Return full names of a part's Linear layers, without `lm_head` and layers that no answer depends on."""
-    names, head = get_part_names(model.config), find_vocabulary_head(model)
+def linear_layers(model: TrainableModel, part: str, unused_forms: Sequence[str] = ()) -> list[str]:
+    """Return full names of a part's Linear layers, without `lm_head` and layers that no answer depends on.
+
+    Those are of the family, and by what their forms begin with, `unused_forms`, of its trial.
+    """
+    names, head = get_part_names(model.config, unused_forms), find_vocabulary_head(model)
     return [
         name
         for name, module in model.named_modules()

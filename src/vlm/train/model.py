@@ -1,5 +1,7 @@
 """Preparing a loaded model for training: adapters, frozen parts, precision, kernels, checkpointing, compilation."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -15,11 +17,15 @@ from vlm.train.step.compile import compile_layers
 from vlm.train.step.liger import apply_liger_kernels
 
 
-def prepare(model: PreTrainedModel, config: RunConfig, args: TrainingArguments, processor: Processor) -> list[Part]:
-    """Make a loaded model ready to train, and return its parts."""
+def prepare(
+    model: PreTrainedModel, config: RunConfig, args: TrainingArguments, processor: Processor,
+    unused_forms: Sequence[str] = (),
+) -> list[Part]:  # fmt: skip
+    """Make a loaded model ready to train, and return its parts; `unused_forms` as of `make_parts`."""
     trained_dtype = torch.float32 if args.deepspeed is None else compute_dtype(args)
-    add_adapter(model, config.trainer.lora, args.seed, trained_dtype)
-    parts = make_parts(model, config.trainer, config.model, new_token_ids(config.model, processor.tokenizer))
+    add_adapter(model, config.trainer.lora, args.seed, trained_dtype, unused_forms)
+    new_tokens = new_token_ids(config.model, processor.tokenizer)
+    parts = make_parts(model, config.trainer, config.model, new_tokens, unused_forms)
     freeze(parts)
     if not is_deepspeed_zero3_enabled():
         cast(model, parts, trained_dtype, compute_dtype(args))

@@ -59,8 +59,9 @@ class Part:
 
 
 def make_parts(
-    model: TrainableModel, trainer: TrainerOptions, sources: ModelConfig, new_tokens: Sequence[int] = ()
-) -> list[Part]:
+    model: TrainableModel, trainer: TrainerOptions, sources: ModelConfig, new_tokens: Sequence[int] = (),
+    unused_forms: Sequence[str] = (),
+) -> list[Part]:  # fmt: skip
     """Return the parts of a model with the run's settings; every parameter belongs to exactly one part.
 
     Args:
@@ -68,8 +69,9 @@ def make_parts(
         trainer: the run's settings.
         sources: where the model's parts come from.
         new_tokens: ids whose embeddings train even where the language model does not.
+        unused_forms: what the forms of parameters begin with that get no gradient, as the family's trial has found.
     """
-    names = get_part_names(model.config)
+    names = get_part_names(model.config, unused_forms)
     unread = parameters_unread_by_heads(model)
     part_names = (*PARTS, HEAD) if is_prediction_model(model) else PARTS
     source_names = {

@@ -58,20 +58,21 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if args.world_size > 1 and shards_weights(config.trainer):
         check_same_calls(model_config)
     check_same_setup(config)
-    check_family(config, model_config, processor)
+    unused_forms = check_family(config, model_config, processor)
     if args.local_process_index == 0 and config.trainer.deepspeed:
         release_stale_locks(extensions_folder())
     args.output_dir = str(folder := choose_directory(config, name))
     world = World.of(config, args.world_size, objective.loss_average)
     with open_run_directory(config, folder, world) as start:
         if not start.is_done:
-            _train(objective, model_config, processor, args, start)
+            _train(objective, model_config, processor, args, start, unused_forms)
     return folder
 
 
 def _train(
-    objective: Objective, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments, start: RunStart
-) -> None:
+    objective: Objective, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments,
+    start: RunStart, unused_forms: Sequence[str],
+) -> None:  # fmt: skip
     config, folder = objective.config, start.folder
     data = objective.load_data(model_config, processor, args)
     check_same_data(data.records)
@@ -83,7 +84,7 @@ def _train(
     model = objective.wrap_model(model, args)
     check_round_trip(model)
     set_reply_ends(model, processor)
-    parts = prepare(model, config, args, processor)
+    parts = prepare(model, config, args, processor, unused_forms)
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 
     collate = objective.make_collator(processor, data, args)

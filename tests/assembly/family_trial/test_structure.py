@@ -1,12 +1,14 @@
-"""Proofs about parts, gradients and saving: each fails for a family that is wrong in its way."""
+"""Proofs about parts and saving: each fails for a family that is wrong in its way."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.assembly.family_trial.subjects import check_fails, check_proved, make_subject
+from vlm.assembly.family_trial.structure import describe_lack
 from vlm.families.parts import PartNames
 
 VISION, CONNECTOR, TEXT = "model.vision_tower.", "model.multi_modal_projector.", "model.language_model."
@@ -44,25 +46,16 @@ def test_one_parameter_in_two_parts_is_found():
     check_fails("parts", subject, "under another name")
 
 
-def test_gradients_that_do_not_arrive_are_found():
+def test_a_part_that_a_model_names_no_modules_of_may_be_empty():
     subject = make_subject()
-    check_proved("gradients", subject)
-    subject.model.model.multi_modal_projector.register_forward_hook(lambda module, inputs, output: output.detach())
-    check_fails("gradients", subject, "with the visual_encoder trained alone, no gradient reaches")
-
-
-def test_what_is_not_read_has_to_be_declared():
-    subject = make_subject()
-    subject.names = PartNames(PREFIXES)
-    check_fails("gradients", subject, "no gradient reaches model.vision_tower.post_layernorm.weight")
-    subject.names = PartNames(PREFIXES, (*UNUSED, f"{CONNECTOR}linear_1.bias"))
-    check_fails("gradients", subject, "gets gradients, but is declared as unused")
-
-
-def test_a_proof_of_gradients_leaves_none_behind():
-    subject = make_subject()
-    check_proved("gradients", subject)
-    assert all(weight.grad is None and weight.requires_grad for weight in subject.model.parameters())
+    assert describe_lack(subject, "connector") == describe_lack(subject, "visual_encoder") == ""
+    subject.model.model.multi_modal_projector = nn.Identity()
+    assert "nothing lies between" in describe_lack(subject, "connector")
+    assert describe_lack(subject, "language_model") == ""
+    subject.model.get_encoder = lambda modality: None
+    assert describe_lack(subject, "connector") == describe_lack(subject, "visual_encoder") == ""
+    subject.model.model.vision_tower = nn.Identity()
+    assert "names no visual encoder" in describe_lack(subject, "visual_encoder")
 
 
 def test_a_weight_that_is_not_saved_is_found():

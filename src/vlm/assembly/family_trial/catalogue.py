@@ -166,14 +166,14 @@ def is_untried(verdicts: Verdicts) -> bool:
 
 
 def _list_reasons(tried: Mapping[str, Verdicts]) -> Iterator[str]:
-    """Yield a line for each type with the reasons of what is not proved, equal ones once."""
+    """Yield a line for each type with the reasons of what is not proved, and what was found, equal ones once."""
     for name, verdicts in tried.items():
         if is_untried(verdicts):
             yield f"- `{name}` is not tried: {_as_text(next(iter(verdicts.values())).reason)}"
             continue
         proofs_by_verdict: dict[Verdict, list[str]] = {}
         for proof, verdict in verdicts.items():
-            if verdict.state is not State.PROVED:
+            if verdict.reason:
                 proofs_by_verdict.setdefault(verdict, []).append(proof)
         for verdict, proofs in proofs_by_verdict.items():
             yield f"- `{name}`, {', '.join(proofs)} {verdict.state}: {_as_text(verdict.reason)}"

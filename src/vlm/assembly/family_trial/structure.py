@@ -1,4 +1,4 @@
-"""Proofs about parts, gradients and saving: what of the model trains, and whether it comes back from the disk."""
+"""Proofs about parts and saving: what each part of the model is, and whether all come back from the disk."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -6,25 +6,30 @@ from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoProcessor, PreTrainedModel
 
-from vlm.assembly.family_trial.conversations import draw_image, draw_video, one_turn, read_natively
+from vlm.assembly.family_trial.conversations import draw_image, one_turn, read_natively
+from vlm.assembly.family_trial.gradients import PART_NAMES
 from vlm.assembly.family_trial.subject import Subject, compute_reply_logits, list_names, relative_difference
 from vlm.assembly.family_trial.verdicts import DisprovedError
 from vlm.assembly.opening import quiet_loading
 from vlm.assembly.saving import save_complete, set_reply_ends
+from vlm.families.derive_parts import IMAGE_INPUTS
 from vlm.families.meta_model import get_auto_class
 from vlm.families.processing import FamilyProcessor
 from vlm.models.vocabulary import find_vocabulary_head
 
-PART_NAMES = ("visual_encoder", "connector", "language_model")
 SAVED_TOLERANCE = 1e-5
 """The largest difference of logits after loading, over the norm of those before: the same weights in the same code."""
 
 
-def prove_parts(subject: Subject) -> None:
-    """Every parameter belongs to one part, no part is empty, and transformers' own names of the parts agree."""
+def prove_parts(subject: Subject) -> str:
+    """Every parameter belongs to one part, no part is empty, and transformers' own names of the parts agree.
+
+    Returns:
+        Which parts the model does without by its own structure, and why.
+    """
     model, names = subject.model, subject.names
     members: dict[str, list[str]] = {part: [] for part in PART_NAMES}
     owners: dict[int, str] = {}
@@ -36,12 +41,32 @@ def prove_parts(subject: Subject) -> None:
         if owners.setdefault(id(parameter), part) != part:
             raise DisprovedError(f"{name} belongs to {part} and, under another name, to {owners[id(parameter)]}")
         members[part].append(name)
-    if empty := [part for part, own in members.items() if not own]:
+    lacking = {part: describe_lack(subject, part) for part, own in members.items() if not own}
+    if empty := [part for part, reason in lacking.items() if not reason]:
         raise DisprovedError(f"no parameter belongs to the {' and the '.join(empty)}")
     for wrong, module, label in _named_modules(subject):
         if strays := [name for name, own in model.named_parameters() if own is not None and names.part_of(name) == wrong
                       and any(own is inner for inner in module.parameters())]:  # fmt: skip
             raise DisprovedError(f"{list_names(strays)} of {label} belongs to the {wrong}")
+    return "; ".join(lacking.values())
+
+
+def describe_lack(subject: Subject, part: str) -> str:
+    """Return why a model has no such part, by its own names of modules; "" where it has to have one."""
+    model = subject.model
+    encoder = model.get_encoder(modality="image")
+    has_encoder = encoder not in (None, model, model.base_model)
+    if part == "visual_encoder" and not has_encoder:
+        inner = [module for module in model.modules() if module not in (model, model.base_model)]
+        if not any(isinstance(module, PreTrainedModel) and module.main_input_name in IMAGE_INPUTS for module in inner):
+            return "get_encoder names no visual encoder: patches go straight into the connector"
+    if part == "connector" and has_encoder:
+        own = (encoder, model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+        named = {id(parameter) for module in own if module is not None for parameter in module.parameters()}
+        others = [name for name, parameter in model.named_parameters() if id(parameter) not in named]
+        if all(map(subject.names.is_unused, others)):
+            return "nothing lies between the visual encoder and the language model that the model names"
+    return ""
 
 
 def _named_modules(subject: Subject) -> Iterator[tuple[str, nn.Module, str]]:
@@ -57,54 +82,6 @@ def _named_modules(subject: Subject) -> Iterator[tuple[str, nn.Module, str]]:
         inner is model.get_input_embeddings() for inner in encoder.modules()
     ):
         yield "language_model", encoder, "get_encoder(modality='image')"
-
-
-def prove_gradients(subject: Subject) -> None:
-    """With each part trained alone, gradients reach exactly its parameters, but for those that are declared unused."""
-    media = [draw_image(1)]
-    batches = [subject.make_batch(one_turn(*media)), subject.make_batch(one_turn(draw_image(2, (96, 96))))]
-    model, names = subject.model, subject.names
-    parameters = dict(model.named_parameters())
-    try:
-        for part in PART_NAMES:
-            own = [name for name in parameters if names.part_of(name) == part]
-            reached = _find_reached(subject, batches, set(own))
-            needed = [name for name in own if not names.is_unused(name)]
-            if subject.processor.videos is not None and not set(needed) <= set(reached):
-                video = subject.make_batch(one_turn(draw_video(3, subject.processor)))
-                reached += _find_reached(subject, [video], set(own))
-            if strays := [name for name in reached if name not in own]:
-                raise DisprovedError(f"with the {part} trained alone, gradients reach {list_names(strays)}")
-            if missed := [name for name in needed if name not in reached]:
-                raise DisprovedError(
-                    f"with the {part} trained alone, no gradient reaches {list_names(missed)}; what no reply depends "
-                    "on has to be declared as unused"
-                )
-            if read := [name for name in own if name in reached and names.is_unused(name)]:
-                raise DisprovedError(f"{list_names(read)} gets gradients, but is declared as unused")
-    finally:
-        model.requires_grad_(True)
-        model.zero_grad(set_to_none=True)
-
-
-def _find_reached(subject: Subject, batches: list[dict[str, Tensor]], trained: set[str]) -> list[str]:
-    """Return the parameters that gradients of any batch reach while only these train."""
-    model = subject.model
-    model.zero_grad(set_to_none=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained and parameter.is_floating_point())
-    reached: dict[str, None] = {}
-    for batch in batches:
-        logits = subject.reply_logits(batch)
-        if not logits.requires_grad:
-            return []
-        logits.float().log_softmax(-1)[:, ::7].square().mean().backward()
-        reached |= dict.fromkeys(
-            name for name, parameter in model.named_parameters()
-            if parameter.grad is not None and bool(parameter.grad.any())
-        )  # fmt: skip
-        model.zero_grad(set_to_none=True)
-    return list(reached)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from vlm.data.processor import SampleInputs
 from vlm.families.meta_model import get_auto_class
 from vlm.families.parts import PartNames, get_part_names
 from vlm.families.processing import FamilyProcessor
+from vlm.models.text_loss import select_kept
 
 VECTOR_NOISE = 0.1
 """Standard deviation of what is added to vectors and single numbers: gates that begin closed open."""
@@ -114,11 +115,13 @@ def compute_reply_logits(model: PreTrainedModel, batch: Mapping[str, object]) ->
     """
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     keep = supervised_next(cast(Tensor, batch["labels"]))
-    logits: Tensor = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    returned: Tensor = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+    logits = select_kept(returned, keep)
     if logits.ndim != 2 or len(logits) != int(keep.sum()):
         raise DisprovedError(
-            f"asked for logits at {int(keep.sum())} positions (logits_to_keep), by which training computes the loss, "
-            f"the model returns logits of shape {tuple(logits.shape)}"
+            f"asked for logits at {int(keep.sum())} of {keep.numel()} positions (logits_to_keep), by which training "
+            f"computes the loss, the model returns logits of shape {tuple(returned.shape)}, which are neither these "
+            "nor all"
         )
     return logits
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from transformers import PreTrainedConfig
 
 from vlm.assembly.family_trial.conversations import draw_image, one_turn
+from vlm.assembly.family_trial.gradients import prove_gradients
 from vlm.assembly.family_trial.images import prove_placeholders, prove_sight
 from vlm.assembly.family_trial.rows import prove_batch, prove_causal, prove_generation, prove_packing
-from vlm.assembly.family_trial.structure import prove_gradients, prove_parts, prove_saving
+from vlm.assembly.family_trial.structure import prove_parts, prove_saving
 from vlm.assembly.family_trial.subject import Subject
 from vlm.assembly.family_trial.texts import prove_labels
 from vlm.assembly.family_trial.verdicts import (
@@ -23,9 +24,9 @@ from vlm.assembly.small_models.shrink import shrink
 from vlm.families.meta_model import without_zero3
 from vlm.families.processing import FamilyProcessor
 
-Proof = Callable[[Subject], None]
-"""Makes a proof; raises `DisprovedError` where the property does not hold, `NotProvableError` where nothing can be
-found out. Whatever else is raised says that the proof could not be made."""
+Proof = Callable[[Subject], str | None]
+"""Makes a proof, and returns what else it found; raises `DisprovedError` where the property does not hold,
+`NotProvableError` where nothing can be found out. Whatever else is raised says that the proof could not be made."""
 
 MAX_SECONDS = 300.0
 """Seconds after which no further proof of a trial is begun."""
@@ -89,14 +90,14 @@ def make_proofs(subject: Subject, deadline: float) -> Iterator[tuple[str, Verdic
 def make_proof(prove: Proof, subject: Subject) -> Verdict:
     """Return the verdict of a proof."""
     try:
-        prove(subject)
+        found = prove(subject)
     except DisprovedError as error:
         return Verdict(State.FAILED, shorten_reason(str(error)))
     except NotProvableError as error:
         return Verdict(State.NOT_MADE, shorten_reason(str(error)))
     except Exception as error:  # a model's code may do anything
         return Verdict(State.NOT_MADE, shorten_reason(f"{type(error).__name__}: {error}"))
-    return Verdict(State.PROVED)
+    return Verdict(State.PROVED, found or "")
 
 
 PROOFS: dict[str, Proof] = {

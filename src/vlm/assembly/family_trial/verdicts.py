@@ -1,6 +1,6 @@
 """Verdicts: what a proof found, as it is shown, kept in files and refused. Imports the standard library only."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,7 +26,7 @@ class NotProvableError(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a proof found; `reason` is empty where it is proved."""
+    """What a proof found; `reason` says why it is not proved, and where it is, what it found besides."""
 
     state: State
     reason: str = ""
@@ -40,6 +40,24 @@ class Verdict:
         """Return the verdict that `str` wrote; raise ValueError where it is none."""
         state, _, reason = text.partition(": ")
         return cls(State(state), reason)
+
+
+UNUSED = "no reply depends on "
+"""What the reason of a proof of gradients begins with that found parameters without any."""
+
+
+def describe_unused(forms: Iterable[str]) -> str:
+    """Return the reason that names what the forms of parameters begin with that get no gradient; "" without any."""
+    listed = ", ".join(forms)
+    return f"{UNUSED}{listed}" if listed else ""
+
+
+def read_unused(verdicts: "Verdicts") -> tuple[str, ...]:
+    """Return what `describe_unused` was given; nothing where no proof found any."""
+    found = [verdict.reason for verdict in verdicts.values() if verdict.state is State.PROVED]
+    return tuple(
+        form for reason in found if reason.startswith(UNUSED) for form in reason.removeprefix(UNUSED).split(", ")
+    )
 
 
 Verdicts = Mapping[str, Verdict]

@@ -49,7 +49,7 @@ def shrink_layers(config: PreTrainedConfig, references: Sequence[int] = ()) -> N
     kept = choose_layers(
         {**fields, "layer_overrides": _spread(overrides, depth)},
         depth,
-        max([MIN_LAYERS, *(-layer for layer in references if layer < 0)]),
+        max([MIN_LAYERS, *(-layer for layer in references if layer < 0), len(list_targets(references))]),
     )
     setattr(config, name, len(kept))
     for field, value in fields.items():
@@ -97,11 +97,21 @@ def read_references(config: PreTrainedConfig) -> list[int]:
     ]
 
 
-def fit_references(config: PreTrainedConfig, depth: int) -> None:
-    """Lower, in place, references to layers beyond `depth` ones; those that count from the last stay."""
+def list_targets(references: Sequence[int]) -> list[int]:
+    """Return the layers that are referred to by their numbers from the first one, each once, in order."""
+    return sorted({layer for layer in references if layer >= 0})
+
+
+def fit_references(config: PreTrainedConfig, depth: int, references: Sequence[int] = ()) -> None:
+    """Lower, in place, references to layers beyond `depth` ones; those that count from the last stay.
+
+    Different layers stay different, as far as there are as many: `references` are those of the whole configuration.
+    """
+    targets = list_targets(references)
+    places = {layer: place for place, layer in enumerate(targets)} if targets and targets[-1] >= depth else {}
     for name, value in get_fields(config).items():
         if REFERENCES.search(name):
-            setattr(config, name, _map_ints(value, lambda layer: min(layer, depth - 1)))
+            setattr(config, name, _map_ints(value, lambda layer: min(places.get(layer, layer), depth - 1)))
 
 
 def _properties(fields: Fields, depth: int) -> Iterable[Callable[[int], object]]:

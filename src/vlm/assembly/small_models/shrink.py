@@ -53,12 +53,14 @@ def apply_sizes(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
     small = copy.deepcopy(config)
     references = read_references(small)
     nested = list(walk(small))
+    highest = max(references, default=0)
+    deep = [part for part in nested if (read_depth(part) or 0) > highest]  # others cannot be referred to
     for part in nested:
         shrink_layers(part, references)
-    depth = min((number for part in nested if (number := read_depth(part))), default=1)
+    depth = min((number for part in deep or nested if (number := read_depth(part))), default=1)
     merged = find_merged_widths(nested)
     for part in nested:
-        fit_references(part, depth)
+        fit_references(part, depth, references)
         shrink_widths(part, sizes, merged)
     return type(small).from_dict(small.to_dict())  # what a class derives from other fields, it derives again
 
