@@ -19,10 +19,19 @@ from vlm.families.token_spans import encode_with_spans
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
 """Outputs of a processor for its text; further ones are found by their length."""
 REPLACEMENTS = "text_replacement_offsets"
+MODALITIES = "mm_token_type_ids"
+"""The input that tells text, images and videos apart."""
 
 Outputs = dict[str, object]
 Render = Callable[[list[dict[str, object]]], str]
 """Renders messages with a chat template."""
+
+
+def call_options(native: ProcessorMixin) -> dict[str, bool]:
+    """Return options without which a call leaves out an input that its own class counts among the model's."""
+    names: Sequence[str] = getattr(native, "model_input_names", ())
+    is_left_out = MODALITIES in names and getattr(native, f"return_{MODALITIES}", None) is False
+    return {f"return_{MODALITIES}": True} if is_left_out else {}
 
 
 class ProcessorMismatchError(ValueError):
@@ -62,11 +71,14 @@ class NativeProcessor:
         self.native, self.image_token, self.form = native, image_token, form
         self.tokenizer = native.tokenizer
         self._call: Callable[..., Mapping[str, object]] = native  # its keywords differ between processors
+        self._options = call_options(native)
 
     def __call__(self, text: str, images: Sequence[Image.Image]) -> Outputs:
         """Return all outputs for a text with the images of one sample, as for a conversation rendered to that text."""
         bos = self.tokenizer.bos_token
-        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        options = dict(self._options)
+        if bos and text.startswith(bos):
+            options["add_special_tokens"] = False
         given = [list(images)] if self.form.nests_images else list(images)
         return dict(
             self._call(text=[text], images=given, return_tensors="pt", return_text_replacement_offsets=True, **options)

@@ -15,6 +15,7 @@ from transformers.video_utils import VideoMetadata
 
 from vlm.data.sample import Clip
 from vlm.data.vision.video import DEFAULT_FPS, DecodedVideo
+from vlm.families.native import call_options
 from vlm.families.token_spans import encode_with_spans
 
 CLOCK = 1000
@@ -61,6 +62,7 @@ class FamilyVideos:
             videos=[video.permute(0, 3, 1, 2).contiguous() for video in frames],  # (frames, 3, height, width)
             video_metadata=[make_metadata(video.clip) for video in videos], do_sample_frames=False,
             return_metadata=True, return_tensors="pt", return_text_replacement_offsets=True,
+            **call_options(self.native),
         )  # fmt: skip
         return {name: value for name, value in outputs.items() if name != METADATA}
 

@@ -22,6 +22,7 @@ from vlm.data.processor import SampleInputs
 from vlm.data.sample import Clip, ContentPart, ImageRef, MediaSize, Sample, Turn, VideoRef
 from vlm.data.vision.images import Medium, upright_size
 from vlm.data.vision.video import DecodedVideo
+from vlm.families.native import call_options
 from vlm.families.processing import FamilyProcessor
 from vlm.families.videos import make_metadata
 from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE
@@ -151,7 +152,7 @@ def read_natively(
         if processor.chat_template == processor.own_template and any(map(_is_video, conversation.media)):
             template = processor.family.video_template or template
         clips = [medium.clip for medium in conversation.media if isinstance(medium, DecodedVideo)]
-        options: dict[str, object] = {}
+        options: dict[str, object] = {**call_options(native)}
         if clips:
             options |= {"do_sample_frames": False, "video_metadata": [make_metadata(clip) for clip in clips]}
         if not takes_lists and conversation.media:

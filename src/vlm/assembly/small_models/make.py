@@ -86,8 +86,9 @@ def find_feature_id(processor: ProcessorMixin) -> int:
 def find_token_id(processor: ProcessorMixin, name: str) -> int | None:
     """Return the id of a token by its name: as the processor has it, else as its tokenizer has it; None without any."""
     for owner in (processor, processor.tokenizer):
-        if is_int(found := getattr(owner, f"{name}_token_id", None)):
-            return found
+        for attribute in (f"{name}_token_id", f"{name}_id"):
+            if is_int(found := getattr(owner, attribute, None)):
+                return found
         token = getattr(owner, f"{name}_token", None)
         if token is not None and is_int(found := processor.tokenizer.convert_tokens_to_ids(str(token))):
             return found

@@ -25,7 +25,7 @@ def make_template(processor: ProcessorMixin) -> str:
         "turn": TURN,
         "end": END,
         "image": find_image_text(processor),
-        "video": getattr(processor, "video_token", None) or "",
+        "video": find_video_text(processor),
     }
 
 
@@ -52,3 +52,18 @@ def find_image_text(processor: ProcessorMixin) -> str:
             continue
         return text
     raise ValueError(f"{type(processor).__name__} takes none of {token}, {placeholder}, {wrapped} for an image")
+
+
+def find_video_text(processor: ProcessorMixin) -> str:
+    """Return what stands for a video in a text: its token, between those that begin and end one where there are any."""
+    token: str | None = getattr(processor, "video_token", None)
+    if token is None:
+        return ""
+    ends = [_find_end_of_video(processor, name) for name in ("video_start", "video_end")]
+    return f"{ends[0]}{token}{ends[1]}" if all(ends) else token
+
+
+def _find_end_of_video(processor: ProcessorMixin, name: str) -> str | None:
+    """Return the token of a processor by whose id it knows the beginning or end of a video; None where it has none."""
+    token_id: int | None = getattr(processor, f"{name}_id", None)
+    return None if token_id is None else str(processor.tokenizer.convert_ids_to_tokens(token_id))
