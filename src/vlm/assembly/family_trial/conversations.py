@@ -6,7 +6,7 @@ conversation, without the markers, spans and expansions of `FamilyProcessor`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -158,11 +158,15 @@ def read_natively(
         if not takes_lists and conversation.media:
             options["images"] = list(conversation.media)
         variables = {"date_string": FIXED_DATE, "enable_thinking": False}
-        return native.apply_chat_template(
-            messages, chat_template=FIXED_CLOCK + template if "strftime_now" in template else template,
-            add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs=options, **{name: value for name, value in variables.items() if name in template},
+        render = partial(
+            native.apply_chat_template, messages, add_generation_prompt=prompt,
+            chat_template=FIXED_CLOCK + template if "strftime_now" in template else template,
+            **{name: value for name, value in variables.items() if name in template},
         )  # fmt: skip
+        if conversation.media and not clips and not processor.inputs.form.nests_images:
+            text = render(tokenize=False)  # it nests images, which this processor's own call refuses
+            return native(text=[text], images=list(conversation.media), return_tensors="pt", **options)
+        return render(tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options)
     except Exception as error:  # templates and processors refuse by any error
         reason = f"the family's own processor refuses {describe(conversation)}: {describe_error(error)}"
         raise NotProvableError(reason) from error
