@@ -1,5 +1,6 @@
 """Calls of a family's own processor: how an image stands in a text, and ids that have to agree."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -110,6 +111,32 @@ def test_what_a_processor_writes_is_read_from_its_ids():
     spelled = [(text.index("<|end|>"), len(text))]
     sizes = [(64, 80)]
     assert processor.tokenize(text, spelled, sizes) == other.tokenize(text, spelled, sizes)
+
+
+class Parting(Qwen2VLProcessor):
+    """A processor that says nothing of what it writes: marks around images, once between two, and a blank for words."""
+
+    def __call__(self, images: object = None, text: object = None, **options: object) -> object:
+        """The outputs without replacements."""
+        assert isinstance(text, list)
+        mark = "<|turn|>"
+        framed = [one.replace(self.image_token, f"{mark}{self.image_token}{mark}") for one in text]
+        joined = [one.replace(mark * 2, mark) for one in framed]
+        parted = [re.sub(rf"(?<={re.escape(self.image_token + mark)})(?=[^\s<])", " ", one) for one in joined]
+        outputs = super().__call__(images=images, text=parted, **options)  # pyright: ignore[reportArgumentType]
+        outputs.pop("text_replacement_offsets", None)
+        return outputs
+
+
+def test_what_a_call_writes_where_an_image_meets_another_or_words_is_written_here_too():
+    processor = FamilyProcessor(qwen(Parting), Family("parting"))
+    form, token = processor.inputs.form, processor.image_token
+    assert (form.parts_words, form.shared_end) == (True, "<|turn|>")
+    text = f"a{token}{token}b {token} c{token}"
+    ids, spans = processor.tokenize(text, (), [(64, 80)] * 4)
+    processor.calls.check_ids(ids, text, [Image.new("RGB", (80, 64))] * 4)
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|turn|>")) == 7
+    assert text[slice(*spans[-1])] == token
 
 
 def test_a_text_whose_ids_are_others_is_refused():

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from vlm.assembly.family_trial.verdicts import DisprovedError, NotProvableError
 from vlm.assembly.resolve import resolve_model
 from vlm.checks.fields import ConfigError
 from vlm.families.processing import FamilyProcessor
-from vlm.train.family_trial import check_family
+from vlm.train.family_trial import check_family, check_videos
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,31 @@ def test_packing_is_refused_where_samples_see_each_other(start: Callable[..., No
     start()
     with pytest.raises(ValueError, match=r"packing \(the replies.*trainer\.packing=false pads"):
         start("trainer.packing=true")
+
+
+class Records:
+    """Records that have videos or none."""
+
+    def __init__(self, has_videos: bool):
+        self.has_videos = has_videos
+
+
+def test_videos_refuse_records_that_have_some(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def start(proof: Callable[[Subject], None], *words: str, has_videos: bool = True) -> None:
+        monkeypatch.setitem(table.PROOFS, "videos", proof)
+        names = [f"model.hf_name={folder}", f"dataset.cache_dir={tmp_path / proof.__name__}", "dataset.path=x"]
+        config = compose_config("finetune-llava-onevision", ["trainer.packing=false", *names, *words])
+        model_config, processor = resolve_model(config)
+        records: Any = [Records(False), Records(has_videos)]
+        check_videos(config, model_config, check_family(config, model_config, processor), records)
+
+    start(fail, has_videos=False)
+    for words in ((), ("model.unproved=true",)):
+        with pytest.raises(ValueError, match=r"model_type=llava\): records have videos, and its .*failed: the replies"):
+            start(fail, *words)
+    with pytest.raises(ValueError, match=r"not made: its template.*frames as images.*model\.unproved=true trains"):
+        start(give_up)
+    start(give_up, "model.unproved=true")
 
 
 def test_a_trial_is_kept(

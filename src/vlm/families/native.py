@@ -4,6 +4,7 @@ Every id and every pixel comes from such a call. What differs between processors
 an image's token is replaced by, and whether special tokens are added around a text.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,9 @@ TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_i
 REPLACEMENTS = "text_replacement_offsets"
 MODALITIES = "mm_token_type_ids"
 """The input that tells text, images and videos apart."""
+
+WORD = re.compile(r"[^\s<]")
+"""What a word begins with, and no special token."""
 
 Outputs = dict[str, object]
 Render = Callable[[list[dict[str, object]]], str]
@@ -49,6 +53,8 @@ class CallForm:
             text is compared with the ids of a call.
         adds_special_tokens: whether the tokenizer adds special tokens around a text.
         prepends_bos: whether a call puts the token that begins a text before one that lacks it.
+        parts_words: whether a call that does not say what it writes parts an image from a word behind it by a blank.
+        shared_end: what such a call writes once between neighbouring images, whose texts begin and end with it.
     """
 
     frame: str
@@ -56,6 +62,8 @@ class CallForm:
     replaces_tokens: bool = True
     adds_special_tokens: bool = True
     prepends_bos: bool = False
+    parts_words: bool = False
+    shared_end: str = ""
 
 
 class NativeProcessor:
@@ -127,6 +135,38 @@ class NativeProcessor:
             return expansions
         self.form = replace(self.form, replaces_tokens=False)
         return tuple(self._expand_by_ids(image) for image in images)
+
+    def find_joints(self, image: Image.Image, words: str) -> None:
+        """Find out what a call that does not say what it writes changes where an image meets words or another one.
+
+        Whatever else it may do shows in `check_ids`, text by text.
+        """
+        if self.form.replaces_tokens:
+            return
+        frame, (text,) = self.form.frame, self.expand([image])
+        before, after = frame.split(self.image_token, 1)
+        beside = self(f"{frame}{words}", [image])
+        if not after and not self._has_ids(f"{before}{text}{words}", beside):
+            self.form = replace(self.form, parts_words=self._has_ids(f"{before}{text} {words}", beside))
+        end = str(self.tokenizer.decode(encode_with_spans(self.tokenizer, text)[0][:1]))
+        if frame == self.image_token and text != end and text.endswith(end):
+            try:
+                two = self(frame * 2, [image, image])
+            except Exception:  # a processor that takes one image for a text
+                return
+            if self._has_ids(f"{text.removesuffix(end)}{text}", two):
+                self.form = replace(self.form, shared_end=end)
+
+    def join(self, expansions: Sequence[str], text: str, places: Sequence[tuple[int, int]]) -> list[str]:
+        """Return what images' tokens at these places of a text are replaced by, with what a call writes beside them."""
+        joined = list(expansions)
+        starts = {start for start, _ in places}
+        for index, (_, end) in enumerate(places):
+            if end in starts:
+                joined[index] = joined[index].removesuffix(self.form.shared_end)
+            elif self.form.parts_words and WORD.match(text, end):
+                joined[index] += " "
+        return joined
 
     def check_ids(self, ids: list[int], text: str, images: Sequence[Image.Image]) -> None:
         """Compare ids with those of the processor for a text; they may lack the one that begins a text.

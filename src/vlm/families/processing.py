@@ -234,6 +234,7 @@ class FamilyProcessor:
             elif match.group() in self.media_tokens:
                 places.append(match.span())
         expansions = self._get_expansions([text[start:end] for start, end in places], sizes)
+        expansions = self.calls.join(expansions, text, places)
         replaced = [(start, end, new) for (start, end), new in zip(places, expansions, strict=True)]
         ends = [end for _, end, _ in replaced]
         shifts = [0, *accumulate(len(new) - (end - start) for start, end, new in replaced)]

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from tests.assembly.family_trial.subjects import check_fails, check_proved, make_subject
+from vlm.assembly.family_trial.table import PROOFS, make_proof
+from vlm.assembly.family_trial.verdicts import State, Verdict
 
 
 @pytest.mark.parametrize("name", ["llava-next", "qwen2-vl", "internvl", "mllama"])
@@ -90,3 +92,39 @@ def test_images_of_one_question_that_are_mixed_up_are_found():
         lambda module, inputs, output: output.mean(0, keepdim=True).expand_as(output)
     )
     check_fails("sight", subject, "two images that change places")
+
+
+@pytest.mark.parametrize("name", ["llava-interleave", "qwen2-vl", "smolvlm"])
+def test_videos_are_proved_and_so_are_frames_as_images(name: str):
+    check_proved("videos", make_subject(name))
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "smolvlm"])
+def test_a_token_of_a_video_too_few_is_found(name: str):
+    subject = make_subject(name)
+    videos, real = subject.processor.videos, subject.processor.videos.expansion
+    token = subject.processor.tokenizer.convert_ids_to_tokens(subject.processor.video_token_id)
+    videos.expansion = lambda clip: real(clip).replace(token, "", 1)
+    check_fails("videos", subject, "by the family's own processor")
+    check_proved("placeholders", subject)
+
+
+def test_other_frames_are_found(monkeypatch: pytest.MonkeyPatch):
+    subject = make_subject("qwen2-vl")
+    real = subject.processor.image_inputs
+    monkeypatch.setattr(
+        subject.processor, "image_inputs", lambda *args: {name: value + 1 for name, value in real(*args).items()}
+    )
+    check_fails("videos", subject, "is not what the family's own processor makes")
+
+
+def test_a_model_that_cannot_read_a_video_proves_nothing_of_it():
+    subject = make_subject("qwen2-vl")
+
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("split sizes")
+
+    subject.model.model.get_video_features = fail
+    verdict = make_proof(PROOFS["videos"], subject)
+    assert verdict == Verdict(State.NOT_MADE, "the model's code fails on a video: RuntimeError: split sizes")
+    check_proved("placeholders", subject)
