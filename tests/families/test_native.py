@@ -13,6 +13,7 @@ from vlm.families.native import (
     NativeProcessor,
     ProcessorMismatchError,
     find_call_form,
+    find_video_text,
     image_inputs_of,
 )
 from vlm.families.processing import FamilyProcessor
@@ -58,6 +59,16 @@ def test_an_image_is_what_the_template_writes_for_it():
     assert find_call_form(native, render_tightly) == (native.image_token, CallForm(native.image_token))
     with pytest.raises(ProcessorMismatchError, match="Nameless names no image_token"):
         find_call_form(nameless, render_with(""))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_video_is_what_the_template_writes_for_it():
+    def render(messages: list[dict[str, object]]) -> str:
+        items = messages[0]["content"]
+        assert isinstance(items, list)
+        return "user:" + "".join("<start><video><end>" if item["type"] == "video" else item["text"] for item in items)
+
+    assert find_video_text("<video>", render) == "<start><video><end>"
+    assert find_video_text("<video>", None) == find_video_text("<video>", render_with("x")) == "<video>"
 
 
 def test_a_template_of_strings_says_nothing_of_images():

@@ -264,7 +264,7 @@ def find_call_form(native: ProcessorMixin, render: Render | None) -> tuple[str, 
     """
     own: object = getattr(native, "image_token", None)
     token = None if own is None else str(own)
-    written = [] if render is None else _render_image(render)
+    written = [] if render is None else _render_medium(render, "image")
     if token is not None and (not written or any(token in text for text in written)):
         return token, CallForm(next((text for text in written if token in text), token))
     if written:  # of several readings, that which splits no special token
@@ -276,15 +276,21 @@ def find_call_form(native: ProcessorMixin, render: Render | None) -> tuple[str, 
     )
 
 
-def _render_image(render: Render) -> list[str]:
-    """Return what a template writes for an image, without blanks around it, in all its readings.
+def find_video_text(token: str, render: Render | None) -> str:
+    """Return the text that stands for a video by itself: its token, with what a template writes around it."""
+    written = [] if render is None else _render_medium(render, "video")
+    return next((text for text in written if token in text), token)
+
+
+def _render_medium(render: Render, kind: str) -> list[str]:
+    """Return what a template writes for an image or video, without blanks around it, in all its readings.
 
     Nothing where the template takes no lists, or writes nothing.
     """
     words: dict[str, object] = {"type": "text", "text": "words"}
     try:
         before, after = (
-            render([{"role": "user", "content": content}]) for content in ([words], [{"type": "image"}, words])
+            render([{"role": "user", "content": content}]) for content in ([words], [{"type": kind}, words])
         )
     except Exception:  # a template may do anything with a list that it does not expect
         return []

@@ -23,7 +23,13 @@ from vlm.data.sample import Clip, MediaSize
 from vlm.data.vision.images import Medium
 from vlm.data.vision.video import DecodedVideo
 from vlm.families.derive_inputs import SIDE, WORDS, DerivedInputs, derive_inputs
-from vlm.families.native import NativeProcessor, ProcessorMismatchError, find_call_form, image_inputs_of
+from vlm.families.native import (
+    NativeProcessor,
+    ProcessorMismatchError,
+    find_call_form,
+    find_video_text,
+    image_inputs_of,
+)
 from vlm.families.table import Family
 from vlm.families.token_inputs import MASK_OF_IMAGES
 from vlm.families.token_spans import check_spans, encode_with_spans
@@ -85,7 +91,8 @@ class FamilyProcessor:
         self.concatenation_dims = inputs.dims
         self.videos = None
         if inputs.min_frames:
-            self.videos = FamilyVideos(native, inputs.min_frames, equal_num_frames=inputs.equal_num_frames)
+            text = find_video_text(native.video_token, self._render_own if self.own_template else None)
+            self.videos = FamilyVideos(native, inputs.min_frames, equal_num_frames=inputs.equal_num_frames, text=text)
         self.video_token = None if self.videos is None else self.videos.token
         self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
         self.special_tokens = special_token_pattern(self.tokenizer, *self.media_tokens)

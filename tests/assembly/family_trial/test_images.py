@@ -128,3 +128,29 @@ def test_a_model_that_cannot_read_a_video_proves_nothing_of_it():
     verdict = make_proof(PROOFS["videos"], subject)
     assert verdict == Verdict(State.NOT_MADE, "the model's code fails on a video: RuntimeError: split sizes")
     check_proved("placeholders", subject)
+
+
+def test_a_blank_video_that_changes_logits_is_found(monkeypatch: pytest.MonkeyPatch):
+    subject = make_subject("qwen2-vl")
+    real = subject.reply_logits
+    numbers = iter(range(100))
+
+    def shift_with_both(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        both = "pixel_values" in batch and "pixel_values_videos" in batch
+        return real(batch) + (next(numbers) + 1) * both
+
+    monkeypatch.setattr(subject, "reply_logits", shift_with_both)
+    check_fails("videos", subject, "a blank video that completes a batch changes logits")
+
+
+def test_a_model_that_reads_no_image_beside_a_video_proves_nothing_of_videos(monkeypatch: pytest.MonkeyPatch):
+    subject = make_subject("qwen2-vl")
+    real = subject.reply_logits
+
+    def refuse_both(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if "pixel_values" in batch and "pixel_values_videos" in batch:
+            raise ValueError("tokens do not match")
+        return real(batch)
+
+    monkeypatch.setattr(subject, "reply_logits", refuse_both)
+    assert make_proof(PROOFS["videos"], subject).reason.startswith("the model's code fails on a batch of an image and")

@@ -155,6 +155,7 @@ def read_natively(
         options: dict[str, object] = {**call_options(native)}
         if clips:
             options |= {"do_sample_frames": False, "video_metadata": [make_metadata(clip) for clip in clips]}
+            options["return_metadata"] = True  # some write the times of frames from it, and do not ask for it
         if not takes_lists and conversation.media:
             options["images"] = list(conversation.media)
         variables = {"date_string": FIXED_DATE, "enable_thinking": False}
