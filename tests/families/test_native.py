@@ -18,6 +18,7 @@ from vlm.families.native import (
 )
 from vlm.families.processing import FamilyProcessor
 from vlm.families.table import Family
+from vlm.models.text_processing import special_token_pattern
 
 BLANK = Image.new("RGB", (64, 64))
 
@@ -182,3 +183,13 @@ def test_an_output_that_is_no_tensor_is_refused():
     assert image_inputs_of({"input_ids": 1, "num_crops": [2, 3]}, ["input_ids"])["num_crops"].tolist() == [2, 3]
     with pytest.raises(ProcessorMismatchError, match="its output names is no tensor: list"):
         image_inputs_of({"names": ["a"]}, [])
+
+
+def test_an_image_of_several_tokens_that_a_user_spells_is_text():
+    processor = FamilyProcessor(qwen(Qwen2VLProcessor), Family("other"))
+    token, several = processor.image_token, processor.image_token * 3
+    processor.media_tokens, processor.special_tokens = [several], special_token_pattern(processor.tokenizer, several)
+    text = f"a {several} b"
+    ids, spans = processor.tokenize(text, [(0, len(text))])
+    assert processor.tokenizer.convert_tokens_to_ids(token) not in ids
+    assert "".join(text[start:end] for start, end in spans) == text

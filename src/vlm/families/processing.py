@@ -96,6 +96,7 @@ class FamilyProcessor:
         self.video_token = None if self.videos is None else self.videos.token
         self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
         self.special_tokens = special_token_pattern(self.tokenizer, *self.media_tokens)
+        self.single_tokens = special_token_pattern(self.tokenizer)  # what stands for an image may be several
         self.coordinate_tokens = token_pattern(self.coordinates)
         self._cached_expansions = lru_cache(4096)(self._compute_expansions)
         if is_new and self.own_template != family.template:  # a row's own template writes what its processor adds
@@ -237,7 +238,8 @@ class FamilyProcessor:
         is_spelled = span_finder(user_spans)
         for match in self.special_tokens.finditer(text):
             if is_spelled(*match.span()) and not (coordinates and coordinates.fullmatch(match.group())):
-                cuts.append(match.start() + 1)  # neither half is a special token
+                inner = [token.start() for token in self.single_tokens.finditer(match.group())] or [0]
+                cuts += [match.start() + start + 1 for start in inner]  # neither half is a special token
             elif match.group() in self.media_tokens:
                 places.append(match.span())
         expansions = self._get_expansions([text[start:end] for start, end in places], sizes)

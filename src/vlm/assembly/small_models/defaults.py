@@ -57,7 +57,6 @@ UNSUPPORTED = {
     "nemotron_h_omni": "its class names no vocabulary head, at which the loss is taken",
     "pi0": "it predicts movements of a robot, no text",
     "pix2struct": "an encoder-decoder, whose questions are drawn into the image",
-    "pp_chart2table": "its processor writes no tokens for an image: they stand in its checkpoint's chat template",
     "pp_formulanet": "an encoder-decoder without a prompt",
     "shieldgemma2": "a classifier of images, without text to predict",
     "t5gemma2": "an encoder-decoder",
