@@ -77,11 +77,7 @@ class FamilyVideos:
         clip = make_blank_clip(frames)
         outputs = self.inputs(make_blank_video(clip))
         ids = torch.as_tensor(outputs["input_ids"])[0].tolist()
-        try:
-            expansion = self.expansion(clip)
-        except KeyError:  # an option that a call of the processor passes on
-            self.needs_call = True
-            expansion = self.expansion(clip)
+        expansion = self.expansion(clip)
         tokenizer = self.native.tokenizer
         own = [encode_with_spans(tokenizer, expansion, add_special_tokens=adds)[0] for adds in (True, False)]
         if ids not in (*own, [tokenizer.bos_token_id, *own[1]]):
@@ -95,11 +91,15 @@ class FamilyVideos:
 
     def _compute_expansion(self, clip: Clip) -> str:
         """Return the text that a video token is replaced by."""
-        if self.needs_call:
-            replacements = self.inputs(make_blank_video(clip))["text_replacement_offsets"]
-            return str(replacements[0][0]["replacement"])
-        outputs = self._blank_outputs(len(clip.frames), clip.height, clip.width)
-        return str(self.native.replace_video_token({**outputs, "video_metadata": [make_metadata(clip)]}, video_idx=0))
+        if not self.needs_call:
+            outputs = self._blank_outputs(len(clip.frames), clip.height, clip.width)
+            metadata = [make_metadata(clip)]
+            try:
+                return str(self.native.replace_video_token({**outputs, "video_metadata": metadata}, video_idx=0))
+            except KeyError:  # an option that a call of the processor passes on
+                self.needs_call = True
+        replacements = self.inputs(make_blank_video(clip))["text_replacement_offsets"]
+        return str(replacements[0][0]["replacement"])
 
     def _read_blank(self, frames: int, height: int, width: int) -> Mapping[str, object]:
         """Return the outputs of the video processor for blank frames; large ones keep their shapes only."""
