@@ -1,5 +1,6 @@
 """Calls of a family's own processor: how an image stands in a text, and ids that have to agree."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -12,10 +13,12 @@ from vlm.families.native import (
     NativeProcessor,
     ProcessorMismatchError,
     find_call_form,
+    find_video_text,
     image_inputs_of,
 )
 from vlm.families.processing import FamilyProcessor
 from vlm.families.table import Family
+from vlm.models.text_processing import special_token_pattern
 
 BLANK = Image.new("RGB", (64, 64))
 
@@ -57,6 +60,16 @@ def test_an_image_is_what_the_template_writes_for_it():
     assert find_call_form(native, render_tightly) == (native.image_token, CallForm(native.image_token))
     with pytest.raises(ProcessorMismatchError, match="Nameless names no image_token"):
         find_call_form(nameless, render_with(""))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_video_is_what_the_template_writes_for_it():
+    def render(messages: list[dict[str, object]]) -> str:
+        items = messages[0]["content"]
+        assert isinstance(items, list)
+        return "user:" + "".join("<start><video><end>" if item["type"] == "video" else item["text"] for item in items)
+
+    assert find_video_text("<video>", render) == "<start><video><end>"
+    assert find_video_text("<video>", None) == find_video_text("<video>", render_with("x")) == "<video>"
 
 
 def test_a_template_of_strings_says_nothing_of_images():
@@ -112,6 +125,32 @@ def test_what_a_processor_writes_is_read_from_its_ids():
     assert processor.tokenize(text, spelled, sizes) == other.tokenize(text, spelled, sizes)
 
 
+class Parting(Qwen2VLProcessor):
+    """A processor that says nothing of what it writes: marks around images, once between two, and a blank for words."""
+
+    def __call__(self, images: object = None, text: object = None, **options: object) -> object:
+        """The outputs without replacements."""
+        assert isinstance(text, list)
+        mark = "<|turn|>"
+        framed = [one.replace(self.image_token, f"{mark}{self.image_token}{mark}") for one in text]
+        joined = [one.replace(mark * 2, mark) for one in framed]
+        parted = [re.sub(rf"(?<={re.escape(self.image_token + mark)})(?=[^\s<])", " ", one) for one in joined]
+        outputs = super().__call__(images=images, text=parted, **options)  # pyright: ignore[reportArgumentType]
+        outputs.pop("text_replacement_offsets", None)
+        return outputs
+
+
+def test_what_a_call_writes_where_an_image_meets_another_or_words_is_written_here_too():
+    processor = FamilyProcessor(qwen(Parting), Family("parting"))
+    form, token = processor.inputs.form, processor.image_token
+    assert (form.parts_words, form.shared_end) == (True, "<|turn|>")
+    text = f"a{token}{token}b {token} c{token}"
+    ids, spans = processor.tokenize(text, (), [(64, 80)] * 4)
+    processor.calls.check_ids(ids, text, [Image.new("RGB", (80, 64))] * 4)
+    assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|turn|>")) == 7
+    assert text[slice(*spans[-1])] == token
+
+
 def test_a_text_whose_ids_are_others_is_refused():
     native = qwen(Silent)
     processor = FamilyProcessor(native, Family("silent"))
@@ -144,3 +183,13 @@ def test_an_output_that_is_no_tensor_is_refused():
     assert image_inputs_of({"input_ids": 1, "num_crops": [2, 3]}, ["input_ids"])["num_crops"].tolist() == [2, 3]
     with pytest.raises(ProcessorMismatchError, match="its output names is no tensor: list"):
         image_inputs_of({"names": ["a"]}, [])
+
+
+def test_an_image_of_several_tokens_that_a_user_spells_is_text():
+    processor = FamilyProcessor(qwen(Qwen2VLProcessor), Family("other"))
+    token, several = processor.image_token, processor.image_token * 3
+    processor.media_tokens, processor.special_tokens = [several], special_token_pattern(processor.tokenizer, several)
+    text = f"a {several} b"
+    ids, spans = processor.tokenize(text, [(0, len(text))])
+    assert processor.tokenizer.convert_tokens_to_ids(token) not in ids
+    assert "".join(text[start:end] for start, end in spans) == text

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,11 +11,11 @@ from tests.families.tiny_families import save_family
 from tests.fixtures import check_config, compose_config
 from vlm.assembly.family_trial import kept, table
 from vlm.assembly.family_trial.subject import Subject
-from vlm.assembly.family_trial.verdicts import DisprovedError, NotProvableError, describe_unused
+from vlm.assembly.family_trial.verdicts import DisprovedError, NotProvableError, Verdicts, describe_unused, read_unused
 from vlm.assembly.resolve import resolve_model
 from vlm.checks.fields import ConfigError
 from vlm.families.processing import FamilyProcessor
-from vlm.train.family_trial import check_family
+from vlm.train.family_trial import check_family, check_videos
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def quick_proofs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def start(folder: Path, tmp_path: Path) -> Callable[..., tuple[str, ...]]:
+def start(folder: Path, tmp_path: Path) -> Callable[..., Verdicts]:
     """`start(*overrides)` tries the family of a run, with an empty cache at first."""
 
     def try_it(*overrides: str) -> tuple[str, ...]:
@@ -84,15 +85,40 @@ def test_packing_is_refused_where_samples_see_each_other(start: Callable[..., No
 
 
 def test_what_no_reply_depends_on_reaches_the_run_from_a_new_and_from_a_kept_trial(
-    start: Callable[..., tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start: Callable[..., Verdicts], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     forms = ("model.language_model.layers.*.indexer.", "model.gate")
     monkeypatch.setitem(table.PROOFS, "gradients", lambda subject: describe_unused(forms))
     with caplog.at_level(logging.INFO, "vlm.train.family_trial"):
-        assert start() == forms
+        assert read_unused(start()) == forms
     assert "gradients: proved: no reply depends on model.language_model.layers.*.indexer., model.gate" in caplog.text
     monkeypatch.setattr(kept, "try_family", None)
-    assert start() == forms
+    assert read_unused(start()) == forms
+
+
+class Records:
+    """Records that have videos or none."""
+
+    def __init__(self, has_videos: bool):
+        self.has_videos = has_videos
+
+
+def test_videos_refuse_records_that_have_some(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def start(proof: Callable[[Subject], None], *words: str, has_videos: bool = True) -> None:
+        monkeypatch.setitem(table.PROOFS, "videos", proof)
+        names = [f"model.hf_name={folder}", f"dataset.cache_dir={tmp_path / proof.__name__}", "dataset.path=x"]
+        config = compose_config("finetune-llava-onevision", ["trainer.packing=false", *names, *words])
+        model_config, processor = resolve_model(config)
+        records: Any = [Records(False), Records(has_videos)]
+        check_videos(config, model_config, check_family(config, model_config, processor), records)
+
+    start(fail, has_videos=False)
+    for words in ((), ("model.unproved=true",)):
+        with pytest.raises(ValueError, match=r"model_type=llava\): records have videos, and its .*failed: the replies"):
+            start(fail, *words)
+    with pytest.raises(ValueError, match=r"not made: its template.*frames as images.*model\.unproved=true trains"):
+        start(give_up)
+    start(give_up, "model.unproved=true")
 
 
 def test_a_trial_is_kept(

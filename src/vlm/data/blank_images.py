@@ -35,8 +35,7 @@ def dummy_image(processor: Processor) -> tuple[list[int], dict[str, torch.Tensor
 def dummy_video(processor: Processor) -> tuple[list[int], dict[str, torch.Tensor]]:
     """Return the ids and inputs of the shortest blank video; only where the processor has `videos`."""
     assert processor.videos is not None
-    assert processor.video_token is not None
     clip = processor.videos.minimal_clip
-    ids, _ = processor.tokenize(processor.video_token, (), [clip])
+    ids, _ = processor.tokenize(processor.videos.text, (), [clip])
     inputs = processor.image_inputs([make_blank_medium(processor, clip)], [clip])
     return ids, inputs | processor.text_inputs(ids, [IGNORE_INDEX] * len(ids), inputs)

@@ -42,6 +42,11 @@ class VideoSupport(Protocol):
         """Return the shortest clip that the model reads."""
         ...
 
+    @property
+    def text(self) -> str:
+        """Return what stands for a video by itself: its token, between those that begin and end one."""
+        ...
+
     def min_frames(self, max_frames: int) -> int:
         """Return how many frames are read of even the shortest video, where at most `max_frames` are read of any."""
         ...

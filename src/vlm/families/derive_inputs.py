@@ -75,6 +75,7 @@ def derive_inputs(native: NativeProcessor, family: Family) -> DerivedInputs:
     label = type(native.native).__name__
     native.find_form(blank)
     expansion = native.expand([blank])[0]
+    native.find_joints(blank, WORDS)
     outputs, longer = (native(f"{native.form.frame}{WORDS * number}", [blank]) for number in (1, 2))
     longer_names = _names_of_tokens(longer)  # of one text, patches may be as many as tokens
     text_names = [name for name in _names_of_tokens(outputs) if name in longer_names]

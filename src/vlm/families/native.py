@@ -4,6 +4,7 @@ Every id and every pixel comes from such a call. What differs between processors
 an image's token is replaced by, and whether special tokens are added around a text.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +20,22 @@ from vlm.families.token_spans import encode_with_spans
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels", "cross_attention_mask")
 """Outputs of a processor for its text; further ones are found by their length."""
 REPLACEMENTS = "text_replacement_offsets"
+MODALITIES = "mm_token_type_ids"
+"""The input that tells text, images and videos apart."""
+
+WORD = re.compile(r"[^\s<]")
+"""What a word begins with, and no special token."""
 
 Outputs = dict[str, object]
 Render = Callable[[list[dict[str, object]]], str]
 """Renders messages with a chat template."""
+
+
+def call_options(native: ProcessorMixin) -> dict[str, bool]:
+    """Return options without which a call leaves out an input that its own class counts among the model's."""
+    names: Sequence[str] = getattr(native, "model_input_names", ())
+    is_left_out = MODALITIES in names and getattr(native, f"return_{MODALITIES}", None) is False
+    return {f"return_{MODALITIES}": True} if is_left_out else {}
 
 
 class ProcessorMismatchError(ValueError):
@@ -40,6 +53,8 @@ class CallForm:
             text is compared with the ids of a call.
         adds_special_tokens: whether the tokenizer adds special tokens around a text.
         prepends_bos: whether a call puts the token that begins a text before one that lacks it.
+        parts_words: whether a call that does not say what it writes parts an image from a word behind it by a blank.
+        shared_end: what such a call writes once between neighbouring images, whose texts begin and end with it.
     """
 
     frame: str
@@ -47,6 +62,8 @@ class CallForm:
     replaces_tokens: bool = True
     adds_special_tokens: bool = True
     prepends_bos: bool = False
+    parts_words: bool = False
+    shared_end: str = ""
 
 
 class NativeProcessor:
@@ -62,11 +79,14 @@ class NativeProcessor:
         self.native, self.image_token, self.form = native, image_token, form
         self.tokenizer = native.tokenizer
         self._call: Callable[..., Mapping[str, object]] = native  # its keywords differ between processors
+        self._options = call_options(native)
 
     def __call__(self, text: str, images: Sequence[Image.Image]) -> Outputs:
         """Return all outputs for a text with the images of one sample, as for a conversation rendered to that text."""
         bos = self.tokenizer.bos_token
-        options = {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+        options = dict(self._options)
+        if bos and text.startswith(bos):
+            options["add_special_tokens"] = False
         given = [list(images)] if self.form.nests_images else list(images)
         return dict(
             self._call(text=[text], images=given, return_tensors="pt", return_text_replacement_offsets=True, **options)
@@ -115,6 +135,38 @@ class NativeProcessor:
             return expansions
         self.form = replace(self.form, replaces_tokens=False)
         return tuple(self._expand_by_ids(image) for image in images)
+
+    def find_joints(self, image: Image.Image, words: str) -> None:
+        """Find out what a call that does not say what it writes changes where an image meets words or another one.
+
+        Whatever else it may do shows in `check_ids`, text by text.
+        """
+        if self.form.replaces_tokens:
+            return
+        frame, (text,) = self.form.frame, self.expand([image])
+        before, after = frame.split(self.image_token, 1)
+        beside = self(f"{frame}{words}", [image])
+        if not after and not self._has_ids(f"{before}{text}{words}", beside):
+            self.form = replace(self.form, parts_words=self._has_ids(f"{before}{text} {words}", beside))
+        end = str(self.tokenizer.decode(encode_with_spans(self.tokenizer, text)[0][:1]))
+        if frame == self.image_token and text != end and text.endswith(end):
+            try:
+                two = self(frame * 2, [image, image])
+            except Exception:  # a processor that takes one image for a text
+                return
+            if self._has_ids(f"{text.removesuffix(end)}{text}", two):
+                self.form = replace(self.form, shared_end=end)
+
+    def join(self, expansions: Sequence[str], text: str, places: Sequence[tuple[int, int]]) -> list[str]:
+        """Return what images' tokens at these places of a text are replaced by, with what a call writes beside them."""
+        joined = list(expansions)
+        starts = {start for start, _ in places}
+        for index, (_, end) in enumerate(places):
+            if end in starts:
+                joined[index] = joined[index].removesuffix(self.form.shared_end)
+            elif self.form.parts_words and WORD.match(text, end):
+                joined[index] += " "
+        return joined
 
     def check_ids(self, ids: list[int], text: str, images: Sequence[Image.Image]) -> None:
         """Compare ids with those of the processor for a text; they may lack the one that begins a text.
@@ -212,7 +264,7 @@ def find_call_form(native: ProcessorMixin, render: Render | None) -> tuple[str, 
     """
     own: object = getattr(native, "image_token", None)
     token = None if own is None else str(own)
-    written = [] if render is None else _render_image(render)
+    written = [] if render is None else _render_medium(render, "image")
     if token is not None and (not written or any(token in text for text in written)):
         return token, CallForm(next((text for text in written if token in text), token))
     if written:  # of several readings, that which splits no special token
@@ -224,15 +276,21 @@ def find_call_form(native: ProcessorMixin, render: Render | None) -> tuple[str, 
     )
 
 
-def _render_image(render: Render) -> list[str]:
-    """Return what a template writes for an image, without blanks around it, in all its readings.
+def find_video_text(token: str, render: Render | None) -> str:
+    """Return the text that stands for a video by itself: its token, with what a template writes around it."""
+    written = [] if render is None else _render_medium(render, "video")
+    return next((text for text in written if token in text), token)
+
+
+def _render_medium(render: Render, kind: str) -> list[str]:
+    """Return what a template writes for an image or video, without blanks around it, in all its readings.
 
     Nothing where the template takes no lists, or writes nothing.
     """
     words: dict[str, object] = {"type": "text", "text": "words"}
     try:
         before, after = (
-            render([{"role": "user", "content": content}]) for content in ([words], [{"type": "image"}, words])
+            render([{"role": "user", "content": content}]) for content in ([words], [{"type": kind}, words])
         )
     except Exception:  # a template may do anything with a list that it does not expect
         return []

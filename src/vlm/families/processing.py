@@ -25,7 +25,13 @@ from vlm.data.sample import Clip, MediaSize
 from vlm.data.vision.images import Medium
 from vlm.data.vision.video import DecodedVideo
 from vlm.families.derive_inputs import SIDE, WORDS, DerivedInputs, derive_inputs
-from vlm.families.native import NativeProcessor, ProcessorMismatchError, find_call_form, image_inputs_of
+from vlm.families.native import (
+    NativeProcessor,
+    ProcessorMismatchError,
+    find_call_form,
+    find_video_text,
+    image_inputs_of,
+)
 from vlm.families.table import Family
 from vlm.families.token_inputs import MASK_OF_IMAGES
 from vlm.families.token_spans import check_spans, encode_with_spans
@@ -88,10 +94,12 @@ class FamilyProcessor:
         self.sees_media_together = family.sees_media_together
         self.videos = None
         if inputs.min_frames:
-            self.videos = FamilyVideos(native, inputs.min_frames, equal_num_frames=inputs.equal_num_frames)
+            text = find_video_text(native.video_token, self._render_own if self.own_template else None)
+            self.videos = FamilyVideos(native, inputs.min_frames, equal_num_frames=inputs.equal_num_frames, text=text)
         self.video_token = None if self.videos is None else self.videos.token
         self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
         self.special_tokens = special_token_pattern(self.tokenizer, *self.media_tokens)
+        self.single_tokens = special_token_pattern(self.tokenizer)  # what stands for an image may be several
         self.coordinate_tokens = token_pattern(self.coordinates)
         self._cached_expansions = lru_cache(4096)(self._compute_expansions)
         if is_new and self.own_template != family.template:  # a row's own template writes what its processor adds
@@ -233,10 +241,12 @@ class FamilyProcessor:
         is_spelled = span_finder(user_spans)
         for match in self.special_tokens.finditer(text):
             if is_spelled(*match.span()) and not (coordinates and coordinates.fullmatch(match.group())):
-                cuts.append(match.start() + 1)  # neither half is a special token
+                inner = [token.start() for token in self.single_tokens.finditer(match.group())] or [0]
+                cuts += [match.start() + start + 1 for start in inner]  # neither half is a special token
             elif match.group() in self.media_tokens:
                 places.append(match.span())
         expansions = self._get_expansions([text[start:end] for start, end in places], sizes)
+        expansions = self.calls.join(expansions, text, places)
         replaced = [(start, end, new) for (start, end), new in zip(places, expansions, strict=True)]
         ends = [end for _, end, _ in replaced]
         shifts = [0, *accumulate(len(new) - (end - start) for start, end, new in replaced)]

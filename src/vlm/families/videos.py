@@ -15,6 +15,7 @@ from transformers.video_utils import VideoMetadata
 
 from vlm.data.sample import Clip
 from vlm.data.vision.video import DEFAULT_FPS, DecodedVideo
+from vlm.families.native import call_options
 from vlm.families.token_spans import encode_with_spans
 
 CLOCK = 1000
@@ -34,13 +35,15 @@ class FamilyVideos:
         native: transformers' processor of the family.
         min_frames: the fewest frames of a video.
         equal_num_frames: whether all videos of a batch must have the same number of frames.
+        text: what stands for a video by itself; None: its token.
     """
 
-    def __init__(self, native: Any, min_frames: int, *, equal_num_frames: bool = False):
+    def __init__(self, native: Any, min_frames: int, *, equal_num_frames: bool = False, text: str | None = None):
         self.needs_call = False
         """Whether the text of a video is known by a whole call alone: its replacement takes options of such a call."""
         self.native, self.fewest, self.equal_num_frames = native, min_frames, equal_num_frames
         self.token: str = native.video_token
+        self.text = text or self.token
         self.expansion = lru_cache(4096)(self._compute_expansion)
         self._blank_outputs = lru_cache(256)(self._read_blank)
 
@@ -64,6 +67,7 @@ class FamilyVideos:
             videos=[video.permute(0, 3, 1, 2).contiguous() for video in frames],  # (frames, 3, height, width)
             video_metadata=[make_metadata(video.clip) for video in videos], do_sample_frames=False,
             return_metadata=True, return_tensors="pt", return_text_replacement_offsets=True,
+            **call_options(self.native),
         )  # fmt: skip
         return {name: value for name, value in outputs.items() if name != METADATA}
 

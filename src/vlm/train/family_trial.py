@@ -2,26 +2,30 @@
 
 import logging
 import time
+from collections.abc import Iterable
 
 from transformers import PreTrainedConfig
 
-from vlm.assembly.family_trial.kept import check_verdicts, recall_or_try
-from vlm.assembly.family_trial.verdicts import State, Verdict, read_unused
+from vlm.assembly.family_trial.kept import check_verdicts, check_video_verdict, recall_or_try
+from vlm.assembly.family_trial.verdicts import State, Verdict, Verdicts
 from vlm.assembly.logit_proofs import model_label
 from vlm.config.schema import RunConfig
 from vlm.data.cache import resolve_cache_folder
+from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
+from vlm.data.stream import SampleStream
 from vlm.families.processing import FamilyProcessor
 from vlm.train.distributed import on_rank0
 
 log = logging.getLogger(__name__)
 
 
-def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: Processor) -> tuple[str, ...]:
+def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: Processor) -> Verdicts:
     """Refuse a run whose model is of a family that fails its trial; every rank calls it. Composed models pass.
 
     Returns:
-        What the forms of parameters begin with that no reply depends on, as the trial has found.
+        The verdicts, of which `check_videos` takes one, and `read_unused` what no reply depends on; none of a composed
+        model.
 
     Args:
         config: the run's configuration.
@@ -32,7 +36,7 @@ def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: P
         ValueError: see `check_verdicts`.
     """
     if not isinstance(processor, FamilyProcessor):
-        return ()
+        return {}
 
     def try_it() -> dict[str, Verdict]:
         """Make the proofs, or recall them, and log what came of them."""
@@ -51,6 +55,33 @@ def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: P
         return verdicts
 
     verdicts = on_rank0(try_it)
-    label = f"{model_label(config)} (model_type={model_config.model_type})"
+    label = _make_label(config, model_config)
     check_verdicts(verdicts, label, unproved=config.model.unproved, packing=config.trainer.packing)
-    return read_unused(verdicts)
+    return verdicts
+
+
+def check_videos(
+    config: RunConfig, model_config: PreTrainedConfig, verdicts: Verdicts,
+    records: Iterable[SampleDataset | SampleStream],
+) -> None:  # fmt: skip
+    """Refuse a run whose records have videos where the family's trial did not prove those; every rank calls it.
+
+    Args:
+        config: the run's configuration.
+        model_config: the configuration of its model.
+        verdicts: those of `check_family`.
+        records: the run's records.
+
+    Raises:
+        ValueError: see `check_video_verdict`.
+    """
+    with_videos = [dataset for dataset in records if dataset.has_videos]
+    if not with_videos:
+        return
+    streams = all(isinstance(dataset, SampleStream) for dataset in with_videos)
+    told = "records of a stream may have videos (dataset.streaming=false tells)" if streams else "records have videos"
+    check_video_verdict(verdicts, _make_label(config, model_config), told, unproved=config.model.unproved)
+
+
+def _make_label(config: RunConfig, model_config: PreTrainedConfig) -> str:
+    return f"{model_label(config)} (model_type={model_config.model_type})"

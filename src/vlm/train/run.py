@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedConfig, TrainingArguments
 
+from vlm.assembly.family_trial.verdicts import Verdicts, read_unused
 from vlm.assembly.private_names import check_private_names
 from vlm.assembly.resolve import load_weights, resolve_model
 from vlm.assembly.round_trip import check_round_trip
@@ -17,7 +18,7 @@ from vlm.data.processor import Processor
 from vlm.train.arguments import training_arguments
 from vlm.train.checkpoints.world import World
 from vlm.train.extension_locks import extensions_folder, release_stale_locks
-from vlm.train.family_trial import check_family
+from vlm.train.family_trial import check_family, check_videos
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.objectives.base import Objective, PreparedRun, RunData
@@ -58,23 +59,24 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if args.world_size > 1 and shards_weights(config.trainer):
         check_same_calls(model_config)
     check_same_setup(config)
-    unused_forms = check_family(config, model_config, processor)
+    verdicts = check_family(config, model_config, processor)
     if args.local_process_index == 0 and config.trainer.deepspeed:
         release_stale_locks(extensions_folder())
     args.output_dir = str(folder := choose_directory(config, name))
     world = World.of(config, args.world_size, objective.loss_average)
     with open_run_directory(config, folder, world) as start:
         if not start.is_done:
-            _train(objective, model_config, processor, args, start, unused_forms)
+            _train(objective, model_config, processor, args, start, verdicts)
     return folder
 
 
 def _train(
     objective: Objective, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments,
-    start: RunStart, unused_forms: Sequence[str],
+    start: RunStart, verdicts: Verdicts,
 ) -> None:  # fmt: skip
     config, folder = objective.config, start.folder
     data = objective.load_data(model_config, processor, args)
+    check_videos(config, model_config, verdicts, data.records.values())
     check_same_data(data.records)
     start.begin(data.records)
     _log_data(data)
@@ -84,7 +86,7 @@ def _train(
     model = objective.wrap_model(model, args)
     check_round_trip(model)
     set_reply_ends(model, processor)
-    parts = prepare(model, config, args, processor, unused_forms)
+    parts = prepare(model, config, args, processor, read_unused(verdicts))
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 
     collate = objective.make_collator(processor, data, args)

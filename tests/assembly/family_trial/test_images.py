@@ -7,6 +7,8 @@ import torch
 
 from tests.assembly.family_trial.subjects import check_fails, check_proved, make_subject
 from vlm.assembly.family_trial.subject import Subject
+from vlm.assembly.family_trial.table import PROOFS, make_proof
+from vlm.assembly.family_trial.verdicts import State, Verdict
 from vlm.assembly.small_models.make import make_small
 from vlm.families.processing import FamilyProcessor
 from vlm.families.table import get_family
@@ -114,3 +116,65 @@ def test_indices_that_are_not_counted_anew_are_found():
     check_proved("batch", subject)
     subject.collate.indices = {}
     check_fails("batch", subject, "in a padded batch")
+
+
+@pytest.mark.parametrize("name", ["llava-interleave", "qwen2-vl", "smolvlm"])
+def test_videos_are_proved_and_so_are_frames_as_images(name: str):
+    check_proved("videos", make_subject(name))
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "smolvlm"])
+def test_a_token_of_a_video_too_few_is_found(name: str):
+    subject = make_subject(name)
+    videos, real = subject.processor.videos, subject.processor.videos.expansion
+    token = subject.processor.tokenizer.convert_ids_to_tokens(subject.processor.video_token_id)
+    videos.expansion = lambda clip: real(clip).replace(token, "", 1)
+    check_fails("videos", subject, "by the family's own processor")
+    check_proved("placeholders", subject)
+
+
+def test_other_frames_are_found(monkeypatch: pytest.MonkeyPatch):
+    subject = make_subject("qwen2-vl")
+    real = subject.processor.image_inputs
+    monkeypatch.setattr(
+        subject.processor, "image_inputs", lambda *args: {name: value + 1 for name, value in real(*args).items()}
+    )
+    check_fails("videos", subject, "is not what the family's own processor makes")
+
+
+def test_a_model_that_cannot_read_a_video_proves_nothing_of_it():
+    subject = make_subject("qwen2-vl")
+
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("split sizes")
+
+    subject.model.model.get_video_features = fail
+    verdict = make_proof(PROOFS["videos"], subject)
+    assert verdict == Verdict(State.NOT_MADE, "the model's code fails on a video: RuntimeError: split sizes")
+    check_proved("placeholders", subject)
+
+
+def test_a_blank_video_that_changes_logits_is_found(monkeypatch: pytest.MonkeyPatch):
+    subject = make_subject("qwen2-vl")
+    real = subject.reply_logits
+    numbers = iter(range(100))
+
+    def shift_with_both(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        both = "pixel_values" in batch and "pixel_values_videos" in batch
+        return real(batch) + (next(numbers) + 1) * both
+
+    monkeypatch.setattr(subject, "reply_logits", shift_with_both)
+    check_fails("videos", subject, "a blank video that completes a batch changes logits")
+
+
+def test_a_model_that_reads_no_image_beside_a_video_proves_nothing_of_videos(monkeypatch: pytest.MonkeyPatch):
+    subject = make_subject("qwen2-vl")
+    real = subject.reply_logits
+
+    def refuse_both(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if "pixel_values" in batch and "pixel_values_videos" in batch:
+            raise ValueError("tokens do not match")
+        return real(batch)
+
+    monkeypatch.setattr(subject, "reply_logits", refuse_both)
+    assert make_proof(PROOFS["videos"], subject).reason.startswith("the model's code fails on a batch of an image and")

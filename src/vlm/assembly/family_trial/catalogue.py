@@ -143,7 +143,8 @@ def write_markdown(tried: Mapping[str, Verdicts], file: Path) -> None:
         "",
         "Written by `vlm models --check all --markdown docs/families-proved.md` on "
         f"{date.today().isoformat()} with transformers {version('transformers')}: of {len(tried)} types, {number} pass "
-        f"all proofs that a run needs, {packed} of them `packing` too, which only `trainer.packing=true` needs. Each "
+        f"all proofs that a run needs, {packed} of them `packing` too, which only `trainer.packing=true` needs; "
+        "`videos` is for runs whose records have some, and holds where frames are read as images. Each "
         "type is tried on a small model with random weights, and a processor of the type's own classes with a "
         "tokenizer and, where the classes bring none, a chat template made for the trial; a run tries the checkpoint's "
         "own. [families.md](families.md#what-is-proved-before-training) says what each proof is.",

@@ -6,7 +6,7 @@ conversation, without the markers, spans and expansions of `FamilyProcessor`.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +22,7 @@ from vlm.data.processor import SampleInputs
 from vlm.data.sample import Clip, ContentPart, ImageRef, MediaSize, Sample, Turn, VideoRef
 from vlm.data.vision.images import Medium, upright_size
 from vlm.data.vision.video import DecodedVideo
+from vlm.families.native import call_options
 from vlm.families.processing import FamilyProcessor
 from vlm.families.videos import make_metadata
 from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE
@@ -151,17 +152,22 @@ def read_natively(
         if processor.chat_template == processor.own_template and any(map(_is_video, conversation.media)):
             template = processor.family.video_template or template
         clips = [medium.clip for medium in conversation.media if isinstance(medium, DecodedVideo)]
-        options: dict[str, object] = {}
+        options: dict[str, object] = {**call_options(native)}
         if clips:
             options |= {"do_sample_frames": False, "video_metadata": [make_metadata(clip) for clip in clips]}
+            options["return_metadata"] = True  # some write the times of frames from it, and do not ask for it
         if not takes_lists and conversation.media:
             options["images"] = list(conversation.media)
         variables = {"date_string": FIXED_DATE, "enable_thinking": False}
-        return native.apply_chat_template(
-            messages, chat_template=FIXED_CLOCK + template if "strftime_now" in template else template,
-            add_generation_prompt=prompt, tokenize=True, return_dict=True, return_tensors="pt",
-            processor_kwargs=options, **{name: value for name, value in variables.items() if name in template},
+        render = partial(
+            native.apply_chat_template, messages, add_generation_prompt=prompt,
+            chat_template=FIXED_CLOCK + template if "strftime_now" in template else template,
+            **{name: value for name, value in variables.items() if name in template},
         )  # fmt: skip
+        if conversation.media and not clips and not processor.inputs.form.nests_images:
+            text = render(tokenize=False)  # it nests images, which this processor's own call refuses
+            return native(text=[text], images=list(conversation.media), return_tensors="pt", **options)
+        return render(tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs=options)
     except Exception as error:  # templates and processors refuse by any error
         reason = f"the family's own processor refuses {describe(conversation)}: {describe_error(error)}"
         raise NotProvableError(reason) from error

@@ -20,12 +20,16 @@ from vlm.assembly.family_trial.conversations import (
 )
 from vlm.assembly.family_trial.subject import Subject, relative_difference
 from vlm.assembly.family_trial.verdicts import DisprovedError, NotProvableError
+from vlm.data.batching.collator import Collator
+from vlm.data.blank_images import dummy_image, dummy_video
 from vlm.data.encoding.labels import IGNORE_INDEX, encode_prompt
 from vlm.data.processor import SampleInputs
 from vlm.data.sample import BadSample
 
 SEEN = 1e-4
 """The least change of logits, over their norm, that counts as seeing another image."""
+SAME_WITH_DUMMY = 1e-3
+"""The largest change of logits, over their norm, by what completes a batch: rounding."""
 UNSEEN = 1e-5
 """The largest change of logits, over their norm, where nothing that they depend on has changed."""
 
@@ -46,22 +50,53 @@ def prove_placeholders(subject: Subject) -> None:
     if len(refusals) == len(list(make_prompts(subject))):
         raise refusals[0]
     check_count(subject, one_turn(draw_image(1)))
-    if subject.processor.videos is not None:
+
+
+def prove_videos(subject: Subject) -> None:
+    """Ids and pixels of a video are those of the family's own processor, and the model notices a wrong number.
+
+    A blank video that completes a batch, where ranks have to make the same calls, changes no logits.
+
+    Where a family reads no videos, their frames are images, and nothing is left to prove.
+    """
+    if subject.processor.videos is None:
+        return
+    video = draw_video(1, subject.processor)
+    check_prompt(subject, Builder().ask(QUESTION, video).done())
+    checks = {
+        "a video": lambda: check_count(subject, one_turn(video)),
+        "a batch of an image and a video": lambda: check_dummy_video(subject),
+    }
+    for read, check in checks.items():
         try:
-            check_count(subject, one_turn(draw_video(1, subject.processor)))
+            check()
         except (TypeError, LookupError, RuntimeError, ValueError) as error:  # of the model's code
-            reason = f"images are proved, but the model's code fails on a video: {type(error).__name__}: {error}"
+            reason = f"the model's code fails on {read}: {type(error).__name__}: {error}"
             raise NotProvableError(reason) from error
 
 
+@torch.no_grad()
+def check_dummy_video(subject: Subject) -> None:
+    """Check that a blank video that completes a batch changes nothing.
+
+    Raises:
+        DisprovedError: it changes logits.
+    """
+    processor, image = subject.processor, one_turn(draw_image(1))
+    if not processor.encodes_videos_separately:
+        return
+    collate = Collator.of(processor, dummy_image(processor), video_dummy=dummy_video(processor))
+    completed = subject.reply_logits(dict(collate([subject.make_row(image)])))
+    if not (change := relative_difference(subject.alone_logits(image), completed)) <= SAME_WITH_DUMMY:
+        raise DisprovedError(f"a blank video that completes a batch changes logits by {change:.2g} of their norm")
+
+
 def make_prompts(subject: Subject) -> Iterator[Conversation]:
-    """Yield questions about images of several sizes, one and several, in the first and in a later turn, and a video."""
+    """Yield questions about images of several sizes, one and several, in the first and in a later turn."""
     images = [draw_image(seed, size) for seed, size in enumerate(SIZES)]
     yield from (Builder().ask(QUESTION, image).done() for image in images)
     yield Builder().ask(QUESTION, *images).done()
     yield Builder().ask(QUESTION, images[0]).reply(REPLIES[0]).ask(OTHER_QUESTION, images[1]).done()
-    if subject.processor.videos is not None:
-        yield Builder().ask(QUESTION, draw_video(1, subject.processor)).done()
 
 
 def check_prompt(subject: Subject, conversation: Conversation) -> None:

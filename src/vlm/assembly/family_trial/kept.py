@@ -80,14 +80,17 @@ def check_verdicts(verdicts: Verdicts, label: str, *, unproved: bool, packing: b
         verdicts: those of the trial.
         label: the key and the name of the model, and its type.
         unproved: whether proofs that could not be made are done without (`model.unproved`).
-        packing: whether the run packs rows (`trainer.packing`); other runs do not need that proof.
+        packing: whether the run packs rows (`trainer.packing`); other runs do not need that proof. That of videos is
+            left to `check_video_verdict`, once the records are known.
 
     Raises:
         ValueError: which proof failed, or could not be made, and what to do.
     """
-    needed = {name: verdict for name, verdict in verdicts.items() if packing or name not in OPTIONAL}
+    needed = {name: verdict for name, verdict in verdicts.items() if name not in OPTIONAL}
+    if packing:
+        needed["packing"] = verdicts["packing"]
     failed = {name: verdict.reason for name, verdict in needed.items() if verdict.state is State.FAILED}
-    if failed and failed.keys() <= OPTIONAL.keys():
+    if failed and failed.keys() <= {*OPTIONAL}:
         raise ValueError(
             f"{label}: {_list_reasons(failed)}. trainer.packing=false pads batches instead, and "
             "trainer.train_sampling_strategy=group_by_modality_blocks pads them least"
@@ -105,6 +108,28 @@ def check_verdicts(verdicts: Verdicts, label: str, *, unproved: bool, packing: b
             f"configuration: {_list_reasons(missing)}. Look at what is supervised with `vlm data show`, and set "
             "model.unproved=true to train without these proofs"
         )
+
+
+def check_video_verdict(verdicts: Verdicts, label: str, records: str, *, unproved: bool) -> None:
+    """Refuse a run whose records have videos where those are not proved.
+
+    Args:
+        verdicts: those of the trial.
+        label: the key and the name of the model, and its type.
+        records: what may have videos, as a subject with its verb.
+        unproved: whether a proof that could not be made is done without (`model.unproved`).
+
+    Raises:
+        ValueError: what was found of videos, and what to do.
+    """
+    verdict = verdicts.get("videos", Verdict(State.PROVED))
+    if verdict.state is State.PROVED or (unproved and verdict.state is State.NOT_MADE):
+        return
+    go_on = "; model.unproved=true trains without the proof" if verdict.state is State.NOT_MADE else ""
+    raise ValueError(
+        f"{label}: {records}, and its videos are not proved on a small model of the same configuration: {verdict}. "
+        f"Give their frames as images, which are proved: a list under `images` in place of `videos`{go_on}"
+    )
 
 
 def _list_reasons(reasons: Mapping[str, str]) -> str:

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig
 
 from vlm.assembly.family_trial.conversations import draw_image, one_turn
 from vlm.assembly.family_trial.gradients import prove_gradients
-from vlm.assembly.family_trial.images import prove_placeholders, prove_sight
+from vlm.assembly.family_trial.images import prove_placeholders, prove_sight, prove_videos
 from vlm.assembly.family_trial.rows import prove_batch, prove_causal, prove_generation, prove_packing
 from vlm.assembly.family_trial.structure import prove_parts, prove_saving
 from vlm.assembly.family_trial.subject import Subject
@@ -106,6 +106,7 @@ PROOFS: dict[str, Proof] = {
     "labels": prove_labels,
     "placeholders": prove_placeholders,
     "sight": prove_sight,
+    "videos": prove_videos,
     "causal": prove_causal,
     "batch": prove_batch,
     "packing": prove_packing,
@@ -114,5 +115,5 @@ PROOFS: dict[str, Proof] = {
 }
 """Name -> proof, in the order in which they are made."""
 
-OPTIONAL = {"packing": "trainer.packing"}
-"""Proof -> the key of runs that need it; other runs do without."""
+OPTIONAL = ("packing", "videos")
+"""Proofs that only some runs need: those with `trainer.packing=true`, and those whose records have videos."""

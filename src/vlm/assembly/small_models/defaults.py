@@ -56,7 +56,6 @@ UNSUPPORTED = {
     "mistral4": "it reads text alone",
     "pi0": "it predicts movements of a robot, no text",
     "pix2struct": "an encoder-decoder, whose questions are drawn into the image",
-    "pp_chart2table": "its processor writes no tokens for an image: they stand in its checkpoint's chat template",
     "pp_formulanet": "an encoder-decoder without a prompt",
     "shieldgemma2": "a classifier of images, without text to predict",
     "t5gemma2": "an encoder-decoder",

@@ -11,7 +11,7 @@ from vlm.assembly.small_models.defaults import UNSUPPORTED, make_default
 from vlm.assembly.small_models.fields import get_fields, is_int, walk
 from vlm.assembly.small_models.processors import make_processor
 from vlm.assembly.small_models.shrink import shrink
-from vlm.assembly.small_models.templates import expand, find_image_text, make_template
+from vlm.assembly.small_models.templates import WRITTEN_OUT, expand, find_image_text, make_template
 from vlm.assembly.small_models.tokenizers import FurtherTokens, find_special_tokens
 from vlm.families.table import get_family
 
@@ -41,7 +41,8 @@ def make_small(model_type: str) -> SmallModel:
     config = shrink(make_default(model_type))
     processor = make_processor(config)
     missing = [name for name in read_token_names(config) if find_token_id(processor, name) is None]
-    written = find_special_tokens(str(processor.chat_template or ""))  # a few classes bring a template of their own
+    template = processor.chat_template or WRITTEN_OUT.get(type(processor).__name__, "")
+    written = find_special_tokens(str(template))  # a few classes bring a template of their own
     if missing or written:
         further = FurtherTokens(tuple(f"{name}_token" for name in missing), tuple(written))
         processor = make_processor(config, further)
@@ -86,8 +87,9 @@ def find_feature_id(processor: ProcessorMixin) -> int:
 def find_token_id(processor: ProcessorMixin, name: str) -> int | None:
     """Return the id of a token by its name: as the processor has it, else as its tokenizer has it; None without any."""
     for owner in (processor, processor.tokenizer):
-        if is_int(found := getattr(owner, f"{name}_token_id", None)):
-            return found
+        for attribute in (f"{name}_token_id", f"{name}_id"):
+            if is_int(found := getattr(owner, attribute, None)):
+                return found
         token = getattr(owner, f"{name}_token", None)
         if token is not None and is_int(found := processor.tokenizer.convert_tokens_to_ids(str(token))):
             return found

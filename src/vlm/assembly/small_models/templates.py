@@ -19,13 +19,17 @@ TEMPLATE = (
 )
 
 
+WRITTEN_OUT = {"PPChart2TableProcessor": f"<img>{'<imgpad>' * 256}</img>"}
+"""A class of processors that leaves all tokens of an image to its checkpoint's template -> what that writes."""
+
+
 def make_template(processor: ProcessorMixin) -> str:
     """Return a template with the processor's tokens for images and videos where the conversation has them."""
     return TEMPLATE % {
         "turn": TURN,
         "end": END,
         "image": find_image_text(processor),
-        "video": getattr(processor, "video_token", None) or "",
+        "video": find_video_text(processor),
     }
 
 
@@ -41,6 +45,8 @@ def find_image_text(processor: ProcessorMixin) -> str:
     Raises:
         ValueError: it takes none of those that are tried.
     """
+    if (written := WRITTEN_OUT.get(type(processor).__name__)) is not None:
+        return written
     image = Image.new("RGB", (64, 64))
     token = str(getattr(processor, "image_token", ""))
     placeholder = getattr(processor, "image_placeholder_token", token)
@@ -52,3 +58,18 @@ def find_image_text(processor: ProcessorMixin) -> str:
             continue
         return text
     raise ValueError(f"{type(processor).__name__} takes none of {token}, {placeholder}, {wrapped} for an image")
+
+
+def find_video_text(processor: ProcessorMixin) -> str:
+    """Return what stands for a video in a text: its token, between those that begin and end one where there are any."""
+    token: str | None = getattr(processor, "video_token", None)
+    if token is None:
+        return ""
+    ends = [_find_end_of_video(processor, name) for name in ("video_start", "video_end")]
+    return f"{ends[0]}{token}{ends[1]}" if all(ends) else token
+
+
+def _find_end_of_video(processor: ProcessorMixin, name: str) -> str | None:
+    """Return the token of a processor by whose id it knows the beginning or end of a video; None where it has none."""
+    token_id: int | None = getattr(processor, f"{name}_id", None)
+    return None if token_id is None else str(processor.tokenizer.convert_ids_to_tokens(token_id))

@@ -1,0 +1,30 @@
+"""The chat template of a processor that brings none: what stands in it for an image and for a video."""
+
+from transformers import ProcessorMixin
+from transformers.models.qwen2_vl import Qwen2VLProcessor
+
+from tests.families.tiny_families import llava, qwen
+from vlm.assembly.small_models.templates import find_video_text, make_template
+
+
+def render(processor: ProcessorMixin) -> str:
+    """A question about an image and a video, by the processor's template."""
+    content = [{"type": "image"}, {"type": "video"}, {"type": "text", "text": "why?"}]
+    return processor.tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=make_template(processor), tokenize=False
+    )
+
+
+def test_media_stand_where_a_conversation_has_them():
+    processor = qwen(Qwen2VLProcessor)
+    assert f"{processor.image_token}{processor.video_token}why?" in render(processor)
+    assert f"{llava().image_token}why?" in render(llava())
+
+
+def test_a_video_stands_between_the_tokens_by_which_its_processor_knows_it():
+    processor = qwen(Qwen2VLProcessor)
+    assert find_video_text(processor) == processor.video_token
+    for name, token in (("video_start_id", "<|vision_start|>"), ("video_end_id", "<|vision_end|>")):
+        setattr(processor, name, processor.tokenizer.convert_tokens_to_ids(token))
+    assert find_video_text(processor) == f"<|vision_start|>{processor.video_token}<|vision_end|>"
+    assert find_video_text(llava()) == ""
