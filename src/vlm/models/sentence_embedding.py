@@ -122,7 +122,7 @@ def as_messages(item: object) -> list[Message]:
     if isinstance(item, list):
         return item
     if isinstance(item, Mapping) and "role" in item:
-        return [item]
+        return [dict(item)]
     if isinstance(item, Mapping):
         images, text = item.get("image", item.get("images")), item.get("text")
     else:
