@@ -19,7 +19,7 @@ CHOICES = {
     "trainer.loss_average": "token, micro_batch",
     "trainer.train_sampling_strategy": "random, sequential, group_by_modality_length, group_by_modality_blocks",
     "dataset.supervise": "replies, llava-onevision",
-    "dataset.image_mode": "null, square, pad",
+    "dataset.image_mode": "null, square, pad, native",
     "dataset.alpha_background": "null, white, black, grey, drop",
     "dataset.over_length": "error, skip, truncate",
     "dataset.on_bad_sample": "error, skip",

@@ -39,6 +39,7 @@ SUPERVISIONS = ("replies", "llava-onevision")
 IMAGE_MODES = ("square", "pad", "native")
 POSITIONS = ("plain", "mrope")
 ALPHA_BACKGROUNDS = ("white", "black", "grey", "drop")
+THINKING_MODES = ("template", "keep", "drop")
 """What shows through transparent images; `drop` ignores transparency."""
 COORDINATES = (
     "auto", "llava", "pixels", "qwen2-vl", "qwen2.5-vl", "qwen3-vl", "paligemma", "internvl", "gemini", "glm", "molmo",

@@ -22,10 +22,10 @@ from vlm.config.choices import (
     PACKING_STRATEGIES,
     SAMPLING_STRATEGIES,
     SUPERVISIONS,
+    THINKING_MODES,
 )
 from vlm.config.model_schema import ModelConfig, Options
 from vlm.config.reach import is_packaged_deepspeed, is_start_word, training_argument_reach
-from vlm.config.record_schema import FrameRate, ThinkingInAnswers, ThinkingInRecords
 from vlm.config.rules import (
     above,
     at_least,
@@ -261,7 +261,7 @@ TrainerConfig.__module__ = __name__
 
 
 @dataclass
-class SourceConfig(FrameRate):
+class SourceConfig:
     """Records of one file, folder or data set, and how they are read."""
 
     path: str | None = field(default=None, metadata=RECORDS)
@@ -286,6 +286,9 @@ class SourceConfig(FrameRate):
     """Number of records that are used, drawn with `trainer.seed`; null: all."""
     system_prompt: str | None = None
     """System turn of conversations that have none of their own; null: none."""
+    fps: float | None = field(default=None, metadata=above(0))
+    """Frames of a video that are used for each second of it, evenly spaced: one at least, and `max_frames` at most;
+    null: as many as `max_frames` allows."""
 
 
 @dataclass
@@ -300,7 +303,7 @@ class MixtureSourceConfig(SourceConfig):
 
 
 @dataclass
-class DatasetConfig(SourceConfig, ThinkingInRecords):
+class DatasetConfig(SourceConfig):
     """The records, and how they become tokens."""
 
     sources: dict[str, MixtureSourceConfig] = field(default_factory=dict)
@@ -353,6 +356,10 @@ class DatasetConfig(SourceConfig, ThinkingInRecords):
     """`square`: as the encoder's image processor does it; `pad`: padded to a square first; `native`: each image in its
     own size and aspect ratio, within the bounds of `model.native`; null: the checkpoint's, else what the encoder reads:
     `native` for SigLIP 2 with NaFlex and Qwen's vision towers, `square` for others."""
+    thinking: str = field(default="template", metadata=choices(THINKING_MODES))
+    """Thinking of replies (`reasoning_content`, or `<think>…</think>` before the text): `template`: what the chat
+    template writes of it is learned; `keep`: all of it, and a record whose thinking the template drops cannot be used;
+    `drop`: none."""
     alpha_background: str | None = field(default=None, metadata=choices(ALPHA_BACKGROUNDS))
     """What shows through transparent images: `white`, `black` or `grey`; `drop`: transparency is ignored, as in LLaVA,
     so that black ink on a transparent ground is all black; null: the checkpoint's, else `white`."""
@@ -376,7 +383,7 @@ class DatasetConfig(SourceConfig, ThinkingInRecords):
 
 
 @dataclass
-class InferenceConfig(ThinkingInAnswers):
+class InferenceConfig:
     """Settings of generation, for `samples.md` and metrics of answers while training, and for commands with `-cn`."""
 
     temperature: float = field(default=0.0, metadata=at_least(0, "0 (greedy) or more"))
@@ -390,6 +397,9 @@ class InferenceConfig(ThinkingInAnswers):
     cache_implementation: str | None = field(default=None, metadata=choices(CACHE_IMPLEMENTATIONS))
     """Cache of keys and values: `dynamic` grows; `static` is allocated at full length, and transformers compiles
     decoding for it on GPUs; `offloaded` keeps one layer at a time on the GPU; null: the model's own."""
+    thinking: bool | None = None
+    """Whether the model is to think before it answers, for chat templates that ask (`enable_thinking`); it is saved
+    with the model. null: as the model was trained: true once it was trained on records with thinking."""
 
 
 @dataclass

@@ -14,6 +14,9 @@ from vlm.models.anyres import AnyRes, ImageNewline
 
 PAD = 99
 
+DEDUPLICATED = ("pixel_values", "image_features")
+"""What equal images stand in once."""
+
 
 def sample(ids: list[int], images: int = 0, first: int = 0) -> dict[str, Any]:
     """Ids of which the last two are supervised, and images filled with `first`, `first + 1` …"""
@@ -140,7 +143,7 @@ def test_a_blank_image_is_the_processors_mean(built):
 
 def test_equal_images_stand_once():
     rows = [sample([1, 2], 2, 0), sample([3, 4]), sample([5, 6], 3, 0)]
-    batch = Collator(PAD, deduplicate=VLMProcessor.deduplicated_inputs)(rows)
+    batch = Collator(PAD, deduplicate=DEDUPLICATED)(rows)
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [0, 1, 2]
     assert batch[IMAGE_INDEX].tolist() == [0, 1, 0, 1, 2]
     assert len(rows[2]["pixel_values"]) == 3, "the samples are left as they were"
@@ -150,7 +153,7 @@ def test_equal_images_stand_once():
 
 
 def test_a_row_may_have_nothing_but_images_of_others():
-    batch = Collator(PAD, deduplicate=VLMProcessor.deduplicated_inputs)([sample([1, 2], 1, 7), sample([3, 4], 1, 7)])
+    batch = Collator(PAD, deduplicate=DEDUPLICATED)([sample([1, 2], 1, 7), sample([3, 4], 1, 7)])
     assert batch["pixel_values"].shape == (1, 3, 2, 2)
     assert batch[IMAGE_INDEX].tolist() == [0, 0]
 
@@ -158,7 +161,7 @@ def test_a_row_may_have_nothing_but_images_of_others():
 def test_images_that_differ_in_one_place_are_two():
     one, other = sample([1, 2], 1), sample([3, 4], 1)
     other["pixel_values"][0, 2, 1, 1] += 1e-6
-    batch = Collator(PAD, deduplicate=VLMProcessor.deduplicated_inputs)([one, other])
+    batch = Collator(PAD, deduplicate=DEDUPLICATED)([one, other])
     assert len(batch["pixel_values"]) == 2
     assert IMAGE_INDEX not in batch
 
@@ -176,7 +179,7 @@ def test_images_that_stand_once_train_as_all_of_them_do(parts: Parts, connector:
     model.visual_encoder.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
     rows = [pictured_row(processor, 1, 2), pictured_row(processor), pictured_row(processor, 2, 1, 1)]
     found = []
-    for deduplicate in ((), VLMProcessor.deduplicated_inputs):
+    for deduplicate in ((), DEDUPLICATED):
         model.zero_grad()
         torch.manual_seed(1)
         loss = model(**Collator.of(processor, deduplicate=deduplicate)(rows)).loss
@@ -210,7 +213,7 @@ def test_equal_tiles_stand_once(parts: Parts):
         rows.append(sample(ids) | inputs | {"pixel_values": processor.normalise(inputs["pixel_values"])})
     whole, deduplicate = (
         Collator.of(processor)(rows),
-        Collator.of(processor, deduplicate=VLMProcessor.deduplicated_inputs)(rows),
+        Collator.of(processor, deduplicate=DEDUPLICATED)(rows),
     )
     assert len(whole["pixel_values"]) == 9
     assert len(deduplicate["pixel_values"]) < 6

@@ -411,11 +411,11 @@ FORMATS: dict[str, Reader] = {
     "caption": read_caption,
     "question": read_question,
     "head": read_head,
+    "pair": read_pair,
     "labelled": read_labelled,
     "alpaca": read_alpaca,
     "cauldron": read_cauldron,
     "minicpm": read_minicpm,
-    "pair": read_pair,
 }
 
 
