@@ -117,7 +117,7 @@ def test_the_run_of_ones_own_composes(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_records_are_read_as_the_page_shows_them(tmp_path: Path):
-    for name in ("cat.png", "a.png", "b.png"):
+    for name in ("cat.png", "cup.png", "a.png", "b.png"):
         picture().save(tmp_path / name)
     text = TEXTS["docs/data.md"].partition("## Forms of records")[2].partition("### A reader")[0]
     forms = re.findall(r"^\*\*`(\w+)`\*\*(.*?)(?=^\*\*`|\Z)", text, re.MULTILINE | re.DOTALL)

@@ -176,7 +176,9 @@ def test_images_that_stand_once_train_as_all_of_them_do(parts: Parts, connector:
         parameter.requires_grad_(name.startswith(trains))
     model.train()
     seen: list[int] = []
-    model.visual_encoder.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
+    model.visual_encoder.register_forward_hook(
+        lambda module, given, named, output: seen.append(len(named["pixel_values"])), with_kwargs=True
+    )
     rows = [pictured_row(processor, 1, 2), pictured_row(processor), pictured_row(processor, 2, 1, 1)]
     found = []
     for deduplicate in ((), DEDUPLICATED):
