@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from vlm.train.step.packed_attention import use_packed_attention
 
 from benchmarks.packed_steps import StepSize, prepare_run
 from benchmarks.report import compared, report
 from benchmarks.sizes import make_parser, make_size
 from benchmarks.variants import LEARNING_RATE, Steps, release_memory, silence_libraries, synchronized_time
+from vlm.assembly.packed_attention import use_packed_attention
 from vlm.data.encoding.labels import IGNORE_INDEX
 
 MATRIX_OPERATORS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "conv", "gemm", "attention")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vlm.train.step.packed_attention import use_packed_attention
 
 from tests.data.vision.test_video import write_video
 from tests.fixtures import losses
 from tests.tiny_parts import NATIVE_ENCODERS, Parts, picture
 from tests.train.step.test_packing import gradients
+from vlm.assembly.packed_attention import use_packed_attention
 from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from vlm.train.step.packed_attention import use_packed_attention
 
 from tests.small_language_models import TYPES, small_config
 from tests.tiny_parts import Parts, picture
 from tests.train.step.test_packing import Ready, items
 from vlm.assembly.language_models import check_language_model, check_writes
 from vlm.assembly.logit_proofs import check_causal, check_padding, prove_scores
+from vlm.assembly.packed_attention import use_packed_attention
 from vlm.assembly.packed_rows import check_packing
 from vlm.inference.generate import VisionLanguageModel, user_turn
 from vlm.models import VLMConfig, VLMForConditionalGeneration
