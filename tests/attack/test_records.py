@@ -24,6 +24,7 @@ from vlm.config.shown import presentable
 from vlm.data.dataset import Skipped, encode_sample
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.pairs.encoder import PairEncoder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import stream_records
 from vlm.data.sample import BadSample
@@ -47,6 +48,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "caption": {"image": "a.png", "caption": "a cat"},
     "question": {"image": "a.png", "question": "what?", "choices": ["cat", "dog"], "answer": "cat", "answers": ["a"]},
     "head": {"source": "s", "images": ["a.png"], "conversations": ["<image> is it?", "yes"], "label": 1},
+    "pair": {"query": {"text": "a cat", "image": "a.png"}, "positive": "an animal", "negatives": ["a plate"]},
     "labelled": {"image": "a.png", "prompt": "is it?", "label": "yes", "group": "g"},
     "alpaca": {"instruction": "say", "input": "x", "output": "y", "history": [], "images": ["a.png"]},
     "cauldron": {"images": ["a.png"], "texts": [{"user": "what?", "assistant": "a cat"}]},
@@ -127,10 +129,11 @@ def sources(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     picture().save(root / "images" / "a.png")
     encoder = SampleEncoder(parts.processor(), 400, truncate=False)
     prompts = PromptEncoder(encoder.processor, 400, truncate=False)
+    encoders = {"labelled": prompts, "pair": PairEncoder(encoder.processor, 400, truncate=False)}
     made = {}
     for name in FORMATS:
         config = SourceConfig(path=str(root / "x.jsonl"), format=name, image_folder=str(root / "images"))
-        made[name] = Source(name, config, root / "cache", prompts if name == "labelled" else encoder, 4)
+        made[name] = Source(name, config, root / "cache", encoders.get(name, encoder), 4)
     return made
 
 
