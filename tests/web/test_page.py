@@ -10,6 +10,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +149,15 @@ def send(page: Any, text: str) -> None:
     box, shown = page.locator("#chat-question textarea"), page.locator("#chat-shown .user, .toast-body")
     before = shown.count()
     box.fill(text)
+    polls = count(1)
 
     def is_asked() -> bool:
         if shown.count() > before:
             return True
         if box.input_value() == text:
             box.press("Enter")
+        elif next(polls) % 100 == 0:  # the field was cleared, and the question was not asked
+            box.fill(text)
         return False
 
     wait_until(is_asked, page)
