@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.assembly.checkpoint import open_checkpoint
 from vlm.config.schema import DatasetConfig
 from vlm.data.pairs.encoder import DOCUMENT, QUERY, add_prompt
 from vlm.data.processor import Processor
@@ -18,7 +17,7 @@ from vlm.data.sample import Sample, Turn
 from vlm.data.sources import Source
 from vlm.inference.feature_cache import ImageFeatureCache
 from vlm.inference.generate import ImageInput, VideoInput, VisionLanguageModel
-from vlm.inference.predict import Predictor
+from vlm.inference.predict import Predictor, load_heads
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.contrastive import shorten_vectors
 from vlm.models.head_tasks import EMBEDDING
@@ -50,13 +49,12 @@ class Embedder:
         Raises:
             ValueError: the checkpoint has no such head.
         """
-        loaded = load_with_heads(
-            checkpoint, device=device, dtype=dtype, base=base, trust_remote_code=trust_remote_code,
-            max_image_tokens=max_image_tokens,
-        )  # fmt: skip
-        if not isinstance(loaded, Embedder):
+        embedder = cls(
+            *load_heads(checkpoint, device, dtype, base, trust_remote_code, max_image_tokens), ImageFeatureCache()
+        )
+        if embedder.head.task != EMBEDDING:
             raise ValueError(f"{checkpoint} has heads that predict, and none that embeds: vlm.Predictor asks them")
-        return cls(loaded.model, loaded.processor, ImageFeatureCache())
+        return embedder
 
     @property
     def head(self) -> HeadSettings:
@@ -122,12 +120,7 @@ def load_with_heads(
     Raises:
         ValueError: the checkpoint has no heads.
     """
-    opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
-    opened.check_heads(expected=True)
-    model: Any
-    model, processor = opened.load_for_inference(
-        device=device, dtype=dtype, base=base, max_image_tokens=max_image_tokens
-    )
+    model, processor = load_heads(checkpoint, device, dtype, base, trust_remote_code, max_image_tokens)
     kind = Embedder if model.config.settings[0].task == EMBEDDING else Predictor
     return kind(model, processor, ImageFeatureCache())
 

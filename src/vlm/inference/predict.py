@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.config.schema import DatasetConfig
@@ -37,6 +38,20 @@ class Prediction:
     outputs: tuple[float, ...]
 
 
+def load_heads(
+    checkpoint: str | Path, device: str | None, dtype: str, base: Sequence[str], trust_remote_code: bool,
+    max_image_tokens: int | None,
+) -> tuple[PreTrainedModel, Processor]:  # fmt: skip
+    """Load a checkpoint with heads of any kind and its processor; arguments as `VisionLanguageModel.load`.
+
+    Raises:
+        ValueError: the checkpoint has no heads.
+    """
+    opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
+    opened.check_heads(expected=True)
+    return opened.load_for_inference(device=device, dtype=dtype, base=base, max_image_tokens=max_image_tokens)
+
+
 class Predictor:
     """A model with prediction heads and its processor, ready to predict.
 
@@ -60,12 +75,9 @@ class Predictor:
         Raises:
             ValueError: the checkpoint has no prediction heads, or one that embeds.
         """
-        opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
-        opened.check_heads(expected=True)
-        model, processor = opened.load_for_inference(
-            device=device, dtype=dtype, base=base, max_image_tokens=max_image_tokens
+        predictor = cls(
+            *load_heads(checkpoint, device, dtype, base, trust_remote_code, max_image_tokens), ImageFeatureCache()
         )
-        predictor = cls(model, processor, ImageFeatureCache())
         if predictor.heads[0].task == EMBEDDING:
             raise ValueError(f"{checkpoint} has a head that embeds, and predicts nothing: vlm predict and vlm.Embedder")
         return predictor
