@@ -1,7 +1,7 @@
 """Records as training samples: counted before anything trains, read and encoded when they are needed."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
@@ -276,8 +276,12 @@ def model_inputs(
 
     name, refs = ("?", []) if sample is None else (sample.id, sample.media)
     with processor_errors("the processor", name, refs, process_one):
-        image_inputs = processor.image_inputs(media, sizes)
-        text_inputs = processor.text_inputs(encoded.input_ids, encoded.labels, image_inputs)
+        return join_inputs(processor, encoded, processor.image_inputs(media, sizes))
+
+
+def join_inputs(processor: Processor, encoded: Encoded, image_inputs: Mapping[str, torch.Tensor]) -> SampleInputs:
+    """Return the ids, labels, weights of losses and inputs of a sample, whose images' inputs are made or read."""
+    text_inputs = processor.text_inputs(encoded.input_ids, encoded.labels, dict(image_inputs))
     weights = {} if encoded.weights is None else {LOSS_WEIGHTS: torch.tensor(encoded.weights)}
     return {"input_ids": encoded.input_ids, "labels": encoded.labels, **weights, **image_inputs, **text_inputs}
 

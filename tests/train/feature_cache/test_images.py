@@ -94,6 +94,18 @@ def test_what_is_kept_trains_as_images_do(start: Callable[..., Path], tmp_path: 
     assert not packs(tmp_path / "other")
 
 
+def test_weights_of_replies_count_beside_kept_features(start: Callable[..., Path], tmp_path: Path, world: Path):
+    records = json.loads((world / "records.json").read_text())
+    for record in records:
+        question, reply = record["conversations"][:2]
+        record["conversations"] = [question, reply | {"weight": 0.1}, {"from": "human", "value": "sure?"}, reply]
+    (path := tmp_path / "weighted.json").write_text(json.dumps(records))
+    words = [f"dataset.path={path}", "dataset.template=chatml"]
+    kept, anew = start(tmp_path, *words), start(tmp_path / "other", *words, keeps=False)
+    assert packs(tmp_path)
+    assert losses(kept) == pytest.approx(losses(anew), abs=1e-5)
+
+
 def test_the_encoder_is_not_called_again(start: Callable[..., Path], tmp_path: Path, encoded: list[int]):
     """Every distinct image once, a blank one, and one to look at the form; nothing in another run."""
     first = start(tmp_path, SPLIT)

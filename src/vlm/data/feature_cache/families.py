@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from vlm.data.blank_images import make_blank_medium
-from vlm.data.dataset import SAMPLE_REF, SampleDataset, SampleRef, Skipped
+from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.processor_errors import processor_errors
-from vlm.data.feature_cache.images import CachedImage, find_image, image_cache_keys
+from vlm.data.feature_cache.images import CachedDataset, CachedImage, find_image, image_cache_keys
 from vlm.data.feature_cache.store import Pack
-from vlm.data.processor import Processor, SampleInputs
+from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, MediaSize, Sample
 from vlm.data.vision.images import read_media_sizes
 
@@ -69,8 +69,8 @@ class BlankInputs:
         return self._kept[key]
 
 
-class CachedFamilyDataset(SampleDataset):
-    """A `SampleDataset` with cached features beside the inputs of blank images.
+class CachedFamilyDataset(CachedDataset):
+    """Samples of a family's model with cached features beside the inputs of blank images.
 
     Args:
         dataset: the samples.
@@ -78,25 +78,8 @@ class CachedFamilyDataset(SampleDataset):
     """
 
     def __init__(self, dataset: SampleDataset, packs: Sequence[Pack]):
-        super().__init__(
-            dataset.sources, dataset.places, dataset.lengths, dataset.num_images, has_videos=dataset.has_videos,
-            skipped=dataset.skipped, contributions=dataset.contributions,
-        )  # fmt: skip
-        self.packs, self.blanks = packs, BlankInputs(dataset.processor)
-
-    def __getitem__(self, index: int) -> SampleInputs | Skipped:
-        """Return an encoded sample with the features of its images, or why it cannot be used."""
-        number, record = self.places[index].tolist()
-        source = self.sources[number]
-        try:
-            sample = source.sample(record)
-            sizes, inputs = self.media_inputs(sample)
-            encoded = source.encoder(sample, sizes)
-        except BadSample as error:
-            return Skipped.from_error(error, source, record)
-        texts = self.processor.text_inputs(encoded.input_ids, encoded.labels, inputs)
-        named = {SAMPLE_REF: SampleRef(source.shown_path, record, sample.id)}
-        return {"input_ids": encoded.input_ids, "labels": encoded.labels, **inputs, **texts, **named}
+        super().__init__(dataset, packs)
+        self.blanks = BlankInputs(dataset.processor)
 
     def media_inputs(self, sample: Sample) -> tuple[Sequence[MediaSize], dict[str, Tensor]]:
         """Return the sizes of a sample's images, where the processor needs them, and their inputs.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.data.dataset import SAMPLE_REF, SampleDataset, SampleRef, Skipped
+from vlm.data.dataset import SAMPLE_REF, SampleDataset, SampleRef, Skipped, join_inputs
 from vlm.data.feature_cache.store import Pack
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, MediaSize, Sample
@@ -101,8 +101,37 @@ def blank_image_cache_key(size: tuple[int, int], kind: str) -> bytes:
     return blake2b(f"{kind}\2{size[0]} x {size[1]}".encode(), digest_size=16).digest()
 
 
-class CachedFeatureDataset(SampleDataset):
-    """A `SampleDataset` with `image_features` in place of `pixel_values`.
+class CachedDataset(SampleDataset):
+    """A `SampleDataset` of the same samples, whose `media_inputs` reads features of images in place of the images.
+
+    Args:
+        dataset: the samples.
+        packs: the features.
+    """
+
+    def __init__(self, dataset: SampleDataset, packs: Sequence[Pack]):
+        super().__init__(
+            dataset.sources, dataset.places, dataset.lengths, dataset.num_images, has_videos=dataset.has_videos,
+            has_thinking=dataset.has_thinking, skipped=dataset.skipped, contributions=dataset.contributions,
+        )  # fmt: skip
+        self.packs = packs
+
+    def __getitem__(self, index: int) -> SampleInputs | Skipped:
+        """Return an encoded sample with the features of its images, or why it cannot be used."""
+        number, record = self.places[index].tolist()
+        source = self.sources[number]
+        try:
+            sample = source.sample(record)
+            sizes, inputs = self.media_inputs(sample)
+            encoded = source.encoder(sample, sizes)
+        except BadSample as error:
+            return Skipped.from_error(error, source, record)
+        ref = SampleRef(source.shown_path, record, sample.id)
+        return {**join_inputs(self.processor, encoded, inputs), SAMPLE_REF: ref}
+
+
+class CachedFeatureDataset(CachedDataset):
+    """Samples of a composed model with `image_features` in place of `pixel_values`.
 
     Args:
         dataset: the samples.
@@ -111,24 +140,8 @@ class CachedFeatureDataset(SampleDataset):
     """
 
     def __init__(self, dataset: SampleDataset, packs: Sequence[Pack], *, is_blank: bool = False):
-        super().__init__(
-            dataset.sources, dataset.places, dataset.lengths, dataset.num_images, has_videos=dataset.has_videos,
-            skipped=dataset.skipped, contributions=dataset.contributions,
-        )  # fmt: skip
-        self.packs, self.is_blank = packs, is_blank
-
-    def __getitem__(self, index: int) -> SampleInputs | Skipped:
-        """Return an encoded sample with the features of its images, or why it cannot be used."""
-        number, record = self.places[index].tolist()
-        source = self.sources[number]
-        try:
-            sample = source.sample(record)
-            sizes, features = self.media_inputs(sample)
-            encoded = source.encoder(sample, sizes)
-        except BadSample as error:
-            return Skipped.from_error(error, source, record)
-        named = {SAMPLE_REF: SampleRef(source.shown_path, record, sample.id)}
-        return {"input_ids": encoded.input_ids, "labels": encoded.labels, **features, **named}
+        super().__init__(dataset, packs)
+        self.is_blank = is_blank
 
     def media_inputs(self, sample: Sample) -> tuple[Sequence[MediaSize], dict[str, Tensor]]:
         """Return the sizes of a sample's images, where the processor needs them, and their features.

@@ -22,7 +22,7 @@ from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image
 from vlm.data.cache import json_digest, resolve_cache_folder
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.dataset import SampleDataset, Skipped, join_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.feature_cache.families import (
@@ -230,9 +230,7 @@ class FamilyFeatureWriter(FeatureCacheWriter[Place, list[tuple[int, Inputs]]]):
     def _item(
         self, sample: Sample, encoder: SampleEncoder, sizes: Sequence[MediaSize], images: Mapping[str, Tensor]
     ) -> SampleInputs:
-        encoded = encoder(sample, sizes)
-        texts = self.processor.text_inputs(encoded.input_ids, encoded.labels, dict(images))
-        return {"input_ids": encoded.input_ids, "labels": encoded.labels, **images, **texts}
+        return join_inputs(self.processor, encoder(sample, sizes), images)
 
     def _dummy_item(self) -> SampleInputs:
         ids, inputs = dummy_image(self.processor)
