@@ -292,12 +292,11 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is not None:
-            images = (pixel_values, image_sizes, image_views, image_features, image_index, image_grids)
-            inputs_embeds = self.merge_images(input_ids, *images)
         text = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
         text |= kwargs | {"return_dict": True}
         if input_ids is not None:
+            images = (pixel_values, image_sizes, image_views, image_features, image_index, image_grids)
+            text["inputs_embeds"] = self.merge_images(input_ids, *images)
             text |= self.read_ids(input_ids, attention_mask, position_ids, image_grids)
         elif per_layer_inputs is not None:
             text[PER_LAYER] = per_layer_inputs
