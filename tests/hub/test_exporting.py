@@ -17,12 +17,14 @@ from transformers import (
     LlavaProcessor,
     SiglipImageProcessor,
 )
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from tests.command_line import refusal
 from tests.tiny_parts import Parts, picture
 from vlm.cli.main import main
 from vlm.hub.exporting import export_checkpoint
 from vlm.hub.importing import import_checkpoint
+from vlm.hub.templates import export_template, recover_template
 from vlm.inference.generate import VisionLanguageModel, user_turn
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
@@ -292,3 +294,12 @@ def test_an_adapter_is_to_be_merged_first(tmp_path: Path):
     (tmp_path / "config.json").write_text('{"model_type": "vlm"}')
     with pytest.raises(ValueError, match="is an adapter on a base; merge it first: vlm merge-lora"):
         export_checkpoint(str(tmp_path), tmp_path / "out", "llava")
+
+
+@pytest.mark.parametrize("thinks", [False, True])
+def test_an_exported_template_thinks_as_the_model_was_trained(thinks: bool):
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if enable_thinking %}<think>{% endif %}"
+    exported = export_template(template, "<image>", space_after_image=False, thinks=thinks)
+    rendered, _ = render_jinja_template([[{"role": "user", "content": "hi"}]], chat_template=exported)
+    assert rendered == ["hi<think>" if thinks else "hi"]
+    assert recover_template(exported, "<image>") == template

@@ -24,6 +24,7 @@ from vlm.hub.tiles import make_aspect_ratio, make_grid_pinpoints, native_type
 from vlm.models import VLMConfig, VLMProcessor
 from vlm.models.anyres import AnyRes
 from vlm.models.pixels import as_rgb
+from vlm.models.processing_messages import thinks
 
 PROBE_WORD = "What"
 PIXEL_SETTINGS = ("image_mean", "image_std", "resample", "rescale_factor")
@@ -37,7 +38,10 @@ def make_transformers_processor(config: VLMConfig, processor: VLMProcessor, *, p
     tokenizer = processor.tokenizer
     space_after_image = needs_space_after_special_token(tokenizer, processor.image_token)
     tokenizer.chat_template = None
-    template = export_template(str(processor.chat_template), processor.image_token, space_after_image=space_after_image)
+    template = export_template(
+        str(processor.chat_template), processor.image_token,
+        space_after_image=space_after_image, thinks=thinks(tokenizer),
+    )  # fmt: skip
     common: dict[str, Any] = {
         "vision_feature_select_strategy": select_strategy(config),
         "chat_template": template,

@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 TEMPLATE_HEADER = """\
 {#- vlm: contents as strings, an image token for each image, the pictures of a turn on a line before its text. -#}
 {%- set image_token = %IMAGE% -%}
-{%- set enable_thinking = false -%}
+{%- set enable_thinking = %THINKS% -%}
 {%- set strings = namespace(messages=[]) -%}
 {%- for message in messages -%}
   {%- if message['content'] is string -%}
@@ -72,16 +72,24 @@ TEMPLATE_MARKERS = {
 """Markers that templates write around turns -> the packaged template that writes them too."""
 
 
-def export_template(template: str, image_token: str, *, space_after_image: bool) -> str:
-    """Return our template as transformers' processors take it; `space_after_image`: see `CAPTURE_END`."""
-    head = TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token))
+def make_header(image_token: str, *, thinks: bool) -> str:
+    """Return what stands before our template in an export; `thinks`: whether the model thinks before its replies."""
+    return TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token)).replace("%THINKS%", str(thinks).lower())
+
+
+def export_template(template: str, image_token: str, *, space_after_image: bool, thinks: bool) -> str:
+    """Return our template as transformers' processors take it.
+
+    `space_after_image`: see `CAPTURE_END`; `thinks`: see `processing_messages.thinks`.
+    """
+    head = make_header(image_token, thinks=thinks)
     return head + (CAPTURE_START + template + CAPTURE_END if space_after_image else template)
 
 
 def recover_template(template: str, image_token: str) -> str | None:
     """Return our template out of one that `export_template` made; None for others."""
-    head = TEMPLATE_HEADER.replace("%IMAGE%", repr(image_token))
-    if not template.startswith(head):
+    heads = [make_header(image_token, thinks=thinks) for thinks in (False, True)]
+    if (head := next(filter(template.startswith, heads), None)) is None:
         return None
     return template.removeprefix(head).removeprefix(CAPTURE_START).removesuffix(CAPTURE_END)
 

@@ -16,6 +16,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 
 from vlm.data.encoding.labels import reply_ending
 from vlm.models import VLMProcessor
+from vlm.models.processing_messages import thinks
 
 Step = dict[str, Any]
 """One step of a normaliser or pre-tokenizer, or a sequence of steps, as `tokenizers` writes it."""
@@ -68,7 +69,7 @@ PATTERN_NAMES = {
 
 TEMPLATE_HEADER = """\
 {#- vlm: contents as strings, the images of a turn on a line before its text. -#}
-{%- set enable_thinking = false -%}
+{%- set enable_thinking = %THINKS% -%}
 {%- set strings = namespace(messages=[]) -%}
 {%- for message in messages -%}
   {%- set turn = namespace(text='', lead=true) -%}
@@ -166,7 +167,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, processor: VLMProcessor, num_rows: in
         writer.add_eot_token_id(ending)
     writer.add_add_bos_token(False)  # the template writes it where there is one
     writer.add_add_eos_token(False)
-    writer.add_chat_template(TEMPLATE_HEADER + str(processor.chat_template))
+    header = TEMPLATE_HEADER.replace("%THINKS%", str(thinks(tokenizer)).lower())
+    writer.add_chat_template(header + str(processor.chat_template))
 
 
 def _ending_token(processor: VLMProcessor) -> int | None:
