@@ -68,8 +68,9 @@ class FixedLengthModel(VisionLanguageModel):
         """Return the usual options, with the least length set to the greatest."""
         return {**super().generation_options(settings), "min_new_tokens": settings.max_new_tokens}
 
-    def _decode(self, ids: torch.Tensor) -> str:
-        return " ".join(map(str, ids.tolist()))
+    def answers(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: object) -> list[str]:
+        """Return the ids of each answer, between blanks."""
+        return [" ".join(map(str, ids)) for ids in self.answer_ids(inputs, settings, **kwargs)]
 
 
 def save(folder: Path, size: Size) -> None:

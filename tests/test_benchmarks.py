@@ -45,7 +45,6 @@ from benchmarks.variants import (
     split_packed_batch,
 )
 from vlm.demo.scenes import write_scenes
-from vlm.inference.generate import VisionLanguageModel
 from vlm.train.guards.step_guard import StepGuard
 from vlm.train.monitor.peak_flops import Peak
 
@@ -350,11 +349,12 @@ def test_answers_in_batches_are_held_against_those_one_by_one(
 ):
     change, message, batches = SPOILT[spoilt]
     name = "pixel_values" if spoilt == "blind" else spoilt
+    exact = generation.FixedLengthModel.answers
 
     def answers(model: Any, inputs: dict[str, torch.Tensor], *args: Any) -> list[str]:
         if not batches or len(inputs["input_ids"]) > 1:
             inputs = {**inputs, name: change(inputs[name])}
-        return VisionLanguageModel.answers(model, inputs, *args)
+        return exact(model, inputs, *args)
 
     monkeypatch.setattr(generation.FixedLengthModel, "answers", answers)
     with pytest.raises(SystemExit, match=message):
@@ -365,6 +365,8 @@ def test_answers_are_ids_that_follow_question_and_image(tmp_path: Path):
     rows, notes = generation.measure(ANSWERS, tmp_path)
     assert [row.target for row in rows] == [3.0, 1.2]
     assert set(notes.values()) == {ANSWERS.records}
+    _, answers = generation.time_answers(tmp_path, ANSWERS, "many", 2, ANSWERS.tokens)
+    assert all(len([int(word) for word in answer.split()]) == ANSWERS.tokens for answer in answers)
 
 
 def test_a_model_that_says_the_same_to_everything_is_no_measure(tmp_path: Path):

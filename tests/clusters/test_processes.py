@@ -64,7 +64,11 @@ def is_alive(pid: int) -> bool:
         ("os.kill(os.getpid(), signal.SIGKILL) if number == '1' else time.sleep(900)", 137),
         ("sys.exit(3) if number == '0' else time.sleep(900)", 3),
         # A guard has killed a rank that was frozen.
-        (f"{IGNORE}os.kill(os.getpid(), signal.SIGKILL) if number == '1' else time.sleep(0.3)\nsys.exit(76)", 76),
+        (
+            f"{IGNORE}begun()\nwhile len([*folder.glob('pid?')]) < 2: time.sleep(0.01)\n"
+            "os.kill(os.getpid(), signal.SIGKILL) if number == '1' else time.sleep(0.3)\nsys.exit(76)",
+            76,
+        ),
     ],
 )
 def test_the_exit_code_is_that_of_the_first_that_failed(tmp_path: Path, code: str, status: int):

@@ -175,9 +175,15 @@ class VisionLanguageModel:
 
     def answers(self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: object) -> list[str]:
         """Return the model's answer to each row of a batch."""
+        return [decode_answer(self.processor, ids) for ids in self.answer_ids(inputs, settings, **kwargs)]
+
+    def answer_ids(
+        self, inputs: dict[str, torch.Tensor], settings: InferenceConfig, **kwargs: object
+    ) -> list[list[int]]:
+        """Return the ids of the model's answer to each row of a batch, with ends and padding."""
         options = {**self.generation_options(settings), **kwargs}
         output = self._generate_ids(**self.use_cached_features(inputs), **options)
-        return [decode_answer(self.processor, row.tolist()) for row in output[:, inputs["input_ids"].shape[1] :]]
+        return output[:, inputs["input_ids"].shape[1] :].tolist()
 
     def use_cached_features(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return a batch in which cached features replace pixels, see `ImageFeatureCache`."""
