@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from vlm.config.choices import MUON
+from vlm.config.derived import get_value, shards_weights, training_keys
 from vlm.config.schema import PARTS, RunConfig
 
 
@@ -16,9 +17,26 @@ def step_problems(config: RunConfig) -> Iterator[str]:
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[str]:
-    """Yield why Muon cannot train a run: it orthogonalises whole matrices, which DeepSpeed flattens."""
+    """Yield what the optimiser, decay of learning rates over layers and averages of weights do not go with.
+
+    Muon orthogonalises whole matrices, which DeepSpeed flattens.
+    """
     if config.trainer.optim == MUON and config.trainer.deepspeed:
         yield (
             "trainer.optim=muon and trainer.deepspeed: Muon needs whole matrices, which DeepSpeed flattens; leave "
             "trainer.deepspeed out (torchrun trains on several GPUs without it), or choose another optimiser"
         )
+    yield from _layer_decay_problems(config)
+    if (decay := config.trainer.average_decay) is not None and shards_weights(config.trainer):
+        yield (
+            f"trainer.average_decay={decay:g}: no rank has whole weights to average under ZeRO-3 and FSDP2; leave it "
+            "out, or choose trainer/deepspeed=zero2"
+        )
+
+
+def _layer_decay_problems(config: RunConfig) -> Iterator[str]:
+    training = training_keys(config.trainer)
+    for part in ("visual_encoder", "language_model"):
+        decay = get_value(config, key := f"trainer.learning_rate.{part}_layer_decay")
+        if decay is not None and part not in training:
+            yield f"{key}={decay:g}: the {part} does not train; leave it out, or unfreeze the part (trainer.unfreeze)"

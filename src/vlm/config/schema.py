@@ -84,6 +84,11 @@ class LearningRateConfig:
     """Peak learning rate of the language model."""
     head_learning_rate: float | None = None
     """Peak learning rate of the prediction heads."""
+    visual_encoder_layer_decay: float | None = field(default=None, metadata=share(is_open_below=True))
+    """Factor from the learning rate of a layer of the visual encoder to that of the one before it; null: all of them
+    have the part's."""
+    language_model_layer_decay: float | None = field(default=None, metadata=share(is_open_below=True))
+    """The same of the language model's layers."""
 
 
 @dataclass
@@ -186,6 +191,10 @@ class TrainerOptions:
     """With `packing`, the most tokens of a row, image tokens included. With `step`, samples that do not fit go into
     further rows; null: as many rows as padded micro-batches. With `best_fit`, rows are filled up to it; null: as many
     tokens as `per_device_train_batch_size` samples have on average."""
+    average_decay: float | None = field(default=None, metadata=share(is_open_above=True))
+    """Keep an exponential moving average of the weights that train, of which a step keeps this share (0.999):
+    evaluations, `best` and `final` have the average, checkpoints hold both; null: none. Not where weights are sharded
+    (ZeRO-3, FSDP2)."""
     checkpointed_parts: list[str] | None = field(default=None, metadata=choices(PARTS))
     """Parts whose layers `activation_checkpointing` recomputes in the backward pass; null: all that gradients reach."""
     loss_average: str = field(default="token", metadata=choices(("token", "micro_batch")))

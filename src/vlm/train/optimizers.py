@@ -194,6 +194,9 @@ def hidden_matrix_names(model: PreTrainedModel, parts: list[Part]) -> frozenset[
 
 
 def read_learning_rates(optimizer: Optimizer, rates: Sequence[float | Tensor]) -> dict[str, float]:
-    """Return `learning_rate/<part>` of each part, out of the rates of an optimiser's groups."""
-    names = [group["name"].split(".")[0] for group in optimizer.param_groups]
-    return {f"learning_rate/{name}": float(rate) for name, rate in zip(names, rates, strict=True)}
+    """Return `learning_rate/<part>` of each part, the highest where its layers differ, out of the groups' rates."""
+    logged: dict[str, float] = {}
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        key = f"learning_rate/{group['name'].split('.')[0]}"
+        logged[key] = max(logged.get(key, 0.0), float(rate))
+    return logged

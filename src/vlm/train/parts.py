@@ -1,7 +1,7 @@
 """Parts as parameter groups: which train, at which learning rate and weight decay, and the table that says so."""
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from vlm.config.model_schema import ModelConfig
 from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, TrainerOptions
 from vlm.families.parts import get_part_names
 from vlm.models.vocabulary import find_vocabulary_head
+from vlm.train.layer_decay import rate_factors
 from vlm.train.lora import is_trained_with_adapter
 
 FINAL_NORMS = frozenset({"norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f"})
@@ -38,6 +39,7 @@ class Part:
         adapter: full names of what trains although the part is frozen: its adapter, perhaps biases.
         rows: full names of embeddings of which only the rows `new_tokens` train, while the part is frozen.
         new_tokens: the numbers of those rows.
+        rate_factors: the factor from `learning_rate` to that of each parameter, where layers differ; empty: 1.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Part:
     adapter: frozenset[str] = frozenset()
     rows: frozenset[str] = frozenset()
     new_tokens: tuple[int, ...] = ()
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_trainable(self) -> bool:
@@ -100,6 +103,12 @@ def make_parts(
             adapter=frozenset() if ranks.get(name) is None else frozenset(own.keys() & adapted),
             rows=rows & own.keys(),
             new_tokens=tuple(new_tokens),
+            rate_factors=rate_factors(
+                model,
+                {name: _num_elements(parameter) for name, parameter in own.items()},
+                getattr(trainer.learning_rate, f"{name}_layer_decay", None),
+                name,
+            ),
         )
         for name, own in parameters.items()
     ]
@@ -177,19 +186,22 @@ def cast(model: PreTrainedModel, parts: list[Part], trained: torch.dtype, frozen
 
 
 def parameter_groups(parts: list[Part], decayed: Collection[str]) -> list[dict]:
-    """Return the optimiser's groups, one for each part that trains and each decay class; empty ones are left out.
+    """Return the optimiser's groups, one for each part that trains, each decay class and each learning rate.
 
     A group has `name`, `params`, `lr` and `weight_decay`. Weight decay applies to the parameters named in `decayed`.
     """
     groups = []
     for part in parts:
-        named = [(name, p) for name, p in part.parameters.items() if p.requires_grad]
-        for label, decay in (("decay", part.weight_decay), ("no_decay", 0.0)):
-            params = [p for name, p in named if (name in decayed and name not in part.rows) == (label == "decay")]
-            if params:
-                groups.append(
-                    {"name": f"{part.name}.{label}", "params": params, "lr": part.learning_rate, "weight_decay": decay}
-                )
+        named: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in part.parameters.items():
+            if parameter.requires_grad:
+                is_decayed = name in decayed and name not in part.rows
+                named.setdefault((part.rate_factors.get(name, 1.0), is_decayed), []).append(parameter)
+        for (factor, is_decayed), params in sorted(named.items(), key=lambda item: item[0], reverse=True):
+            label = ("decay" if is_decayed else "no_decay") + ("" if factor == 1 else f".{factor:.3g}")
+            rate, decay = part.learning_rate, part.weight_decay if is_decayed else 0.0
+            rate = rate if rate is None else rate * factor
+            groups.append({"name": f"{part.name}.{label}", "params": params, "lr": rate, "weight_decay": decay})
     return groups
 
 

@@ -9,6 +9,7 @@ the mean over tokens; the loss and the evaluation of the run's objective; the sp
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,7 @@ from vlm.train.random_state import separate_random_state
 from vlm.train.step.before_first_step import BeforeFirstStep
 from vlm.train.step.step_packing import without_gradient_exchange
 from vlm.train.stop_on_signal import EvaluateWhenDue, StopOnSignal
+from vlm.train.weight_average import WeightAverage
 
 DROPPED_METRICS = ("train_samples_per_second", "train_steps_per_second", "total_flos")
 """What `Trainer` logs at the end: evaluation and saving in the time, and operations guessed from the parameters."""
@@ -81,11 +83,21 @@ class VLMTrainer(BatchTrainer):
         self.best_model = BestModel.of_run(self.options, objective.metric_names(), is_writer=self.args.should_save)
         if self.best_model is not None:
             self.saved_with_checkpoint.append(self.best_model)
+        self.average = self._keep_average(run.model)
         self.on_first_batch = on_first_batch
         # Without a number of items, `Trainer` averages the losses of micro-batches over accumulation steps and ranks.
         # What a family's own `forward` accepts says nothing: its loss is not used.
         self.model_accepts_loss_kwargs = objective.loss_average == "token"
         self.set_up_batches(run, on_skipped)
+
+    def _keep_average(self, model: nn.Module) -> WeightAverage | None:
+        """Return what keeps the average of the weights; None: nothing does."""
+        if self.options.average_decay is None:
+            return None
+        average = WeightAverage(model, self.options.average_decay, is_writer=self.args.should_save)
+        self.saved_with_checkpoint.append(average)
+        self.add_callback(average)
+        return average
 
     # --- the run ------------------------------------------------------------------------------------------------
 
@@ -170,11 +182,21 @@ class VLMTrainer(BatchTrainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
         self.stop_on_signal.interrupt_evaluation(self.args.device)
-        with separate_random_state(self.args.seed + self.state.global_step):
-            values = self.objective.evaluate(self, dataset)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
-        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        with self._final_weights():
+            with separate_random_state(self.args.seed + self.state.global_step):
+                values = self.objective.evaluate(self, dataset)
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+            metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(dataset))
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.note_evaluation(metrics)
         return metrics
+
+    def save_whole_model(self, folder: Path, write_more: Callable[[Path], object] | None = None) -> None:
+        """As usual, with the averaged weights where there is an average."""
+        with self._final_weights():
+            super().save_whole_model(folder, write_more)
+
+    def _final_weights(self) -> AbstractContextManager[None]:
+        """Within, the model has the weights that `final` would have."""
+        return nullcontext() if self.average is None else self.average.in_place()

@@ -86,7 +86,8 @@ CHANGES_RUN = (
 )  # fmt: skip
 
 IMPOSSIBLE = (
-    _keys("trainer", "objective optim optim_args optim_target_modules")
+    _keys("trainer", "objective optim optim_args optim_target_modules average_decay")
+    | _keys("trainer.learning_rate", "visual_encoder_layer_decay language_model_layer_decay")
     | _keys("trainer.unfreeze", "train_vision_model train_connector train_language_model")
     | _keys("trainer.lora", "use_dora bias init visual_encoder.r visual_encoder.target_modules connector.r "
             "connector.target_modules language_model.r language_model.target_modules")
