@@ -260,7 +260,7 @@ def open_mapping_key(argument: str) -> str:
     if named := re.fullmatch(r"(dataset\.sources|model\.head\.extra_heads)\.(\w+)((?:\.\w+)*)", key):
         names = [named[2], *named[3].split(".")[1:]]
         return f"++{named[1]}={''.join(f'{{{name}: ' for name in names)}{value}{'}' * len(names)}"
-    is_mapping = re.fullmatch(r"(dataset\.(options|sources)|model\.processor)(\.\w+)*", key)
+    is_mapping = re.fullmatch(r"(dataset\.(options|sources|loss_patterns)|model\.processor)(\.\w+)*", key)
     return f"++{argument}" if equals and is_mapping else argument
 
 

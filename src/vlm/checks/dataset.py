@@ -3,6 +3,7 @@
 Imports the schema and the table of formats, which needs the standard library only.
 """
 
+import re
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
@@ -38,6 +39,28 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
     if data.streaming:
         yield from _stream_problems(config, {"dataset": data, **sources})
     yield from _template_problems(data.template, "dataset.template")
+    yield from _loss_weight_problems(data)
+
+
+def loss_weight_keys(data: DatasetConfig) -> Iterator[str]:
+    """Yield the keys that weigh losses, with their values."""
+    for name, source in data.sources.items():
+        if source.loss_weight != 1:
+            yield f"dataset.sources.{name}.loss_weight={source.loss_weight:g}"
+    for pattern, factor in data.loss_patterns.items():
+        yield f"dataset.loss_patterns.{pattern}={factor:g}"
+
+
+def _loss_weight_problems(data: DatasetConfig) -> Iterator[str]:
+    """Yield patterns that are no regular expressions, and factors that are not above 0."""
+    for pattern, factor in data.loss_patterns.items():
+        key = f"dataset.loss_patterns.{pattern}={factor:g}"
+        if not 0 < factor < float("inf"):
+            yield f"{key}: a number above 0 is needed; a reply that is not learned has `loss` false in its record"
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"{key}: {pattern} is no regular expression: {error}"
 
 
 def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from vlm.checks.checkpoint import checkpoint_problem
-from vlm.checks.dataset import dataset_problems
+from vlm.checks.dataset import dataset_problems, loss_weight_keys
 from vlm.checks.fields import ConfigError, check_fields, format_value, texts_by_key
 from vlm.checks.guards import guard_problems
 from vlm.checks.lora import lora_problems, quantization_problems
@@ -71,6 +71,7 @@ def _problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
         saving_problems(config, objective.metric_names()),
         _evaluation_setting_problems(config),
         objective.refusals(),
+        _loss_weight_problems(config, objective),
         _training_problems(config, objective),
         encoder_problems(config),
         lora_problems(config),
@@ -81,6 +82,12 @@ def _problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
         guard_problems(config),
         sharding_problems(config),
     )
+
+
+def _loss_weight_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
+    """Yield keys that weigh losses where the objective does not."""
+    for key in () if objective.takes_loss_weights else loss_weight_keys(config.dataset):
+        yield f"{key}: trainer.objective={config.trainer.objective} does not weigh losses; leave it out"
 
 
 def _path_problems(config: RunConfig) -> Iterator[str]:

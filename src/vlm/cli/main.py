@@ -24,6 +24,7 @@ COMMANDS = {
     "import": "import_checkpoint",
     "export": "export_checkpoint",
     "merge-lora": "merge_lora",
+    "average": "average",
     "verify": "verify",
     "push-to-hub": "push_to_hub",
 }

@@ -21,6 +21,7 @@ vlm composes, trains and asks vision-language models.
   vlm export CHECKPOINT OUT --format llava                  a checkpoint for transformers and vLLM; vlm export --help
   vlm verify CHECKPOINT --with ENGINE                       is what is served what was trained; vlm verify --help
   vlm merge-lora CHECKPOINT OUT                             an adapter and its base as one complete checkpoint
+  vlm average CHECKPOINT CHECKPOINT --out FOLDER            the mean of several models' weights; vlm average --help
   vlm serve CHECKPOINT                                      a model as OpenAI's chat completions
   vlm push-to-hub CHECKPOINT --repo OWNER/NAME              a checkpoint on the Hub, for plain transformers
 

@@ -307,6 +307,8 @@ class MixtureSourceConfig(SourceConfig):
     weight: float = field(default=1.0, metadata=above(0))
     """How often an epoch takes each sample of this source: 2 is twice, 0.5 is half of them, drawn with `trainer.seed`.
     In a stream, how often this source is drawn from, relative to the others."""
+    loss_weight: float = field(default=1.0, metadata=above(0))
+    """How much the loss of each token of its replies counts, beside that of other sources."""
     template: str | None = None
     """A template for its records alone, named as `dataset.template` is; null: the run's."""
 
@@ -361,6 +363,10 @@ class DatasetConfig(SourceConfig):
     supervise: str = field(default="replies", metadata=choices(SUPERVISIONS))
     """What is supervised of a conversation: `replies` and their ends; `llava-onevision`: in ChatML, the assistant's
     turns as a whole, and the marks of turns and line breaks in those of others, as LLaVA-OneVision was trained."""
+    loss_patterns: dict[str, float] = field(default_factory=dict)
+    """How much the loss of some tokens of replies counts: a regular expression -> a factor above 0, of every token with
+    a character in one of its matches (`{"<answer>.*?</answer>": 2}`); of several that match, the last one counts. Hydra reads
+    such keys in YAML files only."""
     image_mode: str | None = field(default=None, metadata=choices(IMAGE_MODES))
     """`square`: as the encoder's image processor does it; `pad`: padded to a square first; `native`: each image in its
     own size and aspect ratio, within the bounds of `model.native`; null: the checkpoint's, else what the encoder reads:

@@ -169,6 +169,8 @@ def make_sources(config: DatasetConfig, encoder: SampleEncoder) -> list[Source]:
         rate = source.fps or config.fps
         located = replace(source, image_folder=folder, follow_links=follows, fps=rate)
         own_encoder = _encoder_with_template(encoder, source.template)
+        if source.loss_weight != 1:
+            own_encoder = replace(own_encoder, factors=replace(encoder.factors, source=source.loss_weight))
         options = {"weight": source.weight, "allow_pipe": config.allow_pipe}
         sources.append(Source(name, located, cache, own_encoder, config.max_frames, **options))
     return sources

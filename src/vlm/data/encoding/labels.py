@@ -9,10 +9,11 @@ tokenised once, and a label is the id where a token lies in the span of a reply 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from itertools import count, pairwise
+from itertools import count, groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 
+from vlm.data.encoding.loss_weights import ALL_ONE, LossWeights
 from vlm.data.encoding.markers import (
     MARKERS,
     MarkedText,
@@ -193,13 +194,19 @@ def _iter_reply_tokens(processor: Processor, rendered: Rendered, spans: Sequence
             yield position, number
 
 
-def weigh_labels(processor: Processor, rendered: Rendered, spans: Sequence[Span]) -> list[float] | None:
-    """Return the weight of each token's loss, that of its reply and 1 elsewhere; None where all are 1."""
-    if not rendered.weights:
+def weigh_labels(
+    processor: Processor, rendered: Rendered, spans: Sequence[Span], factors: LossWeights = ALL_ONE
+) -> list[float] | None:
+    """Return the weight of each token's loss, that of its reply times `factors`, 1 elsewhere; None where all are 1."""
+    if not rendered.weights and factors.is_one:
         return None
     weights = [1.0] * len(spans)
-    for position, number in _iter_reply_tokens(processor, rendered, spans):
-        weights[position] = rendered.weights[number]
+    for number, tokens in groupby(_iter_reply_tokens(processor, rendered, spans), key=itemgetter(1)):
+        positions = [position for position, _ in tokens]
+        own = rendered.weights[number] if rendered.weights else 1.0
+        reply = factors.factors(rendered.text, [spans[position] for position in positions])
+        for position, factor in zip(positions, reply, strict=True):
+            weights[position] = own * factor
     return weights
 
 
@@ -211,11 +218,12 @@ def encode(
     render: Callable[[Processor, Sequence[Turn], str], Rendered] = render,
     *,
     keep_thinking: bool = False,
+    factors: LossWeights = ALL_ONE,
 ) -> Encoded:
     """Return the ids of a whole conversation, and its labels, which `label` makes; `render` renders it.
 
     A reply that is not `supervised` has no labels. Conversations with tools or thinking are rendered by `whole_turns`;
-    with `keep_thinking`, a template that drops thinking of a learned reply is refused.
+    with `keep_thinking`, a template that drops thinking of a learned reply is refused. `factors` multiply weights.
 
     Sizes are those of its images and videos, where the processor needs them (`vision.images.media_sizes_from_opened`).
 
@@ -238,7 +246,7 @@ def encode(
     labels = label(processor, rendered, ids, spans)
     if labels.count(IGNORE_INDEX) == len(labels):
         raise BadSample(sample.id, "no supervised token")
-    return Encoded(ids, labels, weigh_labels(processor, rendered, spans))
+    return Encoded(ids, labels, weigh_labels(processor, rendered, spans, factors))
 
 
 def encode_prompt(

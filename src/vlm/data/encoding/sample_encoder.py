@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from vlm.data.cache import json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX, SMALLER_IMAGES, Encoded, encode, get_media_token_ids, limit_length
+from vlm.data.encoding.loss_weights import ALL_ONE, LossWeights
 from vlm.data.encoding.renderer import Renderer
 from vlm.data.encoding.supervision import SUPERVISIONS
 from vlm.data.encoding.thinking import drop_thinking
@@ -31,6 +32,7 @@ class SampleEncoder:
         truncate: whether a longer sample is cut at its end, instead of being refused.
         supervise: which tokens are supervised, `dataset.supervise`.
         thinking: what becomes of the thinking of replies, `dataset.thinking`.
+        factors: how much the losses of tokens count, `dataset.loss_patterns` and `dataset.sources.….loss_weight`.
     """
 
     encodes_labels: ClassVar[bool] = False
@@ -41,6 +43,7 @@ class SampleEncoder:
     truncate: bool
     supervise: str = "replies"
     thinking: str = "template"
+    factors: LossWeights = ALL_ONE
 
     def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Return the ids and labels of a sample; `sizes` of its images, where the processor needs them.
@@ -61,7 +64,8 @@ class SampleEncoder:
         """
         sample = self.with_thinking(sample)
         keep = self.thinking == "keep"
-        return encode(self.processor, sample, sizes, SUPERVISIONS[self.supervise], self._renderer, keep_thinking=keep)
+        label = SUPERVISIONS[self.supervise]
+        return encode(self.processor, sample, sizes, label, self._renderer, keep_thinking=keep, factors=self.factors)
 
     def with_thinking(self, sample: Sample) -> Sample:
         """Return a sample with the thinking that is read of it."""

@@ -22,7 +22,7 @@ BOXES = "boxes stand in the record's `objects`, and <bbox> in the texts where th
 THINKING = "it is part of a reply; write it into the reply's text"
 FRAMES = "sizes and frames follow from the model and dataset.max_frames"
 PLACED = "images and videos of a turn are listed by the record, or are items of its content"
-WEIGHTS = "records have no weights; a turn has `weight` or `loss`, a source `dataset.sources.….weight`"
+WEIGHTS = "records have no weights; a turn has `weight` or `loss`, a source `dataset.sources.….loss_weight`"
 REFUSALS = "it is a reply in place of another; write it as the reply's text"
 
 RECORD_KEYS = {

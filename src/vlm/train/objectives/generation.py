@@ -67,6 +67,7 @@ class Generation(Objective):
 
     def make_encoder(self, model_config: PreTrainedConfig, processor: Processor) -> SampleEncoder:
         """Return what encodes whole conversations, their replies supervised."""
+        from vlm.data.encoding.loss_weights import LossWeights
         from vlm.data.encoding.sample_encoder import SampleEncoder
         from vlm.train.data import max_sample_length
 
@@ -74,7 +75,7 @@ class Generation(Objective):
         data = self.config.dataset
         return SampleEncoder(
             processor, longest, truncate=data.over_length == "truncate", supervise=data.supervise,
-            thinking=data.thinking,
+            thinking=data.thinking, factors=LossWeights.make(1.0, data.loss_patterns),
         )  # fmt: skip
 
     def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:

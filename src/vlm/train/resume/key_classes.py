@@ -76,9 +76,9 @@ CHANGES_RUN = (
     | _keys("dataset", "format options image_folder split subset max_samples system_prompt streaming shuffle_buffer "
             "max_frames fps thinking eval_path eval_image_folder eval_split max_eval_samples test_path "
             "test_image_folder test_split folds cache_features template supervise image_mode alpha_background "
-            "max_image_tokens coordinates max_length over_length")
+            "max_image_tokens coordinates max_length over_length loss_patterns")
     | _keys("dataset.sources.*", "format options image_folder split subset max_samples system_prompt weight template "
-            "fps")
+            "fps loss_weight")
     | _keys("model", "hf_name revision visual_encoder.hf_name visual_encoder.revision language_model.hf_name "
             "language_model.revision language_model.balance_loss attn_implementation processor")
     | _keys("model.head", "layer token loss loss_options class_weights label_smoothing weight generation_weight "
