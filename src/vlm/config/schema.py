@@ -365,8 +365,8 @@ class DatasetConfig(SourceConfig):
     turns as a whole, and the marks of turns and line breaks in those of others, as LLaVA-OneVision was trained."""
     loss_patterns: dict[str, float] = field(default_factory=dict)
     """How much the loss of some tokens of replies counts: a regular expression -> a factor above 0, of every token with
-    a character in one of its matches (`{"<answer>.*?</answer>": 2}`); of several that match, the last one counts. Hydra reads
-    such keys in YAML files only."""
+    a character in one of its matches (`{"<answer>.*?</answer>": 2}`); of several that match, the last one counts. Such
+    keys are read in YAML files only, since Hydra's command line has no quotes for them."""
     image_mode: str | None = field(default=None, metadata=choices(IMAGE_MODES))
     """`square`: as the encoder's image processor does it; `pad`: padded to a square first; `native`: each image in its
     own size and aspect ratio, within the bounds of `model.native`; null: the checkpoint's, else what the encoder reads:

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -71,16 +70,15 @@ def test_each_source_has_its_own_factor(parts: Parts, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("run", "patterns", "message"),
     [
-        (["dataset.loss_patterns={a: 0}"], r"loss_patterns\.a=0: a number above 0 is needed"),
-        (["dataset.loss_patterns={'(': 2}"], r"\( is no regular expression"),
-        (["dataset.loss_patterns={a: 2}", "model/head=embedding"], "does not weigh losses; leave it out"),
+        ("finetune-smol", {"a": 0}, r"loss_patterns\.a=0: a number above 0 is needed"),
+        ("finetune-smol", {"(": 2}, r"\( is no regular expression"),
+        ("embed-smol", {"a": 2}, "does not weigh losses; leave it out"),
     ],
 )
-def test_what_weighs_nothing_is_refused(common: list[str], words: list[str], message: str):
-    config: Any = compose_config(
-        "embed-smol" if "model/head=embedding" in words else "finetune-smol", [*common, *words]
-    )
+def test_what_weighs_nothing_is_refused(common: list[str], run: str, patterns: dict[str, float], message: str):
+    config = compose_config(run, common)
+    config.dataset.loss_patterns = patterns
     with pytest.raises(ConfigError, match=message):
         check(config, make_objective(config))
