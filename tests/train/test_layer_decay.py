@@ -17,7 +17,7 @@ from vlm.train.optimizers import read_learning_rates
 
 __all__ = ["made"]
 
-SMALL = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
 def factors_of(model: nn.Module, decay: float = 0.5) -> dict[str, float]:
@@ -93,6 +93,6 @@ def test_a_run_has_a_group_for_each_layer_and_logs_the_parts_rate(made: Made):
     ],
 )
 def test_settings_without_effect_are_refused(common: list[str], words: list[str], message: str):
-    config: Any = compose_config("pretrain-smol", [*common, *words])
+    config = compose_config("pretrain-smol", [*common, *words])
     with pytest.raises(ConfigError, match=message):
         check(config, make_objective(config))

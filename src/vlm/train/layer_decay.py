@@ -55,10 +55,10 @@ def _find_layers(model: nn.Module, sizes: Mapping[str, int]) -> dict[str, int]:
     """Return the outermost lists of modules of a part that hold most of it: name -> number of modules."""
     outermost: dict[str, int] = {}
     for prefix, module in model.named_modules():
-        is_list = isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
+        depth = len(list(module.children())) if isinstance(module, nn.ModuleList | nn.Sequential) else 0
         is_inner = any(prefix.startswith(f"{outer}.") for outer in outermost)
-        if is_list and not is_inner and any(name.startswith(f"{prefix}.") for name in sizes):
-            outermost[prefix] = len(module)
+        if depth > 1 and not is_inner and any(name.startswith(f"{prefix}.") for name in sizes):
+            outermost[prefix] = depth
     counts = {prefix: sum(n for name, n in sizes.items() if name.startswith(f"{prefix}.")) for prefix in outermost}
     smallest = SMALLEST_SHARE * max(counts.values(), default=0)
     return {prefix: depth for prefix, depth in outermost.items() if counts[prefix] >= smallest}
