@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = {
     "checks/embeddings.py": "train/objectives/test_embedding.py",
     "checks/fields.py": "checks/test_run.py",
     "checks/model.py": "checks/test_run.py",
+    "cli/average.py": "hub/test_averaging.py",
     "cli/data.py": "data/tools/test_show.py",
     "cli/export_checkpoint.py": "cli/test_checkpoints.py",
     "cli/model_options.py": "cli/test_generate.py",

@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_
 
 def factors_of(model: nn.Module, decay: float = 0.5) -> dict[str, float]:
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return rate_factors(model, sizes, decay, "language_model")
+    return rate_factors(dict(model.named_modules()), sizes, decay, "language_model")
 
 
 def test_each_layer_of_a_language_model_has_half_the_rate_of_the_next():
@@ -63,7 +63,7 @@ def test_two_encoders_decay_by_themselves_and_small_lists_are_no_layers():
 def test_a_part_without_layers_is_refused():
     with pytest.raises(ValueError, match=r"language_model_layer_decay=0.5: the language_model has no list of layers"):
         factors_of(nn.Linear(2, 2))
-    assert rate_factors(nn.Linear(2, 2), {"weight": 4}, None, "language_model") == {}
+    assert rate_factors({}, {"weight": 4}, None, "language_model") == {}
 
 
 def test_a_run_has_a_group_for_each_layer_and_logs_the_parts_rate(made: Made):

@@ -17,13 +17,15 @@ SMALLEST_SHARE = 0.2
 """Lists of modules with fewer parameters than this share of the largest list's are no layers of a part."""
 
 
-def rate_factors(model: nn.Module, sizes: Mapping[str, int], decay: float | None, part: str) -> dict[str, float]:
+def rate_factors(
+    modules: Mapping[str, nn.Module], sizes: Mapping[str, int], decay: float | None, part: str
+) -> dict[str, float]:
     """Return the factor from the learning rate of a part to that of each of its parameters.
 
     A part with several lists of layers, such as two encoders, has each list decay by itself.
 
     Args:
-        model: the model, which may have adapters.
+        modules: the model's modules by their full names; it may have adapters.
         sizes: full names of the part's parameters -> their numbers of elements.
         decay: the factor from a layer to the one before it; None: every parameter has the part's rate, and the result
             is empty.
@@ -34,7 +36,7 @@ def rate_factors(model: nn.Module, sizes: Mapping[str, int], decay: float | None
     """
     if decay is None:
         return {}
-    depths = _find_layers(model, sizes)
+    depths = _find_layers(modules, sizes)
     if not depths:
         key = f"trainer.learning_rate.{part}_layer_decay"
         raise ValueError(f"{key}={decay:g}: the {part} has no list of layers; leave it out")
@@ -51,10 +53,10 @@ def _distance(name: str, depths: Mapping[str, int]) -> int:
     return depths[nearest] + 1 if INPUTS.search(words) else 0
 
 
-def _find_layers(model: nn.Module, sizes: Mapping[str, int]) -> dict[str, int]:
+def _find_layers(modules: Mapping[str, nn.Module], sizes: Mapping[str, int]) -> dict[str, int]:
     """Return the outermost lists of modules of a part that hold most of it: name -> number of modules."""
     outermost: dict[str, int] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in modules.items():
         depth = len(list(module.children())) if isinstance(module, nn.ModuleList | nn.Sequential) else 0
         is_inner = any(prefix.startswith(f"{outer}.") for outer in outermost)
         if depth > 1 and not is_inner and any(name.startswith(f"{prefix}.") for name in sizes):

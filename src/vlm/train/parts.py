@@ -90,6 +90,9 @@ def make_parts(
     rows = token_embedding_names(model) - unread if has_new_rows else frozenset()
     adapted = {name for name, _ in model.named_parameters() if is_trained_with_adapter(name, trainer.lora)}
     ranks = {part: getattr(trainer.lora, part).r for part in PARTS}
+    own_sizes = {name: {key: _num_elements(p) for key, p in own.items()} for name, own in parameters.items()}
+    decays = {name: getattr(trainer.learning_rate, f"{name}_layer_decay", None) for name in parameters}
+    modules = dict(model.named_modules())
     return [
         Part(
             name=name,
@@ -103,12 +106,7 @@ def make_parts(
             adapter=frozenset() if ranks.get(name) is None else frozenset(own.keys() & adapted),
             rows=rows & own.keys(),
             new_tokens=tuple(new_tokens),
-            rate_factors=rate_factors(
-                model,
-                {name: _num_elements(parameter) for name, parameter in own.items()},
-                getattr(trainer.learning_rate, f"{name}_layer_decay", None),
-                name,
-            ),
+            rate_factors=rate_factors(modules, own_sizes[name], decays[name], name),
         )
         for name, own in parameters.items()
     ]

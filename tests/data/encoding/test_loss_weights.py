@@ -41,7 +41,8 @@ def weights_by_text(encoder: SampleEncoder, sample: Sample) -> list[tuple[str, f
         else:
             runs.append(([label], weight))
         last = place
-    return [(encoder.processor.tokenizer.decode(ids, skip_special_tokens=True), weight) for ids, weight in runs]
+    decode = encoder.processor.tokenizer.decode
+    return [(str(decode(ids, skip_special_tokens=True)), weight) for ids, weight in runs]
 
 
 def test_tokens_of_a_match_have_its_factor_and_those_of_prompts_none(parts: Parts):
