@@ -174,10 +174,13 @@ def test_muon_trains_and_resumes_to_the_bit(train: Callable[..., Path], tmp_path
     assert losses(other)[-1] != losses(whole)[-1]
 
 
-def test_an_optimiser_of_the_users_own_trains_and_resumes(own: None, train: Callable[..., Path], tmp_path: Path):
+@pytest.mark.parametrize("words", [
+    ["trainer.optim=own_optimizers:Signs", "trainer.optim_args='scale=0.5'"], ["trainer.optim=adafactor"],
+], ids=["of the user's own", "adafactor"])  # fmt: skip
+def test_an_optimiser_trains_and_resumes(own: None, train: Callable[..., Path], tmp_path: Path, words: list[str]):
     options = [
-        *RATES, "trainer.optim=own_optimizers:Signs", "trainer.optim_args='scale=0.5'", "trainer.max_steps=4",
-        "trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.save_total_limit=5", "trainer.num_samples=0",
+        *RATES, *words, "trainer.max_steps=4", "trainer.save_strategy=steps", "trainer.save_steps=2",
+        "trainer.save_total_limit=5", "trainer.num_samples=0",
     ]  # fmt: skip
     whole = train("finetune-smol", tmp_path / "whole", *options)
     again = train(

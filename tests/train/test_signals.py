@@ -32,10 +32,16 @@ sys.exit(75)
 STUCK = "begun()\nos.read(os.pipe()[0], 1)  # as in a collective whose other ranks are gone\n"
 
 
+def restore_signals() -> None:
+    """Undo what a process inherits where these tests themselves run in the background, or under nohup."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(folder: Path, code: str, phase: str = "TRAINING", *before: str) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
         [*before, sys.executable, "-c", BEGIN + code], cwd=folder, env={**os.environ, "PHASE": phase},
-        stderr=subprocess.PIPE, text=True,
+        stderr=subprocess.PIPE, text=True, preexec_fn=restore_signals,
     )  # fmt: skip
     wait_until(lambda: (folder / "begun").exists(), process)
     return process
