@@ -94,6 +94,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: Any) -> None:
     """Exempt what has been imported from garbage collection, which would walk it for half a second each time."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)  # Python's own take a twelfth of the time
     gc.enable()
 
 

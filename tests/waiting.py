@@ -3,6 +3,7 @@
 The one bound by the clock, `HANG`, ends a test that hangs. It is no measure of speed.
 """
 
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -18,6 +19,12 @@ class Process(Protocol):
     def poll(self) -> int | None:
         """Return the exit status, or None while the process runs."""
         ...
+
+
+def restore_signals() -> None:
+    """Undo what a process inherits where tests themselves run in the background, or under nohup."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_until(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.waiting import HANG, wait_until
+from tests.waiting import HANG, restore_signals, wait_until
 from vlm.clusters.processes import descendants, find_launchers, is_launcher, parent_of
 
 DRIVER = """
@@ -42,7 +42,8 @@ for name in ("TERM", "INT", "HUP", "USR1", "USR2"):
 
 
 def start(folder: Path, code: str, *, number: int = 2, grace: float = 30) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", DRIVER, BEGIN + code, str(folder), str(grace), str(number)])
+    words = [sys.executable, "-c", DRIVER, BEGIN + code, str(folder), str(grace), str(number)]
+    return subprocess.Popen(words, preexec_fn=restore_signals)
 
 
 def pids(folder: Path) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.waiting import HANG, wait_until
+from tests.waiting import HANG, restore_signals, wait_until
 
 BEGIN = """
 import logging, os, signal, sys, time
@@ -30,12 +30,6 @@ while listener.received is None:
 sys.exit(75)
 """
 STUCK = "begun()\nos.read(os.pipe()[0], 1)  # as in a collective whose other ranks are gone\n"
-
-
-def restore_signals() -> None:
-    """Undo what a process inherits where these tests themselves run in the background, or under nohup."""
-    for number in (signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def start(folder: Path, code: str, phase: str = "TRAINING", *before: str) -> "subprocess.Popen[str]":
