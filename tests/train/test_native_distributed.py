@@ -21,7 +21,8 @@ IMAGES = (
 WORDS = [
     "trainer/unfreeze=all", "trainer.max_steps=3", "trainer.num_samples=0", "trainer.bf16=false",
     "trainer.train_sampling_strategy=sequential", "trainer.tf32=null", "trainer.warmup_steps=0",
-    "trainer.save_strategy=no", "trainer.lr_scheduler_type=constant", "trainer.adam_epsilon=1e-3", "dataset.max_length=512",
+    "trainer.save_strategy=no", "trainer.lr_scheduler_type=constant", "trainer.adam_epsilon=1e-3",
+    "dataset.max_length=512",
     *(f"trainer.learning_rate.{part}_learning_rate=1e-2" for part in ("visual_encoder", "connector", "language_model")),
 ]  # fmt: skip
 """With a large epsilon, AdamW does not blow up the rounding of small gradients."""
