@@ -56,8 +56,8 @@ ANSWERS_DIFFER = {"moshi", "hrm_text"}
 MOST_PARAMETERS = 2 * 10**7
 ADAPTED = ("llama", "mamba", "gemma3n_text", "llama4_text", "deepseek_v32", "gpt2")
 """Layers that are all called, whose weights are taken, whose class computes more, that choose tokens, and none."""
-NO_LAYERS = {"gpt-sw3", "gpt2", "gpt_bigcode", "openai-gpt", "xlnet"}
-"""Types without a Linear layer but the vocabulary head, such as GPT-2's layers of one-dimensional convolutions."""
+NO_LAYERS = {"gpt-sw3", "gpt2"}
+"""Types without a Linear layer but the vocabulary head: GPT-2 has one-dimensional convolutions."""
 
 
 def is_refused(key: str, *calls: Callable[[], object]) -> bool:
