@@ -149,7 +149,7 @@ def takes_weight(kind: type[nn.Module], attribute: str) -> bool:
     """
     pattern = re.compile(rf"(?<!isinstance\()self\.{re.escape(attribute)}\.weight\b(?!\.(dtype|device|shape)\b|\[)")
     methods = (method for method in _methods(kind) if {attribute, "weight"} <= {*method.__code__.co_names})
-    return any(pattern.search(inspect.getsource(method)) for method in methods)
+    return any(pattern.search(inspect.getsource(method)) for method in methods)  # models come with their source
 
 
 def _methods(kind: type[nn.Module]) -> Iterator[FunctionType]:
