@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.fixtures import losses
 from tests.tiny_parts import Parts, picture, runs
 from vlm.config.schema import DatasetConfig
 from vlm.data.dataset import SampleDataset, load_dataset
@@ -173,3 +174,18 @@ def test_what_cannot_be_split_ends_the_run(load: Callable[..., SampleDataset]):
     ):
         load([RECORDS[0], huge])
     assert np.array_equal(load([RECORDS[0]]).places, [[0, 0]])
+
+
+def test_a_run_trains_on_parts(train: Callable[..., Path], tmp_path: Path):
+    for number in range(8):
+        picture(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "records.json").write_text(json.dumps(RECORDS))
+    run = train(
+        "finetune-smol", tmp_path / "run", f"dataset.path={tmp_path / 'records.json'}",
+        f"dataset.image_folder={tmp_path}", "dataset.over_length=split", f"dataset.max_length={LONGEST}",
+        "dataset.eval_split=0.3", "trainer.eval_strategy=epoch", "trainer.max_steps=2", "trainer.num_samples=1",
+        f"dataset.cache_dir={tmp_path / 'cache'}", "trainer.save_strategy=no",
+    )  # fmt: skip
+    assert len(losses(run)) == 2
+    assert "**answer**" in (run / "samples.md").read_text()
+    assert not (run / "skipped.jsonl").exists() or not (run / "skipped.jsonl").read_text()
