@@ -92,12 +92,14 @@ class Counts:
     def join(self, other: "Counts") -> "Counts":
         """Return these counts, and others behind them."""
         columns = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in INTEGER_COLUMNS}
-        texts = {
-            name: pa.chunked_array([*getattr(self, name).chunks, *getattr(other, name).chunks], pa.string())
-            for name in ("labels", "groups", "ids")
-        }
         problems = {**self.problems, **{len(self.record) + place: error for place, error in other.problems.items()}}
-        return Counts(**columns, **texts, problems=problems)
+        return Counts(
+            **columns,
+            labels=pa.chunked_array([*self.labels.chunks, *other.labels.chunks], pa.string()),
+            groups=pa.chunked_array([*self.groups.chunks, *other.groups.chunks], pa.string()),
+            problems=problems,
+            ids=pa.chunked_array([*self.ids.chunks, *other.ids.chunks], pa.string()),
+        )
 
     def labels_and_groups_at(self, places: np.ndarray) -> tuple[list[object], list[str | None]]:
         """Return the labels and groups of the records at some places; None for a record without one."""
