@@ -21,7 +21,7 @@ CHOICES = {
     "dataset.supervise": "replies, llava-onevision",
     "dataset.image_mode": "null, square, pad, native",
     "dataset.alpha_background": "null, white, black, grey, drop",
-    "dataset.over_length": "error, skip, truncate",
+    "dataset.over_length": "error, skip, truncate, split",
     "dataset.on_bad_sample": "error, skip",
 }
 """What each closed list says is allowed."""

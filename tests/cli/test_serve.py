@@ -6,7 +6,7 @@ import pytest
 
 from tests.command_line import refusal
 from vlm.checks.fields import ConfigError
-from vlm.cli.serve import KEY_VARIABLE, format_url, get_default_name, read_api_key, read_serving_config
+from vlm.cli.serve import KEY_VARIABLE, format_url, get_default_name, make_parser, read_api_key, read_serving_config
 from vlm.config.serving_schema import ServingConfig
 
 
@@ -57,6 +57,11 @@ def test_beyond_this_machine_a_key_is_needed(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setenv(KEY_VARIABLE, wrong)
         with pytest.raises(ValueError, match="one word"):
             read_api_key(None, False, "127.0.0.1")
+
+
+def test_whether_a_model_thinks_is_an_option_whose_default_is_how_it_was_trained():
+    words = {(): None, ("--thinking",): True, ("--no-thinking",): False}
+    assert {given: make_parser().parse_args(["x", *given]).thinking for given in words} == words
 
 
 def test_what_cannot_be_served_is_refused_at_once():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 import vlm
@@ -30,7 +31,7 @@ from vlm.families.meta_model import get_auto_class
 from vlm.inference.generate import user_turn
 from vlm.train.checkpoints import saving as checkpoints
 from vlm.train.checkpoints.trained import TRAINED_WEIGHTS
-from vlm.train.lora import add_adapter, is_adapter, linear_layers
+from vlm.train.lora import add_adapter, computes_as_linear, is_adapter, is_called, linear_layers
 from vlm.train.parts import cast, freeze, make_parts, parameter_groups, table
 
 LORA = [
@@ -446,3 +447,48 @@ def test_what_no_reply_depends_on_is_frozen_and_gets_no_adapter():
     add_adapter(model, LoraConfig(language_model=LoraPartConfig(r=2)), 0, torch.float32, forms)
     assert adapted(model)
     assert not any(idle in name for name in adapted(model))
+
+
+# Layers that would run without their adapter
+
+
+class Router(nn.Linear):
+    """Computes more than a Linear layer."""
+
+    def forward(self, input: torch.Tensor) -> Any:
+        return super().forward(input), input
+
+
+class Transposed(nn.Linear):
+    """Computes what a Linear layer does, as Falcon's."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input @ self.weight.T + self.bias
+
+
+class Mixer(nn.Module):
+    """Calls a layer, takes the weight of one, looks at another one's, and slices the last one's."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.taken, self.typed, self.sliced = (nn.Linear(2, 2) for _ in range(4))
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        states = self.called(states.to(self.typed.weight.dtype))
+        if isinstance(self.typed.weight, torch.Tensor):
+            states = self.typed(states) + self.sliced.weight[:, 0]
+        return states @ self.taken.weight
+
+
+class InheritedMixer(Mixer):
+    """Has its layers' uses from its base."""
+
+
+def test_layers_that_would_run_without_their_adapter_get_none():
+    kinds = {nn.Linear: True, Router: False, Transposed: True}
+    assert {kind: computes_as_linear(kind(3, 2)) for kind in kinds} == kinds
+    for mixer in (Mixer(), InheritedMixer()):
+        names = ["called", "taken", "typed", "sliced"]
+        assert [is_called(dict(mixer.named_modules()), name) for name in names] == [True, False, True, True]
+    attention = nn.MultiheadAttention(2, 1)
+    assert not is_called(dict(attention.named_modules()), "out_proj")

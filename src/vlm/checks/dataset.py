@@ -38,6 +38,8 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
                 yield f"{key}={path}: tar shards cannot be evaluated on, only streamed"
     if data.streaming:
         yield from _stream_problems(config, {"dataset": data, **sources})
+    if data.over_length == "split" and data.supervise != "replies":
+        yield f"dataset.over_length=split: it learns each reply once; dataset.supervise={data.supervise} learns more"
     yield from _template_problems(data.template, "dataset.template")
     yield from _loss_weight_problems(data)
 
@@ -90,6 +92,8 @@ def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Ite
     """Yield what a stream, which has no length and no order but its own, cannot do."""
     if config.trainer.max_steps < 1:
         yield "dataset.streaming=true: a stream has no end; say how long to train with trainer.max_steps=…"
+    if config.dataset.over_length == "split":
+        yield "dataset.over_length=split: a stream's records are not counted beforehand; choose skip or truncate"
     if config.dataset.eval_split:
         yield "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path"
     sampling = config.trainer.train_sampling_strategy

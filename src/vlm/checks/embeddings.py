@@ -97,8 +97,8 @@ def _data_problems(data: DatasetConfig) -> Iterator[str]:
     """Yield what is wrong with how records are read and held out."""
     if data.streaming:
         yield "dataset.streaming=true: records are counted and split before vectors are learned; leave it out"
-    if data.over_length == "truncate":
-        yield "dataset.over_length=truncate: what is compared is never cut; choose skip or error"
+    if data.over_length in ("truncate", "split"):
+        yield f"dataset.over_length={data.over_length}: what is compared is never cut; choose skip or error"
     if data.folds is not None:
         yield f"dataset.folds={data.folds}: vectors are measured on held-out records; give dataset.eval_split"
     if data.test_path is not None and data.test_split:

@@ -119,8 +119,9 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     data = config.dataset
     if data.streaming:
         yield "dataset.streaming=true: a head's records are counted and split before it trains; leave it out"
-    if data.over_length == "truncate":
-        yield "dataset.over_length=truncate: a prompt is never cut, its end is what is read; choose skip or error"
+    if data.over_length in ("truncate", "split"):
+        problem = "a prompt is never cut, its end is what is read; choose skip or error"
+        yield f"dataset.over_length={data.over_length}: {problem}"
     if data.test_path is not None and data.test_split:
         yield "dataset.test_path and dataset.test_split: choose one"
     if data.test_image_folder is not None and data.test_path is None:

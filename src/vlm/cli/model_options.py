@@ -57,13 +57,18 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(*_option_spellings(name), type=kind, metavar="N", help=f"{purpose} ({default})")
     spellings = _option_spellings("cache_implementation")
     group.add_argument(*spellings, choices=CACHE_IMPLEMENTATIONS, help="the cache of keys and values (the model's own)")
-    purpose = "the model thinks before it answers, or not, where its chat template asks (as it was trained)"
-    group.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=None, help=purpose)
+    add_thinking_option(group)
     group.add_argument("--seed", type=int, help="makes sampling repeatable")
     group.add_argument("-cn", "--config-name", metavar="RUN", help="a run whose section inference is used")
     group.add_argument("--config-dir", metavar="FOLDER", help="the folder of your own run")
     group.add_argument("overrides", nargs="*", metavar="inference.KEY=VALUE", help="overrides a key of that run")
     add_loading_options(parser)
+
+
+def add_thinking_option(parser: argparse._ActionsContainer) -> None:
+    """Add `--thinking` and `--no-thinking`."""
+    purpose = "the model thinks before it answers, or not, where its chat template asks (as it was trained)"
+    parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=None, help=purpose)
 
 
 def _positive(text: str) -> int:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 from vlm.checks.fields import ConfigError, check_fields
 from vlm.checks.messages import describe_unknown_key, explain
 from vlm.cli.collection import collect_as_usual
-from vlm.cli.model_options import add_loading_options, load_model
+from vlm.cli.model_options import add_loading_options, add_thinking_option, load_model
+from vlm.config.schema import InferenceConfig
 from vlm.config.serving_schema import ServingConfig
 from vlm.config.shown import PresentableParser
 from vlm.web.guard import RequestGuard, is_loopback
@@ -44,6 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--api-key-file", "--api_key_file", type=Path, metavar="FILE", help=key)
     without = "answer everybody; needed where --host reaches beyond this machine and there is no key"
     parser.add_argument("--no-api-key", "--no_api_key", action="store_true", help=without)
+    add_thinking_option(parser)
     add_loading_options(parser)
     return parser
 
@@ -85,7 +87,10 @@ def _make_app(args: argparse.Namespace, name: str, config: ServingConfig, key: s
     guard = RequestGuard(cast(Any, None), args.host)  # only its decisions are used
     guard.names.update(map(str.lower, args.allow_host))
     if not open_checkpoint(args.checkpoint, trust_remote_code=args.trust_remote_code).has_heads:
-        return make_chat_app(service, Engine(load_model(args), config.max_batch), guard.refusal_reason, key)
+        model = load_model(args, InferenceConfig(thinking=args.thinking))
+        return make_chat_app(service, Engine(model, config.max_batch), guard.refusal_reason, key)
+    if args.thinking is not None:
+        raise ValueError(f"--{'' if args.thinking else 'no-'}thinking: models with prediction heads write no answers")
     if args.quantization is not None:
         raise ValueError(f"--load-{args.quantization}: models with prediction heads are not quantized")
     loaded = load_with_heads(

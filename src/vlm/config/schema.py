@@ -386,8 +386,9 @@ class DatasetConfig(SourceConfig):
     trained, else as its family writes them, for composed models `llava`."""
     max_length: int | None = 2048
     """Longest sample in tokens, image tokens included; null: as long as the language model's positions."""
-    over_length: str = field(default="error", metadata=choices(("error", "skip", "truncate")))
-    """For a longer sample: `error`, `skip` (listed in `skipped.jsonl`) or `truncate` (replies, never image tokens)."""
+    over_length: str = field(default="error", metadata=choices(("error", "skip", "truncate", "split")))
+    """For a longer sample: `error`, `skip` (listed in `skipped.jsonl`), `truncate` (replies, never image tokens), or
+    `split`: into several, in front of questions, of which each reply is learned once (docs/data.md)."""
     on_bad_sample: str = field(default="error", metadata=choices(("error", "skip")))
     """For a record that cannot be used: `error`, or `skip` (listed in `skipped.jsonl` with the reason)."""
     max_skipped: float = field(default=0.1, metadata=share())

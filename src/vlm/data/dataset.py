@@ -20,6 +20,7 @@ from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, MediaSize, OverLong, Sample, group_reasons
 from vlm.data.sources import Source, make_sources
+from vlm.data.splitting import add_parts
 from vlm.data.token_counts import Counts, count
 from vlm.data.vision.images import Medium, media_sizes_from_opened, read_media_sizes
 from vlm.data.vision.jpeg import decode_sample_images
@@ -63,6 +64,7 @@ class Skipped:
         policy = "over_length" if isinstance(error, OverLong) else "on_bad_sample"
         texts = (error.sample_id, error.reason, error.file)
         name, reason, file = (mask(text) if text and "://" in text else text for text in texts)  # addresses of shards
+        record = None if record is None else source.record_of(record)
         return cls(record, name or "", reason or "", file, source.shown_path, policy)
 
     def as_error(self) -> ValueError:
@@ -98,7 +100,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
 
     Args:
         sources: where the samples come from.
-        places: `(samples, 2)`: the index of each sample's source, and of its record there.
+        places: `(samples, 2)`: the index of each sample's source, and of its record or part of a record there.
         lengths: `(samples,)`: number of tokens, image tokens included.
         num_images: `(samples,)`: number of images and videos.
         has_videos: whether any sample has a video that the model reads as such.
@@ -152,7 +154,8 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         source = self.sources[number]
         try:
             sample = source.sample(record)
-            return {**encode_sample(source, sample), SAMPLE_REF: SampleRef(source.shown_path, record, sample.id)}
+            ref = SampleRef(source.shown_path, source.record_of(record), sample.id)
+            return {**encode_sample(source, sample), SAMPLE_REF: ref}
         except BadSample as error:
             return Skipped.from_error(error, source, record)
 
@@ -311,10 +314,15 @@ def load_dataset(
         records = draw_records(len(source), source.config.max_samples, seed)[:first]
         decode = None if evaluates else config.check_samples
         counts = count(source, records, decode, config.num_workers, partial(skip_or_raise, source, config))
-        left_out = find_unusable(source, counts, config)
+        split = np.empty(0, np.int64)
+        if config.over_length == "split":
+            counts, split = add_parts(source, counts, config.num_workers)
+        left_out = find_unusable(source, counts, config, split)
         check_skipped_share(source.shown_path, list(counts.problems.values()), len(records), config.max_skipped)
-        kept = np.setdiff1d(np.arange(len(records)), list(left_out))
+        kept = np.setdiff1d(np.arange(len(counts.record)), [*left_out, *split.tolist()])
         kept = repeat_by_weight(kept, source.weight, seed)
+        if len(split):  # parts stand where their record stood
+            kept = kept[np.argsort([source.record_of(record) for record in counts.record[kept]], kind="stable")]
         places.append(np.stack([np.full(len(kept), number), counts.record[kept]], axis=1))
         lengths.append(np.minimum(counts.length[kept], encoder.longest))
         images.append(counts.images[kept])
@@ -345,13 +353,15 @@ def load_dataset(
 def skip_or_raise(source: Source, config: DatasetConfig, record: int, error: BadSample) -> Skipped:
     """Return the entry for a record that is left out; raise ValueError where the policy is `error`."""
     skipped = Skipped.from_error(error, source, record)
-    if getattr(config, skipped.policy) == "error":
+    if getattr(config, skipped.policy) in ("error", "split"):  # one that cannot be split
         raise skipped.as_error()
     return skipped
 
 
-def find_unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict[int, Skipped]:
+def find_unusable(source: Source, counts: Counts, config: DatasetConfig, split: np.ndarray) -> dict[int, Skipped]:
     """Return the counted records that are left out, by index: those with a problem, and those that are too long.
+
+    `split` holds the indices of those that are too long, and whose parts take their place.
 
     Raises:
         ValueError: a record is left out, and the policy is `error`.
@@ -362,8 +372,10 @@ def find_unusable(source: Source, counts: Counts, config: DatasetConfig) -> dict
     shrinks = source.encoder.processor.needs_image_sizes
     if truncate:
         reason = f": cutting it to {longest} would cut an image or every reply"
+    elif config.over_length == "split":
+        reason = f": a reply with its question and images has more than {longest}, or its template refuses a part"
     errors = dict(counts.problems)
-    for place in np.flatnonzero(too_long).tolist():
+    for place in np.setdiff1d(np.flatnonzero(too_long), split).tolist():
         hint = SMALLER_IMAGES if shrinks and counts.images[place] else ""
         errors[place] = OverLong(counts.ids[place].as_py(), f"{counts.length[place]} tokens{reason}{hint}")
     places = sorted(errors)

@@ -24,19 +24,29 @@ def split_off_eval(dataset: SampleDataset, share: float, seed: int) -> tuple[Sam
 
 
 def unique_records(dataset: SampleDataset) -> tuple[np.ndarray, np.ndarray]:
-    """Return the index of the first sample of each record, and for each sample the index of its record among those."""
-    _, first, record_indices = np.unique(dataset.places, axis=0, return_index=True, return_inverse=True)
+    """Return the index of the first sample of each record, and for each sample the index of its record among those.
+
+    The parts of a record are samples of it.
+    """
+    sources, places = dataset.sources, dataset.places
+    if any(source.parts for source in sources):
+        places = np.array([(number, sources[number].record_of(record)) for number, record in places.tolist()])
+    _, first, record_indices = np.unique(places, axis=0, return_index=True, return_inverse=True)
     return first, record_indices.ravel()
 
 
 def hold_out(
     dataset: SampleDataset, first: np.ndarray, record_indices: np.ndarray, held_out: np.ndarray
 ) -> tuple[SampleDataset, SampleDataset]:
-    """Divide samples in two: those of the other records, and one of each record that is held out.
+    """Divide samples in two: those of the other records, and one of each record or part of one that is held out.
 
     `first` and `record_indices` are those of `unique_records`, and `held_out` holds indices of records. The first part
     keeps the list of skipped records.
     """
     rest = dataset.subset(np.flatnonzero(~np.isin(record_indices, held_out)))
     rest.skipped, rest.contributions = dataset.skipped, dataset.contributions
+    if any(source.parts for source in dataset.sources):
+        held = np.flatnonzero(np.isin(record_indices, held_out))
+        _, once = np.unique(dataset.places[held], axis=0, return_index=True)
+        return rest, dataset.subset(np.sort(held[once]))
     return rest, dataset.subset(np.sort(first[held_out]))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Protocol
 
 from vlm.config.schema import DatasetConfig, SourceConfig
 from vlm.config.secrets import mask
@@ -26,6 +27,14 @@ from vlm.data.sample import BadSample, ContentPart, Sample, Turn, VideoRef
 from vlm.data.vision.frames import sample_clip, sample_frame_refs
 
 
+class RecordPart(Protocol):
+    """A part of a record's conversation."""
+
+    def of(self, sample: Sample) -> Sample:
+        """Return the part of the record's sample."""
+        ...
+
+
 @dataclass
 class Source:
     """The records of one file or data set, as samples.
@@ -33,6 +42,8 @@ class Source:
     The encoder is the run's, with the source's own template where it has one. At most `max_frames` frames are read of a
     video. An epoch takes each sample `weight` times. `allow_pipe` says whether the path may be a command. Files and
     messages name `shown_path`, which is `path` without secrets.
+
+    Parts of records have the numbers behind those of the records, see `add_part`.
     """
 
     name: str
@@ -52,6 +63,7 @@ class Source:
         self.folder = Path(self.config.image_folder or (place if place.is_dir() else place.parent))
         options = {name: value for name, value in self.config.options.items() if value is not None}
         self._reader = partial(get_reader(self.config.format), **options)
+        self.parts: list[tuple[int, RecordPart]] = []
 
     def unread_keys(self, record: object) -> list[str]:
         """Return the keys of a record that its reader does not read, see `records.keys`."""
@@ -75,7 +87,19 @@ class Source:
         Raises:
             BadSample: it cannot be used.
         """
+        if index >= len(self.records):
+            record, part = self.parts[index - len(self.records)]
+            return part.of(self.sample(record))
         return self.read(self.records[index])
+
+    def add_part(self, record: int, part: RecordPart) -> int:
+        """Return the number under which `sample` returns a part of a record from now on."""
+        self.parts.append((record, part))
+        return len(self.records) + len(self.parts) - 1
+
+    def record_of(self, index: int) -> int:
+        """Return the number of the record that a sample is of: its own, or that of which it is a part."""
+        return self.parts[index - len(self.records)][0] if index >= len(self.records) else index
 
     def stream(self, shard: int = 0, num_shards: int = 1, seed: int | None = None) -> Iterator[object]:
         """Iterate over a shard of the records, read anew each time; a record that cannot be read is a `BadSample`."""

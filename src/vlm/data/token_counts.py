@@ -89,6 +89,18 @@ class Counts:
     problems: dict[int, BadSample]
     ids: pa.ChunkedArray
 
+    def join(self, other: "Counts") -> "Counts":
+        """Return these counts, and others behind them."""
+        columns = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in INTEGER_COLUMNS}
+        problems = {**self.problems, **{len(self.record) + place: error for place, error in other.problems.items()}}
+        return Counts(
+            **columns,
+            labels=pa.chunked_array([*self.labels.chunks, *other.labels.chunks], pa.string()),
+            groups=pa.chunked_array([*self.groups.chunks, *other.groups.chunks], pa.string()),
+            problems=problems,
+            ids=pa.chunked_array([*self.ids.chunks, *other.ids.chunks], pa.string()),
+        )
+
     def labels_and_groups_at(self, places: np.ndarray) -> tuple[list[object], list[str | None]]:
         """Return the labels and groups of the records at some places; None for a record without one."""
         rows = pa.array(places)
@@ -112,7 +124,8 @@ def count(
         on_problem: called for each record that cannot be used, as soon as it is found; where it raises, the counts up
             to there are kept.
     """
-    key = json_digest(source.fingerprint, decode, str(SCHEMA), hashlib.sha256(records.tobytes()).hexdigest())
+    numbers = hashlib.sha256(records.tobytes()).hexdigest()
+    key = json_digest(source.fingerprint, decode, str(SCHEMA), numbers, *map(str, source.parts))
     path = source.cache / "counts" / f"{key}.arrow"
     was_cached = path.exists()
     num_decoded = len(records) if decode is None else decode

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from vlm.families.derive_parts import derive_parts
 from vlm.families.meta_model import build_meta_model
-from vlm.families.table import COMPOSED_PARTS, CROSS_ATTENTION_LAYERS, UNUSED_LAYERS, get_family
+from vlm.families.table import COMPOSED_PARTS, COMPOSED_UNUSED_FORMS, CROSS_ATTENTION_LAYERS, UNUSED_LAYERS, get_family
 
 BODY = "body."
 """What the names of a model begin with that has prediction heads."""
@@ -82,6 +82,7 @@ def get_part_names(config: PreTrainedConfig, unused_forms: Iterable[str] = ()) -
         return PartNames(
             {prefix: part for part, prefixes in COMPOSED_PARTS.items() for prefix in prefixes},
             tuple(f"visual_encoder.{name}" for name in config.unread_parameters),
+            COMPOSED_UNUSED_FORMS,
         )
     found = _get_family_parts(_ConfigKey(config.to_json_string(use_diff=False), config))
     forms = tuple(unused_forms)

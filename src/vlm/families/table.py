@@ -61,6 +61,18 @@ COMPOSED_PARTS = {
     "language_model": ("language_model.",),
 }
 """The parts of a composed model, in the same terms."""
+COMPOSED_UNUSED_FORMS = tuple(
+    f"language_model.model.{name}"
+    for name in (
+        "layers.*.self_attn.indexer.",  # chooses tokens for sparse attention, and a choice has no gradient
+        "layers.*.mlp.expert_bias",  # shift the choice of experts, and are set otherwise
+        "layers.*.mlp.gate.e_score_correction_bias",
+        "layers.*.mlp.gate.moe_statics.",
+        "z_L_init",  # a first state (HRM-Text)
+    )
+)
+"""What the forms of a composed model's parameters begin with that get no gradient of a reply."""
+
 
 PALIGEMMA_TEMPLATE = """\
 {%- if messages | length > 2 -%}

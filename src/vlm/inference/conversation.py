@@ -88,7 +88,8 @@ class Conversation:
             raise ValueError("there is no question")
         question, media = self.model.open_question(text, images, videos, self.max_frames, every_mark=every_mark)
         with errors_without_record():
-            inputs = self.model.inputs([[*self.turns, question]], [[*self.media, *media]])
+            turns, opened = [*self.turns, question], [*self.media, *media]
+            inputs = self.model.inputs([turns], [opened], thinking=self.settings.thinking)
         self.model.check_length(inputs, self.settings, "conversation")
         return self._generate_answer(inputs, question, tuple(media), self._revision)
 

@@ -223,7 +223,7 @@ class VisionLanguageModel:
     def inputs(
         self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]], *,
         suffix: Sequence[int] = (), left: bool = True, device: torch.device | None = None,
-        tools: Sequence[Tool] = (), tools_of: Sequence[Sequence[Tool]] = (),
+        tools: Sequence[Tool] = (), tools_of: Sequence[Sequence[Tool]] = (), thinking: bool | None = None,
     ) -> dict[str, torch.Tensor]:  # fmt: skip
         """Return the model's inputs for conversations that wait for a reply.
 
@@ -235,6 +235,7 @@ class VisionLanguageModel:
             device: where the inputs go; None: to the model's device.
             tools: those that the model may call, for templates that list them.
             tools_of: those of each conversation, where they are not the same for all.
+            thinking: whether the model is to think before, for templates that ask; None: as the processor is set.
 
         Returns:
             `input_ids` and `attention_mask` `(rows, tokens)`, and the inputs of images.
@@ -244,7 +245,9 @@ class VisionLanguageModel:
         """
         prompts = zip(conversations, images, tools_of or [tools] * len(conversations), strict=True)
         with errors_without_record():
-            rows = [prompt_inputs(self.processor, turns, opened, suffix, own) for turns, opened, own in prompts]
+            rows = [
+                prompt_inputs(self.processor, turns, opened, suffix, own, thinking) for turns, opened, own in prompts
+            ]
         return on_device(Collator.of(self.processor, left=left)(rows), self.processor, device or self.model.device)
 
     @property
@@ -294,7 +297,7 @@ class VisionLanguageModel:
 
 def prompt_inputs(
     processor: Processor, turns: Sequence[Turn], opened: Sequence[Medium], suffix: Sequence[int] = (),
-    tools: Sequence[Tool] = (),
+    tools: Sequence[Tool] = (), thinking: bool | None = None,
 ) -> SampleInputs:  # fmt: skip
     """Return the inputs of one conversation that waits for a reply, see `VisionLanguageModel.inputs`.
 
@@ -303,7 +306,7 @@ def prompt_inputs(
     """
     sample = Sample("prompt", tuple(turns))
     sizes = media_sizes_from_opened(sample.media, opened, processor)
-    ids = encode_prompt(processor, turns, sizes, tools=tools)
+    ids = encode_prompt(processor, turns, sizes, tools=tools, thinking=thinking)
     if not ids:
         raise BadSample(sample.id, "the model's template leaves nothing of this prompt (plain keeps images only)")
     ids = [*ids, *suffix]

@@ -63,6 +63,11 @@ THINKING_SETTING = "enable_thinking"
 """The key of a tokenizer's settings that holds what `thinks` returns; it is saved in `tokenizer_config.json`."""
 
 
+def knows_thinking(template: str | None) -> bool:
+    """Return whether a chat template asks if the model is to think before its reply."""
+    return THINKING_SETTING in (template or "")
+
+
 class HasSettings(Protocol):
     """A tokenizer, as far as it has settings that are saved with it."""
 

@@ -18,7 +18,7 @@ from vlm.data.holdout import split_off_eval
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample
 from vlm.data.stream import SampleStream, open_stream
-from vlm.models.processing_messages import THINKING_SETTING, set_thinks
+from vlm.models.processing_messages import knows_thinking, set_thinks
 from vlm.train.arguments import sampler_seed
 
 NUM_PEEKED = 20
@@ -76,7 +76,7 @@ def set_thinking(processor: Processor, settings: InferenceConfig, train: SampleD
         return
     if isinstance(train, SampleStream):
         encoder = train.sources[0].encoder
-        samples = first_samples(train, NUM_PEEKED) if THINKING_SETTING in (processor.chat_template or "") else []
+        samples = first_samples(train, NUM_PEEKED) if knows_thinking(processor.chat_template) else []
         has_thinking = any(is_thinking_asked(encoder.with_thinking(sample).turns) for sample in samples)
     else:
         has_thinking = train.has_thinking

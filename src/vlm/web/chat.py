@@ -15,7 +15,7 @@ from vlm.checks.fields import check_fields
 from vlm.config.schema import InferenceConfig
 from vlm.web.components import QUIET, RUNS_MODEL, checkpoint_dropdown
 from vlm.web.html import chat_text, toast_html
-from vlm.web.models import ModelHolder
+from vlm.web.models import ModelHolder, knows_thinking
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vlm.inference.conversation import Conversation, Exchange
 
 EMPTY_TEXT = "Choose a checkpoint, add an image, and ask."
+THINKING = {"as trained": None, "yes": True, "no": False}
+"""Choices of whether the model thinks before it answers -> `inference.thinking`."""
 STOPPED_NOTICE = " … (stopped: the model does not remember this question)"
 
 
@@ -71,6 +73,14 @@ def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
             ),
             number(None, label="seed", info="empty: not seeded", precision=0),
         ]  # fmt: skip
+        thinking = gr.Radio(
+            list(THINKING), value=next(iter(THINKING)), label="thinking", info="before the answer", min_width=220,
+            visible=knows_thinking(next(iter(names), None)), elem_id="chat-thinking",
+        )  # fmt: skip
+
+    def show_thinking(checkpoint: str | None) -> object:
+        """Show the choice of thinking where the checkpoint's template has one."""
+        return gr.update(visible=knows_thinking(checkpoint))
 
     def stop(state: ChatState) -> None:
         """End the answer that is being generated."""
@@ -82,7 +92,8 @@ def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
         state.num_resets += 1
         return []
 
-    inputs = [question, chatbot, state, checkpoint, *settings]
+    inputs = [question, chatbot, state, checkpoint, thinking, *settings]
+    checkpoint.change(show_thinking, checkpoint, thinking, **QUIET)
     question.submit(partial(ask, holder), inputs, [chatbot, question], show_progress="minimal", **RUNS_MODEL)
     question.stop(stop, state, None, concurrency_limit=None, **QUIET)
     gr.on([clear.click, chatbot.clear, checkpoint.input], reset, state, chatbot, concurrency_limit=None, **QUIET)
@@ -95,6 +106,7 @@ def ask(
     earlier: list[dict[str, object]],
     state: ChatState,
     checkpoint: str | None,
+    thinking: str,
     *settings: float | None,
 ) -> Iterator[tuple[object, object]]:
     """Yield the conversation to show and the state of the question's field, while a question is answered."""
@@ -109,7 +121,7 @@ def ask(
     answer = ""
     state.stopped = False
     try:
-        conversation = open_conversation(holder, checkpoint, settings)
+        conversation = open_conversation(holder, checkpoint, settings, THINKING.get(thinking))
         conversation.exchanges = state.exchanges
         with closing(conversation.ask(text, images)) as pieces:
             for piece in pieces:
@@ -133,15 +145,18 @@ def save_drawn(image: "Image.Image") -> str:
     return save_pil_to_cache(image, get_upload_folder(), "answer", "png")
 
 
-def open_conversation(holder: ModelHolder, checkpoint: str | None, settings: Sequence[float | None]) -> "Conversation":
+def open_conversation(
+    holder: ModelHolder, checkpoint: str | None, settings: Sequence[float | None], thinking: bool | None = None
+) -> "Conversation":
     """Return a new conversation with a checkpoint; ValueError where a field has to be corrected.
 
-    `settings` are temperature, top_p, max_new_tokens and seed; only the seed may be None.
+    `settings` are temperature, top_p, max_new_tokens and seed; only the seed may be None. `thinking` is that of
+    `InferenceConfig`.
     """
     temperature, top_p, max_new_tokens, seed = settings
     temperature, top_p = _require_number("temperature", temperature), _require_number("top_p", top_p)
     max_new_tokens = int(_require_number("max_new_tokens", max_new_tokens))
-    config = InferenceConfig(temperature, top_p, max_new_tokens=max_new_tokens)
+    config = InferenceConfig(temperature, top_p, max_new_tokens=max_new_tokens, thinking=thinking)
     check_fields(config)
     checkpoint = (checkpoint or "").strip()
     if not checkpoint:

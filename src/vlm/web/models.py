@@ -1,13 +1,21 @@
-"""The one model that the page holds in memory. Needs no Gradio; torch is imported with the first model."""
+"""The one model that the page holds in memory, and what is known of others. Needs no Gradio, nor torch without one."""
 
+import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
+from huggingface_hub import try_to_load_from_cache
+
 if TYPE_CHECKING:
     from vlm.inference.generate import VisionLanguageModel
     from vlm.inference.predict import Predictor
+
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
+"""Files that may hold a checkpoint's chat template, the first one first."""
+THINKING_SETTING = "enable_thinking"
+"""What templates read, as `vlm.models.processing_messages` has it, which comes with torch."""
 
 Loaded = TypeVar("Loaded", "VisionLanguageModel", "Predictor")
 
@@ -50,6 +58,30 @@ class ModelHolder:
 
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+
+def knows_thinking(checkpoint: str | None) -> bool:
+    """Return whether a checkpoint's chat template asks if the model is to think; False where its files are not here."""
+    return THINKING_SETTING in _read_template(checkpoint) if checkpoint else False
+
+
+def _read_template(checkpoint: str) -> str:
+    """Return the chat template of a folder, or of a name on the Hub that was loaded before; empty without any."""
+    for name in TEMPLATE_FILES:
+        found = Path(checkpoint, name)
+        if not Path(checkpoint).is_dir():
+            try:
+                cached = try_to_load_from_cache(checkpoint, name)
+            except ValueError:  # no name of a repository
+                return ""
+            found = Path(cached if isinstance(cached, str) else "")
+        if found.is_file():
+            text = found.read_text(encoding="utf-8")
+            if found.suffix == ".jinja":
+                return text
+            if template := json.loads(text).get("chat_template"):
+                return str(template)
+    return ""
 
 
 def _modified_at(checkpoint: str) -> int | None:

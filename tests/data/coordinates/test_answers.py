@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data.coordinates.test_geometry import composed, family, squashes
+from tests.data.coordinates.test_geometry import composed, crops, family, squashes
 from tests.tiny_parts import Parts
 from vlm.data.coordinates.answers import (
     decode_answer,
@@ -19,6 +19,7 @@ from vlm.data.coordinates.table import CONVENTIONS, use_convention
 from vlm.data.objects import MarkedObject
 from vlm.data.processor import Processor
 from vlm.data.sample import ImageRef, Sample, Turn
+from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, pair_value
 
 BOX = "<|box_start|>(100,200),(300,400)<|box_end|>"
 TOKENS = list(CONVENTIONS["qwen2-vl"].required_tokens)
@@ -117,6 +118,29 @@ def test_the_image_of_an_answer(parts: Parts, tmp_path: Path):
     assert (found.medium, found.values) == (1, (10, 10, 20, 20))
     assert true_objects_of_reply(marked, processor) == list(marked.objects)
     assert parse_answer_to_images("[0.1, 0.1]", processor, []) == []
+
+
+@pytest.mark.parametrize(
+    ("convention", "text"),
+    [("llava", "[0.00, 0.25, 0.50, 0.75]"), ("pixels", "[10, 15, 60, 45] and [0, 0, 9, 9]")],
+)
+def test_only_what_is_seen_is_compared(parts: Parts, tmp_path: Path, convention: str, text: str):
+    """Of an image of 120 x 60 pixels the middle is seen, from x = 30 to 90."""
+    processor = composed(parts, "square", crops())
+    use_convention(processor, convention, "vlm")
+    Image.new("RGB", (120, 60)).save(tmp_path / "a.png")
+    turns = (Turn("user", (ImageRef(tmp_path / "a.png"), "where?")), Turn("assistant", ("there",)))
+    boxes = ((10.0, 15.0, 60.0, 45.0), (95.0, 0.0, 110.0, 60.0))  # cut in part, and not seen
+    points = ((45.0, 30.0), (5.0, 30.0))
+    sample = Sample("1", turns, objects=(
+        *(MarkedObject("box", box, is_answer=True) for box in boxes),
+        *(MarkedObject("point", point, is_answer=True) for point in points),
+    ))  # fmt: skip
+    true = true_objects_of_reply(sample, processor)
+    assert [marked.values for marked in true] == [pytest.approx((30, 15, 60, 45)), (45, 30)]
+    found = parse_answer_to_sample(text, processor, sample)
+    assert [marked.values for marked in found] == [pytest.approx((30, 15, 60, 45))]
+    assert pair_value(OBJECT_METRICS["iou"], ObjectAnswer(found, true[:1])) == pytest.approx(1)
 
 
 def test_thinking_tells_no_objects(parts: Parts, tmp_path: Path):

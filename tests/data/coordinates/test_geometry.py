@@ -134,3 +134,24 @@ def test_pixels_stay_within_the_image():
     view = ImageView(10, 20, 20, 20, offset=(5, 0))
     assert view.to_pixels((0.0, 0.0, 1.0, 1.0)) == (0.0, 0.0, 10, 20)
     assert view.whole_image() == ImageView(10, 20, 10, 20)
+
+
+def test_boxes_and_points_are_clipped_to_what_is_seen():
+    (view,) = make_views(family("llava-1.5", crops()), [(60, 120)])  # the middle 60 x 60 is seen, from x = 30 to 90
+    assert view.clip((30, 0, 90, 60)) == (30, 0, 90, 60)
+    assert view.clip((10, 5, 50, 25)) == pytest.approx((30, 5, 50, 25))
+    assert view.clip((10, 5, 100, 25)) == pytest.approx((30, 5, 90, 25))
+    assert view.clip((0, 0, 30, 60)) is None, "it ends where the middle begins"
+    assert view.clip((100, 0, 110, 60)) is None
+    assert view.clip((40, 10, 40, 10)) == (40, 10, 40, 10), "a box without area"
+    assert view.clip((10, 10, 10, 10)) is None
+    assert view.clip((31, 10)) == (31, 10)
+    assert view.clip((29, 10)) is None
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", ["composed, squashed", "composed, padded", "llava, padded", "paligemma"])
+def test_nothing_is_clipped_where_all_is_seen(name: str, size: tuple[int, int], parts: Parts):
+    (view,) = make_views(MAKERS[name](parts), [size])
+    for box in ((0, 0, size[1], size[0]), (size[1] / 3, 0, size[1], size[0] / 3), (0, 0), (size[1], size[0])):
+        assert view.clip(box) == box

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from tests.data.coordinates.test_geometry import MAKERS, composed, crops, family
 from tests.tiny_parts import Parts
-from vlm.data.coordinates.answers import parse_answer_to_sample, true_objects
+from vlm.data.coordinates.answers import parse_answer_to_images, parse_answer_to_sample, true_objects
 from vlm.data.coordinates.geometry import make_views
 from vlm.data.coordinates.table import CONVENTIONS, get_convention, use_convention
 from vlm.data.coordinates.writing import view_for, write_objects
@@ -124,7 +124,7 @@ def check_round_trip(case: Case, processor: Processor, chance: random.Random, ki
     sample = write_objects(case.sample([record]), processor)
     assert "<objects" not in answer_text(sample)
     assert true_objects(sample)[0].values == pytest.approx(true)
-    (found,) = parse_answer_to_sample(answer_text(sample), processor, sample)
+    (found,) = parse_answer_to_images(answer_text(sample), processor, [(height, width)])
     assert (found.kind, found.label, found.units) == (kind, "a cat", "pixels")
     steps = [
         step * side / scale

@@ -39,6 +39,7 @@ class FakeEngine(Engine):
     Attributes:
         text: the answer to every request.
         asked: the settings of every answer.
+        prompt: the last prompt.
         gate: answers wait for it after their first piece.
         error: raised by `generate`, if set.
         num_open: the number of answers that were begun and are not closed.
@@ -48,6 +49,7 @@ class FakeEngine(Engine):
         self.model = model
         self.text, self.asked, self.num_open = text, list[SamplingOptions](), 0
         self.tools: Sequence[Mapping[str, Any]] = ()
+        self.prompt = ""
         self.gate = asyncio.Event()
         self.gate.set()
         self.error: Exception | None = None
@@ -66,10 +68,12 @@ class FakeEngine(Engine):
         return self.num_open
 
     def prepare(
-        self, turns: Sequence[Turn], images: Sequence[Medium], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> Prepared:
+        self, turns: Sequence[Turn], images: Sequence[Medium], tools: Sequence[Mapping[str, Any]] = (),
+        thinking: bool | None = None,
+    ) -> Prepared:  # fmt: skip
         self.tools = tools
-        inputs = self.model.inputs([turns], [images], tools=tools)
+        inputs = self.model.inputs([turns], [images], tools=tools, thinking=thinking)
+        self.prompt = str(self.model.processor.tokenizer.decode(inputs["input_ids"][0]))
         return Prepared(inputs, inputs["input_ids"].shape[1])
 
     async def generate(self, prepared: Prepared, options: SamplingOptions) -> AsyncGenerator[Piece]:

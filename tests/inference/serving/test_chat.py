@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from tests.inference.serving.fake_engine import FakeEngine
 from tests.inference.serving.running import CHAT, make_body, make_client, make_endpoint, to_part
-from tests.tiny_parts import picture
+from tests.tiny_parts import QWEN3, picture
 from vlm.inference.engine.engine import CLOSED
 from vlm.inference.generate import VisionLanguageModel
 
@@ -102,10 +102,38 @@ def test_a_request_without_a_length_gets_what_the_positions_leave(client: TestCl
     assert (found["status"], found["error"]["code"]) == (400, "context_length_exceeded")
 
 
+def test_a_request_says_whether_the_model_thinks(
+    client: TestClient, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    """Else it is as the model is set, which `vlm serve --thinking` changes; with tools as without."""
+    processor: Any = engine.model.processor
+    monkeypatch.setattr(processor, "chat_template", QWEN3)
+    monkeypatch.setitem(processor.tokenizer.init_kwargs, "enable_thinking", False)
+    empty = "<think>\n\n</think>\n\n"
+    for default in (False, True):
+        processor.tokenizer.init_kwargs["enable_thinking"] = default
+        for asked in (None, False, True):
+            fields = {} if asked is None else {"chat_template_kwargs": {"enable_thinking": asked}}
+            assert post(client, **fields)["status"] == 200
+            assert engine.prompt.endswith(empty) == (not (default if asked is None else asked))
+    assert post(client, chat_template_kwargs={"enable_thinking": None})["status"] == 200
+    found = post(client, chat_template_kwargs={"enable_thinking": True, "date": "today"})
+    assert (found["status"], found["error"]["param"]) == (400, "chat_template_kwargs.date")
+
+
+def test_thoughts_are_part_of_an_answer_as_the_model_writes_them(client: TestClient, engine: FakeEngine):
+    engine.text = "<think>Hm.</think>2"
+    assert post(client, max_tokens=100)["choices"][0]["message"]["content"] == engine.text
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in stream(client, max_tokens=100)]
+    assert "".join(pieces) == engine.text
+
+
 @pytest.mark.parametrize(("fields", "status", "param", "words"), [
     ({"model": "another"}, 404, "model", "only 'tiny'"),
     ({"functions": []}, 400, "functions", "use tools"),
     ({"reasoning_effort": "low"}, 400, "reasoning_effort", "not served"),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, 400, "chat_template_kwargs.enable_thinking",
+     "has no such setting"),
     ({"n": 4}, 400, "n", "serving.max_choices"),
     ({"max_tokens": 2**20}, 400, "max_tokens", "serving.max_tokens"),
     ({"stop": ["a"] * 5}, 400, "stop", "serving.max_stops"),

@@ -32,7 +32,7 @@ def content(*parts: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("fields", "param", "code"), [
     ({"foo": 1}, "foo", "unknown_parameter"),
-    ({"chat_template_kwargs": {}}, "chat_template_kwargs", "unknown_parameter"),
+    ({"mm_processor_kwargs": {}}, "mm_processor_kwargs", "unknown_parameter"),
     ({"x" * 300: 1}, "x" * 60 + "…", "unknown_parameter"),
     ({"messages": []}, "messages", "invalid_value"),
     ({"messages": "hello"}, "messages", "invalid_type"),

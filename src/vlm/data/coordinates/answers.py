@@ -1,6 +1,7 @@
 """From a model's answer to objects: places that it wrote, in pixels of the stored images turned upright."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -8,7 +9,7 @@ from vlm.data.coordinates.geometry import ImageView, Size, make_views
 from vlm.data.coordinates.table import DEFAULT, get_convention
 from vlm.data.coordinates.writing import is_unsized, view_for
 from vlm.data.encoding.thinking import without_thinking
-from vlm.data.objects import SPAN, MarkedObject
+from vlm.data.objects import BOX, POINT, SPAN, MarkedObject
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample
 from vlm.data.vision.images import read_stored_size
@@ -50,8 +51,9 @@ def parse_answer_to_images(
 def parse_answer_to_sample(
     text: str, processor: Processor, sample: Sample, sizes: Sequence[Size] | None = None
 ) -> list[MarkedObject]:
-    """Return the objects of an answer to a sample: to the image of its true objects where they are of one image alone,
-    else to its first image.
+    """Return the objects of an answer to a sample, as far as the model sees them: see `visible_objects`.
+
+    They are of the image of its true objects where these are of one image alone, else of its first image.
 
     Args:
         text: the answer.
@@ -62,10 +64,15 @@ def parse_answer_to_sample(
     Raises:
         BadSample: an image does not open.
     """
-    if sizes is None:
-        sizes = [read_stored_size(image, sample.id).upright for image in sample.images if image.frame is None]
+    sizes = _read_sizes(sample) if sizes is None else sizes
     images = {marked.medium for marked in true_objects(sample) if marked.kind != SPAN}
-    return parse_answer_to_images(text, processor, sizes, images.pop() if len(images) == 1 else 0)
+    objects = parse_answer_to_images(text, processor, sizes, images.pop() if len(images) == 1 else 0)
+    return visible_objects(objects, make_views(processor, sizes))
+
+
+def _read_sizes(sample: Sample) -> list[Size]:
+    """Return the upright height and width of each image of a sample that is no frame of a video."""
+    return [read_stored_size(image, sample.id).upright for image in sample.images if image.frame is None]
 
 
 def true_objects(sample: Sample) -> list[MarkedObject]:
@@ -73,18 +80,35 @@ def true_objects(sample: Sample) -> list[MarkedObject]:
     return [marked for marked in sample.objects if marked.is_answer]
 
 
+def visible_objects(objects: Sequence[MarkedObject], views: Sequence[ImageView]) -> list[MarkedObject]:
+    """Return what models see of objects in pixels of upright images: boxes up to where their image is cut.
+
+    Boxes and points that lie where the processor cuts the image off are left out. Answers and true objects are compared
+    so: nothing that a model does not see counts for or against it.
+    """
+    visible = []
+    for marked in objects:
+        if marked.kind not in (BOX, POINT) or marked.medium >= len(views):
+            visible.append(marked)
+        elif (values := views[marked.medium].clip(marked.values)) is not None:
+            visible.append(replace(marked, values=values))
+    return visible
+
+
 def true_objects_of_reply(
     sample: Sample, processor: Processor, sizes: Sequence[Size] | None = None
 ) -> list[MarkedObject]:
-    """Return the objects whose places the last reply tells: those of the record, else those that its text spells.
+    """Return the objects whose places the last reply tells, as far as the model sees them: see `visible_objects`.
 
-    Arguments are those of `parse_answer_to_sample`.
+    These are those of the record, else those that its text spells. Arguments are those of `parse_answer_to_sample`.
 
     Raises:
         BadSample: an image does not open.
     """
     if objects := true_objects(sample):
-        return objects
+        if all(marked.kind == SPAN for marked in objects):
+            return objects
+        return visible_objects(objects, make_views(processor, _read_sizes(sample) if sizes is None else sizes))
     if not sample.turns or sample.turns[-1].role != "assistant" or sample.objects:
         return []
     text = "".join(part for part in sample.turns[-1].content if isinstance(part, str))

@@ -67,9 +67,27 @@ class ImageView:
         )
         return tuple(min(max(value, 0.0), bounds[index % 2]) for index, value in enumerate(pixels))
 
+    def clip(self, pixels: Values) -> Values | None:
+        """Return what the model sees of a box or point in pixels of the upright image; None: nothing."""
+        axes = zip(self.offset, self.scale, self.seen_size, (self.width, self.height), strict=True)
+        ends = [(max(-off / scale, 0.0), min((seen - off) / scale, side)) for off, scale, seen, side in axes]
+        inside = tuple(_clip(value, *ends[index % 2]) for index, value in enumerate(pixels))
+        starts, stops = pixels[:2], pixels[-2:]
+        is_lost = any(
+            inside[axis] == inside[axis - 2] and (starts[axis] != stops[axis] or inside[axis] != starts[axis])
+            for axis in range(2)
+        )
+        return None if is_lost else inside
+
     def whole_image(self) -> "ImageView":
         """Return the view of a model that sees the image as it is stored, turned upright."""
         return ImageView(self.width, self.height, self.width, self.height)
+
+
+def _clip(value: float, least: float, most: float) -> float:
+    """Return the nearest number within bounds, which are rounded: one that is only just outside is not moved."""
+    nearest = min(max(value, least), most)
+    return value if abs(value - nearest) < 1e-6 else nearest
 
 
 def make_views(processor: Processor, sizes: Sequence[Size]) -> list[ImageView]:

@@ -64,11 +64,12 @@ def read_template(name: str) -> str:
 
 def render(
     processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *, prompt: bool = False,
-    tools: Sequence[Tool] = (),
+    tools: Sequence[Tool] = (), thinking: bool | None = None,
 ) -> Rendered:  # fmt: skip
     """Render turns with the processor's template; `prompt` adds the text that precedes an answer.
 
-    `tools` are those that the model may call, for templates that list them.
+    `tools` are those that the model may call, for templates that list them. `thinking` is what such a template reads of
+    a prompt as `enable_thinking`; None: the processor's own setting.
 
     A template may drop a reply's text up to its last `</think>`; the reply is then the text after that.
 
@@ -79,11 +80,11 @@ def render(
     learned = [turn for turn in turns for part in turn.content if isinstance(part, str)]
     if any(marker in part for _, part in texts for marker in MARKERS):
         raise BadSample(sample_id, "contains one of the Unicode noncharacters U+FDD0 to U+FDD2")
-    text, spans = _render_with_markers(processor, turns, sample_id, prompt, tools)
+    text, spans = _render_with_markers(processor, turns, sample_id, prompt, tools, thinking)
     whitespace = {}
     if any(role == "assistant" and part != part.strip() for role, part in texts):
         without_blanks = [_strip_reply(turn) for turn in turns]
-        stripped = _render_with_markers(processor, without_blanks, sample_id, prompt, tools)
+        stripped = _render_with_markers(processor, without_blanks, sample_id, prompt, tools, thinking)
         whitespace = _kept_whitespace((text, spans), stripped)
     replies, weights = [], []
     for number, (role, part) in enumerate(texts):
@@ -100,16 +101,18 @@ def render(
 
 
 def _render_with_markers(
-    processor: Processor, turns: Sequence[Turn], sample_id: str, prompt: bool, tools: Sequence[Tool]
-) -> MarkedText:
+    processor: Processor, turns: Sequence[Turn], sample_id: str, prompt: bool, tools: Sequence[Tool],
+    thinking: bool | None,
+) -> MarkedText:  # fmt: skip
     """Render with markers around each text, and take them out."""
-    return strip_markers(render_marked(processor, turns, sample_id, prompt=prompt, tools=tools))
+    return strip_markers(render_marked(processor, turns, sample_id, prompt=prompt, tools=tools, thinking=thinking))
 
 
 def render_marked(
-    processor: Processor, turns: Sequence[Turn], sample_id: str, *, prompt: bool = False, tools: Sequence[Tool] = ()
-) -> str:
-    """Render with markers around each text.
+    processor: Processor, turns: Sequence[Turn], sample_id: str, *, prompt: bool = False, tools: Sequence[Tool] = (),
+    thinking: bool | None = None,
+) -> str:  # fmt: skip
+    """Render with markers around each text; `thinking` as of `render`.
 
     Raises:
         BadSample: the template refuses the turns.
@@ -121,9 +124,8 @@ def render_marked(
         messages.append(replace(turn, content=parts).as_message(*tokens))
     options = {"tools": list(tools)} if tools else {}
     with processor_errors("its template", sample_id):
-        thinking = None if prompt else False  # a prompt has the processor's own setting
         return processor.apply_chat_template(
-            messages, add_generation_prompt=prompt, enable_thinking=thinking, **options
+            messages, add_generation_prompt=prompt, enable_thinking=thinking if prompt else False, **options
         )
 
 
@@ -251,14 +253,18 @@ def encode(
 
 def encode_prompt(
     processor: Processor, turns: Sequence[Turn], sizes: Sequence[MediaSize] = (), sample_id: str = "?",
-    tools: Sequence[Tool] = (),
+    tools: Sequence[Tool] = (), thinking: bool | None = None,
 ) -> list[int]:  # fmt: skip
-    """Return the ids of a conversation that waits for an answer; `tools` are those that the model may call."""
+    """Return the ids of a conversation that waits for an answer.
+
+    `tools` are those that the model may call; `thinking` says whether it is to think before, for templates that ask;
+    None: as the processor is set.
+    """
     sample = Sample(sample_id, tuple(turns), tools=tuple(map(dict, tools)))
     if needs_whole_turns(turns, tools):
-        rendered = render_whole_turns(processor, sample, prompt=True)
+        rendered = render_whole_turns(processor, sample, prompt=True, thinking=thinking)
     else:
-        rendered = render(processor, turns, sample_id, prompt=True)
+        rendered = render(processor, turns, sample_id, prompt=True, thinking=thinking)
     return tokenize(processor, rendered, sample, sizes)[0]
 
 

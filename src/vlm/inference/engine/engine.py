@@ -88,16 +88,19 @@ class Engine:
         rows = {row for batch in list(self._batches) for row in batch.rows}
         return len(rows | ({self._starting} - {None}))
 
-    def prepare(self, turns: Sequence[Turn], images: Sequence[Medium], tools: Sequence[Tool] = ()) -> Prepared:
+    def prepare(
+        self, turns: Sequence[Turn], images: Sequence[Medium], tools: Sequence[Tool] = (), thinking: bool | None = None
+    ) -> Prepared:
         """Return a conversation as the model's inputs. CPU work: call it in a worker thread. Thread-safe.
 
-        `tools` are those that the model may call, for templates that list them.
+        `tools` are those that the model may call, for templates that list them; `thinking` says whether it is to think
+        before it answers, for templates that ask; None: as the model is set.
 
         Raises:
             ValueError: the model's template or processor refuses the conversation, or leaves nothing of it; or it has
                 as many tokens as the model has positions.
         """
-        inputs = self.model.inputs([turns], [images], device=torch.device("cpu"), tools=tools)
+        inputs = self.model.inputs([turns], [images], device=torch.device("cpu"), tools=tools, thinking=thinking)
         length = int(inputs["attention_mask"].sum())
         check_length(length, self.model.positions, 1, "conversation")
         return Prepared(inputs, length)

@@ -20,6 +20,7 @@ from vlm.inference.serving.messages import read_messages
 from vlm.inference.serving.service import Call, Service
 from vlm.inference.serving.tools import Toolbox, ToolStream, check_earlier_calls, find_tool_format
 from vlm.inference.serving.validation import check_texts, parse_request
+from vlm.models.processing_messages import knows_thinking
 
 MAX_PIECES_HELD = 16
 """Pieces of a stream that wait here for a client that reads slowly. The model goes on writing, so that others do not
@@ -91,18 +92,26 @@ class ChatEndpoint:
         """Return the job of a request; without its messages, which may be large and are of no more use."""
         request = self._parse(call.parse())
         processor = self.model.processor
+        self._check_thinking(request)
         toolbox = Toolbox(request, self.tool_format, processor)
         check_earlier_calls(request.messages, processor)
         constraint = self._compile_constraint(request, toolbox)
         reader = ImageReader(processor, self.service.config)
         turns, images = read_messages(request.messages, reader.read)
         try:
-            prepared = self.engine.prepare(turns, images, toolbox.to_template())
+            prepared = self.engine.prepare(turns, images, toolbox.to_template(), request.thinking)
         except ValueError as error:
             code = "context_length_exceeded" if "reads at most" in str(error) else "invalid_prompt"
             raise RequestError(f"messages: {error}", param="messages", code=code) from None
         options = self._make_options(request, toolbox, prepared, constraint)
         return Job(request.without_contents(), toolbox, prepared, options)
+
+    def _check_thinking(self, request: ChatRequest) -> None:
+        """Refuse to let a model think whose chat template has no setting for it."""
+        if request.thinking and not knows_thinking(self.model.processor.chat_template):
+            param = "chat_template_kwargs.enable_thinking"
+            message = "true given, but the chat template of this model has no such setting; leave it out"
+            raise RequestError(f"{param}: {message}", param=param, code="unsupported_parameter")
 
     def _compile_constraint(self, request: ChatRequest, toolbox: Toolbox) -> Constraint | None:
         form = request.response_format

@@ -1,5 +1,7 @@
 """A request for a chat completion, field by field as OpenAI's API has them; every other field is refused.
 
+`chat_template_kwargs` is none of OpenAI's: vLLM and SGLang have it.
+
 A field that would have no effect on the answer is refused with its name (`UNSERVED_FIELDS`), unless OpenAI documents
 that it never has one (`FieldsWithoutEffect`). To serve another, add it to `ChatRequest` and read it in `chat`.
 """
@@ -214,6 +216,13 @@ class StreamOptions(StrictModel):
     include_obfuscation: Literal[False] | None = None
 
 
+class TemplateOptions(StrictModel):
+    """What the chat template is told, as vLLM and SGLang take it."""
+
+    enable_thinking: bool | None = None
+    """Whether the model is to think before it answers."""
+
+
 def _tag_choice(value: object) -> str:
     return "(name)" if isinstance(value, str) else "(tool)"
 
@@ -275,6 +284,12 @@ class ChatRequest(FieldsWithoutEffect):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model is to think before it answers; None: as it is set."""
+        return self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:

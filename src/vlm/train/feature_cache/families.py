@@ -38,6 +38,7 @@ from vlm.data.feature_cache.store import FeatureFormat, FeatureStore, Pack, Pack
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, MediaSize, Sample
 from vlm.data.vision.images import read_media_sizes
+from vlm.families.parts import get_part_names
 from vlm.models.text_loss import SupervisedScores
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.feature_cache.fingerprints import code_digest, tensors_digests
@@ -89,10 +90,17 @@ def replace_family_images(
 
 @contextmanager
 def part_on_device(model: PreTrainedModel, names: Sequence[str], args: TrainingArguments) -> Iterator[None]:
-    """Within, the frozen part and the embeddings of tokens are whole on this rank's device, also under ZeRO-3."""
-    parameters = dict(model.named_parameters())
-    needed = [parameters[name] for name in names]
-    needed += list(model.get_input_embeddings().parameters())
+    """Within, all that runs before the language model's layers is whole on this rank's device, also under ZeRO-3.
+
+    These are the frozen part, which has these names, the connector behind it, and the embeddings of tokens.
+    """
+    parts = get_part_names(model.config)
+    frozen, embeddings = {*names}, {id(parameter) for parameter in model.get_input_embeddings().parameters()}
+    needed = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if name in frozen or id(parameter) in embeddings or parts.part_of(name) != "language_model"
+    ]
     with ExitStack() as stack:
         if is_deepspeed_zero3_enabled():
             import deepspeed  # takes seconds
