@@ -1,6 +1,7 @@
 """The entry: every way of starting reaches it, and what it refuses it refuses before torch is imported."""
 
 import gc
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.hydra import Hydra
 
 from tests import waiting
 from tests.checks import test_messages as test_explain
@@ -15,7 +17,8 @@ from tests.checks import test_run as test_check
 from tests.command_line import refusal
 from vlm.checks.compose import is_user_error, strip_launcher_arguments
 from vlm.cli.collection import RARE, USUAL, collect_as_usual, rare_collection
-from vlm.cli.train import DYNAMO_SWITCH, train, uncompiled_bitsandbytes
+from vlm.cli.main import main
+from vlm.cli.train import DYNAMO_SWITCH, train, uncompiled_bitsandbytes, without_deepspeed, without_libraries
 from vlm.config.schema import RunConfig
 from vlm.models.connectors import connector_class
 from vlm.train.distributed import Rank0Failed
@@ -171,3 +174,58 @@ def test_ranks_wait_for_each_other_only_where_all_end(monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit):
         train(RunConfig(), "name", [])
     assert bool(closed) is waits
+
+
+ASK_IMPORTS = """
+import sys
+from vlm.cli.main import main
+
+main(sys.argv[1:])
+unused = ("deepspeed", "datasets", "pandas", "scipy", "sklearn", "nltk", "rouge_score", "tensorboard", "fastapi")
+print([name for name in unused if name in sys.modules])
+"""
+
+
+def test_a_run_imports_no_library_that_it_does_not_use(common: list[str], tmp_path: Path):
+    """In a process of its own: here, other tests have imported them all."""
+    words = ["-cn", "pretrain-smol", *common, "trainer.max_steps=1", f"trainer.output_dir={tmp_path / 'run'}"]
+    done = start("-c", ASK_IMPORTS, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_hidden_libraries_are_there_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "scipy", raising=False)
+    with without_libraries("scipy", "json"):
+        assert importlib.util.find_spec("scipy") is None
+        assert importlib.util.find_spec("json") is not None, "it is imported, so something uses it"
+    assert importlib.util.find_spec("scipy") is not None
+
+
+def test_accelerate_knows_deepspeed_again_after_a_run():
+    from accelerate.utils import other
+
+    before = other.is_deepspeed_available
+    with without_deepspeed():
+        assert not other.is_deepspeed_available()
+    assert other.is_deepspeed_available is before
+
+
+@pytest.mark.parametrize(
+    ("words", "is_asked"),
+    [([], False), (["--multirun"], True), (["hydra.mode=RUN"], True), (["--config-dir", "."], True)],
+    ids=str,
+)
+def test_hydra_composes_a_run_once(records: str, monkeypatch: pytest.MonkeyPatch, words: list[str], is_asked: bool):
+    """Twice only where a word may set how many runs it starts."""
+    asked: list[str | None] = []
+
+    def get_mode(self: Hydra, config_name: str | None, overrides: list[str]) -> None:
+        asked.append(config_name)
+
+    monkeypatch.setattr(Hydra, "get_mode", get_mode)
+    monkeypatch.setattr(Hydra, "multirun", Hydra.run)
+    monkeypatch.setattr("vlm.cli.train.train", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["vlm"])
+    main(["-cn", "pretrain-smol", records, *words])
+    assert asked == ["pretrain-smol"] * is_asked

@@ -76,6 +76,7 @@ def _train(
 ) -> None:  # fmt: skip
     config, folder = objective.config, start.folder
     data = objective.load_data(model_config, processor, args)
+    check_private_names()  # of libraries that the data have brought
     check_videos(config, model_config, verdicts, data.records.values())
     check_same_data(data.records)
     start.begin(data.records)
