@@ -24,8 +24,8 @@ BITSANDBYTES_OPTIMIZERS = re.compile("8bit|bnb|paged|lion|ademamix")
 DYNAMO_SWITCH = "TORCHDYNAMO_DISABLE"
 """The environment variable that turns torch's compiler off."""
 UNUSED_LIBRARIES = ("datasets", "scipy")
-"""What transformers imports where it is installed, and no run needs there: `Trainer`'s data sets are ours, and losses of
-detectors are not trained. Tables of records and metrics import them when they need them."""
+"""What transformers imports where it is installed, and no run needs there: `Trainer`'s data sets are ours, and no
+detectors are trained. Tables of records and metrics import them when they need them."""
 
 
 def main(words: Sequence[str] | None = None) -> None:

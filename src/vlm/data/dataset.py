@@ -303,7 +303,14 @@ def load_dataset(
     Raises:
         ValueError: a record cannot be used and the policy is `error`; or too many cannot; or none can.
     """
-    sources = make_sources(config, encoder)
+    return load_sources(make_sources(config, encoder), config, encoder, seed=seed, first=first, evaluates=evaluates)
+
+
+def load_sources(
+    sources: Sequence[Source], config: DatasetConfig, encoder: SampleEncoder, *, seed: int = 0,
+    first: int | None = None, evaluates: bool = False,
+) -> SampleDataset:  # fmt: skip
+    """Read, check and count the records of sources that are made already; see `load_dataset`."""
     places, lengths, images, skipped, contributions = [], [], [], [], []
     labels, groups = [], []
     has_videos = has_thinking = False
