@@ -5,18 +5,20 @@ import pickle
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from transformers import TrainerControl, TrainerState
 
 from tests.fixtures import compose_config
 from vlm.data.counted_later import COUNTS, CountedLater, when_counted
 from vlm.data.dataset import SampleDataset
 from vlm.train import data as train_data
 from vlm.train.data import needs_counts
-from vlm.train.finish_counting import counting
+from vlm.train.finish_counting import FinishCounting, counting
 
 RANDOM = ["dataset.over_length=error", "trainer.train_sampling_strategy=random", "trainer.num_train_epochs=2"]
 
@@ -148,6 +150,22 @@ def test_nothing_counts_any_more_where_training_fails():
     with pytest.raises(RuntimeError, match="out of memory"), counting(dataset):
         raise RuntimeError("out of memory")
     assert dataset._process.exitcode is not None
+
+
+@pytest.mark.parametrize(("step", "evaluates", "saves"), [(1, False, False), (9, False, True), (1, True, True)])
+def test_a_signal_ends_the_wait_and_the_run_is_saved(step: int, evaluates: bool, saves: bool):
+    dataset, control = make(wait_for_ever), TrainerControl(should_evaluate=evaluates)
+    signalled = SimpleNamespace(agree=lambda device: True)
+    trainer: Any = SimpleNamespace(
+        meter=SimpleNamespace(stop=lambda **_: None), stop_on_signal=signalled, mark_progress=lambda: None
+    )
+    args: Any = SimpleNamespace(device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlm.data.counted_later.WAIT_SECONDS", 0.01)
+        FinishCounting(dataset, trainer).on_step_end(args, TrainerState(global_step=step, max_steps=9), control)
+    assert (control.should_save, control.should_evaluate) == (saves, False)
+    assert not dataset.is_counted
+    dataset.stop()
 
 
 def wait_for_ever() -> SampleDataset:

@@ -127,7 +127,7 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
             refused.append(error)  # Hydra would print the whole command line before it
 
     try:
-        with _masked_listing(words), _composed_once(words):
+        with _masked_listing(words), composed_once(words):
             hydra.main(version_base="1.3", config_path="pkg://vlm.config", config_name="base")(job)()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refused.append(error)
@@ -156,13 +156,13 @@ def _masked_listing(words: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _composed_once(words: Sequence[str]) -> Iterator[None]:
+def composed_once(words: Sequence[str]) -> Iterator[None]:
     """Let Hydra start a single run where nothing but a packaged run and overrides is given, which set no `hydra.mode`.
 
     It would compose everything a first time to read that key. Without an answer it takes a single run, as here.
     """
     options = [word for word in words if word.startswith("-") and not word.startswith(("-cn", "--config-name"))]
-    if options or any("hydra" in word for word in words):
+    if options or any(word.lstrip("+~").startswith("hydra") for word in words):
         yield
         return
     get_mode = Hydra.get_mode

@@ -87,7 +87,8 @@ def uncompiled_bitsandbytes(config: RunConfig) -> Iterator[None]:
 def without_libraries(*names: str) -> Iterator[None]:
     """Let what is imported within take libraries for not installed; those that are imported already stay."""
     hidden = [name for name in names if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))  # pyright: ignore[reportArgumentType] - None is what hides a module
+    for name in hidden:
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType] - what hides a module from imports
     try:
         yield
     finally:

@@ -75,8 +75,11 @@ class CountedLater(SampleDataset):
         else:
             self._waiting.append(act)
 
-    def wait(self, mark_progress: Callable[[], object] = lambda: None) -> None:
-        """Wait until all records are counted, and do what waits for that; `mark_progress` is called every second.
+    def wait(self, goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Wait until all records are counted, and do what waits for that.
+
+        Args:
+            goes_on: called every second; where it returns False, nothing is waited for any longer.
 
         Raises:
             ValueError: a record cannot be used.
@@ -85,7 +88,8 @@ class CountedLater(SampleDataset):
             return
         while self._process.is_alive():
             self._process.join(WAIT_SECONDS)
-            mark_progress()
+            if not goes_on():
+                return
         counted = self._load()  # from the cache; what the other process failed at fails here too
         assert np.array_equal(counted.places, self.places)
         vars(self).update({name: getattr(counted, name) for name in COUNTS})

@@ -8,12 +8,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlm.data.counted_later import CountedLater
 from vlm.train.monitor.speed import SpeedMeter
+from vlm.train.stop_on_signal import StopOnSignal
 
 
 class WaitingTrainer(Protocol):
     """What is asked of the run's `VLMTrainer`."""
 
     meter: SpeedMeter
+    stop_on_signal: StopOnSignal
 
     def mark_progress(self) -> None:
         """Tell the watchdog that the run goes on."""
@@ -34,14 +36,23 @@ class FinishCounting(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Wait where an evaluation comes first."""
         if args.eval_on_start:
-            self.records.wait(self.trainer.mark_progress)
+            self.records.wait()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Wait where it has to be done now; raise ValueError for a record that cannot be used."""
-        if self.records.is_due or control.should_evaluate or state.global_step >= state.max_steps:
-            if not self.records.is_counted:
-                self.trainer.meter.stop(wait_for_device=True)
-            self.records.wait(self.trainer.mark_progress)
+        """Wait where it has to be done now, or until a signal comes; a record that cannot be used is a ValueError."""
+        is_needed = control.should_evaluate or state.global_step >= state.max_steps
+        if self.records.is_counted or not (is_needed or self.records.is_due):
+            return
+
+        def goes_on() -> bool:
+            """Return whether no signal has come."""
+            self.trainer.mark_progress()
+            return not self.trainer.stop_on_signal.agree(args.device)
+
+        self.trainer.meter.stop(wait_for_device=True)
+        self.records.wait(goes_on)
+        if not self.records.is_counted:
+            control.should_save, control.should_evaluate = True, False  # saving ends the run
 
 
 @contextmanager
