@@ -3,11 +3,11 @@
     python -m benchmarks.start [--repeats N] [--records N] [--other SRC]
 
 Each measurement is a process of its own; variants take turns, and processor time (user and system) is compared, which
-other work on the machine changes little. The tiny run, of one step, is compared with a program that only imports PyTorch
-and transformers' `Trainer`, which no run goes without; with `--other`, with the same run of the package in another
-checkout, too. New records (a short question and answer each, with 1,000 different texts) are counted while the run
-trains, or before, as they are where `dataset.over_length=skip`; the process of the run and those that have ended by the
-first step are added up. About a quarter of an hour on two cores.
+other work on the machine changes little. The tiny run, of one step, is compared with a program that only imports
+PyTorch and transformers' `Trainer`, which no run goes without; with `--other`, with the same run of the package in
+another checkout, too. New records (a short question and answer each, with 1,000 different texts) are counted while the
+run trains, or before, as they are where `dataset.over_length=skip`; the process of the run and those that have ended by
+the first step are added up. About a quarter of an hour on two cores.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """The samples of a run, and the collator of its batches."""
 
 import logging
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -63,12 +64,14 @@ def needs_counts(config: RunConfig, world_size: int) -> bool:
     """Return whether the first step of a run needs to know how long all of its training records are.
 
     It does where records may be left out, where lengths decide which samples a step has, where features of all images
-    are computed first, and where several ranks compare what they have counted.
+    are computed first, and where several ranks compare what they have counted. Other systems than Linux do not fork a
+    process that has loaded their libraries.
     """
     data, trainer = config.dataset, config.trainer
     leaves_out = data.on_bad_sample != "error" or data.over_length != "error"
     is_ordered = trainer.packing or trainer.train_sampling_strategy not in ("random", "sequential")
-    return bool(leaves_out or is_ordered or data.eval_split or data.cache_features or world_size > 1)
+    uses_all = data.eval_split or data.cache_features
+    return bool(leaves_out or is_ordered or uses_all or world_size > 1 or sys.platform != "linux")
 
 
 def _count_later(config: DatasetConfig, encoder: SampleEncoder, seed: int) -> CountedLater | None:
