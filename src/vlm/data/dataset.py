@@ -291,7 +291,7 @@ def load_dataset(
 ) -> SampleDataset:
     """Read, check and count the records of a run's sources; the result is cached.
 
-    Every record is parsed, its images are checked and its tokens counted before anything trains.
+    Every record is parsed, its images are checked and its tokens counted.
 
     Args:
         config: the sources, and the policies for records that are bad or too long.
@@ -307,8 +307,8 @@ def load_dataset(
 
 
 def load_sources(
-    sources: Sequence[Source], config: DatasetConfig, encoder: SampleEncoder, *, seed: int = 0,
-    first: int | None = None, evaluates: bool = False,
+    sources: list[Source], config: DatasetConfig, encoder: SampleEncoder, *, seed: int, first: int | None = None,
+    evaluates: bool = False,
 ) -> SampleDataset:  # fmt: skip
     """Read, check and count the records of sources that are made already; see `load_dataset`."""
     places, lengths, images, skipped, contributions = [], [], [], [], []
