@@ -28,6 +28,7 @@ from benchmarks import (
     peers,
     pretrain,
     serving,
+    start,
     survival,
 )
 from benchmarks.guards import guards_in_turns
@@ -38,6 +39,7 @@ from benchmarks.variants import (
     SEED,
     PaddingCollator,
     Steps,
+    compose_config,
     count_padded_positions,
     group_by_length,
     read_micro_batches,
@@ -45,6 +47,7 @@ from benchmarks.variants import (
     split_packed_batch,
 )
 from vlm.demo.scenes import write_scenes
+from vlm.train.data import needs_counts
 from vlm.train.guards.step_guard import StepGuard
 from vlm.train.monitor.peak_flops import Peak
 
@@ -455,3 +458,17 @@ def test_each_batch_is_trained_on_under_guards_and_without(folder: Path):
     for first, second in zip(run.batches[::2], run.batches[1::2], strict=False):
         for row, again in zip(first, second, strict=True):
             assert torch.equal(row["input_ids"], again["input_ids"])
+
+
+def test_a_start_is_measured_as_a_command_of_its_own(folder: Path):
+    words = start.run_words(
+        folder / "parts", folder / "data" / "records.json", folder / "run", "dataset.over_length=error"
+    )
+    config = compose_config(words[1], words[2:])
+    assert not needs_counts(config, 1), "records are counted while it trains"
+    assert config.trainer.max_steps == 1
+    seconds, output = start.run_python(["-c", "print(sum(range(10**6)))"])
+    assert output == "499999500000\n"
+    assert seconds > 0
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        start.run_python(["-c", "import sys; sys.exit(3)"])

@@ -1,21 +1,25 @@
 """The entry: every way of starting reaches it, and what it refuses it refuses before torch is imported."""
 
 import gc
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra._internal.hydra import Hydra
 
 from tests import waiting
 from tests.checks import test_messages as test_explain
 from tests.checks import test_run as test_check
 from tests.command_line import refusal
-from vlm.checks.compose import is_user_error, strip_launcher_arguments
+from vlm.checks.compose import composed_once, is_user_error, strip_launcher_arguments
 from vlm.cli.collection import RARE, USUAL, collect_as_usual, rare_collection
-from vlm.cli.train import DYNAMO_SWITCH, train, uncompiled_bitsandbytes
+from vlm.cli.main import main
+from vlm.cli.train import DYNAMO_SWITCH, train, uncompiled_bitsandbytes, without_deepspeed, without_libraries
 from vlm.config.schema import RunConfig
 from vlm.models.connectors import connector_class
 from vlm.train.distributed import Rank0Failed
@@ -171,3 +175,71 @@ def test_ranks_wait_for_each_other_only_where_all_end(monkeypatch: pytest.Monkey
     with pytest.raises(SystemExit):
         train(RunConfig(), "name", [])
     assert bool(closed) is waits
+
+
+ASK_IMPORTS = """
+import sys
+from vlm.cli.main import main
+
+main(sys.argv[1:])
+unused = ("deepspeed", "datasets", "pandas", "scipy", "sklearn", "nltk", "rouge_score", "tensorboard", "fastapi")
+print([name for name in unused if name in sys.modules])
+"""
+
+
+def test_a_run_imports_no_library_that_it_does_not_use(common: list[str], tmp_path: Path):
+    """In a process of its own: here, other tests have imported them all."""
+    words = ["-cn", "pretrain-smol", *common, "trainer.max_steps=1", "trainer.report_to=none"]
+    done = start("-c", ASK_IMPORTS, *words, f"trainer.output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_hidden_libraries_are_there_again(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "scipy", raising=False)
+    with without_libraries("scipy", "json"):
+        assert importlib.util.find_spec("scipy") is None
+        assert importlib.util.find_spec("json") is not None, "it is imported, so something uses it"
+    assert importlib.util.find_spec("scipy") is not None
+
+
+def test_accelerate_knows_deepspeed_again_after_a_run():
+    from accelerate.utils import other
+
+    before = other.is_deepspeed_available
+    with without_deepspeed():
+        assert not other.is_deepspeed_available()
+    assert other.is_deepspeed_available is before
+
+
+@pytest.mark.parametrize(
+    ("words", "is_asked"),
+    [
+        (["-cn", "pretrain-smol", "dataset.path=hydra.json"], False),
+        (["-cn", "pretrain-smol", "--multirun"], True),
+        (["-cn", "pretrain-smol", "++hydra.mode=MULTIRUN"], True),
+        (["-cn", "mine", "--config-dir", "."], True),
+    ],
+    ids=str,
+)
+def test_hydra_is_asked_for_its_mode_where_something_may_set_it(words: list[str], is_asked: bool):
+    """It composes everything once more for that."""
+    get_mode = Hydra.get_mode
+    with composed_once(words):
+        assert (Hydra.get_mode is get_mode) is is_asked
+    assert Hydra.get_mode is get_mode
+
+
+def test_hydra_composes_a_run_once(records: str, monkeypatch: pytest.MonkeyPatch):
+    composed: list[str | None] = []
+    compose_config = Hydra.compose_config
+
+    def count(self: Hydra, config_name: str | None, *given: Any, **named: Any) -> Any:
+        composed.append(config_name)
+        return compose_config(self, config_name, *given, **named)
+
+    monkeypatch.setattr(Hydra, "compose_config", count)
+    monkeypatch.setattr("vlm.cli.train.train", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["vlm"])
+    main(["-cn", "pretrain-smol", records])
+    assert composed == ["pretrain-smol"]

@@ -93,6 +93,13 @@ PRIVATE_NAMES = {
         PrivateName(LOOP, "_globalstep_last_logged", "a resumed run logs the mean loss of whole intervals"),
         PrivateName(LOOP, "_initial_global_step", "a resumed run logs the mean loss of all its steps"),
     ),
+    "accelerate": (
+        PrivateName(
+            "accelerate.utils.other",
+            "is_deepspeed_available",
+            "a run without DeepSpeed does not import it (set)",
+        ),
+    ),
     "datasets": (
         PrivateName("datasets.arrow_dataset:Dataset.__init__", "_fingerprint", "a run records which data it read"),
         PrivateName(

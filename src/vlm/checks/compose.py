@@ -16,6 +16,7 @@ from traceback import walk_tb
 from typing import Any, cast, get_origin, get_type_hints
 
 import hydra
+from hydra._internal.hydra import Hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -126,7 +127,7 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
             refused.append(error)  # Hydra would print the whole command line before it
 
     try:
-        with _masked_listing(words):
+        with _masked_listing(words), composed_once(words):
             hydra.main(version_base="1.3", config_path="pkg://vlm.config", config_name="base")(job)()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         refused.append(error)
@@ -152,6 +153,24 @@ def _masked_listing(words: Sequence[str]) -> Iterator[None]:
             yield
     finally:
         print(printable(mask_values(mask(listing.getvalue()), words)), end="")
+
+
+@contextmanager
+def composed_once(words: Sequence[str]) -> Iterator[None]:
+    """Let Hydra start a single run where nothing but a packaged run and overrides is given, which set no `hydra.mode`.
+
+    It would compose everything a first time to read that key. Without an answer it takes a single run, as here.
+    """
+    options = [word for word in words if word.startswith("-") and not word.startswith(("-cn", "--config-name"))]
+    if options or any(word.lstrip("+~").startswith("hydra") for word in words):
+        yield
+        return
+    get_mode = Hydra.get_mode
+    Hydra.get_mode = lambda self, config_name, overrides: None
+    try:
+        yield
+    finally:
+        Hydra.get_mode = get_mode
 
 
 def make_run_config(composed: DictConfig) -> RunConfig:

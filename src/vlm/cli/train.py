@@ -5,6 +5,7 @@ Refuses what it can before importing torch; then hands a plain `RunConfig` to `v
 
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +23,9 @@ from vlm.train.signals import SignalListener
 BITSANDBYTES_OPTIMIZERS = re.compile("8bit|bnb|paged|lion|ademamix")
 DYNAMO_SWITCH = "TORCHDYNAMO_DISABLE"
 """The environment variable that turns torch's compiler off."""
+UNUSED_LIBRARIES = ("datasets", "scipy")
+"""What transformers imports where it is installed, and no run needs there: `Trainer`'s data sets are ours, and no
+detectors are trained. Tables of records and metrics import them when they need them."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -39,13 +43,14 @@ def main(words: Sequence[str] | None = None) -> None:
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     """Train on this rank, together with every other rank, to the end even if nobody reads the log any more."""
     outlive_pipes()
-    with uncompiled_bitsandbytes(config), no_collection():
+    with uncompiled_bitsandbytes(config), without_libraries(*UNUSED_LIBRARIES), no_collection():
         from vlm.train.distributed import Rank0Failed, close_process_group
         from vlm.train.run import run  # torch comes with it
 
     collect_as_usual()
     try:
-        run(config, name, overrides)
+        with nullcontext() if config.trainer.deepspeed else without_deepspeed():
+            run(config, name, overrides)
     except Rank0Failed:
         raise
     except SystemExit:  # on a signal or by a guard, on every rank after the same step
@@ -76,3 +81,29 @@ def uncompiled_bitsandbytes(config: RunConfig) -> Iterator[None]:
         yield
     finally:
         del os.environ[DYNAMO_SWITCH]
+
+
+@contextmanager
+def without_libraries(*names: str) -> Iterator[None]:
+    """Let what is imported within take libraries for not installed; those that are imported already stay."""
+    hidden = [name for name in names if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType] - what hides a module from imports
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+@contextmanager
+def without_deepspeed() -> Iterator[None]:
+    """Let accelerate take no model within for one that DeepSpeed wraps: it would import DeepSpeed to find that out."""
+    from accelerate.utils import other
+
+    is_available = other.is_deepspeed_available
+    other.is_deepspeed_available = lambda: False
+    try:
+        yield
+    finally:
+        other.is_deepspeed_available = is_available

@@ -294,7 +294,7 @@ def load_dataset(
 ) -> SampleDataset:
     """Read, check and count the records of a run's sources; the result is cached.
 
-    Every record is parsed, its images are checked and its tokens counted before anything trains.
+    Every record is parsed, its images are checked and its tokens counted.
 
     Args:
         config: the sources, and the policies for records that are bad or too long.
@@ -306,7 +306,14 @@ def load_dataset(
     Raises:
         ValueError: a record cannot be used and the policy is `error`; or too many cannot; or none can.
     """
-    sources = make_sources(config, encoder)
+    return load_sources(make_sources(config, encoder), config, encoder, seed=seed, first=first, evaluates=evaluates)
+
+
+def load_sources(
+    sources: list[Source], config: DatasetConfig, encoder: SampleEncoder, *, seed: int, first: int | None = None,
+    evaluates: bool = False,
+) -> SampleDataset:  # fmt: skip
+    """Read, check and count the records of sources that are made already; see `load_dataset`."""
     places, lengths, images, skipped, contributions = [], [], [], [], []
     labels, groups = [], []
     has_videos = has_thinking = False

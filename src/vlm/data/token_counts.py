@@ -124,9 +124,7 @@ def count(
         on_problem: called for each record that cannot be used, as soon as it is found; where it raises, the counts up
             to there are kept.
     """
-    numbers = hashlib.sha256(records.tobytes()).hexdigest()
-    key = json_digest(source.fingerprint, decode, str(SCHEMA), numbers, *map(str, source.parts))
-    path = source.cache / "counts" / f"{key}.arrow"
+    path = counts_file(source, records, decode)
     was_cached = path.exists()
     num_decoded = len(records) if decode is None else decode
     create_once(path, lambda partial: _write_counts(source, records, num_decoded, workers, on_problem, partial))
@@ -140,6 +138,13 @@ def count(
             on_problem(row["record"], problems[place])
     columns = {name: _integer_column(table[name]) for name in INTEGER_COLUMNS}
     return Counts(**columns, labels=table["label"], groups=table["group"], problems=problems, ids=table["id"])
+
+
+def counts_file(source: Source, records: np.ndarray, decode: int | None) -> Path:
+    """Return the file of the cache for the counts of some records; arguments as of `count`."""
+    numbers = hashlib.sha256(records.tobytes()).hexdigest()
+    key = json_digest(source.fingerprint, decode, str(SCHEMA), numbers, *map(str, source.parts))
+    return source.cache / "counts" / f"{key}.arrow"
 
 
 def _recount_unusable(source: Source, table: pa.Table, decode: int, workers: int | None) -> pa.Table:

@@ -1,45 +1,99 @@
 """The samples of a run, and the collator of its batches."""
 
+import logging
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
+import numpy as np
 from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.assembly.language_models import max_positions
 from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
-from vlm.config.schema import DatasetConfig, InferenceConfig
+from vlm.config.schema import DatasetConfig, InferenceConfig, RunConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
 from vlm.data.blank_images import dummy_image, dummy_video
-from vlm.data.dataset import SampleDataset, load_dataset
+from vlm.data.counted_later import CountedLater
+from vlm.data.dataset import SampleDataset, draw_records, load_dataset, load_sources, repeat_by_weight
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
 from vlm.data.encoding.thinking import is_thinking_asked
 from vlm.data.holdout import split_off_eval
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample
+from vlm.data.sources import make_sources
 from vlm.data.stream import SampleStream, open_stream
+from vlm.data.token_counts import counts_file
 from vlm.models.processing_messages import knows_thinking, set_thinks
 from vlm.train.arguments import sampler_seed
 
+log = logging.getLogger(__name__)
+
+MANY_RECORDS = 20_000
+"""From this number of records on, training does not wait until they are counted, where it need not."""
+NUM_CHECKED_FIRST = 1024
+"""Number of records of each source that are counted before training begins all the same: most mistakes are in all."""
 NUM_PEEKED = 20
 """Number of samples of a stream that tell whether its records have thinking."""
 
 
 def load_data(
-    config: DatasetConfig, encoder: SampleEncoder, args: TrainingArguments
+    config: DatasetConfig, encoder: SampleEncoder, args: TrainingArguments, *, waits: bool = True
 ) -> tuple[SampleDataset | SampleStream, SampleDataset | None]:
-    """Return the training samples, and the evaluation samples where there are some."""
+    """Return the training samples, and the evaluation samples where there are some.
+
+    Without `waits`, training records may be counted later, where they are many and which samples there are is known.
+    """
     held_out = None
     if config.eval_path:
         held_out = load_other_file(config, encoder, config.eval_path, config.eval_image_folder, config.max_eval_samples)
     if config.streaming:
         rank, world_size = args.process_index, args.world_size
         return open_stream(config, encoder, seed=args.seed, rank=rank, world_size=world_size), held_out
+    if not waits and (later := _count_later(config, encoder, args.seed)) is not None:
+        return later, held_out
     train = load_dataset(config, encoder, seed=args.seed)
     if config.eval_split:
         train, held_out = split_off_eval(train, config.eval_split, args.seed)
         held_out = held_out.subset(range(len(held_out))[: config.max_eval_samples])
     return train, held_out
+
+
+def needs_counts(config: RunConfig, world_size: int) -> bool:
+    """Return whether the first step of a run needs to know how long all of its training records are.
+
+    It does where records may be left out, where lengths decide which samples a step has, where features of all images
+    are computed first, and where several ranks compare what they have counted. Other systems than Linux do not fork a
+    process that has loaded their libraries.
+    """
+    data, trainer = config.dataset, config.trainer
+    leaves_out = data.on_bad_sample != "error" or data.over_length != "error"
+    is_ordered = trainer.packing or trainer.train_sampling_strategy not in ("random", "sequential")
+    uses_all = data.eval_split or data.cache_features
+    return bool(leaves_out or is_ordered or uses_all or world_size > 1 or sys.platform != "linux")
+
+
+def _count_later(config: DatasetConfig, encoder: SampleEncoder, seed: int) -> CountedLater | None:
+    """Return training samples whose records another process counts; None where that is no gain.
+
+    Raises:
+        ValueError: one of the first records cannot be used.
+    """
+    sources = make_sources(config, encoder)
+    drawn = [draw_records(len(source), source.config.max_samples, seed) for source in sources]
+    pairs = list(zip(sources, drawn, strict=True))
+    known = all(counts_file(source, records, config.check_samples).exists() for source, records in pairs)
+    if known or sum(map(len, drawn)) < MANY_RECORDS:
+        return None
+    load_sources(sources, config, encoder, seed=seed, first=NUM_CHECKED_FIRST)
+    log.info("Training begins while the records are counted; one that cannot be used ends the run when it is found")
+    places = [
+        np.stack([np.full(len(repeated), number), repeated], axis=1)
+        for number, (source, records) in enumerate(pairs)
+        for repeated in [records[repeat_by_weight(np.arange(len(records)), source.weight, seed)]]
+    ]
+    return CountedLater(sources, np.concatenate(places), partial(load_sources, sources, config, encoder, seed=seed))
 
 
 def load_other_file(
@@ -91,8 +145,8 @@ def make_collator(
 
     For a composed model, equal images stand once in a batch. `with_stats` adds `BatchStats` for the training loop.
     """
-    has_videos = any(dataset.has_videos for dataset in data) and processor.encodes_videos_separately
-    video = dummy_video(processor) if has_videos and world_size > 1 else None
+    encodes_videos = world_size > 1 and processor.encodes_videos_separately
+    video = dummy_video(processor) if encodes_videos and any(dataset.has_videos for dataset in data) else None
     return Collator.of(
         processor,
         dummy_image(processor),

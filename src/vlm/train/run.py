@@ -13,12 +13,14 @@ from vlm.assembly.round_trip import check_round_trip
 from vlm.assembly.saving import set_reply_ends
 from vlm.config.derived import embedding_row_keys, shards_weights
 from vlm.config.schema import RunConfig
+from vlm.data.counted_later import CountedLater, when_counted
 from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
 from vlm.train.arguments import training_arguments
 from vlm.train.checkpoints.world import World
 from vlm.train.extension_locks import extensions_folder, release_stale_locks
 from vlm.train.family_trial import check_family, check_videos
+from vlm.train.finish_counting import FinishCounting, counting
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.objectives.base import Objective, PreparedRun, RunData
@@ -76,10 +78,19 @@ def _train(
 ) -> None:  # fmt: skip
     config, folder = objective.config, start.folder
     data = objective.load_data(model_config, processor, args)
-    check_videos(config, model_config, verdicts, data.records.values())
-    check_same_data(data.records)
-    start.begin(data.records)
-    _log_data(data)
+    check_private_names()  # of libraries that the data have brought
+    records = data.records["train"]
+
+    def begin() -> None:
+        """Check and record what the data are, as soon as they are counted."""
+        check_videos(config, model_config, verdicts, data.records.values())
+        check_same_data(data.records)
+        start.begin(data.records)
+        _log_data(data)
+
+    when_counted(records, begin)
+    if isinstance(records, CountedLater) and start.checkpoint is not None:
+        records.wait()  # the data of a resumed run are compared with those of before
 
     seed_everything(args)  # no weight depends on what was drawn before
     model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
@@ -95,11 +106,14 @@ def _train(
     if start.checkpoint is not None:
         prepared.args.eval_on_start = False  # that was at the first start
     trainer = make_trainer(objective, prepared)
-    progress = RunProgress(trainer, start.record)
+    progress = RunProgress(trainer, start)
     trainer.changed_keys = start.changed_keys
     trainer.saved_with_checkpoint.append(progress)
     trainer.add_callback(progress)
-    trainer.train(resume_from_checkpoint=start.checkpoint)
+    if isinstance(records, CountedLater):
+        trainer.add_callback(FinishCounting(records, trainer))
+    with counting(records):
+        trainer.train(resume_from_checkpoint=start.checkpoint)
     objective.after_training(prepared, trainer)
     with trainer.stop_on_signal.saving():
         final = write_final(trainer, folder, start.record, progress.progress)

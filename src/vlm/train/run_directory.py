@@ -30,6 +30,7 @@ CONFIG_FILE, COMMAND_FILE, VERSIONS_FILE = "config.yaml", "command.txt", "versio
 CHANGES_FILE = "changes.jsonl"
 """What was other at later starts of a run than at the one before: a line a start."""
 
+DATA_FILE = "data.json"
 SKIPPED_FILE = "skipped.jsonl"
 MIN_STREAM_RECORDS = 1000
 """Records of a stream that must have been read before the share of those left out can stop the run."""
@@ -49,7 +50,15 @@ def choose_directory(config: RunConfig, name: str) -> Path:
 
 def write_run_files(folder: Path, config: RunConfig) -> None:
     """Write the resolved configuration, the command and the versions of a run that begins; called on one rank."""
-    for name in (CHANGES_FILE, SKIPPED_FILE, "metrics.jsonl", "samples.md", "guard.jsonl", "first_batch.html"):
+    for name in (
+        CHANGES_FILE,
+        DATA_FILE,
+        SKIPPED_FILE,
+        "metrics.jsonl",
+        "samples.md",
+        "guard.jsonl",
+        "first_batch.html",
+    ):
         (folder / name).unlink(missing_ok=True)  # of a start that saved nothing
     write_text_whole(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(mask_settings(asdict(config)))))
     write_text_whole(folder / COMMAND_FILE, _command())
@@ -130,7 +139,7 @@ def write_data_summary(folder: Path, datasets: Mapping[str, SampleDataset | Samp
                 "longest": int(dataset.lengths.max()),
                 "sources": [asdict(source) for source in dataset.contributions],
             }
-    write_json(folder / "data.json", summary)
+    write_json(folder / DATA_FILE, summary)
 
 
 def list_skipped(folder: Path, datasets: Mapping[str, SampleDataset | SampleStream | None]) -> None:

@@ -81,14 +81,16 @@ class Generation(Objective):
     def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
         """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`."""
         from vlm.assembly.language_models import check_writes
-        from vlm.train.data import load_data, set_thinking
+        from vlm.data.counted_later import when_counted
+        from vlm.train.data import load_data, needs_counts, set_thinking
         from vlm.train.feature_cache.images import refuse_native_resolution
 
         check_writes(model_config)
         if self.config.dataset.cache_features:
             refuse_native_resolution(model_config)
-        train, evaluation = load_data(self.config.dataset, self.make_encoder(model_config, processor), args)
-        set_thinking(processor, self.config.inference, train)
+        encoder, waits = self.make_encoder(model_config, processor), needs_counts(self.config, args.world_size)
+        train, evaluation = load_data(self.config.dataset, encoder, args, waits=waits)
+        when_counted(train, lambda: set_thinking(processor, self.config.inference, train))
         if evaluation is not None:
             self.loss_metrics = _prepare_loss_metrics(self.config.trainer, evaluation)
         records = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}

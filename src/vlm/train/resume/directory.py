@@ -14,7 +14,14 @@ from vlm.train.resume.changes import Change
 from vlm.train.resume.lock import RunLock
 from vlm.train.resume.record import RunRecord, make_record, with_data
 from vlm.train.resume.start import ANEW_WORDS, Start, check_data, decide_start, describe_start, set_aside
-from vlm.train.run_directory import add_changes, add_command, list_skipped, write_data_summary, write_run_files
+from vlm.train.run_directory import (
+    DATA_FILE,
+    add_changes,
+    add_command,
+    list_skipped,
+    write_data_summary,
+    write_run_files,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +69,9 @@ class RunStart:
     def _record(self, records: Mapping[str, SampleDataset | SampleStream]) -> list[Change]:
         start, folder = self._start, self.folder
         changes = [*start.changes, *check_data(self.config, start, self.record)]
-        if self.is_first:
+        if self.is_first or not (folder / DATA_FILE).exists():  # an earlier start may have ended while it counted
             write_data_summary(folder, records)
-        else:
+        if not self.is_first:
             add_command(folder)
         if start.checkpoint is not None:
             step = start.progress.step if start.progress is not None else 0

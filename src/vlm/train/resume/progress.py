@@ -11,8 +11,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlm.train.distributed import on_rank0
 from vlm.train.guards.logged_loss import LoggedLoss
+from vlm.train.resume.directory import RunStart
 from vlm.train.resume.final import set_aside_later_final
-from vlm.train.resume.record import Progress, RunRecord, read_record, write_record
+from vlm.train.resume.record import Progress, read_record, write_record
 from vlm.train.run_directory import write_json
 
 LOSS_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
@@ -42,8 +43,8 @@ class RunProgress(TrainerCallback):
     an epoch whose last step was saved before its evaluation is ended here.
     """
 
-    def __init__(self, trainer: ResumableTrainer, record: RunRecord):
-        self.trainer, self.record = trainer, record
+    def __init__(self, trainer: ResumableTrainer, start: RunStart):
+        self.trainer, self.start = trainer, start
         self.epoch_ended = True
         self.saved: dict[str, Any] = {}
 
@@ -57,7 +58,7 @@ class RunProgress(TrainerCallback):
         """Write the record on rank 0, and the sums of each rank."""
         args = self.trainer.args
         if args.process_index == 0:
-            write_record(checkpoint, self.record, self.progress)
+            write_record(checkpoint, self.start.record, self.progress)
         sums = {name: getattr(self.trainer, name) for name in LOSS_SUMS}
         sums = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in sums.items()}
         sums |= {"ranks": args.world_size, "steps": self.trainer.logged_loss.counts}

@@ -1,0 +1,131 @@
+"""Records that are counted while a run trains on them: which samples there are is known, their lengths are not yet.
+
+That is so where no record may be left out: a record that cannot be used is then an error, whenever it is found. Another
+process counts into the cache, with low priority. Whatever needs a count waits for all of them, so that nothing can be
+other than after counting first.
+"""
+
+import atexit
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, suppress
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlm.data.dataset import SampleDataset
+from vlm.data.sources import Source
+
+COUNTS = frozenset({"lengths", "num_images", "has_videos", "has_thinking", "skipped", "contributions"})
+"""The attributes of a `SampleDataset` that are known once its records are counted."""
+WAIT_SECONDS = 1.0
+"""Seconds between two looks at the other process while something waits for it."""
+
+
+class CountedLater(SampleDataset):
+    """Samples whose records another process counts; an attribute of `COUNTS` waits for it.
+
+    Args:
+        sources: where the samples come from; their indices exist.
+        places: those of all samples, see `SampleDataset`.
+        load: counts the records, or reads the counts from the cache, and returns the same samples.
+    """
+
+    def __init__(self, sources: Sequence[Source], places: np.ndarray, load: Callable[[], SampleDataset]):
+        self.sources, self.places = list(sources), places
+        self._labels_and_groups = None, None
+        self._load = load
+        self._waiting: list[Callable[[], object]] = []
+        for source in sources:
+            _ = source.fingerprint  # a processor may change later in settings that no count depends on
+        self._process = get_context("fork").Process(target=_count_in_background, args=(load, os.getpid()))
+        self._process.start()
+        atexit.register(self.stop)  # before multiprocessing waits for its end
+
+    def __getattr__(self, name: str) -> object:
+        """Return a count, once there are all."""
+        if name not in COUNTS:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+        self.wait()
+        return getattr(self, name)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what a data worker needs, which asks for no counts."""
+        return {name: value for name, value in vars(self).items() if name not in ("_process", "_load", "_waiting")}
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether `wait` has come to its end."""
+        return "lengths" in vars(self)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether `wait` would not wait long, and has not been called since."""
+        return not self.is_counted and not self._process.is_alive()
+
+    def when_counted(self, act: Callable[[], object]) -> None:
+        """Call something as soon as `wait` has come to its end; at once, where it has."""
+        if self.is_counted:
+            act()
+        else:
+            self._waiting.append(act)
+
+    def wait(self, goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Wait until all records are counted, and do what waits for that.
+
+        Args:
+            goes_on: called every second; where it returns False, nothing is waited for any longer.
+
+        Raises:
+            ValueError: a record cannot be used.
+        """
+        if self.is_counted:
+            return
+        while self._process.is_alive():
+            self._process.join(WAIT_SECONDS)
+            if not goes_on():
+                return
+        counted = self._load()  # from the cache; what the other process failed at fails here too
+        assert np.array_equal(counted.places, self.places)
+        vars(self).update({name: getattr(counted, name) for name in COUNTS})
+        waiting, self._waiting = self._waiting, []
+        for act in waiting:
+            act()
+
+    def stop(self) -> None:
+        """End the other process; what it has counted stays in the cache."""
+        atexit.unregister(self.stop)
+        if self._process.is_alive():
+            self._process.terminate()
+            self._process.join()
+
+
+def when_counted(dataset: object, act: Callable[[], object]) -> None:
+    """Call something at once, or as soon as the records of a data set are counted, where that is later."""
+    if isinstance(dataset, CountedLater):
+        dataset.when_counted(act)
+    else:
+        act()
+
+
+def _count_in_background(load: Callable[[], SampleDataset], parent: int) -> None:
+    """Count in this process, which gives way to the run and ends with it; errors are found again by the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.nice(19)
+    torch.set_num_threads(1)  # threads do not survive a fork
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    with Path(os.devnull).open("w") as nothing, redirect_stderr(nothing), suppress(Exception):
+        load()
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent has ended, by whatever signal."""
+    while os.getppid() == parent:
+        time.sleep(WAIT_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
