@@ -19,6 +19,7 @@ from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import SampleInputs
+from vlm.families.grid_positions import compute_by_row
 from vlm.families.meta_model import get_auto_class
 from vlm.families.parts import PartNames, get_part_names
 from vlm.families.processing import FamilyProcessor
@@ -56,6 +57,7 @@ class Subject:
             torch.manual_seed(0)
             model = get_auto_class(self.config).from_config(self.config, dtype=torch.float32, **options)
             grow_embeddings(model, self.processor.tokenizer)
+        compute_by_row(model)
         wake(model)
         return model.eval()
 

@@ -27,6 +27,8 @@ OPTIONS: dict[str, Fields] = {
     "glm4v_moe": {"text_config": {"head_dim": 128}},
     "granite4_vision": {"vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
                         "downsample_rate": "4/8", "deepstack_layer_map": [[-2, 0]]},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0,
+                                                       "mrope_section": [16, 16, 16, 16]}}},
     "paddleocr_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0,
                                                          "mrope_section": [16, 24, 24]}}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 151652},
