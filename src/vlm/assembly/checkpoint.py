@@ -36,9 +36,9 @@ from vlm.checks.model import check_no_image_mode
 from vlm.config.derived import BASE_FILE
 from vlm.data.coordinates.table import AUTO, use_convention
 from vlm.data.processor import Processor
-from vlm.families.grid_positions import compute_by_row
 from vlm.families.parts import get_part_names
 from vlm.families.processing import load_family_processor
+from vlm.families.row_by_row import keep_apart
 from vlm.families.table import get_family
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig, VLMProcessor
 from vlm.models.connectors import CONNECTORS, connector_class
@@ -186,7 +186,7 @@ class Checkpoint:
                 options["attn_implementation"] = attn_implementation
             options |= {"config": self.config, "revision": self.revision or "main"}
             model = load_complete(VLMForPrediction, self.name, dtype=dtype, **options)
-            compute_by_row(cast(nn.Module, model.body))
+            keep_apart(cast(nn.Module, model.body))
             return model
         return self._load_text_model(dtype, attn_implementation, quantization)
 

@@ -8,9 +8,9 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from vlm.assembly.foreign_config import ForeignCodeError, load_config
 from vlm.assembly.loading import inspect_checkpoint, load_complete
 from vlm.assembly.opening import opening, shorten
-from vlm.families.grid_positions import compute_by_row
 from vlm.families.meta_model import NotAFamilyError, get_auto_class
 from vlm.families.parts import get_part_names
+from vlm.families.row_by_row import keep_apart
 
 
 def read_config(
@@ -76,5 +76,5 @@ def load_family_model(
         get_auto_class(config), name, config=config, dtype=dtype, revision=revision,
         trust_remote_code=trust_remote_code, quantization_config=quantization_config, **options,
     )  # fmt: skip
-    compute_by_row(model)
+    keep_apart(model)
     return model

@@ -34,6 +34,7 @@ class Family:
         video_template: the chat template of conversations with videos, where its own does not support them.
         template: the chat template where its processor has none.
         sees_media_together: whether each image and video of a conversation sees all others, later ones too.
+        computes_all_logits: whether its code takes no mask `logits_to_keep`: logits of all positions are computed.
         supports_packing: whether it keeps the samples of a packed row apart (`trainer.packing`); None: the first step
             of a run proves it.
     """
@@ -52,6 +53,7 @@ class Family:
     video_template: str | None = None
     template: str | None = None
     sees_media_together: bool = False
+    computes_all_logits: bool = False
     supports_packing: bool | None = None
 
 
@@ -148,6 +150,10 @@ FAMILIES: dict[str, Family] = {
         sees_media_together=True,  # its mask puts all images of a row into one block
         supports_packing=False,  # and those of all samples of a packed row too
     ),
+    "chameleon": Family(
+        "Chameleon",
+        computes_all_logits=True,  # it takes the logits of image codes away in tensors of three dimensions alone
+    ),
     "nemotron_h_omni": Family(
         "Nemotron Nano Omni",
         videos=False,  # its processor reads the frames per second of all videos from one object, and refuses a list
@@ -174,6 +180,7 @@ FAMILIES: dict[str, Family] = {
     "lighton_ocr": Family("LightOnOCR", ("lighton-ocr-1b",)),
     "got_ocr2": Family("GOT-OCR2", ("got-ocr2",)),
     "hunyuan_vl": Family("HunyuanOCR", ("hunyuan-ocr",)),
+    "emu3": Family("Emu3"),
 }  # fmt: skip
 """`model_type` of `config.json` -> names and exceptions."""
 
