@@ -9,7 +9,7 @@ import torch
 from vlm.assembly.small_models.image_codes import NUM_CODES
 from vlm.assembly.small_models.make import make_small
 from vlm.families.meta_model import get_auto_class
-from vlm.families.row_by_row import SizedEncoding, keep_apart
+from vlm.families.row_by_row import PlaceholdersByType, SizedEncoding, keep_apart
 
 SIZES = torch.tensor([[32, 64], [64, 32], [32, 64]])
 """Heights and widths of images in one batch, which is padded to 64 x 64."""
@@ -62,6 +62,34 @@ def test_a_model_that_takes_no_mask_computes_all_logits():
     logits = model(input_ids=ids, logits_to_keep=keep).logits
     assert torch.equal(logits, model(input_ids=ids).logits)
     assert model(input_ids=ids, logits_to_keep=1).logits.shape == (1, 1, logits.shape[-1])
+
+
+def test_images_and_videos_of_one_id_are_told_apart_by_the_types_of_tokens():
+    model = make_model("glm_ocr")
+    body, image_id = model.model, model.config.image_token_id
+    ids, types = torch.tensor([[5, image_id, image_id, image_id]]), torch.tensor([[0, 1, 2, 2]])
+    embeddings, one, two = torch.zeros(1, 4, 1), torch.zeros(1, 1), torch.zeros(2, 1)
+    with pytest.raises(ValueError, match="do not match"):
+        body.get_placeholder_mask(ids, embeddings, image_features=one)
+    keep_apart(model)
+    keep_apart(model)
+    masks = body.get_placeholder_mask
+    assert not isinstance(masks.find, PlaceholdersByType)
+    masks.read_types(body, (), {"mm_token_type_ids": types})
+    images, videos = masks(ids, embeddings, image_features=one, video_features=two)
+    assert images.flatten().tolist() == [False, True, False, False]
+    assert videos.flatten().tolist() == [False, False, True, True]
+    for wrong in ({"image_features": two}, {"video_features": one}):
+        with pytest.raises(ValueError, match="do not match"):
+            masks(ids, embeddings, **wrong)
+    masks.read_types(body, (), {})  # as in generation, behind a cache
+    assert masks(ids[:, :1], embeddings[:, :1])[0].tolist() == [[[False]]]
+
+
+def test_other_models_keep_their_own_placeholders():
+    model = make_model("qwen2_5_vl")
+    keep_apart(model)
+    assert not isinstance(model.model.get_placeholder_mask, PlaceholdersByType)
 
 
 @pytest.mark.parametrize("model_type", ["chameleon", "emu3"])

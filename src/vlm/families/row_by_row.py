@@ -1,4 +1,4 @@
-"""Models whose own code lets a row or image depend on what stands beside it in a batch, or takes no mask of positions.
+"""Models whose own code lets a row or image depend on the rest of its batch, or fails on a batch that others take.
 
 `keep_apart` changes such a model in place, wherever one is loaded: what it computes of a row alone stays as it is.
 """
@@ -13,8 +13,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from vlm.families.derive_parts import is_quantizer
-from vlm.families.grid_positions import compute_by_row
+from vlm.families.grid_positions import TYPES_INPUT, compute_by_row
 from vlm.families.table import get_family
+
+MEDIA_FEATURES = ("image_features", "video_features")
+VIDEO_TYPE = 2
+"""The type of a token of a video."""
+NO_ID = -1
+
+
+class PlacedModel(Protocol):
+    """The model beneath the vocabulary head, as far as its placeholders go."""
+
+    get_placeholder_mask: Callable[..., tuple[Tensor, ...]]
+
+    def forward(self, **inputs: object) -> object:
+        """Compute hidden states."""
+        ...
 
 
 class CodeOutputs(Protocol):
@@ -32,11 +47,71 @@ class ImageQuantizer(Protocol):
 def keep_apart(model: nn.Module) -> None:
     """Let rows and images of a batch be computed as they are alone, in place; most models stay as they are."""
     compute_by_row(model)
+    _tell_videos_by_type(model)
     for module in model.modules():
         if is_quantizer(module) and reads_padded_images(encode := cast(ImageQuantizer, module).encode):
             cast(ImageQuantizer, module).encode = SizedEncoding(encode)
     if get_family(cast(PreTrainedConfig, model.config).model_type).computes_all_logits:
         model.register_forward_pre_hook(_ask_for_all_logits, with_kwargs=True)
+
+
+def _tell_videos_by_type(model: nn.Module) -> None:
+    """Let a model that has one id for placeholders of images and of videos tell them apart, in place."""
+    config, body = cast(PreTrainedConfig, model.config), cast(PlacedModel, getattr(model, "model", None))
+    own = getattr(body, "get_placeholder_mask", None)
+    ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+    if own is None or isinstance(own, PlaceholdersByType) or None in ids:
+        return
+    if not {*MEDIA_FEATURES} <= {*inspect.signature(own).parameters}:
+        return
+    if TYPES_INPUT not in inspect.signature(body.forward).parameters:
+        return
+    image, video, *_ = own(torch.tensor([ids]), torch.zeros(1, len(ids), 1))
+    if torch.equal(image, video):
+        masks = PlaceholdersByType(own)
+        body.get_placeholder_mask = masks
+        cast(nn.Module, body).register_forward_pre_hook(masks.read_types, with_kwargs=True)
+
+
+@dataclass
+class PlaceholdersByType:
+    """Tells placeholders of images from those of videos by the types of tokens, where both have one id.
+
+    The code of GLM-4V takes the placeholders of a video for an image's too, and refuses a batch with both.
+
+    Attributes:
+        find: the model's `get_placeholder_mask`.
+        types: those of the batch that is computed: `(rows, tokens)`.
+    """
+
+    find: Callable[..., tuple[Tensor, ...]]
+    types: Tensor | None = None
+
+    def read_types(self, module: nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        """Keep the types of a batch, which the model is called with."""
+        types = kwargs.get(TYPES_INPUT)
+        self.types = types if isinstance(types, Tensor) else None
+
+    def __call__(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor | None = None,
+        video_features: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return where features of images and of videos are placed: `(rows, tokens, 1)` each.
+
+        Args:
+            input_ids: `(rows, tokens)`.
+            inputs_embeds: `(rows, tokens, dim)`.
+            image_features: their number is compared with that of the placeholders: `(placeholders, dim)`.
+            video_features: as `image_features`.
+        """
+        of_images = of_videos = input_ids
+        if input_ids is not None and self.types is not None and self.types.shape == input_ids.shape:
+            is_video = self.types == VIDEO_TYPE
+            of_images = input_ids.masked_fill(is_video, NO_ID)
+            of_videos = input_ids.masked_fill(~is_video, NO_ID)
+        image = self.find(of_images, inputs_embeds, image_features=image_features)[0]
+        video = self.find(of_videos, inputs_embeds, video_features=video_features)[1]
+        return image, video
 
 
 def reads_padded_images(encode: Callable[..., CodeOutputs]) -> bool:

@@ -18,6 +18,8 @@ from vlm.families.table import get_family
 
 ID_ENDINGS = ("_token_id", "_token_index")
 STANDARD = ("bos", "eos", "pad")
+VIDEO = "video"
+"""The token without whose id a model passes over videos: some classes leave that to their checkpoints."""
 VOCABULARIES = ("vocab_size", "unpadded_vocab_size")
 VOCABULARY_MAP = "vocabulary_map"
 """Token -> id, by which a model finds the codes of images."""
@@ -75,7 +77,7 @@ def fit_vocabulary(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
             token = name.removesuffix(ending) if ending else ""
             if token == "image" or name == "image_patch_id":
                 setattr(part, name, image_id)
-            elif ending and (value is not None or token in STANDARD):
+            elif ending and (value is not None or token in (*STANDARD, VIDEO)):
                 setattr(part, name, find_token_id(processor, token))
             elif name == VOCABULARY_MAP:
                 setattr(part, name, processor.tokenizer.get_vocab())
