@@ -42,7 +42,8 @@ def expand(processor: ProcessorMixin, text: str, image: Image.Image) -> list[int
 
 def begins_text(processor: ProcessorMixin) -> bool:
     """Return whether a processor writes the token that begins a text even where the text has it and none is asked."""
-    bos = processor.tokenizer.bos_token
+    if (bos := processor.tokenizer.bos_token) is None:
+        return False
     call = cast(Callable[..., Mapping[str, Tensor]], processor)
     try:
         ids = call(text=[f"{bos}words"], return_tensors="pt", add_special_tokens=False)["input_ids"][0]
