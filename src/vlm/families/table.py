@@ -35,8 +35,6 @@ class Family:
         template: the chat template where its processor has none.
         sees_media_together: whether each image and video of a conversation sees all others, later ones too.
         computes_all_logits: whether its code takes no mask `logits_to_keep`: logits of all positions are computed.
-        supports_packing: whether it keeps the samples of a packed row apart (`trainer.packing`); None: the first step
-            of a run proves it.
     """
 
     name: str
@@ -54,7 +52,6 @@ class Family:
     template: str | None = None
     sees_media_together: bool = False
     computes_all_logits: bool = False
-    supports_packing: bool | None = None
 
 
 COMPOSED_PARTS = {
@@ -119,17 +116,12 @@ FAMILIES: dict[str, Family] = {
         "PaliGemma", ("paligemma-3b", "paligemma2-3b"),
         template=PALIGEMMA_TEMPLATE,  # its processor brings none
         tokens=("token_type_ids",),  # they tell its prefix from its reply, which its own call knows as a suffix
-        supports_packing=False,  # it sees prefixes whole: its mask comes from the types of tokens, not from positions
     ),
-    "gemma3": Family(
-        "Gemma 3", ("gemma3-4b",),
-        supports_packing=False,  # it sees images whole: its mask comes from the types of tokens, not from positions
-    ),
+    "gemma3": Family("Gemma 3", ("gemma3-4b",)),
     "mllama": Family(
         "Llama 3.2 Vision", ("llama-3.2-11b-vision",),
         # Layers of the language model that attend to images: their module names do not tell them from the others.
         connectors=(f"model.language_model.layers.{CROSS_ATTENTION_LAYERS}.",),
-        supports_packing=False,  # which token attends to which image is said for rows, not for samples
     ),
     "phi4_multimodal": Family(
         "Phi-4-multimodal", ("phi4-multimodal",), parts=PHI4_PARTS,
@@ -148,7 +140,6 @@ FAMILIES: dict[str, Family] = {
     "molmo2": Family(
         "Molmo2", ("molmo2-4b", "molmo2-8b"),
         sees_media_together=True,  # its mask puts all images of a row into one block
-        supports_packing=False,  # and those of all samples of a packed row too
     ),
     "chameleon": Family(
         "Chameleon",
