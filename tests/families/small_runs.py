@@ -25,6 +25,7 @@ from vlm.evaluation.loss import sample_losses
 from vlm.families.meta_model import get_auto_class
 from vlm.families.parts import get_part_names
 from vlm.families.processing import FamilyProcessor
+from vlm.families.row_by_row import keep_apart
 from vlm.families.table import get_family
 from vlm.models.text_loss import SupervisedScores, token_losses
 from vlm.train import parts as run_parts
@@ -68,6 +69,7 @@ class SmallRun:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = get_auto_class(small.config).from_config(small.config, dtype=torch.float32)
+        keep_apart(model)
         processor = FamilyProcessor(small.processor, get_family(model_type))
         set_reply_ends(model, processor)
         collate = Collator.of(processor, dummy_image(processor))
@@ -101,9 +103,11 @@ class SmallRun:
 
     @property
     def empty_parts(self) -> set[str]:
-        """The parts without parameters: patches may go straight to the language model, for one."""
+        """The parts without parameters that train: patches may go straight to the language model, or become ids."""
         names = get_part_names(self.model.config)
-        return {*PARTS} - {names.part_of(name) for name, _ in self.model.named_parameters()}
+        return {*PARTS} - {
+            names.part_of(name) for name, _ in self.model.named_parameters() if not names.is_unused(name)
+        }
 
     def evaluate(self) -> float:
         """Return the loss per supervised token."""

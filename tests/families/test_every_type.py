@@ -25,8 +25,8 @@ QUICK = {
 )
 def test_a_small_model_trains_answers_and_loads_again(model_type: str, tmp_path: Path):
     run = SmallRun.of(model_type)
-    assert run.empty_parts < {"visual_encoder", "connector"}
-    for frozen in PARTS:
+    assert run.empty_parts <= {"visual_encoder", "connector"}
+    for frozen in [part for part in PARTS if {*PARTS} - run.empty_parts - {part}]:
         losses, changed = run.train(frozen)
         assert all(map(math.isfinite, losses)), losses
         assert not changed[frozen], (frozen, sorted(changed[frozen])[:3])

@@ -411,6 +411,9 @@ TINY: dict[str, Tiny] = {
     "phi4-multimodal": Tiny("phi4_multimodal", phi4, phi4_config),
 }  # fmt: skip
 """Every family, and each kind of parts that one comes with."""
+UNPACKED = ("paligemma", "gemma3", "mllama")
+"""Those whose masks keep no samples of a packed row apart: PaliGemma sees prefixes whole, Gemma 3 images, by types of
+tokens; Llama 3.2 Vision says for whole rows which token attends to which image."""
 
 
 def save_family(name: str, folder: Path) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -37,6 +38,7 @@ from vlm.data.coordinates.table import AUTO, use_convention
 from vlm.data.processor import Processor
 from vlm.families.parts import get_part_names
 from vlm.families.processing import load_family_processor
+from vlm.families.row_by_row import keep_apart
 from vlm.families.table import get_family
 from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig, VLMProcessor
 from vlm.models.connectors import CONNECTORS, connector_class
@@ -183,7 +185,9 @@ class Checkpoint:
             if attn_implementation not in (None, "auto"):
                 options["attn_implementation"] = attn_implementation
             options |= {"config": self.config, "revision": self.revision or "main"}
-            return load_complete(VLMForPrediction, self.name, dtype=dtype, **options)
+            model = load_complete(VLMForPrediction, self.name, dtype=dtype, **options)
+            keep_apart(cast(nn.Module, model.body))
+            return model
         return self._load_text_model(dtype, attn_implementation, quantization)
 
     def check_weights(self) -> None:

@@ -10,6 +10,7 @@ from vlm.assembly.loading import inspect_checkpoint, load_complete
 from vlm.assembly.opening import opening, shorten
 from vlm.families.meta_model import NotAFamilyError, get_auto_class
 from vlm.families.parts import get_part_names
+from vlm.families.row_by_row import keep_apart
 
 
 def read_config(
@@ -71,7 +72,9 @@ def load_family_model(
         ValueError: as `load_complete`.
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    return load_complete(
+    model = load_complete(
         get_auto_class(config), name, config=config, dtype=dtype, revision=revision,
         trust_remote_code=trust_remote_code, quantization_config=quantization_config, **options,
     )  # fmt: skip
+    keep_apart(model)
+    return model

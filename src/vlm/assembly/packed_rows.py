@@ -1,5 +1,6 @@
 """Packed rows and the model: the positions that it uses, and the proof that the samples of a row stay apart."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator
 from vlm.data.dataset import Skipped
 from vlm.data.processor import Processor, SampleInputs
-from vlm.families.grid_positions import has_grid_positions
+from vlm.families.grid_positions import NUM_AXES, has_grid_positions
 
 PACKING_KEY = "trainer.packing=true:"
 """How a message begins that says why samples cannot be packed."""
@@ -25,7 +26,7 @@ def add_grid_positions(model: Any, batch: SampleInputs) -> SampleInputs:
     """Return a packed batch with the positions that its model uses: in some families four per token, `(4, 1, T)`.
 
     The first of the four is the position in the text, which keeps samples apart; the model's own code computes the
-    others, sample by sample.
+    others, or all four, sample by sample.
     """
     if not has_grid_positions(model):
         return batch
@@ -35,10 +36,13 @@ def add_grid_positions(model: Any, batch: SampleInputs) -> SampleInputs:
         for name in ("input_ids", "mm_token_type_ids")
     }
     mask = pad_sequence([torch.ones(length, dtype=torch.long) for length in lengths], batch_first=True)
-    grids = {name: batch[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts") if name in batch}
-    positions, _ = model.model.get_rope_index(**rows, **grids, attention_mask=mask)
-    text = batch["position_ids"]
-    return batch | {"position_ids": torch.cat([text, positions[:, mask.bool()]])[:, None]}
+    compute = model.model.get_rope_index
+    known = inspect.signature(compute).parameters.keys() - {*rows, "attention_mask"}
+    positions, _ = compute(**rows, **{name: batch[name] for name in known if name in batch}, attention_mask=mask)
+    kept = positions[:, mask.bool()]
+    if len(kept) == NUM_AXES:
+        kept = torch.cat([batch["position_ids"], kept])
+    return batch | {"position_ids": kept[:, None]}
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
 from vlm.data.vision.images import read_media_sizes
 from vlm.evaluation.loss import last_reply_text, replace_reply, row_losses
 from vlm.evaluation.text_metrics import normalize_answer
-from vlm.families.grid_positions import has_grid_positions
+from vlm.families.grid_positions import count_axes, has_grid_positions
 from vlm.models.text_loss import SupervisedScores
 
 log = logging.getLogger(__name__)
@@ -303,12 +303,12 @@ class CandidateLosses:
         return sums / (counts + (first != IGNORE_INDEX))
 
     def _positions(self, start: int, rows: int, length: int) -> dict[str, Tensor]:
-        """Return positions behind a prompt where a family's tokens have three, `(3, N, T)`; the others count on."""
+        """Return positions behind a prompt where a family's tokens have several, `(axes, N, T)`; others count on."""
         if not has_grid_positions(self.model):
             return {}
         offset = self.model.model.rope_deltas  # (1, 1), from the prompt
         positions = torch.arange(start, start + length, device=offset.device) + offset
-        return {"position_ids": positions.expand(3, rows, length)}
+        return {"position_ids": positions.expand(count_axes(self.model), rows, length)}
 
     def _check(self, prompt: Batch, replies: Batch, loss: float, *, is_float32: bool) -> None:
         """Refuse a model that gives a text of any rank another loss behind a cached prompt than in one pass."""

@@ -70,7 +70,12 @@ def derive_parts(model: PreTrainedModel, connectors: Sequence[str] = ()) -> Deri
             parts.unused_prefixes.append(prefix)
     if inside:
         parts.prefixes[f"{encoder_name}."] = "visual_encoder"
-    if encoder is None and "connector" not in parts.prefixes.values():
+    for module in decoder.modules():
+        if is_quantizer(module):
+            prefix = f"{names[id(module)]}."
+            parts.prefixes[prefix] = "visual_encoder"
+            parts.unused_prefixes.append(prefix)
+    if encoder is None and not {"connector", "visual_encoder"} & {*parts.prefixes.values()}:
         raise NotAFamilyError(
             f"model_type={model.config.model_type}: with this configuration it has no visual encoder and no connector"
         )
@@ -140,9 +145,8 @@ def _walk(module: nn.Module, prefix: str, kinds: dict[int, str]) -> Iterator[tup
             yield from _walk(child, full, kinds)
         elif _reads_sound(name, child):
             yield full, "visual_encoder" if isinstance(child, PreTrainedModel) else "connector", True
-        elif _reads_images(child):
-            # A quantiser of images makes ids of the vocabulary: no gradient passes through it.
-            yield full, "visual_encoder", "VQVAE" in type(child).__name__
+        elif reads_images(child):
+            yield full, "visual_encoder", is_quantizer(child)
         else:
             yield full, "connector", False
     own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
@@ -151,8 +155,14 @@ def _walk(module: nn.Module, prefix: str, kinds: dict[int, str]) -> Iterator[tup
     yield from ((f"{prefix}{name}", "language_model" if is_head else "connector", False) for name, _ in own)
 
 
-def _reads_images(module: nn.Module) -> bool:
-    return isinstance(module, PreTrainedModel) and module.main_input_name in IMAGE_INPUTS
+def reads_images(module: nn.Module) -> bool:
+    """Return whether a module is a model of images by itself: a visual encoder, or a quantiser."""
+    return is_quantizer(module) or (isinstance(module, PreTrainedModel) and module.main_input_name in IMAGE_INPUTS)
+
+
+def is_quantizer(module: nn.Module) -> bool:
+    """Return whether a module makes ids of the vocabulary of images: no gradient passes through it."""
+    return isinstance(module, PreTrainedModel) and "VQVAE" in type(module).__name__
 
 
 def _reads_sound(name: str, module: nn.Module) -> bool:

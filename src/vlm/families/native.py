@@ -23,6 +23,9 @@ REPLACEMENTS = "text_replacement_offsets"
 MODALITIES = "mm_token_type_ids"
 """The input that tells text, images and videos apart."""
 
+WHOLE_TEXT = "return_for_text_completion"
+"""The option of Chameleon's processor without which each text ends with a separator."""
+
 WORD = re.compile(r"[^\s<]")
 """What a word begins with, and no special token."""
 
@@ -32,10 +35,14 @@ Render = Callable[[list[dict[str, object]]], str]
 
 
 def call_options(native: ProcessorMixin) -> dict[str, bool]:
-    """Return options without which a call leaves out an input that its own class counts among the model's."""
+    """Return options without which a call leaves out an input of the model, or writes behind a text what it has not.
+
+    Left out is what its own class counts among the model's inputs; written, what separates a prompt from its reply.
+    """
     names: Sequence[str] = getattr(native, "model_input_names", ())
     is_left_out = MODALITIES in names and getattr(native, f"return_{MODALITIES}", None) is False
-    return {f"return_{MODALITIES}": True} if is_left_out else {}
+    options = {f"return_{MODALITIES}": True} if is_left_out else {}
+    return options | ({WHOLE_TEXT: True} if getattr(native, WHOLE_TEXT, None) is False else {})
 
 
 class ProcessorMismatchError(ValueError):

@@ -34,8 +34,7 @@ class Family:
         video_template: the chat template of conversations with videos, where its own does not support them.
         template: the chat template where its processor has none.
         sees_media_together: whether each image and video of a conversation sees all others, later ones too.
-        supports_packing: whether it keeps the samples of a packed row apart (`trainer.packing`); None: the first step
-            of a run proves it.
+        computes_all_logits: whether its code takes no mask `logits_to_keep`: logits of all positions are computed.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Family:
     video_template: str | None = None
     template: str | None = None
     sees_media_together: bool = False
-    supports_packing: bool | None = None
+    computes_all_logits: bool = False
 
 
 COMPOSED_PARTS = {
@@ -129,17 +128,12 @@ FAMILIES: dict[str, Family] = {
         "PaliGemma", ("paligemma-3b", "paligemma2-3b"),
         template=PALIGEMMA_TEMPLATE,  # its processor brings none
         tokens=("token_type_ids",),  # they tell its prefix from its reply, which its own call knows as a suffix
-        supports_packing=False,  # it sees prefixes whole: its mask comes from the types of tokens, not from positions
     ),
-    "gemma3": Family(
-        "Gemma 3", ("gemma3-4b",),
-        supports_packing=False,  # it sees images whole: its mask comes from the types of tokens, not from positions
-    ),
+    "gemma3": Family("Gemma 3", ("gemma3-4b",)),
     "mllama": Family(
         "Llama 3.2 Vision", ("llama-3.2-11b-vision",),
         # Layers of the language model that attend to images: their module names do not tell them from the others.
         connectors=(f"model.language_model.layers.{CROSS_ATTENTION_LAYERS}.",),
-        supports_packing=False,  # which token attends to which image is said for rows, not for samples
     ),
     "phi4_multimodal": Family(
         "Phi-4-multimodal", ("phi4-multimodal",), parts=PHI4_PARTS,
@@ -158,7 +152,10 @@ FAMILIES: dict[str, Family] = {
     "molmo2": Family(
         "Molmo2", ("molmo2-4b", "molmo2-8b"),
         sees_media_together=True,  # its mask puts all images of a row into one block
-        supports_packing=False,  # and those of all samples of a packed row too
+    ),
+    "chameleon": Family(
+        "Chameleon",
+        computes_all_logits=True,  # it takes the logits of image codes away in tensors of three dimensions alone
     ),
     "nemotron_h_omni": Family(
         "Nemotron Nano Omni",
@@ -186,6 +183,7 @@ FAMILIES: dict[str, Family] = {
     "lighton_ocr": Family("LightOnOCR", ("lighton-ocr-1b",)),
     "got_ocr2": Family("GOT-OCR2", ("got-ocr2",)),
     "hunyuan_vl": Family("HunyuanOCR", ("hunyuan-ocr",)),
+    "emu3": Family("Emu3"),
 }  # fmt: skip
 """`model_type` of `config.json` -> names and exceptions."""
 

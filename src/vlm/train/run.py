@@ -32,7 +32,6 @@ from vlm.train.resume.final import write_final
 from vlm.train.resume.progress import RunProgress
 from vlm.train.run_directory import choose_directory, contribution_table
 from vlm.train.sharding import check_same_calls
-from vlm.train.step.packing import check_packing_support
 from vlm.train.world_check import check_same_data, check_same_setup
 
 log = logging.getLogger(__name__)
@@ -55,8 +54,6 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     check_private_names()
     objective = make_objective(config)
     model_config, processor = resolve_model(config, overrides)
-    if config.trainer.packing:
-        check_packing_support(model_config.model_type)
     args = training_arguments(config.trainer, [*objective.training_keys(), *embedding_row_keys(config)])
     if args.world_size > 1 and shards_weights(config.trainer):
         check_same_calls(model_config)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tests.assembly.family_trial.subjects import check_fails, check_proved, make_subject
-from tests.families.tiny_families import TINY
-from vlm.families.table import FAMILIES
+from tests.families.tiny_families import UNPACKED
 
 
 def leak(subject: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -61,7 +60,6 @@ def test_generation_that_forgets_is_found():
     check_fails("generation", leak(subject, add_tokens_before), "that generate writes is not the likeliest")
 
 
-@pytest.mark.parametrize("name", ["paligemma", "gemma3", "mllama"])
-def test_families_whose_packed_rows_are_refused_are_those_whose_proof_fails(name: str):
-    assert FAMILIES[TINY[name].model_type].supports_packing is False
+@pytest.mark.parametrize("name", UNPACKED)
+def test_families_whose_masks_join_samples_cannot_be_packed(name: str):
     check_fails("packing", make_subject(name), "")

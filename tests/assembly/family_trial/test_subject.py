@@ -37,4 +37,7 @@ def test_a_token_that_a_run_adds_has_an_embedding():
 def test_helpers():
     assert supervised_next(torch.tensor([[-100, 5, -100, 7]])).tolist() == [[True, False, True, False]]
     assert relative_difference(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 3.0])) == 0.2
+    lowest = torch.finfo(torch.float32).min  # of a token that is ruled out
+    assert relative_difference(torch.tensor([3.0, 4.0, lowest]), torch.tensor([3.0, 3.0, lowest])) == 0.2
+    assert relative_difference(torch.tensor([3.0, 4.0, lowest]), torch.tensor([3.0, 4.0, 5.0])) > 1e30
     assert list_names(["a", "b", "c", "d"]) == "a, b, c and 1 more"

@@ -4,7 +4,8 @@ from transformers import ProcessorMixin
 from transformers.models.qwen2_vl import Qwen2VLProcessor
 
 from tests.families.tiny_families import llava, qwen
-from vlm.assembly.small_models.templates import find_video_text, make_template
+from vlm.assembly.small_models.make import make_small
+from vlm.assembly.small_models.templates import begins_text, find_video_text, make_template
 
 
 def render(processor: ProcessorMixin) -> str:
@@ -19,6 +20,14 @@ def test_media_stand_where_a_conversation_has_them():
     processor = qwen(Qwen2VLProcessor)
     assert f"{processor.image_token}{processor.video_token}why?" in render(processor)
     assert f"{llava().image_token}why?" in render(llava())
+
+
+def test_the_token_that_begins_a_text_is_left_to_a_processor_that_always_writes_it():
+    assert not begins_text(llava())
+    assert make_template(llava()).startswith("{{ bos_token }}")
+    emu3 = make_small("emu3").processor
+    assert begins_text(emu3)
+    assert "bos_token" not in str(emu3.chat_template)
 
 
 def test_a_video_stands_between_the_tokens_by_which_its_processor_knows_it():

@@ -23,11 +23,9 @@ from vlm.data.batching.packing import PackingCollator
 from vlm.data.blank_images import dummy_image
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.evaluation.loss import row_losses
-from vlm.families.table import FAMILIES
 from vlm.models import text_loss
 from vlm.models.text_loss import SupervisedScores
 from vlm.train.objectives.generation import Generation
-from vlm.train.step.packing import check_packing_support
 
 TEXTS = ("<image>a red circle and a blue square", "no picture here", "two: <image> and <image>, both red", "a")
 
@@ -141,16 +139,6 @@ def test_the_look_before_training_finds_models_that_mix_samples(parts: Parts):
 
     with pytest.raises(ValueError, match="a sample's logits depend on the sample before it"):
         check_packing(Mixing(), processor)
-
-
-def test_every_family_packs_or_is_refused():
-    for name, family in FAMILIES.items():
-        if family.supports_packing is not False:
-            check_packing_support(name)
-        else:
-            with pytest.raises(ValueError, match=rf"\({name}\) cannot keep the samples of a row apart"):
-                check_packing_support(name)
-    check_packing_support("vlm")
 
 
 # Runs

@@ -6,16 +6,16 @@ from tempfile import TemporaryDirectory
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoProcessor, PreTrainedModel
 
 from vlm.assembly.family_trial.conversations import draw_image, one_turn, read_natively
 from vlm.assembly.family_trial.gradients import PART_NAMES
-from vlm.assembly.family_trial.subject import Subject, compute_reply_logits, list_names, relative_difference
+from vlm.assembly.family_trial.subject import Subject, list_names, relative_difference, supervised_next
 from vlm.assembly.family_trial.verdicts import DisprovedError
 from vlm.assembly.opening import quiet_loading
 from vlm.assembly.saving import save_complete, set_reply_ends
-from vlm.families.derive_parts import IMAGE_INPUTS
+from vlm.families.derive_parts import reads_images
 from vlm.families.meta_model import get_auto_class
 from vlm.families.processing import FamilyProcessor
 from vlm.models.vocabulary import find_vocabulary_head
@@ -56,11 +56,10 @@ def describe_lack(subject: Subject, part: str) -> str:
     model = subject.model
     encoder = model.get_encoder(modality="image")
     has_encoder = encoder not in (None, model, model.base_model)
-    if part == "visual_encoder" and not has_encoder:
-        inner = [module for module in model.modules() if module not in (model, model.base_model)]
-        if not any(isinstance(module, PreTrainedModel) and module.main_input_name in IMAGE_INPUTS for module in inner):
-            return "get_encoder names no visual encoder: patches go straight into the connector"
-    if part == "connector" and has_encoder:
+    has_unnamed = any(reads_images(module) for module in model.modules() if module not in (model, model.base_model))
+    if part == "visual_encoder" and not has_encoder and not has_unnamed:
+        return "get_encoder names no visual encoder: patches go straight into the connector"
+    if part == "connector" and (has_encoder or has_unnamed):
         own = (encoder, model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
         named = {id(parameter) for module in own if module is not None for parameter in module.parameters()}
         others = [name for name, parameter in model.named_parameters() if id(parameter) not in named]
@@ -106,7 +105,9 @@ def prove_saving(subject: Subject) -> None:
     for key, problem in problems.items():
         if wrong := sorted(map(str, info[key])):
             raise DisprovedError(f"the saved model {problem}: {list_names(wrong)}")
-    difference = relative_difference(expected, compute_reply_logits(loaded.eval(), batch))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits: Tensor = loaded.eval()(**inputs, use_cache=False).logits  # of all positions, as plain transformers does it
+    difference = relative_difference(expected, logits[supervised_next(batch["labels"])])
     if not difference <= SAVED_TOLERANCE:
         raise DisprovedError(f"logits of the saved model differ by {difference:.2g} of their norm")
     if type(native) is not type(subject.processor.native):

@@ -22,6 +22,7 @@ from vlm.data.processor import SampleInputs
 from vlm.families.meta_model import get_auto_class
 from vlm.families.parts import PartNames, get_part_names
 from vlm.families.processing import FamilyProcessor
+from vlm.families.row_by_row import keep_apart
 from vlm.models.text_loss import select_kept
 
 VECTOR_NOISE = 0.1
@@ -56,6 +57,7 @@ class Subject:
             torch.manual_seed(0)
             model = get_auto_class(self.config).from_config(self.config, dtype=torch.float32, **options)
             grow_embeddings(model, self.processor.tokenizer)
+        keep_apart(model)
         wake(model)
         return model.eval()
 
@@ -148,8 +150,13 @@ def wake(model: PreTrainedModel) -> None:
 
 
 def relative_difference(one: Tensor, other: Tensor) -> float:
-    """Return the norm of the difference of two tensors over the norm of the first."""
-    return float((one.double() - other.double()).norm() / one.double().norm())
+    """Return the norm of the difference of two tensors over the norm of the first.
+
+    The lowest number of a precision, by which a model rules tokens out, counts as 0 where both have it.
+    """
+    ruled_out = (one <= torch.finfo(one.dtype).min) & (other <= torch.finfo(other.dtype).min)
+    before, after = (tensor.double().masked_fill(ruled_out, 0) for tensor in (one, other))
+    return float((before - after).norm() / before.norm())
 
 
 def list_names(names: Sequence[str], limit: int = 3) -> str:

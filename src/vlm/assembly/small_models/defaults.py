@@ -3,6 +3,7 @@
 from transformers import AutoConfig, PreTrainedConfig
 
 from vlm.assembly.small_models.fields import Fields, get_fields, get_head_width, is_list, walk
+from vlm.assembly.small_models.image_codes import NUM_CODES
 
 OPTIONS: dict[str, Fields] = {
     # encoders whose default patches are not those that the type's processor and connector are made for
@@ -22,11 +23,16 @@ OPTIONS: dict[str, Fields] = {
                        "init_values": 0.1, "ref_feat_shape": [32, 32],
                        "use_post_transformer_norm": False}},
         "projector_pooling_ratio": 2},
+    # fewer codes of images, each of which is a token
+    "chameleon": {"vq_config": {"num_embeddings": NUM_CODES}, "vocabulary_map": {}},
+    "emu3": {"vq_config": {"codebook_size": NUM_CODES}, "vocabulary_map": {}},
     # fields without a default
     "deepseek_ocr2": {"text_config": {"num_experts_per_tok": 6}},
     "glm4v_moe": {"text_config": {"head_dim": 128}},
     "granite4_vision": {"vision_config": {"model_type": "clip_vision_model", "image_size": 336, "patch_size": 14},
                         "downsample_rate": "4/8", "deepstack_layer_map": [[-2, 0]]},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0,
+                                                       "mrope_section": [16, 16, 16, 16]}}},
     "paddleocr_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0,
                                                          "mrope_section": [16, 24, 24]}}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 151652},
@@ -41,9 +47,7 @@ OPTIONS: dict[str, Fields] = {
 UNSUPPORTED = {
     "blip": "its processor has no token for an image: the text decoder sees images through cross-attention alone",
     "blip-2": "its processor places the image before any text itself",
-    "chameleon": "images become codes of its vocabulary, whose names stand in its checkpoint",
     "diffusion_gemma": "it denoises blocks of tokens: there is no next token to predict",
-    "emu3": "images become codes of its vocabulary, whose names stand in its checkpoint",
     "evolla": "it reads proteins, no images",
     "florence2": "an encoder-decoder, whose processor places the image before any text itself",
     "fuyu": "its processor places the image before any text itself, and lays batches out with its own padding",

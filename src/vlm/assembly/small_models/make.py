@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from vlm.assembly.small_models.defaults import UNSUPPORTED, make_default
 from vlm.assembly.small_models.fields import get_fields, is_int, walk
+from vlm.assembly.small_models.image_codes import list_code_tokens
 from vlm.assembly.small_models.processors import make_processor
 from vlm.assembly.small_models.shrink import shrink
 from vlm.assembly.small_models.templates import WRITTEN_OUT, expand, find_image_text, make_template
@@ -17,7 +18,11 @@ from vlm.families.table import get_family
 
 ID_ENDINGS = ("_token_id", "_token_index")
 STANDARD = ("bos", "eos", "pad")
+VIDEO = "video"
+"""The token without whose id a model passes over videos: some classes leave that to their checkpoints."""
 VOCABULARIES = ("vocab_size", "unpadded_vocab_size")
+VOCABULARY_MAP = "vocabulary_map"
+"""Token -> id, by which a model finds the codes of images."""
 MIN_VOCABULARY = 1000
 """Smaller vocabularies are none of words."""
 
@@ -39,13 +44,15 @@ def make_small(model_type: str) -> SmallModel:
     if model_type in UNSUPPORTED:
         raise ValueError(f"model_type={model_type}: no small model is made of it: {UNSUPPORTED[model_type]}")
     config = shrink(make_default(model_type))
-    processor = make_processor(config)
+    codes = list_code_tokens(config)
+    processor = make_processor(config, codes)
     missing = [name for name in read_token_names(config) if find_token_id(processor, name) is None]
     template = processor.chat_template or WRITTEN_OUT.get(type(processor).__name__, "")
     written = find_special_tokens(str(template))  # a few classes bring a template of their own
     if missing or written:
-        further = FurtherTokens(tuple(f"{name}_token" for name in missing), tuple(written))
-        processor = make_processor(config, further)
+        codes = codes or FurtherTokens()
+        names, tokens = tuple(f"{name}_token" for name in missing), (*codes.tokens, *written)
+        processor = make_processor(config, replace(codes, names=names, tokens=tokens))
     fit_vocabulary(config, processor)
     if not (processor.chat_template or get_family(model_type).template):
         processor.chat_template = make_template(processor)
@@ -70,8 +77,10 @@ def fit_vocabulary(config: PreTrainedConfig, processor: ProcessorMixin) -> None:
             token = name.removesuffix(ending) if ending else ""
             if token == "image" or name == "image_patch_id":
                 setattr(part, name, image_id)
-            elif ending and (value is not None or token in STANDARD):
+            elif ending and (value is not None or token in (*STANDARD, VIDEO)):
                 setattr(part, name, find_token_id(processor, token))
+            elif name == VOCABULARY_MAP:
+                setattr(part, name, processor.tokenizer.get_vocab())
             elif name in VOCABULARIES and is_int(value) and value > MIN_VOCABULARY:
                 setattr(part, name, len(processor.tokenizer))
 

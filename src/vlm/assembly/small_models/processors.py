@@ -40,6 +40,8 @@ BORROWED = {
 
 PART_OPTIONS: dict[str, Fields] = {
     "aria": {"max_image_size": 490},
+    "chameleon": {"size": {"shortest_edge": 128}, "crop_size": {"height": 128, "width": 128}},
+    "emu3": {"min_pixels": 64 * 64, "max_pixels": 128 * 128},
     "gemma4": {"max_soft_tokens": 70},
     "perception_lm": {"vision_input_type": "vanilla"},
     "step3p7": {"patch_size": 504},
@@ -51,6 +53,7 @@ PART_OPTIONS: dict[str, Fields] = {
 }
 """A type -> options of its image and video processors that do not follow from the configuration."""
 PROCESSOR_OPTIONS: dict[str, Fields] = {
+    "chameleon": {"image_seq_length": 64},
     "fast_vlm": {"patch_size": 64},
     "perception_lm": {"patch_size": 14},
     "vipllava": {"vision_feature_select_strategy": "default"},

@@ -10,7 +10,7 @@ from transformers import ProcessorMixin
 from vlm.assembly.small_models.tokenizers import END, TURN
 
 TEMPLATE = (
-    "{{ bos_token }}{%% for message in messages %%}%(turn)s{{ message['role'] }}\n"
+    "%(begin)s{%% for message in messages %%}%(turn)s{{ message['role'] }}\n"
     "{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}"
     "{%% for item in message['content'] %%}{%% if item['type'] == 'image' %%}%(image)s"
     "{%% elif item['type'] == 'video' %%}%(video)s{%% else %%}{{ item['text'] }}{%% endif %%}{%% endfor %%}"
@@ -26,6 +26,7 @@ WRITTEN_OUT = {"PPChart2TableProcessor": f"<img>{'<imgpad>' * 256}</img>"}
 def make_template(processor: ProcessorMixin) -> str:
     """Return a template with the processor's tokens for images and videos where the conversation has them."""
     return TEMPLATE % {
+        "begin": "" if begins_text(processor) else "{{ bos_token }}",
         "turn": TURN,
         "end": END,
         "image": find_image_text(processor),
@@ -37,6 +38,18 @@ def expand(processor: ProcessorMixin, text: str, image: Image.Image) -> list[int
     """Return the ids of a text with an image."""
     call = cast(Callable[..., Mapping[str, Tensor]], processor)
     return call(text=[text], images=[image], return_tensors="pt")["input_ids"][0].tolist()
+
+
+def begins_text(processor: ProcessorMixin) -> bool:
+    """Return whether a processor writes the token that begins a text even where the text has it and none is asked."""
+    if (bos := processor.tokenizer.bos_token) is None:
+        return False
+    call = cast(Callable[..., Mapping[str, Tensor]], processor)
+    try:
+        ids = call(text=[f"{bos}words"], return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    except Exception:  # a processor that takes no text without an image
+        return False
+    return int((ids == processor.tokenizer.bos_token_id).sum()) > 1
 
 
 def find_image_text(processor: ProcessorMixin) -> str:

@@ -29,17 +29,20 @@ class FurtherTokens:
     Attributes:
         names: their names, such as `image_token`.
         tokens: tokens without a name.
+        named: names with their tokens, where those are not made of the name.
     """
 
     names: tuple[str, ...] = ()
     tokens: tuple[str, ...] = ()
+    named: tuple[tuple[str, str], ...] = ()
 
 
 def make_tokenizer(kind: type[ProcessorMixin], further: FurtherTokens) -> PreTrainedTokenizerFast:
     """Return a byte-level tokenizer with every special token that a class of processors asks for, and further ones."""
     literals, named = read_special_tokens(kind)
     names = (*named, *further.names)
-    return build_tokenizer((*literals, *further.tokens), {name: f"<|{name.removesuffix('_token')}|>" for name in names})
+    made = {name: f"<|{name.removesuffix('_token')}|>" for name in names}
+    return build_tokenizer((*literals, *further.tokens), made | dict(further.named))
 
 
 def find_special_tokens(text: str) -> list[str]:

@@ -175,4 +175,13 @@ def _sums(before: Fields, after: Fields) -> Fields:
     indices, width = after.get("intermediate_layers_indices"), after.get("hidden_size")
     if "vision_output_dim" in before and is_list(indices) and is_int(width):
         changed["vision_output_dim"] = width * (1 + len(indices))
-    return changed
+    return changed | _channels_of_attention(before, after)
+
+
+def _channels_of_attention(before: Fields, after: Fields) -> Fields:
+    """Return the width of attention between convolutions, which is that of the last, widest ones."""
+    factors = after.get("channel_multiplier")
+    old, new, width = before.get("base_channels"), after.get("base_channels"), before.get("hidden_size")
+    if not (is_list(factors) and factors and is_int(last := factors[-1]) and is_int(old) and is_int(new)):
+        return {}
+    return {"hidden_size": new * last} if width == old * last else {}
