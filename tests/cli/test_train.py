@@ -182,7 +182,7 @@ import sys
 from vlm.cli.main import main
 
 main(sys.argv[1:])
-unused = ("deepspeed", "datasets", "pandas", "scipy", "sklearn", "nltk", "rouge_score", "tensorboard", "fastapi")
+unused = ("deepspeed", "datasets", "scipy", "sklearn", "nltk", "rouge_score", "tensorboard", "fastapi")
 print([name for name in unused if name in sys.modules])
 """
 
