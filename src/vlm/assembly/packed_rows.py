@@ -15,7 +15,7 @@ from vlm.assembly.opening import shorten
 from vlm.assembly.packed_attention import use_packed_attention
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import KEY_INDEX, SEQUENCE_STARTS, PackingCollator
-from vlm.data.batching.shared_prompt import PairMerger
+from vlm.data.batching.shared_prompt import BranchMerger
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import Processor, SampleInputs
 from vlm.families.grid_positions import TYPES_INPUT, has_grid_positions
@@ -48,12 +48,12 @@ def add_grid_positions(model: Any, batch: SampleInputs) -> SampleInputs:
 def _find_prompt_ends(batch: SampleInputs, positions: Tensor) -> Tensor:
     """Return for each sample the positions behind the prompt that it shares, 0 where it shares none: `(3, samples)`.
 
-    The sample before it, which has the prompt, goes on there.
+    The last sample before it that shares none has the prompt, and goes on there.
     """
     starts = batch[SEQUENCE_STARTS].long()
     shared = batch["cu_seq_lens_k"].long().diff() - starts.diff()
-    behind = torch.where(shared > 0, starts[:-1].roll(1) + shared, 0)
-    return positions[:, behind] * (shared > 0)
+    with_prompt = torch.where(shared == 0, starts[:-1], 0).cummax(0).values
+    return positions[:, with_prompt + shared] * (shared > 0)
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def _make_item(ids: list[int], num_unsupervised: int = 1) -> SampleInputs:
 def _make_pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> SampleInputs:
     """Return a prompt with two replies as one sample."""
     sides = (_make_item(prompt + reply, len(prompt)) for reply in (chosen, rejected))
-    merged = PairMerger(tokens=(TYPES_INPUT,)).merge(*sides)
+    merged = BranchMerger(tokens=(TYPES_INPUT,)).merge(list(sides))
     assert merged is not None, "they share all tokens of the prompt but the last"
     return merged
 

@@ -15,7 +15,7 @@ from vlm.assembly.logit_proofs import check_causal, check_padding
 from vlm.assembly.packed_attention import use_packed_attention
 from vlm.assembly.packed_rows import add_grid_positions
 from vlm.data.batching.packing import PackingCollator
-from vlm.data.batching.shared_prompt import PairMerger
+from vlm.data.batching.shared_prompt import BranchMerger
 from vlm.data.dataset import Skipped, model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.processor import SampleInputs
@@ -66,12 +66,12 @@ def prove_packing(subject: Subject) -> None:
 @torch.no_grad()
 def prove_pairs(subject: Subject) -> None:
     """Replies behind one prompt in a packed row have the logits that each has behind a prompt of its own."""
-    model, merger = subject.model, PairMerger.of(subject.processor)
+    model, merger = subject.model, BranchMerger.of(subject.processor)
     items: list[SampleInputs | Skipped] = []
     alone, num_images = [], 0
     for conversation in make_rows(subject, with_text=True):
         pair = conversation, answer_otherwise(conversation)
-        merged = merger.merge(*map(subject.make_row, pair))
+        merged = merger.merge(list(map(subject.make_row, pair)))
         if merged is not None:
             items.append(merged)
             alone += map(subject.alone_logits, pair)

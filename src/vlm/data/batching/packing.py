@@ -1,11 +1,12 @@
 """Packing: samples concatenated in a row without padding, and where each of them starts.
 
-Which samples share a row is decided in `step_layout.py`, or in `best_fit.py`. A sample may branch: two replies stand
-behind one prompt, see `shared_prompt.py`.
+Which samples share a row is decided in `step_layout.py`, or in `best_fit.py`. A sample may branch: several replies
+stand behind one prompt, see `shared_prompt.py`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Final, NamedTuple, cast
 
 import numpy as np
@@ -25,20 +26,20 @@ SEQUENCE_STARTS: Final = "cu_seq_lens_q"
 KEY_INDEX: Final = "key_index"
 """The key of packed batches with shared prompts that holds the tokens that each sample attends to."""
 
-BRANCH: Final = "branch"
-"""The key of a sample that branches: its `Branch`."""
+BRANCHES: Final = "branches"
+"""The key of a sample that branches: its `Branches`."""
 
 
-class Branch(NamedTuple):
+class Branches(NamedTuple):
     """Where a sample branches.
 
     Attributes:
-        start: the place of the first token of the second branch.
-        shared: the number of the sample's first tokens that precede the second branch too.
+        shared: the number of the sample's first tokens, which precede each branch.
+        lengths: the number of tokens of each branch behind them; the first one goes on from there.
     """
 
-    start: int
     shared: int
+    lengths: tuple[int, ...]
 
 
 class _Sequence(NamedTuple):
@@ -74,11 +75,11 @@ class PackingCollator:
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> Batch:
         """Collate samples: `input_ids`, `labels` and `position_ids` `(1, tokens)`, and where samples start.
 
-        No sample predicts the first token of the next one. A dummy image is a sample of its own, and so is the second
+        No sample predicts the first token of the next one. A dummy image is a sample of its own, and so is each further
         branch of a sample: `key_index` says which tokens precede it.
         """
-        branches = [sample.get(BRANCH) for sample in samples if not isinstance(sample, Skipped)]
-        batch: SampleInputs = {**self.collate(list(map(_without_branch, samples)))}
+        branches = [sample.get(BRANCHES) for sample in samples if not isinstance(sample, Skipped)]
+        batch: SampleInputs = {**self.collate(list(map(_without_branches, samples)))}
         mask = batch.pop("attention_mask").bool()
         filled = mask | (batch["input_ids"] != self.collate.pad_token_id)  # nothing attends to a dummy
         own, dummies, branches = mask.sum(1).tolist(), (filled & ~mask).sum(1).tolist(), branches or [None]
@@ -92,26 +93,26 @@ class PackingCollator:
         batch |= layout
         batch["labels"][0, layout[SEQUENCE_STARTS][:-1].long()] = IGNORE_INDEX
         if BATCH_STATS in batch:
-            stats, unseen = batch[BATCH_STATS], sum(map(_count_unseen, own, branches))
+            stats, unseen = batch[BATCH_STATS], sum(map(_count_unseen, branches))
             batch[BATCH_STATS] = replace(
                 stats, positions=batch["input_ids"].numel(), squared_lengths=stats.squared_lengths - 2 * unseen
             )
         return cast(Batch, batch)
 
 
-def _without_branch(sample: SampleInputs | Skipped) -> SampleInputs | Skipped:
+def _without_branches(sample: SampleInputs | Skipped) -> SampleInputs | Skipped:
     if isinstance(sample, Skipped):
         return sample
-    return {name: value for name, value in sample.items() if name != BRANCH}
+    return {name: value for name, value in sample.items() if name != BRANCHES}
 
 
-def _split_row(own: int, dummy: int, branch: Branch | None) -> Iterator[_Sequence]:
+def _split_row(own: int, dummy: int, branches: Branches | None) -> Iterator[_Sequence]:
     """Yield the sequences of a sample with so many tokens of its own and of a dummy."""
-    if branch is None and own:
+    if branches is not None:
+        yield _Sequence(branches.shared + branches.lengths[0])
+        yield from (_Sequence(length, branches.shared) for length in branches.lengths[1:])
+    elif own:
         yield _Sequence(own)
-    elif branch is not None:
-        yield _Sequence(branch.start)
-        yield _Sequence(own - branch.start, branch.shared)
     if dummy:
         yield _Sequence(dummy)
 
@@ -139,6 +140,6 @@ def _lay_out(sequences: Sequence[_Sequence]) -> SampleInputs:
     return layout
 
 
-def _count_unseen(length: int, branch: Branch | None) -> int:
-    """Return the pairs of tokens of a sample of which one is in its first branch, and the other in its second."""
-    return 0 if branch is None else (length - branch.start) * (branch.start - branch.shared)
+def _count_unseen(branches: Branches | None) -> int:
+    """Return the pairs of tokens of a sample that are in different branches."""
+    return 0 if branches is None else sum(one * other for one, other in combinations(branches.lengths, 2))
