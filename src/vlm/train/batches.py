@@ -30,7 +30,7 @@ from vlm.train.random_state import with_own_generator
 from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packing import make_step_packing
-from vlm.train.step.step_packing import StepPacking, StepSampler, supervised_weights
+from vlm.train.step.step_packing import BatchesOfEpoch, StepPacking, StepSampler, supervised_weights
 from vlm.train.stream_positions import StreamEpoch, StreamPositions
 
 NumItems = Tensor | int | None
@@ -65,7 +65,7 @@ class BatchTrainer(InterruptibleTrainer):
     options: TrainerOptions
     packing: bool
     on_skipped: Callable[[list[Skipped], int], None]
-    sampler: Sampler[int] | PackSampler | StepSampler | None = None
+    sampler: Sampler[int] | PackSampler | StepSampler | BatchesOfEpoch | None = None
     step_packing: StepPacking | None = None
     stream_positions: StreamPositions | None = None
 

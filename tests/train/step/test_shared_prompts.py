@@ -115,9 +115,7 @@ def test_the_proof_finds_rows_that_are_laid_out_wrongly(
 def test_attention_that_knows_no_shared_prompts_is_refused(parts: Parts):
     model, processor = parts.model("clip", "llama")
     model.language_model.set_attn_implementation("eager")
-    with pytest.raises(
-        ValueError, match="a reply's logits are not those that it has alone in a packed row"
-    ):
+    with pytest.raises(ValueError, match="a reply's logits are not those that it has alone in a packed row"):
         check_shared_prompts(model, processor)
 
 

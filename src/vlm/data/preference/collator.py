@@ -20,7 +20,10 @@ RECORDS: Final = "records"
 """The key of the place in the batch of each row's record: `(rows,)`, int64."""
 RECORD_INDEX: Final = "record_index"
 """The key of the index in the data set of each record of the batch: `(records,)`, int64."""
-PREFERENCE_KEYS = (ROLES, RECORDS, RECORD_INDEX)
+SEQUENCES: Final = "sequences"
+"""The key of the number of each token's conversation in packed rows: `(1, tokens)`, int64. There, `roles` and `records`
+are of conversations, and not of rows."""
+PREFERENCE_KEYS = (ROLES, RECORDS, RECORD_INDEX, SEQUENCES)
 """Keys of a batch that no model reads."""
 
 
