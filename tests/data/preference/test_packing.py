@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from tests.data.preference.test_dataset import RECORDS_OF_PAIRS, Load, item_at, load  # noqa: F401 - a fixture
+from tests.data.preference import test_dataset
+from tests.data.preference.test_dataset import RECORDS_OF_PAIRS, Load, item_at
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
 from vlm.data.batching.packing import KEY_INDEX
 from vlm.data.batching.shared_prompt import BranchMerger
@@ -15,6 +16,9 @@ from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.preference.collator import RECORD_INDEX, RECORDS, ROLES, SEQUENCES
 from vlm.data.preference.dataset import PreferenceDataset
 from vlm.data.preference.packing import PackedPreferenceCollator
+
+load = test_dataset.load
+"""A fixture."""
 
 
 def make_collator(dataset: PreferenceDataset, **options: Any) -> PackedPreferenceCollator:
