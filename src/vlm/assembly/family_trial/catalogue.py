@@ -145,8 +145,8 @@ def write_markdown(tried: Mapping[str, Verdicts], file: Path) -> None:
         "",
         "Written by `vlm models --check all --markdown docs/families-proved.md` on "
         f"{date.today().isoformat()} with transformers {version('transformers')}: of {len(tried)} types, "
-        f"{len(passing)} pass all proofs that a run needs, {packed} of them `packing` too, which only `trainer.packing=true` needs, and "
-        f"{paired} `pairs`, which preferences need with it; "
+        f"{len(passing)} pass all proofs that a run needs, {packed} of them `packing` too, "
+        f"which only `trainer.packing=true` needs, and {paired} `pairs`, which preferences need with it; "
         "`videos` is for runs whose records have some, and holds where frames are read as images. Each "
         "type is tried on a small model with random weights, and a processor of the type's own classes with a "
         "tokenizer and, where the classes bring none, a chat template made for the trial; a run tries the checkpoint's "
