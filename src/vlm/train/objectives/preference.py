@@ -152,7 +152,7 @@ class Preference(Generation):
         if (balance_loss := outputs.get("aux_loss")) is not None:
             self._balance_losses += (balance_loss.detach(),)
             loss = add_balance_loss(loss, outputs, trainer.model.config.get_text_config(), number, items)
-        return loss, cast("ModelOutput", outputs)
+        return loss, outputs
 
     def _estimate_divergence(self, trainer: ObjectiveTrainer, sides: SideScores) -> Tensor | None:
         """Return the estimate of `kto` from the mismatched replies of a micro-batch on all ranks."""

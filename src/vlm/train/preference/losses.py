@@ -80,7 +80,7 @@ def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
 
 
 def robust(sides: SideScores, options: PreferenceOptions) -> Tensor:
-    """DPO without the bias of labels that are exchanged (Chowdhury et al. 2024, arXiv:2403.00409, equation 12)."""
+    """DPO without the bias of labels that are exchanged (Chowdhury et al. 2024, arXiv:2403.00409)."""
     logits, smoothing = get_beta(options) * _difference(sides), options.label_smoothing
     losses = -(1 - smoothing) * logsigmoid(logits) + smoothing * logsigmoid(-logits)
     return losses / (1 - 2 * smoothing)
@@ -123,7 +123,7 @@ PAIR_LOSSES: dict[str, Callable[[SideScores, PreferenceOptions], Tensor]] = {
 
 
 def kto(sides: SideScores, options: PreferenceOptions, divergence: Tensor) -> Tensor:
-    """KTO (Ethayarajh et al. 2024, arXiv:2402.01306, equation 8): `(N, 2)`, 0 where a record has no such side.
+    """KTO (Ethayarajh et al. 2024, arXiv:2402.01306, equation 7): `(N, 2)`, 0 where a record has no such side.
 
     `divergence` is the estimate of the divergence of the model from its reference, see `estimate_divergence`.
     """

@@ -3,16 +3,16 @@
 Shapes: R rows, N records, S supervised positions.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Module
 from torch.utils.data import Dataset
+from transformers.utils import ModelOutput
 
-from vlm.data.dataset import Skipped
+from vlm.data.dataset import SampleRef, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.preference.collator import PREFERENCE_KEYS, RECORD_INDEX, RECORDS, ROLES
 from vlm.data.preference.dataset import PreferenceDataset, PreferenceItem
@@ -23,7 +23,7 @@ from vlm.train.preference.losses import NUM_ROLES, SideScores
 
 def score_batch(
     scores: SupervisedScores, inputs: Inputs, model: Module | None = None
-) -> tuple[SideScores, Tensor, Mapping[str, Any]]:
+) -> tuple[SideScores, Tensor, ModelOutput]:
     """Run a model over a batch of preferences; vocabulary logits are computed at supervised positions alone.
 
     Args:
@@ -65,14 +65,15 @@ class WholeDataset(Dataset[PreferenceItem]):
             return item
         source, record = self.dataset.dataset.places[index].tolist()
         ref = self.dataset.dataset.sources[source].shown_path
-        from vlm.data.dataset import SampleRef
-
         return {"sides": [], "roles": [], "index": index, "ref": SampleRef(ref, record, item.id)}
 
 
 @torch.no_grad()
 def score_dataset(
-    trainer: ObjectiveTrainer, dataset: Dataset[Any], title: str, score: Callable[[Inputs], SideScores]
+    trainer: ObjectiveTrainer,
+    dataset: PreferenceDataset | WholeDataset,
+    title: str,
+    score: Callable[[Inputs], SideScores],
 ) -> SideScores:
     """Return the scores of all records of a data set, in its order, on the CPU; every rank computes its share.
 
@@ -92,5 +93,5 @@ def score_dataset(
             gathered = trainer.accelerator.gather_for_metrics(torch.stack(columns, dim=1).contiguous())
             parts.append(gathered.float().cpu())
     table = torch.cat(parts)  # (N, 2 or 3, 3)
-    assert len(table) == len(dataset), "each record once"  # pyright: ignore[reportArgumentType] - it has a length
+    assert len(table) == len(dataset), "each record once"
     return SideScores(*table.unbind(dim=1))
