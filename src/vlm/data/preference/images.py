@@ -17,7 +17,7 @@ SAME, BLANK, CROPPED = "same", "blank", "cropped"
 """Values of `trainer.preference.rejected_image`."""
 
 MAX_AREA = 0.2
-"""The largest share of an image's area that a crop keeps (Wang et al. 2024, arXiv:2406.11839, section 4.1)."""
+"""The largest share of an image's area that a crop keeps."""
 MIN_AREA = 0.01
 """The smallest one: a crop has an area."""
 

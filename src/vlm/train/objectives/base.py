@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
     from torch.utils.data import Dataset, Sampler
-    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
     from transformers.utils import ModelOutput
 
     from vlm.data.batching.step_layout import SampleCosts
@@ -85,12 +85,14 @@ class ObjectiveTrainer(Protocol):
         processor: the run's processor.
         args: the run's arguments.
         accelerator: gathers tensors of all ranks.
+        state: where the run is.
     """
 
     model: PreTrainedModel
     processor: Processor
     args: TrainingArguments
     accelerator: Any  # accelerate declares what it gathers as a union of everything
+    state: TrainerState
 
     def evaluation_batches(
         self, dataset: Dataset[object], title: str, collate: Callable[[Sequence[Any]], Any] | None = None
@@ -217,6 +219,15 @@ class Objective(ABC):
     def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> Sampler[int] | None:
         """Return the order of the training samples; None: as `trainer.train_sampling_strategy` says."""
         return None
+
+    def count_items(self, inputs: Inputs) -> Tensor:
+        """Return how many items of a batch the loss of a step is a mean over, where `loss_average` is `token`.
+
+        By default these are its supervised tokens, each as often as the weight of its reply says.
+        """
+        from vlm.train.step.step_packing import supervised_weights
+
+        return supervised_weights(inputs).sum()
 
     @abstractmethod
     def compute_loss(
