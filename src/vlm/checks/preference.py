@@ -5,10 +5,10 @@ from dataclasses import fields
 
 from vlm.checks.feature_cache import UNUSED_LIMIT
 from vlm.checks.fields import format_value
-from vlm.config.choices import REFERENCE_FREE_LOSSES
+from vlm.config.choices import BEST_FIT, REFERENCE_FREE_LOSSES
 from vlm.config.derived import shards_weights, training_keys
 from vlm.config.preference_schema import PreferenceOptions
-from vlm.config.schema import DatasetConfig, RunConfig
+from vlm.config.schema import DatasetConfig, RunConfig, TrainerOptions
 
 KEY = "trainer.preference"
 
@@ -26,13 +26,25 @@ def preference_problems(config: RunConfig) -> Iterator[str]:
     yield from _reference_problems(config)
     yield from _data_problems(config.dataset)
     trainer = config.trainer
-    if trainer.packing:
-        yield "trainer.packing=true: both sides of a preference are rows of a batch; leave it out"
+    yield from _packing_problems(trainer)
     if trainer.loss_average == "micro_batch":
         yield "trainer.loss_average=micro_batch: the loss is a mean over the pairs of a step; leave it out"
     if trainer.eval_metrics:
         names = ", ".join(trainer.eval_metrics)
         yield f"trainer.eval_metrics=[{names}]: preferences have measures of their own; leave it out"
+
+
+def _packing_problems(trainer: TrainerOptions) -> Iterator[str]:
+    """Yield how preferences are not packed."""
+    if not trainer.packing:
+        return
+    if trainer.packing_strategy == BEST_FIT:
+        yield f"trainer.packing_strategy={BEST_FIT}: the records of a micro-batch share rows; choose step"
+    if trainer.preference.loss == "kto" and trainer.max_tokens_per_batch is not None:
+        yield (
+            f"trainer.max_tokens_per_batch={trainer.max_tokens_per_batch}: {KEY}.loss=kto estimates its reference "
+            "point over a whole micro-batch, which has to be one row; leave it out"
+        )
 
 
 def _loss_problems(options: PreferenceOptions) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 from vlm.checks.heads import unused_head_problems
 from vlm.checks.preference import preference_problems
 from vlm.checks.run import evaluation_problems
-from vlm.train.objectives.base import Inputs, ObjectiveTrainer, PreparedRun, RunData
+from vlm.train.objectives.base import Collate, Inputs, ObjectiveTrainer, PreparedRun, RunData
 from vlm.train.objectives.generation import Generation
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
     from transformers.utils import ModelOutput
 
+    from vlm.data.batching.step_layout import SampleCosts
     from vlm.data.encoding.preference import PreferenceEncoder
     from vlm.data.preference.collator import PreferenceCollator
     from vlm.data.preference.dataset import PreferenceDataset
@@ -41,6 +42,7 @@ class Preference(Generation):
 
     row_key = "record_index"
     takes_loss_weights = False
+    packing_proofs = ("packing", "pairs")
     reference: Reference | None = None
     metrics: StepMetrics
 
@@ -106,6 +108,14 @@ class Preference(Generation):
 
         return PreferenceCollator(make_collator(processor, data.records.values(), args.world_size))
 
+    def make_row_collator(self, run: PreparedRun, costs: SampleCosts, max_tokens: int | None) -> Collate:
+        """Return what puts the sides of each record of a micro-batch behind one prompt."""
+        from vlm.data.batching.shared_prompt import BranchMerger
+        from vlm.data.preference.packing import PackedPreferenceCollator
+
+        padded = cast("PreferenceCollator", run.collate).collate
+        return PackedPreferenceCollator(padded, BranchMerger.of(run.processor), costs, max_tokens)
+
     def before_training(self, run: PreparedRun) -> None:
         """Choose the reference, while the model is what it is at the start of the run."""
         from vlm.train.preference.losses import uses_reference
@@ -118,7 +128,11 @@ class Preference(Generation):
 
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
         """Prove what the loss takes for granted of the model, and compute what the reference model says."""
+        from vlm.assembly.packed_rows import check_shared_prompts
+
         super().on_train_begin(trainer)
+        if self.config.trainer.packing:
+            check_shared_prompts(trainer.model, trainer.processor)
         if self.reference is not None:
             self.reference.prepare(trainer, self._get_scores(trainer))
 

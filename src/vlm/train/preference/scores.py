@@ -4,6 +4,7 @@ Shapes: R rows, N records, S supervised positions.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,11 @@ from torch.nn import Module
 from torch.utils.data import Dataset
 from transformers.utils import ModelOutput
 
+from vlm.assembly.packed_attention import use_packed_attention
+from vlm.data.batching.packing import KEY_INDEX
 from vlm.data.dataset import SampleRef, Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
-from vlm.data.preference.collator import PREFERENCE_KEYS, RECORD_INDEX, RECORDS, ROLES
+from vlm.data.preference.collator import PREFERENCE_KEYS, RECORD_INDEX, RECORDS, ROLES, SEQUENCES
 from vlm.data.preference.dataset import PreferenceDataset, PreferenceItem
 from vlm.models.text_loss import SupervisedScores
 from vlm.train.objectives.base import Inputs, ObjectiveTrainer
@@ -28,7 +31,7 @@ def score_batch(
 
     Args:
         scores: computes the loss of each supervised token, its cross-entropy.
-        inputs: the batch, as `PreferenceCollator` made it.
+        inputs: the batch, as `PreferenceCollator` or `PackedPreferenceCollator` made it.
         model: the model as it is called, such as DDP around it; None: as `scores` has it.
 
     Returns:
@@ -36,11 +39,16 @@ def score_batch(
         model's output without logits.
     """
     read = {name: value for name, value in inputs.items() if name not in PREFERENCE_KEYS}
-    losses, _, outputs = scores(read, model)
+    config = scores.model.config.get_text_config()
+    is_packed = SEQUENCES in inputs
+    with use_packed_attention(config, shares_prompts=KEY_INDEX in inputs) if is_packed else nullcontext():
+        losses, _, outputs = scores(read, model)
     is_supervised = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:] != IGNORE_INDEX
-    rows = is_supervised.nonzero()[:, 0]  # (S,), in the order of the losses
-    sums = losses.new_zeros(len(is_supervised)).index_add(0, rows.to(losses.device), -losses)  # (R,)
-    tokens = is_supervised.sum(dim=1).to(losses)
+    # (S,), in the order of the losses: the row of each, or the number of its conversation in a packed one
+    rows = inputs[SEQUENCES][is_supervised] if is_packed else is_supervised.nonzero()[:, 0]
+    size = max(len(inputs[ROLES]), len(is_supervised))
+    sums = losses.new_zeros(size).index_add(0, rows.to(losses.device), -losses)  # (R,)
+    tokens = rows.bincount(minlength=size).to(losses)
     places = inputs[RECORDS], inputs[ROLES]
     shape = len(inputs[RECORD_INDEX]), NUM_ROLES
     number = len(inputs[ROLES])  # 0 where every record was left out: the one row is of none
