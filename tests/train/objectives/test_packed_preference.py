@@ -8,6 +8,7 @@ import pytest
 
 from tests.fixtures import check_config, compose_config
 from tests.train.objectives.preference_runs import WORDS, write_preferences
+from tests.train.test_distributed_runs import launch
 from vlm.checks.fields import ConfigError
 
 NAMES = ("loss", "grad_norm", "reward_chosen", "reward_rejected", "margin", "reward_accuracy")
@@ -61,3 +62,35 @@ def test_what_does_not_go_with_packed_preferences_is_refused(
     data = write_preferences(world, tmp_path / "pairs.json")
     with pytest.raises(ConfigError, match=message):
         check_config(compose_config("preference-smol", [*common, *data, *WORDS, "trainer.packing=true", *words]))
+
+
+@pytest.mark.slow
+def test_a_resumed_packed_run_goes_on_where_it_was(train: Callable[..., Path], world: Path, tmp_path: Path):
+    """Over two epochs in random order, with evaluations, which are padded."""
+    data = write_preferences(world, tmp_path / "pairs.json")
+    words = [
+        *data, *WORDS, *WHOLE, "trainer.packing=true", "trainer.train_sampling_strategy=random",
+        "trainer.num_train_epochs=2", "trainer.save_strategy=steps", "trainer.save_steps=3", "trainer.max_steps=-1",
+    ]  # fmt: skip
+    whole = train("preference-smol", tmp_path / "whole", *words)
+    train("preference-smol", tmp_path / "half", *words, "trainer.max_steps=3")
+    half = train("preference-smol", tmp_path / "half", *words)
+    assert len(read_steps(whole)) > 4
+    assert read_steps(half) == read_steps(whole)
+
+
+@pytest.mark.slow
+def test_two_packed_ranks_make_the_padded_steps(
+    train: Callable[..., Path], common: list[str], world: Path, tmp_path: Path
+):
+    """Where one rank's records need more rows than the other's, that one has rows without records."""
+    data = write_preferences(world, tmp_path / "pairs.json")
+    words = [
+        *data, *WORDS, *WHOLE, "trainer.train_sampling_strategy=sequential", "trainer.eval_strategy=no",
+        "dataset.eval_split=null", f"dataset.cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    single = train("preference-smol", tmp_path / "single", *words, "trainer.per_device_train_batch_size=6")
+    two = ["trainer.per_device_train_batch_size=3", "trainer.packing=true", "trainer.max_tokens_per_batch=170"]
+    launch(["-cn", "preference-smol", *common, *words, *two, f"trainer.output_dir={tmp_path / 'two'}"])
+    steps = read_steps(single)
+    assert read_steps(tmp_path / "two") == [pytest.approx(step, rel=1e-4, abs=1e-5) for step in steps]

@@ -70,7 +70,6 @@ def test_a_further_run_reads_what_the_reference_said(
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["trainer.packing=true"], "both sides of a preference are rows"),
         (["trainer.loss_average=micro_batch"], "a mean over the pairs of a step"),
         (["trainer.eval_metrics=[bleu]"], "preferences have measures of their own"),
         (["dataset.streaming=true"], "counted before training"),
