@@ -132,7 +132,6 @@ TESTED_ELSEWHERE = {
     "train/guards/trainer.py": "train/guards/test_step_guard.py",
     "train/preference/metrics.py": "train/preference/test_losses.py",
     "train/preference/reference.py": "train/objectives/test_preference.py",
-    "train/preference/scores.py": "train/objectives/test_preference.py",
     "train/arguments.py": "train/test_trainer.py",
     "train/checkpoints/files.py": "train/checkpoints/test_writer.py",
     "train/checkpoints/saving.py": "train/checkpoints/test_trainer.py",

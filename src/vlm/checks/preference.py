@@ -55,6 +55,8 @@ def _loss_problems(options: PreferenceOptions) -> Iterator[str]:
             yield f"{KEY}.label_smoothing={options.label_smoothing}: {KEY}.loss={loss} does not read it; leave it out"
         if options.label_smoothing >= 0.5:
             yield f"{KEY}.label_smoothing={options.label_smoothing}: a share below 0.5 is needed"
+    if loss == "kto" and options.rejected_image != "same":
+        yield f"{KEY}.rejected_image={options.rejected_image}: it is for pairs, and kto compares none; leave it out"
     for name, own in (("simpo_gamma", "simpo"), ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
         value = getattr(options, name)
         if value != getattr(PreferenceOptions(), name) and loss != own:

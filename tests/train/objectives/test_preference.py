@@ -83,6 +83,7 @@ def test_a_further_run_reads_what_the_reference_said(
         (["trainer.preference.loss=ipo", "trainer.preference.label_smoothing=0.1"], "loss=ipo does not read it"),
         (["trainer.preference.simpo_gamma=2"], "it is for trainer.preference.loss=simpo, here it is dpo"),
         (["trainer.preference.desirable_weight=2"], "it is for trainer.preference.loss=kto"),
+        (["trainer.preference.loss=kto", "trainer.preference.rejected_image=blank"], "it is for pairs"),
         (["trainer.preference.reference=none"], "loss=dpo compares with a reference"),
         (["trainer.preference.loss=simpo", "trainer.preference.reference=copy"], "compares with no reference"),
         ([*WHOLE, "trainer.preference.reference=adapter"], "changes more than adapters; choose cached"),
