@@ -225,7 +225,7 @@ class Objective(ABC):
 
         By default these are its supervised tokens, each as often as the weight of its reply says.
         """
-        from vlm.train.step.step_packing import supervised_weights
+        from vlm.data.batching.loss_weights import supervised_weights
 
         return supervised_weights(inputs).sum()
 

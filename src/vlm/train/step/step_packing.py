@@ -21,6 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.data.batching.collator import Collator
+from vlm.data.batching.loss_weights import supervised_weights
 from vlm.data.batching.packing import check_row_capacity
 from vlm.data.batching.step_layout import (
     MICRO_BATCH,
@@ -307,14 +308,6 @@ def weigh_losses(
             own = row.get(LOSS_WEIGHTS)
             row[LOSS_WEIGHTS] = factor if own is None else factor * own.to(factor.device, non_blocking=True)
     return number
-
-
-def supervised_weights(batch: Inputs) -> Tensor:
-    """Return the weight of each supervised token that is predicted, 1 without weights: `(S,)`, float32."""
-    is_supervised = batch["labels"][:, 1:] != IGNORE_INDEX
-    if (weights := batch.get(LOSS_WEIGHTS)) is None:
-        return torch.ones(int(is_supervised.sum()), device=is_supervised.device)
-    return weights[:, 1:][is_supervised]
 
 
 @contextmanager
