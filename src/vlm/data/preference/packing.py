@@ -47,7 +47,7 @@ class PackedPreferenceCollator:
         Raises:
             ValueError: a record is longer than a row.
         """
-        records = [cast(PreferenceItem, item) for item in items if not isinstance(item, Skipped)]
+        records = [item for item in items if not isinstance(item, Skipped)]
         samples = [self._merge(record) for record in records]
         lengths = [sum(len(sample["input_ids"]) for sample in own) for own in samples]
         if self.max_tokens is not None:
