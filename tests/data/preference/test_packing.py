@@ -15,7 +15,7 @@ from vlm.data.dataset import Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.preference.collator import RECORD_INDEX, RECORDS, ROLES, SEQUENCES
 from vlm.data.preference.dataset import PreferenceDataset
-from vlm.data.preference.packing import PackedPreferenceCollator
+from vlm.data.preference.packing import PackedPreferenceCollator, check_records_fit
 
 load = test_dataset.load
 """A fixture."""
@@ -71,6 +71,14 @@ def test_rows_hold_at_most_so_many_tokens(load: Load):
     assert sorted(index for row in rows for index in row[RECORD_INDEX].tolist()) == list(range(6))
     with pytest.raises(ValueError, match=r"does not fit into trainer\.max_tokens_per_batch=5"):
         make_collator(dataset, max_tokens=5)(items)
+
+
+def test_rows_that_may_be_too_short_are_refused_before_training(load: Load):
+    dataset = load()
+    longest = int(dataset.lengths.max())
+    check_records_fit(dataset, 2 * longest)
+    with pytest.raises(ValueError, match=rf"max_tokens_per_batch={longest}: both replies of a record are in one row"):
+        check_records_fit(dataset, longest)
 
 
 def test_a_row_without_records_learns_nothing(load: Load):

@@ -18,8 +18,22 @@ from vlm.data.batching.stats import BATCH_STATS, num_images
 from vlm.data.batching.step_layout import MORE_ROWS, SampleCosts, fill_rows
 from vlm.data.dataset import Skipped
 from vlm.data.preference.collator import RECORD_INDEX, RECORDS, ROLES, SEQUENCES
-from vlm.data.preference.dataset import PreferenceItem
+from vlm.data.preference.dataset import PreferenceDataset, PreferenceItem
 from vlm.data.processor import SampleInputs
+
+
+def check_records_fit(dataset: PreferenceDataset, max_tokens: int) -> None:
+    """Check that every record fits into a row, whatever its sides share.
+
+    Raises:
+        ValueError: a record may be longer than `max_tokens`.
+    """
+    most = 2 * int(dataset.lengths.max())
+    if most > max_tokens:
+        raise ValueError(
+            f"trainer.max_tokens_per_batch={max_tokens}: both replies of a record are in one row, and with a prompt "
+            f"each they may have {most:,} tokens; raise it, or lower dataset.max_length"
+        )
 
 
 @dataclass(frozen=True, eq=False)

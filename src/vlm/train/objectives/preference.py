@@ -109,10 +109,16 @@ class Preference(Generation):
         return PreferenceCollator(make_collator(processor, data.records.values(), args.world_size))
 
     def make_row_collator(self, run: PreparedRun, costs: SampleCosts, max_tokens: int | None) -> Collate:
-        """Return what puts the sides of each record of a micro-batch behind one prompt."""
-        from vlm.data.batching.shared_prompt import BranchMerger
-        from vlm.data.preference.packing import PackedPreferenceCollator
+        """Return what puts the sides of each record of a micro-batch behind one prompt.
 
+        Raises:
+            ValueError: a record may be longer than a row.
+        """
+        from vlm.data.batching.shared_prompt import BranchMerger
+        from vlm.data.preference.packing import PackedPreferenceCollator, check_records_fit
+
+        if max_tokens is not None:
+            check_records_fit(cast("PreferenceDataset", run.data.train), max_tokens)
         padded = cast("PreferenceCollator", run.collate).collate
         return PackedPreferenceCollator(padded, BranchMerger.of(run.processor), costs, max_tokens)
 
