@@ -162,7 +162,7 @@ def test_a_head_without_an_objective_is_trained():
     ("run", "overrides", "message"),
     [
         ("pretrain-smol", ["trainer.objective=other"],
-         r"trainer.objective=other: allowed are generation, prediction, embedding, preference, or package.module:Class for your"),
+         r"other: allowed are generation, prediction, embedding, preference, or package.module:Class for your"),
         ("pretrain-smol", ["trainer.objective=no_such:Mine"],
          r"trainer.objective=no_such:Mine: No module named 'no_such'"),
         ("pretrain-smol", ["trainer.objective=json:Mine"],
