@@ -199,10 +199,17 @@ def test_families_learn_preferences(train_whole: Train, pairs: list[str], tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "words"), [("zero2", WHOLE), ("zero3", WHOLE), ("zero3", []), ("null", [])])
+@pytest.mark.parametrize(
+    ("ranks", "words"),
+    [
+        ("deepspeed=zero2", WHOLE), ("deepspeed=zero3", WHOLE), ("deepspeed=zero3", []), ("deepspeed=null", []),
+        ("sharding=fsdp2", WHOLE), ("deepspeed=zero2", [*WHOLE, "trainer.preference.loss=kto"]),
+    ],
+)  # fmt: skip
 def test_two_ranks_reach_the_single_process(
-    train: Train, common: list[str], pairs: list[str], tmp_path: Path, stage: str, words: list[str]
+    train: Train, common: list[str], pairs: list[str], tmp_path: Path, ranks: str, words: list[str]
 ):
+    """With `kto` too, whose reference point is a mean over ranks; each pair counts as two replies."""
     words = [
         *pairs, *WORDS, *words, "trainer.lora.dropout=0", "trainer.train_sampling_strategy=sequential",
         "trainer.max_grad_norm=0", "trainer.per_device_train_batch_size=6", f"dataset.cache_dir={tmp_path / 'cache'}",
@@ -210,7 +217,7 @@ def test_two_ranks_reach_the_single_process(
     single = train("preference-smol", tmp_path / "single", *words)
     shutil.rmtree(tmp_path / "cache" / reference.FOLDER, ignore_errors=True)
     two = tmp_path / "two"
-    launch(["-cn", "preference-smol", *common, *words, f"trainer.output_dir={two}", f"trainer.deepspeed={stage}",
+    launch(["-cn", "preference-smol", *common, *words, f"trainer.output_dir={two}", f"trainer.{ranks}",
             "trainer.per_device_train_batch_size=3"])  # fmt: skip
     for key in ("loss", "margin", "kl", "eval_loss", "eval_reward_accuracy"):
         assert logged(two, key) == pytest.approx(logged(single, key), abs=5e-4)
