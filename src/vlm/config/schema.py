@@ -1,8 +1,9 @@
 """Every key that a run's YAML or command line may set, with its type, its default and what it means.
 
-A new key is a field here or in `model_schema.py`, with its default, its bounds or choices (`metadata`, see `rules.py`)
-and a docstring, which says what `null` means; `make docs` lists all of them in `docs/configuration.md`. Imports no
-torch, so that a mistyped key is refused in a second, and no omegaconf, which cannot be installed beside lmms-eval.
+A new key is a field here, in `model_schema.py` or in `preference_schema.py`, with its default, its bounds or choices
+(`metadata`, see `rules.py`) and a docstring, which says what `null` means; `make docs` lists all of them in
+`docs/configuration.md`. Imports no torch, so that a mistyped key is refused in a second, and no omegaconf, which cannot
+be installed beside lmms-eval.
 
 The keys of `transformers.TrainingArguments` are not copied: they are read out of its source (`training_fields.py`), so
 whatever the installed version takes can be set as `trainer.<name>`.

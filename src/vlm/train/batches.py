@@ -30,7 +30,7 @@ from vlm.train.random_state import with_own_generator
 from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packing import make_step_packing
-from vlm.train.step.step_packing import BatchesOfEpoch, StepPacking, StepSampler
+from vlm.train.step.step_packing import BatchesOfEpoch, StepPacking, StepSampler, supervised_weights
 from vlm.train.stream_positions import StreamEpoch, StreamPositions
 
 NumItems = Tensor | int | None
@@ -138,7 +138,11 @@ class BatchTrainer(InterruptibleTrainer):
         is_text = bool(batch_samples) and isinstance(batch_samples[0].get("labels"), Tensor)
         if not (self.model_accepts_loss_kwargs and is_text):
             return super()._get_num_items_in_batch(batch_samples, device)
-        number = torch.stack([self.objective.count_items(batch) for batch in batch_samples]).sum().to(device)
+        counts = [
+            supervised_weights(batch).sum() if (count := self.objective.count_items(batch)) is None else count
+            for batch in batch_samples
+        ]
+        number = torch.stack(counts).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             number = self.accelerator.gather(number).sum()
         return number

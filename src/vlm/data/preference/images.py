@@ -51,7 +51,9 @@ def _crop(medium: Medium, place: tuple[float, float, float]) -> Medium:
 def _crop_image(image: Image.Image, place: tuple[float, float, float]) -> Image.Image:
     top, left, bottom, right = _box(image.height, image.width, place)
     part = image.crop((left, top, right, bottom)).resize(image.size, Image.Resampling.BICUBIC)
-    part.info, part._exif = image.info, image.getexif()  # the orientation
+    part.info = dict(image.info)
+    if exif := image.getexif():  # the orientation
+        part.info["exif"] = exif.tobytes()
     return part
 
 

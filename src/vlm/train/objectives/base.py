@@ -220,14 +220,12 @@ class Objective(ABC):
         """Return the order of the training samples; None: as `trainer.train_sampling_strategy` says."""
         return None
 
-    def count_items(self, inputs: Inputs) -> Tensor:
+    def count_items(self, inputs: Inputs) -> Tensor | None:
         """Return how many items of a batch the loss of a step is a mean over, where `loss_average` is `token`.
 
-        By default these are its supervised tokens, each as often as the weight of its reply says.
+        None: its supervised tokens, each as often as the weight of its reply says.
         """
-        from vlm.data.batching.loss_weights import supervised_weights
-
-        return supervised_weights(inputs).sum()
+        return None
 
     @abstractmethod
     def compute_loss(

@@ -187,9 +187,9 @@ class Generation(Objective):
         With weights `w` of the positions it is `sum w loss / sum w`, over the step or over a micro-batch. Mixtures of
         experts add their balance loss.
         """
-        from vlm.data.batching.loss_weights import supervised_weights
         from vlm.data.dataset import LOSS_WEIGHTS
         from vlm.models.text_loss import add_balance_loss, mean_loss
+        from vlm.train.step.step_packing import supervised_weights
 
         losses, _, outputs = self._get_scores(trainer)(inputs, model)
         number: Tensor | int = losses.numel()

@@ -21,7 +21,6 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.data.batching.collator import Collator
-from vlm.data.batching.loss_weights import supervised_weights
 from vlm.data.batching.packing import check_row_capacity
 from vlm.data.batching.step_layout import (
     MICRO_BATCH,
@@ -247,7 +246,7 @@ class MicroBatchPacking(StepPacking):
     """
 
     def __init__(
-        self, collate: Collate, max_tokens: int | None, count_items: Callable[[Inputs], Tensor],
+        self, collate: Collate, max_tokens: int | None, count_items: Callable[[Inputs], Tensor | None],
         args: TrainingArguments, gather: Callable[[Tensor], Tensor],
     ):  # fmt: skip
         self.collate, self.max_tokens, self.count_items = collate, max_tokens, count_items
@@ -267,7 +266,9 @@ class MicroBatchPacking(StepPacking):
         """Give the batches of a step equally many rows on every rank; return the number of items of the step."""
         if self.max_tokens is not None:
             self.add_empty_rows(batches)
-        numbers = [self.count_items(row) for batch in batches for row in get_rows(batch)]
+        counts = [self.count_items(row) for batch in batches for row in get_rows(batch)]
+        numbers = [number for number in counts if number is not None]
+        assert len(numbers) == len(counts), "an objective that makes rows counts their items"
         return self.gather(torch.stack(numbers).sum().reshape(1, 1).to(self.args.device)).sum()
 
 
@@ -308,6 +309,14 @@ def weigh_losses(
             own = row.get(LOSS_WEIGHTS)
             row[LOSS_WEIGHTS] = factor if own is None else factor * own.to(factor.device, non_blocking=True)
     return number
+
+
+def supervised_weights(batch: Inputs) -> Tensor:
+    """Return the weight of each supervised token that is predicted, 1 without weights: `(S,)`, float32."""
+    is_supervised = batch["labels"][:, 1:] != IGNORE_INDEX
+    if (weights := batch.get(LOSS_WEIGHTS)) is None:
+        return torch.ones(int(is_supervised.sum()), device=is_supervised.device)
+    return weights[:, 1:][is_supervised]
 
 
 @contextmanager
