@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
@@ -172,7 +173,7 @@ class CachedReference:
         for file in (folder / f"{self.keys[role]}.npy" for folder in self.folders):
             if not file.is_file():
                 file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_suffix(".partial.npy")
+                partial = file.with_suffix(f".{os.getpid()}.npy")
                 np.save(partial, table, allow_pickle=False)
                 partial.replace(file)
 
