@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol
@@ -144,6 +145,7 @@ class CachedReference:
                         "and trainer.resume_changes=accept"
                     )
                 table = self._compute(trainer, scores, role, dataset)
+            on_rank0(lambda role=role, table=table: self._write(role, table))
             self.tables[role] = torch.from_numpy(table).to(trainer.args.device)
 
     def _read(self, role: str) -> np.ndarray | None:
@@ -156,24 +158,24 @@ class CachedReference:
     def _compute(
         self, trainer: ObjectiveTrainer, scores: SupervisedScores, role: str, dataset: PreferenceDataset
     ) -> np.ndarray:
-        """Compute and keep the log-probabilities of some records; NaN for those that cannot be used."""
+        """Return the log-probabilities of some records, computed now; NaN for those that cannot be used."""
 
         def score(inputs: Inputs) -> SideScores:
             """Score a batch with the model as it stands."""
             return score_batch(scores, inputs)[0]
 
         sides = score_dataset(trainer, WholeDataset(dataset), "reference", score)
-        table = torch.where(sides.is_there, sides.log_probs, torch.nan).numpy()
-        on_rank0(lambda: self._write(role, table))
-        log.info("Log-probabilities of %s %s records by the reference model are in the cache", len(table), role)
-        return table
+        log.info("The reference model has scored %s %s records", f"{len(dataset):,}", role)
+        return torch.where(sides.is_there, sides.log_probs, torch.nan).numpy()
 
     def _write(self, role: str, table: np.ndarray) -> None:
-        for folder in self.folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"{self.keys[role]}.partial.npy"
-            np.save(partial, table, allow_pickle=False)
-            partial.replace(folder / f"{self.keys[role]}.npy")
+        """Keep the log-probabilities of some records in the run directory and in the cache, where they are not yet."""
+        for file in (folder / f"{self.keys[role]}.npy" for folder in self.folders):
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_suffix(f".{os.getpid()}.npy")
+                np.save(partial, table, allow_pickle=False)
+                partial.replace(file)
 
     def training(self, inputs: Inputs) -> Tensor:
         """Return what is kept of the records of a training batch."""
