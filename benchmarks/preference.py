@@ -1,6 +1,6 @@
 """A preference step with its prompts shared: against padded halves, against counting, and against TRL's `DPOTrainer`.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.preference [--pairs N] [--steps N] [--repeats N] [--shape NAME] [--folder DIR] [--without-trl]
+    python -m benchmarks.preference [--pairs N] [--steps N] [--repeats N] [--shape NAME] [--folder DIR] [--without-trl]
 
 Every variant trains the same LLaVA of transformers, random weights, with DPO on the same pairs in the same order and in
 the same micro-batches: in float32 with sdpa and AdamW, the encoder frozen, activations kept. A pair has an image, a
@@ -16,7 +16,8 @@ of the reference computed before the first step, ours by default, which TRL refu
 chosen replies alone, in packed rows. From the operations and the time of its steps, counting predicts the time of those
 of `cached`. The first losses and gradients of `shared`, `padded` and TRL have to agree.
 
-Time is that of all cores together, on which other processes of the machine do not count; the first step of each run is
+Time is that of all cores together, on which other processes of the machine do not count (with `OMP_NUM_THREADS=1`,
+threads that wait for each other do not either); the first step of each run is
 not measured. Variants take turns, `--repeats` times. About eight minutes on a free core, and 4 GB.
 """
 
