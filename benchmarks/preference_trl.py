@@ -106,7 +106,7 @@ def compare(name: str, model: Any, theirs: Tensor, ours: Tensor) -> tuple[str, f
 
 def main() -> None:
     """Print the table."""
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer  # pyright: ignore[reportMissingImports] - see above
 
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.train.objectives.preference_runs import WORDS, write_preferences
 from tests.train.test_distributed_runs import launch
 from vlm.checks.fields import ConfigError
 from vlm.config.choices import PREFERENCE_METRICS
+from vlm.config.derived import get_value
 from vlm.train.preference import reference
 
 Train = Callable[..., Path]
@@ -99,6 +101,34 @@ def test_what_contradicts_preferences_is_refused(words: list[str], problem: str,
         check_config(compose_config("preference-smol", [*common, *pairs, *WORDS, *words]))
 
 
+FIGURES: dict[str, dict[str, Any]] = {
+    "preference-llava": {
+        "trainer.max_steps": 2672, "trainer.learning_rate.language_model_learning_rate": 5e-7,
+        "trainer.warmup_steps": 0.05, "trainer.weight_decay.language_model_weight_decay": 0.01,
+        "dataset.image_mode": "pad", "trainer.lr_scheduler_type": "cosine", "trainer.preference.beta": 0.1,
+    },
+    "preference-llava-lora": {
+        "trainer.max_steps": 2672, "trainer.learning_rate.language_model_learning_rate": 1e-5,
+        "trainer.lora.language_model.r": 128, "trainer.unfreeze.train_connector": False,
+    },
+    "preference-llava-onevision": {
+        "trainer.num_train_epochs": 1, "trainer.gradient_accumulation_steps": 8, "trainer.warmup_steps": 0.1,
+        "trainer.learning_rate.visual_encoder_learning_rate": 5e-7, "trainer.unfreeze.train_vision_model": True,
+    },
+}  # fmt: skip
+"""Run -> the figures of the published script."""
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_run_has_the_figures_of_its_script_and_passes_the_checks(name: str, pairs: list[str]):
+    config = compose_config(name, pairs)
+    check_config(config)
+    assert {key: get_value(config, key) for key in FIGURES[name]} == FIGURES[name]
+    assert config.trainer.per_device_train_batch_size == 1
+    text = resources.files("vlm.config").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    assert "\n# Differs: " in text[: text.index("defaults:")]
+
+
 @pytest.mark.slow
 def test_all_references_say_the_same(train: Train, pairs: list[str], tmp_path: Path):
     words = [*pairs, *WORDS, "trainer.lora.dropout=0"]
@@ -177,6 +207,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(train: Train, pairs: list
     resumed = train("preference-smol", tmp_path / "found", *words)
     assert losses(resumed)[-2:] == losses(whole)[-2:]
     assert logged(resumed, "kl")[-2:] == logged(whole, "kl")[-2:]
+    shutil.rmtree(cache / reference.FOLDER)  # the resumed run has put it there again
     shutil.rmtree(tmp_path / "lost" / reference.FOLDER)
     with pytest.raises(ValueError, match="the model is trained by now"):
         train("preference-smol", tmp_path / "lost", *words)

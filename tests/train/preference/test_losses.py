@@ -71,7 +71,7 @@ def test_losses_of_pairs_and_their_gradients_equal_plain_ones(name: str, weight:
     policy, reference = token_log_probs(LENGTHS), token_log_probs(LENGTHS)
     sides = as_sides(policy, reference if uses_reference(options) else None)
     losses = record_losses(sides, options)
-    share = {None: float(name == "orpo")}.get(weight, weight)
+    share = float(name == "orpo") if weight is None else weight
     plain = torch.stack([
         plain_pair(name, c, r, rc, rr, options) - share * c.mean()
         for (c, r, _), (rc, rr, _) in zip(policy, reference, strict=True)

@@ -42,7 +42,7 @@ class PreferenceCollator:
 
         Where every record was left out, there is one row, which is of no record, and the three are empty.
         """
-        records = [cast(PreferenceItem, item) for item in items if not isinstance(item, Skipped)]
+        records = [item for item in items if not isinstance(item, Skipped)]
         rows: list[SampleInputs] = []
         roles: list[int] = []
         places: list[int] = []

@@ -59,7 +59,7 @@ def _crop_image(image: Image.Image, place: tuple[float, float, float]) -> Image.
 
 def _crop_tensor(image: Tensor, place: tuple[float, float, float]) -> Tensor:
     """Return a part of an image `(3, height, width)` of uint8 in its size."""
-    top, left, bottom, right = _box(*image.shape[1:], place)
+    top, left, bottom, right = _box(image.shape[1], image.shape[2], place)
     part = image[None, :, top:bottom, left:right].float()
     whole = interpolate(part, tuple(image.shape[1:]), mode="bicubic", align_corners=False)[0]
     return whole.round().clamp(0, 255).to(image.dtype)

@@ -101,7 +101,7 @@ class Preference(Generation):
         records = {"train": train} if held_out is None else {"train": train, "eval": held_out}
         return RunData(with_sides(train), evaluation, records)
 
-    def make_collator(self, processor: Processor, data: RunData, args: TrainingArguments) -> PreferenceCollator:  # pyright: ignore[reportIncompatibleMethodOverride] - both make batches
+    def make_collator(self, processor: Processor, data: RunData, args: TrainingArguments) -> PreferenceCollator:
         """Return what makes batches with the chosen sides of its records, then the rejected ones."""
         from vlm.data.preference.collator import PreferenceCollator
         from vlm.train.data import make_collator
