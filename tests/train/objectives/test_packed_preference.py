@@ -34,7 +34,7 @@ def test_a_packed_run_is_the_padded_one(
 ):
     data = write_preferences(world, tmp_path / "pairs.json", labelled="trainer.preference.loss=kto" in words)
     common = [*data, *WORDS, "trainer.max_steps=2", "trainer.eval_strategy=no", "dataset.eval_split=null", *words]
-    padded = [word for word in common if "max_tokens" not in word]
+    padded = [*(word for word in common if "max_tokens" not in word), "trainer.packing=false"]
     expected = read_steps(train("preference-smol", tmp_path / "padded", *padded))
     found = read_steps(train("preference-smol", tmp_path / "packed", *common, "trainer.packing=true"))
     assert len(found) == 2
@@ -89,7 +89,8 @@ def test_two_packed_ranks_make_the_padded_steps(
         *data, *WORDS, *WHOLE, "trainer.train_sampling_strategy=sequential", "trainer.eval_strategy=no",
         "dataset.eval_split=null", f"dataset.cache_dir={tmp_path / 'cache'}",
     ]  # fmt: skip
-    single = train("preference-smol", tmp_path / "single", *words, "trainer.per_device_train_batch_size=6")
+    alone = ["trainer.per_device_train_batch_size=6", "trainer.packing=false"]
+    single = train("preference-smol", tmp_path / "single", *words, *alone)
     two = ["trainer.per_device_train_batch_size=3", "trainer.packing=true", "trainer.max_tokens_per_batch=170"]
     launch(["-cn", "preference-smol", *common, *words, *two, f"trainer.output_dir={tmp_path / 'two'}"])
     steps = read_steps(single)
