@@ -268,7 +268,8 @@ def make_environment(folder: Path, package: str) -> Path:
         uv = shutil.which("uv") or str(Path(__file__).parents[1] / ".uv" / "bin" / "uv")
         print(f"making an environment with {package}", flush=True)
         subprocess.run([uv, "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], check=True)
-        words = ["pip", "install", "--quiet", "--python", str(python), package, f"torch=={torch.__version__}"]
+        same_torch = f"torch=={torch.__version__.partition('+')[0]}"  # registries have no local versions
+        words = ["pip", "install", "--quiet", "--python", str(python), package, same_torch]
         subprocess.run([uv, *words, "torchvision", "peft", "pillow"], check=True)
         (folder / "installed").touch()
     return python

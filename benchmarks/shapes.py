@@ -76,11 +76,12 @@ SHAPES = {
     "smol": Shape(224, 16, (768, 3072, 12, 12), 49152, (576, 1536, 30, 9, 3)),
     "smol+clip-l": Shape(336, 14, (1024, 4096, 24, 16), 49152, (576, 1536, 30, 9, 3)),
     "vicuna": Shape(336, 14, (1024, 4096, 24, 16), 32000, (4096, 11008, 32, 32, 32), tied=False),
+    "pairs": Shape(224, 16, (384, 1536, 12, 6), 8192, (384, 1024, 16, 6, 2)),
     "small": Shape(56, 14, (128, 256, 4, 4), 8192, (256, 768, 6, 4, 2)),
     "tiny": Shape(24, 8, (32, 64, 3, 2), 2304, (32, 64, 2, 2, 1)),
 }
-"""SmolLM2-135M with ViT-B/16 and with CLIP ViT-L/14-336; Vicuna-7B with CLIP ViT-L/14-336; one of 8 million parameters;
-one for tests."""
+"""SmolLM2-135M with ViT-B/16 and with CLIP ViT-L/14-336; Vicuna-7B with CLIP ViT-L/14-336; ViT-S/16 with a language
+model of 29 million parameters; one of 8 million parameters; one for tests."""
 
 
 def write_parts(folder: Path, shape: Shape, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:

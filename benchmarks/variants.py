@@ -30,9 +30,11 @@ from vlm.checks.compose import open_mapping_key
 from vlm.checks.run import check
 from vlm.config.schema import RunConfig
 from vlm.data.batching.packing import SEQUENCE_STARTS
+from vlm.data.batching.stats import BatchStats
 from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.train import make_trainer as making
+from vlm.train.monitor.speed import SpeedMeter
 from vlm.train.objectives.table import make_objective
 from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer
@@ -53,6 +55,8 @@ class Steps:
     Attributes:
         name: the name that is printed after each step.
         seconds: seconds of each optimiser step, from the end of the previous one: loading and logging are included.
+        core_seconds: the same of all cores together, on which other processes do not count.
+        flops: counted operations of each optimiser step of ours, where they can be counted.
         losses: the logged loss of each optimiser step.
         norms: gradient norm of each optimiser step, before clipping.
         batches: the model's inputs of each optimiser step, as they came out of the loader.
@@ -63,6 +67,8 @@ class Steps:
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    core_seconds: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     batches: list[list[dict[str, Any]]] = field(default_factory=list)
@@ -76,15 +82,17 @@ class StepTimer(TrainerCallback):
 
     def __init__(self, steps: Steps):
         self.steps = steps
-        self.last = 0.0
+        self.last = self.last_core_time = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock: the model is ready, and no data has been loaded."""
-        self.last = synchronized_time()
+        self.last, self.last_core_time = synchronized_time(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Record the time of a step."""
         last, self.last = self.last, synchronized_time()
+        last_core_time, self.last_core_time = self.last_core_time, time.process_time()
+        self.steps.core_seconds.append(self.last_core_time - last_core_time)
         if not self.steps.seconds:
             self.steps.seconds_to_first_step = self.last - self.steps.begun
         self.steps.seconds.append(self.last - last)
@@ -106,7 +114,7 @@ def synchronized_time() -> float:
 
 def run_ours(
     parts: Path, records: Path, folder: Path, *words: str, name: str = "finetune-smol", keeps: bool = False,
-    saves: bool = False,
+    saves: bool = False, model: Sequence[str] = (),
 ) -> Steps:  # fmt: skip
     """Start a run as `vlm` does, and train it to its end.
 
@@ -118,6 +126,7 @@ def run_ours(
         name: the name of the run's configuration.
         keeps: whether to keep the batches.
         saves: whether to save the trained model at the end, which is not part of any step.
+        model: overrides that choose another model than the one of `parts`.
     """
     steps = Steps(folder.name)
 
@@ -126,6 +135,7 @@ def run_ours(
 
         def __init__(self, **kwargs: Any):
             super().__init__(**kwargs)
+            count_steps(self.meter, steps)
             self.add_callback(StepTimer(steps))
             self.remove_callback(PrinterCallback)
             steps.trainer = self
@@ -138,7 +148,7 @@ def run_ours(
             )
             return batches, number
 
-    keys = [*model_keys(parts), *data_keys(records), *TRAINING, f"trainer.output_dir={folder}", *words]
+    keys = [*(model or model_keys(parts)), *data_keys(records), *TRAINING, f"trainer.output_dir={folder}", *words]
     config = compose_config(name, keys)
     check(config, make_objective(config))
     unsaved = nullcontext() if saves else patch("vlm.train.run.write_final")
@@ -146,6 +156,19 @@ def run_ours(
         steps.begun = time.perf_counter()
         run(config, name, [key.split("=")[0] for key in keys])
     return steps
+
+
+def count_steps(meter: SpeedMeter, steps: Steps) -> None:
+    """Let a run's meter write the operations of each step down."""
+    add = meter.add
+
+    def add_counted(batches: Sequence[tuple[BatchStats, int, int]]) -> None:
+        """Count, and do as usual."""
+        if (flops := meter.flops) is not None:
+            steps.flops.append(sum(flops.total(*batch, 1) for batch in batches))
+        add(batches)
+
+    meter.add = add_counted
 
 
 def data_keys(records: Path) -> list[str]:

@@ -26,6 +26,7 @@ from benchmarks import (
     memory,
     overhead,
     peers,
+    preference,
     pretrain,
     serving,
     start,
@@ -95,6 +96,29 @@ def test_records_on_disk_are_as_long_as_they_were_drawn(folder: Path):
         assert sum(label != -100 for label in sample["labels"]) == sum(label != -100 for label in blank["labels"])
         assert ("pixel_values" in sample) == ("pixel_values" in blank)
     assert counting.sample_stats(samples) == counting.sample_stats(expected)
+
+
+def test_pairs_are_written_with_their_chosen_replies_alone(tmp_path: Path):
+    path = preference.write_pairs(tmp_path / "pairs", 3, TINY)
+    pairs, chosen = (json.loads((path.parent / name).read_text()) for name in ("pairs.json", "chosen.json"))
+    assert len(pairs) == len(chosen) == len(list((path.parent / "images").iterdir())) == 3
+    for pair, record in zip(pairs, chosen, strict=True):
+        assert [turn["value"] for turn in record["conversations"]] == [f"<image>\n{pair['question']}", pair["chosen"]]
+        assert pair["chosen"] != pair["rejected"]
+
+
+def test_preference_steps_are_compared_with_what_counting_predicts():
+    steps = {"shared": (2.0, 10.0), "TRL": (4.0, 0.0), "cached": (1.1, 8.0), "finetune": (0.5, 4.0)}
+    measured = {
+        name: preference.Measured([time] * 2, [flops] * 2 if flops else [], [0.7, 0.6], 1.0)
+        for name, (time, flops) in steps.items()
+    }
+    rows = preference.make_rows(measured, preference.Size())
+    assert [round(row.ratio, 6) for row in rows] == [2.0, 1.1]
+    assert all(row.holds for row in rows)
+    measured["TRL"].norm = 1.01
+    with pytest.raises(SystemExit, match="do not compute the same"):
+        preference.check_agreement(measured, ["shared", "TRL"])
 
 
 def test_both_programs_have_the_same_weights_and_kernels(folder: Path):

@@ -34,6 +34,7 @@ PAGES = (
     "docs/recipes.md",
     "docs/lora.md",
     "docs/heads.md",
+    "docs/preference.md",
     "docs/evaluation.md",
     "docs/checkpoints.md",
     "docs/inference.md",

@@ -22,6 +22,7 @@ from tests.tiny_parts import Parts, picture
 from vlm.config.schema import SourceConfig
 from vlm.config.shown import presentable
 from vlm.data.dataset import Skipped, encode_sample
+from vlm.data.encoding.preference import PreferenceEncoder
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.pairs.encoder import PairEncoder
@@ -49,6 +50,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "question": {"image": "a.png", "question": "what?", "choices": ["cat", "dog"], "answer": "cat", "answers": ["a"]},
     "head": {"source": "s", "images": ["a.png"], "conversations": ["<image> is it?", "yes"], "label": 1},
     "pair": {"query": {"text": "a cat", "image": "a.png"}, "positive": "an animal", "negatives": ["a plate"]},
+    "preference": {"image": "a.png", "prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": "a dog", "label": None},
     "labelled": {"image": "a.png", "prompt": "is it?", "label": "yes", "group": "g"},
     "alpaca": {"instruction": "say", "input": "x", "output": "y", "history": [], "images": ["a.png"]},
     "cauldron": {"images": ["a.png"], "texts": [{"user": "what?", "assistant": "a cat"}]},
@@ -129,7 +131,10 @@ def sources(parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     picture().save(root / "images" / "a.png")
     encoder = SampleEncoder(parts.processor(), 400, truncate=False)
     prompts = PromptEncoder(encoder.processor, 400, truncate=False)
-    encoders = {"labelled": prompts, "pair": PairEncoder(encoder.processor, 400, truncate=False)}
+    encoders = {
+        "labelled": prompts, "pair": PairEncoder(encoder.processor, 400, truncate=False),
+        "preference": PreferenceEncoder(encoder.processor, 400, truncate=False),
+    }  # fmt: skip
     made = {}
     for name in FORMATS:
         config = SourceConfig(path=str(root / "x.jsonl"), format=name, image_folder=str(root / "images"))

@@ -32,7 +32,7 @@ NEEDS_RATE = "a positive number is needed, since trainer.unfreeze"
 REFUSALS = {
     "format": (
         ["dataset.format=lava"],
-        "dataset.format=lava: allowed are llava, messages, caption, question, head, pair, labelled, alpaca, cauldron, ",
+        "dataset.format=lava: allowed are llava, messages, caption, question, head, pair, preference, labelled, ",
     ),
     "template": (["dataset.template=v2"], "dataset.template=v2: allowed are "),
     "template file": (["dataset.template=no/own.jinja"], "dataset.template=no/own.jinja: no such file (seen from "),

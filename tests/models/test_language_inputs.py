@@ -75,6 +75,19 @@ def test_samples_of_a_packed_row_have_the_positions_that_they_have_alone():
     assert torch.equal(packed, torch.cat(alone, dim=2))
 
 
+def test_replies_behind_a_shared_prompt_have_the_positions_that_they_have_alone():
+    prompts, replies = (ROWS[0], ROWS[2]), (2, 4, 3)
+    packed, text, alone = [], [], []
+    for prompt, grids in zip(prompts, (GRIDS[:2], []), strict=True):
+        for number, reply in enumerate(replies):
+            start = len(prompt) if number else 0
+            packed += (prompt + [1] * reply)[start:]
+            text.append(torch.arange(start, len(prompt) + reply))
+            alone.append(grid_positions(torch.tensor([prompt + [1] * reply]), grids, IMAGE)[:, :, start:])
+    positions = grid_positions(torch.tensor([packed]), GRIDS[:2], IMAGE, None, torch.cat(text)[None])
+    assert torch.equal(positions, torch.cat(alone, dim=2))
+
+
 def test_images_side_by_side_are_told_apart():
     ids = torch.tensor([row((2, 2), (2, 2))])
     positions = grid_positions(ids, [(2, 2), (2, 2)], IMAGE)

@@ -2,7 +2,8 @@
 
 `flash_attention_2` reads where samples begin by itself; `flex_attention` and `eager` make block masks of the restarted
 positions. A mask would have `sdpa` compute all of a row's products, most of them for nothing: here each sample is
-attended to alone, on GPUs through PyTorch's flash kernels for samples of different lengths.
+attended to alone, on GPUs through PyTorch's flash kernels for samples of different lengths. Samples that share a prompt
+attend to its keys too: these are copied before the keys of each, so that both are causal, aligned at their ends.
 """
 
 from collections.abc import Iterator
@@ -17,18 +18,27 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 PACKED_ATTENTION = "vlm_packed"
 """The name that it is registered under; transformers makes masks for its own names only."""
 
+Sizes = tuple[Tensor, Tensor, int, int]
+"""Where samples begin, in queries and in keys, and the number of queries and of keys of the longest."""
+
 
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, **kwargs: object,
+    cu_seq_lens_q: Tensor | None = None, max_length_q: int | None = None, cu_seq_lens_k: Tensor | None = None,
+    max_length_k: int | None = None, key_index: Tensor | None = None, **kwargs: object,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """Causal attention of one row whose samples begin at `cu_seq_lens_q`: `(1, heads, T, dim) -> (1, T, heads, dim)`.
+
+    With `key_index`, the keys of samples are those at these places, and begin at `cu_seq_lens_k`.
 
     Raises:
         ValueError: the language model does not pass on where samples begin, or needs more than this computes.
     """
-    if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
+    if key_index is None:
+        cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
+    sizes = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
+    if any(size is None for size in sizes) or attention_mask is not None:
         raise ValueError(
             f"trainer.packing=true: {type(module).__name__} does not tell its attention where samples begin; choose "
             "model.attn_implementation=eager, or trainer.packing=false"
@@ -39,19 +49,22 @@ def packed_attention(
                 f"trainer.packing=true: {type(module).__name__} has {name}, which only model.attn_implementation=eager "
                 "or flash_attention_2 compute"
             )
-    _check_window(module, sliding_window, max_length_q)
+    sizes = cast(Sizes, sizes)
+    _check_window(module, sliding_window, sizes[-1])
     if torch.is_autocast_enabled(query.device.type):  # rotations may have widened two of the three
         half = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(half), key.to(half), value.to(half)
+    if key_index is not None:
+        key, value = (states.index_select(2, key_index) for states in (key, value))
     if _supports_varlen_kernel(query) and not dropout:
-        starts = cu_seq_lens_q
-        output = _varlen_attention(query, key, value, starts, max_length_q, scaling=scaling, window=sliding_window)
-        return output, None
+        return _varlen_attention(query, key, value, sizes, scaling=scaling, window=sliding_window), None
     outputs = []
-    lengths = cu_seq_lens_q.diff().tolist()
-    samples = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    lengths, key_lengths = (starts.diff().tolist() for starts in sizes[:2])
+    samples = zip(
+        query.split(lengths, dim=2), *(states.split(key_lengths, dim=2) for states in (key, value)), strict=True
+    )
     for q, k, v in samples:  # out of a split, whose gradient is one concatenation
-        mask = _sliding_window_mask(q.shape[2], sliding_window, query)
+        mask = _sample_mask(q.shape[2], k.shape[2], sliding_window, query)
         output, _ = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=True)
         outputs.append(output)
     return torch.cat(outputs, dim=1), None
@@ -87,14 +100,13 @@ def _supports_varlen_kernel(query: Tensor) -> bool:
 
 
 def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, max_length: int, *, scaling: float | None,
+    query: Tensor, key: Tensor, value: Tensor, sizes: Sizes, *, scaling: float | None,
     window: int | None,
 ) -> Tensor:  # fmt: skip
     """Return the same by one kernel for all samples."""
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10 or newer
 
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # (T, heads, dim)
-    sizes = starts, starts, max_length, max_length
     left = -1 if window is None else window - 1
     enable_gqa = q.shape[1] != k.shape[1]
     output = varlen_attn(q, k, v, *sizes, scale=scaling, window_size=(left, 0), enable_gqa=enable_gqa)
@@ -102,24 +114,31 @@ def _varlen_attention(
     return output[None]
 
 
-def _sliding_window_mask(length: int, window: int | None, like: Tensor) -> Tensor | None:
-    """Return a sample's mask `(1, 1, T, T)` where tokens see no further back than a window; None: they see all."""
-    if window is None or length <= window:
+def _sample_mask(length: int, num_keys: int, window: int | None, like: Tensor) -> Tensor | None:
+    """Return a sample's mask `(1, 1, T, keys)`, of whose keys the last T are its own tokens'.
+
+    None where tokens see all before them, in a sample that has no other keys: kernels compute that without a mask.
+    """
+    is_whole = window is None or num_keys <= window
+    if is_whole and num_keys == length:
         return None
-    positions = torch.arange(length, device=like.device)
-    distance = positions[:, None] - positions[None, :]
-    return ((distance >= 0) & (distance < window))[None, None]
+    positions = torch.arange(num_keys, device=like.device)
+    distance = positions[num_keys - length :, None] - positions[None, :]
+    return ((distance >= 0) & (distance < (num_keys if window is None else window)))[None, None]
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 
 @contextmanager
-def use_packed_attention(config: PreTrainedConfig) -> Iterator[None]:
-    """Let a language model that uses `sdpa` attend within samples, forward and backward: its layers read `config`."""
+def use_packed_attention(config: PreTrainedConfig, *, shares_prompts: bool = False) -> Iterator[None]:
+    """Let a language model that uses `sdpa` attend within samples, forward and backward: its layers read `config`.
+
+    With `shares_prompts`, one that uses `flash_attention_2` does so too, which reads no `key_index`.
+    """
     before = config._attn_implementation
     settable = cast(Any, config)
-    if before == "sdpa":
+    if before == "sdpa" or (shares_prompts and before == "flash_attention_2"):
         settable._attn_implementation = {"": PACKED_ATTENTION}  # a mapping: configurations nested in it keep theirs
     try:
         yield

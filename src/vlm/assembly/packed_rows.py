@@ -1,6 +1,7 @@
 """Packed rows and the model: the positions that it uses, and the proof that the samples of a row stay apart."""
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,15 +9,17 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from vlm.assembly.logit_proofs import choose_tokens, dropout_off
 from vlm.assembly.model_interface import TrainableModel
 from vlm.assembly.numbers import bound_infinite
 from vlm.assembly.opening import shorten
 from vlm.assembly.packed_attention import use_packed_attention
 from vlm.data.batching.collator import Collator
-from vlm.data.batching.packing import SEQUENCE_STARTS, PackingCollator
-from vlm.data.dataset import Skipped
+from vlm.data.batching.packing import KEY_INDEX, SEQUENCE_STARTS, PackingCollator
+from vlm.data.batching.shared_prompt import BranchMerger
+from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import Processor, SampleInputs
-from vlm.families.grid_positions import NUM_AXES, has_grid_positions
+from vlm.families.grid_positions import NUM_AXES, TYPES_INPUT, has_grid_positions
 
 PACKING_KEY = "trainer.packing=true:"
 """How a message begins that says why samples cannot be packed."""
@@ -26,23 +29,35 @@ def add_grid_positions(model: Any, batch: SampleInputs) -> SampleInputs:
     """Return a packed batch with the positions that its model uses: in some families four per token, `(4, 1, T)`.
 
     The first of the four is the position in the text, which keeps samples apart; the model's own code computes the
-    others, or all four, sample by sample.
+    others, or all four, sample by sample. Those of a sample behind a shared prompt go on from where the prompt ends.
     """
     if not has_grid_positions(model):
         return batch
     lengths = batch[SEQUENCE_STARTS].diff().tolist()
     rows = {
-        name: pad_sequence(list(batch[name][0].split(lengths)), batch_first=True)
-        for name in ("input_ids", "mm_token_type_ids")
+        name: pad_sequence(list(batch[name][0].split(lengths)), batch_first=True) for name in ("input_ids", TYPES_INPUT)
     }
     mask = pad_sequence([torch.ones(length, dtype=torch.long) for length in lengths], batch_first=True)
     compute = model.model.get_rope_index
     known = inspect.signature(compute).parameters.keys() - {*rows, "attention_mask"}
     positions, _ = compute(**rows, **{name: batch[name] for name in known if name in batch}, attention_mask=mask)
-    kept = positions[:, mask.bool()]
-    if len(kept) == NUM_AXES:
-        kept = torch.cat([batch["position_ids"], kept])
-    return batch | {"position_ids": kept[:, None]}
+    positions = positions[:, mask.bool()]  # (3 or 4, T)
+    if KEY_INDEX in batch:
+        positions = positions + _find_prompt_ends(batch, positions).repeat_interleave(torch.tensor(lengths), dim=1)
+    if len(positions) == NUM_AXES:
+        positions = torch.cat([batch["position_ids"], positions])
+    return batch | {"position_ids": positions[:, None]}
+
+
+def _find_prompt_ends(batch: SampleInputs, positions: Tensor) -> Tensor:
+    """Return for each sample the positions behind the prompt that it shares, 0 where it shares none: `(axes, samples)`.
+
+    The last sample before it that shares none has the prompt, and goes on there.
+    """
+    starts = batch[SEQUENCE_STARTS].long()
+    shared = batch["cu_seq_lens_k"].long().diff() - starts.diff()
+    with_prompt = torch.where(shared == 0, starts[:-1], 0).cummax(0).values
+    return positions[:, with_prompt + shared] * (shared > 0)
 
 
 @torch.no_grad()
@@ -56,20 +71,48 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
     words = [tokenizer(text, add_special_tokens=False).input_ids[:4] for text in ("one two", "red blue", "a dog runs")]
     first, other, last = words
     size = min(len(first), len(other))
-    was_training = model.training
-    model.eval()
-    try:
-        packed = [_try_packed_row(model, [before[:size], last]) for before in (first, other)]
+    with dropout_off(model):
+        packed = [_try_packed_row(model, [_make_item(before[:size]), _make_item(last)]) for before in (first, other)]
         alone = model(input_ids=torch.tensor([last], device=model.device), use_cache=False).logits[0]
-    finally:
-        model.train(was_training)
+    _compare_packed(model, "a sample", "the sample before it", [logits[size:] for logits in packed], alone)
+
+
+@torch.no_grad()
+def check_shared_prompts(model: TrainableModel, processor: Processor) -> None:
+    """Check on a few tokens that a rejected reply behind a shared prompt sees the prompt, and not the chosen reply.
+
+    Its logits have to be those behind a prompt of its own; two pairs stand in a row.
+
+    Raises:
+        ValueError: the model does not keep replies apart.
+    """
+    ids = choose_tokens(processor, 13)
+    prompt, chosen, rejected = ids[:4], ids[4:7], ids[7:9]
+    other_pair = _make_pair(ids[9:12], ids[12:], chosen)
+    start = len(prompt + chosen)
+    with dropout_off(model):
+        packed = [
+            _try_packed_row(model, [_make_pair(prompt, own, rejected), other_pair]) for own in (chosen, ids[10:13])
+        ]
+        rows = [prompt + rejected, ids[9:], ids[9:12] + chosen]
+        alone = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0] for row in rows]
+    expected = torch.cat([alone[0][len(prompt) - 1 :], alone[1], alone[2][2:]])
+    _compare_packed(model, "a reply", "the chosen one beside it", [logits[start:] for logits in packed], expected)
+
+
+def _compare_packed(model: TrainableModel, kind: str, other: str, packed: Sequence[Tensor], alone: Tensor) -> None:
+    """Compare logits of samples in two packed rows that differ in `other` with those that they have alone.
+
+    Raises:
+        ValueError: they differ; `kind` says what a sample is.
+    """
     tolerance = 1e-4 if alone.dtype == torch.float32 else 5e-2
-    after_first, after_other, alone = map(bound_infinite, (*(logits[size:] for logits in packed), alone))
+    first, second, alone = map(bound_infinite, (*packed, alone))
     tolerance *= float(alone.abs().max())
-    if not float((after_first - after_other).abs().max()) <= tolerance * 1e-2:
-        problem = "a sample's logits depend on the sample before it"
-    elif not float((after_first - alone).abs().max()) <= tolerance:
-        problem = "a sample's logits are not those that it has alone"
+    if not float((first - second).abs().max()) <= tolerance * 1e-2:
+        problem = f"{kind}'s logits depend on {other}"
+    elif not float((first - alone).abs().max()) <= tolerance:
+        problem = f"{kind}'s logits are not those that it has alone"
     else:
         return
     text = model.config.get_text_config()
@@ -79,10 +122,24 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
     )
 
 
-def _try_packed_row(model: TrainableModel, samples: list[list[int]]) -> Tensor:
+def _make_item(ids: list[int], num_unsupervised: int = 1) -> SampleInputs:
+    """Return ids as a sample, the last of them supervised."""
+    labels = [IGNORE_INDEX] * num_unsupervised + ids[num_unsupervised:]
+    return {"input_ids": ids, "labels": labels, TYPES_INPUT: torch.zeros(len(ids), dtype=torch.long)}
+
+
+def _make_pair(prompt: list[int], chosen: list[int], rejected: list[int]) -> SampleInputs:
+    """Return a prompt with two replies as one sample."""
+    sides = (_make_item(prompt + reply, len(prompt)) for reply in (chosen, rejected))
+    merged = BranchMerger(tokens=(TYPES_INPUT,)).merge(list(sides))
+    assert merged is not None, "they share all tokens of the prompt but the last"
+    return merged
+
+
+def _try_packed_row(model: TrainableModel, items: list[SampleInputs]) -> Tensor:
     """Return `_packed_row_logits`; raise ValueError with the key where the model's code has no packed rows."""
     try:
-        return _packed_row_logits(model, samples)
+        return _packed_row_logits(model, items)
     except (AttributeError, TypeError, LookupError, ValueError, NotImplementedError) as error:
         if str(error).startswith(PACKING_KEY):
             raise
@@ -93,14 +150,10 @@ def _try_packed_row(model: TrainableModel, samples: list[list[int]]) -> Tensor:
         ) from error
 
 
-def _packed_row_logits(model: TrainableModel, samples: list[list[int]]) -> Tensor:
+def _packed_row_logits(model: TrainableModel, items: list[SampleInputs]) -> Tensor:
     """Return logits `(T, vocabulary)` of samples in one row."""
-    items: list[SampleInputs | Skipped] = [
-        {"input_ids": ids, "labels": ids, "mm_token_type_ids": torch.zeros(len(ids), dtype=torch.long)}
-        for ids in samples
-    ]
-    collate = PackingCollator(Collator(0, tokens=("mm_token_type_ids",)))
+    collate = PackingCollator(Collator(0, tokens=(TYPES_INPUT,)))
     batch = add_grid_positions(model, {**collate(items)})
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "mm_token_type_ids")}
-    with use_packed_attention(model.config.get_text_config()):
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", TYPES_INPUT)}
+    with use_packed_attention(model.config.get_text_config(), shares_prompts=KEY_INDEX in batch):
         return model(**send_to_device(inputs, model.device), use_cache=False).logits[0]

@@ -124,6 +124,13 @@ PRIVATE_NAMES = {
             "torch.nn.modules.batchnorm", "_NormBase", "modules with batch norm encode equal images one by one"
         ),
     ),
+    "peft": (
+        PrivateName(
+            "peft.tuners.tuners_utils:BaseTunerLayer",
+            "_disable_adapters",
+            "the reference of preferences is the model without its adapters, whose gradients stay on (set)",
+        ),
+    ),
     "deepspeed": (
         PrivateName(ZERO3_INIT, "ds_numel", "parameters that ZeRO-3 shards are counted"),
         PrivateName(ZERO3_INIT, "ds_shape", "parameters that ZeRO-3 shards are counted"),

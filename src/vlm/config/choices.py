@@ -93,3 +93,14 @@ HEAD_METRICS = {
 """Task of a prediction head -> metrics of its outputs, besides the loss."""
 CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded")
 """Caches of keys and values, as transformers calls them."""
+
+PREFERENCE_LOSSES = ("dpo", "robust", "ipo", "hinge", "apo_zero", "simpo", "orpo", "kto")
+"""Values of `trainer.preference.loss`."""
+REFERENCE_FREE_LOSSES = ("simpo", "orpo")
+"""Those that compare with no reference model."""
+REFERENCES = ("auto", "cached", "adapter", "copy", "none")
+"""Values of `trainer.preference.reference`."""
+PREFERENCE_METRICS = ("reward_chosen", "reward_rejected", "margin", "reward_accuracy", "kl")
+"""What is logged of each step of preferences, and measured on evaluation records besides their loss."""
+REJECTED_IMAGES = ("same", "blank", "cropped")
+"""Values of `trainer.preference.rejected_image`."""

@@ -1,8 +1,9 @@
 """Every key that a run's YAML or command line may set, with its type, its default and what it means.
 
-A new key is a field here or in `model_schema.py`, with its default, its bounds or choices (`metadata`, see `rules.py`)
-and a docstring, which says what `null` means; `make docs` lists all of them in `docs/configuration.md`. Imports no
-torch, so that a mistyped key is refused in a second, and no omegaconf, which cannot be installed beside lmms-eval.
+A new key is a field here, in `model_schema.py` or in `preference_schema.py`, with its default, its bounds or choices
+(`metadata`, see `rules.py`) and a docstring, which says what `null` means; `make docs` lists all of them in
+`docs/configuration.md`. Imports no torch, so that a mistyped key is refused in a second, and no omegaconf, which cannot
+be installed beside lmms-eval.
 
 The keys of `transformers.TrainingArguments` are not copied: they are read out of its source (`training_fields.py`), so
 whatever the installed version takes can be set as `trainer.<name>`.
@@ -25,6 +26,7 @@ from vlm.config.choices import (
     THINKING_MODES,
 )
 from vlm.config.model_schema import ModelConfig, Options
+from vlm.config.preference_schema import PreferenceOptions
 from vlm.config.reach import is_packaged_deepspeed, is_start_word, training_argument_reach
 from vlm.config.rules import (
     above,
@@ -146,8 +148,9 @@ class TrainerOptions:
             """Return the value of a field of `TrainingArguments`, which `TrainerConfig` gets when it is made."""
 
     objective: str | None = field(default=None, metadata=imports_unless(is_plain_name))
-    """What the model learns: `generation` (replies), `prediction` (labels or numbers, by heads), or an objective of
-    yours, `package.module:Class`; null: `prediction` where there is a head (`model.head.task`), else `generation`."""
+    """What the model learns: `generation` (replies), `prediction` (labels or numbers, by heads), `embedding` (vectors),
+    `preference` (which of two replies is better), or an objective of yours, `package.module:Class`; null: `prediction`
+    where there is a head (`model.head.task`), else `generation`."""
     output_dir: str | None = field(default=None, metadata=FOLDER)
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
@@ -174,6 +177,7 @@ class TrainerOptions:
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
     weight_decay: WeightDecayConfig = field(default_factory=WeightDecayConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     deepspeed: Any = field(
         default=None, metadata=reads_outside("has settings of its own, which can name files", is_packaged_deepspeed)
     )

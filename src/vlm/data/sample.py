@@ -289,6 +289,8 @@ class Sample:
         tools: the tools that the assistant may call, in OpenAI's form, as chat templates read them.
         objects: its boxes, points and time spans, for which marks stand in its texts until they are written as the
             model writes them (`coordinates.writing`).
+        rejected: the conversation that a model should prefer this one to, see `records.preferences`; None: there is
+            none.
     """
 
     id: str
@@ -298,11 +300,14 @@ class Sample:
     references: tuple[str, ...] = ()
     tools: tuple[Record, ...] = ()
     objects: tuple[MarkedObject, ...] = ()
+    rejected: "Sample | None" = None
 
     def __post_init__(self):
         if (place := self._surrogate_place()) is not None:
             raise BadSample(self.id, f"{place} {HALF_PAIR}")
         media = [part for turn in self.turns for part in turn.content if not isinstance(part, str)]
+        if self.rejected is not None and self.rejected.media != media:
+            media += self.rejected.media
         object.__setattr__(self, "_media", media)
 
     def _surrogate_place(self) -> str | None:
@@ -336,8 +341,19 @@ class Sample:
 
     @property
     def media(self) -> list[ImageRef | VideoRef]:
-        """All images and videos, in the order of the text."""
+        """All images and videos, in the order of the text; behind them those of `rejected`, where it has others."""
         return vars(self)["_media"]
+
+    @property
+    def chosen(self) -> "Sample":
+        """The sample without the conversation that it is preferred to."""
+        return self if self.rejected is None else replace(self, rejected=None)
+
+    def map_sides(self, change: Callable[["Sample"], "Sample"]) -> "Sample":
+        """Return the sample changed, and so what it is preferred to, where it has such a conversation."""
+        if self.rejected is None:
+            return change(self)
+        return replace(change(self.chosen), rejected=change(self.rejected))
 
     @property
     def replies(self) -> list[Turn]:

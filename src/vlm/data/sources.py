@@ -122,7 +122,10 @@ class Source:
         Raises:
             BadSample: it cannot be used.
         """
-        sample = self.parse(record)
+        return self.parse(record).map_sides(self._prepare)
+
+    def _prepare(self, sample: Sample) -> Sample:
+        """Return a conversation as the model reads it, see `read`."""
         prompt, processor = self.config.system_prompt, self.encoder.processor
         if prompt and sample.turns[0].role != "system":
             sample = replace(sample, turns=(Turn("system", (prompt,)), *sample.turns))
@@ -140,7 +143,7 @@ class Source:
         if isinstance(record, BadSample):
             raise record
         try:
-            sample = self._reader(record, self.folder).without_blank_replies()
+            sample = self._reader(record, self.folder).map_sides(Sample.without_blank_replies)
             if not self.config.follow_links:
                 check_links(sample, self.folder)
             return sample

@@ -218,7 +218,8 @@ class TokenCounter:
         Raises:
             BadSample: it cannot be used.
         """
-        if sample.media or sum(len(str(part)) for turn in sample.turns for part in turn.content) > LONGEST_REMEMBERED:
+        is_long = sum(len(str(part)) for turn in sample.turns for part in turn.content) > LONGEST_REMEMBERED
+        if sample.media or sample.rejected is not None or is_long:
             return self._count(sample, sizes)
         try:
             known = self._known.get(sample.turns)

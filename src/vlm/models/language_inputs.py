@@ -50,7 +50,8 @@ def grid_positions(
         grids: rows and columns of tokens of each image of the batch, in order.
         image_token_id: the id of placeholders.
         mask: `(B, T)`, 0 at padding.
-        text_positions: `(B, T)`, which begin anew with each sample of a packed row; None: counted from `mask`.
+        text_positions: `(B, T)`, which begin anew with each sample of a packed row, at 0 or behind a prompt that it
+            shares with the sample before it; None: counted from `mask`.
     """
     is_image = input_ids == image_token_id
     is_token = torch.ones_like(is_image) if mask is None else mask.bool()
@@ -63,10 +64,23 @@ def grid_positions(
     advance[is_image] = steps
     advance = advance * is_token
     before = advance.cumsum(1) - advance
-    starts = torch.where(text_positions == 0, torch.arange(input_ids.shape[1], device=input_ids.device), 0)
-    begins = before.gather(1, starts.cummax(1).values)  # what stands before the first token of each sample
-    positions = (before - begins + within) * is_token
-    return torch.cat([text_positions.expand(input_ids.shape)[None], positions])
+    text_positions = text_positions.expand(input_ids.shape)
+    positions = (before - _count_before_samples(before, text_positions) + within) * is_token
+    return torch.cat([text_positions[None], positions])
+
+
+def _count_before_samples(before: Tensor, text_positions: Tensor) -> Tensor:
+    """Return of what stands before each token what is no part of its sample: `(B, T), (B, T) -> (B, T)`.
+
+    A sample that shares a prompt goes on where the prompt ends, in the sample before it.
+    """
+    index = torch.arange(before.shape[1], device=before.device).expand(before.shape)
+    is_restart = text_positions.diff(dim=1, prepend=text_positions[:, :1] - 1) != 1
+    starts = torch.where(is_restart, index, 0).cummax(1).values
+    with_prompt = torch.where(text_positions == 0, index, 0).cummax(1).values  # where the sample with the prompt starts
+    shared = text_positions.gather(1, starts) - text_positions.gather(1, with_prompt)
+    prompt = before.gather(1, with_prompt + shared) - before.gather(1, with_prompt)
+    return before.gather(1, starts) - prompt
 
 
 def _image_places(grids: Sequence[Grid], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from vlm.train.random_state import with_own_generator
 from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.step.best_fit_loader import make_best_fit_loader
 from vlm.train.step.packing import make_step_packing
-from vlm.train.step.step_packing import StepPacking, StepSampler, supervised_weights
+from vlm.train.step.step_packing import BatchesOfEpoch, StepPacking, StepSampler, supervised_weights
 from vlm.train.stream_positions import StreamEpoch, StreamPositions
 
 NumItems = Tensor | int | None
@@ -65,7 +65,7 @@ class BatchTrainer(InterruptibleTrainer):
     options: TrainerOptions
     packing: bool
     on_skipped: Callable[[list[Skipped], int], None]
-    sampler: Sampler[int] | PackSampler | StepSampler | None = None
+    sampler: Sampler[int] | PackSampler | StepSampler | BatchesOfEpoch | None = None
     step_packing: StepPacking | None = None
     stream_positions: StreamPositions | None = None
 
@@ -134,11 +134,15 @@ class BatchTrainer(InterruptibleTrainer):
         return batches, number.where(number > 0, 1) if isinstance(number, Tensor) else number
 
     def _get_num_items_in_batch(self, batch_samples: list[Inputs], device: torch.device) -> NumItems:
-        """As usual; a supervised token whose reply has a weight counts as often as that says."""
+        """Count what the objective counts; a supervised token of a reply with a weight counts as often as that says."""
         is_text = bool(batch_samples) and isinstance(batch_samples[0].get("labels"), Tensor)
         if not (self.model_accepts_loss_kwargs and is_text):
             return super()._get_num_items_in_batch(batch_samples, device)
-        number = torch.stack([supervised_weights(batch).sum() for batch in batch_samples]).sum().to(device)
+        counts = [
+            supervised_weights(batch).sum() if (count := self.objective.count_items(batch)) is None else count
+            for batch in batch_samples
+        ]
+        number = torch.stack(counts).sum().to(device)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             number = self.accelerator.gather(number).sum()
         return number

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedConfig
 
@@ -20,7 +20,9 @@ from vlm.train.distributed import on_rank0
 log = logging.getLogger(__name__)
 
 
-def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: Processor) -> Verdicts:
+def check_family(
+    config: RunConfig, model_config: PreTrainedConfig, processor: Processor, packing: Sequence[str] = ("packing",)
+) -> Verdicts:
     """Refuse a run whose model is of a family that fails its trial; every rank calls it. Composed models pass.
 
     Returns:
@@ -31,6 +33,7 @@ def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: P
         config: the run's configuration.
         model_config: the configuration of its model, without prediction heads.
         processor: the run's processor.
+        packing: the proofs that packed rows need.
 
     Raises:
         ValueError: see `check_verdicts`.
@@ -56,7 +59,7 @@ def check_family(config: RunConfig, model_config: PreTrainedConfig, processor: P
 
     verdicts = on_rank0(try_it)
     label = _make_label(config, model_config)
-    check_verdicts(verdicts, label, unproved=config.model.unproved, packing=config.trainer.packing)
+    check_verdicts(verdicts, label, unproved=config.model.unproved, packing=packing if config.trainer.packing else ())
     return verdicts
 
 

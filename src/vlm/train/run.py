@@ -58,7 +58,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if args.world_size > 1 and shards_weights(config.trainer):
         check_same_calls(model_config)
     check_same_setup(config)
-    verdicts = check_family(config, model_config, processor)
+    verdicts = check_family(config, model_config, processor, objective.packing_proofs)
     if args.local_process_index == 0 and config.trainer.deepspeed:
         release_stale_locks(extensions_folder())
     args.output_dir = str(folder := choose_directory(config, name))

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from vlm.assembly.adapter_base import make_base
 from vlm.assembly.packed_attention import use_packed_attention
+from vlm.data.batching.packing import KEY_INDEX
 from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
 from vlm.train.batches import BatchTrainer, NumItems
@@ -137,8 +138,8 @@ class VLMTrainer(BatchTrainer):
         if self.on_first_batch is not None:
             self.on_first_batch(rows[0] if rows else last)
             self.on_first_batch = None
-        attention = use_packed_attention(self.model.config.get_text_config()) if self.packing else nullcontext()
-        with attention:
+        config, shares = self.model.config.get_text_config(), any(KEY_INDEX in row for row in (*rows, last))
+        with use_packed_attention(config, shares_prompts=shares) if self.packing else nullcontext():
             losses = []
             for row in rows:
                 with without_gradient_exchange(self.accelerator, model):

@@ -54,6 +54,13 @@ def test_samples_of_a_packed_row_that_see_each_other_are_found():
     check_fails("packing", subject, "in a packed row, the logits of sample 2 differ")
 
 
+def test_replies_behind_a_shared_prompt_that_see_each_other_are_found():
+    check_proved("pairs", make_subject())
+    check_fails(
+        "pairs", leak(make_subject(), add_tokens_before), "behind a shared prompt, the logits of sample 2 differ"
+    )
+
+
 def test_generation_that_forgets_is_found():
     subject = make_subject()
     check_proved("generation", subject)
@@ -63,3 +70,4 @@ def test_generation_that_forgets_is_found():
 @pytest.mark.parametrize("name", UNPACKED)
 def test_families_whose_masks_join_samples_cannot_be_packed(name: str):
     check_fails("packing", make_subject(name), "")
+    check_fails("pairs", make_subject(name), "")

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
-from vlm.data.batching.packing import PackingCollator
+from vlm.data.batching.packing import BRANCHES, KEY_INDEX, Branches, PackingCollator
 from vlm.data.batching.stats import BATCH_STATS
 from vlm.data.dataset import Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
@@ -63,3 +63,27 @@ def test_inputs_of_rows_and_of_tokens_follow():
     batch = PackingCollator(Collator(0, rows=("pixel_values",), tokens=("kinds",)))(rows)
     assert batch["pixel_values"].shape == (1, 4, 3, 2, 2)  # the second sample's is filled up with a blank one
     assert batch["kinds"].tolist() == [[0, 1, 2, 0, 1]]
+
+
+def test_branches_stand_one_behind_the_other_and_attend_to_their_prompt():
+    branching = item(5, 6, 7, 6, 8, 8, 6, 9, pixels=1) | {BRANCHES: Branches(1, (2, 3, 2))}
+    batch = PackingCollator(Collator(0, with_stats=True))([item(3, 4), branching, item(2, 2, 2)])
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7, 6, 8, 8, 6, 9, 2, 2, 2]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 1, 2, 3, 1, 2, 0, 1, 2]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2, 5, 8, 10, 13]
+    assert batch["cu_seq_lens_k"].tolist() == [0, 2, 5, 9, 12, 15]
+    assert batch[KEY_INDEX].tolist() == [0, 1, 2, 3, 4, 2, 5, 6, 7, 2, 8, 9, 10, 11, 12]
+    assert (batch["max_length_q"], batch["max_length_k"]) == (3, 4)
+    assert BRANCHES not in batch
+    pairs_of_tokens = 3 + 6 + (3 * 4 // 2 + 3) + (2 * 3 // 2 + 2) + 6
+    stats = batch[BATCH_STATS]
+    assert (stats.squared_lengths + stats.tokens) / 2 == pairs_of_tokens
+
+
+def test_a_dummy_does_not_shift_branches():
+    dummy = ([1, 2, 2], {"pixel_values": torch.zeros(1, 3, 2, 2)})
+    branching = item(5, 6, 7, 6, 8) | {BRANCHES: Branches(1, (2, 2))}
+    batch = PackingCollator(Collator(0, dummy))([item(3, 4), branching])  # the dummy stands behind the shorter one
+    assert batch["input_ids"].tolist() == [[3, 4, 1, 2, 2, 5, 6, 7, 6, 8]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0, 1, 2, 1, 2]]
+    assert batch[KEY_INDEX].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 5, 8, 9]

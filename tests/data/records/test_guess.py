@@ -38,6 +38,12 @@ READ: dict[str, tuple[dict[str, Any], str]] = {
         {"query": "what?", "response": "that"},
         "dataset.format=question dataset.options.question_key=query dataset.options.answer_key=response",
     ),
+    "pairs of replies": ({"prompt": "what?", "chosen": "that", "rejected": "b"}, "dataset.format=preference"),
+    "ms-swift's pairs": ({"messages": ROLES, "rejected_response": "b"}, "dataset.format=preference"),
+    "replies with labels": (
+        {"prompt": "what?", "completion": "that", "label": True},
+        "dataset.format=preference",
+    ),
     "labels": (
         {"image": "a.png", "prompt": "what?", "class": "that"},
         "dataset.format=labelled dataset.options.label_key=class",
@@ -81,10 +87,6 @@ UNREAD = {
     "boxes": (
         {"image": "a.png", "boxes": [[1, 2, 3, 4]], "labels": [1]},
         "a detection export (`boxes`): write its boxes as `objects` of records",
-    ),
-    "preferences": (
-        {"prompt": "what?", "chosen": "a", "rejected": "b"},
-        "a chosen and a rejected reply: no format reads",
     ),
     "addresses": ({"url": "https://example.com/a.png", "caption": "a"}, "vlm data download fetches"),
     "turns elsewhere": ({"dialog": TURNS}, "its key has to be `conversations`, not `dialog`"),

@@ -36,6 +36,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     "cauldron": {"texts": [{"user": "what?", "assistant": "that"}]},
     "minicpm": {"conversations": chat("what?")},
     "pair": {"query": "what?", "positive": "that"},
+    "preference": {"question": "what?", "chosen": "that", "rejected": "this"},
 }
 """A record of every form."""
 
@@ -57,8 +58,8 @@ REFUSED = {
 def test_a_key_that_changes_what_is_learned_is_refused_by_name(name: str, key: str, folder: Path):
     if (name, key) == ("alpaca", "history") or (key == "objects" and name not in ("labelled", "pair")):
         return  # the forms that read it
-    if name in ("llava", "messages") and key in ("tools", "functions"):
-        return  # the two that read them
+    if name in ("llava", "messages", "preference") and key in ("tools", "functions"):
+        return  # those that read them
     record = {"id": 7, **RECORDS[name], key: REFUSED[key]}
     with pytest.raises(BadSample) as caught:
         FORMATS[name](record, folder)
@@ -254,7 +255,7 @@ def test_items_of_video_urls_are_videos(folder: Path):
 def test_words_of_a_record_are_no_marks(name: str, folder: Path):
     """With an image and, in the forms that need none, without one."""
     asked = "What does the HTML tag <image> do, and <video>?"
-    keys = {"caption": "caption", "question": "question", "labelled": "prompt"}
+    keys = {"caption": "caption", "question": "question", "labelled": "prompt", "preference": "question"}
     shown = {"llava": f"<image>\n{asked}", "messages": f"<image>\n{asked}"}.get(name, asked)
     for text, image in ((asked, None), (shown, "a.png")):
         values = {"llava": [{"from": "human", "value": text}], "head": [text, "yes"]}

@@ -491,7 +491,7 @@ def test_label_studio_without_what_it_needs(
 
 
 def test_every_form_is_converted_and_every_option_has_a_flag():
-    assert set(FORMATS) - {"pair"} <= set(CONVERSIONS), "members of a pair are no conversation"
+    assert set(FORMATS) - {"pair", "preference"} <= set(CONVERSIONS), "these are several conversations in one"
     assert {one.form for one in CONVERSIONS.values()} <= set(FORMATS)
     own = {name for one in CONVERSIONS.values() for name in keyword_parameters(one.records)}
     known = {name for one in CONVERSIONS.values() for name in one.options}

@@ -47,6 +47,25 @@ def test_records_of_these_numbers_and_what_is_wrong_with_them(words, capsys):
         main(["data", "show", "--records", "26", *words])
 
 
+def test_both_sides_of_a_preference_are_shown(common: list[str], tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    picture().save(tmp_path / "a.png")
+    record = {"image": "a.png", "question": "what?", "chosen": "a red square", "rejected": "no <b>"}
+    (tmp_path / "pairs.json").write_text(json.dumps([record]))
+    words = [*common, "dataset.path=pairs.json", "dataset.image_folder=.", "dataset.template=chatml"]
+    main(["data", "show", "--output", "a.html", "-cn", "preference-smol", *words])
+    said = capsys.readouterr().out
+    assert "   chosen:\n" in said.partition("   rejected:\n")[0]
+    assert "【a red square<|im_end|>】" in said
+    assert "【no <b><|im_end|>】" in said
+    assert said.count("supervised") == 2
+    page = (tmp_path / "a.html").read_text()
+    assert "<h3>chosen</h3>" in page
+    assert "<mark>no &lt;b&gt;&lt;|im_end|&gt;</mark>" in page.partition("<h3>rejected</h3>")[2]
+    main(["data", "show", "-cn", "preference-smol", *words, "trainer.preference.rejected_image=blank"])
+    assert "the rejected side sees other images" in capsys.readouterr().out
+
+
 def test_what_is_not_learned_of_a_record_is_told(words, tmp_path: Path, capsys):
     asked, bad = {"from": "human", "value": "what?"}, {"from": "gpt", "value": "bad reply", "weight": 0}
     good = {"from": "gpt", "value": "good reply", "mood": "x"}

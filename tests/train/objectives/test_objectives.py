@@ -18,6 +18,7 @@ from vlm.train.objectives.base import Objective
 from vlm.train.objectives.embedding import Embedding
 from vlm.train.objectives.generation import Generation
 from vlm.train.objectives.prediction import Prediction
+from vlm.train.objectives.preference import Preference
 from vlm.train.objectives.table import OBJECTIVES, make_objective
 
 SOURCE = Path(vlm.__file__).parent
@@ -129,11 +130,13 @@ def test_objectives_are_known_before_torch_is():
 
 
 @pytest.mark.parametrize("name", run_names())
-def test_runs_with_a_head_choose_its_objective(name: str):
+def test_runs_choose_the_objective_of_their_head_or_records(name: str):
     config = compose_config(name, ["dataset.path=a.json"])
     embeds = config.model.head.task == "embedding"
     kind = Embedding if embeds else Prediction if config.model.head.by_name else Generation
-    assert config.trainer.objective == {Embedding: "embedding", Prediction: "prediction", Generation: None}[kind]
+    kind = Preference if config.dataset.format == "preference" else kind
+    objectives = {Embedding: "embedding", Prediction: "prediction", Generation: None, Preference: "preference"}
+    assert config.trainer.objective == objectives[kind]
     assert type(make_objective(config)) is kind
 
 
@@ -159,7 +162,7 @@ def test_a_head_without_an_objective_is_trained():
     ("run", "overrides", "message"),
     [
         ("pretrain-smol", ["trainer.objective=other"],
-         r"trainer.objective=other: allowed are generation, prediction, embedding, or package.module:Class for your"),
+         r"other: allowed are generation, prediction, embedding, preference, or package.module:Class for your"),
         ("pretrain-smol", ["trainer.objective=no_such:Mine"],
          r"trainer.objective=no_such:Mine: No module named 'no_such'"),
         ("pretrain-smol", ["trainer.objective=json:Mine"],

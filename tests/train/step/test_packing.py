@@ -272,12 +272,12 @@ def test_a_packed_run_in_half_precision_attends_in_it(
     it rounds otherwise than the one for single samples is no reason to refuse it."""
     seen = []
 
-    def kernel(query: Any, key: Any, value: Any, starts: Any, longest: Any, **options: Any) -> torch.Tensor:
+    def kernel(query: Any, key: Any, value: Any, sizes: Any, **options: Any) -> torch.Tensor:
         seen.append({query.dtype, key.dtype, value.dtype})
         groups = query.shape[1] // key.shape[1]
         wide = [query.double(), *(one.double().repeat_interleave(groups, dim=1) for one in (key, value))]
         rows = [torch.nn.functional.scaled_dot_product_attention(*(one[:, :, a:b] for one in wide), is_causal=True)
-                for a, b in pairwise(starts.tolist())]  # fmt: skip
+                for a, b in pairwise(sizes[0].tolist())]  # fmt: skip
         return torch.cat(rows, dim=2).transpose(1, 2).to(query.dtype)
 
     monkeypatch.setattr(attention, "_supports_varlen_kernel", lambda query: query.dtype == torch.bfloat16)

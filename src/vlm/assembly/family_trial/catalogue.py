@@ -136,14 +136,17 @@ def write_markdown(tried: Mapping[str, Verdicts], file: Path) -> None:
         (f"`{name}`", *(MARKS[verdicts[proof].state] for proof in PROOFS))
         for name, verdicts in tried.items() if not is_untried(verdicts)
     ]  # fmt: skip
-    number = sum(map(passes, tried.values()))
-    packed = sum(passes(verdicts) and verdicts["packing"].state is State.PROVED for verdicts in tried.values())
+    passing = [verdicts for verdicts in tried.values() if passes(verdicts)]
+    packed, paired = (
+        sum(verdicts[proof].state is State.PROVED for verdicts in passing) for proof in ("packing", "pairs")
+    )
     lines = [
         "# What is proved of each type",
         "",
         "Written by `vlm models --check all --markdown docs/families-proved.md` on "
-        f"{date.today().isoformat()} with transformers {version('transformers')}: of {len(tried)} types, {number} pass "
-        f"all proofs that a run needs, {packed} of them `packing` too, which only `trainer.packing=true` needs; "
+        f"{date.today().isoformat()} with transformers {version('transformers')}: of {len(tried)} types, "
+        f"{len(passing)} pass all proofs that a run needs, {packed} of them `packing` too, "
+        f"which only `trainer.packing=true` needs, and {paired} `pairs`, which preferences need with it; "
         "`videos` is for runs whose records have some, and holds where frames are read as images. Each "
         "type is tried on a small model with random weights, and a processor of the type's own classes with a "
         "tokenizer and, where the classes bring none, a chat template made for the trial; a run tries the checkpoint's "

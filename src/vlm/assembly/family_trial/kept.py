@@ -3,7 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedConfig
@@ -73,22 +73,21 @@ def _without_location(value: object) -> object:
     return [_without_location(inner) for inner in value] if isinstance(value, list) else value
 
 
-def check_verdicts(verdicts: Verdicts, label: str, *, unproved: bool, packing: bool) -> None:
+def check_verdicts(verdicts: Verdicts, label: str, *, unproved: bool, packing: Sequence[str] = ()) -> None:
     """Refuse a run whose family failed a proof, or for which one could not be made.
 
     Args:
         verdicts: those of the trial.
         label: the key and the name of the model, and its type.
         unproved: whether proofs that could not be made are done without (`model.unproved`).
-        packing: whether the run packs rows (`trainer.packing`); other runs do not need that proof. That of videos is
-            left to `check_video_verdict`, once the records are known.
+        packing: the proofs that a run needs because it packs rows (`trainer.packing`); other runs do not. That of
+            videos is left to `check_video_verdict`, once the records are known.
 
     Raises:
         ValueError: which proof failed, or could not be made, and what to do.
     """
     needed = {name: verdict for name, verdict in verdicts.items() if name not in OPTIONAL}
-    if packing:
-        needed["packing"] = verdicts["packing"]
+    needed |= {name: verdicts[name] for name in packing}
     failed = {name: verdict.reason for name, verdict in needed.items() if verdict.state is State.FAILED}
     if failed and failed.keys() <= {*OPTIONAL}:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Proofs about rows: causal, the same in a batch, apart in a packed row, and generated as they are trained."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -14,12 +15,14 @@ from vlm.assembly.logit_proofs import check_causal, check_padding
 from vlm.assembly.packed_attention import use_packed_attention
 from vlm.assembly.packed_rows import add_grid_positions
 from vlm.data.batching.packing import PackingCollator
-from vlm.data.dataset import model_inputs
+from vlm.data.batching.shared_prompt import BranchMerger
+from vlm.data.dataset import Skipped, model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.processor import SampleInputs
 
 SAME = 1e-3
 """The largest difference of logits that are the same but for arithmetic in another order, over their norm."""
+REJECTED = "No"
 NUM_GENERATED = 4
 TIE = 1e-3
 """How far below the highest logit that of a generated token may be, over the highest's size."""
@@ -58,6 +61,36 @@ def prove_packing(subject: Subject) -> None:
     except ValueError as error:
         raise DisprovedError(str(error)) from error
     compare_rows(alone, packed, "in a packed row")
+
+
+@torch.no_grad()
+def prove_pairs(subject: Subject) -> None:
+    """Replies behind one prompt in a packed row have the logits that each has behind a prompt of its own."""
+    model, merger = subject.model, BranchMerger.of(subject.processor)
+    items: list[SampleInputs | Skipped] = []
+    alone, num_images = [], 0
+    for conversation in make_rows(subject, with_text=True):
+        pair = conversation, answer_otherwise(conversation)
+        merged = merger.merge(list(map(subject.make_row, pair)))
+        if merged is not None:
+            items.append(merged)
+            alone += map(subject.alone_logits, pair)
+            num_images += len(conversation.media)
+    if not num_images:
+        raise NotProvableError("two replies to a question about an image share no prompt")
+    batch = add_grid_positions(model, {**PackingCollator(subject.collate)(items)})
+    try:
+        with use_packed_attention(model.config.get_text_config(), shares_prompts=True):
+            packed = subject.reply_logits(batch)
+    except ValueError as error:
+        raise DisprovedError(str(error)) from error
+    compare_rows(alone, packed, "behind a shared prompt")
+
+
+def answer_otherwise(conversation: Conversation) -> Conversation:
+    """Return a conversation with other replies, shorter ones."""
+    turns = (replace(turn, content=(REJECTED,)) if turn.role == "assistant" else turn for turn in conversation.turns)
+    return replace(conversation, turns=tuple(turns))
 
 
 def make_rows(subject: Subject, *, with_text: bool) -> list[Conversation]:

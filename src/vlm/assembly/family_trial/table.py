@@ -8,7 +8,13 @@ from transformers import PreTrainedConfig
 from vlm.assembly.family_trial.conversations import draw_image, one_turn
 from vlm.assembly.family_trial.gradients import prove_gradients
 from vlm.assembly.family_trial.images import prove_placeholders, prove_sight, prove_videos
-from vlm.assembly.family_trial.rows import prove_batch, prove_causal, prove_generation, prove_packing
+from vlm.assembly.family_trial.rows import (
+    prove_batch,
+    prove_causal,
+    prove_generation,
+    prove_packing,
+    prove_pairs,
+)
 from vlm.assembly.family_trial.structure import prove_parts, prove_saving
 from vlm.assembly.family_trial.subject import Subject
 from vlm.assembly.family_trial.texts import prove_labels
@@ -110,10 +116,12 @@ PROOFS: dict[str, Proof] = {
     "causal": prove_causal,
     "batch": prove_batch,
     "packing": prove_packing,
+    "pairs": prove_pairs,
     "saving": prove_saving,
     "generation": prove_generation,
 }
 """Name -> proof, in the order in which they are made."""
 
-OPTIONAL = ("packing", "videos")
-"""Proofs that only some runs need: those with `trainer.packing=true`, and those whose records have videos."""
+OPTIONAL = ("packing", "pairs", "videos")
+"""Proofs that only some runs need: those with `trainer.packing=true`, those of preferences with it, and those whose
+records have videos."""

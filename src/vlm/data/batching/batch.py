@@ -49,11 +49,13 @@ class Batch(BatchInputs, total=False):
 
     Attributes:
         labels: `(rows, tokens)`, -100 where nothing is supervised.
-        position_ids: `(1, tokens)`, of packed rows: they restart with each sample.
+        position_ids: `(1, tokens)`, of packed rows: they restart with each sample, at 0 or behind a shared prompt.
         cu_seq_lens_q: `(samples + 1,)`, of packed rows: where each sample starts, and where the last one ends.
-        cu_seq_lens_k: the same tensor.
+        cu_seq_lens_k: the same tensor; where prompts are shared, the same of the tokens in `key_index`.
         max_length_q: of packed rows: the tokens of the longest sample.
-        max_length_k: the same number.
+        max_length_k: the same number; where prompts are shared, shared tokens are counted with each sample.
+        key_index: `(keys,)`, of packed rows with shared prompts: the places of the tokens that each sample consists of,
+            those of its prompt before its own, sample by sample.
         micro_batch: `(1, tokens)`, of packed steps: the micro-batch of each token's sample; the training loop takes
             it out.
         more_rows: further packed rows of the same accumulation step; the training loop takes them out.
@@ -67,6 +69,7 @@ class Batch(BatchInputs, total=False):
     cu_seq_lens_k: Tensor
     max_length_q: int
     max_length_k: int
+    key_index: Tensor
     micro_batch: Tensor
     more_rows: list["Batch"]
     loss_weights: Tensor

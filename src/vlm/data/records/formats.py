@@ -30,6 +30,7 @@ from vlm.data.records.marks import join_texts, move_image_first
 from vlm.data.records.media import FILE_KEYS, ITEM_KINDS, MediaPlacer
 from vlm.data.records.members import PAIR_KEYS, read_members
 from vlm.data.records.objects import read_objects
+from vlm.data.records.preferences import PREFERENCE_KEYS, TURN_LIST_KEYS, read_sides
 from vlm.data.records.rewrites import rewrite_alpaca, rewrite_cauldron, rewrite_minicpm
 from vlm.data.records.text import text_from_value
 from vlm.data.records.tool_turns import (
@@ -60,6 +61,10 @@ def read_llava(record: Record, image_folder: Path) -> Sample:
     Raises:
         BadSample: the record has another form, or an image cannot be used.
     """
+    return _read_conversations(record, image_folder)
+
+
+def _read_conversations(record: Record, image_folder: Path) -> Sample:
     sample_id = read_id(record)
     conversation = record.get("conversations")
     if not isinstance(conversation, list) or not conversation:
@@ -93,10 +98,11 @@ def read_llava(record: Record, image_folder: Path) -> Sample:
     return replace(make_sample(record, turns, media), tools=read_tools(record, sample_id))
 
 
-@reads(
-    "objects", *TOOL_KEYS, turns="messages", turn=("role", "content", *TOOL_TURN_KEYS),
-    item=("type", "text", "index", "source", *FILE_KEYS, *ITEM_KINDS, *RATE_KEYS, *TIME_KEYS),
-)  # fmt: skip
+ITEM_KEYS = ("type", "text", "index", "source", *FILE_KEYS, *ITEM_KINDS, *RATE_KEYS, *TIME_KEYS)
+"""Keys of an item of a message's content."""
+
+
+@reads("objects", *TOOL_KEYS, turns="messages", turn=("role", "content", *TOOL_TURN_KEYS), item=ITEM_KEYS)
 def read_messages(record: Record, image_folder: Path, *, key: str = "messages") -> Sample:
     """Read chat messages: `{"messages": [{"role", "content"}, …], "images": […]}`, in their order.
 
@@ -114,6 +120,10 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
     Raises:
         BadSample: the record has another form, or an image cannot be used.
     """
+    return _read_chat_with_tools(record, image_folder, key)
+
+
+def _read_chat_with_tools(record: Record, image_folder: Path, key: str = "messages") -> Sample:
     return replace(_read_chat(record, image_folder, key), tools=read_tools(record, read_id(record)))
 
 
@@ -323,6 +333,24 @@ def read_pair(
     return Sample(sample_id, read_members({**record, **named}, image_folder, sample_id, _read_chat))
 
 
+@reads(
+    "objects", *TOOL_KEYS, *PREFERENCE_KEYS, turns="messages", more_turns=TURN_LIST_KEYS, item=ITEM_KEYS,
+    turn=("role", "content", "from", "value", *TOOL_TURN_KEYS),
+)  # fmt: skip
+def read_preference(record: Record, image_folder: Path) -> Sample:
+    """Read a chosen and a rejected reply, or one reply with `label: true` or `false`; see `preferences.read_sides`.
+
+    Behind `prompt`, `question`, `messages` or `conversations`, with the images of the record: `{"chosen", "rejected"}`,
+    each a text, a turn, a list of turns, or a whole conversation; ms-swift's `rejected_response`, `rejected_messages`
+    and `rejected_images`; TRL's `{"completion", "label"}`; RLHF-V's `text`, and LLaVA-RLHF's `output_1`, `output_2` and
+    `preference`.
+
+    Raises:
+        BadSample: the record has another form, or an image cannot be used.
+    """
+    return read_sides(record, image_folder, read_id(record), _read_chat_with_tools, _read_conversations)
+
+
 @reads("instruction", "input", "output", "history", "objects")
 def read_alpaca(record: Record, image_folder: Path) -> Sample:
     """Read `{"instruction", "input", "output"}` and images, see `rewrites.rewrite_alpaca`."""
@@ -412,6 +440,7 @@ FORMATS: dict[str, Reader] = {
     "question": read_question,
     "head": read_head,
     "pair": read_pair,
+    "preference": read_preference,
     "labelled": read_labelled,
     "alpaca": read_alpaca,
     "cauldron": read_cauldron,

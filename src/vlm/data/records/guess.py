@@ -108,7 +108,13 @@ def _alpaca(record: Mapping[str, object]) -> Guess | None:
 
 
 def _preference(record: Mapping[str, object]) -> Guess | None:
-    return Guess("pairs of a chosen and a rejected reply") if {"chosen", "rejected"} <= record.keys() else None
+    keys = record.keys()
+    is_swift = "messages" in keys and ("rejected_response" in keys or "rejected_messages" in keys)
+    if {"chosen", "rejected"} <= keys or is_swift or {"output_1", "output_2", "preference"} <= keys:
+        return Guess("pairs of a chosen and a rejected reply", "preference")
+    if "completion" in keys and isinstance(record.get("label"), bool):
+        return Guess("replies that are wanted or not", "preference")
+    return None
 
 
 def _question(record: Mapping[str, object]) -> Guess | None:
@@ -158,10 +164,10 @@ def _labelled(record: Mapping[str, object]) -> Guess | None:
 
 
 FORMS: tuple[Callable[[Mapping[str, object]], Guess | None], ...] = (
+    _preference,
     _conversation,
     _cauldron,
     _alpaca,
-    _preference,
     _question,
     _boxes,
     _caption,

@@ -104,6 +104,7 @@ class DeclaredKeys:
         turns: the key of its turns, unless the option `key` names another; None without turns that have keys.
         turn: keys of a turn.
         item: keys of an item of a turn's content.
+        more_turns: further keys of lists of turns, or of single turns.
     """
 
     record: frozenset[str]
@@ -111,6 +112,7 @@ class DeclaredKeys:
     turns: str | None = None
     turn: frozenset[str] = frozenset()
     item: frozenset[str] = frozenset()
+    more_turns: tuple[str, ...] = ()
 
     @cached_property
     def record_and_turns(self) -> frozenset[str]:
@@ -124,17 +126,19 @@ def reads(
     turns: str | None = None,
     turn: Sequence[str] = (),
     item: Sequence[str] = (),
+    more_turns: Sequence[str] = (),
 ) -> Callable[[Reader], Reader]:
     """Declare the keys that a reader reads, see `DeclaredKeys`; it gets the option `ignore_keys`.
 
     The reader then refuses records with other keys that change what is learned.
     """
     declared = DeclaredKeys(
-        frozenset((*COMMON_KEYS, *keys)),
+        frozenset((*COMMON_KEYS, *keys, *more_turns)),
         tuple(key_options),
         turns,
         frozenset((*turn, *SUPERVISION_KEYS)),
         frozenset(item),
+        tuple(more_turns),
     )
 
     def declare(reader: Reader) -> Reader:
@@ -148,7 +152,8 @@ def reads(
             sample_id = read_id(record)
             ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
             if ignored:
-                record = _without_ignored(record, str(options.get("key", declared.turns)), ignored)
+                turns_keys = str(options.get("key", declared.turns)), *declared.more_turns
+                record = _without_ignored(record, turns_keys, ignored)
                 record = {key: value for key, value in record.items() if key not in ignored & {*READ_WHERE_PRESENT}}
             levels = list(_levels_with_unread(record, declared, defaults, options))
             if not levels:
@@ -197,13 +202,14 @@ class _Level:
                 raise BadSample(sample_id, f"{problem}. {_advice(key)}")
 
 
-def _without_ignored(record: Record, turns_key: str, ignored: set[str]) -> Record:
+def _without_ignored(record: Record, turns_keys: Sequence[str], ignored: set[str]) -> Record:
     """Return a record without ignored keys that change what is learned: of its own, of its turns and of their items."""
     kept = _without(record, RECORD_KEYS, ignored)
-    if isinstance(turns := kept.get(turns_key), list):
-        kept[turns_key] = [
-            _without_ignored_of_turn(turn, ignored) if isinstance(turn, dict) else turn for turn in turns
-        ]
+    for key in turns_keys:
+        if isinstance(turns := kept.get(key), list):
+            kept[key] = [_without_ignored_of_turn(turn, ignored) if isinstance(turn, dict) else turn for turn in turns]
+        elif isinstance(turns, dict):
+            kept[key] = _without_ignored_of_turn(turns, ignored)
     return kept
 
 
@@ -238,16 +244,22 @@ def _levels_with_unread(
         read = read.union(str(key) for value in named for key in (value if isinstance(value, list) else [value]))
     if not record.keys() <= read:
         yield _Level("", record, read, RECORD_KEYS)
-    turns = record.get(turns_key) if turns_key is not None else None
-    for turn in turns if isinstance(turns, list) else ():
+    for key in declared.more_turns if turns_key is None else (turns_key, *declared.more_turns):
+        yield from _levels_of_turns(record.get(key), key, declared)
+
+
+def _levels_of_turns(turns: object, key: str, declared: DeclaredKeys) -> Iterator[_Level]:
+    """Yield the turns of a list, or a single one, and their items, of those that have a key that is not read."""
+    place = key if isinstance(turns, dict) else f"{key}[]"
+    for turn in turns if isinstance(turns, list) else [turns]:
         if not isinstance(turn, dict):
             continue
         if not turn.keys() <= declared.turn:
-            yield _Level(f"{turns_key}[].", turn, declared.turn, TURN_KEYS)
+            yield _Level(f"{place}.", turn, declared.turn, TURN_KEYS)
         content = turn.get("content")
         for item in content if isinstance(content, list) and declared.item else ():
             if isinstance(item, dict) and not item.keys() <= declared.item:
-                yield _Level(f"{turns_key}[].content[].", item, declared.item, ITEM_KEYS)
+                yield _Level(f"{place}.content[].", item, declared.item, ITEM_KEYS)
 
 
 def unread_keys(reader: Reader, record: object, options: dict[str, Any]) -> list[str]:

@@ -26,7 +26,7 @@ def rewrite_alpaca(record: Record, sample_id: str) -> Record:
     history = record.get("history") or []
     if not isinstance(history, list) or not all(_is_pair(pair) for pair in history):
         raise BadSample(sample_id, "`history` must be a list of pairs of a question and an answer")
-    return _with_media_first(record, _messages([*history, *turns]), ("instruction", "input", "output", "history"))
+    return with_media_first(record, _messages([*history, *turns]), ("instruction", "input", "output", "history"))
 
 
 def rewrite_cauldron(record: Record, sample_id: str) -> Record:
@@ -35,7 +35,7 @@ def rewrite_cauldron(record: Record, sample_id: str) -> Record:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, dict) for text in texts):
         raise BadSample(sample_id, "`texts` must be a list of at least one mapping with `user` and `assistant`")
     pairs = [(_text(text, "user", sample_id), _text(text, "assistant", sample_id)) for text in texts]
-    return _with_media_first(record, _messages(pairs), ("texts",))
+    return with_media_first(record, _messages(pairs), ("texts",))
 
 
 def rewrite_minicpm(record: Record, sample_id: str) -> Record:
@@ -54,7 +54,7 @@ def rewrite_minicpm(record: Record, sample_id: str) -> Record:
     ):
         raise BadSample(sample_id, "`conversations` must be a list of mappings with `role` and `content`")
     if not isinstance(image, dict) or {"bytes", "path"} & image.keys():
-        return _with_media_first(record, messages, ("conversations",))
+        return with_media_first(record, messages, ("conversations",))
     image = {name: value for name, value in image.items() if value is not None}  # rows of a table name all images
     names = [name for message in messages for name in MINICPM_MARK.findall(message["content"])]
     if unknown := [name for name in names if name not in image]:
@@ -65,7 +65,7 @@ def rewrite_minicpm(record: Record, sample_id: str) -> Record:
     if unused := [name for name in image if names and name not in names]:
         raise BadSample(sample_id, f"{unused[0]} of its images is nowhere in its text")
     record = {**record, "image": None, "images": images}
-    return _with_media_first(record, messages, ("conversations",), every_mark=bool(names))
+    return with_media_first(record, messages, ("conversations",), every_mark=bool(names))
 
 
 def _text(record: Record, key: str, sample_id: str) -> str:
@@ -90,7 +90,7 @@ def _messages(pairs: Sequence[Sequence[str]]) -> list[Record]:
     ]
 
 
-def _with_media_first(
+def with_media_first(
     record: Record, messages: list[Record], rewritten: Sequence[str], *, every_mark: bool = False
 ) -> Record:
     """Return the record with messages, in which images and videos that no text has a place for come first.

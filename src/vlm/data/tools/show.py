@@ -15,11 +15,12 @@ from vlm.config.shown import presentable
 from vlm.data.coordinates.drawing import describe_objects, draw_objects, objects_of_image
 from vlm.data.dataset import draw_records
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
+from vlm.data.encoding.preference import SIDE_NAMES, PreferenceEncoder
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.encoding.thinking import find_thinking
 from vlm.data.objects import MarkedObject
 from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_text
-from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn
+from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, ToolCallTurn
 from vlm.data.sources import Source, make_sources
 from vlm.data.tools.views import describe_views
 from vlm.data.vision.images import media_sizes_from_opened, open_media, upright_size
@@ -30,15 +31,16 @@ from vlm.data.vision.video import DecodedVideo
 class ShownRecord:
     """A record with its ids, labels, images and videos, or the reason why it cannot be used.
 
-    `notes` tell what of the record is not learned: replies, and keys that are not read. `views` tell what the model
-    sees of each image and video. `objects` are drawn onto the images, which come in the order of the text, frames of
-    videos that are read as images with them (`is_frame`).
+    `sides` are its ids and labels under an empty name, of a preference those of both conversations; () where it cannot
+    be used. `notes` tell what of the record is not learned: replies, and keys that are not read. `views` tell what the
+    model sees of each image and video. `objects` are drawn onto the images, which come in the order of the text, frames
+    of videos that are read as images with them (`is_frame`).
     """
 
     source: Source
     record: int | None
     id: str
-    encoded: Encoded | None
+    sides: Sequence[tuple[str, Encoded]]
     images: Sequence[Image.Image | DecodedVideo]
     problem: str | None = None
     label: object = None
@@ -50,12 +52,16 @@ class ShownRecord:
     def title(self) -> str:
         """Return the record's source, name and counts."""
         place = self.source.name if self.record is None else f"{self.source.name}, record {self.record}"
-        if self.encoded is None:
+        if not self.sides:
             return f"{place}, id {self.id}"
-        supervised = sum(label != IGNORE_INDEX for label in self.encoded.labels)
+        counts = "; ".join(self._describe_counts(name, encoded) for name, encoded in self.sides)
         sizes = ", ".join(map(_describe_size, self.images, self.views)) or "no image"
+        return f"{place}, id {self.id}: {counts}; {sizes}"
+
+    def _describe_counts(self, name: str, encoded: Encoded) -> str:
+        supervised = sum(label != IGNORE_INDEX for label in encoded.labels)
         target = f"{supervised} supervised" if supervised else f"label {self.label!r}"
-        return f"{place}, id {self.id}: {len(self.encoded.input_ids)} tokens, {target}; {sizes}"
+        return f"{name} {len(encoded.input_ids)} tokens, {target}".lstrip()
 
 
 def load_shown_records(
@@ -81,7 +87,7 @@ def load_shown_records(
             try:
                 yield _load_shown_record(source, index, source.records[index])
             except BadSample as error:
-                yield ShownRecord(source, index, error.sample_id, None, [], error.reason)
+                yield ShownRecord(source, index, error.sample_id, [], [], error.reason)
 
 
 def _describe_size(shown: Image.Image | DecodedVideo, view: str) -> str:
@@ -99,7 +105,7 @@ def _load_shown_record(source: Source, number: int | None, record: object) -> Sh
         sample = source.read(record)
         images = open_media(sample)
         sizes = media_sizes_from_opened(sample.media, images, source.encoder.processor)
-        encoded = source.encoder(sample, sizes)
+        sides = _encode_sides(source.encoder, sample, sizes)
         views = describe_views(source.encoder.processor, images, sizes)
         if number_unlearned := count_unlearned_replies(sample):
             notes.append(f"replies that are not learned: {number_unlearned}")
@@ -107,15 +113,24 @@ def _load_shown_record(source: Source, number: int | None, record: object) -> Sh
             notes.append(f"with {', '.join(features)}")
         if weights := sorted({turn.weight for turn in sample.replies} - {1.0}):
             notes.append(f"weights of replies other than 1: {', '.join(f'{weight:g}' for weight in weights)}")
+        if isinstance(source.encoder, PreferenceEncoder) and source.encoder.rejects_image and sample.media:
+            notes.append("the rejected side sees other images than these (trainer.preference.rejected_image)")
         if sample.objects:
             shown = "; ".join(describe_objects(sample.objects))
             notes.append(f"objects, written as {source.encoder.processor.coordinates}: {shown}")
         frames = [isinstance(ref, ImageRef) and ref.frame is not None for ref in sample.media]
         return ShownRecord(
-            source, number, sample.id, encoded, images, None, sample.label, notes, views, sample.objects, frames
+            source, number, sample.id, sides, images, None, sample.label, notes, views, sample.objects, frames
         )
     except BadSample as error:
-        return ShownRecord(source, number, error.sample_id, None, images, error.reason, notes=notes)
+        return ShownRecord(source, number, error.sample_id, [], images, error.reason, notes=notes)
+
+
+def _encode_sides(encoder: SampleEncoder, sample: Sample, sizes: Sequence[MediaSize]) -> list[tuple[str, Encoded]]:
+    """Return the ids and labels of a sample, or those of each side of a preference under its name."""
+    if isinstance(encoder, PreferenceEncoder):
+        return [(SIDE_NAMES[role], encoded) for role, encoded in encoder.encode_sides(sample, sizes)]
+    return [("", encoder(sample, sizes))]
 
 
 def describe_unread(keys: Sequence[str]) -> list[str]:
@@ -146,11 +161,15 @@ def as_text(shown: ShownRecord, *, colours: bool) -> str:
     """Format a record for the terminal."""
     notes = "".join(f"   {presentable(note)}\n" for note in shown.notes)
     title = presentable(shown.title())
-    if shown.encoded is None:
+    if not shown.sides:
         return f"── {title}\n{notes}   cannot be used: {presentable(shown.problem)}\n"
-    ids, labels, weights = shown.encoded.input_ids, shown.encoded.labels, shown.encoded.weights
-    tokens = tokens_as_text(ids, labels, shown.source.encoder.processor, weights, colours=colours)
-    return f"── {title}\n{notes}{tokens}\n"
+    processor = shown.source.encoder.processor
+    texts = []
+    for name, encoded in shown.sides:
+        ids, labels, weights = encoded.input_ids, encoded.labels, encoded.weights
+        tokens = tokens_as_text(ids, labels, processor, weights, colours=colours)
+        texts.append(f"   {name}:\n{tokens}\n" if name else f"{tokens}\n")
+    return f"── {title}\n{notes}{''.join(texts)}"
 
 
 def as_html(shown: ShownRecord) -> str:
@@ -162,11 +181,14 @@ def as_html(shown: ShownRecord) -> str:
         objects = objects_of_image(shown.objects, next(numbers)) if is_image else []
         for frame in image.frames if isinstance(image, DecodedVideo) else [image]:
             head += _image_as_html(frame, objects)
-    if shown.encoded is None:
+    if not shown.sides:
         return f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
-    encoded, processor = shown.encoded, shown.source.encoder.processor
-    mask = [1] * len(encoded.input_ids)
-    return f"{head}<p>{tokens_as_html(encoded.input_ids, encoded.labels, mask, processor, encoded.weights)}</p>"
+    processor = shown.source.encoder.processor
+    for name, encoded in shown.sides:
+        mask = [1] * len(encoded.input_ids)
+        tokens = tokens_as_html(encoded.input_ids, encoded.labels, mask, processor, encoded.weights)
+        head += (f"<h3>{name}</h3>" if name else "") + f"<p>{tokens}</p>"
+    return head
 
 
 def _image_as_html(image: Image.Image, objects: Sequence[MarkedObject]) -> str:

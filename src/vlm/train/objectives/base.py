@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
     from torch.utils.data import Dataset, Sampler
-    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
     from transformers.utils import ModelOutput
 
+    from vlm.data.batching.step_layout import SampleCosts
     from vlm.data.dataset import SampleDataset
     from vlm.data.encoding.sample_encoder import SampleEncoder
     from vlm.data.processor import Processor
@@ -84,12 +85,14 @@ class ObjectiveTrainer(Protocol):
         processor: the run's processor.
         args: the run's arguments.
         accelerator: gathers tensors of all ranks.
+        state: where the run is.
     """
 
     model: PreTrainedModel
     processor: Processor
     args: TrainingArguments
     accelerator: Any  # accelerate declares what it gathers as a union of everything
+    state: TrainerState
 
     def evaluation_batches(
         self, dataset: Dataset[object], title: str, collate: Callable[[Sequence[Any]], Any] | None = None
@@ -122,11 +125,13 @@ class Objective(ABC):
         flops_note: why the operations of a step are not counted, for `speed.json`; None: they are counted.
         takes_loss_weights: whether `compute_loss` multiplies the loss at each position with the input `loss_weights`,
             where there is one; packed steps need that for `trainer.loss_average=micro_batch`.
+        packing_proofs: the proofs of a family's trial that packed rows need, see `assembly/family_trial/table.py`.
     """
 
     row_key: ClassVar[str] = "input_ids"
     flops_note: ClassVar[str | None] = None
     takes_loss_weights: ClassVar[bool] = False
+    packing_proofs: ClassVar[tuple[str, ...]] = ("packing",)
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -172,6 +177,16 @@ class Objective(ABC):
     def make_collator(self, processor: Processor, data: RunData, args: TrainingArguments) -> Collate:
         """Return what makes a batch of a list of samples; every rank's batches must run the same modules."""
 
+    def make_row_collator(self, run: PreparedRun, costs: SampleCosts, max_tokens: int | None) -> Collate | None:
+        """Return what makes the packed rows of a micro-batch; None: packed steps are rows of samples.
+
+        Args:
+            run: the run.
+            costs: balances rows.
+            max_tokens: the most tokens of a row; None: any number.
+        """
+        return None
+
     def before_training(self, run: PreparedRun) -> None:  # noqa: B027 - optional
         """Do what comes before training, such as computing the outputs of a frozen part; `run` may be changed."""
 
@@ -203,6 +218,13 @@ class Objective(ABC):
 
     def make_train_sampler(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> Sampler[int] | None:
         """Return the order of the training samples; None: as `trainer.train_sampling_strategy` says."""
+        return None
+
+    def count_items(self, inputs: Inputs) -> Tensor | None:
+        """Return how many items of a batch the loss of a step is a mean over, where `loss_average` is `token`.
+
+        None: its supervised tokens, each as often as the weight of its reply says.
+        """
         return None
 
     @abstractmethod

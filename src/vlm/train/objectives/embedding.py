@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vlm.checks.embeddings import embedding_problems, has_parameters
+from vlm.checks.preference import unused_preference_problems
 from vlm.config.choices import HEAD_METRICS
 from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
 
@@ -38,6 +39,7 @@ class Embedding(Objective):
     def refusals(self) -> Iterator[str]:
         """Yield what is wrong with the head and its data, and keys that are for runs that learn to write."""
         yield from embedding_problems(self.config)
+        yield from unused_preference_problems(self.config)
 
     def metric_names(self) -> frozenset[str] | None:
         """Return the loss and the metrics of vectors."""

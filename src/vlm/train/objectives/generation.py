@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from vlm.checks.feature_cache import cache_problems
 from vlm.checks.heads import unused_head_problems
+from vlm.checks.preference import unused_preference_problems
 from vlm.checks.run import evaluation_problems
 from vlm.config.choices import EVAL_METRICS, EVALUATION_LOSSES, LOSS_METRICS
 from vlm.config.derived import training_keys
@@ -53,6 +54,7 @@ class Generation(Objective):
             name = self.config.trainer.objective
             yield f"model.head.task={task}: trainer.objective={name} trains no head; leave one of them out"
         yield from unused_head_problems(self.config)
+        yield from unused_preference_problems(self.config)
         yield from cache_problems(self.config)
         yield from evaluation_problems(self.config)
         try:

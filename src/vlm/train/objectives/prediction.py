@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from vlm.checks.feature_cache import UNUSED_LIMIT
 from vlm.checks.heads import head_problems
+from vlm.checks.preference import unused_preference_problems
 from vlm.config.choices import HEAD_METRICS
 from vlm.config.derived import caches_features
 from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
@@ -47,6 +48,7 @@ class Prediction(Objective):
             yield "trainer.objective=prediction: there is no head (model.head.task); choose one, as model/head=binary"
             return
         yield from head_problems(config)
+        yield from unused_preference_problems(config)
         if config.trainer.packing:
             yield "trainer.packing=true: prediction heads read one prompt a row; it is for runs that learn to write"
         if (limit := config.dataset.cache_limit_gb) is not None:

@@ -9,6 +9,7 @@ OBJECTIVES = {
     "generation": "vlm.train.objectives.generation:Generation",
     "prediction": "vlm.train.objectives.prediction:Prediction",
     "embedding": "vlm.train.objectives.embedding:Embedding",
+    "preference": "vlm.train.objectives.preference:Preference",
 }
 """`trainer.objective` -> its class; a class of the user's own is named `package.module:Class` in the same place."""
 

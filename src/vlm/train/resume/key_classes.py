@@ -63,6 +63,8 @@ CHANGES_RUN = (
             "language_model_learning_rate head_learning_rate")
     | _keys("trainer.weight_decay", "visual_encoder_weight_decay connector_weight_decay language_model_weight_decay "
             "head_weight_decay")
+    | _keys("trainer.preference", "loss beta label_smoothing supervised_weight simpo_gamma desirable_weight "
+            "undesirable_weight reference rejected_image")
     | _keys("trainer.lora", "dropout use_rslora visual_encoder.alpha connector.alpha language_model.alpha")
     | _keys("trainer", "per_device_train_batch_size gradient_accumulation_steps average_tokens_across_devices "
             "auto_find_batch_size lr_scheduler_type lr_scheduler_kwargs warmup_steps adam_beta1 adam_beta2 "

@@ -5,7 +5,7 @@ samples are laid out in rows, and weights at supervised positions give the avera
 that loss and gradient of a step are those of padded micro-batches.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
@@ -40,7 +40,28 @@ from vlm.data.feature_cache.images import CachedFeatureDataset
 from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options
 from vlm.train.monitor.flops import StepFlops
-from vlm.train.objectives.base import Inputs
+from vlm.train.objectives.base import Collate, Inputs
+
+
+class BatchesOfEpoch(Sampler[list[int]]):
+    """The batches of this rank, in the order of an epoch."""
+
+    def __init__(self, batches: BatchSampler | BatchSamplerShard):
+        self.batches = batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that begins, for the order of samples."""
+        sampler = get_inner_sampler(self.batches)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield the indices of the samples of each batch."""
+        return iter(cast("Iterable[list[int]]", self.batches))
 
 
 class StepSampler(Sampler[list[Row]]):
@@ -149,7 +170,11 @@ class StepPacking:
     ):
         self.collate, self.costs, self.max_tokens = RowCollator(collate), costs, max_tokens
         self.loss_average, self.args, self.gather = loss_average, args, gather
-        self.sampler: StepSampler | None = None
+        self.sampler: StepSampler | BatchesOfEpoch | None = None
+
+    def make_empty_row(self) -> Inputs:
+        """Return a row without samples."""
+        return dict(self.collate([[]]))
 
     def make_loader(self, padded: DataLoader, dataset: SampleDataset | SampleStream) -> DataLoader:
         """Return the loader of this rank's rows, in as many accumulation steps as `padded` has batches.
@@ -196,17 +221,55 @@ class StepPacking:
             The number of supervised tokens of the step on all ranks, by which the weighted sum of losses is divided.
         """
         if self.sampler is None and self.max_tokens is not None:
-            self._add_empty_rows(batches)
+            self.add_empty_rows(batches)
         return weigh_losses(batches, self.loss_average, self.args, self.gather)
 
-    def _add_empty_rows(self, batches: Sequence[Inputs]) -> None:
-        """Add rows without samples to those of a stream, whose number depends on the samples of each rank."""
+    def add_empty_rows(self, batches: Sequence[Inputs]) -> None:
+        """Add rows without samples, where the number of rows depends on the samples of each rank."""
         numbers = [len(get_rows(batch)) for batch in batches]
         most = self.gather(torch.tensor([numbers], device=self.args.device)).amax(0).tolist()
         for batch, number, wanted in zip(batches, numbers, most, strict=True):
             if wanted > number:
-                empty = [self.collate([[]]) for _ in range(wanted - number)]
+                empty = [self.make_empty_row() for _ in range(wanted - number)]
                 batch[MORE_ROWS] = [*batch.get(MORE_ROWS, ()), *empty]
+
+
+class MicroBatchPacking(StepPacking):
+    """What packed steps add to a run whose objective makes the rows of each micro-batch, and counts their items.
+
+    Args:
+        collate: makes the rows of a micro-batch.
+        max_tokens: `trainer.max_tokens_per_batch`.
+        count_items: returns how many items of a row the loss of a step is a mean over.
+        args: the run's.
+        gather: returns `(ranks, N)` of all ranks for `(1, N)` of this one.
+    """
+
+    def __init__(
+        self, collate: Collate, max_tokens: int | None, count_items: Callable[[Inputs], Tensor | None],
+        args: TrainingArguments, gather: Callable[[Tensor], Tensor],
+    ):  # fmt: skip
+        self.collate, self.max_tokens, self.count_items = collate, max_tokens, count_items
+        self.args, self.gather = args, gather
+        self.sampler: StepSampler | BatchesOfEpoch | None = None
+
+    def make_loader(self, padded: DataLoader, dataset: SampleDataset | SampleStream) -> DataLoader:
+        """Return a loader of the batches of `padded`, in rows."""
+        self.sampler = BatchesOfEpoch(cast(BatchSampler, padded.batch_sampler))
+        return DataLoader(dataset, batch_sampler=self.sampler, collate_fn=self.collate, **loader_options(self.args))
+
+    def make_empty_row(self) -> Inputs:
+        """Return a row without samples."""
+        return dict(self.collate([]))
+
+    def finish_batches(self, batches: Sequence[Inputs]) -> Tensor:
+        """Give the batches of a step equally many rows on every rank; return the number of items of the step."""
+        if self.max_tokens is not None:
+            self.add_empty_rows(batches)
+        counts = [self.count_items(row) for batch in batches for row in get_rows(batch)]
+        numbers = [number for number in counts if number is not None]
+        assert len(numbers) == len(counts), "an objective that makes rows counts their items"
+        return self.gather(torch.stack(numbers).sum().reshape(1, 1).to(self.args.device)).sum()
 
 
 def weigh_losses(

@@ -1,0 +1,1 @@
+"""Preferences as training samples: both sides of a record, encoded, and in batches."""
