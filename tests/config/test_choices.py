@@ -10,8 +10,8 @@ from vlm.config import choices
 from vlm.data.pairs.dataset import Members
 from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.embedding_metrics import embedding_scores
-from vlm.evaluation.head_metrics import scores
 from vlm.evaluation.hallucination import HALLUCINATION_METRICS
+from vlm.evaluation.head_metrics import scores
 from vlm.evaluation.loss_metrics import LOSS_METRICS
 from vlm.evaluation.object_metrics import OBJECT_METRICS
 from vlm.evaluation.text_metrics import METRICS
