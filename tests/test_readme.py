@@ -35,6 +35,7 @@ PAGES = (
     "docs/lora.md",
     "docs/heads.md",
     "docs/evaluation.md",
+    "docs/compare-models.md",
     "docs/checkpoints.md",
     "docs/inference.md",
     "docs/web.md",

@@ -137,9 +137,11 @@ def _checkpoint(args: argparse.Namespace, name: str) -> "ComparedCheckpoint":
     """Return a checkpoint that is loaded as the command says; only an adapter gets `--base`."""
     from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import is_adapter_checkpoint, local_folder
+    from vlm.assembly.checkpoint import open_checkpoint
     from vlm.data.cache import json_digest
     from vlm.evaluation.comparison.checkpoints import ComparedCheckpoint
 
+    open_checkpoint(name, trust_remote_code=args.trust_remote_code).check_heads(expected=False)
     base = args.base if is_adapter_checkpoint(name) else []
     own = argparse.Namespace(**{**vars(args), "checkpoint": name, "base": base})
     loaded_as = fingerprint(local_folder(name)), args.dtype, args.quantization, args.max_image_tokens

@@ -123,8 +123,8 @@ def _format_report(comparison: Comparison) -> str:
         *map(_describe_drift, comparison.drifts),
         "## Clear changes",
         f"{len(clear)} of {number} intervals do not include 0; of intervals without any change, 1 in 20 does so by "
-        "chance. An interval of no width says that no record changed: a change of up to 3 in as many records as there "
-        "are could still be missed.",
+        "chance. An interval of no width says that all records changed alike, or none did; in n records a change of up "
+        "to 3/n could still be missed.",
         _table(clear),
         "## All groups",
         _table(comparison.changes),
