@@ -1,6 +1,6 @@
 """A proposed share of replay: how much data of what a model could do already to mix into the next finetune.
 
-The rule is a heuristic, stated in `docs/compare-models.md` with what it was tried on. It looks at the groups whose
+The rule is a heuristic, stated in `docs/compare-models.md` with its limits. It looks at the groups whose
 answers clearly got worse, takes the largest relative drop, and reads the share from `SHARES`.
 """
 
