@@ -36,6 +36,7 @@ PAGES = (
     "docs/heads.md",
     "docs/preference.md",
     "docs/evaluation.md",
+    "docs/compare-models.md",
     "docs/checkpoints.md",
     "docs/inference.md",
     "docs/web.md",

@@ -18,6 +18,7 @@ from tests.tiny_parts import Parts
 from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
 from vlm.cli.main import main
 from vlm.config.schema import SourceConfig
+from vlm.data.blank_images import make_blank_image
 from vlm.data.dataset import BlankImageDataset
 from vlm.evaluation.lmms_run import format_model_args, make_environment
 from vlm.evaluation.records import load_supervised_dataset
@@ -126,6 +127,29 @@ def test_retrieval_stands_beside_chance(
     said = refusal("eval", str(checkpoint), *map(str, words), "--overwrite", "--num-workers", "0", "--device", "cpu")
     assert "10 different texts are needed, and for record 'r0' there are 5" in said
     assert "lower --retrieval-candidates (now 10)" in said
+
+
+def test_hallucinations_stand_beside_those_on_blank_images(checkpoint: Path, records: Path, tmp_path: Path):
+    """The blank answers are those of the model to blank images of the same sizes."""
+    asked = json.loads(records.read_text())[:6]
+    for number, record in enumerate(asked):
+        record["conversations"][1]["value"] = "yes" if number % 2 else "no"
+        record["answers"] = ["yes" if number % 2 else "no"]
+    path = records.with_name("pope.json")
+    path.write_text(json.dumps(asked))
+    evaluate(checkpoint, "--data", path, "--metrics", "exact_match,pope,chair", "--output", tmp_path)
+    metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
+    names = [name for name in metrics if name != "exact_match"]
+    assert [name for name in names if not name.startswith("blank_")] == [
+        "pope_accuracy", "pope_precision", "pope_recall", "pope_f1", "pope_yes", "pope_unclear",
+        "chair_i", "chair_s", "chair_recall", "chair_objects",
+    ]  # fmt: skip
+    assert {f"blank_{name}" for name in names if not name.startswith("blank_")} < set(names)
+    ready = VisionLanguageModel.load(checkpoint, device="cpu")
+    rows = [json.loads(line) for line in (tmp_path / "answers-blank.jsonl").read_text().splitlines()]
+    blank = make_blank_image(ready.processor, (24, 30))
+    assert rows[0]["answer"] == ready.generate("what?", [blank], max_new_tokens=8)
+    assert rows[0]["image_path"].endswith("0.png"), "a row tells which image was blank"
 
 
 def test_an_evaluation_goes_on_where_it_was_stopped(

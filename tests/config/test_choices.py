@@ -10,6 +10,7 @@ from vlm.config import choices
 from vlm.data.pairs.dataset import Members
 from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.embedding_metrics import embedding_scores
+from vlm.evaluation.hallucination import HALLUCINATION_METRICS
 from vlm.evaluation.head_metrics import scores
 from vlm.evaluation.loss_metrics import LOSS_METRICS
 from vlm.evaluation.object_metrics import OBJECT_METRICS
@@ -68,6 +69,7 @@ def test_the_other_lists_are_those_of_the_code():
     assert tuple(METRICS) == choices.ANSWER_METRICS
     assert tuple(LOSS_METRICS) == choices.LOSS_METRICS
     assert tuple(OBJECT_METRICS) == choices.OBJECT_METRICS
+    assert tuple(HALLUCINATION_METRICS) == choices.HALLUCINATION_METRICS
     assert set(choices.EVAL_METRICS) == {*METRICS, *OBJECT_METRICS, *LOSS_METRICS} - {"loss"}, (
         "the loss is always measured"
     )

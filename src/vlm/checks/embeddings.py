@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from vlm.checks.feature_cache import UNUSED_LIMIT
 from vlm.checks.fields import format_value
-from vlm.checks.heads import VECTOR_TASK, head_problems, single_head_problems
+from vlm.checks.heads import VECTOR_TASK, before_after_problems, head_problems, single_head_problems
 from vlm.config import choices
 from vlm.config.derived import embedding_row_keys, training_keys
 from vlm.config.model_schema import HeadConfig
@@ -45,6 +45,7 @@ def embedding_problems(config: RunConfig) -> Iterator[str]:
         yield "trainer.packing=true: a vector is read of one row; it is for runs that learn to write"
     if names := trainer.eval_metrics:
         yield f"trainer.eval_metrics={names}: vectors have measures of their own; leave it out"
+    yield from before_after_problems(config)
     for key in ("profile", "peak_tflops"):
         if value := getattr(trainer, key):
             setting = f"trainer.{key}={format_value(value)}"

@@ -33,8 +33,15 @@ def head_problems(config: RunConfig) -> Iterator[str]:
         if value := getattr(config.trainer, key):
             setting = f"trainer.{key}={format_value(value)}"
             yield f"{setting}: what heads compute is neither profiled nor counted; leave it out"
+    yield from before_after_problems(config)
     yield from _generation_problems(config)
     yield from _data_problems(config)
+
+
+def before_after_problems(config: RunConfig) -> Iterator[str]:
+    """Yield that answers are compared, where a run has heads."""
+    if config.trainer.before_after:
+        yield "trainer.before_after=true: it compares answers, and this run trains a head; leave it out"
 
 
 def _generation_problems(config: RunConfig) -> Iterator[str]:

@@ -166,6 +166,8 @@ def _evaluation_setting_problems(config: RunConfig) -> Iterator[str]:
     data, metrics = config.dataset, config.trainer.eval_metrics
     if data.eval_path and data.eval_split:
         yield "dataset.eval_path and dataset.eval_split: choose one"
+    if config.trainer.before_after and not (config.trainer.before_after_probe or data.eval_path or data.eval_split):
+        yield "trainer.before_after=true: there are neither evaluation records nor a probe; give dataset.eval_path"
     if metrics and config.trainer.eval_strategy == "no":
         yield f"trainer.eval_metrics={metrics}: set trainer.eval_strategy to epoch or steps"
 
@@ -175,5 +177,5 @@ def evaluation_problems(config: RunConfig) -> Iterator[str]:
     data, strategy = config.dataset, config.trainer.eval_strategy
     if strategy != "no" and not (data.eval_path or data.eval_split):
         yield f"trainer.eval_strategy={strategy}: give dataset.eval_path or dataset.eval_split"
-    if strategy == "no" and (data.eval_path or data.eval_split):
+    if strategy == "no" and (data.eval_path or data.eval_split) and not config.trainer.before_after:
         yield "trainer.eval_strategy=no, but there is evaluation data: set it to epoch or steps"

@@ -99,6 +99,8 @@ def _parse_numbers(text: str) -> list[int]:
 TOOLS = {
     "download": ("fetch the images of a table of addresses and captions", "download"),
     "convert": ("between forms of records and kinds of files", "convert"),
+    "pope": ("questions about objects that are in an image, and that are not", "pope"),
+    "chair": ("requests for captions of images whose objects are labelled", "chair"),
     "clean": ("leave out images that do not open, duplicates, empty texts", "clean"),
     "stats": ("counts, token lengths and image sizes of a run's data", stats),
     "show": ("records as a run trains on them, supervised tokens marked", show),

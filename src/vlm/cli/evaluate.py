@@ -12,7 +12,7 @@ from tabulate import tabulate
 
 from vlm.cli.model_options import add_generation_options, load_model, read_inference_settings
 from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
-from vlm.config.choices import ANSWER_METRICS, LOSS_METRICS, OBJECT_METRICS
+from vlm.config.choices import ANSWER_METRICS, HALLUCINATION_METRICS, LOSS_METRICS, OBJECT_METRICS
 from vlm.config.named import permit_names
 from vlm.config.schema import TrainerOptions
 from vlm.config.shown import PresentableParser, printable
@@ -35,7 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=output)
     records = parser.add_argument_group("a file of records")
     records.add_argument("--data", dest="input", metavar="FILE", help="records with replies, as training reads them")
-    metrics = f"{', '.join((*ANSWER_METRICS, *OBJECT_METRICS, *LOSS_METRICS))}, or module:function (%(default)s)"
+    known = (*ANSWER_METRICS, *OBJECT_METRICS, *HALLUCINATION_METRICS, *LOSS_METRICS)
+    metrics = f"{', '.join(known)}, or module:function (%(default)s)"
     records.add_argument("--metrics", default="exact_match,loss", metavar="NAME,NAME", help=metrics)
     candidates = (
         f"retrieval: number of texts for each image, its own included ({TrainerOptions.eval_retrieval_candidates})"

@@ -15,6 +15,7 @@ COMMANDS = {
     "chat": "chat",
     "predict": "predict",
     "eval": "evaluate",
+    "compare-models": "compare_models",
     "serve": "serve",
     "web": "web",
     "data": "data",

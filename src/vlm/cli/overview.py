@@ -14,6 +14,7 @@ vlm composes, trains and asks vision-language models.
   vlm chat CHECKPOINT --image FILE                          talk with a trained model
   vlm predict CHECKPOINT --image FILE --prompt TEXT         ask a trained head; of a file: --input, --output
   vlm eval CHECKPOINT --data RECORDS --metrics NAME,NAME    measure a trained model; or --tasks of lmms-eval
+  vlm compare-models BEFORE AFTER --data RECORDS            what a finetune gained and what it forgot
   vlm web                                                   a page: chat, predict, train, look through data
   vlm data TOOL …                                           download, convert, clean, stats, show; vlm data --help
   vlm models                                                what can be trained: parts, types of models, proofs

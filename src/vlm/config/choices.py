@@ -66,6 +66,8 @@ ANSWER_METRICS = ("exact_match", "vqa_accuracy", "anls", "cider", "bleu", "rouge
 """Metrics of answers."""
 OBJECT_METRICS = ("iou", "acc@0.5", "point_in_box")
 """Metrics of the boxes, points and time spans in answers."""
+HALLUCINATION_METRICS = ("pope", "chair")
+"""Metrics of objects that answers see or name although they are not there."""
 LOSS_METRICS = ("loss", "retrieval")
 """Metrics of losses."""
 EVAL_METRICS = (*ANSWER_METRICS, *OBJECT_METRICS, "retrieval")

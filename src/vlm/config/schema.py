@@ -229,6 +229,13 @@ class TrainerOptions:
     images. Every rank answers all of them; for `retrieval`, ranks share them."""
     eval_retrieval_candidates: int = field(default=10, metadata=at_least(2))
     """Number of texts among which `retrieval` looks for an image's own, that one included."""
+    before_after: bool = False
+    """Whether the model at the start of the run is compared with the one at its end, on evaluation records and on
+    questions about generated images: `before_after/report.md` says what it gained and what it forgot."""
+    before_after_samples: int = field(default=200, metadata=at_least(1))
+    """The most evaluation records that are compared, drawn with `trainer.seed`; every rank answers all of them."""
+    before_after_probe: int = field(default=24, metadata=at_least(0))
+    """Number of generated questions for each of seven abilities; 0: none."""
     peak_tflops: float | None = field(default=None, metadata=above(0))
     """Peak of a device in 10^12 operations a second, which `mfu` is a share of; null: dense bfloat16 of the GPU's data
     sheet, or measured in the run's precision where that is not known."""

@@ -234,13 +234,9 @@ class BlankImageDataset(Dataset[SampleInputs]):
 
     def __getitem__(self, index: int) -> SampleInputs:
         """Return a sample encoded with blank images of the sizes of its own."""
-        processor = self.dataset.processor
         number, record = self.dataset.places[index].tolist()
         source = self.dataset.sources[number]
-        sample = source.sample(record)
-        sizes = read_media_sizes(sample, processor)
-        blanks = [make_blank_medium(processor, size) for size in sizes or [None] * len(sample.media)]
-        return model_inputs(processor, source.encoder(sample, sizes), blanks, sizes, sample)
+        return encode_blank_sample(source, source.sample(record))
 
 
 def encode_sample(source: Source, sample: Sample) -> SampleInputs:
@@ -256,6 +252,18 @@ def encode_sample(source: Source, sample: Sample) -> SampleInputs:
     images = decode_sample_images(sample, processor)
     sizes = media_sizes_from_opened(sample.media, images, processor)
     return model_inputs(processor, source.encoder(sample, sizes), images, sizes, sample)
+
+
+def encode_blank_sample(source: Source, sample: Sample) -> SampleInputs:
+    """Encode a sample with blank images of the sizes of its own.
+
+    Raises:
+        BadSample: it is too long, or the size of an image cannot be read.
+    """
+    processor = source.encoder.processor
+    sizes = read_media_sizes(sample, processor)
+    blanks = [make_blank_medium(processor, size) for size in sizes or [None] * len(sample.media)]
+    return model_inputs(processor, source.encoder(sample, sizes), blanks, sizes, sample)
 
 
 def model_inputs(

@@ -1,10 +1,12 @@
 """Evaluation on a file of records: metrics of losses and of answers, as a table and as files.
 
-Metrics of losses are in `loss_metrics.py`, those of answers in `text_metrics.py` and `object_metrics.py`.
+Metrics of losses are in `loss_metrics.py`, those of answers in `text_metrics.py`, `object_metrics.py` and
+`hallucination.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ from vlm.data.objects import MarkedObject
 from vlm.data.processor import SampleInputs
 from vlm.data.records.objects import read_object
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
+from vlm.evaluation.hallucination import HALLUCINATION_METRICS, compute_hallucination_metrics
 from vlm.evaluation.loss_metrics import LOSS_METRICS, Collate, LossMetric, LossMetricSettings
 from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, measured_objects
 from vlm.evaluation.output import write_json, write_rows
@@ -63,7 +66,8 @@ def evaluate(
         model: the model.
         config: where the records are and how to read them.
         names: names of metrics, see `ALL_METRICS`.
-        folder: the folder of `answers.jsonl`, and of `<metric>.jsonl` for metrics of losses that have rows.
+        folder: the folder of `answers.jsonl` (of `answers-blank.jsonl` for metrics of `hallucination.py`), and of
+            `<metric>.jsonl` for metrics of losses that have rows.
         settings: generation settings.
         cache: the folder of record indices.
         fingerprint: of the checkpoint, and of how it is loaded.
@@ -91,10 +95,11 @@ def evaluate(
             scores |= result.scores
             write_rows(folder / f"{name}.jsonl", result.rows)
     if text_metrics := [name for name in names if name not in LOSS_METRICS]:
-        rows = generate_file(
-            model, config, folder / "answers.jsonl", settings, cache=cache, fingerprint=fingerprint,
+        generate = partial(
+            generate_file, model, config, settings=settings, cache=cache, fingerprint=fingerprint,
             batch_size=batch_size, num_workers=num_workers, max_frames=max_frames, seed=seed, overwrite=overwrite,
         )  # fmt: skip
+        rows = generate(output=folder / "answers.jsonl")
         answered = [row for row in rows if not row["error"] and row["references"]]
         bad = [(row["source"], row["error"]) for row in rows if row["error"]]
         unreferenced = [(row["source"], "") for row in rows if not row["error"] and not row["references"]]
@@ -107,7 +112,17 @@ def evaluate(
         references = [cast("list[str]", row["references"]) for row in answered]
         objects = [ObjectAnswer(_objects(row["objects"]), _objects(row["true_objects"])) for row in answered]
         answers = [without_thinking(str(row["answer"])) for row in answered]
-        scores |= compute_answer_metrics(text_metrics, answers, references, objects)
+        scores |= compute_answer_metrics(
+            [name for name in text_metrics if name not in HALLUCINATION_METRICS], answers, references, objects
+        )
+        if seen_wrongly := [name for name in text_metrics if name in HALLUCINATION_METRICS]:
+            blank_rows = generate(output=folder / "answers-blank.jsonl", is_blank=True)
+            pairs = zip(rows, blank_rows, strict=True)
+            blank = [str(other["answer"]) for row, other in pairs if not row["error"] and row["references"]]
+            images = [str(row["image_path"]) for row in answered]
+            scores |= compute_hallucination_metrics(
+                seen_wrongly, answers, list(map(without_thinking, blank)), references, images
+            )
         for name in (name for name in text_metrics if name in OBJECT_METRICS):
             if left_out := sum(not measured_objects(name, answer).true for answer in objects):
                 exclusions.append(f"{left_out:,} of {len(rows):,} records tell no place that {name} measures")

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import numpy as np
 
-from vlm.config.choices import LOSS_METRICS
+from vlm.config.choices import HALLUCINATION_METRICS, LOSS_METRICS
 from vlm.config.named import import_named, is_custom_name
 from vlm.evaluation.bootstrap import Score, make_score, mean_score
 from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, compute_object_metrics
@@ -107,8 +107,9 @@ METRICS: dict[str, Metric] = {
     metric.__name__: metric for metric in (exact_match, vqa_accuracy, anls, cider, bleu, rouge)
 }
 
-ALL_METRICS = (*METRICS, *OBJECT_METRICS, *LOSS_METRICS)
-"""The names of all metrics; those of objects are in `object_metrics.py`, those of losses in `loss_metrics.py`."""
+ALL_METRICS = (*METRICS, *OBJECT_METRICS, *HALLUCINATION_METRICS, *LOSS_METRICS)
+"""The names of all metrics; those of places are in `object_metrics.py`, those of objects that are not there in
+`hallucination.py`, those of losses in `loss_metrics.py`."""
 
 METRIC_MODULES = {
     "anls": "rapidfuzz.distance",

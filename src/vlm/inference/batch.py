@@ -17,7 +17,7 @@ from vlm.assembly.language_models import max_positions
 from vlm.config.schema import SourceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.cache import json_digest
-from vlm.data.dataset import encode_sample
+from vlm.data.dataset import encode_blank_sample, encode_sample
 from vlm.data.encoding.labels import Encoded
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.processor import Processor, SampleInputs
@@ -79,7 +79,7 @@ def fill_table(
     table: ResumableTable, source: Source, device: torch.device,
     run_batch: Callable[[dict[str, Tensor]], Sequence[Result]],
     row: Callable[[Sample, Result | None, BadSample | None], Row], *, progress_label: str, batch_size: int,
-    num_workers: int, left: bool = False, seed: int | None = None, overwrite: bool = False,
+    num_workers: int, left: bool = False, seed: int | None = None, overwrite: bool = False, is_blank: bool = False,
 ) -> list[Row]:  # fmt: skip
     """Run a model on every record, write a table, and return its rows in the order of the records.
 
@@ -95,6 +95,7 @@ def fill_table(
         left: whether to pad on the left, as generation needs.
         seed: seeds sampling anew for each batch, so that a resumed table is the same; None: not seeded.
         overwrite: whether to start over where a table was begun.
+        is_blank: whether blank images take the place of all images.
 
     Raises:
         ValueError: the table was begun with other records, options or another checkpoint.
@@ -106,7 +107,7 @@ def fill_table(
         table.open_writer() as write,
         tqdm(total=len(source), initial=len(done), desc=progress_label, unit="record") as bar,
     ):
-        for window in read_windows(source, done, batch_size, num_workers):
+        for window in read_windows(source, done, batch_size, num_workers, is_blank=is_blank):
             for batch in batch_by_length(window, batch_size):
                 numbers = [prompt.number for prompt in batch]
                 if done.issuperset(numbers):
@@ -137,10 +138,11 @@ ReadRecord = tuple[Sample, SampleInputs | BadSample]
 
 
 class PromptDataset(Dataset[ReadRecord]):
-    """Records from a number on; one that is no sample keeps its id and its label."""
+    """Records from a number on, with blank images if asked for; one that is no sample keeps its id and its label."""
 
-    def __init__(self, source: Source, start: int):
+    def __init__(self, source: Source, start: int, *, is_blank: bool = False):
         self.source, self.start = source, start
+        self.encode = encode_blank_sample if is_blank else encode_sample
 
     def __len__(self) -> int:
         """Return the number of prompts."""
@@ -153,7 +155,7 @@ class PromptDataset(Dataset[ReadRecord]):
         try:
             record = self.source.records[number]
             sample = self.source.read(record)
-            item = encode_sample(self.source, sample)
+            item = self.encode(self.source, sample)
         except BadSample as error:
             label = record.get("label") if isinstance(record, dict) else None
             label = None if find_surrogate(label) else label
@@ -174,7 +176,9 @@ class Prompt:
     problem: BadSample | None = None
 
 
-def read_windows(source: Source, done: Collection[int], batch_size: int, num_workers: int) -> Iterator[list[Prompt]]:
+def read_windows(
+    source: Source, done: Collection[int], batch_size: int, num_workers: int, *, is_blank: bool = False
+) -> Iterator[list[Prompt]]:
     """Yield windows of `WINDOW_BATCHES` batches, from the first window on that is not done yet.
 
     Windows begin at the same records wherever a run was stopped, so that batches are the same.
@@ -186,7 +190,7 @@ def read_windows(source: Source, done: Collection[int], batch_size: int, num_wor
     start = first - first % size
     # Workers return arrays: each tensor would hold an open file, of which a process has few. They are a window ahead.
     loader = DataLoader(
-        PromptDataset(source, start), batch_size, collate_fn=_as_arrays, num_workers=num_workers,
+        PromptDataset(source, start, is_blank=is_blank), batch_size, collate_fn=_as_arrays, num_workers=num_workers,
         prefetch_factor=-(-WINDOW_BATCHES // num_workers) if num_workers else None,
     )  # fmt: skip
     rows = enumerate((row for chunk in loader for row in chunk), start)

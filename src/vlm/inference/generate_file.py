@@ -24,7 +24,7 @@ why it could not be answered (empty where it was)."""
 def generate_file(
     model: VisionLanguageModel, config: SourceConfig, output: Path, settings: InferenceConfig, *, cache: Path,
     fingerprint: str, batch_size: int = 16, num_workers: int = 2, max_frames: int, seed: int | None = None,
-    overwrite: bool = False,
+    overwrite: bool = False, is_blank: bool = False,
 ) -> list[Row]:  # fmt: skip
     """Generate an answer for every record of a file.
 
@@ -40,6 +40,7 @@ def generate_file(
         max_frames: the largest number of frames read from a video.
         seed: makes sampling repeatable, across interruptions too; None: not seeded.
         overwrite: whether to replace an output that exists or was begun.
+        is_blank: whether the model sees blank images in place of all images.
 
     Returns:
         All rows, with the keys `COLUMNS`.
@@ -52,12 +53,14 @@ def generate_file(
         model.model, model.processor, config, cache=cache, max_frames=max_frames, answer_tokens=settings.max_new_tokens
     )
     sampling = (seed, batch_size) if settings.temperature > 0 else ()  # greedy answers depend on neither
-    digest = json_digest(fingerprint, source.fingerprint, asdict(settings), sampling)
+    label = "answering about blank images" if is_blank else "answering"
+    blank = [label] if is_blank else []
+    digest = json_digest(fingerprint, source.fingerprint, asdict(settings), sampling, *blank)
     return fill_table(
         ResumableTable(output, COLUMNS, digest), source, model.model.device,
         lambda inputs: model.answers(inputs, settings), partial(make_row, model.processor),
-        progress_label="answering", batch_size=batch_size, num_workers=num_workers, left=True, seed=seed,
-        overwrite=overwrite,
+        progress_label=label, batch_size=batch_size, num_workers=num_workers, left=True, seed=seed,
+        overwrite=overwrite, is_blank=is_blank,
     )  # fmt: skip
 
 

@@ -114,6 +114,7 @@ def _train(
     objective.after_training(prepared, trainer)
     with trainer.stop_on_signal.saving():
         final = write_final(trainer, folder, start.record, progress.progress)
+    objective.after_saving(final)
     log.info("Done. Ask it:  %s", objective.next_command(final))
 
 

@@ -261,6 +261,9 @@ class Objective(ABC):
     def after_training(self, run: PreparedRun, trainer: ObjectiveTrainer) -> None:  # noqa: B027 - optional
         """Do what comes between training and saving the model, such as calibration and a report."""
 
+    def after_saving(self, final: Path) -> None:  # noqa: B027 - optional
+        """Do what comes once the finished checkpoint is in `final`; every rank calls it."""
+
     @abstractmethod
     def next_command(self, final: Path) -> str:
         """Return the command line that a user would try next with the finished checkpoint `final`."""

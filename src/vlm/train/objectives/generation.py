@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlm.evaluation.loss_metrics import LossMetric
     from vlm.models import VLMProcessor
     from vlm.models.text_loss import SupervisedScores
+    from vlm.train.before_after import BeforeAfter
 
 
 class Generation(Objective):
@@ -38,12 +39,14 @@ class Generation(Objective):
     Attributes:
         answer_metrics: computes those of `trainer.eval_metrics` that are of a model's answers; None: there are none.
         loss_metrics: those that are of losses.
+        before_after: compares the model with the one that the run began with; None: that is not asked for.
         uncached: the training samples with their images, where a family's features are cached; None: they are not.
     """
 
     takes_loss_weights = True
     answer_metrics: Callable[[PreTrainedModel, Callable[[], None]], dict[str, float]] | None = None
     loss_metrics: Sequence[LossMetric] = ()
+    before_after: BeforeAfter | None = None
     uncached: SampleDataset | None = None
     _scores: SupervisedScores | None = None
     _balance_losses: tuple[Tensor, ...] = ()
@@ -133,17 +136,25 @@ class Generation(Objective):
         data.train = self.cached = cast("SampleDataset", train)
 
     def callbacks(self, run: PreparedRun, trainer: ObjectiveTrainer) -> list[TrainerCallback]:
-        """Return what answers a few samples into `samples.md` at each evaluation and at the end."""
+        """Return what answers a few samples into `samples.md` at each evaluation and at the end, and what measures the
+        model before the run.
+        """
         from vlm.train.data import first_samples
         from vlm.train.monitor.callbacks import SampleGenerationCallback
         from vlm.train.sample_generation import make_sample_generator
 
+        callbacks: list[TrainerCallback] = []
+        if self.config.trainer.before_after:
+            from vlm.train.before_after import BeforeAfter
+
+            self.before_after = BeforeAfter(self.config, run, trainer, lambda: self._reply_scores(trainer))
+            callbacks.append(self.before_after)
         if not self.config.trainer.num_samples:
-            return []
+            return callbacks
         records = run.data.records.get("eval", run.data.records["train"])
         samples = first_samples(records, self.config.trainer.num_samples)
         generate = make_sample_generator(self.config.inference, trainer, run.processor, samples, run.folder)
-        return [SampleGenerationCallback(generate, run.folder / "samples.md")]
+        return [*callbacks, SampleGenerationCallback(generate, run.folder / "samples.md")]
 
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
         """Prove that the model is causal and reads padded batches; find out whether its loss is computed in chunks.
@@ -222,12 +233,10 @@ class Generation(Objective):
         """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics`."""
         from vlm.evaluation.bootstrap import flatten_scores
         from vlm.evaluation.loss_metrics import compute_loss
-        from vlm.models.text_loss import token_losses
         from vlm.train.evaluation_losses import TrainerLosses
         from vlm.train.step.compile import force_eager
 
-        compute_losses = self._get_scores(trainer).with_score(token_losses)
-        samples, losses = cast("SampleDataset", dataset), TrainerLosses(trainer, compute_losses)
+        samples, losses = cast("SampleDataset", dataset), TrainerLosses(trainer, self._reply_scores(trainer))
         with trainer.compute_loss_context_manager():
             scores = compute_loss(samples, losses).scores
             with force_eager():
@@ -237,6 +246,17 @@ class Generation(Objective):
                 if self.answer_metrics is not None:
                     answers = self.answer_metrics(trainer.model, trainer.mark_progress)
         return flatten_scores(scores) | answers
+
+    def after_saving(self, final: Path) -> None:
+        """Compare the trained model with the one that the run began with, where `trainer.before_after` asks for it."""
+        if self.before_after is not None:
+            self.before_after.finish(final)
+
+    def _reply_scores(self, trainer: ObjectiveTrainer) -> SupervisedScores:
+        """Return what computes the cross-entropy of the run's model, whatever loss it trains with."""
+        from vlm.models.text_loss import token_losses
+
+        return self._get_scores(trainer).with_score(token_losses)
 
     def next_command(self, final: Path) -> str:
         """Return a question about an image."""
