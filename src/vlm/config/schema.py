@@ -24,6 +24,7 @@ from vlm.config.choices import (
     SUPERVISIONS,
     THINKING_MODES,
 )
+from vlm.config.distillation_schema import DistillationConfig
 from vlm.config.model_schema import ModelConfig, Options
 from vlm.config.reach import is_packaged_deepspeed, is_start_word, training_argument_reach
 from vlm.config.rules import (
@@ -141,8 +142,10 @@ class TrainerOptions:
             """Return the value of a field of `TrainingArguments`, which `TrainerConfig` gets when it is made."""
 
     objective: str | None = field(default=None, metadata=imports_unless(is_plain_name))
-    """What the model learns: `generation` (replies), `prediction` (labels or numbers, by heads), or an objective of
-    yours, `package.module:Class`; null: `prediction` where there is a head (`model.head.task`), else `generation`."""
+    """What the model learns: `generation` (replies), `distillation` (replies, as a teacher would give them),
+    `prediction` (labels or numbers, by heads), or an objective of yours, `package.module:Class`; null: `prediction`
+    where there is a head (`model.head.task`), else `generation`."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     output_dir: str | None = field(default=None, metadata=FOLDER)
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
