@@ -10,11 +10,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.families.tiny_families import save_family
 from tests.fixtures import check_config, compose_config, losses
 from tests.tiny_parts import Parts
+from tests.train.distillation.distillation_runs import (
+    EVALUATED,
+    KEY,
+    STATES,
+    STUDENT,
+    VOCABULARY,
+    save_narrow,
+    train_teacher,
+)
+from vlm.assembly.adapter_folder import NON_LORA_WEIGHTS
 from vlm.assembly.checkpoint import Checkpoint, open_checkpoint
 from vlm.checks.fields import ConfigError
 from vlm.models import text_loss
@@ -24,22 +33,11 @@ from vlm.train.distillation.teacher import Teacher
 from vlm.train.objectives.distillation import Distillation
 from vlm.train.trainer import VLMTrainer
 
-KEY = "trainer.distillation"
-STUDENT = [
-    "trainer.learning_rate.language_model_learning_rate=1e-3", "trainer.max_steps=3", "trainer.num_samples=0",
-    "trainer.train_sampling_strategy=sequential", "trainer.save_strategy=no",
-]  # fmt: skip
-EVALUATED = ["dataset.eval_split=0.25", "trainer.eval_strategy=epoch"]
-STATES = [f"{KEY}.hidden_states_weight=1", f"{KEY}.image_features_weight=0.5"]
-VOCABULARY = 100_000
-
 
 @pytest.fixture(scope="module")
 def teacher(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finetuned model of the tiny parts."""
-    words = ["trainer.max_steps=4", "trainer.seed=3", "trainer.learning_rate.language_model_learning_rate=1e-2",
-             "trainer.num_samples=0", "trainer.save_strategy=no"]  # fmt: skip
-    return train("finetune-smol", tmp_path_factory.mktemp("teacher") / "run", *words) / "final"
+    return train_teacher(train, tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture
@@ -56,13 +54,7 @@ def distil(train: Callable[..., Path], teacher: Path, tmp_path: Path) -> Callabl
 @pytest.fixture(scope="module")
 def narrow(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model half as wide as the teacher's, with the same tokenizer."""
-    folder = tmp_path_factory.mktemp("narrow")
-    tokenizer = AutoTokenizer.from_pretrained(world / "language_model")
-    tokenizer.save_pretrained(folder)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    LlamaForCausalLM(LlamaConfig(**shape, **ids, max_position_embeddings=256)).save_pretrained(folder)
-    return folder
+    return save_narrow(world, tmp_path_factory.mktemp("narrow"))
 
 
 def logged(folder: Path, name: str) -> list[float]:
@@ -133,7 +125,6 @@ def test_loss_and_gradients_are_the_plain_ones(
     vocabulary = student.config.get_text_config().vocab_size
     monkeypatch.setattr(text_loss, "MAX_LOGITS", chunk * vocabulary)
     seen: list[int] = []
-    hook = teacher.get_output_embeddings().weight.shape[0]
     linear = nn.functional.linear
 
     def counted(given: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -148,7 +139,6 @@ def test_loss_and_gradients_are_the_plain_ones(
     loss, _ = objective.compute_loss(trainer, student, batch, None)
     loss.backward()
     number = int((batch["labels"][:, 1:] != -100).sum())
-    assert hook
     assert max(seen) <= min(chunk, number)
     assert sum(seen) == number * (1 if chunk == VOCABULARY else 2)  # once more in the backward pass
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
@@ -209,7 +199,9 @@ def test_a_batch_without_a_supervised_token_has_a_loss_of_0(parts: Parts, pair: 
 # Runs
 
 
-def test_runs_agree_however_the_teacher_is_asked(distil: Callable[..., Path], monkeypatch: pytest.MonkeyPatch):
+def test_runs_agree_however_the_teacher_is_asked(
+    distil: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Padded and packed, live and kept; a cache that is there needs no weight of the teacher."""
     live = distil("live", *EVALUATED)
     terms = [logged(live, name) for name in ("loss", "label_loss", "divergence")]
@@ -228,6 +220,10 @@ def test_runs_agree_however_the_teacher_is_asked(distil: Callable[..., Path], mo
     again = distil("again", *EVALUATED, f"{KEY}.top_k={VOCABULARY}")
     assert losses(again) == losses(kept)
     monkeypatch.setattr(Checkpoint, "load_model", load)
+    stores = [len(list((tmp_path / "cache" / "teacher_logits").iterdir()))]
+    distil("other", *EVALUATED, f"{KEY}.top_k={VOCABULARY}", f"{KEY}.temperature=3")
+    stores.append(len(list((tmp_path / "cache" / "teacher_logits").iterdir())))
+    assert stores == [2, 4], "training and evaluation records; what another temperature makes of them"
 
 
 @pytest.mark.parametrize("average", ["token", "micro_batch"])
@@ -273,6 +269,18 @@ def test_a_killed_run_goes_on_exactly(distil: Callable[..., Path], narrow: Path,
         f"distillation.{name}_loss.weight" for name in ("hidden_state", "image_feature")
     }
     open_checkpoint(whole / "final").load_model()
+
+
+def test_adapters_and_the_best_model_are_saved_without_matrices(distil: Callable[..., Path], narrow: Path):
+    words = [
+        *STATES, *EVALUATED, f"model.language_model.hf_name={narrow}", "trainer.lora.language_model.r=2",
+        "trainer.unfreeze.train_language_model=false", "trainer.keep_best=eval_divergence",
+        "trainer.save_strategy=epoch",
+    ]  # fmt: skip
+    run = distil("adapter", *words)
+    for folder in (run / "final", run / "best"):
+        assert not [name for name in load_file(folder / NON_LORA_WEIGHTS) if "distillation" in name]
+        open_checkpoint(folder).load_model()
 
 
 @pytest.mark.parametrize("top_k", [0, VOCABULARY])

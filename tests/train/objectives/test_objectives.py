@@ -15,6 +15,7 @@ from vlm.checks.fields import ConfigError
 from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.base import Objective
+from vlm.train.objectives.distillation import Distillation
 from vlm.train.objectives.embedding import Embedding
 from vlm.train.objectives.generation import Generation
 from vlm.train.objectives.prediction import Prediction
@@ -23,6 +24,9 @@ from vlm.train.objectives.table import OBJECTIVES, make_objective
 SOURCE = Path(vlm.__file__).parent
 OWN_FILES = ("train/objectives/", "config/model_schema.py")
 """Where it may be asked which objective a run has."""
+
+NAMED = {"distil-smol": Distillation}
+"""The runs that name another objective than that of their model."""
 
 HEADS = [name for name in packaged_names("vlm.config", "model/head", ".yaml") if name != "none"]
 
@@ -132,8 +136,9 @@ def test_objectives_are_known_before_torch_is():
 def test_runs_with_a_head_choose_its_objective(name: str):
     config = compose_config(name, ["dataset.path=a.json"])
     embeds = config.model.head.task == "embedding"
-    kind = Embedding if embeds else Prediction if config.model.head.by_name else Generation
-    assert config.trainer.objective == {Embedding: "embedding", Prediction: "prediction", Generation: None}[kind]
+    kind = Embedding if embeds else Prediction if config.model.head.by_name else NAMED.get(name, Generation)
+    names = {Embedding: "embedding", Prediction: "prediction", Distillation: "distillation", Generation: None}
+    assert config.trainer.objective == names[kind]
     assert type(make_objective(config)) is kind
 
 
@@ -159,7 +164,7 @@ def test_a_head_without_an_objective_is_trained():
     ("run", "overrides", "message"),
     [
         ("pretrain-smol", ["trainer.objective=other"],
-         r"trainer.objective=other: allowed are generation, prediction, embedding, or package.module:Class for your"),
+         r"trainer.objective=other: allowed are generation, distillation, prediction, embedding, or package.module"),
         ("pretrain-smol", ["trainer.objective=no_such:Mine"],
          r"trainer.objective=no_such:Mine: No module named 'no_such'"),
         ("pretrain-smol", ["trainer.objective=json:Mine"],

@@ -57,8 +57,8 @@ class LiveComparison:
         """Compare with the teacher's logits over all V ids."""
         (states,) = aligned
         teacher = self.read.head(states)[:, : self.vocabulary]
-        pair = (log_probabilities(given[:, : self.vocabulary], self.temperature) for given in (teacher, logits))
-        return Compared(*pair, teacher.argmax(-1))
+        log_q = log_probabilities(logits[:, : self.vocabulary], self.temperature)
+        return Compared(log_probabilities(teacher, self.temperature), log_q, teacher.argmax(-1))
 
 
 @dataclass(frozen=True)

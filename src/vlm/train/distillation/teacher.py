@@ -177,7 +177,17 @@ class Teacher:
                 stack.enter_context(capture_image_inputs(self.model, inputs["input_ids"], places, features.append))
             stack.enter_context(self.autocast())
             states, head = scores.read_states(inputs)
-        return TeacherStates(states, without_gradient(head), features[0] if features else None)
+        return TeacherStates(states, self._frozen(head), features[0] if features else None)
+
+    def _frozen(self, head: Head) -> Head:
+        """Return a head that keeps no graph, also where it is called within the student's forward pass."""
+
+        def compute(states: Tensor) -> Tensor:
+            """Compute the logits of some positions: `(S, D) -> (S, V)`."""
+            with torch.no_grad(), self.autocast():
+                return head(states)
+
+        return compute
 
     def make_collator(self) -> Collator:
         """Return what makes batches of samples that its processor encoded."""
@@ -212,14 +222,3 @@ class Teacher:
             return []
         config_file = cached_file(checkpoint.name, "config.json", revision=checkpoint.revision)
         return sorted(Path(str(config_file)).parent.glob("*.safetensors"))
-
-
-def without_gradient(head: Head) -> Head:
-    """Return a head that keeps no graph, also where it is called within the student's forward pass."""
-
-    @torch.no_grad()
-    def compute(states: Tensor) -> Tensor:
-        """Compute the logits of some positions: `(S, D) -> (S, V)`."""
-        return head(states)
-
-    return compute
