@@ -26,7 +26,7 @@ from vlm.demo.tiny_models import build_tiny_parts
 from vlm.inference.generate import VisionLanguageModel, on_device
 
 NUM_SCENES = 4000
-STUDENT_WIDTH = 56
+STUDENT_WIDTH = 64
 """The teacher is 128 wide."""
 TOP_K = 32
 

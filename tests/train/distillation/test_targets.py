@@ -1,5 +1,6 @@
 """States as targets: errors, which sample a token belongs to, and what a decoder reads of images."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,7 @@ def test_images_count_as_much_as_the_supervised_tokens_of_their_sample():
 def batch_of(parts: Parts, template: str = "chatml"):
     """A model, its processor and a batch of a sample with an image and a reply."""
     model, processor = parts.model("clip", "llama", template=template)
-    sample = Sample("x", (Turn("user", (ImageRef.__new__(ImageRef), "what?")), Turn("assistant", ("red",))))
+    sample = Sample("x", (Turn("user", (ImageRef(Path()), "what?")), Turn("assistant", ("red",))))
     item = model_inputs(processor, encode(processor, sample), [picture()])
     inputs = {name: torch.as_tensor(item[name])[None] for name in ("input_ids", "labels")}
     return model, processor, inputs | {"pixel_values": processor.normalise(item["pixel_values"])}
