@@ -114,13 +114,22 @@ class Teacher:
             prove_scores(scores := SupervisedScores(self.model), self.processor, self.label)
         return scores
 
-    def prove(self, *, packing: bool) -> None:
-        """Prove that it may teach, also of packed rows; see `scores`."""
+    def prove(self, *, packing: bool, reads_states: bool) -> None:
+        """Prove that it may teach, also of packed rows, and that its last hidden states can be read; see `scores`.
+
+        Raises:
+            ValueError: it may not, or they cannot.
+        """
         scores = self.scores
         if packing:
             with self.autocast():
                 check_packing(self.model, self.processor)
         if not scores.in_head:
+            if reads_states:
+                raise ValueError(
+                    f"{self.label} changes its logits behind its vocabulary head, so that no hidden states make them; "
+                    f"set {KEY}.hidden_states_weight=0"
+                )
             log.info("%s: its logits at all supervised positions of a batch are in memory at once", self.label)
 
     def unload(self) -> None:

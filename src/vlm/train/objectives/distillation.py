@@ -118,7 +118,9 @@ class Distillation(Generation):
         """Prove what text generation takes for granted, of a teacher that runs beside the model, too."""
         super().on_train_begin(trainer)
         if not self.options.top_k:
-            self.teacher.prove(packing=self.config.trainer.packing)
+            self.teacher.prove(
+                packing=self.config.trainer.packing, reads_states=bool(self.options.hidden_states_weight)
+            )
 
     # The loss.
 
