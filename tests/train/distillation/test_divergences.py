@@ -118,3 +118,15 @@ def test_rows_hold_the_likeliest_tokens_and_the_mass_of_the_rest(top_k: int, log
     expected = coarse_log_probabilities(teacher, ids, 2)
     torch.testing.assert_close(log_p, expected, rtol=2e-3, atol=2e-3)  # half precision
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(POSITIONS))
+
+
+def test_rows_of_any_chunk_are_read(logits: tuple[Tensor, Tensor]):
+    """A single row, which begins anywhere in memory, and none."""
+    rows = encode_rows(logits[0], 3, 1)
+    ids, log_p = decode_rows(rows, 3, VOCABULARY)
+    for place in range(POSITIONS):
+        own_ids, own = decode_rows(rows[place : place + 1], 3, VOCABULARY)
+        assert torch.equal(own_ids, ids[place : place + 1])
+        assert torch.equal(own, log_p[place : place + 1])
+    empty_ids, empty = decode_rows(rows[:0], 3, VOCABULARY)
+    assert (empty_ids.shape, empty.shape) == ((0, 3), (0, 4))

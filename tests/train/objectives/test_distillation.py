@@ -165,7 +165,7 @@ def test_shifted_positions_would_be_seen(parts: Parts, pair: tuple[Any, Any], mo
     monkeypatch.setattr(Teacher, "read", shifted)
     with torch.no_grad():
         loss, _ = objective.compute_loss(SimpleNamespace(model=student, processor=None), student, batch, None)
-    assert abs(float(loss - expected)) > 1e-2
+    assert abs(float(loss - expected)) > 1e-4  # the plain loss is met to 1e-5
 
 
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jensen_shannon"])
@@ -320,8 +320,8 @@ def test_families_learn_from_a_teacher(name: str, train_whole: Callable[..., Pat
     """Two steps with every target, from a teacher that is the student: it has nothing to teach but labels."""
     save_family(name, tmp_path / "model")
     words = [
-        f"{KEY}.teacher={tmp_path / 'model'}", *STATES, *STUDENT, "trainer.max_steps=2", "dataset.template=null",
-        "dataset.max_length=2048", "trainer.per_device_train_batch_size=4",
+        f"{KEY}.teacher={tmp_path / 'model'}", *STATES, *STUDENT, "trainer.max_steps=2", "trainer.warmup_steps=0",
+        "dataset.template=null", "dataset.max_length=2048", "trainer.per_device_train_batch_size=4",
     ]  # fmt: skip
     folder = train_whole("distil-smol", tmp_path / "model", tmp_path / "run", *words)
     names = ("divergence", "hidden_state_loss", "image_feature_loss")

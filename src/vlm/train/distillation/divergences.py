@@ -88,5 +88,8 @@ def decode_rows(rows: Tensor, top_k: int, vocabulary: int) -> tuple[Tensor, Tens
     The probabilities of a position, rounded to half precision on disk, add up to 1 again.
     """
     num_ids = min(top_k, vocabulary)
-    ids, values = rows[:, : 4 * num_ids].contiguous(), rows[:, 4 * num_ids :].contiguous()
-    return ids.view(torch.int32).long(), F.log_softmax(values.view(torch.float16).float(), dim=-1).clamp_min(LOWEST)
+    parts = rows[:, : 4 * num_ids], rows[:, 4 * num_ids :]
+    ids, values = (part.clone(memory_format=torch.contiguous_format).view(-1) for part in parts)
+    ids = ids.view(torch.int32).view(len(rows), num_ids).long()
+    log_p = values.view(torch.float16).view(len(rows), num_ids + (num_ids < vocabulary)).float()
+    return ids, F.log_softmax(log_p, dim=-1).clamp_min(LOWEST)

@@ -9,11 +9,13 @@ Shapes: B rows, T tokens, S supervised positions, N image tokens, D the student'
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import ModelOutput
 
 from vlm.checks.distillation import KEY
 from vlm.data.batching.packing import SEQUENCE_STARTS
@@ -113,6 +115,8 @@ class StateTargets:
                 ids = inputs["input_ids"]
                 places = ids == processor.image_token_id
                 stack.enter_context(capture_image_inputs(self.model, ids, places, note_image_features))
+            if self.projections:
+                stack.callback(self.model.register_forward_hook(partial(_return_states, watched)).remove)
             yield watched
 
     def losses(
@@ -143,6 +147,12 @@ class StateTargets:
 
     def _map(self, name: str, states: Tensor) -> Tensor:
         return self.projections[name](states) if name in self.projections else states
+
+
+def _return_states(watched: Watched, module: nn.Module, given: object, output: ModelOutput) -> ModelOutput:
+    """Return a model's output with what was noted: DDP takes parameters that no output depends on for unused ones."""
+    output[PROJECTIONS] = [states for states in (watched.hidden_states, watched.image_features) if states is not None]
+    return output
 
 
 @contextmanager
