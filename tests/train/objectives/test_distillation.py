@@ -227,7 +227,7 @@ def test_runs_agree_however_the_teacher_is_asked(
     assert stores == [2, 4], "training and evaluation records; what another temperature makes of them"
 
 
-@pytest.mark.parametrize("average", ["token", "micro_batch"])
+@pytest.mark.parametrize("average", [pytest.param("token", marks=pytest.mark.slow), "micro_batch"])
 def test_packed_steps_are_padded_ones(distil: Callable[..., Path], average: str):
     """With accumulation, states as targets, and both averages."""
     words = [*STATES, "trainer.gradient_accumulation_steps=2", "trainer.per_device_train_batch_size=4",
@@ -272,6 +272,7 @@ def test_a_killed_run_goes_on_exactly(distil: Callable[..., Path], narrow: Path,
     open_checkpoint(whole / "final").load_model()
 
 
+@pytest.mark.slow
 def test_adapters_and_the_best_model_are_saved_without_matrices(distil: Callable[..., Path], narrow: Path):
     words = [
         *STATES, *EVALUATED, f"model.language_model.hf_name={narrow}", "trainer.lora.language_model.r=2",
@@ -315,7 +316,9 @@ def test_packed_rows_of_another_processor_are_refused(distil: Callable[..., Path
         distil("run", *words)
 
 
-@pytest.mark.parametrize("name", ["llava-1.5", "qwen2.5-vl", "idefics3"])
+@pytest.mark.parametrize(
+    "name", ["llava-1.5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2.5-vl", "idefics3"))]
+)
 def test_families_learn_from_a_teacher(name: str, train_whole: Callable[..., Path], tmp_path: Path):
     """Two steps with every target, from a teacher that is the student: it has nothing to teach but labels."""
     save_family(name, tmp_path / "model")
