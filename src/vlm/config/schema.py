@@ -145,7 +145,6 @@ class TrainerOptions:
     """What the model learns: `generation` (replies), `distillation` (replies, as a teacher would give them),
     `prediction` (labels or numbers, by heads), or an objective of yours, `package.module:Class`; null: `prediction`
     where there is a head (`model.head.task`), else `generation`."""
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     output_dir: str | None = field(default=None, metadata=FOLDER)
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
@@ -172,6 +171,7 @@ class TrainerOptions:
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
     weight_decay: WeightDecayConfig = field(default_factory=WeightDecayConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     deepspeed: Any = field(
         default=None, metadata=reads_outside("has settings of its own, which can name files", is_packaged_deepspeed)
     )

@@ -7,7 +7,7 @@ tokens, one by one, so these have to be the same ids.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.feature_cache.store import Pack
 from vlm.data.processor import SampleInputs
-from vlm.data.sample import BadSample
+from vlm.data.sample import BadSample, MediaSize, Sample
 from vlm.data.vision.images import read_media_sizes
 from vlm.train.distillation.teacher import Teacher
 
@@ -184,7 +184,7 @@ class DistilledDataset(SampleDataset):
         pack, found = next((pack, item) for pack in self.packs if (item := pack.find(key)) is not None)
         return pack.skipped[found] if found in pack.skipped else pack.read(found)[:, 0]
 
-    def media_inputs(self, sample: Any) -> Any:
+    def media_inputs(self, sample: Sample) -> tuple[Sequence[MediaSize], dict[str, Tensor]]:
         """Return what `dataset` does."""
         return self.dataset.media_inputs(sample)
 

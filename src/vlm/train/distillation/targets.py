@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from vlm.data.processor import Processor
 from vlm.models.text_loss import Head, select_kept
 from vlm.models.vocabulary import find_vocabulary_head
 from vlm.train.model import compute_dtype
+from vlm.train.objectives.base import Inputs
 from vlm.train.parts import Part
 
 PROJECTIONS = "distillation"
@@ -91,7 +92,7 @@ class StateTargets:
         return cls(model, weights, dict(projections.items()))
 
     @contextmanager
-    def watching(self, inputs: Mapping[str, Any], processor: Processor) -> Iterator[Watched]:
+    def watching(self, inputs: Inputs, processor: Processor) -> Iterator[Watched]:
         """Within, note what a call of the model with these inputs reads, dummies of images included.
 
         Matrices are multiplied within that call, as ZeRO-3 needs, and in each of them, as DDP does.
@@ -119,9 +120,7 @@ class StateTargets:
                 stack.callback(self.model.register_forward_hook(partial(_return_states, watched)).remove)
             yield watched
 
-    def losses(
-        self, watched: Watched, read: TeacherStates, inputs: Mapping[str, Any], processor: Processor
-    ) -> dict[str, Tensor]:
+    def losses(self, watched: Watched, read: TeacherStates, inputs: Inputs, processor: Processor) -> dict[str, Tensor]:
         """Return the loss of each target at each supervised position, before its weight: `(S,)`, by its name in logs.
 
         Raises:
@@ -172,7 +171,7 @@ def capture_image_inputs(
     """
     label = f"{KEY}.image_features_weight: model_type={model.config.model_type}"
 
-    def read(module: nn.Module, given: tuple[object, ...], named: dict[str, Any]) -> None:
+    def read(module: nn.Module, given: tuple[object, ...], named: Inputs) -> None:
         """Read the embeddings that a decoder is called with."""
         embeddings = named.get("inputs_embeds")
         if not isinstance(embeddings, Tensor):
@@ -192,7 +191,7 @@ def capture_image_inputs(
         handle.remove()
 
 
-def image_places(inputs: Mapping[str, Any], processor: Processor) -> Tensor:
+def image_places(inputs: Inputs, processor: Processor) -> Tensor:
     """Return where features of a batch's images are, without dummies: `(B, T)`, bool."""
     places = inputs["input_ids"] == processor.image_token_id
     mask = inputs.get("attention_mask")
@@ -211,7 +210,7 @@ def relative_errors(states: Tensor, targets: Tensor) -> Tensor:
     return (states - targets).square().sum(-1) / norms
 
 
-def number_samples(inputs: Mapping[str, Any]) -> Tensor:
+def number_samples(inputs: Inputs) -> Tensor:
     """Return the number of the sample in the batch that each token belongs to: `(B, T)`."""
     ids = inputs["input_ids"]
     if SEQUENCE_STARTS not in inputs:

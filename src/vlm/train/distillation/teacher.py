@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ from vlm.train.distillation.processors import check_same_vocabulary, have_same_i
 from vlm.train.distillation.targets import TeacherStates, capture_image_inputs, image_places
 from vlm.train.feature_cache.fingerprints import weights_digests
 from vlm.train.model import compute_dtype
+from vlm.train.objectives.base import Inputs
 from vlm.train.step.packing import check_packing_support
 
 log = logging.getLogger(__name__)
@@ -167,7 +167,7 @@ class Teacher:
         return torch.autocast(self.args.device.type, half, enabled=mixed)
 
     @torch.no_grad()
-    def read(self, inputs: Mapping[str, Any], vocabulary: int, *, reads_images: bool = False) -> TeacherStates:
+    def read(self, inputs: Inputs, vocabulary: int, *, reads_images: bool = False) -> TeacherStates:
         """Return what its logits at the supervised positions of a batch are made of; no logit is computed.
 
         Args:
@@ -202,7 +202,7 @@ class Teacher:
         """Return what makes batches of samples that its processor encoded."""
         return Collator.of(self.processor, deduplicate=self.processor.deduplicated_inputs)
 
-    def to_device(self, batch: Mapping[str, object]) -> dict[str, Any]:
+    def to_device(self, batch: Mapping[str, object]) -> Inputs:
         """Return a batch of its own as it reads it, with pixels normalised, on its device."""
         inputs = {name: value.to(self.args.device) for name, value in batch.items() if isinstance(value, Tensor)}
         if "pixel_values" in inputs:
