@@ -150,7 +150,8 @@ class StateTargets:
 
 def _return_states(watched: Watched, module: nn.Module, given: object, output: ModelOutput) -> ModelOutput:
     """Return a model's output with what was noted: DDP takes parameters that no output depends on for unused ones."""
-    output[PROJECTIONS] = [states for states in (watched.hidden_states, watched.image_features) if states is not None]
+    noted = (watched.hidden_states, watched.image_features)
+    output["hidden_states"] = tuple(states for states in noted if states is not None)
     return output
 
 
