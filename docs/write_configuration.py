@@ -11,14 +11,14 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from vlm.checks.surface import iter_reach
-from vlm.config import model_schema, preference_schema, schema, serving_schema
+from vlm.config import distillation_schema, model_schema, preference_schema, schema, serving_schema
 from vlm.config.rules import Choices, get_rule
 
 CLASSES = {
     module.__name__: {
         node.name: node.body for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)
     }
-    for module in (schema, model_schema, preference_schema, serving_schema)
+    for module in (schema, model_schema, distillation_schema, preference_schema, serving_schema)
 }
 """Module -> class -> the statements of its body."""
 PAGE = Path(__file__).parent / "configuration.md"

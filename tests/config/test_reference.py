@@ -34,7 +34,7 @@ def test_every_key_of_ours_is_explained(reference: ModuleType):
         r"^\| `(\w+)` \|(.*)\|([^|]*)\|$", "".join(reference.sections(TrainerConfig, "trainer")), re.MULTILINE
     )
     assert {name for name, _, _ in rows} >= OWN_TRAINER_FIELDS - {
-        "unfreeze", "learning_rate", "weight_decay", "lora", "preference",
+        "unfreeze", "learning_rate", "weight_decay", "lora", "preference", "distillation",
     }  # fmt: skip
     assert [name for name, _, meaning in rows if not meaning.strip()] == []
     for section in re.findall(r"^## [\w.]+\n\n(.*)$", reference.write(), re.MULTILINE):

@@ -193,3 +193,48 @@ def test_another_score_needs_no_further_proof(parts: Parts):
         other = compute.with_score(token_losses)
         assert (other.in_head, other.softcap) == (True, model.config.get_text_config().final_logit_softcapping)
         torch.testing.assert_close(other(batch)[0], token_losses(*supervised_logits(model, batch)))
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_states_and_their_head_give_the_logits_of_supervised_positions(parts: Parts, name: str):
+    model, processor = parts.model("clip", name)
+    batch = Ready(processor)(items(processor))
+    expected, _ = supervised_logits(model, batch)
+    states, head = SupervisedScores(model).read_states(batch)
+    assert states.shape == (len(expected), model.config.get_text_config().hidden_size)
+    assert not states.requires_grad
+    torch.testing.assert_close(head(states[2:4]), expected[2:4])
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_states_of_a_model_that_changes_its_logits_are_these(parts: Parts):
+    model, processor = parts.model("clip", "llama")
+    batch = Ready(processor)(items(processor))
+    expected, _ = supervised_logits(model, batch)
+    scores = SupervisedScores(model)
+    scores.in_head = False
+    states, head = scores.read_states(batch)
+    torch.testing.assert_close(head(states), expected)
+
+
+def test_further_rows_go_with_their_positions(parts: Parts, monkeypatch: pytest.MonkeyPatch):
+    """In the head's call and outside of it, in chunks, also when they are computed again for the gradient."""
+    model, processor = parts.model("clip", "llama")
+    batch = Ready(processor)(items(processor))
+    targets = batch["labels"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX]
+    monkeypatch.setattr(text_loss, "MAX_LOGITS", 3 * model.config.get_text_config().vocab_size)
+    sizes: list[int] = []
+
+    def score(logits: torch.Tensor, targets: torch.Tensor, row: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(row, targets)
+        assert torch.equal(pair, torch.stack([targets, targets], dim=1))
+        sizes.append(len(row))
+        return token_losses(logits, targets)
+
+    for in_head in (True, False):
+        scores = SupervisedScores(model, score)
+        scores.in_head = in_head
+        losses, _, _ = scores(batch, aligned=(targets, torch.stack([targets, targets], dim=1)))
+        losses.sum().backward()
+    assert max(sizes) <= 3
+    assert sum(sizes) == 4 * len(targets)

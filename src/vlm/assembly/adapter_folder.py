@@ -71,12 +71,13 @@ def save(
 def _non_adapter_names(model: PreTrainedModel, base: Base) -> set[str]:
     """Return the names of new tensors besides the adapter: those that trained, and those that began at random."""
     part_of = get_part_names(model.config).part_of
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unsaved = model._keys_to_ignore_on_save or ()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in unsaved}
     parts = {part_of(name) for name in trained}
     if base.model is not None:
         parts.add("connector")
         grown = _base_vocabulary_rows(model, base)
-        named = [name for name, _ in model.named_parameters()]
+        named = [name for name, _ in model.named_parameters() if name not in unsaved]
         trained |= {name for name in named if part_of(name) == "connector" or _base_name(name) in grown}
     saved = model.state_dict().keys()
     buffers = {name for name, _ in model.named_buffers() if name in saved and part_of(name) in parts}

@@ -93,6 +93,8 @@ HEAD_METRICS = {
     ),
 }
 """Task of a prediction head -> metrics of its outputs, besides the loss."""
+DIVERGENCES = ("forward", "reverse", "jensen_shannon")
+"""Divergences of a student from its teacher."""
 CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded")
 """Caches of keys and values, as transformers calls them."""
 

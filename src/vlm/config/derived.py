@@ -15,7 +15,7 @@ from vlm.config.schema import PARTS, TRAIN_FLAGS, LoraPartConfig, RunConfig, Tra
 BASE_FILE = "base.json"
 """The file of a checkpoint that is complete only together with the base that it names; see `vlm.assembly`."""
 
-LOWER_IS_BETTER = ("loss", "mae", "mse", "rmse", "ece", "perplexity", "error")
+LOWER_IS_BETTER = ("loss", "divergence", "mae", "mse", "rmse", "ece", "perplexity", "error")
 """Last words of the names of metrics of which lower values are better."""
 
 

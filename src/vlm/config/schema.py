@@ -25,6 +25,7 @@ from vlm.config.choices import (
     SUPERVISIONS,
     THINKING_MODES,
 )
+from vlm.config.distillation_schema import DistillationConfig
 from vlm.config.model_schema import ModelConfig, Options
 from vlm.config.preference_schema import PreferenceOptions
 from vlm.config.reach import is_packaged_deepspeed, is_start_word, training_argument_reach
@@ -148,9 +149,10 @@ class TrainerOptions:
             """Return the value of a field of `TrainingArguments`, which `TrainerConfig` gets when it is made."""
 
     objective: str | None = field(default=None, metadata=imports_unless(is_plain_name))
-    """What the model learns: `generation` (replies), `prediction` (labels or numbers, by heads), `embedding` (vectors),
-    `preference` (which of two replies is better), or an objective of yours, `package.module:Class`; null: `prediction`
-    where there is a head (`model.head.task`), else `generation`."""
+    """What the model learns: `generation` (replies), `distillation` (replies, as a teacher would give them),
+    `prediction` (labels or numbers, by heads), `embedding` (vectors), `preference` (which of two replies is better), or
+    an objective of yours, `package.module:Class`; null: `prediction` where there is a head (`model.head.task`), else
+    `generation`."""
     output_dir: str | None = field(default=None, metadata=FOLDER)
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
@@ -178,6 +180,7 @@ class TrainerOptions:
     weight_decay: WeightDecayConfig = field(default_factory=WeightDecayConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     deepspeed: Any = field(
         default=None, metadata=reads_outside("has settings of its own, which can name files", is_packaged_deepspeed)
     )

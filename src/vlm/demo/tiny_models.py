@@ -22,17 +22,17 @@ WIDTH = 128
 SPECIAL_TOKENS = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
 
 
-def build_tiny_parts(folder: Path) -> None:
+def build_tiny_parts(folder: Path, *, width: int = WIDTH) -> None:
     """Write `folder/visual_encoder` and `folder/language_model`, of about a million parameters in total.
 
     The encoder's patches are the cells of `scenes.py`; the tokenizer has a token for each word of its texts, and bytes
-    for all other words.
+    for all other words. Hidden states are `width` wide, a multiple of 8.
     """
     torch.manual_seed(0)
     side = scenes.CELLS * scenes.CELL
     vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         image_size=side,
@@ -54,8 +54,8 @@ def build_tiny_parts(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "language_model")
     text = LlamaConfig(
         vocab_size=len(tokenizer) + 1,  # room for the image token
-        hidden_size=WIDTH,
-        intermediate_size=3 * WIDTH,
+        hidden_size=width,
+        intermediate_size=3 * width,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -3,7 +3,7 @@
 Hub code: imports torch and transformers only. Shapes: B rows, T tokens, S supervised positions, D text width.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -29,8 +29,11 @@ MAX_LOGITS = 2**26
 Divisor = Tensor | int | None
 """The divisor of a summed loss; None: the number of supervised positions."""
 
-Score = Callable[[Tensor, Tensor], Tensor]
-"""Computes one or several numbers for each position: `(S, vocabulary), (S,) -> (S, ...)`, float32."""
+Score = Callable[..., Tensor]
+"""Computes one or several numbers for each position: `(S, vocabulary), (S,), *aligned -> (S, ...)`, float32.
+
+`aligned` are further tensors with a row for each position, where the caller gives some.
+"""
 
 
 Head = Callable[[Tensor], Tensor]
@@ -104,7 +107,10 @@ def add_balance_loss(
     return loss + getattr(text_config, BALANCE_KEY) * share * balance_loss.to(loss.device)
 
 
-def chunked_scores(head: Head, hidden: Tensor, targets: Tensor, vocabulary: int, score: Score = token_losses) -> Tensor:
+def chunked_scores(
+    head: Head, hidden: Tensor, targets: Tensor, vocabulary: int, score: Score = token_losses,
+    aligned: Sequence[Tensor] = (),
+) -> Tensor:  # fmt: skip
     """Compute a score of a vocabulary head's logits, in chunks of at most `MAX_LOGITS` logits: `(S, D) -> (S, ...)`.
 
     The logits of several chunks are computed again for the gradient, one chunk after the other.
@@ -115,18 +121,19 @@ def chunked_scores(head: Head, hidden: Tensor, targets: Tensor, vocabulary: int,
         targets: `(S,)`, the ids that they predict.
         vocabulary: the number of logits of a position.
         score: what is computed of the logits.
+        aligned: `(S, ...)` each, what the score reads besides.
     """
 
-    def score_chunk(hidden: Tensor, targets: Tensor) -> Tensor:
+    def score_chunk(hidden: Tensor, targets: Tensor, *aligned: Tensor) -> Tensor:
         """Score one chunk, whose logits are computed here, and once more in the backward pass."""
-        return score(head(hidden), targets)
+        return score(head(hidden), targets, *aligned)
 
     num_chunks = max(-(-targets.numel() // max(MAX_LOGITS // vocabulary, 1)), 1)
     targets = targets.to(hidden.device)
     with record_function("loss"):  # its name in profiles
         if num_chunks == 1:
-            return score_chunk(hidden, targets)
-        chunks = zip(hidden.tensor_split(num_chunks), targets.tensor_split(num_chunks), strict=True)
+            return score_chunk(hidden, targets, *aligned)
+        chunks = zip(*(rows.tensor_split(num_chunks) for rows in (hidden, targets, *aligned)), strict=True)
         scores: list[Any] = [checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(scores)
 
@@ -159,19 +166,19 @@ class SupervisedScores:
         other.in_head, other.softcap = self.in_head, self.softcap
         return other
 
-    def __call__(self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None) -> tuple[Tensor, Tensor, Any]:
+    def __call__(
+        self, inputs: Mapping[str, Any], call: Callable[..., Any] | None = None, aligned: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor, Any]:
         """Return the scores `(S, ...)`, the targets `(S,)` that they are of, and the model's output without logits.
 
         Args:
             inputs: those of the model, with labels `(B, T)`.
             call: the model as it is called, such as DDP around it; None: `model`.
+            aligned: `(S, ...)` each, what the score reads of each position besides logits and target.
         """
         forward: Any = self.model if call is None else call
-        targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T)
-        keep = targets != IGNORE_INDEX
-        targets = targets[keep]
-        read = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
-        arguments = {"use_cache": False, **read, "logits_to_keep": keep}
+        arguments, targets = _keep_supervised(inputs)
+        keep = arguments["logits_to_keep"]
         vocabulary = self.model.config.get_text_config().vocab_size
         if self.in_head is None:
             self.prove(inputs)
@@ -179,7 +186,7 @@ class SupervisedScores:
 
             def compute(head: Head, hidden: Tensor) -> Tensor:
                 """Return the scores at the supervised positions."""
-                return chunked_scores(head, select_kept(hidden, keep), targets, vocabulary, self.score)
+                return chunked_scores(head, select_kept(hidden, keep), targets, vocabulary, self.score, aligned)
 
             with self._computing_in_head(compute):
                 outputs = forward(**arguments)
@@ -187,8 +194,32 @@ class SupervisedScores:
         else:
             outputs = forward(**arguments)
             logits = select_kept(outputs.logits, keep)
-            scores = chunked_scores(nn.Identity(), logits, targets, vocabulary, self.score)
+            scores = chunked_scores(nn.Identity(), logits, targets, vocabulary, self.score, aligned)
         return scores, targets, replace(outputs, logits=None)
+
+    @torch.no_grad()
+    def read_states(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Head]:
+        """Return what logits at the supervised positions are made of, `(S, D)`, and what makes them: `-> (S, V)`.
+
+        No logit is computed, so that a caller does that chunk by chunk. Of a model that changes logits behind its head
+        (`in_head` is false) the logits themselves are returned, with the identity. No gradient is kept.
+        """
+        arguments, _ = _keep_supervised(inputs)
+        keep = arguments["logits_to_keep"]
+        if self.in_head is None:
+            self.prove(inputs)
+        if not self.in_head:
+            return select_kept(self.model(**arguments).logits, keep), nn.Identity()
+        read: list[tuple[Tensor, Head]] = []
+
+        def remember(head: Head, hidden: Tensor) -> Tensor:
+            """Keep the head and what it would have read."""
+            read.append((select_kept(hidden, keep), head))
+            return hidden[..., :1]
+
+        with self._computing_in_head(remember):
+            self.model(**arguments)
+        return read[0]
 
     @torch.no_grad()
     def prove(self, inputs: Mapping[str, object]) -> bool:
@@ -249,6 +280,14 @@ class SupervisedScores:
                 module.forward = own
             if softcap is not None:
                 _set_softcap(config, softcap)
+
+
+def _keep_supervised(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Return a model's arguments with the mask of its supervised positions, and the targets there: `(S,)`."""
+    targets = F.pad(inputs["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]  # (B, T)
+    keep = targets != IGNORE_INDEX
+    read = {name: value for name, value in inputs.items() if name not in LOSS_INPUTS}
+    return {"use_cache": False, **read, "logits_to_keep": keep}, targets[keep]
 
 
 def _set_softcap(config: PreTrainedConfig, softcap: float | None) -> None:

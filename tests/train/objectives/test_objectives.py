@@ -15,6 +15,7 @@ from vlm.checks.fields import ConfigError
 from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import RunConfig
 from vlm.train.objectives.base import Objective
+from vlm.train.objectives.distillation import Distillation
 from vlm.train.objectives.embedding import Embedding
 from vlm.train.objectives.generation import Generation
 from vlm.train.objectives.prediction import Prediction
@@ -24,6 +25,9 @@ from vlm.train.objectives.table import OBJECTIVES, make_objective
 SOURCE = Path(vlm.__file__).parent
 OWN_FILES = ("train/objectives/", "config/model_schema.py")
 """Where it may be asked which objective a run has."""
+
+NAMED = {"distil-smol": Distillation}
+"""The runs that name another objective than that of their model."""
 
 HEADS = [name for name in packaged_names("vlm.config", "model/head", ".yaml") if name != "none"]
 
@@ -133,9 +137,12 @@ def test_objectives_are_known_before_torch_is():
 def test_runs_choose_the_objective_of_their_head_or_records(name: str):
     config = compose_config(name, ["dataset.path=a.json"])
     embeds = config.model.head.task == "embedding"
-    kind = Embedding if embeds else Prediction if config.model.head.by_name else Generation
+    kind = Embedding if embeds else Prediction if config.model.head.by_name else NAMED.get(name, Generation)
     kind = Preference if config.dataset.format == "preference" else kind
-    objectives = {Embedding: "embedding", Prediction: "prediction", Generation: None, Preference: "preference"}
+    objectives = {
+        Embedding: "embedding", Prediction: "prediction", Distillation: "distillation", Generation: None,
+        Preference: "preference",
+    }  # fmt: skip
     assert config.trainer.objective == objectives[kind]
     assert type(make_objective(config)) is kind
 
@@ -162,7 +169,7 @@ def test_a_head_without_an_objective_is_trained():
     ("run", "overrides", "message"),
     [
         ("pretrain-smol", ["trainer.objective=other"],
-         r"other: allowed are generation, prediction, embedding, preference, or package.module:Class for your"),
+         r"other: allowed are generation, distillation, prediction, embedding, preference, or package.module"),
         ("pretrain-smol", ["trainer.objective=no_such:Mine"],
          r"trainer.objective=no_such:Mine: No module named 'no_such'"),
         ("pretrain-smol", ["trainer.objective=json:Mine"],

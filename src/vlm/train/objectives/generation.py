@@ -193,6 +193,11 @@ class Generation(Objective):
             self._scores = SupervisedScores(trainer.model, self.token_losses)
         return self._scores
 
+    def supervised_losses(self, trainer: ObjectiveTrainer, model: Module, inputs: Inputs) -> tuple[Tensor, ModelOutput]:
+        """Return the loss at each supervised position of a batch, `(S,)` in float32, and the model's outputs."""
+        losses, _, outputs = self._get_scores(trainer)(inputs, model)
+        return losses, outputs
+
     def compute_loss(
         self, trainer: ObjectiveTrainer, model: Module, inputs: Inputs, num_items_in_batch: Tensor | int | None
     ) -> tuple[Tensor, ModelOutput]:
@@ -205,7 +210,7 @@ class Generation(Objective):
         from vlm.models.text_loss import add_balance_loss, mean_loss
         from vlm.train.step.step_packing import supervised_weights
 
-        losses, _, outputs = self._get_scores(trainer)(inputs, model)
+        losses, outputs = self.supervised_losses(trainer, model, inputs)
         number: Tensor | int = losses.numel()
         if LOSS_WEIGHTS in inputs:
             weights = supervised_weights(inputs)

@@ -7,6 +7,7 @@ from vlm.train.objectives.base import Objective
 
 OBJECTIVES = {
     "generation": "vlm.train.objectives.generation:Generation",
+    "distillation": "vlm.train.objectives.distillation:Distillation",
     "prediction": "vlm.train.objectives.prediction:Prediction",
     "embedding": "vlm.train.objectives.embedding:Embedding",
     "preference": "vlm.train.objectives.preference:Preference",

@@ -59,6 +59,7 @@ SAFE = (
 CHANGES_RUN = (
     _keys("trainer", "from_pretrained deepspeed packing packing_strategy max_tokens_per_batch checkpointed_parts "
           "loss_average sharding spike_action spike_threshold spike_window")
+    | _keys("trainer.distillation", "teacher teacher_revision divergence label_weight temperature top_k")
     | _keys("trainer.learning_rate", "visual_encoder_learning_rate connector_learning_rate "
             "language_model_learning_rate head_learning_rate")
     | _keys("trainer.weight_decay", "visual_encoder_weight_decay connector_weight_decay language_model_weight_decay "
@@ -90,6 +91,7 @@ CHANGES_RUN = (
 IMPOSSIBLE = (
     _keys("trainer", "objective optim optim_args optim_target_modules average_decay")
     | _keys("trainer.learning_rate", "visual_encoder_layer_decay language_model_layer_decay")
+    | _keys("trainer.distillation", "hidden_states_weight image_features_weight")
     | _keys("trainer.unfreeze", "train_vision_model train_connector train_language_model")
     | _keys("trainer.lora", "use_dora bias init visual_encoder.r visual_encoder.target_modules connector.r "
             "connector.target_modules language_model.r language_model.target_modules")
