@@ -37,7 +37,6 @@ from vlm.train.distillation.targets import TeacherStates, capture_image_inputs, 
 from vlm.train.feature_cache.fingerprints import weights_digests
 from vlm.train.model import compute_dtype
 from vlm.train.objectives.base import Inputs
-from vlm.train.step.packing import check_packing_support
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +157,6 @@ class Teacher:
                 f"{self.label} with trainer.packing=true: it reads other ids, pixels or positions than the model that "
                 f"trains, so its rows are others; {keep}, or choose trainer.packing=false"
             )
-        check_packing_support(self.config.model_type)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the precision in which the run computes; DeepSpeed's models are in it as a whole."""
