@@ -63,7 +63,7 @@ def test_every_record_was_used(place: Path):
 
 @pytest.mark.slow
 def test_replay_prevents_what_a_finetune_on_one_kind_forgets(tmp_path: Path):
-    """Measured: without replay 0% of the other kinds is left, with a quarter of replay 100%; the new kind is learned."""
+    """Measured: without replay no other answer is right, with a quarter of replay all are; the new ones are in both."""
     command = [sys.executable, str(EXAMPLES / "forgetting.py"), "--output", str(tmp_path), "--shares", "0", "0.25"]
     subprocess.run(command, check=True)
     folder = tmp_path / "learning-rate-0.001"
