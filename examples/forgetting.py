@@ -57,7 +57,7 @@ def train_base(folder: Path) -> Path:
     return final
 
 
-def finetune(folder: Path, base: Path, share: float, learning_rate: float, output: Path) -> dict[str, Any]:
+def finetune(folder: Path, base: Path, share: float, output: Path, overrides: dict[str, float]) -> dict[str, Any]:
     """Train on the new kind with a share of replay unless `output` has it; return `results.json` of the comparison."""
     data, results = folder / "data", output / "before_after" / "results.json"
     if results.is_file():
@@ -75,7 +75,7 @@ def finetune(folder: Path, base: Path, share: float, learning_rate: float, outpu
         "trainer.before_after_probe": 0, "trainer.before_after_samples": NUM_HELD_OUT * (len(QUESTION_KINDS) + 1),
         "trainer.per_device_eval_batch_size": 50, "dataset.path": "null", "dataset.eval_path": data / "held-out.json",
         "inference.max_new_tokens": 8, "trainer.num_samples": 0,
-    } | {f"trainer.learning_rate.{part}_learning_rate": learning_rate for part in PARTS}  # fmt: skip
+    } | overrides  # fmt: skip
     train("demo-finetune", folder, "new.json", [*words, *(f"{key}={value}" for key, value in settings.items())])
     return json.loads(results.read_text(encoding="utf-8"))
 
@@ -112,15 +112,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/forgetting"))
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="shares of replay (%(default)s)")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of the finetunes (%(default)s)")
+    parser.add_argument("--seed", type=int, default=42, help="of the order of samples (%(default)s)")
     args = parser.parse_args()
     base = train_base(args.output)
     data = args.output / "data"
     write_records(data, "new", [NEW_KIND], NUM_TRAIN, seed=1)
     write_records(data, "held-out", [NEW_KIND, *QUESTION_KINDS], NUM_HELD_OUT, seed=2)
-    folder = args.output / f"learning-rate-{args.learning_rate:g}"
+    folder = args.output / f"learning-rate-{args.learning_rate:g}-seed-{args.seed}"
+    overrides = {f"trainer.learning_rate.{part}_learning_rate": args.learning_rate for part in PARTS}
+    overrides["trainer.seed"] = args.seed
     results = {
-        share: finetune(args.output, base, share, args.learning_rate, folder / f"replay-{share:g}")
-        for share in args.shares
+        share: finetune(args.output, base, share, folder / f"replay-{share:g}", overrides) for share in args.shares
     }
     found = {share: read_changes(result) for share, result in results.items()}
     kinds = (NEW_KIND, *QUESTION_KINDS)

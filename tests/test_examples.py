@@ -66,7 +66,7 @@ def test_replay_prevents_what_a_finetune_on_one_kind_forgets(tmp_path: Path):
     """Measured: without replay no other answer is right, with a quarter of replay all are; the new ones are in both."""
     command = [sys.executable, str(EXAMPLES / "forgetting.py"), "--output", str(tmp_path), "--shares", "0", "0.25"]
     subprocess.run(command, check=True)
-    folder = tmp_path / "learning-rate-0.001"
+    folder = tmp_path / "learning-rate-0.001-seed-42"
     found = json.loads((folder / "forgetting.json").read_text())
     alone, replayed = (found[share]["changes"] for share in ("0", "0.25"))
     others = [kind for kind in alone if kind != "name"]
