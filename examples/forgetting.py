@@ -3,7 +3,8 @@
 A small model of the demo's scenes answers questions about colour, shape, number and place. It is then finetuned on a
 fifth kind alone ("What are they, in two words?"), and again with some of the first questions mixed in. Each run
 compares the model at its end with the one it began with (`trainer.before_after`); `forgetting.json` and
-`forgetting.png` show answers of every kind before and after, for each share of replay. It takes minutes on two cores.
+`forgetting.png` in a folder for each learning rate and seed show answers of every kind before and after, for each share
+of replay. On two busy cores the base model takes four minutes and each share half a minute; what is there stays.
 """
 
 import argparse
