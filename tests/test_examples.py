@@ -63,17 +63,18 @@ def test_every_record_was_used(place: Path):
 
 @pytest.mark.slow
 def test_replay_prevents_what_a_finetune_on_one_kind_forgets(tmp_path: Path):
-    """Without replay the other kinds are forgotten, clearly; with a quarter of replay nearly all of them is kept."""
+    """Measured: without replay no other answer is right, with a quarter of replay all are; the new ones are in both."""
     command = [sys.executable, str(EXAMPLES / "forgetting.py"), "--output", str(tmp_path), "--shares", "0", "0.25"]
     subprocess.run(command, check=True)
-    found = json.loads((tmp_path / "forgetting.json").read_text())
+    folder = tmp_path / "learning-rate-0.001-seed-42"
+    found = json.loads((folder / "forgetting.json").read_text())
     alone, replayed = (found[share]["changes"] for share in ("0", "0.25"))
     others = [kind for kind in alone if kind != "name"]
     assert len(others) == 4
     for kind in others:
         assert alone[kind]["before"] > 0.9
-        assert alone[kind]["difference"]["high"] < -0.3
+        assert alone[kind]["difference"]["high"] < -0.7
         assert replayed[kind]["difference"]["value"] > -0.1
-    assert all(changes["name"]["difference"]["low"] > 0.5 for changes in (alone, replayed))
+    assert all(changes["name"]["difference"]["low"] > 0.8 for changes in (alone, replayed))
     assert found["0"]["replay"]["share"] == 0.25
-    assert (tmp_path / "forgetting.png").is_file()
+    assert (folder / "forgetting.png").is_file()

@@ -100,9 +100,13 @@ def test_drift_is_what_each_others_answers_cost():
     assert (unmeasured.on_before, unmeasured.on_after) == (None, None)
 
 
-def test_replay_follows_from_the_largest_clear_drop():
+def test_a_quarter_of_replay_is_proposed_for_a_clear_drop_of_any_size():
     proposal = propose_replay(compute_changes(make_pairs(), ["exact_match"]))
     assert proposal.drops == {"held-out, kind: shape": pytest.approx(0.5)}
+    assert proposal.share == 0.25
+    small = [(row(n, "red", 1.0), row(n, "red" if n % 12 else "blue", 1.0)) for n in range(200)]
+    proposal = propose_replay(compute_changes(small, ["exact_match"]))
+    assert proposal.drops == {"held-out, kind: colour": pytest.approx(0.085)}
     assert proposal.share == 0.25
     assert "Replay 25%: of 100 training samples, 25" in str(proposal)
     same = [(before, before) for before, _ in make_pairs()]

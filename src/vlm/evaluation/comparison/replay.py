@@ -1,7 +1,7 @@
 """A proposed share of replay: how much data of what a model could do already to mix into the next finetune.
 
-The rule is a heuristic, stated in `docs/compare-models.md` with its limits. It looks at the groups whose
-answers clearly got worse, takes the largest relative drop, and reads the share from `SHARES`.
+The rule is a heuristic, stated in `docs/compare-models.md` with its limits and the figures that it was held against:
+where the answers of a group clearly got worse, `SHARE`, however large the drop is.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from vlm.evaluation.comparison.changes import ALL, LOSS, Change
 from vlm.evaluation.comparison.records import PROBE
 
-SHARES = ((0.1, 0.05), (0.4, 0.1), (1.0, 0.25))
-"""Relative drop up to which a share is proposed, and that share of the training samples."""
+SHARE = 0.25
+"""Share of the training samples that is proposed."""
 MEASURABLE = 0.2
 """The share of right answers before that an ability needs, so that losing it could be seen."""
 
@@ -64,10 +64,8 @@ def propose_replay(changes: Sequence[Change]) -> ReplayProposal:
         name_of(change): (change.before - change.after) / change.before for change in groups if change.direction < 0
     }
     drops = dict(sorted(drops.items(), key=lambda item: -item[1]))
-    largest = max(drops.values(), default=0.0)
-    share = next((share for bound, share in SHARES if 0 < largest <= bound), 0.0)
     too_low = [change for change in groups if change.before < MEASURABLE and change.dataset == PROBE]
-    return ReplayProposal(share, drops, tuple(name_of(change) for change in too_low))
+    return ReplayProposal(SHARE if drops else 0.0, drops, tuple(name_of(change) for change in too_low))
 
 
 def name_of(change: Change) -> str:
