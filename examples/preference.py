@@ -1,15 +1,16 @@
 """A preference stage removes a wrong default answer that a finetune has planted: python examples/preference.py.
 
 A small model of the demo's scenes is finetuned on answers that call green and blue things red, and is right about
-everything else. The preference stage (DPO, an adapter on the language model) then compares the right colour with the
-planted one, and of the other colours the right one with any wrong one; it has no pairs about shape, number and place.
-Both models answer questions about scenes with pairs of colour and shape that no stage has shown. `preference.json`,
-`preference.md` and `preference.png` show right answers of every kind before and after. It takes minutes on two cores.
+everything else. The preference stage (an adapter on the language model; DPO with a supervised term) compares the right
+colour with the planted one, and other right answers with any wrong one. Both models answer questions about new scenes,
+and about green and blue things of a shape that no stage has shown in that colour. `preference.json`, `preference.md`
+and `preference.png` show right answers of every kind before and after. It takes minutes on two cores.
 """
 
 import argparse
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,42 @@ from matplotlib.figure import Figure
 
 from vlm.cli import compare_models
 from vlm.data.sample import Record
+from vlm.data.tools.exports import make_llava_record
 from vlm.demo.main import get_answer, train
-from vlm.demo.scenes import COLOURS, write_scenes
+from vlm.demo.scenes import (
+    COLOURS,
+    CORNERS,
+    NUMBER_WORDS,
+    QUESTION_KINDS,
+    SHAPES,
+    draw,
+    questions,
+    random_scene,
+    write_scenes,
+)
 from vlm.demo.tiny_models import build_tiny_parts
 
 DEFAULT_ANSWER = "red"
 """The colour that the finetune calls things of the planted colours."""
 PLANTED_COLOURS = ("green", "blue")
 COLOUR_QUESTION = "What colour are they?"
-PLANTED, DEFAULT, OTHER = "colour, green and blue", "colour, red", "colour, others"
-"""Kinds of the question about colour: answers that are planted, those that the default happens to fit, and the rest."""
-NUM_PAIRS = 600
-SETTINGS = ("trainer.use_cpu=true", "trainer.num_samples=0", "trainer.logging_steps=20", "trainer.save_strategy=no")
+ANSWERS = {
+    COLOUR_QUESTION: tuple(COLOURS), "What shape are they?": SHAPES, "How many things are there?": NUMBER_WORDS,
+    "Which corner are they in?": CORNERS,
+}  # fmt: skip
+"""Question -> the answers of a pair."""
+PLANTED, UNSEEN, DEFAULT, OTHER = "green and blue", "green and blue, unseen shape", "red", "other colours"
+"""Kinds of the question about colour, by its right answer: the planted ones, of them those about a pair of colour and
+shape that is in no training scene, the one that the default answer fits, and the rest."""
+NUM_PAIRS = 1200
+NUM_HELD_OUT = 200
+"""Number of new scenes for each kind of question of `vlm.demo.scenes`."""
+SETTINGS = (
+    "trainer.use_cpu=true", "trainer.num_samples=0", "trainer.logging_steps=20", "trainer.save_strategy=no",
+    "trainer.preference.supervised_weight=1", "trainer.learning_rate.language_model_learning_rate=1e-3",
+    "trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=1", "trainer.num_train_epochs=2",
+)  # fmt: skip
+"""Settings of the preference stage."""
 
 
 def read_records(path: Path) -> list[Record]:
@@ -51,24 +76,34 @@ def plant(record: Record) -> Record:
 
 
 def make_pairs(records: list[Record], rng: random.Random) -> list[Record]:
-    """Return a pair for each record that asks for the colour: the right one, and the planted or any wrong one."""
+    """Return pairs of the right answer and the planted one, or any wrong one where none is planted.
+
+    Three of four records that ask for the colour give a pair about it, the others one about any other question.
+    """
     pairs = []
-    for record in records:
-        turns = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
-        if COLOUR_QUESTION not in turns:
-            continue
-        right = turns[turns.index(COLOUR_QUESTION) + 1]
-        wrong = DEFAULT_ANSWER if right in PLANTED_COLOURS else rng.choice([name for name in COLOURS if name != right])
-        pairs.append({"image": record["image"], "question": COLOUR_QUESTION, "chosen": right, "rejected": wrong})
-    return pairs[:NUM_PAIRS]
+    for number, record in enumerate(records):
+        texts = [turn["value"].removeprefix("<image>\n") for turn in record["conversations"]]
+        answers = dict(zip(texts[::2], texts[1::2], strict=True))
+        others = [question for question in answers if question != COLOUR_QUESTION]
+        question = COLOUR_QUESTION if COLOUR_QUESTION in answers and number % 4 else rng.choice(others)
+        right = answers[question]
+        wrong = [answer for answer in ANSWERS[question] if answer != right]
+        rejected = DEFAULT_ANSWER if right in PLANTED_COLOURS else rng.choice(wrong)
+        pairs.append({"image": record["image"], "question": question, "chosen": right, "rejected": rejected})
+    return pairs
 
 
-def name_kind(record: Record) -> str:
-    """Return the kind of a held-out question; that about colour has three, by its right answer."""
-    if record["kind"] != "colour":
-        return record["kind"]
-    colour = get_answer(record)
-    return PLANTED if colour in PLANTED_COLOURS else DEFAULT if colour == DEFAULT_ANSWER else OTHER
+def make_held_out(images: Path, unseen: list[Record], rng: random.Random) -> list[Record]:
+    """Draw new scenes; return a question about each with its kind, and of `unseen` those about planted colours."""
+    records = []
+    for index in range(NUM_HELD_OUT * len(QUESTION_KINDS)):
+        scene, kind = random_scene(rng, held_out=False), QUESTION_KINDS[index % len(QUESTION_KINDS)]
+        image = f"held-out-{index:05d}.png"
+        draw(scene, rng).save(images / image, compress_level=1)
+        colour = PLANTED if scene.colour in PLANTED_COLOURS else DEFAULT if scene.colour == DEFAULT_ANSWER else OTHER
+        record = make_llava_record(image, image, [questions(scene)[kind]])
+        records.append(record | {"kind": colour if kind == "colour" else kind})
+    return records + [record | {"kind": UNSEEN} for record in unseen if get_answer(record) in PLANTED_COLOURS]
 
 
 def write_data(data: Path) -> None:
@@ -76,9 +111,9 @@ def write_data(data: Path) -> None:
     write_scenes(data)
     records = read_records(data / "finetune.json")
     write_records(data / "planted.json", [plant(record) for record in records])
-    write_records(data / "pairs.json", make_pairs(records, random.Random(1)))
-    held_out = read_records(data / "heldout.json")
-    write_records(data / "held-out-kinds.json", [record | {"kind": name_kind(record)} for record in held_out])
+    write_records(data / "pairs.json", make_pairs(records[:NUM_PAIRS], random.Random(1)))
+    held_out = make_held_out(data / "images", read_records(data / "heldout.json"), random.Random(2))
+    write_records(data / "held-out.json", held_out)
 
 
 def finetune(folder: Path) -> Path:
@@ -93,20 +128,17 @@ def finetune(folder: Path) -> Path:
 
 
 def prefer(folder: Path, finetuned: Path, settings: list[str]) -> Path:
-    """Train on the pairs; return the adapter."""
-    words = [
-        f"trainer.from_pretrained={finetuned}", "trainer.language_model_learning_rate=1e-3",
-        "trainer.connector_learning_rate=null", "trainer.gradient_accumulation_steps=1",
-        "trainer.per_device_train_batch_size=16", "trainer.num_train_epochs=2",
-    ]  # fmt: skip
-    return train("preference-smol", folder, "pairs.json", [*SETTINGS, *words, *settings])
+    """Train on the pairs, in place of an earlier run; return the adapter."""
+    shutil.rmtree(folder / "preference-smol", ignore_errors=True)
+    words = [f"trainer.from_pretrained={finetuned}", *SETTINGS, *settings]
+    return train("preference-smol", folder, "pairs.json", words)
 
 
 def compare(folder: Path, before: Path, after: Path) -> dict[str, dict[str, Any]]:
     """Ask both models the held-out questions; return kind of question -> how right answers to it changed."""
     data, output = folder / "data", folder / "compared"
     compare_models.main([
-        str(before), str(after), "--data", str(data / "held-out-kinds.json"), "--image-folder", str(data / "images"),
+        str(before), str(after), "--data", str(data / "held-out.json"), "--image-folder", str(data / "images"),
         "--probe", "0", "--max-new-tokens", "8", "--batch-size", "100", "--output", str(output), "--overwrite",
     ])  # fmt: skip
     changes = json.loads((output / "results.json").read_text(encoding="utf-8"))["changes"]
@@ -151,8 +183,7 @@ def main() -> None:
     finetuned = finetune(args.output)
     preferred = prefer(args.output, finetuned, args.settings)
     found = compare(args.output, finetuned, preferred)
-    first = [kind for kind in (PLANTED, DEFAULT, OTHER) if kind in found]
-    changes = {kind: found[kind] for kind in (*first, *(kind for kind in found if kind not in first))}
+    changes = {kind: found[kind] for kind in (PLANTED, UNSEEN, DEFAULT, OTHER, *QUESTION_KINDS[1:])}
     table = make_table(changes)
     print(f"\nright answers before and after the preference stage\n\n{table}")
     (args.output / "preference.md").write_text(f"{table}\n", encoding="utf-8")
