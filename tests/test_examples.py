@@ -78,3 +78,22 @@ def test_replay_prevents_what_a_finetune_on_one_kind_forgets(tmp_path: Path):
     assert all(changes["name"]["difference"]["low"] > 0.8 for changes in (alone, replayed))
     assert found["0"]["replay"]["share"] == 0.25
     assert (folder / "forgetting.png").is_file()
+    assert (tmp_path / "forgetting.png").is_file()
+
+
+@pytest.mark.slow
+def test_preferences_remove_a_planted_answer_and_keep_the_rest(tmp_path: Path):
+    """Green and blue things are called red before, and clearly no more after; all other answers stay as right."""
+    subprocess.run([sys.executable, str(EXAMPLES / "preference.py"), "--output", str(tmp_path)], check=True)
+    found = json.loads((tmp_path / "preference.json").read_text())
+    planted = found.pop("green and blue")
+    assert planted["before"] < 0.1
+    assert planted["difference"]["low"] > 0.7
+    unseen = found.pop("green and blue, unseen shape")
+    assert unseen["difference"]["low"] > 0.2
+    assert found.keys() == {"red", "other colours", "shape", "count", "place"}
+    for change in found.values():
+        assert change["before"] > 0.9
+        assert change["difference"]["value"] > -0.05
+    assert (tmp_path / "preference.png").is_file()
+    assert "| green and blue |" in (tmp_path / "preference.md").read_text()
