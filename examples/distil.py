@@ -1,9 +1,9 @@
-"""Distil a small model into one of a quarter of its size: python examples/distil.py [FOLDER] [--steps N] [--wrong SHARE].
+"""Distil a small model: python examples/distil.py [FOLDER] [--steps N] [--wrong SHARE] [--seed N].
 
-Trains a teacher on the demo's generated scenes, then twice the same smaller model on the same steps: by labels alone, and
-by its teacher's probabilities. Of the records that the students learn from, a share of the answers is wrong, as where
-labels are collected from many people. `summary.json` says how far either student is from the teacher on held-out scenes.
-A few minutes on two cores, without a network.
+Trains a teacher on the demo's generated scenes, then twice the same model of a quarter of its size on the same steps:
+by labels alone, and by its teacher's probabilities. Of the answers that the students learn from, a share is wrong, as
+where labels are collected from many people. `summary.json` says how far either student is from the teacher on held-out
+scenes. A few minutes on two cores, without a network.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A student of a quarter of its teacher's size comes closer to it by its logits than by labels, on the same steps."""
+"""A student of a quarter of its teacher's size comes closer to it by its logits than by labels of which some are wrong."""
 
 import json
 from pathlib import Path
@@ -18,6 +18,7 @@ def test_a_student_comes_closer_by_distillation_than_by_labels(tmp_path: Path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     teacher, labels, distilled = (summary[name] for name in ("teacher", "by_labels", "by_teacher"))
     assert 3.5 < teacher["parameters"] / distilled["parameters"] < 4.5
+    assert teacher["accuracy"] > 0.95
     assert labels["parameters"] == distilled["parameters"]
-    assert distilled["divergence"] < 0.9 * labels["divergence"]
-    assert distilled["agreement"] > labels["agreement"]
+    assert distilled["divergence"] < 0.5 * labels["divergence"]
+    assert distilled["agreement"] > labels["agreement"] + 0.03
