@@ -1,4 +1,4 @@
-"""A student of a quarter of its teacher's size comes closer to it by its logits than by labels of which some are wrong."""
+"""A student of a quarter of the size is closer to its teacher by its logits than by labels that are partly wrong."""
 
 import json
 from pathlib import Path
