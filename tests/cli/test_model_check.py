@@ -63,7 +63,7 @@ def test_all_types_are_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     said = capsys.readouterr()
     assert {"qwen3_vl", "gemma4", "evolla", "phi4_multimodal"} < set(given)
     assert "qwen3_vl  all proved\ngemma3    packing failed" in said.out
-    assert f"[2/{len(given)}] gemma3: 10 proved, 1 failed (2.0 s)" in said.err
+    assert f"[2/{len(given)}] gemma3: 11 proved, 1 failed (2.0 s)" in said.err
     main(["models", "--check", "gemma3"])
     assert given[-1] == "gemma3"
 

@@ -65,7 +65,7 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
     add_loading_options(parser)
 
 
-def add_thinking_option(parser: argparse._ActionsContainer) -> None:
+def add_thinking_option(parser: "argparse._ActionsContainer") -> None:
     """Add `--thinking` and `--no-thinking`."""
     purpose = "the model thinks before it answers, or not, where its chat template asks (as it was trained)"
     parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=None, help=purpose)

@@ -99,7 +99,9 @@ class Source:
 
     def record_of(self, index: int) -> int:
         """Return the number of the record that a sample is of: its own, or that of which it is a part."""
-        return self.parts[index - len(self.records)][0] if index >= len(self.records) else index
+        if not self.parts or index < len(self.records):
+            return index
+        return self.parts[index - len(self.records)][0]
 
     def stream(self, shard: int = 0, num_shards: int = 1, seed: int | None = None) -> Iterator[object]:
         """Iterate over a shard of the records, read anew each time; a record that cannot be read is a `BadSample`."""

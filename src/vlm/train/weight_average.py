@@ -49,8 +49,8 @@ class WeightAverage(TrainerCallback):
         """Take the weights after a step into the average."""
         step, weights = state.global_step, self.weights
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        averages = [self.average[name] for name in weights]
-        torch._foreach_lerp_(averages, [weight.float() for weight in weights.values()], share)
+        for name, weight in weights.items():
+            self.average[name].lerp_(weight.float(), share)
 
     @torch.no_grad()
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):

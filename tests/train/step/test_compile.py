@@ -73,7 +73,10 @@ class Laid(Collator):
 
 def batches(processor: Any, packed: bool) -> list[dict[str, Any]]:
     found = [batch(processor, rows) for rows in ROWS]
-    return [PackingCollator(Laid(processor.tokenizer.pad_token_id))([one]) for one in found] if packed else found
+    if not packed:
+        return found
+    collate = PackingCollator(Laid(processor.tokenizer.pad_token_id))
+    return [collate([one, *({} for _ in one["input_ids"][1:])]) for one in found]
 
 
 def stepped(model: Any, inputs: dict[str, Any], optimizer: torch.optim.Optimizer) -> float:
