@@ -2,8 +2,8 @@
 
 TRL is no dependency. In an environment that has this package and TRL beside it:
 
-    uv pip install --target /tmp/trl --no-deps trl==1.16.0
-    PYTHONPATH=/tmp/trl:src:. .venv/bin/python -m benchmarks.preference_trl
+    uv pip install --target FOLDER --no-deps trl==1.16.0
+    PYTHONPATH=FOLDER:src:. .venv/bin/python -m benchmarks.preference_trl
 
 For each loss that TRL's `DPOTrainer` and `KTOTrainer` have, it prints both losses, and the largest difference of a
 gradient over the largest gradient. `docs/preference.md` has the figures.
