@@ -4,7 +4,7 @@ Metrics of losses are in `loss_metrics.py`, those of answers in `text_metrics.py
 `hallucination.py`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,39 +94,53 @@ def evaluate(
             result = metric.compute(dataset, losses)
             scores |= result.scores
             write_rows(folder / f"{name}.jsonl", result.rows)
-    if text_metrics := [name for name in names if name not in LOSS_METRICS]:
+    if answer_names := [name for name in names if name not in LOSS_METRICS]:
         generate = partial(
             generate_file, model, config, settings=settings, cache=cache, fingerprint=fingerprint,
             batch_size=batch_size, num_workers=num_workers, max_frames=max_frames, seed=seed, overwrite=overwrite,
         )  # fmt: skip
-        rows = generate(output=folder / "answers.jsonl")
-        answered = [row for row in rows if not row["error"] and row["references"]]
-        bad = [(row["source"], row["error"]) for row in rows if row["error"]]
-        unreferenced = [(row["source"], "") for row in rows if not row["error"] and not row["references"]]
-        problem = "have neither a reply nor `answers` to hold an answer against"
-        exclusions += describe_exclusion(bad, len(rows), "could not be asked")
-        exclusions += describe_exclusion(unreferenced, len(rows), problem)
-        if not answered:
-            raise ValueError(f"{config.path}: there is no answer to measure. {' '.join(exclusions)}")
-        records, num_answered = len(rows), len(answered)
-        references = [cast("list[str]", row["references"]) for row in answered]
-        objects = [ObjectAnswer(_objects(row["objects"]), _objects(row["true_objects"])) for row in answered]
-        answers = [without_thinking(str(row["answer"])) for row in answered]
-        scores |= compute_answer_metrics(
-            [name for name in text_metrics if name not in HALLUCINATION_METRICS], answers, references, objects
-        )
-        if seen_wrongly := [name for name in text_metrics if name in HALLUCINATION_METRICS]:
-            blank_rows = generate(output=folder / "answers-blank.jsonl", is_blank=True)
-            pairs = zip(rows, blank_rows, strict=True)
-            blank = [str(other["answer"]) for row, other in pairs if not row["error"] and row["references"]]
-            images = [str(row["image_path"]) for row in answered]
-            scores |= compute_hallucination_metrics(
-                seen_wrongly, answers, list(map(without_thinking, blank)), references, images
-            )
-        for name in (name for name in text_metrics if name in OBJECT_METRICS):
-            if left_out := sum(not measured_objects(name, answer).true for answer in objects):
-                exclusions.append(f"{left_out:,} of {len(rows):,} records tell no place that {name} measures")
+        measured = _measure_answers(answer_names, str(config.path), folder, generate)
+        records, num_answered = measured.records, measured.num_answered
+        scores |= measured.scores
+        exclusions += measured.exclusions
     return EvaluationResult(records, num_answered, tuple(exclusions), scores)
+
+
+def _measure_answers(
+    names: Sequence[str], path: str, folder: Path, generate: Callable[..., list[dict[str, object]]]
+) -> EvaluationResult:
+    """Measure answers, which `generate` writes into a file: about the images, and about blank ones where asked.
+
+    Raises:
+        ValueError: no answer can be evaluated.
+    """
+    rows = generate(output=folder / "answers.jsonl")
+    answered = [row for row in rows if not row["error"] and row["references"]]
+    bad = [(row["source"], row["error"]) for row in rows if row["error"]]
+    unreferenced = [(row["source"], "") for row in rows if not row["error"] and not row["references"]]
+    problem = "have neither a reply nor `answers` to hold an answer against"
+    exclusions = describe_exclusion(bad, len(rows), "could not be asked")
+    exclusions += describe_exclusion(unreferenced, len(rows), problem)
+    if not answered:
+        raise ValueError(f"{path}: there is no answer to measure. {' '.join(exclusions)}")
+    references = [cast("list[str]", row["references"]) for row in answered]
+    objects = [ObjectAnswer(_objects(row["objects"]), _objects(row["true_objects"])) for row in answered]
+    answers = [without_thinking(str(row["answer"])) for row in answered]
+    scores = compute_answer_metrics(
+        [name for name in names if name not in HALLUCINATION_METRICS], answers, references, objects
+    )
+    if seen_wrongly := [name for name in names if name in HALLUCINATION_METRICS]:
+        blank_rows = generate(output=folder / "answers-blank.jsonl", is_blank=True)
+        pairs = zip(rows, blank_rows, strict=True)
+        blank = [str(other["answer"]) for row, other in pairs if not row["error"] and row["references"]]
+        images = [str(row["image_path"]) for row in answered]
+        scores |= compute_hallucination_metrics(
+            seen_wrongly, answers, list(map(without_thinking, blank)), references, images
+        )
+    for name in (name for name in names if name in OBJECT_METRICS):
+        if left_out := sum(not measured_objects(name, answer).true for answer in objects):
+            exclusions.append(f"{left_out:,} of {len(rows):,} records tell no place that {name} measures")
+    return EvaluationResult(len(rows), len(answered), tuple(exclusions), scores)
 
 
 def _objects(items: object) -> list[MarkedObject]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from itertools import islice, tee
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -42,9 +42,16 @@ from vlm.train.arguments import loader_options
 from vlm.train.monitor.flops import StepFlops
 from vlm.train.objectives.base import Collate, Inputs
 
+Item = TypeVar("Item")
 
-class BatchesOfEpoch(Sampler[list[int]]):
-    """The batches of this rank, in the order of an epoch."""
+
+class EpochSampler(Sampler[list[Item]]):
+    """Follows the batches of an epoch, whose order `set_epoch` chooses.
+
+    Args:
+        batches: the batches of all ranks in the order of a run without packing; or, where there are several ranks, the
+            wrapper with which accelerate deals them to one of them.
+    """
 
     def __init__(self, batches: BatchSampler | BatchSamplerShard):
         self.batches = batches
@@ -56,22 +63,25 @@ class BatchesOfEpoch(Sampler[list[int]]):
             sampler.set_epoch(epoch)
 
     def __len__(self) -> int:
-        """Return the number of batches."""
+        """Return the number of accumulation steps of this rank."""
         return len(self.batches)
+
+
+class BatchesOfEpoch(EpochSampler[int]):
+    """The batches of this rank, in the order of an epoch."""
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield the indices of the samples of each batch."""
         return iter(cast("Iterable[list[int]]", self.batches))
 
 
-class StepSampler(Sampler[list[Row]]):
+class StepSampler(EpochSampler[Row]):
     """Iterates over this rank's rows of an epoch, accumulation step by accumulation step.
 
     Each optimiser step has the samples that it has without packing, on all ranks together.
 
     Args:
-        batches: the batches of all ranks in the order of a run without packing; or, where there are several ranks, the
-            wrapper with which accelerate deals them to one of them.
+        batches: as of `EpochSampler`.
         lengths: number of tokens of each sample.
         costs: cost of each sample.
         accumulation: number of accumulation steps of an optimiser step.
@@ -90,20 +100,11 @@ class StepSampler(Sampler[list[Row]]):
         accumulation: int,
         max_tokens: int | None = None,
     ):
-        self.batches, self.lengths, self.costs = batches, np.asarray(lengths), costs
+        super().__init__(batches)
+        self.lengths, self.costs = np.asarray(lengths), costs
         self.accumulation, self.max_tokens = accumulation, max_tokens
         if max_tokens is not None:
             check_row_capacity(self.lengths, max_tokens)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that begins, for the order of samples."""
-        sampler = get_inner_sampler(self.batches)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        """Return the number of accumulation steps of this rank."""
-        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[Row]]:
         """Yield the rows of each accumulation step of this rank."""
