@@ -22,6 +22,9 @@ ASKS = "{% if enable_thinking %}<think>{% endif %}"
         ({"tokenizer_config.json": json.dumps({"enable_thinking": True})}, False),
         ({"chat_template.json": json.dumps({"chat_template": ASKS})}, True),
         ({}, False),
+        ({"tokenizer_config.json": "{"}, False),
+        ({"chat_template.json": "[]"}, False),
+        ({"chat_template.jinja": ASKS + " " * 2**20}, False),
     ],
 )
 def test_a_template_tells_whether_a_model_may_think(tmp_path: Path, files: dict[str, str], known: bool):

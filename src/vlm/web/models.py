@@ -1,12 +1,13 @@
 """The one model that the page holds in memory, and what is known of others. Needs no Gradio, nor torch without one."""
 
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from threading import RLock
 from typing import TYPE_CHECKING, TypeVar
 
 from huggingface_hub import try_to_load_from_cache
+
+from vlm.checks.checkpoint_files import MAX_BYTES, check_regular, read_object
 
 if TYPE_CHECKING:
     from vlm.inference.generate import VisionLanguageModel
@@ -76,10 +77,14 @@ def _read_template(checkpoint: str) -> str:
                 return ""
             found = Path(cached if isinstance(cached, str) else "")
         if found.is_file():
-            text = found.read_text(encoding="utf-8")
-            if found.suffix == ".jinja":
-                return text
-            if template := json.loads(text).get("chat_template"):
+            try:
+                if found.suffix == ".jinja":
+                    check_regular(found, MAX_BYTES[name])
+                    return found.read_text(encoding="utf-8")
+                template = read_object(found).get("chat_template")
+            except (ValueError, OSError):  # loading the checkpoint says what is wrong with it
+                return ""
+            if template:
                 return str(template)
     return ""
 
