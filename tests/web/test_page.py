@@ -133,7 +133,9 @@ def visit(served: Served, browser: Any) -> Iterator[Callable[..., Any]]:
 
 
 def fill(page: Any, field: str, text: str) -> None:
-    page.locator(f"#{field} textarea, #{field} input").first.fill(text)
+    box = page.locator(f"#{field} textarea, #{field} input").first
+    box.fill(text)
+    box.press("Tab")  # Gradio takes a number for good when its field is left
 
 
 def choose(page: Any, field: str, value: str) -> None:
@@ -161,6 +163,13 @@ def send(page: Any, text: str) -> None:
         return False
 
     wait_until(is_asked, page)
+
+
+def wait_for_answer(page: Any, number: int) -> str:
+    """Return an answer as a browser shows it, once it has ended: its number, from 1."""
+    stop = page.locator("#chat-question .stop-button")
+    wait_until(lambda: len(read_answers(page)) == number and not stop.is_visible(), page)
+    return tidy(read_answers(page)[-1])
 
 
 def read_answers(page: Any) -> list[str]:
@@ -192,20 +201,20 @@ def test_chat_streams_what_the_model_says(served: Served, visit: Callable[..., A
     page.locator("#chat-question input[type=file]").set_input_files(served.image)
     page.wait_for_selector("#chat-question img")
     send(page, QUESTION)
-    wait_until(lambda: read_answers(page) and tidy(read_answers(page)[-1]) == tidy(printable(first)), page)
+    assert wait_for_answer(page, 1) == tidy(printable(first))
     steps = {text for text in page.evaluate("window.seen") if text}
     assert len(steps) > 1, "the answer came in pieces"
     assert page.locator("#chat-shown .user img").count() == 1
     page.get_by_role("tab", name="Predict", exact=True).click()  # and what was said is still known
     page.get_by_role("tab", name="Chat", exact=True).click()
     send(page, SECOND_QUESTION)
-    wait_until(lambda: len(read_answers(page)) == 2 and tidy(read_answers(page)[-1]) == tidy(printable(second)), page)
+    assert wait_for_answer(page, 2) == tidy(printable(second))
     page.locator("#chat-clear").click()
     wait_until(lambda: not read_answers(page), page)
     send(page, SECOND_QUESTION)
     anew = Conversation(said.model, said.settings)
     alone = "".join(anew.ask(SECOND_QUESTION)).strip()
-    wait_until(lambda: read_answers(page) and tidy(read_answers(page)[-1]) == tidy(printable(alone)), page)
+    assert wait_for_answer(page, 1) == tidy(printable(alone))
 
 
 def tidy(text: str) -> str:
