@@ -8,17 +8,16 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from vlm.config.html_page import html_page
 from vlm.config.shown import printable
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import Processor
 from vlm.models.pixels import as_rgb
 
-STYLE = (
-    "body{font:15px/1.6 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
-    "mark{background:#b7ebc0}.pad{color:#bbb}.image,.video{color:#06c}img{height:96px;margin:2px}"
-    "section{border-top:1px solid #ccc;padding:1em 0;overflow-wrap:anywhere}.bad{color:#b00}"
-    "small{color:#666}h2{font-size:1em;margin:.2em 0}"
-)
+STYLE = """\
+.pad{color:var(--muted)}.image,.video{color:var(--accent)}img{height:96px;margin:2px}h2{font-size:1em;margin:.2em 0}
+"""
+"""What pages of samples have beside the style of all pages."""
 COUNTED_KINDS = {"pad": "padding", "image": "image token", "video": "video token"}
 """Kinds of tokens that are shown as a number."""
 GREEN, BLUE, RESET = "\033[30;42m", "\033[34m", "\033[0m"
@@ -98,10 +97,7 @@ def tokens_as_text(
 def render_page(title: str, intro: str, sections: Sequence[str]) -> str:
     """Return an HTML page; `intro` and `sections` are HTML."""
     body = "".join(f"<section>{section}</section>" for section in sections)
-    return (
-        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{escape(title)}</h1><p>{intro}</p>{body}"
-    )
+    return html_page(title, f"<p>{intro}</p>{body}", style=STYLE)
 
 
 def thumbnail(image: Image.Image, side: int = 192) -> Image.Image:
