@@ -28,7 +28,8 @@ from benchmarks.variants import silence_libraries
 from vlm.config.schema import InferenceConfig
 from vlm.inference.engine.engine import Engine
 from vlm.inference.engine.options import SamplingOptions
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 
 
 @dataclass(frozen=True)

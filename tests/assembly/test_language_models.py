@@ -40,7 +40,8 @@ from vlm.assembly.compose import build_model, compose
 from vlm.assembly.language_models import check_language_model, check_writes, max_positions
 from vlm.config.schema import DatasetConfig, InferenceConfig
 from vlm.data.encoding.sample_encoder import NO_LIMIT
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 from vlm.models import VLMConfig, VLMForConditionalGeneration
 from vlm.train.data import max_sample_length
 from vlm.train.objectives.table import make_objective

@@ -126,7 +126,7 @@ def test_everything_is_left_behind(compared: Path, capsys: pytest.CaptureFixture
     assert "data:image/jpeg" in (compared / "worse.html").read_text()
     report = (compared / "report.md").read_text()
     assert "![What moved](moved.png)" in report
-    assert "1 records were not compared; the first is 'r6'" in report
+    assert "1 records were not compared; the first: 'r6'" in report
     assert (compared / "moved.png").stat().st_size > 1000
 
 
@@ -149,7 +149,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(
     for name in TABLES:
         rows = zip(read_table(tmp_path, name), read_table(compared, name), strict=True)
         assert all({**one, "media": ""} == {**other, "media": ""} for one, other in rows)
-    with pytest.raises(SystemExit, match="was made of another checkpoint, other records or other options"):
+    with pytest.raises(SystemExit, match="was made from another checkpoint, other records or other options"):
         compare(models[::-1], records, tmp_path)
 
 

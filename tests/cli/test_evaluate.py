@@ -69,7 +69,7 @@ def test_answers_and_losses_are_measured(checkpoint: Path, records: Path, capsys
     assert results["metrics"]["bleu"]["low"] is None
     left_out = "\n".join(results["left_out"])
     assert "2 of 8 records are not in the losses" in left_out
-    assert "1 of 8 records could not be asked; the first is 'r6': image" in left_out
+    assert "1 of 8 records could not be used; the first is 'r6': image" in left_out
     assert "1 of 8 records have neither a reply nor `answers`" in left_out
     said = capsys.readouterr().out
     for name in ("exact_match", "rouge", "bleu", "loss", "blank_loss", "image_gain"):
@@ -209,7 +209,7 @@ def test_what_cannot_be_measured_is_refused_before_a_model_loads(checkpoint: Pat
     assert "--limit 0: a number above 0" in get_refusal("--tasks", "mme", "--limit", "0")
     assert "--lmms-eval-python nowhere: no such file" in get_refusal("--tasks", "mme", "--lmms-eval-python", "nowhere")
     for name, content, reason in (
-        ("empty.json", [], "it has no records"),
+        ("empty.json", [], "the file has no records"),
         ("mute.json", json.loads(records.read_text())[7:], "loss needs records with replies"),
         ("bad.json", [{"id": "a"}], "none of the first 1 records can be read; record 'a': `conversations`"),
     ):

@@ -22,7 +22,7 @@ from vlm.cli.main import main
 from vlm.data.encoding.labels import IGNORE_INDEX, encode
 from vlm.data.sample import Sample, Turn
 from vlm.evaluation.lmms_run import REPOSITORY, VENV_PYTHON
-from vlm.inference.generate import STAND_IN_IMAGE
+from vlm.inference.prompts import STAND_IN_IMAGE
 
 DOCUMENTS: list[dict[str, Any]] = [
     {"shown": [picture(0)]}, {"shown": [picture(1), picture(2)]}, {"shown": []}, {"shown": None},

@@ -188,5 +188,5 @@ def test_a_name_of_no_metric_is_refused(own_metrics: None, names: list[str], mes
 
 def test_values_for_some_answers_are_refused(own_metrics: None):
     permit_names(["own_metrics:torn"])
-    with pytest.raises(ValueError, match=r"own_metrics:torn: it gave values of shape \(1,\) for 2 answers"):
+    with pytest.raises(ValueError, match=r"own_metrics:torn: it returned values of shape \(1,\) for 2 answers"):
         compute_text_metrics(["own_metrics:torn"], ["a", "b"], [["a"], ["b"]])

@@ -13,7 +13,8 @@ from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.config.schema import PARTS, LoraConfig, LoraPartConfig
 from vlm.families.parts import get_part_names
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 from vlm.train.lora import add_adapter, linear_layers
 
 

@@ -25,7 +25,8 @@ from vlm.cli.main import main
 from vlm.hub.exporting import export_checkpoint
 from vlm.hub.importing import import_checkpoint
 from vlm.hub.templates import export_template, recover_template
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 
 LAYER = [
@@ -292,7 +293,7 @@ def test_what_is_no_checkpoint_of_ours(parts: Parts, tmp_path: Path):
 def test_an_adapter_is_to_be_merged_first(tmp_path: Path):
     (tmp_path / "base.json").write_text("{}")
     (tmp_path / "config.json").write_text('{"model_type": "vlm"}')
-    with pytest.raises(ValueError, match="is an adapter on a base; merge it first: vlm merge-lora"):
+    with pytest.raises(ValueError, match="is an adapter; merge it into its base first: vlm merge-lora"):
         export_checkpoint(str(tmp_path), tmp_path / "out", "llava")
 
 

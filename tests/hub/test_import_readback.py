@@ -26,7 +26,7 @@ def test_an_import_that_computes_something_else_is_refused(
         add(self, name, tensor * 1.5 if name == "connector.layers.0.weight" else tensor)
 
     monkeypatch.setattr(ShardWriter, "add", damage)
-    with pytest.raises(ValueError, match=r"theirs was not imported: what was written has .* that differ by"):
+    with pytest.raises(ValueError, match=r"theirs was not imported: the files written have .* that differ by"):
         import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
     assert [file.name for file in tmp_path.iterdir()] == ["theirs"]
 

@@ -223,7 +223,7 @@ def test_what_cannot_be_imported_says_why(parts: Parts, tmp_path: Path, field: s
 def test_families_that_are_not_composed_are_refused_with_what_to_do(tmp_path: Path, kind: str):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     refusal_message = refusal("import", str(tmp_path), "ours")
-    assert f"is a {kind}, which cannot be composed of parts here. `vlm models` lists" in refusal_message
+    assert f"is a {kind}, which cannot be rebuilt from separate parts. `vlm models` lists" in refusal_message
 
 
 def test_missing_shapes_and_surplus_are_named(parts: Parts, tmp_path: Path):

@@ -19,7 +19,8 @@ from tests.models.test_checkpoints import OWN_CONNECTOR
 from tests.models.test_prediction_checkpoints import KIND, YES
 from tests.tiny_parts import Parts, picture
 from vlm.cli.main import main
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 from vlm.models import VLMForPrediction, VLMPredictionConfig
 from vlm.models.connectors import CONNECTORS
 

@@ -279,7 +279,7 @@ def test_torn_weights_are_refused(run_folder: Path, tmp_path: Path):
     shutil.copytree(run_folder / "final", tmp_path / "final")
     weights = tmp_path / "final" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "model.safetensors is no whole safetensors file" in refusal(
+    assert "model.safetensors is not a complete safetensors file" in refusal(
         "push-to-hub", str(tmp_path / "final"), "--dry-run"
     )
 

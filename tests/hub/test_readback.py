@@ -119,7 +119,7 @@ def test_outputs_that_are_not_ours_are_refused(
     target = EXPORT_FORMATS[form]
     wrong = target._replace(make_config=lambda *given: target.make_config(*given) | CHANGES[form])
     monkeypatch.setitem(EXPORT_FORMATS, form, wrong)
-    with pytest.raises(ValueError, match=r"was not exported: what was written has .* that differ by"):
+    with pytest.raises(ValueError, match=r"was not exported: the files written have .* that differ by"):
         export(tmp_path, form)
     assert [file.name for file in tmp_path.iterdir()] == ["ours"]
 

@@ -24,7 +24,8 @@ from vlm.config.model_schema import AnyResConfig
 from vlm.hub.exporting import export_checkpoint
 from vlm.hub.importing import import_checkpoint
 from vlm.hub.tiles import make_aspect_ratio, native_type
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 from vlm.models.anyres import AnyRes
 
 NEXT, ONEVISION = LIKE["llava_next"], LIKE["llava_onevision"]

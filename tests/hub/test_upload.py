@@ -199,7 +199,9 @@ def test_a_refused_token(online: LocalHub, final: Path, monkeypatch: pytest.Monk
     wrong = "hf_" + "x" * 30
     monkeypatch.setenv("HF_TOKEN", wrong)
     said = refusal("push-to-hub", str(final), "--repo", "ann/none", "--yes")
-    assert said.startswith(f"push-to-hub: {online.address} refuses the token (HF_TOKEN, or that of hf auth login)")
+    assert said.startswith(
+        f"push-to-hub: {online.address} rejected the token (HF_TOKEN, or the one from hf auth login)"
+    )
     assert wrong not in said
     assert list_write_requests(online) == []
 

@@ -18,7 +18,8 @@ from vlm.config.schema import InferenceConfig
 from vlm.data.coordinates.drawing import ANSWER_COLOUR
 from vlm.data.sample import Turn
 from vlm.inference.conversation import Conversation
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 from vlm.models import VLMProcessor
 
 GREEDY = InferenceConfig(max_new_tokens=8)

@@ -12,7 +12,8 @@ from tests.tiny_parts import Parts, picture
 from vlm.config.schema import InferenceConfig
 from vlm.inference.conversation import Conversation
 from vlm.inference.feature_cache import ImageFeatureCache
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 
 GREEDY = InferenceConfig(max_new_tokens=6)
 

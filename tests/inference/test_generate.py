@@ -17,7 +17,8 @@ from vlm.data.encoding.labels import encode_prompt
 from vlm.data.sample import ImageRef, Turn, VideoRef
 from vlm.data.vision.frames import sample_frame_refs
 from vlm.data.vision.video import read_frames
-from vlm.inference.generate import VisionLanguageModel, load_images, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import load_images, user_turn
 from vlm.models import VLMProcessor
 from vlm.models.connectors import CONNECTORS
 
@@ -329,7 +330,7 @@ def test_a_saved_model_answers_as_before(ours: VisionLanguageModel, tmp_path: Pa
 
 
 def test_a_run_directory_is_no_checkpoint(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"holds no config.json; a run's complete model is its folder `final`"):
+    with pytest.raises(ValueError, match=r"holds no config.json; the complete model of a run is in its folder `final`"):
         VisionLanguageModel.load(tmp_path)
 
 
@@ -407,7 +408,7 @@ def test_a_video_is_frames_to_a_model_that_knows_images(parts: Parts, tmp_path: 
     assert answers[0] == alone
     turn, _ = ours.open_question("what <image>?", [picture(0)], [video], 1)
     assert turn.content == (*sample_frame_refs(VideoRef(video), 1, "x"), "\nwhat ", ImageRef(Path()), "?")
-    with pytest.raises(ValueError, match="max_frames=0: must be at least 1"):
+    with pytest.raises(ValueError, match="max_frames=0: at least 1 is needed"):
         ours.generate("what?", videos=[video], max_frames=0)
     with pytest.raises(ValueError, match=r"b\.mp4 does not open"):
         ours.generate("what?", videos=[tmp_path / "b.mp4"])

@@ -17,8 +17,9 @@ from tests.tiny_parts import Parts, picture
 from vlm.cli.main import main
 from vlm.config.schema import InferenceConfig, SourceConfig
 from vlm.data.sample import ImageRef, Turn
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.generate_file import generate_file, question_text
+from vlm.inference.prompts import user_turn
 
 GREEDY = InferenceConfig(max_new_tokens=6)
 SAMPLED = InferenceConfig(temperature=3.0, max_new_tokens=6)
@@ -276,7 +277,7 @@ def test_greedy_answers_go_on_in_batches_of_another_size(
 
 def test_what_is_there_is_kept(ours: VisionLanguageModel, records: Path):
     generate_rows(ours, records)
-    with pytest.raises(ValueError, match=r"answers.jsonl exists; name another output, or give --overwrite"):
+    with pytest.raises(ValueError, match=r"answers.jsonl exists; choose another --output, or add --overwrite"):
         generate_rows(ours, records)
     assert len(generate_rows(ours, records, overwrite=True)) == NUMBER
 
@@ -313,7 +314,7 @@ def test_the_command_writes_what_the_function_does(
         (["--input", "RECORDS", "--output", "a.jsonl", "--image", "x.png"], "--image and --video belong to --prompt"),
         (["--input", "no.json", "--output", "a.jsonl"], "--input no.json: no such file (seen from "),
         (["--input", "RECORDS", "--output", "a.txt"], "--output a.txt: it must end in .csv or .jsonl"),
-        (["--input", "RECORDS", "--output", "RECORDS/a.csv"], "records.json is no folder that can be written to"),
+        (["--input", "RECORDS", "--output", "RECORDS/a.csv"], "records.json is not a folder that can be written to"),
         (["--input", "RECORDS", "--output", "FOLDER.csv"], "this is a folder"),
         (["--input", "RECORDS", "--output", "a.jsonl", "--temperature", "-1"], "temperature=-1.0: 0 (greedy) or more"),
         (["--input", "RECORDS", "--output", "a.jsonl", "--batch-size", "0"], "--batch-size 0: at least 1 is needed"),

@@ -235,7 +235,7 @@ def test_what_was_begun_with_something_else_is_refused(checkpoint: Callable[...,
     facts = module.ResumableTable(output, [], "another fingerprint")
     facts.begin_or_resume(overwrite=False)
     words = ["predict", str(checkpoint("kind")), "--input", str(records), "--output", str(output)]
-    assert "was begun with another checkpoint, other records or other options" in refusal(*words)
+    assert "was started with another checkpoint, other records or other options" in refusal(*words)
     main([*words, "--overwrite", "--num-workers", "0"])
     assert f"{output} exists; name another output" in refusal(*words)
     assert len(read_rows(output)) == 9
@@ -248,7 +248,7 @@ def test_a_label_that_the_head_does_not_know_is_said(
     output = records.with_name("preds.csv")
     run_predict(checkpoint("kind"), "--input", records, "--output", output)
     said = capsys.readouterr().out
-    assert "3 of 8 labels are left out of the measures, the first is that of r0: head kind: 'pink' is none" in said
+    assert "3 of 8 labels are excluded from the metrics, the first is that of r0: head kind: 'pink' is none" in said
     assert "kind (multiclass), 5 records with a label" in said
     assert len(read_rows(output)) == 9
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from tests.small_language_models import small_config
 from tests.tiny_parts import Parts, byte_tokenizer, picture
 from vlm.assembly.compose import build_model, compose
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 from vlm.models import VLMForConditionalGeneration
 from vlm.models.language_inputs import grid_positions
 

@@ -108,7 +108,7 @@ def test_a_row_without_anything_to_read_is_named(pooling: str, missing: str, say
 
 def test_a_row_of_images_alone_has_no_text():
     marks, _ = make_token_masks("left", 0)
-    with pytest.raises(ValueError, match="pooling=text: row 0 has no token to read: it is nothing but images"):
+    with pytest.raises(ValueError, match="pooling=text: row 0 has no token to read: it consists of images only"):
         pool_hidden_states(
             "text", torch.randn(*marks.prompt_mask.shape, 4), replace(marks, media_mask=marks.prompt_mask)
         )

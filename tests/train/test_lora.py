@@ -28,7 +28,7 @@ from vlm.cli.main import main
 from vlm.config.schema import LoraConfig, LoraPartConfig
 from vlm.config.shown import printable
 from vlm.families.meta_model import get_auto_class
-from vlm.inference.generate import user_turn
+from vlm.inference.prompts import user_turn
 from vlm.train.checkpoints import saving as checkpoints
 from vlm.train.checkpoints.trained import TRAINED_WEIGHTS
 from vlm.train.lora import add_adapter, computes_as_linear, is_adapter, is_called, linear_layers

@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run_chat(args: argparse.Namespace, settings: InferenceConfig) -> None:
-    from vlm.inference.generate import check_videos, load_images
+    from vlm.inference.prompts import check_videos, load_images
 
     load_images(args.image)  # refuse bad input before the model loads
     check_videos(args.video, args.max_frames)
@@ -170,7 +170,7 @@ class Chat:
 
     def _add_medium(self, kind: str, path: str) -> None:
         """Show a file with the next question; its path may be in quotes and begin with `~`."""
-        from vlm.inference.generate import check_videos, load_images
+        from vlm.inference.prompts import check_videos, load_images
 
         if not path:
             raise ValueError("a file is needed")

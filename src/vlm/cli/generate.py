@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _generate_one(args: argparse.Namespace, settings: InferenceConfig) -> None:
     """Print the answer piece by piece."""
-    from vlm.inference.generate import check_videos, load_images, user_turn
+    from vlm.inference.prompts import check_videos, load_images, user_turn
 
     images = load_images(args.image)
     check_videos(args.video, args.max_frames)  # refuse bad input before the model loads

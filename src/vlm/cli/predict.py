@@ -67,7 +67,7 @@ def _load(args: argparse.Namespace) -> "Predictor | Embedder":
 def _predict_one(args: argparse.Namespace) -> None:
     """Print the prediction of each head for one prompt, with a bar for each label; or its vector, as JSON."""
     from vlm.inference.embed import Embedder
-    from vlm.inference.generate import check_videos, load_images, user_turn
+    from vlm.inference.prompts import check_videos, load_images, user_turn
 
     images = load_images(args.image)
     check_videos(args.video, args.max_frames)

@@ -87,7 +87,7 @@ def read_job(words: Sequence[str], target: str) -> tuple[Job, list[str]]:
             run.append(word)
             continue
         if key not in allowed:
-            raise ValueError(f"{key}={value}: --target {target} does not take it; it takes {', '.join(allowed)}")
+            raise ValueError(f"{key}={value}: --target {target} does not support it; allowed are {', '.join(allowed)}")
         if isinstance(getattr(job, key), int) or key == "cpus":
             if not value.isdigit() or (int(value) == 0 and key != "restarts"):
                 raise ValueError(f"{key}={value}: a whole number from 1 on is needed")

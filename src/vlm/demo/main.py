@@ -24,7 +24,8 @@ from vlm.config.schema import InferenceConfig
 from vlm.config.shown import PresentableParser
 from vlm.demo.scenes import Record, write_scenes
 from vlm.demo.tiny_models import build_tiny_parts
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 
 BATCH_SIZE = 100
 NUM_GRID_IMAGES = 16
@@ -44,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder: Path = args.output
     for stage in ("pretrain", "finetune", "head"):  # remove results of an earlier demo
         shutil.rmtree(folder / stage, ignore_errors=True)
-    print(f"1/5  Drawing scenes and building small parts in {folder}", flush=True)
+    print(f"1/5  Drawing scenes and building small untrained parts in {folder}", flush=True)
     write_scenes(folder / "data")
     build_tiny_parts(folder / "parts")
     print("2/5  Pretraining on captions", flush=True)
     pretrained = train("demo-pretrain", folder, "pretrain.json", args.overrides)
     print("3/5  Finetuning on questions", flush=True)
     final = train("demo-finetune", folder, "finetune.json", [f"trainer.from_pretrained={pretrained}", *args.overrides])
-    print("4/5  Asking about pairs of colour and shape that never occurred together", flush=True)
+    print("4/5  Asking about pairs of colour and shape that training never showed together", flush=True)
     records: list[Record] = json.loads((folder / "data" / "heldout.json").read_text(encoding="utf-8"))
     summary = evaluate_model(final, records, folder)
     print("5/5  Training a prediction head that tells the shape", flush=True)

@@ -78,7 +78,7 @@ class LmmsModel(lmms):
     ):  # fmt: skip
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size={batch_size}: a number from 1 on is needed")
+            raise ValueError(f"batch_size={batch_size}: at least 1 is needed")
         self.batch_size, self.max_frames = int(batch_size), max_frames
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         self.accelerator = Accelerator()
@@ -209,7 +209,7 @@ def parse_generation_kwargs(kwargs: dict[str, Any]) -> tuple[InferenceConfig, di
     )
     known = GenerationConfig().to_dict()
     if unknown := sorted(kwargs.keys() - known.keys() - IGNORED_KWARGS):
-        log.warning("generation_kwargs that no model here takes are left out: %s", ", ".join(unknown))
+        log.warning("ignoring generation_kwargs that are not supported: %s", ", ".join(unknown))
     extra_options = {name: value for name, value in kwargs.items() if name in known}
     return settings, extra_options, [until] if isinstance(until, str) else list(until)
 

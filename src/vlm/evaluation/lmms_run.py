@@ -48,7 +48,7 @@ def find_interpreter(requested: Path | None) -> str:
     python = next((str(file) for file in candidates if file.is_file()), None)
     if python is None:
         raise ValueError(
-            "lmms-eval needs an environment of its own: make install-eval, in a clone, makes .venv-eval; "
+            "lmms-eval needs its own environment: run `make install-eval` in a clone (it creates .venv-eval); "
             "--lmms-eval-python names the Python of another one"
         )
     code = (
@@ -57,7 +57,7 @@ def find_interpreter(requested: Path | None) -> str:
     )
     process = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     if process.returncode:
-        hint = "make install-eval makes .venv-eval with both lmms-eval and vlm"
+        hint = "`make install-eval` creates .venv-eval with both lmms-eval and vlm"
         missing = process.stderr.strip() or "it"
         raise ValueError(f"{python}: {missing} is missing there; {hint}")
     return python
@@ -71,7 +71,7 @@ def format_model_args(values: dict[str, object]) -> str:
     """
     for name, value in values.items():
         if set(str(value)) & set(",'\"[]{}"):
-            raise ValueError(f"{name}={value}: lmms-eval cannot be told a name with a comma, a quote or a bracket")
+            raise ValueError(f"{name}={value}: lmms-eval cannot handle a name with a comma, a quote or a bracket")
     return ",".join(f"{name}={value}" for name, value in values.items())
 
 
@@ -102,7 +102,7 @@ def run_tasks(
         subprocess.run([python, "-m", "lmms_eval", *chain(*words)], env=make_environment(), check=False)
         written = sorted(Path(folder).rglob("*_results.json"))  # a failure ends with exit code 0
         if not written:
-            raise ValueError("lmms-eval came to no results; what it printed last says why")
+            raise ValueError("lmms-eval produced no results; see its last lines above")
         return json.loads(written[-1].read_text(encoding="utf-8"))["results"]
 
 

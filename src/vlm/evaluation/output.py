@@ -42,10 +42,12 @@ def resolve_output_folder(checkpoint: str, data: str, requested: Path | None) ->
     else:
         output = Path("eval") / f"{checkpoint.replace('/', '--')}-{data}"
     if folder.is_dir() and output.resolve().is_relative_to(folder):
-        raise ValueError(f"--output {output}: this is within the checkpoint, which stays as it is; name another folder")
+        raise ValueError(
+            f"--output {output}: this is inside the checkpoint, which is never changed; choose another folder"
+        )
     parent = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{output}: {parent} cannot be written to; name a folder with --output")
+        raise ValueError(f"{output}: {parent} cannot be written to; choose a folder with --output")
     return output
 
 
@@ -53,7 +55,7 @@ def check_no_results(folder: Path, *, overwrite: bool) -> None:
     """Raise ValueError where a folder has results already."""
     file = folder / "results.json"
     if file.exists() and not overwrite:
-        raise ValueError(f"{file} exists; name another folder with --output, or give --overwrite")
+        raise ValueError(f"{file} exists; choose another --output, or add --overwrite")
 
 
 def check_references(config: SourceConfig, names: Sequence[str]) -> None:
@@ -73,7 +75,7 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
         follow_links=config.follow_links,
     )  # fmt: skip
     if not len(records):
-        raise ValueError(f"--data {config.path}: it has no records")
+        raise ValueError(f"--data {config.path}: the file has no records")
     folder = Path(config.image_folder or Path(config.path).parent)
     read = get_reader(config.format)
 
@@ -96,7 +98,7 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
     if len(loss_names) < len(names) and not have_references:
         raise ValueError(
             f"--data {config.path}: the first {len(first)} records end with no reply and list no `answers`, which "
-            "answers could be held against; vlm generate --input writes answers without measuring them"
+            "an answer can be compared with; vlm generate --input writes answers without measuring them"
         )
 
 

@@ -120,7 +120,7 @@ def format_metrics(predictor: Predictor, rows: Sequence[Row]) -> str:
                 targets.append(target)
                 known.append(row[f"outputs{end}"])
         if unknown:
-            left_out = f"{len(unknown)} of {len(labelled)} labels are left out of the measures"
+            left_out = f"{len(unknown)} of {len(labelled)} labels are excluded from the metrics"
             tables.append(f"{left_out}, the first is that of {unknown[0]}")
         if targets:
             numbers = np.array(targets) if head.task == "multilabel" else np.array(targets)[:, 0]

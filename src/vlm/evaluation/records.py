@@ -118,11 +118,11 @@ def _measure_answers(
     answered = [row for row in rows if not row["error"] and row["references"]]
     bad = [(row["source"], row["error"]) for row in rows if row["error"]]
     unreferenced = [(row["source"], "") for row in rows if not row["error"] and not row["references"]]
-    problem = "have neither a reply nor `answers` to hold an answer against"
-    exclusions = describe_exclusion(bad, len(rows), "could not be asked")
+    problem = "have neither a reply nor `answers` to compare an answer with"
+    exclusions = describe_exclusion(bad, len(rows), "could not be used")
     exclusions += describe_exclusion(unreferenced, len(rows), problem)
     if not answered:
-        raise ValueError(f"{path}: there is no answer to measure. {' '.join(exclusions)}")
+        raise ValueError(f"{path}: no answers to measure. {' '.join(exclusions)}")
     references = [cast("list[str]", row["references"]) for row in answered]
     objects = [ObjectAnswer(_objects(row["objects"]), _objects(row["true_objects"])) for row in answered]
     answers = [without_thinking(str(row["answer"])) for row in answered]

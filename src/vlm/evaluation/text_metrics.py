@@ -150,7 +150,7 @@ def compute_text_metrics(
         values = np.asarray(get_metric(name)(answers, references), np.float64)
         if values.shape not in ((), (len(answers),)):
             hint = "a number for each is needed, or a single one"
-            raise ValueError(f"{name}: it gave values of shape {values.shape} for {len(answers)} answers; {hint}")
+            raise ValueError(f"{name}: it returned values of shape {values.shape} for {len(answers)} answers; {hint}")
         score = mean_score(values, 1000 if intervals else 0) if values.ndim else make_score(values.item())
         scores[name.rpartition(":")[2]] = score
     return scores
@@ -178,7 +178,7 @@ def check_metrics(names: Sequence[str], allowed: Sequence[str], key: str) -> Non
         elif name not in allowed:
             raise ValueError(f"{key}{name}: allowed are {', '.join(allowed)}, or package.module:function for your own")
         if labels.count(label) > 1:
-            raise ValueError(f"{key}{name}: two metrics are called {label}")
+            raise ValueError(f"{key}{name}: two metrics have the name {label}")
         if name in METRIC_MODULES:
             import_extra(METRIC_MODULES[name])
 
@@ -192,7 +192,7 @@ def import_extra(module: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise ValueError(f"{module.partition('.')[0]} is missing: pip install 'small-vlm[eval]'") from error
+        raise ValueError(f"{module.partition('.')[0]} is not installed: pip install 'small-vlm[eval]'") from error
 
 
 def _score_each(

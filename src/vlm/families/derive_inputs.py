@@ -81,7 +81,7 @@ def derive_inputs(native: NativeProcessor, family: Family) -> DerivedInputs:
     text_names = [name for name in _names_of_tokens(outputs) if name in longer_names]
     images = image_inputs_of(outputs, (*TEXT_INPUTS, *text_names))
     if not images:
-        raise ProcessorMismatchError(f"{label} makes no inputs for an image")
+        raise ProcessorMismatchError(f"{label} produces no inputs for an image")
     makers = _find_makers(native, family, outputs, text_names, images, expansion)
     rows, dims = _find_layout(native, images, blank)
     derived = DerivedInputs(
@@ -120,7 +120,7 @@ def _find_makers(
             makers[name] = maker
         elif expected.any():
             raise ProcessorMismatchError(
-                f"{type(native.native).__name__} makes the input {name} for each token, in a way that is not known here"
+                f"{type(native.native).__name__} makes the input {name} for each token, in a way that is not supported"
             )  # zeros for all tokens, images among them, are what tokenizers add for models of two texts
     return makers
 

@@ -102,7 +102,7 @@ def check_decoder(model: PreTrainedModel, decoder: nn.Module) -> None:
             "read behind their prompts"
         )
     if not model.can_generate():
-        raise NotAFamilyError(f"{label}: transformers does not let it generate text token by token")
+        raise NotAFamilyError(f"{label}: it cannot generate text token by token in transformers")
     if not any(hasattr(owner, "get_image_features") for owner in (model, model.base_model)) and (
         _get_image_encoder(model) is None
     ):

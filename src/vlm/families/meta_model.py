@@ -49,7 +49,7 @@ def build_meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         if auto.__name__ not in (getattr(config, "auto_map", None) or {}):
             raise NotAFamilyError(
                 f"model_type={config.model_type}: its config.json has no auto_map entry for "
-                "AutoModelForImageTextToText or AutoModelForCausalLM, so that nothing says which class the model has"
+                "AutoModelForImageTextToText or AutoModelForCausalLM, so its class is unknown"
             )
     elif type(config) not in auto._model_mapping:
         raise NotAFamilyError(

@@ -252,7 +252,7 @@ def image_inputs_of(outputs: Mapping[str, object], text_inputs: Sequence[str]) -
         try:
             tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise ProcessorMismatchError(f"its output {name} is no tensor: {type(value).__name__}") from error
+            raise ProcessorMismatchError(f"its output {name} is not a tensor: {type(value).__name__}") from error
         inputs[name] = tensor.float() if tensor.is_floating_point() else tensor  # Llama 4's are bfloat16
     return inputs
 

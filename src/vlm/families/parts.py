@@ -45,7 +45,7 @@ class PartNames:
         """
         matching = [prefix for prefix in self.prefixes if name.startswith(prefix)]
         if not matching:
-            raise ValueError(f"{name}: begins with no prefix of a part; its configuration builds a model without it")
+            raise ValueError(f"{name}: matches no part; the model that its configuration builds does not have it")
         return self.prefixes[max(matching, key=len)]
 
     def is_unused(self, name: str) -> bool:

@@ -84,7 +84,7 @@ class FamilyProcessor:
         self.own_template = _get_own_template(native) or family.template
         self.chat_template = chat_template or self.own_template
         if self.chat_template is None:
-            raise ValueError(f"{family.name}: its processor brings no chat template. Name one with dataset.template.")
+            raise ValueError(f"{family.name}: its processor has no chat template. Set one with dataset.template.")
         self.image_token, form = find_call_form(native, self._render_own if self.own_template else None)
         self.calls = NativeProcessor(native, self.image_token, form if inputs is None else inputs.form)
         is_new = inputs is None
@@ -265,7 +265,7 @@ class FamilyProcessor:
             if given != written:
                 raise MediaMismatchError(f"{given} {kind} given, but the text has {written} {token}")
         if self.inputs.joined and tokens != expected:
-            raise MediaMismatchError("the template moves videos behind images, which this model cannot tell apart then")
+            raise MediaMismatchError("the template moves videos behind images, and the model cannot tell them apart")
         images = tuple(size for size in sizes if not isinstance(size, Clip))
         of_images = iter(self._cached_expansions(images) if images else ())
         of_videos = iter([self.videos.expansion(size) for size in sizes if self.videos and isinstance(size, Clip)])
@@ -279,7 +279,7 @@ class FamilyProcessor:
                 if (number := self.count_tokens(expansion)) > budget:
                     raise ProcessorRefusalError(
                         f"{width} x {height} pixels take {number} tokens, more than the budget of {budget} "
-                        "(dataset.max_image_tokens): its sides are too unequal"
+                        "(dataset.max_image_tokens): its sides differ too much"
                     )
         return expansions
 

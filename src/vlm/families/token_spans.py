@@ -38,7 +38,7 @@ def encode_with_spans(
     whole: Ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
     before = next((place for place in range(len(whole) - len(ids) + 1) if whole[place : place + len(ids)] == ids), None)
     if before is None:
-        raise UnfaithfulTokenizerError(f"{_name(tokenizer)} splits a text otherwise where it adds special tokens")
+        raise UnfaithfulTokenizerError(f"{_name(tokenizer)} splits a text differently when it adds special tokens")
     after = len(whole) - len(ids) - before
     return whole, [*[(0, 0)] * before, *spans, *[(0, 0)] * after]
 
@@ -67,7 +67,7 @@ def _lay_along(tokenizer: PreTrainedTokenizerBase, ids: Ids, text: str) -> Spans
         position, start = position + len(piece), end
     if start < len(ids) or position < len(text):
         raise UnfaithfulTokenizerError(
-            f"{_name(tokenizer)} tells no offsets, and its tokens do not decode to the text at "
+            f"{_name(tokenizer)} has no offsets, and its tokens do not decode to the text at "
             f"{text[position:][:20]!r}: labels cannot be placed"
         )
     return spans

@@ -68,7 +68,7 @@ def read_adapter(folder: Path) -> Adapter:
         if factor := LORA_FACTOR_NAME.fullmatch(name):
             factors.setdefault(factor[1].removeprefix(PEFT_PREFIX), {})[factor[2]] = tensor
         elif "lora_" in name:
-            raise ValueError(f"{file}: {name} is adapted in a way that is not merged here. {MERGE_BY_HAND_HINT}")
+            raise ValueError(f"{file}: {name} is adapted in a way that cannot be merged here. {MERGE_BY_HAND_HINT}")
         else:
             replacements[name.removeprefix(PEFT_PREFIX)] = tensor
     if (extra := folder / "non_lora_trainables.bin").is_file():
@@ -80,7 +80,9 @@ def read_adapter(folder: Path) -> Adapter:
 def _check_supported(folder: Path, settings: dict) -> None:
     kind = settings.get("peft_type")
     if kind != "LORA":
-        raise ValueError(f"{folder}: its adapter is of peft_type={kind}; LORA is merged here. {MERGE_BY_HAND_HINT}")
+        raise ValueError(
+            f"{folder}: its adapter is of peft_type={kind}; only LORA can be merged here. {MERGE_BY_HAND_HINT}"
+        )
     used = [f"{key}={settings[key]}" for key in UNMERGEABLE_OPTIONS if settings.get(key)]
     if settings.get("bias", "none") != "none":
         used.append(f"bias={settings['bias']}")

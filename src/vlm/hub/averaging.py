@@ -36,12 +36,12 @@ class CheckpointFolder:
         self.name, self.folder = name, resolve_folder(name)
         if (self.folder / BASE_FILE).is_file() or (self.folder / "adapter_config.json").is_file():
             raise ValueError(
-                f"{name} is an adapter, and a mean of adapters is none of what they do; merge each first: vlm "
+                f"{name} is an adapter; the mean of adapters is not the mean of what they do. Merge each first: vlm "
                 f"merge-lora {name} MERGED"
             )
         self.files = sorted(self.folder.glob("*.safetensors"))
         if not self.files:
-            raise ValueError(f"{name} has no safetensors files; checkpoints of this framework are written in them")
+            raise ValueError(f"{name} has no safetensors files, the only format that is averaged")
         self.headers: dict[str, TensorHeader] = {}
         self.file_of: dict[str, Path] = {}
         for file in self.files:
@@ -53,9 +53,12 @@ class CheckpointFolder:
         """Raise ValueError where another checkpoint's model is not of the same architecture and shapes."""
         own, theirs = (read_json(checkpoint.folder / "config.json").get("model_type") for checkpoint in (self, other))
         if own != theirs:
-            raise ValueError(f"{other.name} is of model_type={theirs}, {self.name} of {own}; only equals have a mean")
+            raise ValueError(
+                f"{other.name} is of model_type={theirs}, {self.name} of {own}; only checkpoints of "
+                "the same kind can be averaged"
+            )
         if names := sorted(self.headers.keys() ^ other.headers.keys()):
-            raise ValueError(f"{names[0]} is in one of {self.name} and {other.name} only, so they have no mean")
+            raise ValueError(f"{names[0]} is in only one of {self.name} and {other.name}, so they cannot be averaged")
         for name, header in self.headers.items():
             if header.shape != (shape := other.headers[name].shape):
                 raise ValueError(f"{name} is {header.shape} in {self.name}, {shape} in {other.name}")
@@ -93,10 +96,10 @@ def average(names: Sequence[str], out: Path, weights: Sequence[float] | None = N
 
 def _shares(number: int, weights: Sequence[float] | None) -> list[float]:
     if number < 2:
-        raise ValueError(f"{number} checkpoints were given; a mean needs at least two")
+        raise ValueError(f"{number} checkpoint(s) given; averaging needs at least two")
     weights = [1.0] * number if weights is None else weights
     if len(weights) != number or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-        raise ValueError(f"weights {list(weights)}: {number} numbers are needed, none below 0, with a sum above 0")
+        raise ValueError(f"weights {list(weights)}: {number} numbers of at least 0 are required, with a sum above 0")
     return [weight / sum(weights) for weight in weights]
 
 
@@ -109,7 +112,8 @@ def _mean(name: str, checkpoints: Sequence[CheckpointFolder], shares: Sequence[f
         if not checkpoints[0].headers[name].is_floating:
             if any(not torch.equal(first, file.get_tensor(name)) for file in opened[1:]):
                 raise ValueError(
-                    f"{name} is of {first.dtype} and differs, so it has no mean; are the weights quantised?"
+                    f"{name} is of {first.dtype} and differs between the checkpoints, so it cannot "
+                    "be averaged; are the weights quantised?"
                 )
             return first
         precision = torch.promote_types(first.dtype, torch.float32)

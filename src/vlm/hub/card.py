@@ -62,9 +62,9 @@ def model_card(
         tags=["small-vlm", "vision-language-model", *(["prediction-head"] if heads else [])],
     )
     origin = "composed of a visual encoder, a connector and a language model" if composed else "of a known family"
-    does = " that predicts from images and text" if heads else ""
+    does = " that makes predictions from images and text" if heads else ""
     known_licence = f"`{licence}`. The licences of the parts and of the data apply too."
-    no_licence = "None was named by who published it; those of the parts and of the data apply."
+    no_licence = "The publisher named none; the licences of the parts and of the data apply."
     sections = {
         "Use": _usage_section(name, cleaned, composed),
         "Parts": _format_table(("part", "what", "parameters"), _parts(body, heads, sources, counts)),
@@ -189,7 +189,7 @@ def _usage_section(name: str, config: JsonObject, composed: bool) -> str:
         f'processor = AutoProcessor.from_pretrained("{name}"{processor_trust})\n'
         f'model = {auto}.from_pretrained("{name}"{trust}, dtype="auto").eval()\n{CHAT}'
     )
-    blocks = [f"Needs transformers {oldest} or newer, and one that knows its parts.{why}"]
+    blocks = [f"Needs transformers {oldest} or newer, in a version that supports its parts.{why}"]
     if heads:
         return "\n\n".join([*blocks, _python(opening + _heads_example(config))])
     answer = (

@@ -48,9 +48,12 @@ def export_checkpoint(
             those of the model; or what reads the format does not find them all, or computes something else.
     """
     if vision_tower is not None and format_name != "llava-original":
-        raise ValueError(f"--vision-tower={vision_tower} is a name that --format llava-original alone writes down")
+        raise ValueError(f"--vision-tower={vision_tower} is recorded by --format llava-original only")
     if dtype is not None and format_name not in WITH_DTYPE:
-        raise ValueError(f"--dtype={dtype}: --format {format_name} keeps the checkpoint's; gguf and onnx take one")
+        raise ValueError(
+            f"--dtype={dtype}: --format {format_name} keeps the checkpoint's precision; only gguf "
+            "and onnx accept --dtype"
+        )
     opened = open_for_export(name)
     if format_name in EXPORT_FORMATS:
         return _export_llava(opened, out, format_name, vision_tower, largest_shard)
@@ -117,7 +120,7 @@ def _compare(
     del model
     gc.collect()  # before the export is loaded: memory holds one model at a time
     if problems := list(find_differences(expected, readback.read_outputs(folder, config, probe))):
-        raise ValueError(f"{name} was not exported: what was written has {'; '.join(problems)}")
+        raise ValueError(f"{name} was not exported: the files written have {'; '.join(problems)}")
 
 
 def _rename_tokenizer_fields(file: Path) -> None:

@@ -56,7 +56,7 @@ def resolve_folder(name: str) -> Path:
             if any(folder.glob(weights)):
                 break
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{name} is no local folder, and the Hub says: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{name} is not a local folder, and the Hub says: {str(error).splitlines()[0]}") from error
     inspect_folder(folder)
     return folder
 

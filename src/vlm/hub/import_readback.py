@@ -63,7 +63,7 @@ def compare_import(name: str, source: ForeignCheckpoint, folder: Path, processor
     theirs = read_outputs(name, source, probe, dtype, image_token)
     ours["logits"] = ours["logits"][..., : theirs["logits"].shape[-1]]  # rows of the vocabulary were added
     if problems := list(find_differences(ours, theirs)):
-        raise ValueError(f"{name} was not imported: what was written has {'; '.join(problems)}")
+        raise ValueError(f"{name} was not imported: the files written have {'; '.join(problems)}")
 
 
 @torch.no_grad()

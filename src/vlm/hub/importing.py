@@ -139,7 +139,7 @@ def _common_dtype(source: ForeignCheckpoint) -> torch.dtype:
                 ours = rename_to_ours(name, store.table) or name
                 if ours.startswith("language_model.") and tensor.is_floating_point():
                     return tensor.dtype
-    raise ValueError("the source has no weights of a language model")
+    raise ValueError("the source contains no language model weights")
 
 
 def _write_weights(
@@ -177,7 +177,7 @@ def _write_weights(
                     write(name, tensor)
     _raise_for_weights("the source lacks", missing)
     unknown = {name for name in deltas if not _is_optional_weight(name)}
-    _raise_for_weights("the adapter adapts what the model does not have:", unknown)
+    _raise_for_weights("the adapter targets modules that the model does not have:", unknown)
     writer.finish()
 
 
@@ -186,7 +186,7 @@ def _read_tensors(source: ForeignCheckpoint, expected: set[str]) -> Iterator[tup
     done: set[str] = set()
     for name, tensor in source.adapter.replacements.items():
         ours = rename_to_ours(name, source.stores[-1].table) or name
-        _raise_for_weights("the adapter's own weights have no place:", {ours} - expected)
+        _raise_for_weights("the model has no place for these weights of the adapter:", {ours} - expected)
         done.add(ours)
         yield ours, tensor
     for store in source.stores:
@@ -199,7 +199,7 @@ def _read_tensors(source: ForeignCheckpoint, expected: set[str]) -> Iterator[tup
                     yield ours, tensor
                 elif ours not in expected and not _is_optional_weight(ours):
                     unknown.add(ours)
-        _raise_for_weights("these weights have no place:", unknown)
+        _raise_for_weights("the model has no place for these weights:", unknown)
 
 
 def _is_optional_weight(name: str) -> bool:

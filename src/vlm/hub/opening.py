@@ -43,11 +43,12 @@ def open_for_export(name: str) -> OpenedCheckpoint:
     if problem := checkpoint_problem(str(checkpoint)):
         raise ValueError(problem)
     if is_adapter_checkpoint(checkpoint):
-        raise ValueError(f"{name} is an adapter on a base; merge it first: vlm merge-lora {name} MERGED")
+        raise ValueError(f"{name} is an adapter; merge it into its base first: vlm merge-lora {name} MERGED")
     config = read_config(str(checkpoint), name)
     if not is_composed_config(config):
         raise ValueError(
-            f"{name} is a {config.model_type} checkpoint, which others load as it is; exported are composed models"
+            f"{name} is a {config.model_type} checkpoint, which other programs load as it is; only "
+            "composed models are exported"
         )
     return OpenedCheckpoint(name, checkpoint, config, open_checkpoint(checkpoint).load_composed_processor())
 
@@ -76,7 +77,7 @@ def name_weights(name: str, checkpoint: Path, config: VLMConfig, weight_prefixes
     needed = saved_tensors(model, complete)
     found = {rename_to_ours(weight, FORMER_PREFIXES) or weight: weight for weight in read_shapes(checkpoint)}
     if not found:
-        raise ValueError(f"{name} holds no weights; a run's complete model is its folder `final`")
+        raise ValueError(f"{name} contains no weights; the complete model of a run is in its folder `final`")
     for problem, weights in (
         ("lacks", needed.keys() - found),
         ("has no place for", found.keys() - needed - complete.keys()),

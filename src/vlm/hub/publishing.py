@@ -109,7 +109,7 @@ def prepare_upload(
     )  # fmt: skip
     (out / CARD_FILE).write_text(mask(card), encoding="utf-8")
     if places := list(find_local_paths(out, checkpoint, run.checkpoint)):
-        raise ValueError(f"{'; '.join(places)}: that is a place of this machine, which is not for others to read")
+        raise ValueError(f"{'; '.join(places)}: these are paths of this machine, which must not be published")
     _write_reply_ends(out / GENERATION_FILE, processor)
     files = {file.name: file.stat().st_size for file in sorted(out.iterdir())}
     copied = files.keys() - {CARD_FILE}
@@ -142,7 +142,7 @@ def require_checkpoint(folder: Path) -> None:
         raise ValueError(f"{folder}: no such folder (seen from {Path.cwd()})")
     if (folder / "trainer_state.json").is_file():
         raise ValueError(
-            f"{folder} is a state on the way of a run, for resuming it. Let the run come to its end "
+            f"{folder} is an intermediate checkpoint, for resuming. Finish the run "
             f"(the same command with trainer.output_dir={folder.parent}), then publish its folder final"
         )
     if problem := checkpoint_problem(str(folder)):
@@ -156,18 +156,16 @@ def require_complete_checkpoint(checkpoint: Path) -> JsonObject:
     config = read_json(checkpoint / "config.json")
     kind = get_body_config(config).get("model_type")
     if kind != COMPOSED_MODEL_TYPE and not is_family_type(kind):
-        raise ValueError(f"{checkpoint}: model_type={kind} is no model of this framework, nor of a family it knows")
+        raise ValueError(f"{checkpoint}: model_type={kind} is neither a model of this framework nor of a known family")
     shards = read_json(checkpoint / WEIGHT_INDEX_FILE).get("weight_map")
     for name in sorted(set(shards.values())) if shards else ["model.safetensors"]:
         if not (checkpoint / name).is_file():
-            raise ValueError(f"{checkpoint} is not complete: {name} is missing")
+            raise ValueError(f"{checkpoint} is incomplete: {name} is missing")
         read_shapes(checkpoint / name)
     needed = ["processor_config.json"] if kind == COMPOSED_MODEL_TYPE else []
     for name in [*needed, "tokenizer_config.json"]:
         if not (checkpoint / name).is_file():
-            raise ValueError(
-                f"{checkpoint} is not complete: {name} is missing; a run saves the processor with the model"
-            )
+            raise ValueError(f"{checkpoint} is incomplete: {name} is missing; a run saves the processor with the model")
     return config
 
 
@@ -190,7 +188,9 @@ def _require_readable(checkpoint: Path) -> "Processor":
         opened.check_weights()
         return opened.load_processor()
     except (ValueError, OSError, TypeError, KeyError) as error:
-        raise ValueError(f"{checkpoint} cannot be read by this version: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{checkpoint} cannot be read by the installed version: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _write_reply_ends(file: Path, processor: "Processor") -> None:
@@ -241,11 +241,11 @@ def list_code_files(checkpoint: Path, config: JsonObject) -> Iterator[Path]:
     type_names = [body.get("connector", {}).get("type", ""), *(head["type"] for head in config.get("heads", []))]
     custom = get_custom_classes(config)
     if sum(":" in name for name in type_names) != len(custom):
-        raise ValueError(f"{checkpoint} is not complete: {', '.join(type_names)} is a class whose file is not there")
+        raise ValueError(f"{checkpoint} is incomplete: {', '.join(type_names)} is a class whose file is not there")
     for reference in sorted(set(custom.values())):
         file = checkpoint / f"{reference.partition('.')[0]}.py"
         if not file.is_file():
-            raise ValueError(f"{checkpoint} is not complete: {file.name}, which has {reference}, is missing")
+            raise ValueError(f"{checkpoint} is incomplete: {file.name}, which has {reference}, is missing")
         yield file
 
 

@@ -112,7 +112,7 @@ def find_memory_shortage_for(num_bytes: int) -> str | None:
     needed, available = LOADED_MODEL_FACTOR * num_bytes, read_available_memory()
     if available is None or needed <= available:
         return None
-    return f"the weights need {needed / 1e9:.0f} GB of memory, and {available / 1e9:.0f} GB are free"
+    return f"the weights need {needed / 1e9:.0f} GB of memory, but {available / 1e9:.0f} GB are free"
 
 
 def read_available_memory() -> int | None:

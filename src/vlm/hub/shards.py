@@ -43,7 +43,7 @@ def read_shard(file: Path) -> Iterator[tuple[str, Tensor]]:
             for name in weights.keys():  # noqa: SIM118 - safe_open is no mapping
                 yield name, weights.get_tensor(name)
     except SafetensorError as error:
-        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
 
 
 def read_meta_tensors(file: Path) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ def read_meta_tensors(file: Path) -> dict[str, Tensor]:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118 - it is no mapping
             return {name: torch.empty(tensor.get_shape(), device="meta") for name, tensor in slices.items()}
     except SafetensorError as error:
-        raise ValueError(f"{file} is no whole safetensors file: {error}") from error
+        raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
 
 
 def read_pickle(file: Path) -> dict[str, Tensor]:
@@ -64,13 +64,13 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} is refused: it asks for more than tensors, so loading it could run code. "
+            f"{file} is refused: it contains more than tensors, so loading it could run code. "
             f"PyTorch says: {str(error).splitlines()[0]}"
         ) from error
     except Exception as error:  # an incomplete pickle may raise anything
         raise ValueError(f"{file} does not load: {type(error).__name__} {error}".splitlines()[0]) from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{file} holds something else than named tensors")
+        raise ValueError(f"{file} does not contain named tensors")
     return tensors
 
 

@@ -108,12 +108,15 @@ def read_source(name: str, base_model: str | None, vision_tower: str | None) -> 
     if not isinstance(kind, str | None):
         raise ValueError(f"{name}: config.json has model_type={shown(kind)}; a text is needed")
     if kind == "vlm":
-        raise ValueError(f"{name} is a checkpoint of this framework already")
+        raise ValueError(f"{name} is already a checkpoint of this framework")
     if not values:
-        raise ValueError(f"{name} holds no config.json; one is needed beside the weights, projectors and adapters too")
+        raise ValueError(
+            f"{name} contains no config.json, which must stand beside the weights (for projectors and adapters too)"
+        )
     if kind in NATIVE_FAMILIES:
         raise ValueError(
-            f"{name} is a {kind}, which cannot be composed of parts here. `vlm models` lists the families that are "
+            f"{name} is a {kind}, which cannot be rebuilt from separate parts. `vlm models` lists "
+            "the families that are "
             "finetuned as they are (model=llava-next-video-7b …)"
         )
     if kind in NATIVE_TYPES and "mm_vision_tower" not in values:
@@ -125,14 +128,15 @@ def read_source(name: str, base_model: str | None, vision_tower: str | None) -> 
         with opening(name):
             return _read_original_llava(name, folder, values, base_model, vision_tower)
     raise ValueError(
-        f"{name} has model_type={kind}; imported are the original LLaVA's ({', '.join(ORIGINAL_TYPES)}, with an "
+        f"{name} has model_type={kind}; only the original LLaVA's can be imported "
+        f"({', '.join(ORIGINAL_TYPES)}, with an "
         f"mm_vision_tower) and transformers' {', '.join(NATIVE_TYPES)}"
     )
 
 
 def _refuse_flag(name: str, flag: str, value: str | None) -> None:
     if value is not None:
-        raise ValueError(f"{name} is complete, so {flag}={value} has no place; leave it out")
+        raise ValueError(f"{name} is complete; leave out {flag}={value}")
 
 
 def _read_transformers_llava(name: str, folder: Path) -> ForeignCheckpoint:
@@ -235,7 +239,7 @@ def _read_original_llava(
         base = _require_base_folder(name, "a projector", base_model, "")
         stores = [WeightStore([projector], table), _make_store(str(base_model), base, table)]
     else:
-        raise ValueError(f"{name} holds no weights: no safetensors, pytorch_model.bin, adapter or mm_projector.bin")
+        raise ValueError(f"{name} contains no weights: no safetensors, pytorch_model.bin, adapter or mm_projector.bin")
     image_mode = "pad" if values.get("image_aspect_ratio") == "pad" else "square"
     return ForeignCheckpoint(
         recipe, _read_text_config(base), base, stores, image_mode, encoder, vision, processor, adapter
@@ -266,7 +270,7 @@ def make_original_text_config(values: JsonObject) -> PreTrainedConfig:
 def _make_connector_config(name: str, values: JsonObject) -> ConnectorConfig:
     """Return the connector; raises ValueError for a projector that no connector here computes."""
     if values.get("mm_resampler_type") or values.get("s2"):
-        raise ValueError(f"{name}: resamplers and multi-scale features (s2) have no connector here")
+        raise ValueError(f"{name}: resamplers and multi-scale features (s2) have no matching connector")
     kind = values.get("mm_projector_type") or "linear"
     if kind in ("linear", "identity"):
         return ConnectorConfig(kind, {})
@@ -300,5 +304,7 @@ def _make_encoder_config(name: str, values: JsonObject, encoder: str) -> VisualE
 def _make_store(name: str, folder: Path, table: PrefixPairs) -> WeightStore:
     files = weight_files(folder)
     if not files:
-        raise ValueError(f"{name} holds no weights: neither model.safetensors nor pytorch_model.bin, nor their index")
+        raise ValueError(
+            f"{name} contains no weights: neither model.safetensors nor pytorch_model.bin, nor their index"
+        )
     return WeightStore(files, table)

@@ -127,7 +127,7 @@ def default_template(text_type: str, texts: list[str]) -> str:
                 return name
     if text_type not in DEFAULT_TEMPLATES:
         raise ValueError(
-            f"the source brings no chat template that works here, and there is none for model_type={text_type}: name "
+            f"the source has no usable chat template, and there is no default for model_type={text_type}: name "
             "one with --template (plain, v1, chatml, llama3, mistral, gemma, phi or a .jinja file)"
         )
     return DEFAULT_TEMPLATES[text_type]

@@ -26,10 +26,10 @@ def read_grids(name: str, sizes: object, tile: int) -> list[list[int]]:
     """Return grids of tiles for sizes in pixels: (rows, columns) for (height, width), or both the other way round."""
     shown = f"{name}: image_grid_pinpoints={sizes}"
     if not isinstance(sizes, list) or not sizes:
-        raise ValueError(f"{shown}; a list of sizes in pixels is needed")
+        raise ValueError(f"{shown}; expected a list of sizes in pixels")
     for size in sizes:
         if len(size) != 2 or any(length < tile or length % tile for length in size):
-            raise ValueError(f"{shown}: {list(size)} is no multiple of the visual encoder's {tile} pixels")
+            raise ValueError(f"{shown}: {list(size)} is not a multiple of the visual encoder's {tile} pixels")
     return [[length // tile for length in size] for size in sizes]
 
 

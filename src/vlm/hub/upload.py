@@ -27,7 +27,7 @@ KEPT_FILES = (".gitattributes",)
 REFUSAL_STATUS_CODES = (400, 401, 403, 404)
 """Answers after which trying again is of no use."""
 
-RESUME_HINT = "The same command goes on where it stopped: what has arrived is not sent again."
+RESUME_HINT = "Run the same command again to continue: files that have arrived are not sent again."
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def full_name(repo: str, owner: str | None = None) -> str:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"{repo!r} is no name of a repository (OWNER/NAME is): {error}") from error
+        raise ValueError(f"{repo!r} is not a repository name (OWNER/NAME): {error}") from error
     return name
 
 
@@ -71,9 +71,9 @@ class HubClient:
             role = who.get("auth", {}).get("accessToken", {}).get("role")
             owners = [who["name"], *(org["name"] for org in who.get("orgs", []))]
             if role == "read":
-                raise ValueError("the token may only read: make one that may write, in the settings of your account")
+                raise ValueError("the token is read-only: create one with write access in your account settings")
             if (owner := name.partition("/")[0]) not in owners:
-                raise ValueError(f"{name}: {who['name']} may not write to {owner}, but to {', '.join(owners)}")
+                raise ValueError(f"{name}: {who['name']} cannot write to {owner}, only to {', '.join(owners)}")
             try:
                 info = self.api.model_info(name)
             except RepositoryNotFoundError:
@@ -126,7 +126,7 @@ class HubClient:
             self.api.delete_repo(name, missing_ok=True)
         except HfHubHTTPError as error:
             raise ValueError(
-                f"{name}: it was made, but nothing may be uploaded to it, nor may it be removed: {error.server_message}"
+                f"{name}: it was created, but uploading to it and removing it were both refused: {error.server_message}"
             ) from error
 
     @contextmanager
@@ -141,15 +141,15 @@ class HubClient:
 
     def _make_error_message(self, error: BaseException, repo: str) -> str:
         if isinstance(error, LocalTokenNotFoundError):
-            return "no token: log in (hf auth login), or set HF_TOKEN; its account's settings make one that may write"
+            return "no token found: log in (hf auth login) or set HF_TOKEN to a token with write access"
         if isinstance(error, OfflineModeIsEnabled):
-            return "HF_HUB_OFFLINE is set: nothing is asked of the Hub; unset it"
+            return "HF_HUB_OFFLINE is set, so the Hub is not contacted; unset it"
         if isinstance(error, HfHubHTTPError):
             code, said = error.response.status_code, error.server_message or str(error).splitlines()[0]
             if code == 401:
-                return f"{self.endpoint} refuses the token (HF_TOKEN, or that of hf auth login): {said}"
+                return f"{self.endpoint} rejected the token (HF_TOKEN, or the one from hf auth login): {said}"
             if code == 403:
-                return f"{repo}: no right to write there: {said}"
+                return f"{repo}: no write access: {said}"
             hint = f" {RESUME_HINT}" if code >= 429 else ""
             return f"{repo}: {self.endpoint} answers {code}: {said}.{hint}"
         if isinstance(error, httpx2.HTTPError):

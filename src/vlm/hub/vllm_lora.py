@@ -98,7 +98,7 @@ def _require_adapter(name: str, checkpoint: Path) -> None:
         raise ValueError(problem)
     if not is_adapter_checkpoint(checkpoint) or not (checkpoint / ADAPTER_WEIGHTS).is_file():
         raise ValueError(
-            f"{name} has no adapter: --format vllm-lora is for a LoRA run's `final`; others: --format llava"
+            f"{name} has no adapter: --format vllm-lora exports the `final` of a LoRA run; use --format llava"
         )
     config = read_config(str(checkpoint), name)
     if not is_composed_config(config):

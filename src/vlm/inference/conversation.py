@@ -12,7 +12,8 @@ from vlm.data.coordinates.answers import parse_answer_to_images
 from vlm.data.coordinates.drawing import draw_objects, objects_of_image
 from vlm.data.sample import Turn
 from vlm.data.vision.images import Medium, upright_size
-from vlm.inference.generate import ImageInput, VideoInput, VisionLanguageModel, errors_without_record
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import ImageInput, VideoInput, errors_without_record
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from vlm.data.records.members import choose_member
 from vlm.data.sample import Sample, Turn
 from vlm.data.sources import Source
 from vlm.inference.feature_cache import ImageFeatureCache
-from vlm.inference.generate import ImageInput, VideoInput, VisionLanguageModel
+from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.predict import Predictor, load_heads
+from vlm.inference.prompts import ImageInput, VideoInput
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.contrastive import shorten_vectors
 from vlm.models.head_tasks import EMBEDDING
@@ -53,7 +54,7 @@ class Embedder:
             *load_heads(checkpoint, device, dtype, base, trust_remote_code, max_image_tokens), ImageFeatureCache()
         )
         if embedder.head.task != EMBEDDING:
-            raise ValueError(f"{checkpoint} has heads that predict, and none that embeds: vlm.Predictor asks them")
+            raise ValueError(f"{checkpoint} has prediction heads but no embedding head; use vlm.Predictor")
         return embedder
 
     @property
@@ -100,7 +101,7 @@ class Embedder:
         """Raise ValueError where vectors have fewer numbers than they shall keep."""
         if width is not None and not 1 <= width <= self.width:
             raise ValueError(
-                f"width={width}: vectors of this model have {self.width} numbers; 1 to {self.width} remain"
+                f"width={width}: vectors of this model have {self.width} numbers; allowed are 1 to {self.width}"
             )
 
     @torch.no_grad()

@@ -17,7 +17,8 @@ from vlm.config.shown import printable
 from vlm.data.encoding.labels import read_template
 from vlm.data.sample import PLACEHOLDER
 from vlm.inference.conversation import Conversation
-from vlm.inference.generate import VisionLanguageModel, load_images, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import load_images, user_turn
 from vlm.models.pixels import ImageProcessor
 
 LLAVA_PLACEHOLDER = "<image-placeholder>"
@@ -75,7 +76,7 @@ def split_image_paths(paths: str, separator: str = ",") -> list[str]:
     files = [file.strip() for file in paths.split(separator) if file.strip()]
     for file in files:
         if file.lower().startswith(("http://", "https://")):
-            raise ValueError(f"{file}: nothing is fetched; download the image and give its path")
+            raise ValueError(f"{file}: addresses are not fetched; download the image and give its path")
     return files
 
 
@@ -125,7 +126,7 @@ def _parse_device_map(device_map: str | dict[str, object]) -> str | None:
         device = devices.pop()
         with suppress(RuntimeError):
             return str(torch.device(f"cuda:{device}" if device.isdigit() else device))
-    raise ValueError(f"device_map={device_map}: a model lies on one device: auto, cuda, cuda:1, cpu …")
+    raise ValueError(f"device_map={device_map}: a model runs on one device; allowed are auto, cuda, cuda:1, cpu …")
 
 
 def _load_model(

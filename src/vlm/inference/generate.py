@@ -1,7 +1,6 @@
 """Asking a model about images: `VisionLanguageModel.load(checkpoint).generate("What is this?", ["cat.png"])`."""
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -9,7 +8,6 @@ from threading import Thread
 from typing import Any, Self, cast
 
 import torch
-from PIL import Image
 from transformers import PreTrainedModel, StoppingCriteria, TextIteratorStreamer
 
 from vlm.assembly.checkpoint import open_checkpoint
@@ -20,29 +18,25 @@ from vlm.data.coordinates.answers import decode_answer
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, Tool, encode_prompt, reply_ending
 from vlm.data.processor import Processor, SampleInputs
-from vlm.data.records.marks import MarkError, Slot, join_texts, split_at_marks
 from vlm.data.sample import (
-    HALF_PAIR,
-    PLACEHOLDER,
-    VIDEO_PLACEHOLDER,
     BadSample,
-    ContentPart,
-    ImageRef,
     Sample,
     Turn,
     VideoRef,
-    has_surrogate,
 )
 from vlm.data.sources import parts_for_video
-from vlm.data.vision.images import Medium, media_sizes_from_opened, open_image, open_media
-from vlm.data.vision.video import num_frames
+from vlm.data.vision.images import Medium, media_sizes_from_opened, open_media
 from vlm.inference.feature_cache import ImageFeatureCache
-
-ImageInput = str | Path | Image.Image
-"""An image as a caller gives it: a path, or an opened image."""
-
-VideoInput = str | Path
-"""A video as a caller gives it."""
+from vlm.inference.prompts import (
+    STAND_IN_IMAGE,
+    ImageInput,
+    VideoInput,
+    check_videos,
+    errors_without_record,
+    load_images,
+    media_per_prompt,
+    user_turn,
+)
 
 
 class VisionLanguageModel:
@@ -136,8 +130,8 @@ class VisionLanguageModel:
         """
         if isinstance(prompt, str):
             prompt, images, videos = [prompt], [images], [videos]
-        images_per_prompt = _media_per_prompt(images, len(prompt), "images")
-        videos_per_prompt = _media_per_prompt(videos, len(prompt), "videos")
+        images_per_prompt = media_per_prompt(images, len(prompt), "images")
+        videos_per_prompt = media_per_prompt(videos, len(prompt), "videos")
         questions = [
             self.open_question(text, its_images, its_videos, max_frames)
             for text, its_images, its_videos in zip(prompt, images_per_prompt, videos_per_prompt, strict=True)
@@ -277,7 +271,9 @@ class VisionLanguageModel:
         if settings.cache_implementation is None:
             del options["cache_implementation"]
         elif settings.cache_implementation == "offloaded" and self.model.device.type == "cpu":
-            raise ValueError("cache_implementation=offloaded: it takes keys and values off a GPU, and there is none")
+            raise ValueError(
+                "cache_implementation=offloaded: it moves keys and values off the GPU, but there is no GPU"
+            )
         end = self.reply_ending()
         if self.processor.special_tokens.fullmatch(end):
             ends = [tokenizer.convert_tokens_to_ids(end), tokenizer.eos_token_id]
@@ -337,80 +333,3 @@ def check_length(length: int, positions: int, answer_tokens: int, subject: str =
     if length + answer_tokens > positions:
         answer = f" and its answer may have {answer_tokens:,} (max_new_tokens)" if answer_tokens else ""
         raise ValueError(f"the {subject} has {length:,} tokens{answer}, but the model reads at most {positions:,}")
-
-
-STAND_IN_IMAGE = ImageRef(Path())
-"""Stands for an image that the caller passes beside the prompt."""
-
-
-def user_turn(
-    prompt: str, num_images: int, videos: Sequence[Sequence[ContentPart]] = (), *, every_mark: bool = False
-) -> Turn:
-    """Return a question as a turn: its images and videos stand at their marks, else before the text.
-
-    Which `<image>` and `<video>` are marks, and which are words, is as in records, see `records.marks`.
-
-    Args:
-        prompt: the question.
-        num_images: the number of its images.
-        videos: the content parts of each video.
-        every_mark: whether the mark of a single image or video stands for it within a sentence too.
-
-    Raises:
-        ValueError: the prompt has marks, but not as many as there are images or videos.
-    """
-    if has_surrogate(prompt):
-        raise ValueError(f"the prompt {HALF_PAIR}")
-    numbers = {VIDEO_PLACEHOLDER: len(videos), PLACEHOLDER: num_images}  # without marks in this order, as in records
-    try:
-        (pieces,), leading = split_at_marks([prompt], numbers, lead=True, every_mark=every_mark)
-    except MarkError as error:
-        raise ValueError(
-            f"the prompt has {error.found} {error.mark}, but {error.number} {error.name}s were given"
-        ) from None
-    first = [Slot(kind, kind) for kind in leading for _ in range(numbers[kind])]
-    if first:
-        pieces = [*first, "\n", *pieces]
-    remaining_videos = iter(videos)
-    content: list[ContentPart] = []
-    for piece in pieces:
-        if isinstance(piece, str):
-            content.append(piece)
-        else:
-            content += [STAND_IN_IMAGE] if piece.kind == PLACEHOLDER else next(remaining_videos)
-    return Turn("user", tuple(join_texts(content)))
-
-
-def _media_per_prompt(given: Sequence[Any], number: int, kind: str) -> list[Sequence[Any]]:
-    """Return a list of images or videos for each prompt; empty lists where nothing is given."""
-    media = list(given) or [()] * number
-    if len(media) != number:
-        raise ValueError(f"{number} prompts need as many lists of {kind}, got {len(media)}")
-    return media
-
-
-def check_videos(videos: Sequence[VideoInput], max_frames: int) -> None:
-    """Raise ValueError where a path is no video, or `max_frames` allows no frame."""
-    if max_frames < 1:
-        raise ValueError(f"max_frames={max_frames}: must be at least 1")
-    with errors_without_record():
-        for path in videos:
-            num_frames(Path(path), str(path))
-
-
-def load_images(images: Sequence[ImageInput]) -> list[Image.Image]:
-    """Return images, opened where they are paths; raise ValueError where one does not open."""
-    with errors_without_record():
-        return [
-            image if isinstance(image, Image.Image) else open_image(ImageRef(Path(image)), str(image))
-            for image in images
-        ]
-
-
-@contextmanager
-def errors_without_record() -> Iterator[None]:
-    """Raise the reason of a `BadSample` as a ValueError: a prompt has no record that the message could name."""
-    try:
-        yield
-    except BadSample as error:
-        raise ValueError(error.reason) from error

@@ -79,7 +79,9 @@ class Predictor:
             *load_heads(checkpoint, device, dtype, base, trust_remote_code, max_image_tokens), ImageFeatureCache()
         )
         if predictor.heads[0].task == EMBEDDING:
-            raise ValueError(f"{checkpoint} has a head that embeds, and predicts nothing: vlm predict and vlm.Embedder")
+            raise ValueError(
+                f"{checkpoint} has an embedding head, which predicts nothing; use vlm predict or vlm.Embedder"
+            )
         return predictor
 
     @property

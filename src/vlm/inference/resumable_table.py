@@ -21,11 +21,11 @@ def check_output(output: Path, *, overwrite: bool, suffixes: Sequence[str] = SUF
         raise ValueError(f"--output {output}: it must end in {' or '.join(suffixes)}")
     place = next(parent for parent in output.absolute().parents if parent.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"--output {output}: {place} is no folder that can be written to")
+        raise ValueError(f"--output {output}: {place} is not a folder that can be written to")
     if output.is_dir():
         raise ValueError(f"--output {output}: this is a folder")
     if output.exists() and not overwrite:
-        raise ValueError(f"{output} exists; name another output, or give --overwrite")
+        raise ValueError(f"{output} exists; choose another --output, or add --overwrite")
 
 
 class ResumableTable:
@@ -53,7 +53,7 @@ class ResumableTable:
             return set()
         if json.loads(self.metadata.read_text(encoding="utf-8")) != metadata:
             raise ValueError(
-                f"{self.partial} was begun with another checkpoint, other records or other options; name another "
+                f"{self.partial} was started with another checkpoint, other records or other options; name another "
                 "output, or give --overwrite"
             )
         with self.partial.open("r+b") as file:

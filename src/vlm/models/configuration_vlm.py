@@ -14,7 +14,7 @@ MIN_TRANSFORMERS_VERSION = (5, 10)
 if tuple(int(number) for number in transformers.__version__.split(".")[:2]) < MIN_TRANSFORMERS_VERSION:
     raise ImportError(
         f"this model needs transformers {'.'.join(map(str, MIN_TRANSFORMERS_VERSION))} or newer; "
-        f"{transformers.__version__} is installed, in which it would answer otherwise: pip install -U transformers"
+        f"{transformers.__version__} is installed, which would give other answers: pip install -U transformers"
     )
 
 POSITIONS = ("plain", "mrope")

@@ -44,8 +44,8 @@ POOLINGS: dict[str, str] = {
 """Pooling -> description."""
 
 NO_TOKEN_HINTS = {
-    "image": "it shows no image; choose another pooling for records of text only",
-    "text": "it is nothing but images",
+    "image": "it has no image; choose another pooling for records of text only",
+    "text": "it consists of images only",
     "query": "the token of the head's query is missing behind its prompt (config.suffix)",
     "token": "the token that the head reads at (model.head.token) is not in its prompt",
 }

@@ -92,7 +92,7 @@ def test_a_prompt_is_never_cut(processor: VLMProcessor):
 
 
 def test_a_sample_without_a_prompt_is_refused(processor: VLMProcessor):
-    with pytest.raises(BadSample, match="record 'r1': nothing stands before its reply"):
+    with pytest.raises(BadSample, match="record 'r1': there is nothing before its reply"):
         encoder(processor)(Sample("r1", (Turn("assistant", ("yes",)),)))
     plain = with_template(processor, CHAT_TEMPLATES["plain"].text)
     plain.tokenizer.bos_token = None

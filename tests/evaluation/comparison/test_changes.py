@@ -126,7 +126,7 @@ def test_records_that_could_not_be_asked_are_left_out():
     assert comparison.left_out == [("r0", "image 0.png: no such file")]
     assert places == list(range(1, 8))
     assert [item.pair[0].groups["kind"] for item in comparison.worse][:2] == ["shape", "shape"]
-    with pytest.raises(ValueError, match="none of 1 records could be asked; the first: image"):
+    with pytest.raises(ValueError, match="none of 1 records could be used; the first: image"):
         compare(("a", "b"), before[:1], after[:1], ["exact_match"])
 
 

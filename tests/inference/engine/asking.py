@@ -11,7 +11,8 @@ from vlm.config.schema import InferenceConfig
 from vlm.inference.engine.engine import Engine
 from vlm.inference.engine.options import Piece, SamplingOptions
 from vlm.inference.engine.row import Prepared
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 
 
 @dataclass(frozen=True)

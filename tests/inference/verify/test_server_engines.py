@@ -110,10 +110,10 @@ def test_a_server_with_other_prompts_or_answers(served: Served):
 def test_servers_that_refuse_redirect_or_talk_nonsense():
     cases = make_cases(1)
     for status, values, said in (
-        (400, {"error": "too long"}, "is refused with status 400: .*too long"),
-        (307, {}, "is refused with status 307"),
+        (400, {"error": "too long"}, "was refused with status 400: .*too long"),
+        (307, {}, "was refused with status 307"),
         (200, {"choices": []}, "gives no chat completion"),
-        (200, [], "gives no JSON object"),
+        (200, [], "did not return a JSON object"),
     ):
         with (
             serving(lambda body, status=status, values=values: (status, values)) as url,

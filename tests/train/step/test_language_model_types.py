@@ -26,7 +26,8 @@ from vlm.assembly.packed_attention import use_packed_attention
 from vlm.assembly.packed_rows import check_packing
 from vlm.config.schema import LoraConfig, LoraPartConfig
 from vlm.families.parts import get_part_names
-from vlm.inference.generate import VisionLanguageModel, user_turn
+from vlm.inference.generate import VisionLanguageModel
+from vlm.inference.prompts import user_turn
 from vlm.models import VLMConfig, VLMForConditionalGeneration
 from vlm.models.text_loss import SupervisedScores
 from vlm.train.lora import add_adapter, is_adapter

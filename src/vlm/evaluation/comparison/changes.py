@@ -182,6 +182,6 @@ def _metric_values(name: str, rows: Sequence[Measured], answers: Sequence[str | 
     texts = [without_thinking(str(answers[place])) for place in known]
     computed = np.asarray(get_metric(name)(texts, [rows[place].references for place in known]), np.float64)
     if computed.shape != (len(known),):
-        raise ValueError(f"{name}: it gives no value for each answer, so that records cannot be paired; choose another")
+        raise ValueError(f"{name}: it has no value for each answer, so records cannot be paired; choose another metric")
     values[known] = computed
     return values

@@ -129,7 +129,8 @@ class _Tables:
                 continue
             if not self.settings.overwrite:
                 raise ValueError(
-                    f"{self._path(name)} was made of another checkpoint, other records or other options; name another "
+                    f"{self._path(name)} was made from another checkpoint, other records or other "
+                    "options; name another "
                     "folder with --output, or give --overwrite"
                 )
             self._path(name).unlink(missing_ok=True)

@@ -47,7 +47,7 @@ class Measured:
         blank_loss: the same with blank images.
         own_loss: of the model's own answer.
         other_loss: of the other model's answer.
-        error: why the record could not be asked; empty where it was.
+        error: why the record could not be used; empty where it was.
     """
 
     id: str
@@ -156,12 +156,12 @@ class Measurer:
         blanks = [make_blank_medium(processor, size) for size in sizes or [None] * len(sample.media)]
         turns = prompt_turns(sample)
         if not turns:
-            raise BadSample(sample.id, "nothing stands before its reply")
+            raise BadSample(sample.id, "there is nothing before its reply")
         number = len(Sample(sample.id, turns).media)
         prompt = prompt_inputs(processor, turns, opened[:number], tools=sample.tools)
         length = len(prompt["input_ids"])
         if length + self.settings.max_new_tokens > self.ready.positions:
-            problem = f"its prompt has {length} tokens, which leave fewer than {self.settings.max_new_tokens} of "
+            problem = f"its prompt has {length} tokens, which leaves fewer than {self.settings.max_new_tokens} of "
             raise BadSample(sample.id, f"{problem}{self.ready.positions} for an answer")
         blank_prompt = prompt_inputs(processor, turns, blanks[:number], tools=sample.tools) if number else None
         last = sample.turns[-1]

@@ -27,8 +27,8 @@ def draw_changes(changes: Sequence[Change], path: Path) -> None:
     figure = Figure(figsize=(13, height), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw(left, scores, "answers: change of the metric (right is better)")
-    _draw(right, losses, "loss of the replies: change in nats a token (left is better)")
-    figure.suptitle("What moved, with 95% intervals: green better, red worse, grey not clear", fontsize=10)
+    _draw(right, losses, "loss of the replies: change in nats per token (left is better)")
+    figure.suptitle("What changed, with 95% intervals: green better, red worse, grey unclear", fontsize=10)
     figure.savefig(path, dpi=110)
 
 

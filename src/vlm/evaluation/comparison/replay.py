@@ -33,7 +33,7 @@ class ReplayProposal:
     def __str__(self) -> str:
         """Return the proposal in sentences."""
         names = ", ".join(self.unmeasured)
-        limit = f" Not to be seen here: {names}; the model before has less than {MEASURABLE:.0%} right."
+        limit = f" Cannot be measured here: {names}; the model before has less than {MEASURABLE:.0%} right."
         unmeasured = limit if names else ""
         if not self.drops:
             return f"No replay is proposed: the answers of no group clearly got worse.{unmeasured}"

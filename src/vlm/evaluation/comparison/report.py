@@ -31,7 +31,7 @@ class Comparison:
         drifts: the drift on each set of records.
         replay: the proposed share of replay.
         worse: the records that got worse.
-        left_out: records that either model could not be asked, by their ids, and why.
+        left_out: records that either model could not be used, by their ids, and why.
     """
 
     names: tuple[str, str]
@@ -68,13 +68,13 @@ def compare(
         ValueError: the rows are not of the same records, no record could be asked, or a metric is not paired.
     """
     if len(before) != len(after):
-        raise ValueError(f"{len(before):,} records before and {len(after):,} after: both models need the same ones")
+        raise ValueError(f"{len(before):,} records before and {len(after):,} after: both models need the same records")
     rows = list(zip(before, after, strict=True))
     places = [place for place, pair in enumerate(rows) if not any(row.error for row in pair)]
     left_out = [(first.id, first.error or second.error) for first, second in rows if first.error or second.error]
     pairs = [rows[place] for place in places]
     if not pairs:
-        raise ValueError(f"none of {len(rows):,} records could be asked; the first: {left_out[0][1]}")
+        raise ValueError(f"none of {len(rows):,} records could be used; the first: {left_out[0][1]}")
     changes = compute_changes(pairs, metrics)
     sets = dict.fromkeys(row.dataset for row, _ in pairs)
     drifts = [compute_drift(name, [pair for pair in pairs if pair[0].dataset == name]) for name in sets]
@@ -156,7 +156,7 @@ def _describe_drift(drift: Drift) -> str:
         "what the model before writes costs the one after": drift.on_before,
         "what the model after writes costs the one before": drift.on_after,
     }
-    known = [f"{text} {_difference(score)} nats a token more" for text, score in texts.items() if score is not None]
+    known = [f"{text} {_difference(score)} nats more per token" for text, score in texts.items() if score is not None]
     same = f"{drift.same_answers:.0%} of {drift.num_records:,} answers are the same"
     return f"{drift.dataset}: {'; '.join([same, *known])}."
 
@@ -165,7 +165,7 @@ def _describe_left_out(left_out: Sequence[tuple[str, str]]) -> list[str]:
     if not left_out:
         return []
     name, error = left_out[0]
-    return [f"{len(left_out):,} records were not compared; the first is {name!r}: {error}"]
+    return [f"{len(left_out):,} records were not compared; the first: {name!r}: {error}"]
 
 
 def _difference(score: Score) -> str:

@@ -70,7 +70,7 @@ def export_gguf(opened: OpenedCheckpoint, out: Path, dtype: str | None = None) -
         _write(opened.folder, folder, writers, plans)
         _compare_tensors(opened.folder, folder, plans)
         if problems := list(find_tokenizer_problems(folder / LANGUAGE_MODEL_FILE, processor)):
-            raise ValueError(f"{opened.name} was not exported: what was written has {'; '.join(problems)}")
+            raise ValueError(f"{opened.name} was not exported: the files written have {'; '.join(problems)}")
         return [
             *mmproj.find_differences(config, processor),
             *tokenizer.find_differences(processor),

@@ -41,7 +41,7 @@ class TensorCheck:
         self.by_source = {planned.source: planned for planned in plan if planned.source is not None}
         names = {planned.name for planned in plan}
         if names != self.stored.keys():
-            raise ValueError(f"{file.name} has other tensors than planned: {sorted(names ^ self.stored.keys())[:3]}")
+            raise ValueError(f"{file.name} has unexpected tensors: {sorted(names ^ self.stored.keys())[:3]}")
 
     def compare(self, source: str, tensor: Tensor) -> None:
         """Raise ValueError where the file has another value for a weight of the checkpoint."""
@@ -52,7 +52,7 @@ class TensorCheck:
         expected = planned.change.undo(torch.from_numpy(written.astype(np.float32)))
         is_rounded = planned.stored != StoredType.F32 or torch.allclose(found, original, rtol=1e-6, atol=1e-6)
         if found.shape != original.shape or not torch.equal(found, expected) or not is_rounded:
-            raise ValueError(f"{self.file.name} has another {planned.name} than {source} of the checkpoint")
+            raise ValueError(f"{self.file.name} has a {planned.name} that differs from {source} of the checkpoint")
 
 
 def find_tokenizer_problems(file: Path, processor: VLMProcessor) -> Iterator[str]:

@@ -71,7 +71,7 @@ def export_onnx(opened: OpenedCheckpoint, out: Path, dtype: str | None = None) -
 def find_incompatibilities(config: VLMConfig, processor: VLMProcessor) -> Iterator[str]:
     """Yield why a model cannot be exported."""
     if processor.anyres is not None:
-        yield "model.anyres: tiles are joined by the sizes of images, which no graph of one image holds"
+        yield "model.anyres: joining tiles depends on image sizes, which a graph for one image cannot express"
     if processor.native is not None:
         yield "dataset.image_mode=native: images have different numbers of patches, and the graph of an image has one"
     if config.positions != "plain":
@@ -86,7 +86,7 @@ def find_incompatibilities(config: VLMConfig, processor: VLMProcessor) -> Iterat
     if any(part.to_dict().get("quantization_config") for part in parts):
         yield "quantised weights: export the checkpoint before they were quantised"
     if ":" in config.connector["type"]:
-        yield f"model.connector.type={config.connector['type']}: a class of your own is not loaded for an export"
+        yield f"model.connector.type={config.connector['type']}: exports do not load classes of your own"
 
 
 @torch.no_grad()

@@ -64,7 +64,7 @@ class ConstraintCompiler:
         try:
             written = json.dumps({} if schema is True else schema)
         except (RecursionError, TypeError, ValueError) as error:
-            raise ValueError(f"the JSON schema is no JSON, or too deep: {error}") from error
+            raise ValueError(f"the JSON schema is not valid JSON, or is nested too deep: {error}") from error
         _check_size("JSON schema", written)
         # A schema's own `x-guidance` would set these otherwise, and `lenient` passes over what is not supported.
         try:

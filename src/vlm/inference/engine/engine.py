@@ -50,7 +50,7 @@ class Engine:
 
     def __init__(self, model: VisionLanguageModel, max_batch: int = 8):
         if max_batch < 1:
-            raise ValueError(f"max_batch={max_batch}: must be at least 1")
+            raise ValueError(f"max_batch={max_batch}: at least 1 is needed")
         check_private_names()
         self.model, self.max_batch = model, max_batch
         options = model.generation_options(InferenceConfig())
@@ -151,7 +151,7 @@ class Engine:
     def _check_bias(self, options: SamplingOptions) -> None:
         size = self.model.model.config.get_text_config().vocab_size
         if wrong := [token for token in options.logit_bias if not 0 <= token < size]:
-            raise ValueError(f"logit_bias: {wrong[0]} is no token's id; the vocabulary has {size:,}")
+            raise ValueError(f"logit_bias: {wrong[0]} is not a token id; the vocabulary has {size:,}")
 
     def _submit(self, row: Row) -> None:
         with self._changed:
@@ -257,7 +257,7 @@ class Engine:
             rows[0].fail(error)
         elif rows:
             self._limit = max(1, num_others + len(rows) // 2)
-            logger.warning("a step of %d rows failed (%s); going on with %d at once", len(rows), error, self._limit)
+            logger.warning("a step of %d rows failed (%s); continuing with %d at once", len(rows), error, self._limit)
             with self._changed:
                 self._waiting.extendleft(reversed(rows))
         if is_memory:

@@ -15,7 +15,7 @@ LEAST_TEMPERATURE = 1e-3
 """Lower temperatures but 0 would divide logits to infinity."""
 
 BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_new_tokens": (lambda value: value >= 1, "at least 1 is needed"),
+    "max_new_tokens": (lambda value: value >= 1, "must be at least 1"),
     "temperature": (
         lambda value: value == 0 or LEAST_TEMPERATURE <= value < inf, f"0, or from {LEAST_TEMPERATURE} on, is needed"
     ),

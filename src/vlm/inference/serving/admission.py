@@ -41,7 +41,7 @@ class Admission:
         """
         if self.num_taken + number > self.limit:
             raise RequestError(
-                f"{self.num_taken} answers are being written or wait, and at most {self.max_queue} may wait "
+                f"{self.num_taken} answers are running or waiting, and at most {self.max_queue} may wait "
                 "(serving.max_queue); try again later",
                 status=429, code="rate_limit_exceeded",
             )  # fmt: skip

@@ -25,10 +25,12 @@ from vlm.inference.serving.gate import CountingGate, KeyGate, RefusalReason, Sit
 from vlm.inference.serving.service import JsonEndpoint, Respond, Service
 
 UNSERVED_PATHS = {
-    "/v1/chat/completions": "this checkpoint has heads and writes no text: ask /v1/classify, or /v1/embeddings",
-    "/v1/classify": "this checkpoint has no heads that predict: ask /v1/chat/completions or /v1/embeddings",
+    "/v1/chat/completions": (
+        "this checkpoint has prediction heads and writes no text; use /v1/classify, or /v1/embeddings"
+    ),
+    "/v1/classify": "this checkpoint has no prediction heads; use /v1/chat/completions or /v1/embeddings",
     "/v1/embeddings": "this checkpoint has prediction heads, whose states are for these: ask /v1/classify",
-    "/v1/completions": "prompts are conversations here: ask /v1/chat/completions",
+    "/v1/completions": "plain prompts are not served; use /v1/chat/completions",
     "/v1/responses": "ask /v1/chat/completions",
 }
 """Path that clients may ask -> what to ask where it is not served."""
@@ -166,6 +168,6 @@ async def _refuse_path(request: Request, error: HTTPException) -> Response:
         message += f"allowed is {(error.headers or {}).get('Allow', 'another method')}"
         refusal = RequestError(message, status=405, code="method_not_allowed", headers=error.headers)
     else:
-        message += UNSERVED_PATHS.get(path, "there is no such path")
+        message += UNSERVED_PATHS.get(path, "unknown path")
         refusal = RequestError(message, status=error.status_code, code="unknown_url")
     return await _refuse_request(request, refusal)

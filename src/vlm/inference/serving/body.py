@@ -77,7 +77,7 @@ class BodyReader:
             if self.pending_bytes + len(chunk) > self.config.max_pending_bytes:
                 body.release()
                 await drain(receive, limit, more=more)
-                reason = "the bodies of other requests take all memory that is meant for them"
+                reason = "other requests use all the memory that is set aside for request bodies"
                 raise RequestError(f"{reason} (serving.max_pending_bytes)", status=503, code="overloaded")
             body.content += chunk
             self.pending_bytes += len(chunk)
@@ -142,7 +142,7 @@ def check_content_headers(headers: Mapping[str, str]) -> None:
         raise RequestError("the body must be UTF-8", status=415, code="unsupported_media_type")
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        message = f"Content-Encoding {show(encoding)}: compressed bodies are not read"
+        message = f"Content-Encoding {show(encoding)}: compressed bodies are not supported"
         raise RequestError(message, status=415, code="unsupported_media_type")
 
 
@@ -177,7 +177,7 @@ def parse_json(content: bytes | bytearray, max_characters: int) -> dict[str, obj
 
 
 def _malformed(reason: str) -> RequestError:
-    return RequestError(f"the body is no valid JSON request: {reason}", code="invalid_json")
+    return RequestError(f"the body is not a valid JSON request: {reason}", code="invalid_json")
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -189,7 +189,7 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise _malformed(f"{name} is no number of JSON")
+    raise _malformed(f"{name} is not a JSON number")
 
 
 def _parse_int(digits: str) -> int:

@@ -275,5 +275,5 @@ def translate_engine_error(error: Exception) -> Exception:
     if isinstance(error, ValueError):
         return RequestError(str(error), code="invalid_value")
     if isinstance(error, RuntimeError) and str(error) == CLOSED:
-        return RequestError("the server is ending; try again later", status=503, code="unavailable")
+        return RequestError("the server is shutting down; try again later", status=503, code="unavailable")
     return error

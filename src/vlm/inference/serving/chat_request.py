@@ -20,7 +20,7 @@ UNSERVED_FIELDS = {
     "audio": "answers are text",
     "function_call": "use tool_choice",
     "functions": "use tools",
-    "prediction": "answers are not predicted",
+    "prediction": "speculative predictions are not supported",
     "reasoning_effort": "the model has no such setting",
     "verbosity": "the model has no such setting",
     "web_search_options": "nothing is searched",

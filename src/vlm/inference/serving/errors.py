@@ -43,7 +43,7 @@ class RequestError(Exception):
 
 def internal_error() -> RequestError:
     """Return what a client is told of a fault of the server; the log has the rest."""
-    return RequestError("The server failed on this request; its log says why.", status=500, code="internal_error")
+    return RequestError("The server failed on this request; see its log.", status=500, code="internal_error")
 
 
 def make_safe(text: str) -> str:

@@ -56,7 +56,7 @@ class KeyGate:
             scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
             digest = hashlib.sha256(given.strip().encode("latin-1")).digest()
             if not hmac.compare_digest(digest, self.digest) or scheme.lower() != "bearer":
-                said = "the API key is wrong" if given else "an API key is needed: Authorization: Bearer KEY"
+                said = "the API key is wrong" if given else "an API key is required: Authorization: Bearer KEY"
                 headers = {"WWW-Authenticate": "Bearer"}
                 error = RequestError(said, status=401, code="invalid_api_key", headers=headers)
                 await refuse(error, send, False)

@@ -137,12 +137,12 @@ def decode_data_url(url: str, param: str) -> bytes:
     """
     match = DATA_URL.match(url[:80].lower())
     if match is None:
-        hint = "the image itself is needed, as data:image/png;base64,…; addresses are not fetched"
+        hint = "send the image itself as data:image/png;base64,…; addresses are not fetched"
         raise RequestError(f"{param}: {hint}, got {show(url)}", param=param, code="invalid_image_url")
     try:
         return base64.b64decode(url[match.end() :], validate=True)
     except (binascii.Error, ValueError) as error:  # letters beyond ASCII raise a plain one
-        message = f"{param}: its base64 does not decode: {error}"
+        message = f"{param}: its base64 cannot be decoded: {error}"
         raise RequestError(message, param=param, code="invalid_image_url") from None
 
 

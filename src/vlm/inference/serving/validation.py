@@ -89,7 +89,7 @@ def describe_validation_error(error: ErrorDetails, body: object) -> RequestError
     kind = error["type"]
     param = format_location(error["loc"], body, is_missing=kind == "missing")
     if kind == "extra_forbidden":
-        return RequestError(f"{param}: no such field", param=param, code=CODES[kind])
+        return RequestError(f"{param}: unknown field", param=param, code=CODES[kind])
     if kind == "missing":
         return RequestError(f"{param}: is missing", param=param, code=CODES[kind])
     if kind == "value_error":  # of our own validators, which name the field

@@ -137,7 +137,7 @@ def _with_contents(sample: Sample) -> Iterator[Turn]:
     """
     turns: Sequence[Turn] = prompt_turns(sample)
     if not turns:
-        raise BadSample(sample.id, "nothing stands before its reply")
+        raise BadSample(sample.id, "there is nothing before its reply")
     for turn in turns:
         yield replace(turn, content=tuple(_with_content(part, sample.id) for part in turn.content))
 

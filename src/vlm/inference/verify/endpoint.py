@@ -40,12 +40,12 @@ class Endpoint:
     def __init__(self, url: str):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"--url {url}: an address such as http://127.0.0.1:8000 is needed")
+            raise ValueError(f"--url {url}: must be an address such as http://127.0.0.1:8000")
         self.url = url.rstrip("/").removesuffix("/v1")
         self._open = build_opener(_NoRedirection).open
         models = self.ask("/v1/models").get("data") or []
         if not models or not isinstance(models[0], dict) or "id" not in models[0]:
-            raise ValueError(f"--url {url}: /v1/models names no model")
+            raise ValueError(f"--url {url}: /v1/models lists no model")
         self.model = str(models[0]["id"])
 
     def observe(self, cases: Sequence[Case], max_new_tokens: int) -> tuple[dict[str, State], dict[str, str]]:
@@ -63,7 +63,9 @@ class Endpoint:
             try:
                 answers[case.name] = (response["choices"][0]["message"]["content"] or "").strip()
             except (KeyError, IndexError, TypeError) as error:
-                raise ValueError(f"{self.url} gives no chat completion: {json.dumps(response)[:200]}") from error
+                raise ValueError(
+                    f"{self.url} did not return a chat completion: {json.dumps(response)[:200]}"
+                ) from error
             number = (response.get("usage") or {}).get("prompt_tokens")
             outputs[case.name] = {NUM_IDS: torch.tensor([number])} if isinstance(number, int) else {}
         return outputs, answers
@@ -81,13 +83,13 @@ class Endpoint:
                 values = json.load(response)
         except HTTPError as error:
             said = error.read(400).decode(errors="replace")
-            raise ValueError(f"{self.url}{path} is refused with status {error.code}: {said!r}") from error
+            raise ValueError(f"{self.url}{path} was refused with status {error.code}: {said!r}") from error
         except (URLError, OSError, HTTPException) as error:
             raise ValueError(f"{self.url}{path} does not answer: {error}") from error
         except ValueError as error:
-            raise ValueError(f"{self.url}{path} gives no JSON: {error}") from error
+            raise ValueError(f"{self.url}{path} did not return JSON: {error}") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{self.url}{path} gives no JSON object")
+            raise ValueError(f"{self.url}{path} did not return a JSON object")
         return values
 
 

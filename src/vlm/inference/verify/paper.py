@@ -77,7 +77,7 @@ def check_for_vllm(folder: Path, config: VLMConfig | None) -> Iterator[str]:
 def _check_weights(folder: Path, values: JsonObject, config: VLMConfig, readback: Readback) -> Iterator[str]:
     """Yield what transformers' classes, or those of LLaVA's parts, say of names and shapes."""
     if not (files := weight_files(folder)):
-        yield f"{folder} holds no weights"
+        yield f"{folder} contains no weights"
         return
     shapes: object = {name: tensor for file in files for name, tensor in read_meta_tensors(file).items()}
     yield from readback.find_problems(values, config, shapes)
@@ -87,7 +87,7 @@ def _check_vllm_names(folder: Path) -> Iterator[str]:
     names = [name for file in weight_files(folder) for name in read_meta_tensors(file)]
     renamed = {name: rename_for_vllm(name) for name in names}
     if lost := sorted(name for name, new in renamed.items() if not new.startswith(VLLM_MODULES)):
-        yield f"{len(lost)} weights have names that vLLM has no module for, such as {lost[0]}"
+        yield f"{len(lost)} weights have names that match no module of vLLM, such as {lost[0]}"
 
 
 def rename_for_vllm(name: str) -> str:

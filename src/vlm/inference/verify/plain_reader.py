@@ -48,7 +48,7 @@ class HiddenPackages:
     def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         """Raise ImportError for a module of the packages."""
         if name.partition(".")[0] in self.names:
-            raise ImportError(f"{name} is hidden: a published checkpoint has to load without it")
+            raise ImportError(f"{name} is hidden, because a published checkpoint must load without it")
 
 
 def observe(job: Job) -> None:

@@ -91,7 +91,7 @@ class ReadingJob:
         done = subprocess.run(command, env=environment, cwd=job.parent, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or ["it says nothing"]
-            raise ValueError(f"transformers does not read {self.model}, by {self.python}: {lines[-1][:400]}")
+            raise ValueError(f"transformers ({self.python}) cannot load {self.model}: {lines[-1][:400]}")
 
 
 def write_cases(cases: Sequence[Case], folder: Path) -> list[dict[str, object]]:

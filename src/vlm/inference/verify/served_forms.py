@@ -40,7 +40,7 @@ def published_form(request: Request) -> tuple[Path, bool]:
 
 def _require_trust(request: Request, folder: Path, has_code: bool) -> None:
     if has_code and not request.trust_remote_code:
-        raise ValueError(f"{folder} brings code of its own, which runs with --trust-remote-code alone")
+        raise ValueError(f"{folder} contains its own code, which only runs with --trust-remote-code")
 
 
 FILES = {
@@ -76,7 +76,7 @@ def differences_from_fresh(request: Request, format_name: str) -> Iterator[str]:
         ]
         for key in [key for key in expected | given if given.get(key) != expected.get(key)][:1]:
             values = [repr(fields.get(key))[:40] for fields in (given, expected)]
-            yield f"{name}: {key} is {values[0]} instead of {values[1]}"
+            yield f"{name}: {key} is {values[0]}, expected {values[1]}"
     given, expected = (
         {name: file for file in weight_files(folder) for name in read_meta_tensors(file)}
         for folder in (request.export, fresh)
@@ -115,7 +115,7 @@ def exported_form(request: Request, format_name: str) -> tuple[Path, list[str]]:
     if request.export is not None:
         if not (request.export / FILES[format_name]).is_file():
             raise ValueError(
-                f"--export {request.export}: no {FILES[format_name]} is in it; make one with "
+                f"--export {request.export}: it contains no {FILES[format_name]}; create it with "
                 f"vlm export CHECKPOINT FOLDER --format {format_name}"
             )
         return request.export, []

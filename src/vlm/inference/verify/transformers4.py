@@ -60,7 +60,8 @@ def find_environment(cache: Path) -> Path:
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not (folder / "complete").is_file():
         print(
-            f"transformers {version} is installed into {folder}, once: {', '.join(REQUIREMENTS)}, {DOWNLOAD_SIZE}; "
+            f"transformers {version} is being installed into {folder} (only once): "
+            f"{', '.join(REQUIREMENTS)}, {DOWNLOAD_SIZE}; "
             "PyTorch is the installed one",
             flush=True,
         )
@@ -84,7 +85,7 @@ def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise ValueError(f"transformers 4 could not be installed, which needs a network once: {lines[-1][:300]}")
+        raise ValueError(f"transformers 4 could not be installed (this needs a network, once): {lines[-1][:300]}")
 
 
 ENGINE = Transformers4()
