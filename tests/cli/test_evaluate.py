@@ -75,7 +75,7 @@ def test_answers_and_losses_are_measured(checkpoint: Path, records: Path, capsys
     for name in ("exact_match", "rouge", "bleu", "loss", "blank_loss", "image_gain"):
         assert f"\n{name} " in said
         assert f"| {name} " in (place / "results.md").read_text()
-    assert "results.json exists; name another folder" in refusal(
+    assert "results.json exists; choose another --output" in refusal(
         "eval", str(checkpoint), "--data", str(records), "--metrics", "exact_match"
     )
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_measured_is_refused_before_a_model_loads(checkpoint: Pat
 
 def test_nothing_is_written_into_a_checkpoint(checkpoint: Path, records: Path):
     said = refusal("eval", str(checkpoint), "--data", str(records), "--output", str(checkpoint / "eval"))
-    assert "this is within the checkpoint" in said
+    assert "this is inside the checkpoint" in said
 
 
 def test_a_model_with_heads_is_refused(parts: Parts, records: Path, tmp_path: Path):
@@ -300,7 +300,7 @@ def test_a_failure_of_lmms_eval_is_one_here(checkpoint: Path, other_python: Call
         "eval", str(checkpoint), "--tasks", "gqa", "--lmms-eval-python", str(other_python(None)),
         "--output", str(tmp_path / "out"),
     )  # fmt: skip
-    assert "lmms-eval came to no results" in said
+    assert "lmms-eval produced no results" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -316,7 +316,7 @@ def test_names_that_lmms_eval_would_misread_are_refused():
     assert format_model_args({"pretrained": "a/b", "base": "language_model=/x;connector=/y"}) == (
         "pretrained=a/b,base=language_model=/x;connector=/y"
     )
-    with pytest.raises(ValueError, match="pretrained=a,b: lmms-eval cannot be told"):
+    with pytest.raises(ValueError, match="pretrained=a,b: lmms-eval cannot handle"):
         format_model_args({"pretrained": "a,b"})
 
 

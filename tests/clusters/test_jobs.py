@@ -87,8 +87,8 @@ def test_a_kubernetes_job_has_a_pod_a_node_that_knows_the_first():
     [
         ("slurm", "nodes=0", "nodes=0: a whole number from 1 on"),
         ("slurm", "gpus=many", "gpus=many"),
-        ("slurm", "image=x", "--target slurm does not take it; it takes name, nodes"),
-        ("torchrun", "partition=x", "--target torchrun does not take it"),
+        ("slurm", "image=x", "--target slurm does not support it; allowed are name, nodes"),
+        ("torchrun", "partition=x", "--target torchrun does not support it"),
         ("slurm", "name=My_Run", "lower-case letters"),
     ],
 )

@@ -140,7 +140,7 @@ def test_what_is_unknown_or_missing_is_refused(monkeypatch: pytest.MonkeyPatch):
         check_metrics(["loss", "meteor"], ALL_METRICS, "--metrics ")
     for name, module in METRIC_MODULES.items():
         monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ValueError, match=r"is missing: pip install 'small-vlm\[eval\]'"):
+        with pytest.raises(ValueError, match=r"is not installed: pip install 'small-vlm\[eval\]'"):
             check_metrics([name], ALL_METRICS, "--metrics ")
 
 
@@ -175,7 +175,7 @@ def test_a_metric_of_the_users_own_is_named(own_metrics: None):
     [
         (["own_metrics:word"], "--metrics=own_metrics:word: module 'own_metrics' has no attribute 'word'"),
         (["no_such_module:word"], "--metrics=no_such_module:word: No module named 'no_such_module'"),
-        (["bleu", "own_metrics:bleu"], "--metrics bleu: two metrics are called bleu"),
+        (["bleu", "own_metrics:bleu"], "--metrics bleu: two metrics have the name bleu"),
         (["meteor"], f"--metrics meteor: allowed are {', '.join(ALL_METRICS)}, or package.module:function for your"),
     ],
 )

@@ -81,7 +81,7 @@ REFUSED: dict[str, str] = {
     "git": "no visual encoder",
     "idefics": "lies within its decoder",
     "mistral4": "no visual encoder",
-    "pi0": "does not let it generate text",
+    "pi0": "cannot generate text",
     "pix2struct": "encoder-decoder",
     "pp_formulanet": "encoder-decoder",
     "t5gemma2": "encoder-decoder",

@@ -99,7 +99,7 @@ def test_the_parts_share_no_parameter_and_leave_none(name: str, folders: Callabl
 
 
 def test_a_parameter_of_no_part_is_an_error():
-    with pytest.raises(ValueError, match="no prefix of a part"):
+    with pytest.raises(ValueError, match="matches no part"):
         get_part_names(load_config("llava")).part_of("model.something.weight")
 
 

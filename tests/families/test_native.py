@@ -181,7 +181,7 @@ def test_a_bos_that_only_the_processor_writes_is_written_here_too():
 
 def test_an_output_that_is_no_tensor_is_refused():
     assert image_inputs_of({"input_ids": 1, "num_crops": [2, 3]}, ["input_ids"])["num_crops"].tolist() == [2, 3]
-    with pytest.raises(ProcessorMismatchError, match="its output names is no tensor: list"):
+    with pytest.raises(ProcessorMismatchError, match="its output names is not a tensor: list"):
         image_inputs_of({"names": ["a"]}, [])
 
 

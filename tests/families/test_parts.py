@@ -14,7 +14,7 @@ def test_the_longest_prefix_wins_and_none_is_an_error():
     assert names.part_of("a.b.x") == "connector"
     assert names.is_unused("a.b.c")
     assert not names.is_unused("a.b.d")
-    with pytest.raises(ValueError, match=r"b\.x: begins with no prefix of a part"):
+    with pytest.raises(ValueError, match=r"b\.x: matches no part"):
         names.part_of("b.x")
 
 

@@ -44,5 +44,5 @@ def test_the_ids_are_the_same_and_the_spans_hold_their_characters(text: str, add
 
 def test_a_tokenizer_that_changes_the_text_is_refused():
     check_spans(WithoutOffsets(tokenizer(TURN)))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UnfaithfulTokenizerError, match=r"WithoutOffsets tells no offsets.*at 'A question"):
+    with pytest.raises(UnfaithfulTokenizerError, match=r"WithoutOffsets has no offsets.*at 'A question"):
         check_spans(WithoutOffsets(tokenizer(TURN), lowers=True))  # pyright: ignore[reportArgumentType]

@@ -46,7 +46,7 @@ def test_checkpoints_without_a_mean_are_refused_and_leave_nothing(write: Callabl
     one, matrix = write("one", a=torch.zeros(2)), torch.zeros(2)
     others = {
         "of model_type=other": write("kind", "other", a=matrix),
-        "b is in one of": write("names", a=matrix, b=torch.ones(2)),
+        "b is in only one of": write("names", a=matrix, b=torch.ones(2)),
         r"a is \(2,\) in": write("shapes", a=torch.zeros(3)),
     }
     for message, other in others.items():
@@ -62,7 +62,7 @@ def test_checkpoints_without_a_mean_are_refused_and_leave_nothing(write: Callabl
     with pytest.raises(ValueError, match="at least two"):
         average([one], tmp_path / "out")
     for weights in ([1.0], [1.0, -1.0], [0.0, 0.0]):
-        with pytest.raises(ValueError, match="2 numbers are needed, none below 0"):
+        with pytest.raises(ValueError, match="2 numbers of at least 0 are required"):
             average([one, one], tmp_path / "out", weights)
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()

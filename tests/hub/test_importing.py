@@ -189,7 +189,7 @@ def test_a_malicious_pickle_is_refused_and_leaves_nothing(parts: Parts, tmp_path
     harm = tmp_path / "harm"
     torch.save({"lm_head.weight": Evil(harm)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     refusal_message = refusal("import", str(folder), str(tmp_path / "ours"))
-    assert "is refused: it asks for more than tensors, so loading it could run code" in refusal_message
+    assert "is refused: it contains more than tensors, so loading it could run code" in refusal_message
     assert not harm.exists()
     assert [file.name for file in tmp_path.iterdir()] == ["theirs"]
 
@@ -205,7 +205,7 @@ EXPECTED_REFUSALS = {
     "mm_vision_select_layer": "has no mm_vision_select_layer",
     "mm_vision_select_feature": "imported are patch, cls_patch",
     "mm_vision_tower": "name its folder with --vision-tower FOLDER",
-    "mm_resampler_type": "have no connector here",
+    "mm_resampler_type": "have no matching connector",
     "model_type": "has model_type=llava_mpt; imported are",
 }
 
@@ -253,8 +253,8 @@ def test_flags_that_are_missing_or_have_no_place(parts: Parts, tmp_path: Path):
         "import", str(tmp_path / "projector"), out
     )
     assert f"It was trained on {base}" in refusal("import", str(lora), out)
-    assert "holds no weights" in refusal("import", str(tmp_path / "empty"), out)
-    assert "is complete, so --base-model=x has no place" in refusal("import", str(whole), out, "--base-model", "x")
+    assert "contains no weights" in refusal("import", str(tmp_path / "empty"), out)
+    assert "is complete; leave out --base-model=x" in refusal("import", str(whole), out, "--base-model", "x")
     assert "exists already and is not empty" in refusal("import", str(whole), str(lora))
     assert "no such folder" in refusal("import", "./nowhere", out)
     assert "llama" in refusal("import", str(base), out)

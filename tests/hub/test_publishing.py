@@ -296,7 +296,7 @@ def test_a_path_in_a_users_class_is_said(run_folder: Path, tmp_path: Path):
     [
         (["--merge"], "--merge: .* is complete, it has no base"),
         (["--base", "x"], "--base: .* is complete, it has no base"),
-        (["--repo", "a/b/c"], "'a/b/c' is no name of a repository"),
+        (["--repo", "a/b/c"], "'a/b/c' is not a repository name"),
     ],
 )
 def test_options_that_fit_nothing_are_refused(run_folder: Path, words: list[str], said: str):

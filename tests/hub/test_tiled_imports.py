@@ -237,7 +237,10 @@ REFUSED = {
     "highres": ({"image_aspect_ratio": "highres"}, "imported are square, pad, anyres and anyres_max_<N>"),
     "no limit": ({"image_aspect_ratio": "anyres_max_0"}, "image_aspect_ratio=anyres_max_0; imported is anyres_max_<N>"),
     "no grids": ({"image_grid_pinpoints": None}, "image_grid_pinpoints=None; expected a list of sizes in pixels"),
-    "no multiple": ({"image_grid_pinpoints": [[24, 40]]}, "[24, 40] is no multiple of the visual encoder's 24 pixels"),
+    "no multiple": (
+        {"image_grid_pinpoints": [[24, 40]]},
+        "[24, 40] is not a multiple of the visual encoder's 24 pixels",
+    ),
     "no list": ({"image_grid_pinpoints": "a b"}, "imported are a list of sizes, and (1x1),...,(6x6)"),
 }
 

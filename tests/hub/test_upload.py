@@ -191,7 +191,7 @@ def split_into_two_files(final: Path, folder: Path) -> Path:
 def test_without_a_token(online: LocalHub, final: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_TOKEN")
     said = refusal("push-to-hub", str(final), "--repo", "ann/none", "--yes")
-    assert said.startswith("push-to-hub: no token: log in (hf auth login), or set HF_TOKEN")
+    assert said.startswith("push-to-hub: no token found: log in (hf auth login) or set HF_TOKEN")
     assert list_write_requests(online) == []
 
 
@@ -208,13 +208,13 @@ def test_a_refused_token(online: LocalHub, final: Path, monkeypatch: pytest.Monk
 
 def test_a_token_that_may_only_read(online: LocalHub, final: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_TOKEN", READER)
-    assert "the token may only read" in refusal("push-to-hub", str(final), "--repo", "ann/none", "--yes")
+    assert "the token is read-only" in refusal("push-to-hub", str(final), "--repo", "ann/none", "--yes")
     assert list_write_requests(online) == []
 
 
 def test_somebody_elses_namespace(online: LocalHub, final: Path):
     said = refusal("push-to-hub", str(final), "--repo", "bob/model", "--yes")
-    assert said == "push-to-hub: bob/model: ann may not write to bob, but to ann, lab"
+    assert said == "push-to-hub: bob/model: ann cannot write to bob, only to ann, lab"
     assert list_write_requests(online) == []
 
 
@@ -229,7 +229,7 @@ def test_a_repository_that_holds_something(online: LocalHub, final: Path):
 
 @pytest.mark.parametrize("name", ["a/b/c", "ann/-x", "ann/" + "x" * 100, "ann/x y"])
 def test_no_name_of_a_repository(online: LocalHub, final: Path, name: str):
-    assert "is no name of a repository" in refusal("push-to-hub", str(final), "--repo", name, "--yes")
+    assert "is not a repository name" in refusal("push-to-hub", str(final), "--repo", name, "--yes")
     assert online.asked == []
 
 
@@ -243,7 +243,7 @@ def test_an_upload_that_may_not_be_leaves_no_empty_repository(online: LocalHub, 
 
     online.trouble = forbid
     said = refusal("push-to-hub", str(final), "--repo", "ann/forbidden", "--yes")
-    assert said.startswith("push-to-hub: ann/forbidden: no right to write there: ")
+    assert said.startswith("push-to-hub: ann/forbidden: no write access: ")
     assert "the token's rights end here" in said
     assert "models/ann/forbidden" not in online.repositories
 

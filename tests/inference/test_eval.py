@@ -89,7 +89,7 @@ def test_another_template(checkpoint: Path, images: list[Path]):
         ({"query": ""}, "args.query: a value is needed"),
         (
             {"image_file": "https://somewhere/a.png"},
-            "somewhere/a.png: nothing is fetched; download the image",
+            "somewhere/a.png: addresses are not fetched; download the image",
         ),
         ({"image_file": "no.png"}, "no.png does not open"),
         ({"query": "<image>"}, "the prompt has 1 <image>, but 0 images were given"),
@@ -136,8 +136,8 @@ def test_a_precision(checkpoint: Path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"device_map": "balanced"}, "device_map=balanced: a model lies on one device"),
-        ({"device_map": {"a": 0, "b": 1}}, "a model lies on one device"),
+        ({"device_map": "balanced"}, "device_map=balanced: a model runs on one device"),
+        ({"device_map": {"a": 0, "b": 1}}, "a model runs on one device"),
         ({"use_flash_attn": True}, "use_flash_attn: not taken"),
         ({"model_base": "somewhere"}, "is complete, it needs none"),
     ],

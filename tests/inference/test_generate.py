@@ -120,7 +120,7 @@ def test_answers_do_not_depend_on_the_cache(ours: VisionLanguageModel, beams: in
 
 
 def test_a_cache_that_leaves_a_gpu_needs_one(ours: VisionLanguageModel):
-    with pytest.raises(ValueError, match="cache_implementation=offloaded: it takes keys and values off a GPU"):
+    with pytest.raises(ValueError, match="cache_implementation=offloaded: it moves keys and values off the GPU"):
         ours.answers(batch_inputs(ours), InferenceConfig(cache_implementation="offloaded"))
 
 

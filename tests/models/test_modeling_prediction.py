@@ -292,7 +292,7 @@ def test_a_head_reads_at_a_token(composed: tuple[Any, Any]):
 def test_a_row_without_an_image_has_none_to_read(composed: tuple[Any, Any]):
     batch = make_batch(composed[1], 1, 0, 1, reply="")
     del batch["labels"]
-    with pytest.raises(ValueError, match="pooling=image: row 1 has no token to read: it shows no image"):
+    with pytest.raises(ValueError, match="pooling=image: row 1 has no token to read: it has no image"):
         make_predictor(*composed, {**BINARY, "pooling": "image"})(**batch)
 
 

@@ -91,7 +91,7 @@ def test_the_mean_is_taken_in_single_precision():
 @pytest.mark.parametrize(
     ("pooling", "missing", "says"),
     [
-        ("image", "media_mask", "row 1 has no token to read: it shows no image"),
+        ("image", "media_mask", "row 1 has no token to read: it has no image"),
         ("token", "selected_mask", r"row 1 has no token to read: .*model\.head\.token"),
         ("query", "selected_mask", r"row 1 has no token to read: .*config\.suffix"),
         *((pooling, "prompt_mask", "row 1 has no token to read: it is empty") for pooling in ("last", "first", "mean")),

@@ -256,7 +256,9 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
             headers = {name: TensorHeader(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         said = str(error).removeprefix("Error while deserializing header: ").splitlines()
-        raise ValueError(f"{file} is no whole safetensors file: {(said or ['unreadable'])[0][:MAX_SHOWN]}") from error
+        raise ValueError(
+            f"{file} is not a complete safetensors file: {(said or ['unreadable'])[0][:MAX_SHOWN]}"
+        ) from error
     for name, header in headers.items():
         if not name.isprintable():
             raise ValueError(f"{file} has a tensor named {shown(name)}; names are printable text")

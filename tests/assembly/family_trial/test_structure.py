@@ -21,7 +21,7 @@ UNUSED = ("model.vision_tower.post_layernorm.",)
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({VISION: None}, "begins with no prefix of a part"),
+        ({VISION: None}, "matches no part"),
         ({VISION: "language_model"}, "no parameter belongs to the visual_encoder"),
         ({CONNECTOR: "language_model"}, "no parameter belongs to the connector"),
         (

@@ -57,7 +57,7 @@ def test_each_group_has_its_own_difference():
 
 
 def test_a_metric_without_a_value_for_each_answer_is_refused():
-    with pytest.raises(ValueError, match="bleu: it gives no value for each answer"):
+    with pytest.raises(ValueError, match="bleu: it has no value for each answer"):
         compute_changes(make_pairs(2), ["bleu"])
 
 

@@ -231,7 +231,7 @@ def test_an_answer_that_keeps_to_a_grammar(engine: Engine):
 def test_what_does_not_fit_the_model_is_refused(engine: Engine):
     for options, words in (
         ({"max_new_tokens": 10**9}, "the model reads at most"),
-        ({"logit_bias": {10**6: 1.0}}, "logit_bias: 1000000 is no token's id"),
+        ({"logit_bias": {10**6: 1.0}}, "logit_bias: 1000000 is not a token id"),
         ({"temperature": -1}, "temperature=-1: 0, or from 0.001 on, is needed"),
         ({"top_p": 0}, "top_p=0"),
         ({"stop": ("",)}, "stop="),

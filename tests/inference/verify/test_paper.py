@@ -49,11 +49,11 @@ def rename(first: str, second: str) -> Callable[[Path], None]:
         (lambda folder: None, None),
         (
             change("config.json", lambda values: values["text_config"]["rope_parameters"].update(rope_theta=77.0)),
-            "config.json: text_config.rope_parameters.rope_theta is 77.0 instead of 10000.0",
+            "config.json: text_config.rope_parameters.rope_theta is 77.0, expected 10000.0",
         ),
         (
             change("processor_config.json", lambda values: values["image_processor"].update(resample=0)),
-            "processor_config.json: image_processor.resample is 0 instead of 3",
+            "processor_config.json: image_processor.resample is 0, expected 3",
         ),
         (change("generation_config.json", lambda values: values.update(eos_token_id=[5])), "eos_token_id is [5]"),
         (lambda folder: (folder / "chat_template.jinja").write_text("Hi"), "chat_template.jinja: text is 'Hi'"),
@@ -84,7 +84,9 @@ def test_a_folder_of_another_format_is_refused(served: Served, tmp_path: Path, e
     if engine == "vllm":
         assert "only LLaVA's classes" in next(check_for_vllm(tmp_path, None))
         return
-    with pytest.raises(ValueError, match=r"--export .*: no .* is in it; make one with vlm export CHECKPOINT FOLDER"):
+    with pytest.raises(
+        ValueError, match=r"--export .*: it contains no .*; create it with vlm export CHECKPOINT FOLDER"
+    ):
         load_engine(engine).observe(request)
 
 
@@ -106,7 +108,7 @@ UNFIT = {
             size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})),
         "vLLM takes the encoder's, 24",
     ),
-    "names": (rename("vision_tower.vision_model.", "vision_tower."), "vLLM has no module for, such as vision_tower."),
+    "names": (rename("vision_tower.vision_model.", "vision_tower."), "match no module of vLLM, such as vision_tower."),
     "weights": (rename("linear_1.bias", "linear_1.offset"), "lacks 1 weights"),
     "template": (lambda folder: (folder / "chat_template.jinja").unlink(), "there is no chat template"),
 }  # fmt: skip

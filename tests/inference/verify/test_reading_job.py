@@ -34,7 +34,7 @@ def test_a_process_that_fails_says_why(served: Served, tmp_path: Path):
     (tmp_path / "python").write_text("#!/bin/sh\necho first >&2\necho 'OSError: no such model' >&2\nexit 1\n")
     (tmp_path / "python").chmod(0o700)
     job = ReadingJob(served.export, False, tmp_path / "python")
-    with pytest.raises(ValueError, match=r"transformers does not read .*export, by .*python: OSError: no such model"):
+    with pytest.raises(ValueError, match=r"transformers \(.*python\) cannot load .*export: OSError: no such model"):
         job.observe(make_request(served, tmp_path))
     written = json.loads((tmp_path / "read" / "job.json").read_text())
     assert written["hidden_packages"] == ["vlm"]
@@ -43,7 +43,7 @@ def test_a_process_that_fails_says_why(served: Served, tmp_path: Path):
 
 def test_hidden_packages_are_not_found():
     hidden = HiddenPackages(["vlm"])
-    with pytest.raises(ImportError, match="is hidden: a published checkpoint"):
+    with pytest.raises(ImportError, match="is hidden, because a published checkpoint"):
         hidden.find_spec("vlm.models")
     assert hidden.find_spec("vlmx") is None
 
@@ -67,7 +67,7 @@ def test_what_is_loaded_where_no_export_is_named(served: Served, tmp_path: Path)
 
 def test_code_that_came_with_a_checkpoint_needs_trust(served: Served, tmp_path: Path):
     folder, _ = published_form(make_request(served, tmp_path))
-    with pytest.raises(ValueError, match="brings code of its own, which runs with --trust-remote-code alone"):
+    with pytest.raises(ValueError, match="contains its own code, which only runs with --trust-remote-code"):
         published_form(make_request(served, tmp_path, export=folder))
     assert published_form(make_request(served, tmp_path, export=folder, trust_remote_code=True)) == (folder, True)
     final = tmp_path / "final"
@@ -75,7 +75,7 @@ def test_code_that_came_with_a_checkpoint_needs_trust(served: Served, tmp_path: 
     values = json.loads((served.final / "config.json").read_text())
     values["auto_map"] = {"Connector": "user_connector.Mine"}
     (final / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="final brings code of its own"):
+    with pytest.raises(ValueError, match="final contains its own code"):
         published_form(replace(make_request(served, tmp_path), checkpoint=final))
 
 

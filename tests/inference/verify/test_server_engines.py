@@ -112,7 +112,7 @@ def test_servers_that_refuse_redirect_or_talk_nonsense():
     for status, values, said in (
         (400, {"error": "too long"}, "was refused with status 400: .*too long"),
         (307, {}, "was refused with status 307"),
-        (200, {"choices": []}, "gives no chat completion"),
+        (200, {"choices": []}, "did not return a chat completion"),
         (200, [], "did not return a JSON object"),
     ):
         with (
@@ -120,12 +120,12 @@ def test_servers_that_refuse_redirect_or_talk_nonsense():
             pytest.raises(ValueError, match=said),
         ):
             Endpoint(url).observe(cases, 3)
-    with serving(lambda body: (200, {}), models={"data": []}) as url, pytest.raises(ValueError, match="names no model"):
+    with serving(lambda body: (200, {}), models={"data": []}) as url, pytest.raises(ValueError, match="lists no model"):
         Endpoint(url)
     with pytest.raises(ValueError, match="does not answer"):
         Endpoint("http://127.0.0.1:9")
     for url in ("file:///etc/passwd", "127.0.0.1:8000", "ftp://a"):
-        with pytest.raises(ValueError, match="an address such as http"):
+        with pytest.raises(ValueError, match="must be an address such as http"):
             Endpoint(url)
 
 
