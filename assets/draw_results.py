@@ -1,7 +1,7 @@
 """Draw `assets/results.png`, the figure of the README, from what `make demo` left: python assets/draw_results.py.
 
-On the left the training losses of both stages; on the right held-out questions, taken evenly from the list, with the
-answers of the finetuned model.
+On the left are the training losses of both stages. On the right are held-out questions, the first and the middle one of each
+kind, with the answers of the finetuned model.
 """
 
 import json
@@ -16,7 +16,10 @@ from vlm.config.schema import InferenceConfig
 from vlm.demo.main import get_answer, get_question
 from vlm.inference.generate import VisionLanguageModel, user_turn
 
-ROWS, COLUMNS = 2, 4
+ROWS = 2
+KINDS = ("colour", "shape", "count", "place")
+"""The kinds of questions: a column each."""
+
 RIGHT, WRONG, FAINT = "#1a7f37", "#b3261e", "#5b6b78"
 
 
@@ -45,12 +48,13 @@ def draw_losses(axes: list[Axes], demo: Path) -> None:
 def draw_answers(figure: SubFigure, demo: Path) -> None:
     """Ask the finetuned model about held-out images, and draw these with its answers; wrong ones are red."""
     records = json.loads((demo / "data" / "heldout.json").read_text())
-    chosen = records[:: len(records) // (ROWS * COLUMNS)][: ROWS * COLUMNS]
+    by_kind = [[record for record in records if record["kind"] == kind] for kind in KINDS]
+    chosen = [group[len(group) * row // ROWS] for row in range(ROWS) for group in by_kind]
     images = [Image.open(demo / "data" / "images" / record["image"]) for record in chosen]
     model = VisionLanguageModel.load(demo / "finetune" / "final", device="cpu")
     turns = [[user_turn(get_question(record), 1)] for record in chosen]
     answers = model.answer(turns, [[image] for image in images], InferenceConfig(max_new_tokens=8))
-    axes = figure.subplots(ROWS, COLUMNS).ravel()
+    axes = figure.subplots(ROWS, len(KINDS)).ravel()
     for axis, record, image, answer in zip(axes, chosen, images, answers, strict=True):
         truth, said = get_answer(record), answer.strip()
         axis.imshow(image, interpolation="nearest")
