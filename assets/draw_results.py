@@ -1,7 +1,7 @@
 """Draw `assets/results.png`, the figure of the README, from what `make demo` left: python assets/draw_results.py.
 
-On the left are the training losses of both stages. On the right are held-out questions, the first and the middle one of each
-kind, with the answers of the finetuned model.
+On the left are the training losses of both stages. On the right are held-out questions, the first and the middle one of
+each kind, with the answers of the finetuned model.
 """
 
 import json
