@@ -44,7 +44,7 @@ def test_every_key_of_ours_is_explained(reference: ModuleType):
 def test_a_row_has_the_type_default_and_bounds(reference: ModuleType):
     page = reference.write()
     assert "| `max_frames` | integer | `8` | at least 1 | The maximum number of frames" in page
-    assert "| `over_length` | string | `error` | `error`, `skip`, `truncate`, `split` | What to do with a longer sample" in page
+    assert "| `over_length` | string | `error` | `error`, `skip`, `truncate`, `split` | What to do with" in page
     assert "| `hf_name` | string | required |  | Hub name" in page
     assert "## dataset.sources.NAME\n" in page
     assert all(f"| `{name}` |" in page for name in TRAINING_ARGUMENT_FIELDS)
