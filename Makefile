@@ -60,8 +60,9 @@ audit: $(UV) ## Look the locked versions up among the known vulnerabilities (OSV
 	tail -n 1 $$log; rm $$log; \
 	echo 'make audit: nothing was checked, since pip-audit or its database (api.osv.dev) cannot be reached from here'; exit 2
 
-docs: install ## Write docs/configuration.md from the schema
+docs: install | $(UV) ## Write docs/configuration.md from the schema, and build the site into site/
 	$(RUN) docs/write_configuration.py
+	NO_MKDOCS_2_WARNING=1 $(UV) tool run --from 'mkdocs>=1.6,<2' --with 'mkdocs-material>=9.7,<10' mkdocs build --strict
 
 AS_HERE := accelerate|huggingface-hub|peft|pillow|safetensors|simplejpeg|timm|tokenizers|torch|torchvision|transformers
 

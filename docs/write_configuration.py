@@ -24,23 +24,24 @@ CLASSES = {
 PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """# Configuration
 
-Every key of a run, generated from [src/vlm/config/schema.py](../src/vlm/config/schema.py) by `make docs`. Set a key on
-the command line (`vlm -cn finetune-llava trainer.max_steps=100`) or in a YAML file of your own; choose a packaged group
-with a slash (`model/connector=mlp`, `trainer/deepspeed=zero2`). `vlm -cn RUN --cfg job` shows what a run sets.
+This page lists every key of a run. `make docs` generates it from
+[src/vlm/config/schema.py](../src/vlm/config/schema.py). Set a key on the command line
+(`vlm -cn pretrain-smol trainer.max_steps=100`) or in a YAML file of your own. Choose a packaged group with a slash
+(`model/connector=mlp`, `trainer/deepspeed=zero2`). `vlm -cn RUN --cfg job` shows what a run sets.
 
 """
 PASSED_ON = """## trainer, passed on to transformers
 
-These keys go to `transformers.TrainingArguments` as they are; its
-[documentation](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments) says what
-they mean. The list is read from the installed version. An empty default is that of transformers.
+These keys are passed to `transformers.TrainingArguments` unchanged; its
+[documentation](https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments) explains
+them. The list is read from the installed version. An empty default is that of transformers.
 
 """
 COMMAND_LINE_ONLY = """
 ## On the command line only
 
-Some values of these keys run code, or reach further than the run that sets them. The command line and YAML files of
-your own take them; nothing else does, such as [the page](web.md).
+Some values of these keys run code, or affect more than the run that sets them. Only the command line and your own YAML
+files can set them; [the page](web.md), for example, cannot.
 
 """
 ROW = "| {} | {} | {} | {} | {} |\n"
@@ -121,20 +122,20 @@ def field_docs(kind: type[Any]) -> dict[str, str]:
 
 
 def type_name(kind: Any) -> str:
-    """Return how a type is called in YAML."""
+    """Return the name of a type in YAML."""
     if isinstance(kind, UnionType):
         return " or ".join("null" if option is NoneType else type_name(option) for option in get_args(kind))
     if get_origin(kind) is list:
         return "list of " + type_name(get_args(kind)[0])
     if get_origin(kind) is dict or is_dataclass(kind):
         return "mapping"
-    return {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "any"}[kind]
+    return {str: "string", int: "integer", float: "number", bool: "boolean", Any: "any"}[kind]
 
 
 def default_text(field: Field[Any]) -> str:
     """Return the default of a field as it is written in YAML."""
     if field.default == model_schema.MISSING:
-        return "to be given"
+        return "required"
     value = field.default if field.default_factory is MISSING else field.default_factory()
     if value is None:
         return "" if field.name in schema.TRAINING_ARGUMENT_FIELDS else "null"

@@ -42,10 +42,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def overrides(name: str) -> list[str]:
-    """The overrides of the page's command that names a class or function, without where the data is."""
+    """The overrides of the page's command that names a class or function, without its data and checkpoint."""
     (line,) = [line for line in re.findall(r"^vlm -cn .*?(?<!\\)$", TEXT, re.MULTILINE | re.DOTALL) if name in line]
     words = re.findall(r"""(?:[^\s'"\\]|"[^"]*"|'[^']*')+""", line)
-    return [word.replace("'", "").replace('"', "") for word in words if "=" in word and "dataset.path" not in word]
+    own = [word for word in words if "=" in word and not word.startswith(("dataset.path", "trainer.from_pretrained"))]
+    return [word.replace("'", "").replace('"', "") for word in own]
 
 
 def test_the_connector_is_trained(folder: Path, train: Callable[..., Path]):

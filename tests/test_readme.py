@@ -1,4 +1,4 @@
-"""What README.md and installation.md tell people to type: commands compose, keys exist, code runs."""
+"""What README.md and the pages tell people to type: commands compose, keys exist, code runs."""
 
 import json
 import re
@@ -28,6 +28,8 @@ PAGES = (
     "README.md",
     "installation.md",
     "examples/README.md",
+    "docs/parts.md",
+    "docs/run-directory.md",
     "docs/data.md",
     "docs/families.md",
     "docs/anyres.md",
@@ -90,7 +92,7 @@ def test_every_make_target_and_file_is_there():
 
 
 def test_the_connector_of_ones_own_works(parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    code = next(block for block in blocks("README.md", "python") if "class PoolingConnector" in block)
+    code = next(block for block in blocks("docs/parts.md", "python") if "class PoolingConnector" in block)
     (tmp_path / "my_connector.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     try:
@@ -107,7 +109,7 @@ def test_the_connector_of_ones_own_works(parts: Parts, tmp_path: Path, monkeypat
 def test_the_run_of_ones_own_composes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     from vlm.cli.main import main
 
-    (tmp_path / "dinov2.yaml").write_text(blocks("README.md", "yaml")[0])
+    (tmp_path / "dinov2.yaml").write_text(blocks("docs/parts.md", "yaml")[0])
     main(["--config-dir", str(tmp_path), "-cn", "dinov2", "dataset.path=x.json", "--cfg", "job"])
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["model"]["visual_encoder"]["hf_name"] == "facebook/dinov2-base"

@@ -43,9 +43,9 @@ def test_every_key_of_ours_is_explained(reference: ModuleType):
 
 def test_a_row_has_the_type_default_and_bounds(reference: ModuleType):
     page = reference.write()
-    assert "| `max_frames` | whole number | `8` | at least 1 | The most frames" in page
-    assert "| `over_length` | text | `error` | `error`, `skip`, `truncate`, `split` | For a longer sample" in page
-    assert "| `hf_name` | text | to be given |  | Hub name" in page
+    assert "| `max_frames` | integer | `8` | at least 1 | The maximum number of frames" in page
+    assert "| `over_length` | string | `error` | `error`, `skip`, `truncate`, `split` | What to do with" in page
+    assert "| `hf_name` | string | required |  | Hub name" in page
     assert "## dataset.sources.NAME\n" in page
     assert all(f"| `{name}` |" in page for name in TRAINING_ARGUMENT_FIELDS)
     assert all(f"| `{field.name}` |" in page for field in fields(DatasetConfig))

@@ -88,10 +88,10 @@ class LearningRateConfig:
     head_learning_rate: float | None = None
     """Peak learning rate of the prediction heads."""
     visual_encoder_layer_decay: float | None = field(default=None, metadata=share(is_open_below=True))
-    """Factor from the learning rate of a layer of the visual encoder to that of the one before it; null: all of them
-    have the part's."""
+    """Learning rate of each layer of the visual encoder relative to the next one; null: all layers have the part's
+    rate."""
     language_model_layer_decay: float | None = field(default=None, metadata=share(is_open_below=True))
-    """The same of the language model's layers."""
+    """The same for the layers of the language model."""
 
 
 @dataclass
@@ -113,11 +113,11 @@ class LoraPartConfig:
     """The adapter of one part; it trains at the part's learning rate."""
 
     r: int | None = field(default=None, metadata=at_least(1))
-    """Rank of its updates; null: the part has no adapter."""
+    """Rank of the updates; null: the part has no adapter."""
     alpha: int | None = field(default=None, metadata=at_least(1))
     """Updates are scaled by `alpha / r`; null: twice `r`."""
     target_modules: list[str] | None = None
-    """Name endings of the layers that get one (`[q_proj, v_proj]`); null: all Linear layers but `lm_head`."""
+    """Name endings of the layers that get an adapter (`[q_proj, v_proj]`); null: all Linear layers except `lm_head`."""
 
 
 @dataclass
@@ -130,13 +130,14 @@ class LoraConfig:
     dropout: float = field(default=0.0, metadata=share(is_open_above=True))
     """Dropout on the inputs of the adapters."""
     use_rslora: bool = False
-    """Scale by `alpha / sqrt(r)` instead (arXiv:2312.03732)."""
+    """Scale updates by `alpha / sqrt(r)` instead of `alpha / r` (arXiv:2312.03732)."""
     use_dora: bool = False
-    """Train the length of each weight vector beside its direction (DoRA, arXiv:2402.09353)."""
+    """Train the magnitude of each weight vector separately from its direction (DoRA, arXiv:2402.09353)."""
     bias: str = field(default="none", metadata=choices(("none", "lora_only", "all")))
-    """Which biases train too: `none`, `lora_only` (of the layers with an adapter), `all` (of the parts with one)."""
+    """Which biases train too: `none`, `lora_only` (those of layers with an adapter) or `all` (those of parts with an
+    adapter)."""
     init: str = field(default="default", metadata=choices(("default", "gaussian", "orthogonal")))
-    """First weights: `default`, `gaussian` or `orthogonal`; a model answers as before with each of them."""
+    """Initial weights: `default`, `gaussian` or `orthogonal`. None of them changes the model's initial answers."""
 
 
 @dataclass
@@ -149,31 +150,31 @@ class TrainerOptions:
             """Return the value of a field of `TrainingArguments`, which `TrainerConfig` gets when it is made."""
 
     objective: str | None = field(default=None, metadata=imports_unless(is_plain_name))
-    """What the model learns: `generation` (replies), `distillation` (replies, as a teacher would give them),
-    `prediction` (labels or numbers, by heads), `embedding` (vectors), `preference` (which of two replies is better), or
-    an objective of yours, `package.module:Class`; null: `prediction` where there is a head (`model.head.task`), else
+    """What the run trains: `generation` (replies), `distillation` (replies, with a teacher's predictions), `prediction`
+    (labels or numbers, with heads), `embedding` (vectors), `preference` (which of two replies is better), or an
+    objective of your own, `package.module:Class`; null: `prediction` if there is a head (`model.head.task`), otherwise
     `generation`."""
     output_dir: str | None = field(default=None, metadata=FOLDER)
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
-    """A checkpoint of this framework to start from; its architecture wins over `model`."""
+    """A checkpoint of this framework to start from; its architecture overrides `model`."""
     resume_from_checkpoint: str = field(
         default="auto", metadata=reads_outside("reads the saved state of a run elsewhere", is_start_word)
     )
-    """`auto`: go on from the newest whole checkpoint in `output_dir`, begin where there is none, and leave a run that
-    is done as it is; `never`: begin anew, and rename the directory of a run that is there; or a checkpoint's path."""
+    """`auto`: resume from the newest complete checkpoint in `output_dir`, start if there is none, and leave a finished
+    run unchanged; `never`: start again, and rename the directory of an existing run; or the path of a checkpoint."""
     resume_changes: str = field(default="refuse", metadata=choices(("refuse", "accept")))
-    """What becomes of settings, data and ranks that changed since a run was saved, and would change what it trains:
-    `refuse` them, or `accept` them from there on. Changes that do no such thing are always taken."""
+    """What to do with settings, data and ranks that have changed since the run was saved and affect training: `refuse`
+    them, or `accept` them from there on. Other changes are always accepted."""
     on_save_error: str = field(default="stop", metadata=choices(("stop", "continue")))
-    """What a run does where a checkpoint cannot be saved, such as on a full disk: `stop`, or `continue` and try again
-    at the next save. Either way what was saved before is kept; a model that cannot be saved at the end is an error."""
+    """What to do if a checkpoint cannot be saved, for example on a full disk: `stop`, or `continue` and try again at
+    the next save. Earlier checkpoints are kept in both cases. A final model that cannot be saved is always an error."""
     async_save: bool = False
-    """Whether the large files of a checkpoint are written while the run goes on: they are copied into the host's memory
-    first, which has to hold them a second time. Not under DeepSpeed."""
+    """Whether training continues while the large files of a checkpoint are written. They are first copied into host
+    memory, which must hold them a second time. Not with DeepSpeed."""
     keep_best: str | None = None
-    """A metric of evaluations, such as `eval_loss`: the best one's complete model is in `best` of the run directory,
-    and its checkpoint stays whatever `save_total_limit` says; null: none. Lower is better for losses and errors
+    """An evaluation metric such as `eval_loss`. The complete model of the best evaluation is kept in `best` of the run
+    directory, with its checkpoint, whatever `save_total_limit` says; null: none. Lower is better for losses and errors
     (`greater_is_better` overrides that)."""
     unfreeze: UnfreezeConfig = field(default_factory=UnfreezeConfig)
     learning_rate: LearningRateConfig = field(default_factory=LearningRateConfig)
@@ -186,64 +187,67 @@ class TrainerOptions:
     )
     """A DeepSpeed configuration: `zero0` to `zero3`, the path of a JSON file, a mapping, or null for none."""
     sharding: str | None = field(default=None, metadata=choices((FSDP2,)))
-    """Shards weights, gradients and optimiser states over the ranks without DeepSpeed: `fsdp2` is PyTorch's
-    `fully_shard`, which computes what ZeRO-3 does; null: nothing is sharded but by `deepspeed`."""
+    """Shard weights, gradients and optimiser states over the ranks without DeepSpeed: `fsdp2` is PyTorch's
+    `fully_shard`, which is equivalent to ZeRO-3; null: only `deepspeed` shards."""
     packing: bool = False
-    """Lay the samples of a step in rows without padding, one behind the other; each attends to itself alone."""
+    """Pack the samples of a step into rows without padding; each sample attends only to itself."""
     packing_strategy: str = field(default="step", metadata=choices(PACKING_STRATEGIES))
-    """With `packing`: `step` lays out the samples that each optimiser step has without packing, so that its loss and
-    gradient are the same; `best_fit` fills rows of about equal length out of all samples, in an order of its own, and
-    counts each row as a micro-batch."""
+    """With `packing`: `step` packs the samples that each optimiser step has without packing, so loss and gradient are
+    unchanged; `best_fit` fills rows of about equal length from all samples, in its own order, and counts each row as a
+    micro-batch."""
     max_tokens_per_batch: int | None = field(default=None, metadata=at_least(1))
-    """With `packing`, the most tokens of a row, image tokens included. With `step`, samples that do not fit go into
-    further rows; null: as many rows as padded micro-batches. With `best_fit`, rows are filled up to it; null: as many
-    tokens as `per_device_train_batch_size` samples have on average."""
+    """With `packing`, the maximum number of tokens of a row, image tokens included. With `step`, samples that do not
+    fit go into additional rows; null: as many rows as padded micro-batches. With `best_fit`, rows are filled up to this
+    number; null: as many tokens as `per_device_train_batch_size` samples have on average."""
     average_decay: float | None = field(default=None, metadata=share(is_open_above=True))
-    """Keep an exponential moving average of the weights that train, of which a step keeps this share (0.999):
-    evaluations, `best` and `final` have the average, checkpoints hold both; null: none. Not where weights are sharded
-    (ZeRO-3, FSDP2)."""
+    """Keep an exponential moving average of the trained weights with this decay (0.999). Evaluations, `best` and
+    `final` use the average, and checkpoints hold both; null: none. Not with sharded weights (ZeRO-3, FSDP2)."""
     checkpointed_parts: list[str] | None = field(default=None, metadata=choices(PARTS))
-    """Parts whose layers `activation_checkpointing` recomputes in the backward pass; null: all that gradients reach."""
+    """Parts whose layers `activation_checkpointing` recomputes in the backward pass; null: all parts that receive
+    gradients."""
     loss_average: str = field(default="token", metadata=choices(("token", "micro_batch")))
-    """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of means, as LLaVA."""
+    """`token`: mean over all supervised tokens of the step, on all ranks; `micro_batch`: mean of the means of
+    micro-batches, as in LLaVA."""
     on_nonfinite: str = field(default="stop", metadata=choices(("stop", "skip")))
-    """What is done about a step whose loss or gradient is NaN or infinite, before its update is applied: `stop` ends
-    the run (exit code 76); `skip` leaves the update out and counts it (`skipped_steps`). `guard.jsonl` lists the step's
-    samples."""
+    """What to do with a step whose loss or gradient is NaN or infinite, before its update: `stop` ends the run (exit
+    code 76); `skip` skips the update and counts it (`skipped_steps`). `guard.jsonl` lists the samples of the step."""
     max_skipped_steps: int = field(default=10, metadata=at_least(1))
-    """The run stops where more updates in a row are left out."""
+    """The run stops after more skipped updates in a row than this."""
     spike_action: str | None = field(default="warn", metadata=choices(("warn", "skip")))
-    """What is done about a step whose loss or gradient norm is far above those of the steps before it: `warn`, or
-    `skip` its update. `guard.jsonl` lists its samples. null: spikes are not looked for."""
+    """What to do with a step whose loss or gradient norm is far above those of the previous steps: `warn`, or `skip`
+    its update. `guard.jsonl` lists its samples. null: ignore spikes."""
     spike_window: int = field(default=100, metadata=at_least(2))
-    """Number of steps that a step is compared with."""
+    """Number of previous steps that a step is compared with."""
     spike_threshold: float = field(default=10.0, metadata=above(0))
-    """Number of deviations (median absolute deviations, scaled to standard ones) above the median that is a spike."""
+    """A step is a spike if it is this many deviations above the median (median absolute deviations, scaled to standard
+    deviations)."""
     stuck_after: float | None = field(default=1200.0, metadata=above(0))
-    """Seconds without progress on any rank, in training, evaluation or saving, after which every rank writes the stacks
-    of its threads into `stuck/` and the run ends (exit code 76); null: it waits for ever."""
+    """If no rank makes progress in training, evaluation or saving for this many seconds, every rank writes the stack
+    traces of its threads to `stuck/` and the run ends (exit code 76); null: wait forever."""
     num_samples: int = 4
-    """Number of evaluation (else training) samples answered into `samples.md`, at each evaluation and at the end."""
+    """Number of evaluation samples (training samples if there are none) to answer in `samples.md`, at each evaluation
+    and at the end."""
     eval_metrics: list[str] = field(default_factory=list, metadata=choices(EVAL_METRICS, "package.module:function"))
-    """Metrics of evaluation records, logged as `eval_<metric>`: those of answers (`inference` has the generation
-    settings), and `retrieval`, how often an image's own text has the lowest loss among several."""
+    """Metrics of evaluation records, logged as `eval_<metric>`: metrics of answers, which use the settings of
+    `inference`, and `retrieval`, how often an image's own text has the lowest loss among several."""
     eval_metrics_samples: int = field(default=64, metadata=at_least(1))
-    """Number of evaluation records that these are measured on, from the first on; `retrieval` takes the first with
-    images. Every rank answers all of them; for `retrieval`, ranks share them."""
+    """Number of evaluation records for these metrics, from the first on; `retrieval` uses the first ones with images.
+    Every rank answers all of them, except for `retrieval`, where ranks share them."""
     eval_retrieval_candidates: int = field(default=10, metadata=at_least(2))
-    """Number of texts among which `retrieval` looks for an image's own, that one included."""
+    """Number of texts that `retrieval` compares, including the image's own text."""
     before_after: bool = False
-    """Whether the model at the start of the run is compared with the one at its end, on evaluation records and on
-    questions about generated images: `before_after/report.md` says what it gained and what it forgot."""
+    """Whether to compare the model at the start of the run with the one at its end, on evaluation records and on
+    questions about generated images. `before_after/report.md` says what it gained and what it forgot."""
     before_after_samples: int = field(default=200, metadata=at_least(1))
-    """The most evaluation records that are compared, drawn with `trainer.seed`; every rank answers all of them."""
+    """The maximum number of evaluation records to compare, drawn with `trainer.seed`; every rank answers all of
+    them."""
     before_after_probe: int = field(default=24, metadata=at_least(0))
     """Number of generated questions for each of seven abilities; 0: none."""
     peak_tflops: float | None = field(default=None, metadata=above(0))
-    """Peak of a device in 10^12 operations a second, which `mfu` is a share of; null: dense bfloat16 of the GPU's data
-    sheet, or measured in the run's precision where that is not known."""
+    """Peak of a device in 10^12 operations per second, which `mfu` is relative to; null: dense bfloat16 from the GPU's
+    data sheet, or measured in the run's precision if that is unknown."""
     profile: bool = False
-    """Write a trace of a few steps to `profile/` of the run directory, and a table of where their time went."""
+    """Write a trace of a few steps to `profile/` in the run directory, and a table of where their time went."""
 
 
 OWN_TRAINER_FIELDS = frozenset(f.name for f in fields(TrainerOptions))
@@ -288,43 +292,43 @@ class SourceConfig:
     """Records of one file, folder or data set, and how they are read."""
 
     path: str | None = field(default=None, metadata=RECORDS)
-    """A `.json`, `.jsonl`, `.parquet`, `.csv` or `.tsv` file, a folder of a Hugging Face data set, `hf://owner/name`
-    for one on the Hub; where `dataset.streaming` is on, tar shards too (`shards/{000..127}.tar`, a folder of them,
+    """A `.json`, `.jsonl`, `.parquet`, `.csv` or `.tsv` file, a folder of a Hugging Face data set, or `hf://owner/name`
+    for one on the Hub. With `dataset.streaming`, also tar shards (`shards/{000..127}.tar`, a folder of them,
     `https://host/{000..127}.tar`)."""
     format: str = field(default="llava", metadata=imports_unless(is_plain_name))
-    """Format of a record: a name of the table `FORMATS`, or `package.module:function` for a reader of your own."""
+    """Format of the records: a name of the table `FORMATS`, or `package.module:function` for a reader of your own."""
     options: Options = field(default_factory=dict)
-    """Keyword parameters of that reader, such as `caption_key` of `caption`."""
+    """Keyword parameters of the reader, such as `caption_key` of `caption`."""
     image_folder: str | None = None
-    """What the records' image paths are relative to; null: the folder of `path`."""
+    """The folder that image paths in the records are relative to; null: the folder of `path`."""
     follow_links: bool = field(
         default=False, metadata=reads_outside("reads files that links in a data folder lead to", is_false)
     )
-    """Whether links in a folder of images or records are followed where they lead out of that folder."""
+    """Whether to follow symbolic links that lead out of a folder of images or records."""
     split: str = "train"
-    """Of a Hugging Face data set that has several."""
+    """The split, if a Hugging Face data set has several."""
     subset: str | None = None
-    """Of a data set on the Hub that has several."""
+    """The subset, if a data set on the Hub has several."""
     max_samples: int | None = field(default=None, metadata=at_least(1))
-    """Number of records that are used, drawn with `trainer.seed`; null: all."""
+    """Number of records to use, drawn with `trainer.seed`; null: all."""
     system_prompt: str | None = None
-    """System turn of conversations that have none of their own; null: none."""
+    """System turn for conversations without one; null: none."""
     fps: float | None = field(default=None, metadata=above(0))
-    """Frames of a video that are used for each second of it, evenly spaced: one at least, and `max_frames` at most;
-    null: as many as `max_frames` allows."""
+    """Number of frames to use for each second of a video, evenly spaced, at least one and at most `max_frames`; null:
+    as many as `max_frames` allows."""
 
 
 @dataclass
 class MixtureSourceConfig(SourceConfig):
-    """One of several sources; without an image folder of its own it has the run's."""
+    """One of several sources; without an image folder of its own it uses the run's."""
 
     weight: float = field(default=1.0, metadata=above(0))
-    """How often an epoch takes each sample of this source: 2 is twice, 0.5 is half of them, drawn with `trainer.seed`.
-    In a stream, how often this source is drawn from, relative to the others."""
+    """How often an epoch uses each sample of this source: 2 is twice, 0.5 is half of them, drawn with `trainer.seed`.
+    In a stream, how often to draw from this source, relative to the others."""
     loss_weight: float = field(default=1.0, metadata=above(0))
-    """How much the loss of each token of its replies counts, beside that of other sources."""
+    """Weight of the loss of each token of its replies, relative to other sources."""
     template: str | None = None
-    """A template for its records alone, named as `dataset.template` is; null: the run's."""
+    """A template for the records of this source, like `dataset.template`; null: the run's template."""
 
 
 @dataclass
@@ -332,104 +336,110 @@ class DatasetConfig(SourceConfig):
     """The records, and how they become tokens."""
 
     sources: dict[str, MixtureSourceConfig] = field(default_factory=dict)
-    """Several sources under names of your choice, in place of `path`."""
+    """Several sources under names of your choice, instead of `path`."""
     streaming: bool = False
-    """Read records one after the other, never by their index: for tar shards, and for data sets that are not stored on
-    this machine. Needs `trainer.max_steps`."""
+    """Read records one after the other without an index: for tar shards, and for data sets that are not stored on this
+    machine. Needs `trainer.max_steps`."""
     shuffle_buffer: int = field(default=1000, metadata=at_least(0))
-    """Number of records of a block within which a stream is shuffled; readers hold two blocks of each source."""
+    """Number of records in each block that a stream shuffles; readers hold two blocks of each source."""
     allow_pipe: bool = field(default=False, metadata=runs_code("lets a shell run what `path` names", is_false))
     """Whether `path` may be `pipe:` and a command that a shell runs, such as `pipe:cat shard.tar`."""
     max_frames: int = field(default=8, metadata=at_least(1))
-    """The most frames of a video that are used, evenly spaced: as images, or as a video where the model takes videos.
-    LLaVA-OneVision and LLaVA-NeXT-Video get exactly so many of every video; frames of a short one are repeated."""
+    """The maximum number of frames of a video, evenly spaced: as images, or as a video if the model supports videos.
+    LLaVA-OneVision and LLaVA-NeXT-Video get exactly this many frames of every video; frames of a short video are
+    repeated."""
     cache_dir: str | None = field(default=None, metadata=FOLDER)
-    """Folder of indices, token counts and features; null: `vlm` in the folder of Hugging Face's caches (`HF_HOME`)."""
+    """Folder for indices, token counts and features; null: `vlm` in the Hugging Face cache (`HF_HOME`)."""
     num_workers: int | None = field(default=None, metadata=at_least(0))
-    """Processes that count tokens before the first run on a data set; null: as many as there are cores."""
+    """Number of processes that count tokens before the first run on a data set; null: one per core."""
     eval_path: str | None = field(default=None, metadata=RECORDS)
-    """Records for the evaluation loss, of the same format; null: none, or `eval_split`."""
+    """Records for evaluation, in the same format; null: none, or `eval_split`."""
     eval_image_folder: str | None = None
-    """What their image paths are relative to; null: `image_folder`, else the folder of `eval_path`."""
+    """The folder that their image paths are relative to; null: `image_folder`, or else the folder of `eval_path`."""
     eval_split: float | None = field(default=None, metadata=share(is_open_above=True))
-    """Share of `path` to hold out for evaluation where there is no `eval_path`, drawn with `trainer.seed`; null: none,
-    for a head 0.2 where there are no `folds` either. For a head it is stratified by label."""
+    """Share of `path` to hold out for evaluation if there is no `eval_path`, drawn with `trainer.seed`; null: none, or
+    0.2 for a head without `folds`. For a head it is stratified by label."""
     max_eval_samples: int | None = field(default=None, metadata=at_least(1))
-    """Evaluate on the first so many records only; null: all."""
+    """Evaluate only on this many records, from the first on; null: all."""
     test_path: str | None = field(default=None, metadata=RECORDS)
-    """For a head: records that the trained head is only measured on; null: none, or `test_split`."""
+    """For a head: records that only measure the trained head; null: none, or `test_split`."""
     test_image_folder: str | None = None
-    """What their image paths are relative to; null: `image_folder`, else the folder of `test_path`."""
+    """The folder that their image paths are relative to; null: `image_folder`, or else the folder of `test_path`."""
     test_split: float = field(default=0.0, metadata=share(is_open_above=True))
-    """For a head: share of `path` to hold out for testing, stratified by label, before evaluation records are."""
+    """For a head: share of `path` to hold out for testing, stratified by label, before evaluation records are held
+    out."""
     folds: int | None = field(default=None, metadata=at_least(2))
-    """For a head on a frozen model, in place of evaluation records: number of folds of a cross-validation. Each head
+    """For a head on a frozen model, instead of evaluation records: number of folds of a cross-validation. Each head
     trains without one fold; temperature, threshold and metrics come from its outputs on that fold."""
     cache_features: bool | None = None
-    """Compute the outputs of frozen parts once and keep them in the cache: for a head the hidden states of each record,
-    for other runs the features of each image; null: for heads on a frozen model only."""
+    """Compute the outputs of frozen parts once and cache them: for a head the hidden states of each record, for other
+    runs the features of each image; null: only for heads on a frozen model."""
     cache_limit_gb: float | None = field(default=None, metadata=above(0))
-    """The most bytes, in 10^9, of image features in the cache: those unused for longest are deleted; null: half of the
-    sum of what they take and what is free on the disk."""
+    """Maximum size of cached image features in 10^9 bytes; those unused for longest are deleted; null: half of the sum
+    of their size and the free disk space."""
     template: str | None = None
-    """A packaged template (`plain`, `v1`, `chatml` …), `tokenizer` for the tokenizer's own, or a `.jinja` file;
-    null: the checkpoint's, else the tokenizer's own."""
+    """A packaged template (`plain`, `v1`, `chatml` …), `tokenizer` for the tokenizer's own, or a `.jinja` file; null:
+    the checkpoint's, or else the tokenizer's own."""
     supervise: str = field(default="replies", metadata=choices(SUPERVISIONS))
-    """What is supervised of a conversation: `replies` and their ends; `llava-onevision`: in ChatML, the assistant's
-    turns as a whole, and the marks of turns and line breaks in those of others, as LLaVA-OneVision was trained."""
+    """Which tokens of a conversation are supervised: `replies` and their ends; or `llava-onevision`: in ChatML, the
+    assistant's whole turns, and the markers of turns and line breaks of other turns, as in the training of
+    LLaVA-OneVision."""
     loss_patterns: dict[str, float] = field(default_factory=dict)
-    """How much the loss of some tokens of replies counts: a regular expression -> a factor above 0, of every token with
-    a character in one of its matches (`{"<answer>.*?</answer>": 2}`); of several that match, the last one counts. Such
-    keys are read in YAML files only, since Hydra's command line has no quotes for them."""
+    """Loss weights for parts of replies: a mapping from regular expressions to factors above 0, which apply to every
+    token with a character in a match (`{"<answer>.*?</answer>": 2}`); the last matching pattern counts. Only in YAML
+    files, because Hydra's command line cannot quote such keys."""
     image_mode: str | None = field(default=None, metadata=choices(IMAGE_MODES))
-    """`square`: as the encoder's image processor does it; `pad`: padded to a square first; `native`: each image in its
-    own size and aspect ratio, within the bounds of `model.native`; null: the checkpoint's, else what the encoder reads:
-    `native` for SigLIP 2 with NaFlex and Qwen's vision towers, `square` for others."""
+    """`square`: resized by the encoder's image processor; `pad`: padded to a square first; `native`: at the image's own
+    size and aspect ratio, within the limits of `model.native`; null: the checkpoint's, or else `native` for SigLIP 2
+    with NaFlex and Qwen's vision towers, and `square` for others."""
     thinking: str = field(default="template", metadata=choices(THINKING_MODES))
-    """Thinking of replies (`reasoning_content`, or `<think>…</think>` before the text): `template`: what the chat
-    template writes of it is learned; `keep`: all of it, and a record whose thinking the template drops cannot be used;
-    `drop`: none."""
+    """Thinking in replies (`reasoning_content`, or `<think>…</think>` before the text): `template`: train on what the
+    chat template writes; `keep`: train on all of it, and reject records whose thinking the template drops; `drop`:
+    train without it."""
     alpha_background: str | None = field(default=None, metadata=choices(ALPHA_BACKGROUNDS))
-    """What shows through transparent images: `white`, `black` or `grey`; `drop`: transparency is ignored, as in LLaVA,
-    so that black ink on a transparent ground is all black; null: the checkpoint's, else `white`."""
+    """Background of transparent images: `white`, `black` or `grey`; `drop`: ignore transparency, as in LLaVA, so that
+    black ink on a transparent background is all black; null: the checkpoint's, or else `white`."""
     max_image_tokens: int | None = field(default=None, metadata=at_least(1))
-    """The most tokens of an image, and of a frame of a video: larger images are made smaller, by the options of the
-    model's own processor, which are saved with it; null: as many as the processor makes."""
+    """Maximum number of tokens of an image or a video frame: larger images are shrunk, by options of the model's own
+    processor, which are saved with it; null: as many as the processor makes."""
     coordinates: str = field(default="auto", metadata=choices(COORDINATES, custom="package.module:Class"))
-    """How boxes, points and time spans of records are written (docs/coordinates.md); `auto`: as the checkpoint was
-    trained, else as its family writes them, for composed models `llava`."""
+    """Format of boxes, points and time spans (docs/coordinates.md); `auto`: the checkpoint's, or else the family's, or
+    `llava` for composed models."""
     max_length: int | None = 2048
-    """Longest sample in tokens, image tokens included; null: as long as the language model's positions."""
+    """Maximum number of tokens of a sample, image tokens included; null: the number of positions of the language
+    model."""
     over_length: str = field(default="error", metadata=choices(("error", "skip", "truncate", "split")))
-    """For a longer sample: `error`, `skip` (listed in `skipped.jsonl`), `truncate` (replies, never image tokens), or
-    `split`: into several, in front of questions, of which each reply is learned once (docs/data.md)."""
+    """What to do with a longer sample: `error`, `skip` (listed in `skipped.jsonl`), `truncate` (replies, never image
+    tokens), or `split` it before questions into several samples, so that each reply is trained on once
+    (docs/data.md)."""
     on_bad_sample: str = field(default="error", metadata=choices(("error", "skip")))
-    """For a record that cannot be used: `error`, or `skip` (listed in `skipped.jsonl` with the reason)."""
+    """What to do with an unusable record: `error`, or `skip` (listed in `skipped.jsonl` with the reason)."""
     max_skipped: float = field(default=0.1, metadata=share())
-    """The run stops where more than this share of the records cannot be used."""
+    """The run stops if more than this share of the records is unusable."""
     check_samples: int | None = field(default=100, metadata=at_least(0))
-    """Number of records of each source, from the first on, whose images are decoded before training, as are those of
-    all evaluation records; other images are checked to exist and to begin like images. null: all are decoded."""
+    """Number of records of each source, from the first on, whose images are decoded before training; images of
+    evaluation records are always decoded. Other images are only checked to exist and to begin like images. null: decode
+    all."""
 
 
 @dataclass
 class InferenceConfig:
-    """Settings of generation, for `samples.md` and metrics of answers while training, and for commands with `-cn`."""
+    """Generation settings, for `samples.md` and metrics of answers during training, and for commands with `-cn`."""
 
     temperature: float = field(default=0.0, metadata=at_least(0, "0 (greedy) or more"))
-    """Temperature of sampling; 0 is greedy."""
+    """Sampling temperature; 0 is greedy."""
     top_p: float = field(default=1.0, metadata=share(is_open_below=True))
-    """Tokens are drawn from the most likely ones whose probabilities reach this share."""
+    """Sample only from the most likely tokens whose probabilities add up to this share."""
     num_beams: int = field(default=1, metadata=at_least(1))
-    """Beams of a beam search; 1: none."""
+    """Number of beams of a beam search; 1: no beam search."""
     max_new_tokens: int = field(default=128, metadata=at_least(1))
-    """Longest answer in tokens."""
+    """Maximum number of tokens of an answer."""
     cache_implementation: str | None = field(default=None, metadata=choices(CACHE_IMPLEMENTATIONS))
-    """Cache of keys and values: `dynamic` grows; `static` is allocated at full length, and transformers compiles
-    decoding for it on GPUs; `offloaded` keeps one layer at a time on the GPU; null: the model's own."""
+    """Cache of keys and values: `dynamic` grows; `static` is allocated at full length, so that transformers compiles
+    decoding on GPUs; `offloaded` keeps one layer at a time on the GPU; null: the model's own choice."""
     thinking: bool | None = None
-    """Whether the model is to think before it answers, for chat templates that ask (`enable_thinking`); it is saved
-    with the model. null: as the model was trained: true once it was trained on records with thinking."""
+    """Whether the model thinks before it answers, for chat templates with this setting (`enable_thinking`); saved with
+    the model. null: as in training: true if the records had thinking."""
 
 
 @dataclass
