@@ -71,9 +71,12 @@ class Skipped:
         """Return the error to raise where such records are not left out."""
         place = self.source if self.record is None else f"{self.source}, record {self.record}"
         hint = f"dataset.{self.policy}=skip leaves such records out and lists them."
+        name = "" if self.id in ("", "?") else f"record {self.id!r}: "
+        if "add dataset." in self.reason:  # the records are read once that is added
+            return ValueError(shorten(f"{place}: {name}{self.reason}"))
         if self.file is not None:
             hint = f"Images are looked for in dataset.image_folder. {hint}"
-        return ValueError(shorten(f"{place}: record {self.id!r}: {self.reason}. {hint}"))
+        return ValueError(shorten(f"{place}: {name}{self.reason}. {hint}"))
 
 
 @dataclass(frozen=True)
@@ -354,9 +357,10 @@ def load_sources(
         ))  # fmt: skip
     if not sum(map(len, places)):
         names = ", ".join(source.shown_path for source in sources)
+        if not (total := sum(map(len, sources))):
+            raise ValueError(f"{names}: there are no records in it")
         reasons = group_reasons(skipped)
-        reason = f"the commonest reason is: {reasons[0][0]}" if reasons else "there are none"
-        raise ValueError(f"{names}: none of {sum(map(len, sources))} records can be used; {reason}")
+        raise ValueError(f"{names}: none of the {total} records can be used, mostly because: {reasons[0][0]}")
     rows = np.concatenate(places), np.concatenate(lengths), np.concatenate(images)
     dataset = SampleDataset(
         sources, *rows, has_videos=has_videos, has_thinking=has_thinking, labels=labels or None, groups=groups or None

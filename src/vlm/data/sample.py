@@ -114,6 +114,18 @@ class BadSample(ValueError):
         return type(self), (self.sample_id, self.reason, self.file)
 
 
+class OptionNeeded(BadSample):
+    """A record that an option of its reader, `name=value`, would read."""
+
+    def __init__(self, sample_id: str, reason: str, name: str, value: str):
+        super().__init__(sample_id, reason)
+        self.option = name, value
+
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str, str | None]]:
+        """Pickle it as a plain `BadSample`."""
+        return BadSample, (self.sample_id, self.reason, self.file)
+
+
 class Reasoned(Protocol):
     """What has a reason, and the file at fault or None."""
 

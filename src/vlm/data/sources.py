@@ -3,7 +3,6 @@
 import copy
 import inspect
 import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,12 +17,11 @@ from vlm.data.encoding.labels import read_template
 from vlm.data.encoding.sample_encoder import SampleEncoder, processor_digest
 from vlm.data.processor import Processor
 from vlm.data.records.formats import get_reader
-from vlm.data.records.guess import with_hint
 from vlm.data.records.keys import unread_keys
-from vlm.data.records.links import check_links
 from vlm.data.records.open import Records, open_records, stream_with_positions
 from vlm.data.records.positions import START, Position
-from vlm.data.sample import BadSample, ContentPart, Sample, Turn, VideoRef
+from vlm.data.sample import ContentPart, Sample, Turn, VideoRef
+from vlm.data.usable import RecordReader
 from vlm.data.vision.frames import sample_clip, sample_frame_refs
 
 
@@ -63,6 +61,9 @@ class Source:
         self.folder = Path(self.config.image_folder or (place if place.is_dir() else place.parent))
         options = {name: value for name, value in self.config.options.items() if value is not None}
         self._reader = partial(get_reader(self.config.format), **options)
+        self._read_record = RecordReader(
+            self._reader, self.folder, self.config.format, self.config.options, self.config.follow_links
+        )
         self.parts: list[tuple[int, RecordPart]] = []
 
     def unread_keys(self, record: object) -> list[str]:
@@ -142,20 +143,7 @@ class Source:
         Raises:
             BadSample: it cannot be used.
         """
-        if isinstance(record, BadSample):
-            raise record
-        try:
-            sample = self._reader(record, self.folder).map_sides(Sample.without_blank_replies)
-            if not self.config.follow_links:
-                check_links(sample, self.folder)
-            return sample
-        except BadSample as error:
-            raise with_hint(error, record, self.config.format, self.config.options) from None
-        except Exception as error:  # a user's own reader may raise anything, and that concerns this record only
-            name = str(record.get("id", "?")) if isinstance(record, dict) else "?"
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{Path(frame.filename).name}, line {frame.lineno}"
-            raise BadSample(name, f"its reader raised {type(error).__name__}: {error} ({place})") from error
+        return self._read_record(record)
 
     @cached_property
     def fingerprint(self) -> str:

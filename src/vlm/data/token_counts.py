@@ -25,6 +25,7 @@ from vlm.data.processes import num_cores
 from vlm.data.processor import Processor
 from vlm.data.sample import BadSample, MediaSize, Sample, Turn
 from vlm.data.sources import Source
+from vlm.data.usable import check_reply
 from vlm.data.vision.images import is_uniform, open_media, read_image_size, read_media_sizes
 from vlm.data.vision.video import DecodedVideo
 
@@ -285,6 +286,7 @@ def count_record(source: Source, number: int, *, decode: bool, counter: TokenCou
     """
     try:
         sample = source.sample(number)
+        check_reply(sample, needed=source.encoder.needs_reply)
         uniform = _count_uniform(sample, source.encoder.processor) if decode else 0
         sizes = [read_image_size(image_ref, sample.id) for image_ref in sample.images if image_ref.frame is None]
         tokens = counter.count(sample, read_media_sizes(sample, source.encoder.processor))

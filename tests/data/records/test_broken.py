@@ -61,7 +61,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "wrong type": (talk(None, "what?", [3]), "turn 2: `from` and `value` must be strings"),
     "wrong path": (talk(7), "`image` must be a path"),
     "half a pair": (talk(None, "what?", "a cat \ud83d"), r"turn 2 \(assistant\) has half of a surrogate pair"),
-    "no mapping": (["x"], "a mapping is needed, got list"),
+    "no mapping": (["x"], "each record must be a JSON object, got list"),
 }
 RAW = {"not UTF-8": (b'{"id": "\xff\xfe"}', "not UTF-8"), "torn line": (b'{"id": "a", "conv', "not JSON")}
 

@@ -132,8 +132,8 @@ def made(*texts: str, **record: Any) -> dict[str, Any]:
 
 
 BAD = {
-    "no mapping": (["x"], "a mapping is needed, got list"),
-    "no turns": ({"id": "7"}, "`conversations` must be a list of at least one turn"),
+    "no mapping": (["x"], "each record must be a JSON object, got list"),
+    "no turns": ({"id": "7"}, "it has no `conversations`; its keys are id"),
     "empty turns": (made(), "`conversations` must be a list of at least one turn"),
     "no texts": (made(conversations=[*talk("a"), {"from": "gpt", "value": True}]), "turn 2: `from` and `value`"),
     "no role": (made(conversations=[{"value": "x"}]), "turn 1: `from` and `value` must be strings"),
@@ -210,7 +210,7 @@ def test_errors_are_value_errors():
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("record", [None, 3, "text", ["x"]])
 def test_what_is_no_mapping_is_refused_by_every_reader(name: str, record: Any, folder: Path):
-    with pytest.raises(BadSample, match=f"a mapping is needed, got {type(record).__name__}"):
+    with pytest.raises(BadSample, match=f"each record must be a JSON object, got {type(record).__name__}"):
         FORMATS[name](record, folder)
 
 

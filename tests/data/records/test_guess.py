@@ -8,6 +8,7 @@ from PIL import Image
 
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.guess import guess_form, with_hint
+from vlm.data.records.keys import unread_keys
 from vlm.data.records.positions import value_or_bad_sample
 from vlm.data.sample import BadSample
 
@@ -44,6 +45,7 @@ READ: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "what?", "completion": "that", "label": True},
         "dataset.format=preference",
     ),
+    "turns elsewhere": ({"dialog": TURNS}, "dataset.format=llava dataset.options.key=dialog"),
     "labels": (
         {"image": "a.png", "prompt": "what?", "class": "that"},
         "dataset.format=labelled dataset.options.label_key=class",
@@ -62,7 +64,7 @@ def test_what_is_named_reads_the_record(folder: Path, form: str):
     record, words = READ[form]
     guess = guess_form(record)
     assert guess is not None
-    assert guess.hint().endswith(f": {words}")
+    assert guess.hint().endswith(f": add {words}")
     assert guess.format is not None
     sample = FORMATS[guess.format](record, folder, **guess.options)
     told = sample.label if form == "labels" else sample.turns[-1].content
@@ -88,8 +90,7 @@ UNREAD = {
         {"image": "a.png", "boxes": [[1, 2, 3, 4]], "labels": [1]},
         "a detection export (`boxes`): write its boxes as `objects` of records",
     ),
-    "addresses": ({"url": "https://example.com/a.png", "caption": "a"}, "vlm data download fetches"),
-    "turns elsewhere": ({"dialog": TURNS}, "its key has to be `conversations`, not `dialog`"),
+    "addresses": ({"url": "https://example.com/a.png", "caption": "a"}, "vlm data download TABLE FOLDER"),
 }
 
 
@@ -99,6 +100,28 @@ def test_what_no_format_reads_is_named_too(form: str):
     guess = guess_form(record)
     assert guess is not None
     assert said in guess.hint()
+
+
+@pytest.mark.parametrize("key", ["img", "image_path", "file_name", "my_photo"])
+def test_the_option_that_reads_an_image_under_another_key_is_told(folder: Path, key: str):
+    asked = {"from": "human", "value": "<image>\nwhat?"}
+    record = {"id": "7", key: "a.png", "conversations": [asked, TURNS[1]]}
+    sample = value_or_bad_sample(lambda item: FORMATS["llava"](item, folder), record)
+    assert isinstance(sample, BadSample)
+    told = with_hint(sample, record, "llava", {}).reason
+    assert f"`{key}` is not read: add dataset.options.image_key={key}, or dataset.options.ignore_keys=[{key}]" in told
+    assert f"add --option image_key={key}" in with_hint(sample, record, "llava", {}, "clean").reason
+    assert FORMATS["llava"](record, folder, image_key=key).images[0].path == folder / "a.png"
+    assert not FORMATS["llava"]({"id": "8", "conversations": TURNS}, folder, image_key=key).media
+    assert unread_keys(FORMATS["llava"], record, {"image_key": key}) == []
+    assert not FORMATS["llava"]({**record, "conversations": TURNS}, folder, ignore_keys=[key]).media
+
+
+def test_a_record_of_no_known_form_is_told_its_keys():
+    sample = value_or_bad_sample(lambda item: FORMATS["llava"](item, Path()), {"foo": 1, "bar": 2})
+    assert isinstance(sample, BadSample)
+    told = with_hint(sample, {"foo": 1, "bar": 2}, "llava", {}).reason
+    assert told.startswith("it has no `conversations`; its keys are foo, bar; no format has these keys; write a reader")
 
 
 def test_each_tool_is_told_in_its_own_words():

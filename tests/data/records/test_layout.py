@@ -57,11 +57,11 @@ COCO_IMAGE = [{"id": 1, "file_name": "a.jpg"}]
 REFUSED: dict[str, tuple[Any, str]] = {
     "captions of COCO": (
         {"images": COCO_IMAGE, "annotations": [{"image_id": 1, "caption": "a"}]},
-        "COCO's captions: vlm data convert .*a.json OUT.jsonl --from coco-captions",
+        "COCO's captions; convert them first: vlm data convert .*a.json OUT.jsonl --from coco-captions",
     ),
     "boxes of COCO": (
         {"images": COCO_IMAGE, "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}], "categories": [{"id": 1}]},
-        "COCO's detections: vlm data convert .*a.json OUT.jsonl --from coco-detections",
+        "COCO's detections; convert them first: vlm data convert .*a.json OUT.jsonl --from coco-detections",
     ),
     "questions of VQAv2": (
         {"info": {}, "questions": [{"question_id": 1, "image_id": 1, "question": "what?"}]},
@@ -73,7 +73,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "a single record": (
         {"id": 1, "conversations": [{"from": "human", "value": "a"}]},
-        r"a single record .*put \[ and \]",
+        r"a single record .*jq -s \. ",
     ),
     "several lists": (
         {"train": [{"id": 1}], "val": [{"id": 2}]},

@@ -173,7 +173,7 @@ REFUSED = {
     "no caption": ({"id": "7", "image": "0.png"}, "`caption` must be a string", None),
     "no such file": (caption(7, "z.png"), "z.png does not exist", "z.png"),
     "an address": (caption(7, "https://example.com/a.png"), "download the image", "https://example.com/a.png"),
-    "no mapping": ([1], "a mapping is needed, got list", None),
+    "no mapping": ([1], "each record must be a JSON object, got list", None),
 }
 
 
@@ -202,7 +202,7 @@ def read_badly(record: Any, folder: Path) -> Sample:
 def test_what_a_reader_of_the_users_own_trips_over_goes(folder: Path):
     records = [caption(0, "0.png"), caption(1, "1.png", "odd")]
     found = cleaned(folder, records, format="tests.data.tools.test_clean:read_badly")
-    assert found.examples == {"refused": "record 1 ('r1'): its reader raised KeyError: 'odd'"}
+    assert found.examples == {"refused": "record 1 ('r1'): its reader raised KeyError: 'odd' (test_clean.py, line 199)"}
 
 
 def test_an_image_that_cannot_be_turned_upright_goes(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -535,7 +535,8 @@ def test_what_an_input_is(content: Any, found: str, folder: Path):
     [
         (
             [{"picture": "a.png", "text": "a cat"}],
-            "none known (picture, text); it looks like images with captions: --from caption --option image_key=picture",
+            "none known (picture, text); it looks like images with captions: "
+            "add --from caption --option image_key=picture",
         ),
         (
             [{"image": "a.png", "caption": "a", "question": "b", "answer": "c"}],
@@ -566,10 +567,12 @@ def test_an_input_is_what_it_holds_whatever_its_name_says(folder: Path, name: st
 def test_an_input_of_another_kind_names_that_and_no_other_command(folder: Path, capsys: pytest.CaptureFixture[str]):
     coco = {"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 1, "caption": "a"}]}
     told = fails(capsys, put("in.json", coco), "out.json", "--from", "question")
-    assert told.endswith("in.json: COCO's captions: vlm data convert in.json OUT.jsonl --from coco-captions")
+    assert told.endswith(
+        "in.json: it holds COCO's captions; convert them first: vlm data convert in.json OUT.jsonl --from coco-captions"
+    )
     chats = [{"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     told = fails(capsys, put("in.json", chats), "out.json")
-    assert "it looks like chat messages: --from messages --option key=conversations" in told
+    assert "it looks like chat messages: add --from messages --option key=conversations" in told
     assert len(run("in.json", "out.json", "--from", "messages", "--option", "key=conversations")) == 1
 
 
@@ -604,13 +607,13 @@ def test_nothing_but_bad_records(folder: Path, capsys: pytest.CaptureFixture[str
         (("no.jsonl", "out.jsonl"), "no.jsonl"),
         (
             ("in.jsonl", "out.jsonl", "--prompt", "x"),
-            "--from llava has no option prompt; it has ignore_keys, split, subset",
+            "--from llava has no option prompt; it has key, ignore_keys, image_key, split, subset",
         ),
         (("in.jsonl", "out.jsonl", "--from", "vqa"), "--from vqa needs --annotations, --image-pattern"),
         (("in.jsonl", "out.jsonl", "--option", "kye=chat"), "has no option kye"),
         (("in.jsonl", "out.jsonl", "--embed-images"), "--embed-images: only .parquet"),
         (("in.jsonl", "out.jsonl", "--from", "coco-captions"), "in.jsonl: not what is converted here"),
-        (("in.jsonl", "out.jsonl", "--from", "messages"), "record 0 ('1'): `messages` must be a list"),
+        (("in.jsonl", "out.jsonl", "--from", "messages"), "record 0 ('1'): it has no `messages`"),
     ],
 )
 def test_what_cannot_be_done(words: tuple[str, ...], message: str, folder: Path, capsys: pytest.CaptureFixture[str]):

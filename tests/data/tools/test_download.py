@@ -94,8 +94,8 @@ def test_says_why_each_row_failed(site: Site, tmp_path: Path):
     site.page("/large", bytes(50_001))
     expected = {
         "/missing": "HTTP 404",
-        "/page.jpg": "not a picture",
-        "/cut.jpg": "broken picture",
+        "/page.jpg": "not an image",
+        "/cut.jpg": "broken image",
         "/500": "HTTP 500",
         "/drip": "timed out",
         "/loop": "too many redirects",
@@ -111,6 +111,26 @@ def test_says_why_each_row_failed(site: Site, tmp_path: Path):
     assert lines(output / "failures.jsonl")[0].keys() == {"row", "url", "reason", "detail"}
     assert "10 failed" in str(summary)
     assert not (output / "images").exists()
+
+
+def test_a_refusal_is_forgotten_once_its_option_has_another_value(site: Site, tmp_path: Path):
+    """A row that no option decided stays as it is."""
+    pairs = [("words", site.url("/png")), ("words", site.url("/no"))]
+    table, output = tsv(tmp_path, pairs), tmp_path / "out"
+    assert get(table, output, allow_private=False).failed == {"private address": 2}
+    assert get(table, output, allow_private=False).failed == {"private address": 2}
+    assert get(table, output, max_bytes=1).failed == {"too large": 1, "HTTP 404": 1}
+    assert (get(table, output).got, site.paths.count("/no")) == (1, 1)
+    assert reasons(output) == {1: "HTTP 404"}
+
+
+def test_a_table_without_a_single_image_ends_with_an_error(site: Site, tmp_path: Path, capsys):
+    words = [str(tsv(tmp_path, [("words", site.url("/png"))])), str(tmp_path / "out"), "--workers", "1"]
+    with pytest.raises(SystemExit, match="no image was fetched"):
+        main(words)
+    printed = capsys.readouterr().out
+    assert "to train" not in printed
+    assert "private address: --allow-private fetches" in printed
 
 
 def test_private_addresses_are_refused_by_default(site: Site, tmp_path: Path):
@@ -363,7 +383,7 @@ def test_main(site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     words = [str(table), str(output), "--caption-column", "more", "--allow-private", "--limit", "2", "--workers", "2"]
     main(words)
     printed = capsys.readouterr()
-    assert "1 images got, 1 failed" in printed.out
+    assert "1 images fetched, 1 failed" in printed.out
     assert "1  HTTP 404" in printed.out
     assert "--retry-failed" in printed.out
     assert "got=1" in printed.err
@@ -394,5 +414,5 @@ def test_control_c_says_what_to_do(site: Site, tmp_path: Path):
     process.send_signal(signal.SIGINT)
     _, printed = process.communicate(timeout=HANG)  # the server goes on
     assert process.returncode == 130
-    assert "the same command goes on" in printed
+    assert "the same command continues" in printed
     assert "Traceback" not in printed

@@ -422,11 +422,11 @@ def test_a_jpeg_with_a_second_image_is_a_jpeg():
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"<!DOCTYPE html><html>no such picture</html>", "not a picture"),
-        (b"", "not a picture"),
-        (picture("BMP"), "not a picture"),
-        (picture("JPEG")[:-100], "broken picture"),
-        (picture("PNG")[:-100], "broken picture"),
+        (b"<!DOCTYPE html><html>no such picture</html>", "not an image"),
+        (b"", "not an image"),
+        (picture("BMP"), "not an image"),
+        (picture("JPEG")[:-100], "broken image"),
+        (picture("PNG")[:-100], "broken image"),
         (picture("PNG", (15, 200)), "too small"),
     ],
 )

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from vlm.data.encoding.labels import Encoded
 from vlm.data.encoding.sample_encoder import SampleEncoder
@@ -27,6 +27,8 @@ class PreferenceEncoder(SampleEncoder):
         labelled: whether each reply is wanted or not by itself: a record has a label, or counts as two replies.
         rejects_image: whether the rejected side has other images, so that a record needs no reply of its own there.
     """
+
+    needs_reply: ClassVar[bool] = False  # each side is asked
 
     labelled: bool = False
     rejects_image: bool = False

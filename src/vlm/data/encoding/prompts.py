@@ -24,6 +24,7 @@ class PromptEncoder(SampleEncoder):
     """
 
     encodes_labels: ClassVar[bool] = True
+    needs_reply: ClassVar[bool] = False
 
     suffix: tuple[int, ...] = ()
     answers: bool = False

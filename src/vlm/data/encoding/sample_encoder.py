@@ -37,6 +37,8 @@ class SampleEncoder:
 
     encodes_labels: ClassVar[bool] = False
     """Whether `label_and_group` reads the labels of records."""
+    needs_reply: ClassVar[bool] = True
+    """Whether a record without a reply to learn from cannot be used."""
 
     processor: Processor
     longest: int

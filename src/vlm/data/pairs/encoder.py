@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.encoding.prompts import PromptEncoder
@@ -24,6 +25,8 @@ class PairEncoder(SampleEncoder):
         query_prompt: the system turn of queries that have none of their own; empty: none.
         document_prompt: that of positives and negatives.
     """
+
+    needs_reply: ClassVar[bool] = False
 
     suffix: tuple[int, ...] = ()
     query_prompt: str = ""

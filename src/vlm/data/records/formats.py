@@ -24,6 +24,7 @@ from vlm.data.records.keys import (
     read_group,
     read_id,
     read_supervision,
+    read_turn_list,
     reads,
 )
 from vlm.data.records.marks import join_texts, move_image_first
@@ -51,24 +52,27 @@ CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices dir
 
 
 @reads("objects", *TOOL_KEYS, turns="conversations", turn=("from", "value", *TOOL_TURN_KEYS))
-def read_llava(record: Record, image_folder: Path) -> Sample:
+def read_llava(record: Record, image_folder: Path, *, key: str = "conversations") -> Sample:
     """Read LLaVA's form: `{"id", "image": path or list or absent, "conversations": [{"from", "value"}, …]}`.
 
     `<image>` in the human's texts stands for the images in order (see `marks`). The only one of a turn is moved to its
     start. A number in place of a text is read as it is written. A turn with `weight` 0 or `loss` false is not learned.
     ShareGPT's turns from `function_call` and `observation` are calls of `tools` and their results, see `tool_turns`.
 
+    Args:
+        record: the record.
+        image_folder: what paths are relative to.
+        key: the key of the turns.
+
     Raises:
         BadSample: the record has another form, or an image cannot be used.
     """
-    return _read_conversations(record, image_folder)
+    return _read_conversations(record, image_folder, key)
 
 
-def _read_conversations(record: Record, image_folder: Path) -> Sample:
+def _read_conversations(record: Record, image_folder: Path, key: str = "conversations") -> Sample:
     sample_id = read_id(record)
-    conversation = record.get("conversations")
-    if not isinstance(conversation, list) or not conversation:
-        raise BadSample(sample_id, "`conversations` must be a list of at least one turn")
+    conversation = read_turn_list(record, key, sample_id, "turn")
     media = MediaPlacer(record, image_folder, sample_id)
     roles, texts = [], []
     for number, turn in enumerate(conversation, start=1):
@@ -129,9 +133,7 @@ def _read_chat_with_tools(record: Record, image_folder: Path, key: str = "messag
 
 def _read_chat(record: Record, image_folder: Path, key: str = "messages") -> Sample:
     sample_id = read_id(record)
-    messages = record.get(key)
-    if not isinstance(messages, list) or not messages:
-        raise BadSample(sample_id, f"`{key}` must be a list of at least one message")
+    messages = read_turn_list(record, key, sample_id, "message")
     media = MediaPlacer(record, image_folder, sample_id)
     for number, message in enumerate(messages, start=1):
         role = message.get("role") if isinstance(message, dict) else message

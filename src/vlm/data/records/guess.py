@@ -7,7 +7,7 @@ are less particular.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from vlm.data.sample import BadSample
+from vlm.data.sample import BadSample, OptionNeeded
 
 IMAGE_KEYS = (
     "image",
@@ -38,9 +38,20 @@ QUESTION_AND_ANSWER_KEYS = (
     ("input", "output"),
 )
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box", "objects", "segmentation", "annotations")
-NEEDS_READER = "no format reads it: write a reader, dataset.format=my_reader:read (docs/data.md)"
+NEEDS_READER = "no format has these keys; write a reader of your own (docs/extending.md)"
 
+IMAGE_PATTERN = "'COCO_train2014_{{image_id:012d}}.jpg'"
+"""The names of VQAv2's images, with braces doubled for `str.format`."""
+CONVERT_FIRST = "convert them first: vlm data convert {path} OUT.jsonl"
 NEEDS_CONVERSION = "write its boxes as `objects` of records (docs/coordinates.md); vlm data convert does it for COCO's"
+
+
+OPTION_FLAGS = {
+    "run": ("dataset.format=", "dataset.options."),
+    "clean": ("--format ", "--option "),
+    "convert": ("--from ", "--option "),
+}
+"""How a command is told the format of records, and an option of it."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +74,9 @@ class Guess:
         """Return a sentence with what reads such records: as a `run` has it, or `vlm data clean` or `convert`."""
         if self.format is None:
             return f"it looks like {self.what}: {self.advice}"
-        flag, option = {
-            "run": ("dataset.format=", "dataset.options."),
-            "clean": ("--format ", "--option "),
-            "convert": ("--from ", "--option "),
-        }[tool]
+        flag, option = OPTION_FLAGS[tool]
         words = [f"{flag}{self.format}", *(f"{option}{name}={value}" for name, value in self.options.items())]
-        return f"it looks like {self.what}: {' '.join(words)}"
+        return f"it looks like {self.what}: add {' '.join(words)}"
 
 
 def _has_items(value: object, *keys: str) -> bool:
@@ -88,9 +95,8 @@ def _conversation(record: Mapping[str, object]) -> Guess | None:
                 return Guess("MiniCPM-V's records", "minicpm")
             return Guess("chat messages", "messages", {} if key == "messages" else {"key": key})
         if _has_items(value, "from", "value"):
-            if key == "conversations":
-                return Guess("LLaVA's form (ShareGPT's roles)", "llava")
-            return Guess(f"LLaVA's form under `{key}`", advice=f"its key has to be `conversations`, not `{key}`")
+            options = {} if key == "conversations" else {"key": key}
+            return Guess("LLaVA's form (ShareGPT's roles)", "llava", options)
     texts = record.get("conversations")
     if isinstance(texts, list) and len(texts) == 2 and all(isinstance(text, str) for text in texts):
         return Guess("a prompt and an answer", "head")
@@ -146,7 +152,7 @@ def _caption(record: Mapping[str, object]) -> Guess | None:
         return None
     if image is None:
         address = next((key for key in ("url", "image_url", "URL") if record.get(key) is not None), None)
-        advice = "vlm data download fetches the images and writes records of the format caption"
+        advice = "fetch the images first, from a .csv, .tsv or .parquet: vlm data download TABLE FOLDER"
         return None if address is None else Guess("addresses of images with captions", advice=advice)
     options = {"image_key": image} if image != "image" else {}
     return Guess(
@@ -190,7 +196,14 @@ def with_hint(
 
     Errors about files, and those of a reader of the user's own, are returned as they are.
     """
+    if isinstance(error, OptionNeeded):
+        name, value = error.option
+        flag = OPTION_FLAGS[tool][1]
+        reason = f"{error.reason}: add {flag}{name}={value}, or {flag}ignore_keys=[{value}] to learn the text alone"
+        return BadSample(error.sample_id, reason)
     guess = guess_form(record)
+    if guess is None and error.reason.startswith("it has no `") and ":" not in format_name:
+        return BadSample(error.sample_id, f"{error.reason}; {NEEDS_READER}")
     if guess is None or error.file is not None or ":" in format_name:
         return error
     if guess.format == format_name and {name: options.get(name) for name in guess.options} == guess.options:
@@ -206,14 +219,17 @@ def describe_collection(first_items: Mapping[str, Mapping[str, object]]) -> str 
     images, annotations = first_items.get("images"), first_items.get("annotations")
     if annotations is not None and images is not None:
         if "caption" in annotations:
-            return "COCO's captions: vlm data convert {path} OUT.jsonl --from coco-captions"
+            return f"it holds COCO's captions; {CONVERT_FIRST} --from coco-captions"
         if set(BOX_KEYS) & annotations.keys():
-            return "COCO's detections: vlm data convert {path} OUT.jsonl --from coco-detections"
+            return f"it holds COCO's detections; {CONVERT_FIRST} --from coco-detections"
     if "question_id" in first_items.get("questions", {}):
-        return "VQAv2's questions: vlm data convert {path} OUT.jsonl --from vqa --annotations … --image-pattern …"
+        return (
+            "it holds VQAv2's questions; convert them with their answers first: vlm data convert {path} OUT.jsonl "
+            f"--from vqa --annotations ANSWERS.json --image-pattern {IMAGE_PATTERN}"
+        )
     if annotations is not None and "question_id" in annotations and "question" not in annotations:
         return (
-            "VQAv2's answers, which go with a file of questions: vlm data convert QUESTIONS.json OUT.jsonl --from vqa "
-            "--annotations {path} --image-pattern …"
+            "it holds VQAv2's answers; convert their questions: vlm data convert QUESTIONS.json OUT.jsonl --from vqa "
+            f"--annotations {{path}} --image-pattern {IMAGE_PATTERN}"
         )
     return None

@@ -2,17 +2,19 @@
 
 A record is refused if it has a key that its reader does not read, that is in one of the tables below, and whose value
 is not empty; the option `ignore_keys` of every reader allows such a key. Other keys are ignored, and `vlm data stats`
-and `vlm data show` name them. Imports the standard library and `sample` only.
+and `vlm data show` name them. The option `image_key` of every reader names the key of the images where it has another
+name than `image`. Imports the standard library and `sample` only.
 """
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
 from typing import Any
 
-from vlm.data.sample import BadSample, Record, Sample, Turn
+from vlm.data.sample import BadSample, OptionNeeded, Record, Sample, Turn
 
 Reader = Callable[..., Sample]
 
@@ -53,6 +55,10 @@ ITEM_KEYS = {
 """Keys of an item of a message's content, likewise."""
 READ_WHERE_PRESENT = ("objects",)
 """Keys of a record that nearly every reader reads, and that `ignore_keys` leaves out before it does."""
+IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
+"""What the name of an image ends in: under a key that is not read, it is taken for an image that would be lost."""
+MEDIA_KEYS = ("image", "images", "video", "videos")
+"""Keys of a record that name its images and videos."""
 LOST_MEDIA_KEYS = (
     "image_path",
     "image_paths",
@@ -145,12 +151,15 @@ def reads(
         """Return the reader with a check of the record's keys before it."""
         signature = inspect.signature(reader)
         defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+        renames_image = "image_key" not in defaults
 
         @wraps(reader)
         def checked(record: Any, image_folder: Any, *, ignore_keys: Sequence[str] = (), **options: Any) -> Sample:
             """Read a record, unless it has unread keys that change what is learned and are not in `ignore_keys`."""
             sample_id = read_id(record)
             ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
+            if renames_image and (image_key := options.pop("image_key", None)) is not None:
+                record = _rename_image(record, str(image_key))
             if ignored:
                 turns_keys = str(options.get("key", declared.turns)), *declared.more_turns
                 record = _without_ignored(record, turns_keys, ignored)
@@ -160,17 +169,29 @@ def reads(
                 return reader(record, image_folder, **options)
             for level in levels:
                 level.check(ignored, sample_id)
-            sample = reader(record, image_folder, **options)
+            try:
+                sample = reader(record, image_folder, **options)
+            except BadSample as error:
+                if levels[0].values is record and "<image>" in error.reason and not any(map(record.get, MEDIA_KEYS)):
+                    levels[0].check_lost_media(ignored, sample_id)  # a better reason than a mark without its image
+                raise
             if levels[0].values is record and not sample.media:
                 levels[0].check_lost_media(ignored, sample_id)
             return sample
 
         option = inspect.Parameter("ignore_keys", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=Sequence[str])
-        parameters = [*signature.parameters.values(), option]
+        image_key = inspect.Parameter("image_key", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
+        parameters = [*signature.parameters.values(), option, *([image_key] if renames_image else [])]
         vars(checked).update(__signature__=signature.replace(parameters=parameters), declared_keys=declared)
         return checked
 
     return declare
+
+
+def _rename_image(record: Record, key: str) -> Record:
+    """Return a record with its image, or list of images, under `image`; without one it is a record of text."""
+    others = {name: value for name, value in record.items() if name not in (key, "image", "images")}
+    return {**others, "image": record.get(key)}
 
 
 @dataclass(frozen=True)
@@ -196,10 +217,19 @@ class _Level:
     def check_lost_media(self, ignored: set[str], sample_id: str) -> None:
         """Raise BadSample for a key that names an image which the record would be learned without."""
         for key in self.unread():
-            if key in LOST_MEDIA_KEYS and key not in ignored:
-                kind = "video" if key.startswith("video") else "image"
-                problem = f"it shows nothing, and `{key}` is not read; name that key `{kind}`"
-                raise BadSample(sample_id, f"{problem}. {_advice(key)}")
+            is_lost = key in LOST_MEDIA_KEYS or _names_image(self.values[key])
+            if is_lost and key not in ignored:
+                problem = f"it shows no image, and `{key}` is not read"
+                if key.startswith("video"):
+                    problem = f"it shows no video, and `{key}` is not read; name that key `video`"
+                    raise BadSample(sample_id, f"{problem}. {_advice(key)}")
+                raise OptionNeeded(sample_id, problem, "image_key", key)
+
+
+def _names_image(value: object) -> bool:
+    """Return whether a value is the name of an image, or a list of such names."""
+    names = value if isinstance(value, list) and value else [value]
+    return all(isinstance(name, str) and IMAGE_NAME.search(name) is not None for name in names)
 
 
 def _without_ignored(record: Record, turns_keys: Sequence[str], ignored: set[str]) -> Record:
@@ -239,6 +269,8 @@ def _levels_with_unread(
     if turns_key is not None and "key" in options:
         turns_key = str(options["key"])
         read = declared.record.union([turns_key])
+    if options.get("image_key") is not None:
+        read = read.union([str(options["image_key"])])
     if declared.key_options:
         named = [options.get(name, defaults.get(name)) for name in declared.key_options]
         read = read.union(str(key) for value in named for key in (value if isinstance(value, list) else [value]))
@@ -296,9 +328,23 @@ def first_present(record: Record, *keys: str) -> Any:
 def read_id(record: object, *names: str) -> str:
     """Read the name of a record, which must be a mapping: its `id`, or the value of another key; else `?`."""
     if not isinstance(record, dict):
-        raise BadSample("?", f"a mapping is needed, got {type(record).__name__}")
+        raise BadSample("?", f"each record must be a JSON object, got {type(record).__name__}")
     name = first_present(record, "id", "question_id", "image_id", *names)
     return "?" if name is None else str(name)
+
+
+def read_turn_list(record: Record, key: str, sample_id: str, kind: str) -> list[Any]:
+    """Return the turns of a record; `kind` is what messages call one of them.
+
+    Raises:
+        BadSample: there are none, or the value is no list.
+    """
+    if key not in record:
+        raise BadSample(sample_id, f"it has no `{key}`; its keys are {', '.join(map(str, record))}")
+    turns = record[key]
+    if not isinstance(turns, list) or not turns:
+        raise BadSample(sample_id, f"`{key}` must be a list of at least one {kind}")
+    return turns
 
 
 def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> tuple[bool, float]:

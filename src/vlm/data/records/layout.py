@@ -94,7 +94,8 @@ def _find_wrapped_list(path: Path, *, is_named_lines: bool) -> Layout:
     keys = ", ".join(members)
     if RECORD_KEYS & members.keys():
         raise ValueError(
-            f"{path}: a list of records is needed, got a single record ({keys:.200}): put [ and ] around it"
+            f"{path}: it is a single record ({keys:.200}), and a list of records is needed: "
+            f"jq -s . {path} > records.json makes it one"
         )
     needed = "a list of records is needed, or one record on each line"
     choices = f"; jq '.{wrapped[0]}' OLD > NEW.json takes one of its lists" if wrapped else ""

@@ -39,6 +39,18 @@ MAX_WORKERS = 256
 """Each worker may have three files open, and processes are often limited to 1024."""
 
 
+OPTION_BEHIND = {
+    "private address": "allow_private", "too large": "max_bytes", "too small": "min_size", "timed out": "timeout",
+}  # fmt: skip
+"""Reason of a failure -> the option that decided it: with another value, the row is fetched again."""
+ADVICE = {
+    "private address": "--allow-private fetches from this machine and private networks, for tables that you trust",
+    "too large": "--max-bytes N allows larger files",
+    "too small": "--min-size N allows smaller images",
+}
+"""Reason of a failure -> the option that allows it."""
+
+
 def flag(default: object, text: str) -> Any:  # as `dataclasses.field`
     """Make a field with its text of `--help`."""
     return field(default=default, metadata={"help": text})
@@ -82,12 +94,19 @@ class DownloadSummary:
     def __str__(self) -> str:
         """Return the numbers of images that came and failed, and what to do next."""
         missing = sum(self.failed.values())
-        lines = [f"{self.got} images got, {missing} failed"]
+        lines = [f"{self.got} images fetched, {missing} failed"]
         lines += [f"{count:>9}  {reason}" for reason, count in Counter(self.failed).most_common()]
+        for reason, advice in ADVICE.items():
+            if self.failed.get(reason):
+                lines.append(f"{reason}: {advice}")
         if missing:
-            lines.append(f"each with its URL in {self.output / 'failures.jsonl'}; --retry-failed tries them again")
-        lines.append(f"to train: dataset.path={self.output / 'records.jsonl'} ")
-        return "\n".join(lines) + f"dataset.image_folder={self.output / 'images'}"
+            lines.append(
+                f"failures are listed in {self.output / 'failures.jsonl'}; --retry-failed tries all of them again"
+            )
+        if self.got:
+            records, images = self.output / "records.jsonl", self.output / "images"
+            lines.append(f"to train: dataset.path={records} dataset.image_folder={images}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -115,9 +134,13 @@ def main(arguments: Sequence[str]) -> None:
         parser.add_argument(*spellings, help=option.metadata["help"], **style)
     args = vars(parser.parse_args(arguments))
     try:
-        print(printable(str(download(args.pop("table"), args.pop("output"), Options(**args)))))
+        summary = download(args.pop("table"), args.pop("output"), Options(**args))
+        print(printable(str(summary)))
+        if not summary.got:
+            sys.exit("vlm data download: no image was fetched, so there is nothing to train on")
     except KeyboardInterrupt:
-        print("\nstopped; what was got stays, and the same command goes on from there", file=sys.stderr)
+        kept = "the images fetched so far are kept, and the same command continues from there"
+        print(f"\nstopped; {kept}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"vlm data download: {presentable(error)}")
@@ -137,7 +160,10 @@ def download(table: Path, output: Path, options: Options) -> DownloadSummary:
     """
     source = Table(table, options.url_column, options.caption_column)
     claim_output_folder(output, source)
-    with DownloadLedger(output) as ledger, DownloadWorkers(output, options) as workers, warnings.catch_warnings():
+    with (
+        DownloadLedger(output, options) as ledger, DownloadWorkers(output, options) as workers,
+        warnings.catch_warnings(),
+    ):  # fmt: skip
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
         if options.retry_failed:
             ledger.clear_failures()
@@ -176,8 +202,9 @@ class DownloadLedger:
         ValueError: another process writes to the folder, or a file is broken.
     """
 
-    def __init__(self, output: Path):
+    def __init__(self, output: Path, options: Options):
         self.got = 0
+        self._options = options
         self.failed: Counter[str] = Counter()
         self._done = bytearray()  # a byte a row
         self._records = (output / "records.jsonl").open("a+b")
@@ -189,8 +216,14 @@ class DownloadLedger:
         for number, _ in read_complete_lines(self._records, "id"):
             self._mark_done(number)
             self.got += 1
-        for number, failure in read_complete_lines(self._failures, "row"):
-            self._mark_done(number)
+        failures = list(read_complete_lines(self._failures, "row"))
+        final = [failure for _, failure in failures if not self._is_allowed_now(failure)]
+        if len(final) < len(failures):
+            self._failures.truncate(0)
+        for failure in final:
+            if len(final) < len(failures):
+                append_line(self._failures, failure)
+            self._mark_done(int(failure["row"]))
             self.failed[failure["reason"]] += 1
 
     def __enter__(self) -> Self:
@@ -218,11 +251,21 @@ class DownloadLedger:
         self._failures.truncate(0)
         self.failed.clear()
 
+    def _is_allowed_now(self, failure: Record) -> bool:
+        """Return whether the option that a row failed by has another value now."""
+        option = OPTION_BEHIND.get(failure["reason"])
+        if option is None:
+            return False
+        before = failure.get(option, False if option == "allow_private" else None)  # None: of a version without it
+        return before is not None and before != getattr(self._options, option)
+
     def add(self, outcome: Outcome) -> None:
         """Write the outcome of a row."""
         row = outcome.row
         if outcome.image is None:
             failure = {"row": row.number, "url": row.url, "reason": outcome.reason, "detail": outcome.detail}
+            if option := OPTION_BEHIND.get(outcome.reason):
+                failure[option] = getattr(self._options, option)
             append_line(self._failures, failure)
             self.failed[outcome.reason] += 1
         else:

@@ -320,8 +320,8 @@ def check_image_suffix(content: bytes, min_size: int) -> str:
     except FetchError:
         raise
     except UnidentifiedImageError as error:
-        raise FetchError("not a picture", f"begins with {content[:20]!r}") from error
+        raise FetchError("not an image", f"begins with {content[:20]!r}") from error
     except Image.DecompressionBombError as error:
         raise FetchError("too many pixels", str(error)) from error
     except Exception as error:  # Pillow's readers fail in many ways on untrusted bytes
-        raise FetchError("broken picture", str(error)) from error
+        raise FetchError("broken image", str(error)) from error

@@ -23,6 +23,7 @@ from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_tex
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, ToolCallTurn
 from vlm.data.sources import Source, make_sources
 from vlm.data.tools.views import describe_views
+from vlm.data.usable import check_reply
 from vlm.data.vision.images import media_sizes_from_opened, open_media, upright_size
 from vlm.data.vision.video import DecodedVideo
 
@@ -103,6 +104,7 @@ def _load_shown_record(source: Source, number: int | None, record: object) -> Sh
     notes = describe_unread(source.unread_keys(record))
     try:
         sample = source.read(record)
+        check_reply(sample, needed=source.encoder.needs_reply)
         images = open_media(sample)
         sizes = media_sizes_from_opened(sample.media, images, source.encoder.processor)
         sides = _encode_sides(source.encoder, sample, sizes)

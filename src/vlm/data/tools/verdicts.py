@@ -24,10 +24,9 @@ from PIL import Image, ImageOps
 from vlm.config.named import permit_names
 from vlm.data.processes import num_cores
 from vlm.data.records.formats import get_reader
-from vlm.data.records.guess import with_hint
-from vlm.data.records.links import check_links
 from vlm.data.records.open import Records, open_records
 from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn, VideoRef
+from vlm.data.usable import RecordReader, check_reply
 from vlm.data.vision.images import is_uniform, open_image
 from vlm.data.vision.video import num_frames
 
@@ -129,17 +128,20 @@ class RecordChecker:
 
     def __init__(self, task: CleanTask, records: Records):
         self.task, self.records = task, records
-        self._read = task.reader()
+        options = dict(map(parse_option, task.options))
+        self._read = RecordReader(task.reader(), task.folder, task.format, options, task.follow_links, "clean")
 
     def __call__(self, number: int) -> RecordVerdict:
         """Return the verdict on the record at an index."""
         try:
-            sample = self._sample(number)
+            sample = self._read(self.records[number])
         except BadSample as error:
             return RecordVerdict(error.sample_id, "refused", error.reason, error.file)
-        needs_reply = sample.label is None or any(turn.role == "assistant" for turn in sample.turns)
-        if needs_reply and (problem := sample.reply_problem):
-            return RecordVerdict(sample.id, "silent", problem)
+        try:
+            needs_reply = sample.label is None or any(turn.role == "assistant" for turn in sample.turns)
+            check_reply(sample, needed=needs_reply)
+        except BadSample as error:
+            return RecordVerdict(sample.id, "silent", error.reason)
         digests: list[str] = []
         uniform = 0
         try:
@@ -159,20 +161,6 @@ class RecordChecker:
         except BadSample as error:
             return RecordVerdict(sample.id, "broken", error.reason, error.file)
         return RecordVerdict(sample.id, digest=sample_digest(sample, digests), pictures=digests, uniform=uniform)
-
-    def _sample(self, number: int) -> Sample:
-        record = self.records[number]
-        try:
-            sample = self._read(record, self.task.folder).without_blank_replies()
-            if not self.task.follow_links:
-                check_links(sample, self.task.folder)
-            return sample
-        except BadSample as error:
-            options = dict(map(parse_option, self.task.options))
-            raise with_hint(error, record, self.task.format, options, "clean") from None
-        except Exception as error:  # a user's own reader may raise anything, and that concerns this record only
-            name = str(record.get("id", "?")) if isinstance(record, dict) else "?"
-            raise BadSample(name, f"its reader raised {type(error).__name__}: {error}") from error
 
     def _shape_problem(self, image: Image.Image) -> str | None:
         short, long = sorted(image.size)
