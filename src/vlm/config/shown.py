@@ -10,6 +10,7 @@ import logging
 import re
 import sys
 import traceback
+from collections.abc import Sequence
 from types import TracebackType
 from typing import NoReturn
 
@@ -80,6 +81,14 @@ def _cut(text: str, first: int = _SHOWN_ENDS[0], last: int = _SHOWN_ENDS[1]) -> 
 def presentable(message: object) -> str:
     """Return a message for a terminal, a log or the page: `shorten`ed, `printable`, and without secrets."""
     return printable(shorten(mask(str(message))))
+
+
+def format_columns(names: Sequence[str], width: int = 100) -> str:
+    """Return names in columns, read downwards, each line with two blanks before it."""
+    cell = max(map(len, names), default=0) + 2
+    num_rows = -(-len(names) // max(1, (width - 2) // cell))
+    rows = (names[row::num_rows] for row in range(num_rows))
+    return "\n".join("  " + "".join(f"{name:<{cell}}" for name in row).rstrip() for row in rows)
 
 
 class PresentableRecord(logging.LogRecord):
