@@ -6,8 +6,9 @@ from importlib import import_module
 from importlib.metadata import version
 
 from vlm.cli.collection import rare_collection
-from vlm.cli.overview import overview
+from vlm.cli.overview import FIRST_STEPS, overview
 from vlm.cli.pipes import end_with_pipes
+from vlm.cli.unknown_command import describe_unknown_command
 from vlm.config.shown import present_what_is_printed, presentable
 
 COMMANDS = {
@@ -28,6 +29,8 @@ COMMANDS = {
     "average": "average",
     "verify": "verify",
     "push-to-hub": "push_to_hub",
+    "doctor": "doctor",
+    "completion": "completion",
 }
 """Subcommand -> its module in `vlm.cli`, whose `main` takes the words behind it."""
 
@@ -51,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_command(words: list[str]) -> None:
-    if words in (["--help"], ["-h"], ["help"]):
+    if not words:
+        print(FIRST_STEPS)
+    elif words in (["--help"], ["-h"], ["help"]):
         print(overview())
     elif words == ["--version"]:
         print(version("small-vlm"))
@@ -66,6 +71,8 @@ def _run_command(words: list[str]) -> None:
         except KeyboardInterrupt:  # of a command that has nothing more to say
             print(f"\nvlm {words[0]}: stopped", file=sys.stderr)
             sys.exit(STOPPED_STATUS)
+    elif message := describe_unknown_command(words, list(COMMANDS)):
+        sys.exit(f"vlm: {presentable(message)}")
     else:
         try:
             import_module("vlm.cli.train").main(words)
