@@ -16,8 +16,8 @@ def make_parser() -> argparse.ArgumentParser:
     checkpoint = "a LoRA run's folder `final`, or an adapter on the Hub"
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help=checkpoint)
     parser.add_argument("out", nargs="?", metavar="OUT", help="the folder to create")
-    parser.add_argument("--lora-path", "--lora_path", metavar="CHECKPOINT", help="same as CHECKPOINT")
-    parser.add_argument("--output-path", "--output_path", metavar="OUT", help="same as OUT")
+    parser.add_argument("--lora-path", metavar="CHECKPOINT", help="same as CHECKPOINT")
+    parser.add_argument("--output-path", metavar="OUT", help="same as OUT")
     add_base_options(parser, "allow code that comes with the checkpoints to run")
     return parser
 

@@ -28,9 +28,9 @@ def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = Tr
         help="precision of the weights (%(default)s: the checkpoint's)",
     )
     for bits in ("4bit", "8bit") if quantized else ():
-        spellings, purpose = (f"--load-{bits}", f"--load_{bits}"), f"load the language model in {bits[0]}-bit precision"
+        purpose = f"load the language model in {bits[0]}-bit precision"
         parser.add_argument(
-            *spellings,
+            f"--load-{bits}",
             dest="quantization",
             action="store_const",
             const=bits,
@@ -38,9 +38,9 @@ def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = Tr
         )
     trust = "allow code that comes with the checkpoint to run"
     if on_base:
-        spellings, purpose = _option_spellings("max_image_tokens"), "most tokens per image; larger images are shrunk"
+        purpose = "most tokens per image; larger images are shrunk"
         parser.add_argument(
-            *spellings, type=_positive, metavar="N", help=f"{purpose} (default: the checkpoint's setting)"
+            "--max-image-tokens", type=_positive, metavar="N", help=f"{purpose} (default: the checkpoint's setting)"
         )
         add_base_options(parser, trust)
     else:
@@ -49,7 +49,7 @@ def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = Tr
 
 def add_base_options(parser: argparse.ArgumentParser, trust: str) -> None:
     """Add `--base` and `--trust-remote-code`; `trust` is the help of the latter."""
-    spellings = ("--base", "--base-model", "--base_model", "--model-base")
+    spellings = ("--base", "--base-model", "--model-base")
     purpose = "where an adapter's base model is now, if it has moved; if the base has parts, PART=PATH for each"
     parser.add_argument(*spellings, action="append", default=[], metavar="PATH", help=purpose)
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
@@ -65,9 +65,10 @@ def add_generation_options(parser: argparse.ArgumentParser) -> None:
         ("max_new_tokens", int, "most tokens in an answer"),
     ):
         default = getattr(InferenceConfig, name)
-        group.add_argument(*_option_spellings(name), type=kind, metavar="N", help=f"{purpose} ({default})")
-    spellings = _option_spellings("cache_implementation")
-    group.add_argument(*spellings, choices=CACHE_IMPLEMENTATIONS, help="type of KV cache (default: the model's)")
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"{purpose} ({default})")
+    group.add_argument(
+        "--cache-implementation", choices=CACHE_IMPLEMENTATIONS, help="type of KV cache (default: the model's)"
+    )
     add_thinking_option(group)
     group.add_argument("--seed", type=int, metavar="N", help="seed for sampling")
     group.add_argument("-cn", "--config-name", metavar="RUN", help="use the inference section of this run")
@@ -87,11 +88,6 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError(text)
     return number
-
-
-def _option_spellings(name: str) -> list[str]:
-    """Return an option's spelling with hyphens, and that of the key."""
-    return list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")))
 
 
 def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:

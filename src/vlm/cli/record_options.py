@@ -33,9 +33,8 @@ def add_question_options(parser: argparse.ArgumentParser, prompt: str, output: s
 
 def add_max_frames_option(parser: argparse.ArgumentParser) -> None:
     """Add the option for the number of frames read from a video."""
-    spellings = ("--max-frames", "--max_frames")
     purpose = "most frames per video, evenly spaced (%(default)s)"
-    parser.add_argument(*spellings, type=int, default=DatasetConfig.max_frames, metavar="N", help=purpose)
+    parser.add_argument("--max-frames", type=int, default=DatasetConfig.max_frames, metavar="N", help=purpose)
 
 
 def add_reading_options(group: "argparse._ArgumentGroup", *, writes: bool = True) -> None:
@@ -45,13 +44,11 @@ def add_reading_options(group: "argparse._ArgumentGroup", *, writes: bool = True
         "--format", metavar="FORMAT", help="record format (default: llava; labelled for CSV and other tables)"
     )
     group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=option)
-    group.add_argument(
-        "--image-folder", "--image_folder", metavar="FOLDER", help="folder that image paths are relative to"
-    )
+    group.add_argument("--image-folder", metavar="FOLDER", help="folder that image paths are relative to")
     rate = "frames per second of video, up to --max-frames (default: as many as it allows)"
     group.add_argument("--fps", type=float, metavar="N", help=rate)
     links = "follow symbolic links that lead out of the image folder"
-    group.add_argument("--follow-links", "--follow_links", action="store_true", help=links)
+    group.add_argument("--follow-links", action="store_true", help=links)
     group.add_argument("--system-prompt", metavar="TEXT", help="system prompt, as dataset.system_prompt in training")
     if not writes:
         return

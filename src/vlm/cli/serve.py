@@ -49,11 +49,11 @@ def make_parser() -> argparse.ArgumentParser:
         "--port", type=int, default=8000, metavar="PORT", help="the port (%(default)s; 0: any free port)"
     )
     name = "another name by which clients reach this machine, such as a proxy's; may be repeated"
-    parser.add_argument("--allow-host", "--allow_host", action="append", default=[], metavar="NAME", help=name)
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=name)
     key = f"a file that holds the API key (or set {KEY_VARIABLE})"
-    parser.add_argument("--api-key-file", "--api_key_file", type=Path, metavar="FILE", help=key)
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=key)
     without = "serve without a key; needed for a --host beyond this machine if there is no key"
-    parser.add_argument("--no-api-key", "--no_api_key", action="store_true", help=without)
+    parser.add_argument("--no-api-key", action="store_true", help=without)
     add_thinking_option(parser)
     add_loading_options(parser)
     return parser

@@ -31,10 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
     outputs = "the folder that holds your runs (%(default)s)"
     parser.add_argument("--outputs", type=Path, default=Path("outputs"), metavar="FOLDER", help=outputs)
     upload = "largest file that may be uploaded (%(default)s)"
-    spellings = ("--max-upload", "--max_upload")
-    parser.add_argument(*spellings, type=str.lower, default="20mb", metavar="SIZE", help=upload)
+    parser.add_argument("--max-upload", type=str.lower, default="20mb", metavar="SIZE", help=upload)
     password = f"a file whose first line is the password, or - to be asked (or set {PASSWORD_VARIABLE}; default: none)"
-    parser.add_argument("--password-file", "--password_file", metavar="FILE", help=password)
+    parser.add_argument("--password-file", metavar="FILE", help=password)
     add_base_options(parser, "allow code that comes with the named checkpoints to run")
     return parser
 

@@ -120,6 +120,13 @@ class PresentableParser(argparse.ArgumentParser):
         super().__init__(prog, usage, description, epilog, allow_abbrev=allow_abbrev, formatter_class=formatter_class)
         self.examples = tuple(examples)
 
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] - argparse overloads it
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse words as argparse does; options may be spelled with underscores, too."""
+        words = map(_with_hyphens, sys.argv[1:] if args is None else args)
+        return super().parse_known_args(list(words), namespace)
+
     def format_help(self) -> str:
         """Return the help, with the examples at its end."""
         listing = "".join(f"\n  {line}" for example in self.examples for line in wrap_command(example))
@@ -131,6 +138,12 @@ class PresentableParser(argparse.ArgumentParser):
         said = presentable(explain_arguments(message, options))
         usage = f"\n{self.format_usage().strip()}" if self.usage else ""
         self.exit(2, f"{self.prog}: {said}{usage}\n{self.prog} --help lists all options.\n")
+
+
+def _with_hyphens(word: str) -> str:
+    """Return an option with hyphens in its name (`--max_frames=4` -> `--max-frames=4`); other words as they are."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if re.fullmatch(r"--\w[\w-]*", name) else word
 
 
 NEEDED_ARGUMENTS = {
