@@ -15,9 +15,10 @@ from yaml import YAMLError
 
 from vlm.checks.fields import ConfigError, format_value
 from vlm.config.aliases import find_alias, find_choice
+from vlm.config.keys import dotted_keys
 from vlm.config.packaged import group_names, run_names
 from vlm.config.recorded import current_key
-from vlm.config.schema import dotted_keys, key_names
+from vlm.config.schema import key_names
 
 EXPECTED_VALUES = {
     "converted to Float": "a number is needed",
@@ -135,7 +136,7 @@ def suggest_names(name: str, allowed: Sequence[str], prefix: str = "", place: st
         more: the sentence that says where all names are listed, where they are too many for a message.
     """
     alias = find_choice(place, name)
-    near = [alias] if alias in allowed else nearest_names(name, allowed)
+    near = nearest_names(name, allowed) if alias is None or alias not in allowed else [alias]
     hint = f" Did you mean {list_alternatives([prefix + other for other in near])}?" if near else ""
     if len(allowed) <= MAX_LISTED_NAMES or not (near or more):
         return f"{hint} Allowed are {', '.join(allowed) or 'none'}."

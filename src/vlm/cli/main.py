@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
 from vlm.cli.collection import rare_collection
 from vlm.cli.overview import FIRST_STEPS, overview
@@ -59,7 +58,13 @@ def _run_command(words: list[str]) -> None:
     elif words in (["--help"], ["-h"], ["help"]):
         print(overview())
     elif words == ["--version"]:
+        from importlib.metadata import version
+
         print(version("small-vlm"))
+    elif words[0] == "__complete":  # asked by the scripts of `vlm completion`
+        from vlm.cli.completion import find_candidates
+
+        print("\n".join(find_candidates(words[1:] or [""], COMMANDS)))
     elif words and words[0] in COMMANDS:
         run = import_module(f"vlm.cli.{COMMANDS[words[0]]}").main
         try:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, cast
 from vlm.cli.model_options import add_loading_options
 from vlm.cli.record_options import add_reading_options, check_reading_options, source_config
 from vlm.config.shown import PresentableParser
-from vlm.hub.certificates import CERTIFICATE_FILE
 
 if TYPE_CHECKING:
     from vlm.hub.certificates import Certificate
@@ -57,9 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--answers", type=int, default=200, metavar="N", help="number of questions (%(default)s)")
     longest = "most tokens in an answer (%(default)s)"
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help=longest)
-    output = (
-        f"where to write the certificate (default: {CERTIFICATE_FILE} in the checkpoint's folder; none for the Hub)"
-    )
+    output = "where to write the certificate (default: into the checkpoint's folder; none for a model on the Hub)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
     records = parser.add_argument_group("your own questions, in addition to generated ones")
     records.add_argument("--data", dest="input", metavar="FILE", help="a file of records in any training format")
@@ -72,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     """Compare, print what was found, write the certificate, and exit with 1 where the engine differs."""
     args = make_parser().parse_args(argv)
     _check_options(args)
-    from vlm.hub.certificates import add_certificate
+    from vlm.hub.certificates import CERTIFICATE_FILE, add_certificate
     from vlm.hub.folders import resolve_folder
     from vlm.inference.verify.engines import load_engine
     from vlm.inference.verify.verify import Settings, verify

@@ -120,12 +120,12 @@ class PresentableParser(argparse.ArgumentParser):
         super().__init__(prog, usage, description, epilog, allow_abbrev=allow_abbrev, formatter_class=formatter_class)
         self.examples = tuple(examples)
 
-    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] - argparse overloads it
+    def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse words as argparse does; options may be spelled with underscores, too."""
-        words = map(_with_hyphens, sys.argv[1:] if args is None else args)
-        return super().parse_known_args(list(words), namespace)
+        words = [*map(_with_hyphens, sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(words, namespace or argparse.Namespace())
 
     def format_help(self) -> str:
         """Return the help, with the examples at its end."""
