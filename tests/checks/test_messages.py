@@ -38,7 +38,7 @@ REFUSALS = {
     "trainer.unfreeze.train_connector=maybe": "trainer.unfreeze.train_connector=maybe: true or false is needed",
     "model.language_model.hf_name=null": "model.language_model.hf_name=null: a value is needed",
     "trainer.unfreeze=all": f"trainer.unfreeze: it is a section; set one of its keys ({UNFREEZE}). "
-    "A packaged choice of it is trainer/unfreeze=…",
+    "A packaged choice of it is trainer/unfreeze=NAME: all, connector, connector-language-model, head, language-model.",
     "trainer.learning_rate=1e-3": "trainer.learning_rate: it is a section. Did you mean "
     "trainer.learning_rate.language_model_learning_rate? Each part has its own rate: connector_learning_rate, ",
     "trainer=fast": "trainer: it is a section; set one of its keys (objective, output_dir, ",

@@ -6,7 +6,6 @@ Imports neither torch nor a model. A message of our own is a `ConfigError`, rais
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
-from difflib import get_close_matches
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -14,11 +13,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from vlm.checks.fields import ConfigError, format_value
-from vlm.config.aliases import find_alias, find_choice
+from vlm.config.aliases import find_alias
 from vlm.config.keys import dotted_keys
-from vlm.config.packaged import group_names, run_names
+from vlm.config.packaged import group_names, packaged_names, run_names
 from vlm.config.recorded import current_key
 from vlm.config.schema import key_names
+from vlm.config.suggestions import MAX_SUGGESTED_NAMES, list_alternatives, nearest_names, suggest_names
 
 EXPECTED_VALUES = {
     "converted to Float": "a number is needed",
@@ -31,11 +31,6 @@ EXPECTED_VALUES = {
 
 SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?:$| requires)", re.M | re.S)
 """How Hydra's message about an override with several values begins."""
-
-MAX_LISTED_NAMES = 12
-"""The largest number of names that a message lists beside the nearest ones."""
-MAX_SUGGESTED_NAMES = 4
-"""The most names that a message asks about ("Did you mean …?")."""
 
 NO_BASE_MESSAGE = (
     "the run's YAML builds on nothing: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
@@ -112,42 +107,6 @@ def _describe_sweep(override: str) -> str:
     return f"{override}: one value is needed, not several{several}"
 
 
-def nearest_names(name: str, allowed: Sequence[str]) -> list[str]:
-    """Return the names that `name` may stand for: those that begin with it, else contain it, else resemble it."""
-    word = name.lower()
-    for candidates in (
-        [other for other in allowed if other.lower().startswith(word)],
-        [other for other in allowed if len(word) > 2 and word in other.lower()],
-        get_close_matches(name, allowed, n=1),
-    ):
-        if candidates and word:
-            return candidates[:MAX_SUGGESTED_NAMES]
-    return []
-
-
-def suggest_names(name: str, allowed: Sequence[str], prefix: str = "", place: str = "", more: str = "") -> str:
-    """Return hints for a name that is not allowed, each with a blank before it.
-
-    Args:
-        name: what was given.
-        allowed: the names that exist.
-        prefix: what stands before a suggested name.
-        place: the group or key, for other frameworks' words.
-        more: the sentence that says where all names are listed, where they are too many for a message.
-    """
-    alias = find_choice(place, name)
-    near = nearest_names(name, allowed) if alias is None or alias not in allowed else [alias]
-    hint = f" Did you mean {list_alternatives([prefix + other for other in near])}?" if near else ""
-    if len(allowed) <= MAX_LISTED_NAMES or not (near or more):
-        return f"{hint} Allowed are {', '.join(allowed) or 'none'}."
-    return f"{hint} {more}" if more else hint
-
-
-def list_alternatives(names: Sequence[str]) -> str:
-    """Return names as a sentence has them: `a, b or c`."""
-    return " or ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
-
-
 def describe_unknown_key(key: str, allowed: Iterable[str]) -> str:
     """Return the message for a key that the schema does not have."""
     if (new_key := current_key(key)) != key:
@@ -168,7 +127,8 @@ def describe_scalar_section(key: str) -> str:
     group = key.replace(".", "/")
     if (alias := find_alias(key)) is not None and not key_names(alias.use.removesuffix("=…")) and "." in key:
         return f"{key}: it is a section. {alias}"
-    choose = f" A packaged choice of it is {group}=…" if group in group_names() else ""
+    packaged = ", ".join(packaged_names("vlm.config", group, ".yaml")) if group in group_names() else ""
+    choose = f" A packaged choice of it is {group}=NAME: {packaged}." if len(packaged) > 0 else ""
     names = key_names(key)
     listing = f" ({', '.join(names if len(names) <= 12 else [*names[:12], '…'])})" if names else ""
     return f"{key}: it is a section; set one of its keys{listing}.{choose}"

@@ -87,8 +87,7 @@ THEIR_NAMES: Mapping[Alias, str] = {
     Alias("dataset.max_frames=…"): "frames_upbound video_maxlen",
     Alias("dataset.fps=…"): "video_fps",
     Alias("dataset.max_samples=…"): "max_samples",
-    Alias("trainer.train_sampling_strategy=group_by_modality_length"): "group_by_modality_length",
-    Alias("trainer.train_sampling_strategy=group_by_length"): "group_by_length",
+    Alias("trainer.train_sampling_strategy=group_by_modality_length"): "group_by_modality_length group_by_length",
     Alias("dataset.sources.NAME.weight=…"): "mix_strategy",
     Alias(
         "model.processor.max_pixels=…", "It needs model.hf_name; dataset.max_image_tokens bounds any model."
