@@ -279,6 +279,25 @@ def test_a_folder_without_a_model_is_refused_by_key(parts: Parts, tmp_path: Path
         compose(recipe, None, None)
 
 
+def test_a_language_model_is_no_visual_encoder(parts: Parts):
+    model = parts.recipe()
+    model.visual_encoder.hf_name = model.language_model.hf_name
+    with pytest.raises(
+        ValueError, match=r"visual_encoder.hf_name=.*model_type=llama is a language model, which reads no"
+    ):
+        compose(model, None, None)
+
+
+def test_an_encoder_without_an_image_processor_is_refused_by_key(parts: Parts, tmp_path: Path):
+    model = parts.recipe()
+    (tmp_path / "config.json").write_bytes(Path(model.visual_encoder.hf_name, "config.json").read_bytes())
+    model.visual_encoder.hf_name = str(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"model.visual_encoder.hf_name={re.escape(str(tmp_path))}: no image processor"
+    ):
+        compose(model, None, None)
+
+
 def test_a_folder_that_lacks_weights_is_refused(parts: Parts, tmp_path: Path):
     """No part is initialised by chance where its file holds less than it needs."""
     folder = tmp_path / "more"

@@ -17,7 +17,8 @@ REFUSALS = {
     "+trainer.adam_beta3=1": "trainer.adam_beta3: no such key. Did you mean trainer.adam_beta2?",
     "++trainer.unfreeze.train_vision=1": "trainer.unfreeze.train_vision: no such key. Did you mean "
     f"trainer.unfreeze.train_vision_model? Allowed are {UNFREEZE}.",
-    "+stage=1": "stage: no such key. Allowed are model, trainer, dataset, inference.",
+    "+stage=1": "stage: no such key. Did you mean trainer.objective? Allowed are generation, distillation, ",
+    "+phase=1": "phase: no such key. Allowed are model, trainer, dataset, inference.",
     "trainr.max_steps=1": "trainr: no such key. Did you mean trainer? Allowed are model, trainer, dataset, inference.",
     "model.connector.options.num_layer=2": "model.connector.options.num_layer: no such key. Did you mean "
     f"model.connector.options.num_layers? Allowed are {MLP}. An option of a connector class of your own: "
@@ -37,8 +38,9 @@ REFUSALS = {
     "trainer.unfreeze.train_connector=maybe": "trainer.unfreeze.train_connector=maybe: true or false is needed",
     "model.language_model.hf_name=null": "model.language_model.hf_name=null: a value is needed",
     "trainer.unfreeze=all": f"trainer.unfreeze: it is a section; set one of its keys ({UNFREEZE}). "
-    "A packaged choice of it is trainer/unfreeze=…",
-    "trainer.learning_rate=1e-3": "trainer.learning_rate: it is a section; set one of its keys (visual_encoder_learni",
+    "A packaged choice of it is trainer/unfreeze=NAME: all, connector, connector-language-model, head, language-model.",
+    "trainer.learning_rate=1e-3": "trainer.learning_rate: it is a section. Did you mean "
+    "trainer.learning_rate.language_model_learning_rate? Each part has its own rate: connector_learning_rate, ",
     "trainer=fast": "trainer: it is a section; set one of its keys (objective, output_dir, ",
     "~trainer.adam_beta2": "~trainer.adam_beta2: a key cannot be removed; give it another value",
     "trainer.output_dir=${nothing}": "trainer.output_dir: Interpolation key 'nothing' not found",
@@ -111,13 +113,14 @@ def test_a_refusal_leaves_nothing_behind(tmp_path: Path):
 
 def test_a_mistyped_run_is_refused_with_the_nearest():
     said = refusal("-cn", "pretrain-smool")
-    assert said.startswith("vlm: -cn pretrain-smool: no such run. Did you mean pretrain-smol? Allowed are ")
-    assert all(name in said for name in run_names())
+    assert said.startswith("vlm: -cn pretrain-smool: no such run. Did you mean pretrain-smol? vlm --help lists all. A ")
 
 
 def test_choosing_no_run_lists_them():
-    said = refusal()
+    said = refusal(DATA)
     assert said == refusal("-cn", "base")
+    assert said.startswith("vlm: choose a run: -cn RUN, or ")
+    assert max(map(len, said.splitlines())) <= 100
     assert all(name in said for name in run_names())
 
 

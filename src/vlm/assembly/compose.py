@@ -22,7 +22,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils import is_flash_attn_2_available
 
 from vlm.assembly.anyres import resolve_anyres
-from vlm.assembly.encoders import check_views, encoder_sources, image_size, resolve_encoders
+from vlm.assembly.encoders import check_is_encoder, check_views, encoder_sources, image_size, resolve_encoders
 from vlm.assembly.family import read_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
 from vlm.assembly.language_models import check_language_model, check_positions, set_balance_loss
@@ -185,7 +185,12 @@ def _part_config(part: str, source: EncoderConfig | LanguageModelConfig) -> PreT
             f"{label}: transformers itself does not know model_type={config.model_type}, so a checkpoint with this "
             "part could not be loaded again"
         )
-    return config.vision_config if part != "language_model" and hasattr(config, "vision_config") else config
+    if part == "language_model":
+        return config
+    if hasattr(config, "vision_config"):
+        return config.vision_config
+    check_is_encoder(config, label)
+    return config
 
 
 def _num_layers(source: EncoderConfig) -> int | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import AutoImageProcessor, AutoModel, CLIPImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from vlm.config.model_schema import EncoderConfig, VisualEncoderConfig
 from vlm.models.configuration_vlm import encoder_names
@@ -29,6 +30,15 @@ class EncoderInfo:
     width: int
     unread: list[str]
     """Names of parameters that the features do not depend on."""
+
+
+def check_is_encoder(config: PreTrainedConfig, label: str) -> None:
+    """Raise ValueError where a configuration is that of a language model, which reads no images."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{label}: model_type={config.model_type} is a language model, which reads no images. Choose an encoder, "
+            f"such as model/visual_encoder=siglip-base-patch16-224; a language model is model.language_model.hf_name=…"
+        )
 
 
 def encoder_sources(config: VisualEncoderConfig) -> dict[str, EncoderConfig]:
@@ -128,9 +138,15 @@ def load_image_processor(part: str, source: EncoderConfig, model_type: str) -> I
     if model_type == "timm_wrapper":
         processor = _timm_image_processor(part, source)
     else:
-        processor = AutoImageProcessor.from_pretrained(
-            source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
-        )
+        try:
+            processor = AutoImageProcessor.from_pretrained(
+                source.hf_name, revision=source.revision, trust_remote_code=source.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model.{part}.hf_name={source.hf_name}: no image processor loads from there; a visual encoder needs a "
+                "preprocessor_config.json beside its weights. Save it with image_processor.save_pretrained(FOLDER)"
+            ) from error
     if source.image_size is None:
         return processor
     size = {"height": source.image_size, "width": source.image_size}

@@ -29,7 +29,12 @@ def checkpoint_problem(name: str, key: str | None = None) -> str | None:
     if folder.joinpath("config.json").is_file():
         return None
     if not folder.exists():
-        return None if is_hub_name(name) else missing_folder(label)
+        return None if is_hub_name(name) and not _is_beside_runs(folder) else missing_folder(label)
     if (final := folder / "final").is_dir():
         return f"{label} holds no config.json: it is a run's directory, whose model is {final}"
     return f"{label} holds no config.json; a run's complete model is its folder `final`"
+
+
+def _is_beside_runs(folder: Path) -> bool:
+    """Return whether a folder that does not exist would stand among runs or checkpoints, so that it is no Hub name."""
+    return any(next(folder.parent.glob(f"*/{name}"), None) is not None for name in ("config.yaml", "config.json"))

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, is_dataclass
@@ -17,6 +18,7 @@ from typing import Any, cast, get_origin, get_type_hints
 
 import hydra
 from hydra._internal.hydra import Hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -30,16 +32,17 @@ from vlm.checks.messages import (
     NO_BASE_MESSAGE,
     describe_scalar_section,
     describe_unknown_key,
+    describe_unknown_option,
     explain,
     explain_composition,
 )
-from vlm.checks.run import ObjectiveChecks, check
+from vlm.checks.run import ObjectiveChecks, check, check_overridden_rates
 from vlm.checks.surface import named_by_user
 from vlm.config.named import permit_names
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig, key_names
 from vlm.config.secrets import mask, mask_values
-from vlm.config.shown import presentable, printable
+from vlm.config.shown import format_columns, presentable, printable
 
 NEEDED_CONTAINERS = {dict: DictConfig, list: ListConfig}
 """The type of a key -> what OmegaConf has there."""
@@ -67,9 +70,11 @@ def with_config(
         name = _require_run(composed)
         config = make_run_config(composed)
         permit_names(named_by_user(config))
-        check(config, make_objective(config))
+        objective = make_objective(config)
+        check(config, objective)
         words = HydraConfig.get().overrides.task
         overrides = [word.split("=")[0].lstrip("+~").replace("/", ".") for word in words]
+        check_overridden_rates(config, objective, overrides)
         speaks = os.environ.get("RANK", "0") == "0"
         logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
         try:
@@ -111,6 +116,7 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
     words = strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
     if odd := next((word for word in words if word.startswith("-") and presentable(word) != word), None):
         sys.exit(f"vlm: {presentable(odd)}: no such option; vlm --help")  # Hydra would print it as it is
+    _check_options(words)
     sys.argv = ["vlm", *map(open_mapping_key, words)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
     ConfigStore.instance().store(name="schema", node=RunConfig)
@@ -139,6 +145,19 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
         # Before the run all ranks of a machine have the same error, which one prints; later each prints its own.
         silent = os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(refused[0], RunError)
         sys.exit(1 if silent else f"vlm: {presentable(mask_values(explain(refused[0]), words))}")
+
+
+def _check_options(words: Sequence[str]) -> None:
+    """End the program with a message where the command line has an option that Hydra does not take."""
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        unknown = [word for word in parser.parse_known_args(words)[1] if word.startswith("-")]
+        message = describe_unknown_option(unknown[0]) if unknown else None
+    except ArgumentError as error:
+        message = f"{error.argument_name}: {error.message}; vlm --help has examples"
+    if message is not None:
+        sys.exit(f"vlm: {presentable(mask_values(message, words))}")
 
 
 @contextmanager
@@ -204,7 +223,8 @@ def _require_run(composed: DictConfig) -> str:
     """Return the name of a configuration; refuse it where none was named, or where it does not build on ours."""
     name = HydraConfig.get().job.config_name or "base"
     if name in NON_RUN_CONFIGS:
-        raise ConfigError(f"choose a run: -cn {'|'.join(run_names())}, or a YAML of your own with --config-dir")
+        listing = format_columns(run_names())
+        raise ConfigError(f"choose a run: -cn RUN, or a YAML of your own: --config-dir FOLDER -cn NAME\n{listing}")
     if OmegaConf.get_type(composed) is not RunConfig:
         raise ConfigError(NO_BASE_MESSAGE)
     return name

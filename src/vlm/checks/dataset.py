@@ -13,6 +13,7 @@ from vlm.config.choices import GROUPED_STRATEGIES
 from vlm.config.named import is_custom_name
 from vlm.config.packaged import packaged_names
 from vlm.config.schema import DatasetConfig, RunConfig, SourceConfig
+from vlm.config.suggestions import suggest_value
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.paths import is_tar_path, path_problem
 
@@ -84,7 +85,8 @@ def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Ite
                 yield f"{key}.options.{name}: {source.format} does not take it; allowed are {listing}"
     elif not is_custom_name(source.format):
         listing = ", ".join(FORMATS)
-        yield f"{key}.format={source.format}: allowed are {listing}, or package.module:function for your own"
+        hint = suggest_value(source.format, list(FORMATS), "dataset.format")
+        yield f"{key}.format={source.format}: allowed are {listing}, or package.module:function for your own.{hint}"
     yield from _folder_problems(f"{key}.image_folder", source.image_folder)
 
 
@@ -123,7 +125,8 @@ def _template_problems(name: str | None, key: str) -> Iterator[str]:
     if name is None or name in names:
         return
     if not name.endswith(".jinja"):
-        yield f"{key}={name}: allowed are {', '.join(names)}, or the path of a .jinja file"
+        hint = suggest_value(name, names, "dataset.template")
+        yield f"{key}={name}: allowed are {', '.join(names)}, or the path of a .jinja file.{hint}"
     elif not Path(name).is_file():
         yield f"{key}={name}: no such file (seen from {Path.cwd()})"
 

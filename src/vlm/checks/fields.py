@@ -10,8 +10,9 @@ from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
 
-from vlm.config.rules import get_rule, is_nullable
+from vlm.config.rules import Bounds, Choices, get_rule, is_nullable
 from vlm.config.shown import shorten
+from vlm.config.suggestions import suggest_value
 
 
 class ConfigError(ValueError):
@@ -53,9 +54,17 @@ def _field_problems(node: Any, prefix: str) -> Iterator[str]:
         if rule is None or (value is None and (is_nullable(field) or field.type is Any)):
             continue
         if isinstance(value, list):
-            yield from (f"{key}={item}: {rule.message(nullable=False)}" for item in value if not rule.allows(item))
+            for item in value:
+                if not rule.allows(item):
+                    yield f"{key}={item}: {rule.message(nullable=False)}{_suggest(item, rule, key)}"
         elif not rule.allows(value):
-            yield f"{key}={format_value(value)}: {rule.message(is_nullable(field))}"
+            yield f"{key}={format_value(value)}: {rule.message(is_nullable(field))}{_suggest(value, rule, key)}"
+
+
+def _suggest(value: object, rule: Choices | Bounds, key: str) -> str:
+    """Return the nearest allowed value, as the end of a message."""
+    suggestion = suggest_value(value, rule.names, key) if isinstance(rule, Choices) else ""
+    return f".{suggestion}" if suggestion else ""
 
 
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")

@@ -6,7 +6,6 @@ Imports neither torch nor a model. A message of our own is a `ConfigError`, rais
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
-from difflib import get_close_matches
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -14,9 +13,12 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError
 
 from vlm.checks.fields import ConfigError, format_value
-from vlm.config.packaged import group_names, run_names
+from vlm.config.aliases import find_alias
+from vlm.config.keys import dotted_keys
+from vlm.config.packaged import group_names, packaged_names, run_names
 from vlm.config.recorded import current_key
 from vlm.config.schema import key_names
+from vlm.config.suggestions import MAX_SUGGESTED_NAMES, list_alternatives, nearest_names, suggest_names
 
 EXPECTED_VALUES = {
     "converted to Float": "a number is needed",
@@ -30,9 +32,6 @@ EXPECTED_VALUES = {
 SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?:$| requires)", re.M | re.S)
 """How Hydra's message about an override with several values begins."""
 
-MAX_LISTED_NAMES = 40
-"""The largest number of names that are listed; of a longer list the nearest name alone is given."""
-
 NO_BASE_MESSAGE = (
     "the run's YAML builds on nothing: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
 )
@@ -40,6 +39,7 @@ NO_BASE_MESSAGE = (
 
 NOT_COMPOSED = "the configuration cannot be composed of these overrides; leave some out to find which one it is"
 KEY_VALUE_NEEDED = "a word of the form key=value is needed; vlm --help"
+ALL_KEYS_HINT = "vlm -cn RUN --cfg job shows all."
 
 
 def explain(error: BaseException) -> str:
@@ -107,31 +107,43 @@ def _describe_sweep(override: str) -> str:
     return f"{override}: one value is needed, not several{several}"
 
 
-def suggest_names(name: str, allowed: Sequence[str], prefix: str = "") -> str:
-    """Return hints for a name that is not allowed: the nearest one, and all of them where they are few."""
-    near = get_close_matches(name, allowed, n=1)
-    hint = f" Did you mean {prefix}{near[0]}?" if near else ""
-    listing = f" Allowed are {', '.join(allowed) or 'none'}." if len(allowed) <= MAX_LISTED_NAMES else ""
-    return hint + listing or " vlm -cn RUN --cfg job shows all."
-
-
 def describe_unknown_key(key: str, allowed: Iterable[str]) -> str:
     """Return the message for a key that the schema does not have."""
     if (new_key := current_key(key)) != key:
         return f"{key}: it is called {new_key} now"
     parent, _, name = key.rpartition(".")
-    hint = suggest_names(name, list(allowed), f"{parent}." if parent else "")
+    names, prefix = list(allowed), f"{parent}." if parent else ""
     own = f" An option of a connector class of your own: +{key}=…" if parent == "model.connector.options" else ""
-    return f"{key}: no such key.{hint}{own}"
+    elsewhere = [known for known in dotted_keys() if known.rpartition(".")[2] == name]
+    if not own and (alias := find_alias(name)) is not None and not alias.use.startswith(key):
+        return f"{key}: no such key. {alias}"
+    if not own and elsewhere:
+        return f"{key}: no such key. Did you mean {list_alternatives(elsewhere[:MAX_SUGGESTED_NAMES])}?"
+    return f"{key}: no such key.{suggest_names(name, names, prefix, more=ALL_KEYS_HINT)}{own}"
 
 
 def describe_scalar_section(key: str) -> str:
     """Return the message for a section that was given a single value."""
     group = key.replace(".", "/")
-    choose = f" A packaged choice of it is {group}=…" if group in group_names() else ""
+    if (alias := find_alias(key)) is not None and not key_names(alias.use.removesuffix("=…")) and "." in key:
+        return f"{key}: it is a section. {alias}"
+    packaged = ", ".join(packaged_names("vlm.config", group, ".yaml")) if group in group_names() else ""
+    choose = f" A packaged choice of it is {group}=NAME: {packaged}." if len(packaged) > 0 else ""
     names = key_names(key)
     listing = f" ({', '.join(names if len(names) <= 12 else [*names[:12], '…'])})" if names else ""
     return f"{key}: it is a section; set one of its keys{listing}.{choose}"
+
+
+def describe_unknown_option(option: str) -> str:
+    """Return the message for a word with dashes that a training run does not take."""
+    name, _, value = option.partition("=")
+    if (alias := find_alias(name)) is not None:
+        return f"{name}: no such option; keys are set without dashes. {alias}"
+    word = name.lstrip("-").replace("-", "_")
+    exact = [key for key in dotted_keys() if word in (key, key.rpartition(".")[2])]
+    near = [f"{key}={value or '…'}" for key in exact or nearest_names(word, dotted_keys())]
+    hint = f" Did you mean {list_alternatives(near)}?" if near else ""
+    return f"{name}: no such option; keys are set without dashes, as key=value.{hint or ' vlm --help has examples.'}"
 
 
 def _describe_missing_file(error: MissingConfigException) -> str:
@@ -139,10 +151,11 @@ def _describe_missing_file(error: MissingConfigException) -> str:
     path = str(error.missing_cfg_file)
     group, _, name = path.rpartition("/")
     if error.options is not None:
-        return f"{group}={name}: no such choice.{suggest_names(name, list(error.options))}"
+        more = "vlm models lists all." if group.startswith("model") else "vlm --help lists all."
+        return f"{group}={name}: no such choice.{suggest_names(name, list(error.options), place=group, more=more)}"
     if "primary config" in str(error):
-        names = run_names()
-        return f"-cn {path}: no such run.{suggest_names(path, names)} A YAML of your own needs --config-dir FOLDER too."
+        hint = suggest_names(path, run_names(), more="vlm --help lists all.")
+        return f"-cn {path}: no such run.{hint} A YAML of your own needs --config-dir FOLDER too."
     return str(error).split("Config search path")[0].strip()
 
 

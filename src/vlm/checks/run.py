@@ -3,7 +3,7 @@
 A value that is needed in one place only is checked there instead.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -20,7 +20,7 @@ from vlm.checks.sharding import sharding_problems
 from vlm.checks.step import optimizer_problems, step_problems
 from vlm.config.derived import embedding_row_keys, get_value, training_keys
 from vlm.config.packaged import packaged_names
-from vlm.config.schema import TRAIN_FLAGS, RunConfig, TrainerOptions
+from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, RunConfig, TrainerOptions
 
 
 class ObjectiveChecks(Protocol):
@@ -121,7 +121,7 @@ def _resume_problems(trainer: TrainerOptions) -> Iterator[str]:
 def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
     """Yield what is wrong with `trainer`: nothing trains, a part has no learning rate, keys contradict each other."""
     trainer = config.trainer
-    training = {**embedding_row_keys(config), **training_keys(trainer), **objective.training_keys()}
+    training = _training_parts(config, objective)
     if not training:
         flags = ", ".join(f"trainer.unfreeze.{flag}" for flag in TRAIN_FLAGS.values())
         yield f"nothing trains: set one of {flags} to true, train adapters (trainer.lora), or a head (model/head)"
@@ -144,6 +144,33 @@ def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterato
         names = [name for name in packaged_names("vlm.config", "trainer/deepspeed", ".yaml") if name != "none"]
         if trainer.deepspeed not in names and not Path(trainer.deepspeed).is_file():
             yield f"trainer.deepspeed={trainer.deepspeed}: allowed are {', '.join(names)} or the path of a JSON file"
+
+
+def _training_parts(config: RunConfig, objective: ObjectiveChecks) -> dict[str, str]:
+    """Return part -> the `key=value` that makes it, or rows of it, train."""
+    return {**embedding_row_keys(config), **training_keys(config.trainer), **objective.training_keys()}
+
+
+def check_overridden_rates(config: RunConfig, objective: ObjectiveChecks, overrides: Sequence[str]) -> None:
+    """Refuse learning rates and weight decays that the command line sets for parts that do not train.
+
+    `overrides` are the keys that the command line sets. YAML files may hold rates of frozen parts, for runs that train
+    them.
+    """
+    training = _training_parts(config, objective)
+    for part in (*PARTS, HEAD):
+        for key in (f"learning_rate.{part}_learning_rate", f"learning_rate.{part}_layer_decay",
+                    f"weight_decay.{part}_weight_decay"):  # fmt: skip
+            if f"trainer.{key}" not in overrides or part in training:
+                continue
+            if value := get_value(config, f"trainer.{key}"):
+                train = "train a head (model/head)"
+                if part in TRAIN_FLAGS:
+                    train = f"trainer.unfreeze.{TRAIN_FLAGS[part]}=true or trainer.lora.{part}.r=16 trains it"
+                raise ConfigError(
+                    f"trainer.{key}={value}: it would have no effect, since the {part.replace('_', ' ')} is frozen; "
+                    f"{train}, or leave the key out"
+                )
 
 
 UNSUPPORTED = {

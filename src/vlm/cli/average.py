@@ -19,24 +19,31 @@ from vlm.config.shown import PresentableParser, printable
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm average`."""
-    purpose = "Average the weights of checkpoints of the same shape, such as several runs from one start."
-    parser = PresentableParser("vlm average", description=purpose)
-    parser.add_argument(
-        "checkpoints", nargs="+", metavar="CHECKPOINT", help="runs' folders `final`, or names on the Hub"
+    purpose = "Average the weights of checkpoints of the same model, such as several runs from one start."
+    examples = (
+        "vlm average outputs/a/final outputs/b/final --out outputs/average",
+        "vlm average outputs/a/final outputs/b/final --out outputs/soup --data val.json --image-folder images",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
-    weights = "a weight for each checkpoint: 2,1,1 (all the same)"
+    usage = "vlm average CHECKPOINT CHECKPOINT … --out FOLDER [options]"
+    parser = PresentableParser("vlm average", usage, purpose, examples=examples)
+    parser.add_argument(
+        "checkpoints", nargs="+", metavar="CHECKPOINT", help="runs' folders `final`, or models on the Hub"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to create")
+    weights = "one weight per checkpoint, such as 2,1,1 (default: equal)"
     parser.add_argument("--weights", metavar="N,N", help=weights)
     greedy = parser.add_argument_group(
-        "a greedy average",
-        "takes checkpoints in the order of their scores, each only where it makes the average better",
+        "greedy average",
+        "with --data: adds checkpoints from the best to the worst, and keeps each only if it improves the average",
     )
-    greedy.add_argument("--data", dest="input", metavar="FILE", help="records to measure on, as `vlm eval --data`")
-    greedy.add_argument("--metric", default="loss", metavar="NAME", help="what is measured (%(default)s)")
+    greedy.add_argument("--data", dest="input", metavar="FILE", help="records to evaluate on, as for vlm eval --data")
+    greedy.add_argument("--metric", default="loss", metavar="NAME", help="the metric to improve (%(default)s)")
     add_reading_options(greedy, writes=False)
-    greedy.add_argument("--batch-size", type=int, default=16, metavar="N", help="records in a batch (%(default)s)")
-    greedy.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)")
-    longest = f"longest answer, for metrics of answers ({InferenceConfig.max_new_tokens})"
+    greedy.add_argument("--batch-size", type=int, default=16, metavar="N", help="records per batch (%(default)s)")
+    greedy.add_argument(
+        "--num-workers", type=int, default=2, metavar="N", help="worker processes that read records (%(default)s)"
+    )
+    longest = f"most tokens in an answer, for metrics of answers ({InferenceConfig.max_new_tokens})"
     greedy.add_argument("--max-new-tokens", type=int, default=InferenceConfig.max_new_tokens, metavar="N", help=longest)
     add_max_frames_option(parser)
     add_loading_options(parser, quantized=False)
@@ -54,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
         print(printable(f"{out}: the average of {', '.join(args.checkpoints)}"))
         return
     if weights is not None:
-        raise ValueError("--weights and --data: a greedy average weighs its members alike; leave one out")
+        raise ValueError("--weights and --data: a greedy average weights all checkpoints equally; leave one out")
     check_reading_options(args, "--data")
     _average_greedily(args)
 
@@ -63,7 +70,7 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(word) for word in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"--weights {text}: numbers between commas are needed, one for each checkpoint") from error
+        raise ValueError(f"--weights {text}: one number per checkpoint is needed, separated by commas") from error
 
 
 def _average_greedily(args: argparse.Namespace) -> None:
@@ -96,5 +103,5 @@ def _measure(args: argparse.Namespace, folder: Path) -> float:
         )  # fmt: skip
     score = result.scores[args.metric].value
     if score is None:
-        raise ValueError(f"--metric {args.metric}: it is undefined on {args.input}")
+        raise ValueError(f"--metric {args.metric}: it is not defined for {args.input}; choose another metric")
     return score

@@ -21,29 +21,37 @@ if TYPE_CHECKING:
     from vlm.inference.conversation import Conversation
 
 COMMANDS = {
-    "image": ("FILE", "show an image with the next question; may be repeated"),
-    "video": ("FILE", "show a video with the next question; may be repeated"),
-    "undo": ("", "forget the last question and its answer"),
-    "reset": ("", "forget everything, and images that wait for a question"),
+    "image": ("FILE", "attach an image to the next question; repeat for several"),
+    "video": ("FILE", "attach a video to the next question; repeat for several"),
+    "undo": ("", "remove the last question and its answer"),
+    "reset": ("", "clear the conversation and the attached images"),
     "history": ("", "print the conversation"),
-    "help": ("", "print this"),
-    "exit": ("", "leave, as Ctrl-D does"),
+    "help": ("", "print this help"),
+    "exit": ("", "leave the chat (or press Ctrl-D)"),
 }
 """Command after `/` -> the name of its argument, and its purpose."""
 
 HINTS = """\
-Anything else is a question; type a blank before one that begins with /. Ctrl-C stops an answer.
-<image> and <video> in a question say where an image or a video stands; else they come first."""
+Everything else is a question; put a space before one that starts with /. Ctrl-C stops an answer.
+<image> and <video> in a question mark where they go; otherwise they come first."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm chat`."""
-    parser = PresentableParser("vlm chat", description="Talk with a trained model about images and videos.")
-    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    image = "an image for the first question; may be repeated"
+    examples = ("vlm chat outputs/smol-finetune/final", "vlm chat outputs/smol-finetune/final --image cat.png")
+    purpose = "Chat with a model about images and videos. Type /help in the chat for its commands."
+    parser = PresentableParser("vlm chat", "vlm chat CHECKPOINT [options]", purpose, examples=examples)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder `final`, or a model on the Hub")
+    image = "an image for the first question; repeat for several"
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help=image)
-    parser.add_argument("--video", action="append", default=[], metavar="FILE", help="a video, likewise")
-    parser.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as dataset.system_prompt in training")
+    parser.add_argument(
+        "--video",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a video for the first question; repeat for several",
+    )
+    parser.add_argument("--system-prompt", metavar="TEXT", help="system prompt, as dataset.system_prompt in training")
     add_max_frames_option(parser)
     add_generation_options(parser)
     return parser
@@ -67,7 +75,9 @@ def _run_chat(args: argparse.Namespace, settings: InferenceConfig) -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # a byte that is not UTF-8 spoils its question, not the chat
     if sys.stdin.isatty():
-        print_status(f"{args.checkpoint}: ask it. /image FILE shows an image, /help lists all commands, /exit leaves.")
+        print_status(
+            f"Chatting with {args.checkpoint}. /image FILE attaches an image, /help lists the commands, /exit leaves."
+        )
     for line in read_lines():
         if not chat.handle_line(line):
             break
@@ -86,7 +96,7 @@ def read_lines() -> Iterator[str]:
         except EOFError:
             return
         except KeyboardInterrupt:
-            print_status("\n/exit leaves")
+            print_status("\ntype /exit to leave")
 
 
 def print_status(text: str) -> None:
@@ -109,9 +119,9 @@ class Chat:
                 if line.strip():
                     self.ask(line.strip())
             elif name not in COMMANDS:
-                raise ValueError(f"/{name}: there is no such command; /help lists them")
+                raise ValueError(f"/{name}: no such command; /help lists them")
             elif argument.strip() and not COMMANDS[name][0]:
-                raise ValueError(f"/{name} takes nothing, got {argument.strip()}")
+                raise ValueError(f"/{name} {argument.strip()}: /{name} takes no argument")
             elif name == "exit":
                 return False
             else:
@@ -137,8 +147,8 @@ class Chat:
                 pieces.close()
                 print(flush=True)
         except KeyboardInterrupt:
-            note = "; its images wait for the next one" if self.images or self.videos else ""
-            print_status(f"stopped: the question and what there was of an answer are forgotten{note}")
+            note = "; its images stay attached to the next one" if self.images or self.videos else ""
+            print_status(f"stopped; the question and the partial answer were removed{note}")
         except OutOfMemoryError as error:
             raise ValueError(f"{error} /undo or /reset makes the conversation shorter.") from error
         else:
@@ -151,13 +161,13 @@ class Chat:
                 self._add_medium(name, argument)
             case "undo":
                 if not self.conversation.exchanges:
-                    raise ValueError("nothing was asked yet")
+                    raise ValueError("there is no question to undo yet")
                 self.conversation.undo()
-                print_status("the last question and its answer are forgotten")
+                print_status("removed the last question and its answer")
             case "reset":
                 self.conversation.reset()
                 self.images, self.videos = [], []
-                print_status("everything is forgotten")
+                print_status("cleared the conversation")
             case "history":
                 for turn in self.conversation.turns:
                     print(printable(f"{turn.role}: {turn.as_message('<image>', '<video>')['content']}"))
@@ -173,7 +183,7 @@ class Chat:
         from vlm.inference.prompts import check_videos, load_images
 
         if not path:
-            raise ValueError("a file is needed")
+            raise ValueError(f"/{kind}: name a file, as in /{kind} FILE")
         is_quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
         file = str(Path(path[1:-1] if is_quoted else path).expanduser())
         if kind == "image":
@@ -185,4 +195,4 @@ class Chat:
         self._print_pending_media()
 
     def _print_pending_media(self) -> None:
-        print_status(f"the next question comes with {', '.join([*self.images, *self.videos])}")
+        print_status(f"attached to the next question: {', '.join([*self.images, *self.videos])}")

@@ -30,26 +30,39 @@ MAX_NEW_TOKENS = 64
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm compare-models`."""
-    purpose = "What AFTER gained and forgot against BEFORE: on records of yours, on blank images, and on a small probe."
-    parser = PresentableParser("vlm compare-models", description=purpose)
-    parser.add_argument("before", help="a run's folder `final`, or a name on the Hub")
-    parser.add_argument("after", help="the same, of the model that was finetuned")
-    output = "where everything goes (eval/compare beside AFTER, in its run)"
+    purpose = (
+        "Show what a finetuned model gained and forgot: on your own records, on blank images, and on a small set of "
+        "generated questions."
+    )
+    examples = (
+        "vlm compare-models outputs/pretrain/final outputs/finetune/final --data val.json --image-folder images",
+        "vlm compare-models outputs/pretrain/final outputs/finetune/final --data val.json --metrics exact_match,cider",
+    )
+    parser = PresentableParser(
+        "vlm compare-models", "vlm compare-models BEFORE AFTER [options]", purpose, examples=examples
+    )
+    parser.add_argument(
+        "before", metavar="BEFORE", help="the first model: a run's folder `final`, or a model on the Hub"
+    )
+    parser.add_argument("after", metavar="AFTER", help="the finetuned model, likewise")
+    output = "folder for the results (default: eval/compare in AFTER's run)"
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=output)
     group = parser.add_argument_group("records")
-    data = "held-out records with replies, as training reads them; may be repeated"
+    data = "held-out records with reference replies; may be repeated"
     group.add_argument("--data", action="append", default=[], metavar="FILE", help=data)
     metrics = f"{', '.join(ANSWER_METRICS)}, or module:function (%(default)s)"
     group.add_argument("--metrics", default="exact_match", metavar="NAME,NAME", help=metrics)
-    by = "a key of records by which results are split, besides the file and the kind of question; may be repeated"
+    by = "also split results by this key of the records; may be repeated"
     group.add_argument("--by", action="append", default=[], metavar="KEY", help=by)
-    group.add_argument("--max-samples", type=int, metavar="N", help="the most records of a file, drawn at random (all)")
-    probe = "questions for each ability of the probe; 0: no probe (%(default)s)"
+    group.add_argument(
+        "--max-samples", type=int, metavar="N", help="use at most N records per file, drawn at random (default: all)"
+    )
+    probe = "generated questions per ability; 0 turns them off (%(default)s)"
     group.add_argument("--probe", type=int, default=NUM_QUESTIONS, metavar="N", help=probe)
     add_reading_options(group)
     add_max_frames_option(parser)
     parser.add_argument(
-        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="longest answer (%(default)s)"
+        "--max-new-tokens", type=int, default=MAX_NEW_TOKENS, metavar="N", help="most tokens in an answer (%(default)s)"
     )
     add_loading_options(parser)
     return parser
@@ -117,7 +130,7 @@ def _check(args: argparse.Namespace) -> tuple[list[str], list[SourceConfig]]:
         if (number := getattr(args, name)) is not None and number < lowest:
             raise ValueError(f"--{name.replace('_', '-')} {number}: at least {lowest} is needed")
     if not args.data and not args.probe:
-        raise ValueError("--probe 0 without --data: nothing is left to compare; give --data, or leave --probe out")
+        raise ValueError("--probe 0 without --data leaves nothing to compare; add --data FILE, or drop --probe 0")
     configs = []
     for path in args.data:
         named = argparse.Namespace(**{**vars(args), "input": path})

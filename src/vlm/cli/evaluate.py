@@ -28,28 +28,33 @@ TASK_OPTIONS = ("limit", "include_path", "lmms_eval_python")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm eval`."""
-    purpose = "Measure a model: on a file of records, or on tasks of lmms-eval."
-    parser = PresentableParser("vlm eval", description=purpose)
-    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    output = "where results go (eval/ beside the checkpoint, in its run)"
+    purpose = "Evaluate a model on a file of records or on lmms-eval tasks."
+    examples = (
+        "vlm eval outputs/smol-finetune/final --data val.json --image-folder images --metrics exact_match,cider,loss",
+        "vlm eval outputs/smol-finetune/final --tasks mme,gqa,textvqa_val",
+    )
+    usage = "vlm eval CHECKPOINT (--data FILE | --tasks NAME,NAME) [options]"
+    parser = PresentableParser("vlm eval", usage, purpose, examples=examples)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder `final`, or a model on the Hub")
+    output = "folder for the results (default: eval/ in the checkpoint's run)"
     parser.add_argument("--output", type=Path, metavar="FOLDER", help=output)
     records = parser.add_argument_group("a file of records")
-    records.add_argument("--data", dest="input", metavar="FILE", help="records with replies, as training reads them")
+    records.add_argument(
+        "--data", dest="input", metavar="FILE", help="records with reference replies, in any training format"
+    )
     known = (*ANSWER_METRICS, *OBJECT_METRICS, *HALLUCINATION_METRICS, *LOSS_METRICS)
     metrics = f"{', '.join(known)}, or module:function (%(default)s)"
     records.add_argument("--metrics", default="exact_match,loss", metavar="NAME,NAME", help=metrics)
-    candidates = (
-        f"retrieval: number of texts for each image, its own included ({TrainerOptions.eval_retrieval_candidates})"
-    )
+    candidates = f"for retrieval: texts per image, including its own ({TrainerOptions.eval_retrieval_candidates})"
     records.add_argument("--retrieval-candidates", type=int, metavar="N", help=candidates)
     add_reading_options(records)
     add_max_frames_option(parser)
-    tasks = parser.add_argument_group("tasks of lmms-eval", "in its own environment, which `make install-eval` makes")
-    tasks.add_argument("--tasks", metavar="NAME,NAME", help="mme, gqa, textvqa_val …")
-    limit = "of each task the first N documents, or a share of them"
+    tasks = parser.add_argument_group("lmms-eval tasks", "these run in an environment of their own: make install-eval")
+    tasks.add_argument("--tasks", metavar="NAME,NAME", help="mme, gqa, textvqa_val, …")
+    limit = "only the first N documents of each task, or a share below 1"
     tasks.add_argument("--limit", type=float, metavar="N", help=limit)
-    tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="where tasks of your own are")
-    tasks.add_argument("--lmms-eval-python", type=Path, metavar="FILE", help="the Python that has lmms-eval")
+    tasks.add_argument("--include-path", type=Path, metavar="FOLDER", help="folder with your own tasks")
+    tasks.add_argument("--lmms-eval-python", type=Path, metavar="FILE", help="Python interpreter that has lmms-eval")
     add_generation_options(parser)
     return parser
 
@@ -63,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         mode, disallowed = ("--data", TASK_OPTIONS) if args.input else ("--tasks", RECORD_OPTIONS)
         for name in disallowed:
             if getattr(args, name) not in (None, []):
-                raise ValueError(f"--{name.replace('_', '-')} does not go with {mode}")
+                raise ValueError(f"--{name.replace('_', '-')} cannot be used with {mode}")
         check_reading_options(args, "--data")
         _run_tasks(args) if args.tasks else _evaluate_records(args)
     except KeyboardInterrupt:
@@ -85,7 +90,9 @@ def _evaluate_records(args: argparse.Namespace) -> None:
     elif candidates < 2:
         raise ValueError(f"--retrieval-candidates {candidates}: at least 2 are needed, an image's own text and another")
     elif "retrieval" not in names:
-        raise ValueError(f"--retrieval-candidates {candidates}: it goes with --metrics retrieval only; leave it out")
+        raise ValueError(
+            f"--retrieval-candidates {candidates}: it needs --metrics retrieval; add that, or leave it out"
+        )
     folder = resolve_output_folder(args.checkpoint, Path(args.input).stem, args.output)
     check_no_results(folder, overwrite=args.overwrite)
     config, settings = source_config(args), read_inference_settings(args)
@@ -137,7 +144,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
     scores = lmms_run.parse_scores(results)
     rows = lmms_run.make_rows(scores)
     write_json(folder, {**_describe_run(args), "limit": args.limit, "results": lmms_run.scores_to_json(scores)})
-    limited = [] if args.limit is None else [f"Of each task only a part was asked (--limit {args.limit:g})."]
+    limited = [] if args.limit is None else [f"Only part of each task was evaluated (--limit {args.limit:g})."]
     parts = [f"`{args.checkpoint}`", tabulate(rows, "firstrow", tablefmt="github", disable_numparse=True), *limited]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     plain = tabulate(rows, tablefmt="plain", disable_numparse=True)

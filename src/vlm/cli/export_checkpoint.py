@@ -10,17 +10,17 @@ from pathlib import Path
 from vlm.config.shown import PresentableParser
 
 FORMAT_DESCRIPTIONS = {
-    "llava": "transformers and vLLM, without remote code",
-    "llava-original": "the original LLaVA's code, and SGLang",
-    "gguf": "llama.cpp and what is built on it",
-    "onnx": "onnxruntime, from any language",
+    "llava": "for transformers and vLLM, without remote code",
+    "llava-original": "for the original LLaVA code and SGLang",
+    "gguf": "for llama.cpp and tools built on it",
+    "onnx": "for onnxruntime, from any language",
 }
 """Format of `vlm.hub.exporting` -> who reads it; named here too so that `--help` imports no torch."""
 
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 """How `gguf` stores matrices; `onnx` is written in float32."""
 
-ADAPTER_FORMAT_DESCRIPTIONS = {"vllm-lora": "of a LoRA run's `final`: a base and an adapter for vLLM's --enable-lora"}
+ADAPTER_FORMAT_DESCRIPTIONS = {"vllm-lora": "a LoRA run's base and adapter, for vLLM's --enable-lora"}
 """Format of an adapter -> who reads it."""
 
 
@@ -28,12 +28,12 @@ def main(argv: Sequence[str]) -> None:
     """Export a checkpoint, and print how it differs."""
     args = make_parser().parse_args(argv)
     if args.base and args.format not in ADAPTER_FORMAT_DESCRIPTIONS:
-        raise ValueError(f"--base {args.base[0]}: --format {args.format} exports complete checkpoints, which have none")
+        raise ValueError(f"--base {args.base[0]}: --format {args.format} exports complete checkpoints, without a base")
     if args.format in ADAPTER_FORMAT_DESCRIPTIONS:
         if args.vision_tower is not None:
-            raise ValueError(f"--vision-tower {args.vision_tower} is a name that --format llava-original writes down")
+            raise ValueError(f"--vision-tower {args.vision_tower}: it goes with --format llava-original; leave it out")
         if args.dtype is not None:
-            raise ValueError(f"--dtype {args.dtype}: an adapter keeps the precision in which it was trained")
+            raise ValueError(f"--dtype {args.dtype}: an adapter keeps the precision it was trained in; leave it out")
         from vlm.hub.vllm_lora import export_vllm_lora
 
         differences = export_vllm_lora(args.checkpoint, args.out, args.base)
@@ -42,20 +42,28 @@ def main(argv: Sequence[str]) -> None:
 
         options = {"vision_tower": args.vision_tower, "dtype": args.dtype}
         differences = export_checkpoint(args.checkpoint, args.out, args.format, **options)
-    print(f"{args.out}: as {args.format}", *(f"Note: {difference}" for difference in differences), sep="\n")
+    print(f"Exported to {args.out} ({args.format}).", *(f"Note: {difference}" for difference in differences), sep="\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm export`."""
-    purpose = "A checkpoint of this framework in a form that others load."
-    parser = PresentableParser("vlm export", description=purpose)
-    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    parser.add_argument("out", type=Path, help="a new folder")
+    purpose = "Convert a checkpoint to a format that other software loads."
+    examples = (
+        "vlm export outputs/finetune/final llava-native --format llava",
+        "vlm export outputs/finetune/final llava-gguf --format gguf --dtype q8_0",
+    )
+    parser = PresentableParser(
+        "vlm export", "vlm export CHECKPOINT OUT --format NAME [options]", purpose, examples=examples
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder `final`, or a model on the Hub")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to create")
     described = FORMAT_DESCRIPTIONS | ADAPTER_FORMAT_DESCRIPTIONS
     forms = "; ".join(f"{name}: {reader}" for name, reader in described.items())
-    parser.add_argument("--format", required=True, choices=described, help=forms)
-    base = "with vllm-lora: the new place of the adapter's base, if it was moved; of parts PART=PATH, once for each"
+    parser.add_argument("--format", required=True, metavar="NAME", choices=described, help=forms)
+    base = "vllm-lora: where the adapter's base is now, if it has moved; if the base has parts, PART=PATH for each"
     parser.add_argument("--base", action="append", default=[], metavar="PATH", help=base)
-    parser.add_argument("--vision-tower", metavar="NAME", help="with llava-original: the encoder's name to write down")
-    parser.add_argument("--dtype", choices=DTYPES, help="with gguf: how matrices are stored; as they are by default")
+    parser.add_argument(
+        "--vision-tower", metavar="NAME", help="llava-original: the name of the visual encoder to record"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="gguf: how matrices are stored (default: unchanged)")
     return parser

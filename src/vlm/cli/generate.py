@@ -15,10 +15,14 @@ from vlm.config.shown import PresentableParser, printable
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm generate`."""
-    purpose = "Ask a trained model: about images and videos, or about every record of a file."
-    parser = PresentableParser("vlm generate", description=purpose)
-    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    prompt = "the question; <image> and <video> in it say where one stands"
+    purpose = "Ask a model one question about images or videos, or every question in a file."
+    examples = (
+        'vlm generate outputs/smol-finetune/final --image cat.png --prompt "What is this?"',
+        "vlm generate outputs/smol-finetune/final --input questions.jsonl --image-folder images --output answers.jsonl",
+    )
+    parser = PresentableParser("vlm generate", "vlm generate CHECKPOINT [options]", purpose, examples=examples)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder `final`, or a model on the Hub")
+    prompt = "the question; <image> and <video> mark where they go"
     add_question_options(parser, prompt, "answers.jsonl or answers.csv")
     add_generation_options(parser)
     return parser

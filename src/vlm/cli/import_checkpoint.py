@@ -29,21 +29,31 @@ def main(argv: Sequence[str]) -> None:
     print(f"{args.out}: {seen}, {config.dtype}")
     first_line = str(processor.chat_template).partition("\n")[0].strip("{#- }")
     print(f"Its chat template: {presentable(first_line)}")
-    print(f"Ask it:  vlm generate {args.out} --image FILE --prompt 'What is in this picture?'")
+    print(f"Try it:  vlm generate {args.out} --image FILE --prompt 'What is in this image?'")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm import`."""
     purpose = (
-        "A LLaVA checkpoint (the original code's: whole, projector or LoRA; or transformers'; 1.5, LLaVA-NeXT and "
-        "LLaVA-OneVision) as one of this framework, to ask and to train on."
+        "Convert a LLaVA checkpoint (1.5, NeXT or OneVision; from the original code or from transformers; complete, "
+        "projector only, or LoRA) to one that vlm can run and train further."
     )
-    parser = PresentableParser("vlm import", description=purpose)
-    parser.add_argument("source", help="a folder, or a name on the Hub")
-    parser.add_argument("out", type=Path, help="a new folder")
-    parser.add_argument("--base-model", metavar="MODEL", help="the language model under a projector or a LoRA adapter")
-    parser.add_argument("--vision-tower", metavar="MODEL", help="the visual encoder, in place of the named one")
-    parser.add_argument("--template", help="plain, v1, chatml … or a .jinja file; default: what the source speaks")
-    parser.add_argument("--image-mode", choices=["square", "pad"], help="default: as the source has it")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: the language model's")
+    examples = (
+        "vlm import liuhaotian/llava-v1.5-7b llava-1.5-7b",
+        "vlm import my-llava-lora llava-lora --base-model lmsys/vicuna-7b-v1.5",
+    )
+    parser = PresentableParser("vlm import", "vlm import SOURCE OUT [options]", purpose, examples=examples)
+    parser.add_argument("source", metavar="SOURCE", help="a folder, or a model on the Hub")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to create")
+    parser.add_argument(
+        "--base-model", metavar="MODEL", help="the language model that a projector or LoRA adapter was trained on"
+    )
+    parser.add_argument("--vision-tower", metavar="MODEL", help="visual encoder to use instead of the one it names")
+    parser.add_argument(
+        "--template", metavar="NAME", help="plain, v1, chatml, … or a .jinja file (default: the source's)"
+    )
+    parser.add_argument(
+        "--image-mode", choices=["square", "pad"], help="how images are made square (default: the source's setting)"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: the language model's)")
     return parser

@@ -17,11 +17,11 @@ from vlm.clusters.world import slurm_rendezvous
 from vlm.config.shown import PresentableParser
 
 EPILOG = """\
-On several machines, start it on each, with the same --rendezvous and a --node-rank of its own; under Slurm
-(srun --ntasks-per-node=1 vlm launch …) nodes, node rank and rendezvous come from Slurm. vlm submit writes such jobs.
+On several machines, run it on each with the same --rendezvous and its own --node-rank. Under Slurm (srun
+--ntasks-per-node=1 vlm launch …) the nodes, node rank and rendezvous come from Slurm; vlm submit writes such jobs.
 
-Exit codes: 0 done; 1 an error; 75 a signal ended the run, and the same command resumes it; 130, 143 a second SIGINT or
-SIGTERM ended it at once; 128 + N signal N killed a rank; docs/resuming.md has them all.
+Exit codes: 0 finished; 1 an error; 75 a signal ended the run after saving, and the same command resumes it; 130 or 143
+a second SIGINT or SIGTERM ended it at once; 128 + N signal N killed a rank. docs/resuming.md lists them all.
 """
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     parser = make_parser()
     args = parser.parse_args(own)
     if not run:
-        parser.error("the run is missing: its configuration and overrides follow --, as in -- -cn pretrain-smol …")
+        parser.error("the run is missing: put it after --, as in -- -cn pretrain-smol dataset.path=captions.json")
     number = args.nproc or count_devices()
     nodes, node_rank = read_nodes(args, parser)
     environments = make_environments(number, nodes, node_rank, find_rendezvous(args.rendezvous, nodes, parser))
@@ -44,17 +44,21 @@ def main(argv: Sequence[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of what stands before `--`."""
     parser = PresentableParser(
-        "vlm launch", description="Train on several GPUs: start a rank for each, and end them together.",
-        usage="vlm launch [options] -- -cn RUN [key=value …]", epilog=EPILOG,
+        "vlm launch", "vlm launch [options] -- -cn RUN [key=value …]",
+        "Train on several GPUs: start one process per GPU, and stop them together.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=(
+            "vlm launch --nproc 8 -- -cn finetune-llava dataset.path=train.json dataset.image_folder=images",
+            "vlm launch --nodes 2 --node-rank 0 --rendezvous node01:29500 -- -cn pretrain-smol dataset.path=a.json",
+        ),
     )  # fmt: skip
-    parser.add_argument("--nproc", type=positive, metavar="N", help="ranks on this machine (default: one for each GPU)")
-    parser.add_argument("--nodes", type=positive, metavar="N", help="machines (default: 1, or those of the Slurm step)")
-    parser.add_argument("--node-rank", type=int, metavar="N", help="number of this machine, from 0; with --nodes")
-    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="the first machine, and a free port of it")
+    parser.add_argument("--nproc", type=positive, metavar="N", help="processes on this machine (default: one per GPU)")
+    parser.add_argument("--nodes", type=positive, metavar="N", help="number of machines (default: 1, or Slurm's)")
+    parser.add_argument("--node-rank", type=int, metavar="N", help="number of this machine, counted from 0")
+    parser.add_argument("--rendezvous", metavar="HOST:PORT", help="the first machine and a free port on it")
     parser.add_argument(
         "--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
-        help="how long ranks may take to end after one has failed, or after a third signal (%(default)g)",
+        help="how long processes may take to stop once one has failed or a third signal has come (%(default)g)",
     )  # fmt: skip
     return parser
 

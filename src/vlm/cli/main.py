@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
 from vlm.cli.collection import rare_collection
-from vlm.cli.overview import overview
+from vlm.cli.overview import FIRST_STEPS, overview
 from vlm.cli.pipes import end_with_pipes
+from vlm.cli.unknown_command import describe_unknown_command
 from vlm.config.shown import present_what_is_printed, presentable
 
 COMMANDS = {
@@ -28,6 +28,8 @@ COMMANDS = {
     "average": "average",
     "verify": "verify",
     "push-to-hub": "push_to_hub",
+    "doctor": "doctor",
+    "completion": "completion",
 }
 """Subcommand -> its module in `vlm.cli`, whose `main` takes the words behind it."""
 
@@ -51,10 +53,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_command(words: list[str]) -> None:
-    if words in (["--help"], ["-h"], ["help"]):
+    if not words:
+        print(FIRST_STEPS)
+    elif words in (["--help"], ["-h"], ["help"]):
         print(overview())
     elif words == ["--version"]:
+        from importlib.metadata import version
+
         print(version("small-vlm"))
+    elif words[0] == "__complete":  # asked by the scripts of `vlm completion`
+        from vlm.cli.completion import find_candidates
+
+        print("\n".join(find_candidates(words[1:] or [""], COMMANDS)))
     elif words and words[0] in COMMANDS:
         run = import_module(f"vlm.cli.{COMMANDS[words[0]]}").main
         try:
@@ -66,6 +76,8 @@ def _run_command(words: list[str]) -> None:
         except KeyboardInterrupt:  # of a command that has nothing more to say
             print(f"\nvlm {words[0]}: stopped", file=sys.stderr)
             sys.exit(STOPPED_STATUS)
+    elif message := describe_unknown_command(words, list(COMMANDS)):
+        sys.exit(f"vlm: {presentable(message)}")
     else:
         try:
             import_module("vlm.cli.train").main(words)

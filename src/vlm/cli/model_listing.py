@@ -16,10 +16,27 @@ Section = tuple[str, Sequence[tuple[str, ...]]]
 """A title, and the rows of a table."""
 
 
-def list_models() -> None:
-    """Print the parts that are packaged by name, and all types of models that may be trained as a whole."""
-    print_sections([*part_sections(), family_section()])
-    print("\nvlm models --details: connectors, heads, attention, quantisation, and what is installed here")
+def list_models(name: str | None = None) -> None:
+    """Print the parts that are packaged by name, and all types of models that may be trained as a whole.
+
+    With `name`, those rows alone that contain it.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    sections = [*part_sections(), family_section()]
+    if name is not None:
+        sections = [found for section in sections if len((found := _rows_with(section, name))[1]) > 1]
+        if not sections:
+            raise ValueError(f"{name}: no part and no model of that name; vlm models lists all")
+    print_sections(sections)
+    print("\nvlm models --details adds connectors, heads, attention, quantization and what is installed here.")
+
+
+def _rows_with(section: Section, name: str) -> Section:
+    """Return a section with its header and the rows that contain a name."""
+    title, (header, *rows) = section
+    return title, [header, *(row for row in rows if any(name.lower() in cell.lower() for cell in row))]
 
 
 def print_sections(sections: Sequence[Section]) -> None:
@@ -35,7 +52,7 @@ def part_sections() -> Iterator[Section]:
         ("language_model", "Language models", "AutoModelForCausalLM"),
     ):
         rows = [("name", "hf_name"), *part_rows(part)]
-        yield f"{title}: model/{part}=…, or the hf_name of any {models}", rows
+        yield f"{title}: model/{part}=…, or model.{part}.hf_name=… for any {models}", rows
 
 
 def part_rows(part: str) -> Iterator[tuple[str, str]]:
@@ -50,8 +67,8 @@ def family_section() -> Section:
     """Return the table of all types: the usual name, packaged choices, and what was proved with which transformers."""
     proved = read_proved()
     made = f"; proved with transformers {proved.transformers} on {proved.date}" if proved.transformers else ""
-    of_types = f"of any of these types of transformers {transformers_version()}"
-    title = f"Whole models: model=…, or model.hf_name=… {of_types}{made}"
+    types_of = f"for any of these types of transformers {transformers_version()}"
+    title = f"Whole models: model=…, or model.hf_name=… {types_of}{made}"
     types = sorted({*image_text_types(), *FAMILIES})
     rows = []
     for model_type in types:

@@ -20,17 +20,28 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = True, on_base: bool = True) -> None:
     """Add options of how the model is loaded; `quantized`: of quantization; `on_base`: of a base, and of images."""
-    parser.add_argument("--device", help="cuda, cpu …; a GPU where there is one")
-    parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES])
+    parser.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1, cpu … (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="precision of the weights (%(default)s: the checkpoint's)",
+    )
     for bits in ("4bit", "8bit") if quantized else ():
-        spellings, purpose = (f"--load-{bits}", f"--load_{bits}"), f"load the language model in {bits[0]} bits"
+        purpose = f"load the language model in {bits[0]}-bit precision"
         parser.add_argument(
-            *spellings, dest="quantization", action="store_const", const=bits, help=f"{purpose} (needs bitsandbytes)"
+            f"--load-{bits}",
+            dest="quantization",
+            action="store_const",
+            const=bits,
+            help=f"{purpose} (needs small-vlm[quant])",
         )
-    trust = "let code in the checkpoint run"
+    trust = "allow code that comes with the checkpoint to run"
     if on_base:
-        spellings, purpose = _option_spellings("max_image_tokens"), "the most tokens of an image; larger ones shrink"
-        parser.add_argument(*spellings, type=_positive, metavar="N", help=f"{purpose} (as the checkpoint has it)")
+        purpose = "most tokens per image; larger images are shrunk"
+        parser.add_argument(
+            "--max-image-tokens", type=_positive, metavar="N", help=f"{purpose} (default: the checkpoint's setting)"
+        )
         add_base_options(parser, trust)
     else:
         parser.add_argument("--trust-remote-code", action="store_true", help=trust)
@@ -38,36 +49,37 @@ def add_loading_options(parser: argparse.ArgumentParser, *, quantized: bool = Tr
 
 def add_base_options(parser: argparse.ArgumentParser, trust: str) -> None:
     """Add `--base` and `--trust-remote-code`; `trust` is the help of the latter."""
-    spellings = ("--base", "--base-model", "--base_model", "--model-base")
-    purpose = "the new place of an adapter's base, if it was moved; for a base of parts PART=PATH, once for each"
+    spellings = ("--base", "--base-model", "--model-base")
+    purpose = "where an adapter's base model is now, if it has moved; if the base has parts, PART=PATH for each"
     parser.add_argument(*spellings, action="append", default=[], metavar="PATH", help=purpose)
     parser.add_argument("--trust-remote-code", action="store_true", help=trust)
 
 
 def add_generation_options(parser: argparse.ArgumentParser) -> None:
     """Add generation settings and loading options; words have to be parsed by `parse_intermixed_args`."""
-    group = parser.add_argument_group("generation settings", "defaults: those of the run that -cn names, if any")
+    group = parser.add_argument_group("generation", "defaults come from the run that -cn names, if any")
     for name, kind, purpose in (
-        ("temperature", float, "0 is greedy"),
-        ("top_p", float, "nucleus sampling"),
-        ("num_beams", int, "beam search where above 1"),
-        ("max_new_tokens", int, "longest answer"),
+        ("temperature", float, "sampling temperature; 0 decodes greedily"),
+        ("top_p", float, "nucleus sampling threshold"),
+        ("num_beams", int, "number of beams; 1 is no beam search"),
+        ("max_new_tokens", int, "most tokens in an answer"),
     ):
         default = getattr(InferenceConfig, name)
-        group.add_argument(*_option_spellings(name), type=kind, metavar="N", help=f"{purpose} ({default})")
-    spellings = _option_spellings("cache_implementation")
-    group.add_argument(*spellings, choices=CACHE_IMPLEMENTATIONS, help="the cache of keys and values (the model's own)")
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=f"{purpose} ({default})")
+    group.add_argument(
+        "--cache-implementation", choices=CACHE_IMPLEMENTATIONS, help="type of KV cache (default: the model's)"
+    )
     add_thinking_option(group)
-    group.add_argument("--seed", type=int, help="makes sampling repeatable")
-    group.add_argument("-cn", "--config-name", metavar="RUN", help="a run whose section inference is used")
-    group.add_argument("--config-dir", metavar="FOLDER", help="the folder of your own run")
-    group.add_argument("overrides", nargs="*", metavar="inference.KEY=VALUE", help="overrides a key of that run")
+    group.add_argument("--seed", type=int, metavar="N", help="seed for sampling")
+    group.add_argument("-cn", "--config-name", metavar="RUN", help="use the inference section of this run")
+    group.add_argument("--config-dir", metavar="FOLDER", help="folder with your own runs")
+    group.add_argument("overrides", nargs="*", metavar="inference.KEY=VALUE", help="override a key of that run")
     add_loading_options(parser)
 
 
 def add_thinking_option(parser: "argparse._ActionsContainer") -> None:
     """Add `--thinking` and `--no-thinking`."""
-    purpose = "the model thinks before it answers, or not, where its chat template asks (as it was trained)"
+    purpose = "turn thinking before the answer on or off, if the chat template supports it (default: as trained)"
     parser.add_argument("--thinking", action=argparse.BooleanOptionalAction, default=None, help=purpose)
 
 
@@ -76,11 +88,6 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError(text)
     return number
-
-
-def _option_spellings(name: str) -> list[str]:
-    """Return an option's spelling with hyphens, and that of the key."""
-    return list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")))
 
 
 def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
@@ -93,9 +100,11 @@ def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
     from vlm.checks.compose import compose_inference_config
 
     if unknown := [word for word in args.overrides if not re.match(r"inference\.\w+=", word)]:
-        raise ConfigError(f"{unknown[0]}: only inference.KEY=VALUE is taken here, for a run that -cn names")
+        raise ConfigError(f"{unknown[0]}: one word too many; only inference.KEY=VALUE may follow, with -cn RUN")
     if args.config_name is None and (args.overrides or args.config_dir):
-        raise ConfigError(f"{args.overrides[0] if args.overrides else '--config-dir'}: name a run with it, -cn RUN")
+        raise ConfigError(
+            f"{args.overrides[0] if args.overrides else '--config-dir'}: add -cn RUN, the run that it changes"
+        )
     settings = InferenceConfig()
     if args.config_name is not None:
         folder_words = [] if args.config_dir is None else ["--config-dir", args.config_dir]

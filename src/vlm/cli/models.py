@@ -12,12 +12,17 @@ from vlm.config.shown import PresentableParser, presentable
 def main(words: Sequence[str]) -> None:
     """Print what can be trained; with `--details`, what each part takes; with `--check`, what is proved of a family."""
     args = parse(words)
+    if args.name is not None and (args.details or args.check):
+        sys.exit(f"vlm models: {args.name}: a name filters the list; leave out --details and --check")
     if args.details:
         from vlm.cli.model_details import list_details  # torch is slow to import
 
         list_details()
     elif args.check is None:
-        list_models()
+        try:
+            list_models(args.name)
+        except ValueError as error:
+            sys.exit(f"vlm models: {presentable(error)}")
     else:
         from vlm.cli.model_check import check  # a small model and its processor are slow to import
 
@@ -29,21 +34,27 @@ def main(words: Sequence[str]) -> None:
             sys.exit(f"vlm models: {presentable(error)}")
 
 
-def parse(words: Sequence[str]) -> Namespace:
-    """Return the options of the command line."""
-    purpose = "Parts and types of models that can be trained, and what was proved of each."
-    parser = PresentableParser("vlm models", description=purpose)
-    parser.add_argument(
-        "--details", action="store_true", help="what connectors, heads and families are and take; takes seconds longer"
-    )
+def make_parser() -> PresentableParser:
+    """Return the parser of `vlm models`."""
+    purpose = "List the parts and models that can be trained, with what was proved of each."
+    examples = ("vlm models", "vlm models qwen", "vlm models --check HuggingFaceTB/SmolVLM-256M-Instruct")
+    parser = PresentableParser("vlm models", "vlm models [NAME] [options]", purpose, examples=examples)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="list only what has this in its name")
+    parser.add_argument("--details", action="store_true", help="also describe connectors, heads and families (slower)")
     told = (
-        "prove on a small model what training takes for granted of a model (a name on the Hub or a folder), of a "
-        "model_type, or of `all` types of the installed transformers; the exit status is 1 where a proof fails"
+        "prove on a small model that training handles a model (a Hub name or folder), a model_type, or `all` types of "
+        "the installed transformers; the exit status is 1 if a proof fails"
     )
     parser.add_argument("--check", metavar="MODEL", help=told)
-    parser.add_argument("--trust-remote-code", action="store_true", help="let code of the repository of MODEL run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: write the verdicts to a file")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="with --check: write a page with their table")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with MODEL to run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: write the results to a file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="with --check: write a table of the results")
+    return parser
+
+
+def parse(words: Sequence[str]) -> Namespace:
+    """Return the options of the command line."""
+    parser = make_parser()
     args = parser.parse_args(words)
     if args.check is None and (args.json or args.markdown or args.trust_remote_code):
         parser.error("--json, --markdown and --trust-remote-code need --check")

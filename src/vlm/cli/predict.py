@@ -19,22 +19,32 @@ if TYPE_CHECKING:
     from vlm.inference.predict import Predictor
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `vlm predict`."""
+    purpose = (
+        "Predict labels, numbers or rankings with a model that has prediction heads, for one prompt or every record of "
+        "a file. An embedding head writes vectors."
+    )
+    examples = (
+        'vlm predict outputs/kinds/final --image cat.png --prompt "Which animal?"',
+        "vlm predict outputs/kinds/final --input new.jsonl --image-folder images --output preds.csv",
+    )
+    parser = PresentableParser("vlm predict", "vlm predict CHECKPOINT [options]", purpose, examples=examples)
+    checkpoint = "the folder `final` of a run with a head, or a model on the Hub"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=checkpoint)
+    prompt = "the question, worded as in training; <image> marks where the image goes"
+    add_question_options(parser, prompt, "preds.csv or preds.jsonl; for vectors .jsonl or .npy")
+    group = parser.add_argument_group("embedding heads")
+    side = "embed queries or documents, each with its own system prompt (default: document)"
+    group.add_argument("--side", choices=("query", "document"), help=side)
+    group.add_argument("--width", type=int, metavar="N", help="keep the first N numbers of each vector (default: all)")
+    add_loading_options(parser, quantized=False)
+    return parser
+
+
 def main(argv: Sequence[str]) -> None:
     """`vlm predict CHECKPOINT --image F --prompt T`, or `--input RECORDS --output TABLE`."""
-    purpose = (
-        "Ask a model with prediction heads: about one prompt, or about every record of a file. One with a head that "
-    )
-    purpose += "embeds writes vectors."
-    parser = PresentableParser("vlm predict", description=purpose)
-    parser.add_argument("checkpoint", help="a head run's folder `final`, or a name on the Hub")
-    prompt = "the question, as it was asked in training; <image> says where an image stands"
-    add_question_options(parser, prompt, "preds.csv or preds.jsonl; of vectors .jsonl or .npy")
-    group = parser.add_argument_group("a model with a head that embeds")
-    side = "what the vectors are of: what is searched by, or searched for, each with its system turn (document)"
-    group.add_argument("--side", choices=("query", "document"), help=side)
-    group.add_argument("--width", type=int, metavar="N", help="the first numbers of each vector that are kept (all)")
-    add_loading_options(parser, quantized=False)
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         check_question_options(args, (*SUFFIXES, ".npy"))
         _predict_file(args) if args.input else _predict_one(args)
@@ -60,7 +70,7 @@ def _load(args: argparse.Namespace) -> "Predictor | Embedder":
     )  # fmt: skip
     for name in ("side", "width"):
         if isinstance(loaded, Predictor) and (value := getattr(args, name)) is not None:
-            raise ValueError(f"--{name} {value}: the heads of {args.checkpoint} predict, and make no vectors")
+            raise ValueError(f"--{name} {value}: {args.checkpoint} has no embedding head; leave it out")
     return loaded
 
 
@@ -112,14 +122,14 @@ def _predict_file(args: argparse.Namespace) -> None:
         side = args.side or "document"
         rows = embed_file(predictor, config, args.output, side=side, width=args.width, **place, **options)
         bad = sum(bool(row["error"]) for row in rows)
-        _print_summary(args, len(rows), bad, "the key error")
+        _print_summary(args, len(rows), bad, "their key error")
         return
     result = predict_file(predictor, config, args.output, **place, **options)
     if result.metrics_text:
         print(printable(result.metrics_text))
-    _print_summary(args, result.records, result.bad, "column error")
+    _print_summary(args, result.records, result.bad, "the column error")
 
 
 def _print_summary(args: argparse.Namespace, records: int, bad: int, column: str) -> None:
-    unread = f"; {bad} could not be read, {column} says why" if bad else ""
+    unread = f"; {bad} could not be read, see {column}" if bad else ""
     print(f"{records:,} records: {args.output}{unread}")

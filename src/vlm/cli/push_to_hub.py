@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from vlm.assembly.adapter_merge import merge
 from vlm.cli.model_options import add_base_options
 from vlm.config.shown import PresentableParser, present_what_is_printed, presentable, printable
 
@@ -19,36 +18,41 @@ if TYPE_CHECKING:
     from vlm.hub.publishing import PreparedFolder
 
 
-def push_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `push-to-hub`."""
-    purpose = "Upload a checkpoint, with its code and a model card, so that plain transformers loads it by its name."
-    parser = PresentableParser("push-to-hub", description=purpose)
+    purpose = "Publish a checkpoint on the Hugging Face Hub, with a model card and the code that transformers needs."
+    examples = (
+        "vlm push-to-hub outputs/smol-finetune/final --repo me/smol-vlm",
+        "vlm push-to-hub outputs/smol-finetune/final --dry-run",
+    )
+    usage = "vlm push-to-hub CHECKPOINT --repo OWNER/NAME [options]"
+    parser = PresentableParser("vlm push-to-hub", usage, purpose, examples=examples)
     parser.add_argument("folder", nargs="?", type=Path, metavar="CHECKPOINT", help="a run's folder `final`")
-    parser.add_argument("--checkpoint", type=Path, metavar="CHECKPOINT", help="the same, as an option")
-    parser.add_argument("--repo", metavar="OWNER/NAME", help="the repository; without OWNER, your own")
-    parser.add_argument("--force", action="store_true", help="go on if the repository holds something already")
-    parser.add_argument("--yes", action="store_true", help="upload without asking once more")
+    parser.add_argument("--checkpoint", type=Path, metavar="CHECKPOINT", help="same as CHECKPOINT")
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="the repository (default owner: you)")
+    parser.add_argument("--force", action="store_true", help="upload even if the repository has files already")
+    parser.add_argument("--yes", action="store_true", help="upload without asking for confirmation")
     shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--private", action="store_true", help="a new repository is for you alone (the default)")
-    shown.add_argument("--public", action="store_true", help="a new repository is for everybody")
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch; one that is not there is made (main)")
-    parser.add_argument("--license", metavar="ID", help="the licence's identifier on the Hub, such as apache-2.0")
-    parser.add_argument("--merge", action="store_true", help="merge an adapter into its base first")
-    add_base_options(parser, "with --merge: code of the base may run")
-    parser.add_argument("--dry-run", action="store_true", help="prepare and list the files, upload nothing")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="with --dry-run: a new folder for them")
+    shown.add_argument("--private", action="store_true", help="make a new repository private (the default)")
+    shown.add_argument("--public", action="store_true", help="make a new repository public")
+    parser.add_argument("--revision", metavar="BRANCH", help="the branch, created if it does not exist (default: main)")
+    parser.add_argument("--license", metavar="ID", help="the model's license, such as apache-2.0")
+    parser.add_argument("--merge", action="store_true", help="merge a LoRA adapter into its base first")
+    add_base_options(parser, "with --merge: allow code that comes with the base to run")
+    parser.add_argument("--dry-run", action="store_true", help="prepare and list the files without uploading")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="with --dry-run: keep the files in a new folder")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """`push-to-hub CHECKPOINT --repo OWNER/NAME`."""
     present_what_is_printed()
-    parser = push_parser()
+    parser = make_parser()
     args = parser.parse_args(argv)
     if args.folder and args.checkpoint:
-        parser.error("give CHECKPOINT once")
+        parser.error("CHECKPOINT was given twice")
     if args.output and not args.dry_run:
-        parser.error("--output is where --dry-run leaves the files; give both")
+        parser.error("--output needs --dry-run")
     args.checkpoint = args.checkpoint or args.folder
     try:
         _check_prompts_possible(args)
@@ -56,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _check_publishable(args)
         _prepare_only(args) if args.dry_run else _push(args)
     except (ValueError, OSError) as error:
-        sys.exit(f"push-to-hub: {presentable(error)}")
+        sys.exit(f"vlm push-to-hub: {presentable(error)}")
     except (KeyboardInterrupt, EOFError):
-        sys.exit("push-to-hub: stopped; what has arrived on the Hub is not sent again by the same command")
+        sys.exit("vlm push-to-hub: stopped; the same command does not upload again what has arrived")
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -72,17 +76,17 @@ def _push(args: argparse.Namespace) -> None:
     if target.files and not args.force:
         situation = f"{target.name} exists and holds {len(target.files)} files"
         if not sys.stdin.isatty():
-            raise ValueError(f"{situation}: go on with --force; the commits before this one stay in its history")
-        _require_consent(f"{situation}. Go on? The commits before this one stay in its history.")
+            raise ValueError(f"{situation}: add --force to upload anyway; earlier commits stay in its history")
+        _require_consent(f"{situation}. Upload anyway? Earlier commits stay in its history.")
     with _prepare_folder(args, target.name) as prepared:
         gone = obsolete(target.files, prepared)
         _print_files(prepared)
         if gone:
-            print(printable(f"Of the repository's files these go: {', '.join(gone)}", single_line=True))
+            print(printable(f"Deleted from the repository: {', '.join(gone)}", single_line=True))
         private = target.private if target.exists else not args.public
         visibility = "private" if private else "public"
         if target.exists and (args.public or args.private) and private == args.public:
-            print(f"{target.name} stays {visibility}: only its settings on the Hub change that")
+            print(f"{target.name} stays {visibility}; change that in its settings on the Hub")
         if not args.yes:
             upload = f"{len(prepared.files)} files, {format_bytes(prepared.size)}, to {hub.endpoint}/{target.name}"
             _require_consent(f"Upload {upload} ({visibility})?")
@@ -114,6 +118,8 @@ def _prepare_folder(args: argparse.Namespace, repo: str | None) -> Iterator["Pre
     run = read_run(checkpoint)
     with TemporaryDirectory(prefix="push-to-hub-") as space:
         if is_adapter(checkpoint):
+            from vlm.assembly.adapter_merge import merge  # imports torch
+
             merge(str(checkpoint), Path(space, "merged"), args.base, trust_remote_code=args.trust_remote_code)
             checkpoint = Path(space, "merged")
         if args.output:
@@ -133,11 +139,11 @@ def _check_prompts_possible(args: argparse.Namespace) -> None:
     if sys.stdin.isatty():
         return
     if args.checkpoint is None:
-        raise ValueError("no terminal to ask at: say which folder with --checkpoint")
+        raise ValueError("CHECKPOINT is missing: a run's folder `final`")
     if args.repo is None and not args.dry_run:
-        raise ValueError("no terminal to ask at: say where to with --repo OWNER/NAME")
+        raise ValueError("--repo OWNER/NAME is missing")
     if not args.yes and not args.dry_run:
-        raise ValueError("no terminal to ask at: agree to the upload with --yes, or look first with --dry-run")
+        raise ValueError("there is no terminal to confirm the upload on: add --yes, or look first with --dry-run")
 
 
 def _check_publishable(args: argparse.Namespace) -> None:
@@ -147,9 +153,11 @@ def _check_publishable(args: argparse.Namespace) -> None:
     require_checkpoint(args.checkpoint)
     if is_adapter(args.checkpoint):
         if not args.merge:
-            raise ValueError(f"{args.checkpoint} is an adapter, nothing without its base: --merge merges it first")
+            raise ValueError(f"{args.checkpoint} is an adapter without its base; add --merge to merge them first")
     elif args.merge or args.base:
-        raise ValueError(f"{'--merge' if args.merge else '--base'}: {args.checkpoint} is complete, it has no base")
+        raise ValueError(
+            f"{'--merge' if args.merge else '--base'}: {args.checkpoint} is a complete model, without a base"
+        )
 
 
 # Prompts and output

@@ -17,39 +17,46 @@ from vlm.inference.resumable_table import SUFFIXES, check_output
 def add_question_options(parser: argparse.ArgumentParser, prompt: str, output: str) -> None:
     """Add options for one question or a file of them: what a prompt is, and examples of the file that is written."""
     question = parser.add_argument_group("one question")
-    question.add_argument("--prompt", help=prompt)
-    question.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    question.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
+    question.add_argument("--prompt", metavar="TEXT", help=prompt)
+    question.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="an image file; repeat for several"
+    )
+    question.add_argument(
+        "--video", action="append", default=[], metavar="FILE", help="a video file; repeat for several"
+    )
     group = parser.add_argument_group("a file of records")
-    group.add_argument("--input", metavar="FILE", help="records, in any format that training reads")
-    group.add_argument("--output", type=Path, metavar="FILE", help=f"the table to write: {output}")
+    group.add_argument("--input", metavar="FILE", help="a file of records in any training format")
+    group.add_argument("--output", type=Path, metavar="FILE", help=f"the file to write: {output}")
     add_reading_options(group)
     add_max_frames_option(parser)
 
 
 def add_max_frames_option(parser: argparse.ArgumentParser) -> None:
     """Add the option for the number of frames read from a video."""
-    spellings = ("--max-frames", "--max_frames")
-    purpose = "the most frames read from a video, evenly spread (%(default)s)"
-    parser.add_argument(*spellings, type=int, default=DatasetConfig.max_frames, metavar="N", help=purpose)
+    purpose = "most frames per video, evenly spaced (%(default)s)"
+    parser.add_argument("--max-frames", type=int, default=DatasetConfig.max_frames, metavar="N", help=purpose)
 
 
 def add_reading_options(group: "argparse._ArgumentGroup", *, writes: bool = True) -> None:
     """Add options of how a file of records is read; `writes`: those of a command that writes a row for each, too."""
-    option = "of that format: prompt='Which digit?'"
-    group.add_argument("--format", metavar="FORMAT", help="the records' format (llava, or labelled for tables)")
+    option = "an option of that format, such as prompt='Which digit?'; may be repeated"
+    group.add_argument(
+        "--format", metavar="FORMAT", help="record format (default: llava; labelled for CSV and other tables)"
+    )
     group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=option)
-    group.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="the folder of relative image paths")
-    rate = "frames read for each second of a video, as dataset.fps in training (as many as --max-frames allows)"
+    group.add_argument("--image-folder", metavar="FOLDER", help="folder that image paths are relative to")
+    rate = "frames per second of video, up to --max-frames (default: as many as it allows)"
     group.add_argument("--fps", type=float, metavar="N", help=rate)
-    links = "follow links that lead out of the image folder"
-    group.add_argument("--follow-links", "--follow_links", action="store_true", help=links)
-    group.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as dataset.system_prompt in training")
+    links = "follow symbolic links that lead out of the image folder"
+    group.add_argument("--follow-links", action="store_true", help=links)
+    group.add_argument("--system-prompt", metavar="TEXT", help="system prompt, as dataset.system_prompt in training")
     if not writes:
         return
-    group.add_argument("--batch-size", type=int, default=16, metavar="N", help="records in a batch (%(default)s)")
-    group.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)")
-    group.add_argument("--overwrite", action="store_true", help="replace an output that exists or was begun")
+    group.add_argument("--batch-size", type=int, default=16, metavar="N", help="records per batch (%(default)s)")
+    group.add_argument(
+        "--num-workers", type=int, default=2, metavar="N", help="worker processes that read records (%(default)s)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace existing or unfinished output")
 
 
 def check_question_options(args: argparse.Namespace, suffixes: Sequence[str] = SUFFIXES) -> None:
@@ -60,9 +67,9 @@ def check_question_options(args: argparse.Namespace, suffixes: Sequence[str] = S
     if (args.input is None) == (args.prompt is None):
         raise ValueError("give --prompt for one question, or --input and --output for a file of records")
     if (args.input is None) != (args.output is None):
-        raise ValueError("--input and --output belong together")
+        raise ValueError(f"{'--output' if args.input else '--input'} is missing: --input and --output go together")
     if args.input and (args.image or args.video):
-        raise ValueError("--image and --video belong to --prompt; a file of records names its own")
+        raise ValueError("--image and --video go with --prompt; a file of records names its own images")
     check_reading_options(args)
     if args.output is not None:
         check_output(args.output, overwrite=args.overwrite, suffixes=suffixes)

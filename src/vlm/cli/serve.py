@@ -32,19 +32,28 @@ PACKAGES = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm serve`."""
-    purpose = "Serve a model over HTTP as OpenAI's API: chat completions, embeddings, or the predictions of its heads."
-    parser = PresentableParser("vlm serve", description=purpose)
-    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
-    parser.add_argument("overrides", nargs="*", metavar="serving.KEY=VALUE", help="a limit, see docs/configuration.md")
-    parser.add_argument("--name", help="what requests call the model (default: its folder's or run's name)")
-    parser.add_argument("--host", default="127.0.0.1", help="whom it listens to (%(default)s: this machine only)")
-    parser.add_argument("--port", type=int, default=8000, help="(%(default)s; 0: a free one)")
-    name = "a further name of this machine in addresses, such as that of a proxy before it; may be repeated"
-    parser.add_argument("--allow-host", "--allow_host", action="append", default=[], metavar="NAME", help=name)
-    key = f"a file with the API key, which {KEY_VARIABLE} may hold instead"
-    parser.add_argument("--api-key-file", "--api_key_file", type=Path, metavar="FILE", help=key)
-    without = "answer everybody; needed where --host reaches beyond this machine and there is no key"
-    parser.add_argument("--no-api-key", "--no_api_key", action="store_true", help=without)
+    purpose = "Serve a model over HTTP with OpenAI's API: chat completions, embeddings, or predictions of its heads."
+    examples = (
+        "vlm serve outputs/smol-finetune/final",
+        "vlm serve outputs/smol-finetune/final --host 0.0.0.0 --api-key-file key.txt serving.max_batch=32",
+    )
+    usage = "vlm serve CHECKPOINT [options] [serving.KEY=VALUE …]"
+    parser = PresentableParser("vlm serve", usage, purpose, examples=examples)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder `final`, or a model on the Hub")
+    limits = "a limit of the server; docs/configuration.md lists them"
+    parser.add_argument("overrides", nargs="*", metavar="serving.KEY=VALUE", help=limits)
+    parser.add_argument("--name", metavar="NAME", help="the model's name in requests (default: the run's or folder's)")
+    address = "the address to listen on (%(default)s: this machine only)"
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help=address)
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="PORT", help="the port (%(default)s; 0: any free port)"
+    )
+    name = "another name by which clients reach this machine, such as a proxy's; may be repeated"
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=name)
+    key = f"a file that holds the API key (or set {KEY_VARIABLE})"
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=key)
+    without = "serve without a key; needed for a --host beyond this machine if there is no key"
+    parser.add_argument("--no-api-key", action="store_true", help=without)
     add_thinking_option(parser)
     add_loading_options(parser)
     return parser
@@ -67,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     with bind(args.host, args.port) as bound:  # before the model is loaded, which takes minutes
         app = _make_app(args, name, config, key)
         if key is None and not is_loopback(args.host):
-            risk = "whoever reaches this address can ask the model"
+            risk = "anyone who reaches this address can use the model"
             print(f"WARNING: --host {args.host} --no-api-key: {risk}.", file=sys.stderr)
         print(f"{name}: {format_url(args.host, bound.getsockname()[1])}/v1", flush=True)
         gc.collect()
@@ -90,9 +99,11 @@ def _make_app(args: argparse.Namespace, name: str, config: ServingConfig, key: s
         model = load_model(args, InferenceConfig(thinking=args.thinking))
         return make_chat_app(service, Engine(model, config.max_batch), guard.refusal_reason, key)
     if args.thinking is not None:
-        raise ValueError(f"--{'' if args.thinking else 'no-'}thinking: models with prediction heads write no answers")
+        raise ValueError(
+            f"--{'' if args.thinking else 'no-'}thinking: a model with prediction heads writes no answers; leave it out"
+        )
     if args.quantization is not None:
-        raise ValueError(f"--load-{args.quantization}: models with prediction heads are not quantized")
+        raise ValueError(f"--load-{args.quantization}: models with prediction heads cannot be quantized; leave it out")
     loaded = load_with_heads(
         args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code,
         max_image_tokens=args.max_image_tokens,
@@ -114,7 +125,7 @@ def read_serving_config(words: Sequence[str]) -> ServingConfig:
     for word in words:
         match = re.match(r"serving\.(\w+)=", word)
         if match is None:
-            raise ConfigError(f"{word[:80]}: only serving.KEY=VALUE is taken here")
+            raise ConfigError(f"{word[:80]}: one word too many; only serving.KEY=VALUE may follow")
         names = [field.name for field in fields(ServingConfig)]
         if match[1] not in names:
             raise ConfigError(describe_unknown_key(f"{PREFIX}{match[1]}", names))
@@ -144,13 +155,13 @@ def read_api_key(file: Path | None, is_refused: bool, host: str) -> str | None:
     key = os.environ.get(KEY_VARIABLE) if file is None else file.read_text(encoding="utf-8").strip()
     if is_refused:
         if key is not None:
-            raise ValueError(f"--no-api-key and {source}: give one of them")
+            raise ValueError(f"--no-api-key and {source} contradict each other; give one of them")
         return None
     if key is not None and (not key.isascii() or not key.isprintable() or not key or " " in key):
-        raise ValueError(f"{source}: a key is one word of printable ASCII characters")
+        raise ValueError(f"{source}: the key must be one word of printable ASCII characters")
     if key is None and not is_loopback(host):
-        hint = f"set {KEY_VARIABLE} or give --api-key-file, or answer everybody with --no-api-key"
-        raise ValueError(f"--host {host}: it reaches beyond this machine, and there is no API key; {hint}")
+        hint = f"set {KEY_VARIABLE} or --api-key-file, or allow everyone with --no-api-key"
+        raise ValueError(f"--host {host}: other machines can reach it, and there is no API key; {hint}")
     return key
 
 

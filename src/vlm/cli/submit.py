@@ -10,16 +10,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 
 from vlm.clusters.jobs import COMMON_KEYS, TARGETS, read_job, render
 from vlm.config.shown import PresentableParser
 
 EPILOG = f"""\
-Keys of every job: {", ".join(COMMON_KEYS)} (GPUs of a node; seconds of notice before the end; shell commands that run
-first). Further ones:
+Keys of every job: {", ".join(COMMON_KEYS)} (GPUs per node; seconds of warning before the time limit; shell commands to
+run first). Keys of each target:
 {chr(10).join(f"  {name:<11} {', '.join(target.keys)}" for name, target in TARGETS.items())}
-All other words are the run's, as in vlm -cn RUN …; docs/clusters.md has examples.
+All other words belong to the run, as in vlm -cn RUN …. See docs/clusters.md.
 """
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     job, run = read_job(words, args.target)
     name = find_run_name(run)
     if name is None:
-        parser.error("-cn RUN is missing; vlm --help lists the runs")
+        parser.error("the run is missing: add -cn RUN. vlm --help lists the runs")
     job.name = job.name or "".join(letter if letter.isalnum() else "-" for letter in name.lower())
     if not any(word.startswith("trainer.output_dir=") for word in run):  # the same one each time the job is queued
         root = "/outputs" if args.target == "kubernetes" else "outputs"
@@ -46,22 +47,26 @@ def main(argv: Sequence[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the options; keys and the run's words are none."""
     parser = PresentableParser(
-        "vlm submit", description="Write a run as a job of a cluster, and hand it in where asked.",
-        usage="vlm submit [options] -cn RUN nodes=N [key=value …]", epilog=EPILOG, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "vlm submit", "vlm submit [options] -cn RUN nodes=N [key=value …]",
+        "Write the job file that trains a run on a cluster, and submit it if you ask for that.", epilog=EPILOG,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=(
+            "vlm submit --target slurm -cn finetune-llava nodes=4 gpus=8 time=24:00:00 dataset.path=train.json",
+            "vlm submit --target slurm --submit -cn pretrain-smol nodes=1 dataset.path=captions.json",
+        ),
     )  # fmt: skip
     parser.add_argument("--target", choices=list(TARGETS), default="slurm", help="the scheduler (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the job file (default: named after the run)")
-    parser.add_argument("--submit", action="store_true", help="hand the job in as well")
+    parser.add_argument("--submit", action="store_true", help="also submit the job")
     parser.add_argument(
-        "--no-check", action="store_true", help="do not check the run here, where files of the cluster are missing"
+        "--no-check", action="store_true", help="skip the check of the run, for files that exist on the cluster only"
     )
     return parser
 
 
 def find_run_name(words: Sequence[str]) -> str | None:
     """Return the configuration's name in the words of a run; None where there is none."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:]):
         if word in ("-cn", "--config-name"):
             return following or None
         if word.startswith("--config-name="):

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, cast
 from vlm.cli.model_options import add_loading_options
 from vlm.cli.record_options import add_reading_options, check_reading_options, source_config
 from vlm.config.shown import PresentableParser
-from vlm.hub.certificates import CERTIFICATE_FILE
 
 if TYPE_CHECKING:
     from vlm.hub.certificates import Certificate
@@ -21,12 +20,12 @@ if TYPE_CHECKING:
     from vlm.models import VLMProcessor
 
 ENGINES = {
-    "transformers": "the installed one, which loads what vlm push-to-hub publishes, or --export",
-    "transformers-4": "version 4, in an environment of its own, which loads an export to llava",
-    "vllm": "with --url or installed; else the export is checked on paper",
-    "sglang": "the same, with an export to llava-original",
-    "gguf": "llama.cpp, by the package xllamacpp; else the files are read back and nothing is answered",
-    "onnx": "onnxruntime on the graphs of an export",
+    "transformers": "the installed version, on what vlm push-to-hub publishes or on --export",
+    "transformers-4": "version 4 in an environment of its own, on a llava export",
+    "vllm": "a server at --url, or the installed package; otherwise only the exported files are checked",
+    "sglang": "likewise, on a llava-original export",
+    "gguf": "llama.cpp through the package xllamacpp; otherwise the files are read back and no question is asked",
+    "onnx": "onnxruntime, on an onnx export",
 }
 """Name of an engine -> what it is; named here too so that `--help` imports no torch."""
 
@@ -37,26 +36,30 @@ DIFFERENT_STATUS = 1
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm verify`."""
     purpose = (
-        "Ask the same questions through training's own path and through another engine; compare pixels, ids, logits "
-        "and greedy answers, in this order, and name the first layer that differs."
+        "Check that another engine serves what was trained: ask both the same questions, compare pixels, token ids, "
+        "logits and greedy answers, and name the first layer that differs."
     )
-    parser = PresentableParser("vlm verify", description=purpose)
-    parser.add_argument("checkpoint", help="a run's folder `final`, or a name on the Hub")
+    examples = (
+        "vlm verify outputs/finetune/final --with transformers",
+        "vlm verify outputs/finetune/final --with vllm --url http://127.0.0.1:8000",
+    )
+    parser = PresentableParser(
+        "vlm verify", "vlm verify CHECKPOINT --with ENGINE [options]", purpose, examples=examples
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder `final`, or a model on the Hub")
     engines = "; ".join(f"{name}: {what}" for name, what in ENGINES.items())
-    parser.add_argument("--with", dest="engine", required=True, choices=ENGINES, help=engines)
-    export = "the export that the engine loads; without it, one is made and removed again"
+    parser.add_argument("--with", dest="engine", required=True, metavar="ENGINE", choices=ENGINES, help=engines)
+    export = "the export to load (default: a temporary one)"
     parser.add_argument("--export", type=Path, metavar="FOLDER", help=export)
-    url = "a running vLLM, SGLang or llama.cpp that serves this checkpoint: http://127.0.0.1:8000"
+    url = "address of a running vLLM, SGLang or llama.cpp server that serves this checkpoint"
     parser.add_argument("--url", metavar="ADDRESS", help=url)
-    parser.add_argument("--answers", type=int, default=200, metavar="N", help="how many questions (%(default)s)")
-    longest = "the longest answer, in tokens (%(default)s)"
+    parser.add_argument("--answers", type=int, default=200, metavar="N", help="number of questions (%(default)s)")
+    longest = "most tokens in an answer (%(default)s)"
     parser.add_argument("--max-new-tokens", type=int, default=16, metavar="N", help=longest)
-    output = (
-        f"where the certificate goes ({CERTIFICATE_FILE} in the checkpoint's folder; nowhere for a name on the Hub)"
-    )
+    output = "where to write the certificate (default: into the checkpoint's folder; none for a model on the Hub)"
     parser.add_argument("--output", type=Path, metavar="FILE", help=output)
-    records = parser.add_argument_group("questions of your own, beside those that are made")
-    records.add_argument("--data", dest="input", metavar="FILE", help="records, in any format that training reads")
+    records = parser.add_argument_group("your own questions, in addition to generated ones")
+    records.add_argument("--data", dest="input", metavar="FILE", help="a file of records in any training format")
     add_reading_options(records, writes=False)
     add_loading_options(parser, quantized=False, on_base=False)
     return parser
@@ -66,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     """Compare, print what was found, write the certificate, and exit with 1 where the engine differs."""
     args = make_parser().parse_args(argv)
     _check_options(args)
-    from vlm.hub.certificates import add_certificate
+    from vlm.hub.certificates import CERTIFICATE_FILE, add_certificate
     from vlm.hub.folders import resolve_folder
     from vlm.inference.verify.engines import load_engine
     from vlm.inference.verify.verify import Settings, verify
@@ -94,11 +97,11 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.url is not None and args.engine not in ("vllm", "sglang", "gguf"):
         raise ValueError(f"--url {args.url}: only vllm, sglang and gguf are asked over HTTP, not {args.engine}")
     if args.url is not None and args.export is not None:
-        raise ValueError("--url and --export: a running server has loaded its export already; give one of them")
+        raise ValueError("--url and --export: a running server has already loaded its export; give one of them")
     if args.export is not None and not args.export.exists():
         raise ValueError(f"--export {args.export}: no such folder (seen from {Path.cwd()})")
     if not args.input and any((args.format, args.option, args.image_folder, args.follow_links, args.system_prompt)):
-        raise ValueError("--format, --option, --image-folder, --follow-links and --system-prompt belong to --data")
+        raise ValueError("--format, --option, --image-folder, --follow-links and --system-prompt need --data")
 
 
 def _load(args: argparse.Namespace, checkpoint: Path) -> "VisionLanguageModel":

@@ -18,19 +18,29 @@ from vlm.web.access import PASSWORD_VARIABLE, Access, read_password
 from vlm.web.guard import is_loopback
 
 
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `vlm web`."""
+    purpose = "Open a local web page to chat, predict, train, watch runs and browse data."
+    examples = ("vlm web", "vlm web outputs/smol-finetune/final --port 8080")
+    parser = PresentableParser("vlm web", "vlm web [CHECKPOINT …] [options]", purpose, examples=examples)
+    checkpoints = "models to offer in addition to those of your runs"
+    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help=checkpoints)
+    address = "the address to listen on (%(default)s: this machine only)"
+    parser.add_argument("--host", default="127.0.0.1", metavar="HOST", help=address)
+    parser.add_argument("--port", type=int, default=7860, metavar="PORT", help="the port (%(default)s)")
+    outputs = "the folder that holds your runs (%(default)s)"
+    parser.add_argument("--outputs", type=Path, default=Path("outputs"), metavar="FOLDER", help=outputs)
+    upload = "largest file that may be uploaded (%(default)s)"
+    parser.add_argument("--max-upload", type=str.lower, default="20mb", metavar="SIZE", help=upload)
+    password = f"a file whose first line is the password, or - to be asked (or set {PASSWORD_VARIABLE}; default: none)"
+    parser.add_argument("--password-file", metavar="FILE", help=password)
+    add_base_options(parser, "allow code that comes with the named checkpoints to run")
+    return parser
+
+
 def main(argv: Sequence[str]) -> None:
     """`vlm web [CHECKPOINT …]`."""
-    parser = PresentableParser("vlm web", description="A page to chat, predict, train and look through data.")
-    parser.add_argument("checkpoints", nargs="*", metavar="CHECKPOINT", help="to choose from, besides those of runs")
-    parser.add_argument("--host", default="127.0.0.1", help="the address (%(default)s: this machine only)")
-    parser.add_argument("--port", type=int, default=7860, help="the port (%(default)s)")
-    parser.add_argument("--outputs", type=Path, default=Path("outputs"), help="the folder of runs (%(default)s)")
-    upload = "largest upload (%(default)s)"
-    parser.add_argument("--max-upload", "--max_upload", type=str.lower, default="20mb", help=upload)
-    password = f"a file whose first line is a password, or - to ask for it (else {PASSWORD_VARIABLE}; default: none)"
-    parser.add_argument("--password-file", "--password_file", metavar="FILE", help=password)
-    add_base_options(parser, "let code in the checkpoints that are named here run")
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     if find_spec("gradio") is None:
         sys.exit("vlm web: Gradio is not installed: pip install 'small-vlm[web]'")
     _check_arguments(args)
@@ -41,9 +51,9 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if not 1 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: a number from 1 to 65535 is needed")
     if not re.fullmatch(r"[1-9]\d*(kb|mb|gb)", args.max_upload):
-        raise ValueError(f"--max-upload {args.max_upload}: a size such as 20mb is needed (kb, mb or gb)")
+        raise ValueError(f"--max-upload {args.max_upload}: a size in kb, mb or gb is needed, such as 20mb")
     if args.outputs.exists() and not args.outputs.is_dir():
-        raise ValueError(f"--outputs {args.outputs}: it is a file; a folder is needed")
+        raise ValueError(f"--outputs {args.outputs}: this is a file; a folder is needed")
     try:
         family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
         socket.create_server((args.host, args.port), family=family).close()
@@ -53,7 +63,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
         folder = Path(name)
         is_path = name.startswith((".", "/", "~")) or len(folder.parts) != 2 or folder.exists()
         if is_path and not (folder / "config.json").is_file():
-            raise ValueError(f"{name}: no checkpoint there (seen from {Path.cwd()}); a run's is its folder `final`")
+            raise ValueError(f"{name}: no checkpoint there (seen from {Path.cwd()}); a run keeps it in `final`")
 
 
 def _serve(args: argparse.Namespace, access: Access) -> None:
@@ -72,9 +82,9 @@ def _serve(args: argparse.Namespace, access: Access) -> None:
         address = serve(page, settings)
         if not is_loopback(args.host):
             secret = "this address" if access.password is None else "this address or the password"
-            risk = "may start trainings and read records and images of this machine; nothing is encrypted on the way"
-            print(f"WARNING: --host {args.host}: whoever has {secret} {risk}.", flush=True)
-        print(f"vlm web: {address}  (Ctrl+C ends it; runs that it started go on)", flush=True)
+            risk = "can start training and read records and images on this machine; the connection is not encrypted"
+            print(f"WARNING: --host {args.host}: anyone with {secret} {risk}.", flush=True)
+        print(f"vlm web: {address}  (Ctrl+C stops the page; runs that it started keep going)", flush=True)
         page.block_thread()
     finally:
         shutil.rmtree(uploads, ignore_errors=True)

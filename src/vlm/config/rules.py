@@ -14,6 +14,9 @@ from typing import Any, get_args
 
 from vlm.config.named import is_custom_name
 
+MAX_LISTED_VALUES = 16
+"""The most values that a message lists; docs/configuration.md has all."""
+
 Metadata = dict[str, "Choices | Bounds | Reach"]
 
 
@@ -30,7 +33,8 @@ class Choices:
 
     def message(self, nullable: bool) -> str:
         """Return what is allowed, in words."""
-        listing = ", ".join([*(["null"] if nullable else []), *self.names])
+        names = self.names if len(self.names) <= MAX_LISTED_VALUES else [*self.names[:MAX_LISTED_VALUES], "…"]
+        listing = ", ".join([*(["null"] if nullable else []), *names])
         return f"allowed are {listing}" + (f", or {self.custom} for your own" if self.custom else "")
 
 

@@ -9,6 +9,7 @@ The keys of `transformers.TrainingArguments` are not copied: they are read out o
 whatever the installed version takes can be set as `trainer.<name>`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -461,3 +462,16 @@ def key_names(path: str) -> list[str]:
             return []
         node = found.default_factory
     return [f.name for f in fields(node)]
+
+
+def dotted_keys() -> list[str]:
+    """Return every key of a run that takes a value, from its section on: `trainer.max_steps`."""
+    return [*_find_keys(RunConfig, "")]
+
+
+def _find_keys(section: Any, prefix: str) -> Iterator[str]:
+    for found in fields(section):
+        if is_dataclass(found.default_factory):
+            yield from _find_keys(found.default_factory, f"{prefix}{found.name}.")
+        else:
+            yield f"{prefix}{found.name}"

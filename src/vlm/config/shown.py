@@ -10,6 +10,9 @@ import logging
 import re
 import sys
 import traceback
+from collections.abc import Sequence
+from difflib import get_close_matches
+from textwrap import wrap
 from types import TracebackType
 from typing import NoReturn
 
@@ -82,6 +85,14 @@ def presentable(message: object) -> str:
     return printable(shorten(mask(str(message))))
 
 
+def format_columns(names: Sequence[str], width: int = 100) -> str:
+    """Return names in columns, read downwards, each line with two blanks before it."""
+    cell = max(map(len, names), default=0) + 2
+    num_rows = -(-len(names) // max(1, (width - 2) // cell))
+    rows = (names[row::num_rows] for row in range(num_rows))
+    return "\n".join("  " + "".join(f"{name:<{cell}}" for name in row).rstrip() for row in rows)
+
+
 class PresentableRecord(logging.LogRecord):
     """A line of a log, of any library, printable and without secrets; tables keep their lines and their length."""
 
@@ -91,11 +102,83 @@ class PresentableRecord(logging.LogRecord):
 
 
 class PresentableParser(argparse.ArgumentParser):
-    """A parser of a command line that is presentable when it repeats what it refuses."""
+    """A parser of a command line, with examples in its help and refusals in plain words, without secrets.
+
+    Args:
+        prog: the command: `vlm generate`.
+        usage: the command on one line, with `[options]` for those that need not be given; None: argparse's.
+        description: what the command does.
+        examples: command lines, shown below the options.
+        epilog: text behind the options; this and the others are argparse's.
+    """
+
+    def __init__(
+        self, prog: str, usage: str | None = None, description: str | None = None, *, examples: Sequence[str] = (),
+        epilog: str | None = None, allow_abbrev: bool = True,
+        formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter,
+    ):  # fmt: skip
+        super().__init__(prog, usage, description, epilog, allow_abbrev=allow_abbrev, formatter_class=formatter_class)
+        self.examples = tuple(examples)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parse words as argparse does; options may be spelled with underscores, too."""
+        words = [*map(_with_hyphens, sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(words, namespace or argparse.Namespace())
+
+    def format_help(self) -> str:
+        """Return the help, with the examples at its end."""
+        listing = "".join(f"\n  {line}" for example in self.examples for line in wrap_command(example))
+        return super().format_help() + (f"\nexamples:{listing}\n" if listing else "")
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and what is refused, and end the process."""
-        super().error(presentable(message))
+        """Print what is refused and the usage, and end the process with status 2."""
+        options = re.findall(r"--[\w-]+", super().format_help())
+        said = presentable(explain_arguments(message, options))
+        usage = f"\n{self.format_usage().strip()}" if self.usage else ""
+        self.exit(2, f"{self.prog}: {said}{usage}\n{self.prog} --help lists all options.\n")
+
+
+def _with_hyphens(word: str) -> str:
+    """Return an option with hyphens in its name (`--max_frames=4` -> `--max-frames=4`); other words as they are."""
+    name, equals, value = word.partition("=")
+    return f"{name.replace('_', '-')}{equals}{value}" if re.fullmatch(r"--\w[\w-]*", name) else word
+
+
+NEEDED_ARGUMENTS = {
+    "int": "a whole number is needed", "float": "a number is needed", "positive": "a whole number above 0 is needed",
+}  # fmt: skip
+"""Name of the function that reads a value -> what it needs."""
+
+
+def explain_arguments(message: str, options: Sequence[str]) -> str:
+    """Return in plain words what argparse refuses; `options` are those that the command has."""
+    if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
+        names = [name for name in missing[1].split(", ") if "=" not in name]
+        return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} missing"
+    if unknown := re.fullmatch(r"unrecognized arguments: (.*)", message):
+        word = unknown[1].split()[0]
+        if not word.startswith("-"):
+            return f"{word}: one word too many"
+        near = get_close_matches(word.partition("=")[0].replace("_", "-"), options, n=1)
+        return f"{word}: no such option{f'; did you mean {near[0]}?' if near else ''}"
+    given = re.fullmatch(r"argument ([^:]*?): (.*)", message, re.S)
+    if given is None:
+        return message
+    name, said = given[1].split("/")[0], given[2]
+    if choice := re.fullmatch(r"invalid choice: '?(.*?)'? \(choose from (.*)\)", said):
+        return f"{name} {choice[1]}: allowed are {choice[2].replace(chr(39), '')}"
+    if value := re.fullmatch(r"invalid (\w+) value: '(.*)'", said):
+        needed = NEEDED_ARGUMENTS.get(value[1].strip("_"), "a value of another form is needed")
+        return f"{name} {value[2]}: {needed}"
+    return f"{name}: {'a value is needed behind it' if said == 'expected one argument' else said}"
+
+
+def wrap_command(command: str, width: int = 108) -> list[str]:
+    """Return a command line as lines that a shell reads as one."""
+    lines = wrap(command, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def present_what_is_printed() -> None:

@@ -1,5 +1,6 @@
 """What a caller gives with a prompt: images and videos, and the turn that they become."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,16 +88,26 @@ def check_videos(videos: Sequence[VideoInput], max_frames: int) -> None:
         raise ValueError(f"max_frames={max_frames}: at least 1 is needed")
     with errors_without_record():
         for path in videos:
+            _refuse_address("video", path)
             num_frames(Path(path), str(path))
 
 
 def load_images(images: Sequence[ImageInput]) -> list[Image.Image]:
     """Return images, opened where they are paths; raise ValueError where one does not open."""
+    for image in images:
+        if not isinstance(image, Image.Image):
+            _refuse_address("image", image)
     with errors_without_record():
         return [
             image if isinstance(image, Image.Image) else open_image(ImageRef(Path(image)), str(image))
             for image in images
         ]
+
+
+def _refuse_address(kind: str, path: str | Path) -> None:
+    """Raise ValueError where a path is an address."""
+    if re.match(r"\w{2,}:/", str(path)):
+        raise ValueError(f"{kind} {path}: web addresses are not downloaded; save the {kind} to a file and name that")
 
 
 @contextmanager

@@ -1,0 +1,140 @@
+"""What TAB offers: in this process for all kinds of words, and in a real bash for the script."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vlm.cli.completion import SHELLS, find_candidates
+from vlm.cli.main import COMMANDS, main
+from vlm.config.packaged import group_names, run_names
+
+RUN = ["-cn", "finetune-smol"]
+
+
+def offered(*words: str) -> list[str]:
+    return find_candidates(words, COMMANDS)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run, records and a YAML of the user's own, to work in."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "first" / "final").mkdir(parents=True)
+    (tmp_path / "records.json").write_text("[]")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "dinov2.yaml").write_text("defaults: [pretrain-smol, _self_]")
+    (tmp_path / ".hidden").mkdir()
+    return tmp_path
+
+
+def test_commands_and_options_begin_a_line():
+    assert offered("") == [*COMMANDS, "-cn", "--config-dir", "--help", "--version"]
+    assert offered("ge") == ["generate"]
+    assert offered("-") == ["-cn", "--config-dir", "--help", "--version"]
+
+
+def test_runs_follow_cn(files: Path):
+    assert offered("-cn", "") == sorted(run_names())
+    assert offered("launch", "--nproc", "2", "--", "-cn", "pretrain-sm") == ["pretrain-smol"]
+    assert offered("--config-dir", "mine", "-cn", "din") == ["dinov2"]
+    assert offered("--config-name=finetune-sm") == ["--config-name=finetune-smol"]
+    assert offered("data", "show", "-cn", "finetune-sm") == ["finetune-smol"]
+    assert offered("generate", "x", "-cn", "finetune-sm") == ["finetune-smol"]
+
+
+def test_groups_come_with_their_choices():
+    assert {f"{name}=" for name in group_names() if name.startswith("model/")} == set(offered(*RUN, "model/"))
+    assert "model/language_model=qwen2.5-0.5b" in offered(*RUN, "model/language_model=qw")
+    assert offered(*RUN, "trainer/deepspeed=zero") == [f"trainer/deepspeed=zero{stage}" for stage in range(4)]
+
+
+def test_keys_are_offered_section_by_section():
+    assert offered(*RUN, "tr") == ["trainer.", *(f"{name}=" for name in group_names() if name.startswith("trainer/"))]
+    assert offered(*RUN, "trainer.learn") == ["trainer.learning_rate."]
+    assert "trainer.learning_rate.connector_learning_rate=" in offered(*RUN, "trainer.learning_rate.")
+    assert offered(*RUN, "trainer.num_train_e") == ["trainer.num_train_epochs="]
+    assert offered(*RUN, "++trainer.num_train_e") == ["++trainer.num_train_epochs="]
+    assert offered(*RUN, "trainer.nothing") == []
+
+
+def test_values_are_those_that_a_key_may_have(files: Path):
+    assert offered(*RUN, "trainer.bf16=") == ["trainer.bf16=true", "trainer.bf16=false"]
+    assert offered(*RUN, "dataset.over_length=s") == ["dataset.over_length=skip", "dataset.over_length=split"]
+    assert offered(*RUN, "dataset.path=rec") == ["dataset.path=records.json"]
+    assert offered(*RUN, "trainer.from_pretrained=outputs/first/") == ["trainer.from_pretrained=outputs/first/final/"]
+    assert offered(*RUN, "trainer.max_steps=") == []
+
+
+def test_checkpoints_are_paths(files: Path):
+    assert offered("generate", "out") == ["outputs/"]
+    assert offered("generate", "outputs/first/") == ["outputs/first/final/"]
+    assert offered("chat", "./rec") == ["./records.json"]
+    assert offered("chat", "nowhere/") == []
+    assert ".hidden/" not in offered("chat", "")
+    assert offered("chat", ".h") == [".hidden/"]
+
+
+def test_options_of_a_command_come_with_their_choices(files: Path):
+    assert offered("generate", "x", "--max-n") == ["--max-new-tokens"]
+    assert offered("generate", "x", "--dtype", "f") == ["float32", "float16"]
+    assert offered("generate", "x", "--dtype=f") == ["--dtype=float32", "--dtype=float16"]
+    assert offered("export", "x", "y", "--format", "g") == ["gguf"]
+    assert offered("generate", "x", "--image", "rec") == ["records.json"]
+    assert offered("generate", "--overwrite", "rec") == ["records.json"]
+    assert offered("completion", "") == list(SHELLS)
+    assert "show" in offered("data", "")
+    assert "qwen2.5-vl-3b" in offered("models", "qwen2.5-v")
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "data"])
+def test_every_command_offers_options(command: str):
+    assert "--help" in offered(command, "--")
+
+
+def test_an_answer_needs_neither_torch_nor_hydra():
+    code = (
+        "import sys; from vlm.cli.main import main\n"
+        "for words in (['-cn', 'x', 'trainer.l'], ['verify', '--'], ['generate', 'x', '--dtype', '']):\n"
+        "    main(['__complete', *words])\n"
+        "print([name for name in ('torch', 'hydra', 'omegaconf', 'huggingface_hub') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_each_shell_has_a_script_that_asks_vlm(shell: str, capsys: pytest.CaptureFixture[str]):
+    main(["completion", shell])
+    script = capsys.readouterr().out
+    assert "__complete" in script
+    if interpreter := shutil.which(shell):
+        subprocess.run([interpreter, "-n"], input=script, text=True, check=True)
+
+
+ASK_BASH = """
+vlm() {{ "{python}" -m vlm "$@"; }}
+eval "$(vlm completion bash)"
+ask() {{
+    COMP_LINE=$1 COMP_POINT=${{#1}}
+    compopt() {{ echo "compopt $*"; }}
+    _vlm_complete vlm
+    echo "${{COMPREPLY[*]}}"
+}}
+ask "vlm gene"
+ask "vlm -cn finetune-smol model/language_model=qwen2.5-0"
+ask "X=1 vlm -cn finetune-smol trainer.learn"
+ask "vlm generate x --dtype "
+"""
+
+
+def test_a_real_bash_gets_what_follows_the_last_break_of_a_word(tmp_path: Path):
+    """readline breaks words at = and : and puts in what the script returns behind the last one."""
+    done = subprocess.run(
+        ["bash", "--norc"], input=ASK_BASH.format(python=sys.executable), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [
+        "generate", "qwen2.5-0.5b", "compopt -o nospace", "trainer.learning_rate.", "auto float32 bfloat16 float16",
+    ], done.stderr  # fmt: skip
