@@ -34,6 +34,7 @@ from vlm.checks.messages import (
     explain_composition,
 )
 from vlm.checks.run import ObjectiveChecks, check
+from vlm.checks.start import check_start
 from vlm.checks.surface import named_by_user
 from vlm.config.named import permit_names
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
@@ -53,6 +54,8 @@ def with_config(
     argv: Sequence[str] | None,
     action: Callable[[RunConfig, str, list[str]], object],
     make_objective: Callable[[RunConfig], ObjectiveChecks],
+    *,
+    trains: bool = False,
 ) -> None:
     """Compose and check a configuration, then act on it; what the user has to fix ends the program with a message.
 
@@ -60,6 +63,7 @@ def with_config(
         argv: the command line; defaults to this process's arguments.
         action: called with the configuration, its name and the keys that the command line sets.
         make_objective: returns the objective of a configuration, which names the keys that contradict it.
+        trains: whether the action is the run itself, which has to have something to start from.
     """
 
     def check_and_act(composed: DictConfig) -> None:
@@ -68,6 +72,8 @@ def with_config(
         config = make_run_config(composed)
         permit_names(named_by_user(config))
         check(config, make_objective(config))
+        if trains:
+            check_start(config, name)
         words = HydraConfig.get().overrides.task
         overrides = [word.split("=")[0].lstrip("+~").replace("/", ".") for word in words]
         speaks = os.environ.get("RANK", "0") == "0"

@@ -157,6 +157,10 @@ class TrainerOptions:
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
     """A checkpoint of this framework to start from; its architecture wins over `model`."""
+    starts_from: str | None = None
+    """The run whose model this one trains further, such as `pretrain-smol`: without `from_pretrained` the run is then
+    refused, since its connector would be random; null: it may start from its parts. Whole models (`model.hf_name`)
+    start from themselves."""
     resume_from_checkpoint: str = field(
         default="auto", metadata=reads_outside("reads the saved state of a run elsewhere", is_start_word)
     )
