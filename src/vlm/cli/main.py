@@ -11,6 +11,7 @@ from vlm.cli.pipes import end_with_pipes
 from vlm.config.shown import present_what_is_printed, presentable
 
 COMMANDS = {
+    "check": "check",
     "generate": "generate",
     "chat": "chat",
     "predict": "predict",

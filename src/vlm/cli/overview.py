@@ -8,6 +8,7 @@ USAGE = """\
 vlm composes, trains and asks vision-language models.
 
   vlm -cn RUN dataset.path=RECORDS [key=value …]            train
+  vlm check -cn RUN dataset.path=RECORDS …                  before training: memory, time, data, what would go wrong
   vlm launch --nproc 8 -- -cn RUN …                         train on several GPUs; vlm launch --help
   vlm submit --target slurm -cn RUN nodes=4 …               a job of it for a cluster; vlm submit --help
   vlm generate CHECKPOINT --image FILE --prompt TEXT        ask a trained model; of a file: --input, --output

@@ -1,7 +1,7 @@
 """The bytes of tensors that are alive at once, counted operation by operation, of real tensors or of fake ones.
 
-Each operation's outputs are looked at; a storage counts from then on until nothing refers to it. What a kernel allocates
-and frees within one operation is not seen, nor what the allocator keeps in reserve.
+Each operation's outputs are looked at; a storage counts from then on until nothing refers to it. What a kernel
+allocates and frees within one operation is not seen, nor what the allocator keeps in reserve.
 """
 
 import weakref

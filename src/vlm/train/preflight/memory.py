@@ -141,8 +141,8 @@ def predict_sharded(
         prediction: without sharding.
         sizes: of the model.
         ranks: number of devices.
-        half: whether matrix products run in half precision; DeepSpeed then holds weights in it too, and a copy in single
-            precision with the optimiser's states.
+        half: whether matrix products run in half precision; DeepSpeed then holds weights in it too, and a copy in
+            single precision with the optimiser's states.
     """
     trained, frozen = sizes.trained, sizes.frozen
     width = HALF if half else FULL

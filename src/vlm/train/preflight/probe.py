@@ -1,7 +1,7 @@
 """A few steps of a run, made and thrown away: their memory, their time, and their first batch.
 
-The probe trains a model of its own in a folder that is deleted. It saves, evaluates and logs nothing, and the run itself
-loads its weights anew and seeds its random numbers after them, so that nothing of the probe is left in it.
+The probe trains a model of its own in a folder that is deleted. It saves, evaluates and logs nothing, and the run
+itself loads its weights anew and seeds its random numbers after them, so that nothing of the probe is left in it.
 """
 
 import copy
@@ -183,7 +183,6 @@ def run_probe(objective: Objective, run: PreparedRun, steps: tuple[int, float]) 
     probe = Probe()
     objective.before_training(run)
     trainer = make_trainer(objective, run)
-    trainer.on_first_batch = None
     forward, callback = watch(trainer, probe), ProbeCallback(probe, trainer)
     trainer.add_callback(callback)
     try:
