@@ -277,9 +277,12 @@ def is_user_error(error: BaseException) -> bool:
 def open_mapping_key(argument: str) -> str:
     """Return a word of the command line as Hydra takes it.
 
-    Keys in mappings whose names the user chooses get their `+`, and `trainer.optim_args=key=value` its quotes.
+    Keys in mappings whose names the user chooses get their `+`, `trainer.optim_args=key=value` its quotes, and
+    `preflight` its section.
     """
     key, equals, value = argument.partition("=")
+    if key == "preflight":
+        return f"trainer.{argument}"
     if key == "trainer.optim_args" and re.fullmatch(r"\w+=[^'\"]*", value):
         return f"{key}='{value}'"
     if named := re.fullmatch(r"(dataset\.sources|model\.head\.extra_heads)\.(\w+)((?:\.\w+)*)", key):

@@ -161,6 +161,9 @@ class TrainerOptions:
     """The run whose model this one trains further, such as `pretrain-smol`: without `from_pretrained` the run is then
     refused, since its connector would be random; null: it may start from its parts. Whole models (`model.hf_name`)
     start from themselves."""
+    preflight: bool = False
+    """Before a run begins, make a few steps, throw them away, and say what the run will do, as `vlm check` does, in the
+    log and in `preflight.html` of the run directory; `preflight=true` for short. The run stays the same to the bit."""
     resume_from_checkpoint: str = field(
         default="auto", metadata=reads_outside("reads the saved state of a run elsewhere", is_start_word)
     )

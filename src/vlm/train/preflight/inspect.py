@@ -3,12 +3,14 @@
 import base64
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments, get_scheduler
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from vlm.assembly.family_trial.verdicts import read_unused
 from vlm.assembly.private_names import check_private_names
@@ -46,7 +48,7 @@ from vlm.train.run_directory import contribution_table
 
 log = logging.getLogger(__name__)
 
-DEVICES = (1, 2, 4, 8)
+DEVICES = (1, 2, 8)
 """Numbers of devices that the memory of sharding is told for."""
 NUM_POINTS = 200
 """Points of a learning-rate curve."""
@@ -61,9 +63,25 @@ def inspect_run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> 
     check_private_names()
     folder = throwaway_folder()
     try:
-        return _inspect(config, quiet_config(config, folder), name, overrides, folder)
+        with without_chatter():
+            return _inspect(config, quiet_config(config, folder), name, overrides, folder)
     finally:
         remove(folder)
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Leave out what a run logs, and the bars of weights that load; warnings stay."""
+    logger = logging.getLogger("vlm")
+    level, bars = logger.level, is_progress_bar_enabled()
+    logger.setLevel(logging.WARNING)
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            enable_progress_bar()
 
 
 def _inspect(config: RunConfig, probing: RunConfig, name: str, overrides: Sequence[str], folder: Path) -> Findings:

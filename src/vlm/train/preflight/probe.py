@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from vlm.assembly.resolve import load_weights
 from vlm.config.schema import RunConfig
@@ -41,7 +41,7 @@ QUIET = {
     "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "report_to": "none", "num_samples": 0,
     "before_after": False, "keep_best": None, "profile": False, "logging_strategy": "no", "disable_tqdm": True,
     "async_save": False, "stuck_after": None, "spike_action": None, "dataloader_num_workers": 0, "eval_metrics": [],
-    "resume_from_checkpoint": "never",
+    "resume_from_checkpoint": "never", "preflight": False,
 }  # fmt: skip
 """What a probe sets in `trainer`: it leaves nothing behind, and reads its batches itself."""
 
@@ -183,6 +183,7 @@ def run_probe(objective: Objective, run: PreparedRun, steps: tuple[int, float]) 
     probe = Probe()
     objective.before_training(run)
     trainer = make_trainer(objective, run)
+    trainer.remove_callback(PrinterCallback)
     forward, callback = watch(trainer, probe), ProbeCallback(probe, trainer)
     trainer.add_callback(callback)
     try:

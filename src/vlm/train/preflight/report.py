@@ -88,7 +88,7 @@ def memory_text(memory: MemoryFindings) -> str:
 
 
 def memory_table(memory: MemoryFindings) -> Table:
-    """Return what each way of sharding makes of the largest step, on each of 1, 2, 4 and 8 devices."""
+    """Return what each way of sharding makes of the largest step, by the number of devices."""
     numbers = sorted(memory.rows[0].device) if memory.rows else []
     rows: list[Sequence[str]] = []
     for row in memory.rows:
