@@ -19,7 +19,12 @@ def main(words: Sequence[str]) -> None:
     purpose = "What a run will do, in under a minute and without training: parts, data, memory, time, disk, problems."
     parser = PresentableParser("vlm check", usage, purpose, allow_abbrev=False)
     parser.add_argument("--output", type=Path, help="the page (outputs/preflight-RUN.html)")
-    parser.add_argument("--plan", metavar="GPUS=NxNAME", help="on paper, without weights and data: GPUS=8xH100")
+    parser.add_argument("--plan", metavar="GPUS=NxNAME", help="on paper, without weights: GPUS=8xH100")
+    parser.add_argument("--samples", type=int, help="with --plan: number of training samples (those of the data set)")
+    parser.add_argument("--tokens", type=int, help="with --plan: tokens of a mean sample, image tokens included")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="with --plan: assumed share of the GPUs' peak (%(default)s)"
+    )
     args, rest = parser.parse_known_args(words)
     refused = False
 
@@ -29,7 +34,8 @@ def main(words: Sequence[str]) -> None:
         if args.plan is not None:
             from vlm.train.preflight.plan import make_plan
 
-            print(make_plan(config, name, overrides, args.plan))
+            options = {"samples": args.samples, "tokens": args.tokens, "mfu": args.mfu}
+            print(make_plan(config, name, overrides, args.plan, **options))
             return
         from vlm.train.preflight.inspect import inspect_run
         from vlm.train.preflight.report import as_html, as_text
