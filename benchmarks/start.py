@@ -55,8 +55,9 @@ OF_BARE = 2.0
 def run_words(parts: Path, records: Path, folder: Path, *words: str) -> list[str]:
     """Return the command line of a run of one step that saves nothing before its end."""
     keys = [*model_keys(parts), *data_keys(records), f"trainer.output_dir={folder}", *words]
-    still = ["max_steps=1", "save_strategy=no", "num_samples=0", "report_to=none", "disable_tqdm=true", "use_cpu=true",
-             "dataloader_num_workers=0", "packing=false", "train_sampling_strategy=random"]  # fmt: skip
+    still = ["starts_from=null", "max_steps=1", "save_strategy=no", "num_samples=0", "report_to=none",
+             "disable_tqdm=true", "use_cpu=true", "dataloader_num_workers=0", "packing=false",
+             "train_sampling_strategy=random"]  # fmt: skip
     return ["-cn", "finetune-smol", *keys, *(f"trainer.{word}" for word in still)]
 
 

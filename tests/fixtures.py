@@ -200,6 +200,7 @@ def brief(world: Path) -> list[str]:
     return [
         f"dataset.path={world / 'records.json'}",
         f"dataset.image_folder={world / 'images'}",
+        "trainer.starts_from=null",
         "trainer.use_cpu=true",
         "trainer.logging_steps=1",
         "trainer.dataloader_num_workers=0",

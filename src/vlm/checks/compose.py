@@ -37,6 +37,7 @@ from vlm.checks.messages import (
     explain_composition,
 )
 from vlm.checks.run import ObjectiveChecks, check, check_overridden_rates
+from vlm.checks.start import check_start
 from vlm.checks.surface import named_by_user
 from vlm.config.named import permit_names
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
@@ -56,6 +57,8 @@ def with_config(
     argv: Sequence[str] | None,
     action: Callable[[RunConfig, str, list[str]], object],
     make_objective: Callable[[RunConfig], ObjectiveChecks],
+    *,
+    trains: bool = False,
 ) -> None:
     """Compose and check a configuration, then act on it; what the user has to fix ends the program with a message.
 
@@ -63,6 +66,7 @@ def with_config(
         argv: the command line; defaults to this process's arguments.
         action: called with the configuration, its name and the keys that the command line sets.
         make_objective: returns the objective of a configuration, which names the keys that contradict it.
+        trains: whether the action is the run itself, which has to have something to start from.
     """
 
     def check_and_act(composed: DictConfig) -> None:
@@ -72,6 +76,8 @@ def with_config(
         permit_names(named_by_user(config))
         objective = make_objective(config)
         check(config, objective)
+        if trains:
+            check_start(config, name)
         words = HydraConfig.get().overrides.task
         overrides = [word.split("=")[0].lstrip("+~").replace("/", ".") for word in words]
         check_overridden_rates(config, objective, overrides)
@@ -291,9 +297,12 @@ def is_user_error(error: BaseException) -> bool:
 def open_mapping_key(argument: str) -> str:
     """Return a word of the command line as Hydra takes it.
 
-    Keys in mappings whose names the user chooses get their `+`, and `trainer.optim_args=key=value` its quotes.
+    Keys in mappings whose names the user chooses get their `+`, `trainer.optim_args=key=value` its quotes, and
+    `preflight` its section.
     """
     key, equals, value = argument.partition("=")
+    if key == "preflight":
+        return f"trainer.{argument}"
     if key == "trainer.optim_args" and re.fullmatch(r"\w+=[^'\"]*", value):
         return f"{key}='{value}'"
     if named := re.fullmatch(r"(dataset\.sources|model\.head\.extra_heads)\.(\w+)((?:\.\w+)*)", key):

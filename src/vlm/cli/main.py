@@ -11,6 +11,7 @@ from vlm.cli.unknown_command import describe_unknown_command
 from vlm.config.shown import present_what_is_printed, presentable
 
 COMMANDS = {
+    "check": "check",
     "generate": "generate",
     "chat": "chat",
     "predict": "predict",

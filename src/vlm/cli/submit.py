@@ -79,7 +79,7 @@ def check_run(words: Sequence[str]) -> None:
     from vlm.checks.compose import with_config
     from vlm.train.objectives.table import make_objective
 
-    with_config(words, lambda config, name, overrides: None, make_objective)
+    with_config(words, lambda config, name, overrides: None, make_objective, trains=True)
 
 
 def submit(target: str, file: Path, *, hand_in: bool) -> None:

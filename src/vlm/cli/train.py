@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> None:
     with listen_to_signals():
         take_world_from_scheduler()
         try:
-            with_config(words, train, make_objective)
+            with_config(words, train, make_objective, trains=True)
         except BaseException as error:
             end_with_backend_threads(error)
             raise

@@ -159,6 +159,14 @@ class TrainerOptions:
     """The run directory; null: `outputs/<config name>-<time>`."""
     from_pretrained: str | None = None
     """A checkpoint of this framework to start from; its architecture overrides `model`."""
+    starts_from: str | None = None
+    """The run whose model this one continues to train, such as `pretrain-smol`. Without `from_pretrained` the run is then
+    refused, since its connector would be random. null: the run may start from its parts. Whole models
+    (`model.hf_name`) start from themselves."""
+    preflight: bool = False
+    """Before the run begins, train a few steps, discard them, and report what the run will do, as `vlm check` does: in
+    the log and in `preflight.html` of the run directory. `preflight=true` for short. The run itself is unchanged, bit
+    for bit."""
     resume_from_checkpoint: str = field(
         default="auto", metadata=reads_outside("reads the saved state of a run elsewhere", is_start_word)
     )

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from vlm.assembly.checkpoint import is_prediction_model
 from vlm.assembly.encoders import encoder_sources
 from vlm.assembly.model_interface import TrainableModel
-from vlm.config.model_schema import ModelConfig
+from vlm.config.model_schema import ConnectorConfig, ModelConfig
+from vlm.config.packaged import packaged_connectors
 from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, TrainerOptions
 from vlm.families.parts import get_part_names
 from vlm.models.vocabulary import find_vocabulary_head
@@ -79,7 +80,7 @@ def make_parts(
     part_names = (*PARTS, HEAD) if is_prediction_model(model) else PARTS
     source_names = {
         "visual_encoder": " + ".join(encoder.hf_name for encoder in encoder_sources(sources.visual_encoder).values()),
-        "connector": sources.connector.name or sources.connector.type,
+        "connector": connector_source(sources.connector),
         "language_model": sources.language_model.hf_name,
         HEAD: ", ".join(f"{head.task} at {head.pooling}" for head in sources.head.by_name.values()),
     }
@@ -110,6 +111,12 @@ def make_parts(
         )
         for name, own in parameters.items()
     ]
+
+
+def connector_source(connector: ConnectorConfig) -> str:
+    """Return what the table of parts calls a connector: its name, unless that is the packaged one of another type."""
+    is_other = connector.name in packaged_connectors() and connector.name != connector.type
+    return connector.type if connector.name is None or is_other else connector.name
 
 
 def token_embedding_names(model: TrainableModel) -> frozenset[str]:

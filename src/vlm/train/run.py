@@ -64,6 +64,10 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     args.output_dir = str(folder := choose_directory(config, name))
     world = World.of(config, args.world_size, objective.loss_average)
     with open_run_directory(config, folder, world) as start:
+        if config.trainer.preflight and not start.is_done and start.checkpoint is None:
+            from vlm.train.preflight.before_run import write_preflight  # few runs have one
+
+            write_preflight(config, name, overrides, folder)
         if not start.is_done:
             _train(objective, model_config, processor, args, start, verdicts)
     return folder

@@ -29,7 +29,7 @@ def _keys(section: str, names: str) -> frozenset[str]:
     return frozenset(f"{section}.{name}" for name in names.split())
 
 
-START = _keys("trainer", "output_dir resume_from_checkpoint resume_changes hub_token")
+START = _keys("trainer", "output_dir resume_from_checkpoint resume_changes starts_from preflight hub_token")
 
 SAFE = (
     _keys("trainer", "num_train_epochs max_steps num_samples eval_metrics eval_metrics_samples "

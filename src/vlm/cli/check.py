@@ -1,0 +1,53 @@
+"""`vlm check -cn RUN …`: what a run will do, before it is started; `--plan` on paper, without weights."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm.checks.compose import with_config
+from vlm.config.schema import RunConfig
+from vlm.config.shown import PresentableParser
+from vlm.train.objectives.table import make_objective
+
+REFUSED_STATUS = 1
+"""The exit status where the run would not come to its end."""
+
+
+def main(words: Sequence[str]) -> None:
+    """`vlm check [--output FILE] [--plan GPUS=NxNAME] -cn RUN …`."""
+    usage = "vlm check [options] -cn RUN dataset.path=… [key=value …]"
+    purpose = "What a run will do, in under a minute and without training: parts, data, memory, time, disk, problems."
+    parser = PresentableParser("vlm check", usage, purpose, allow_abbrev=False)
+    parser.add_argument("--output", type=Path, help="the page (outputs/preflight-RUN.html)")
+    parser.add_argument("--plan", metavar="GPUS=NxNAME", help="on paper, without weights: GPUS=8xH100")
+    parser.add_argument("--samples", type=int, help="with --plan: number of training samples (those of the data set)")
+    parser.add_argument("--tokens", type=int, help="with --plan: tokens of a mean sample, image tokens included")
+    parser.add_argument(
+        "--mfu", type=float, default=0.4, help="with --plan: assumed share of the GPUs' peak (%(default)s)"
+    )
+    args, rest = parser.parse_known_args(words)
+    refused = False
+
+    def action(config: RunConfig, name: str, overrides: list[str]) -> None:
+        """Inspect the run, print the page, and write it as HTML."""
+        nonlocal refused
+        if args.plan is not None:
+            from vlm.train.preflight.plan import make_plan
+
+            options = {"samples": args.samples, "tokens": args.tokens, "mfu": args.mfu}
+            print(make_plan(config, name, overrides, args.plan, **options))
+            return
+        from vlm.train.preflight.inspect import inspect_run
+        from vlm.train.preflight.report import as_html, as_text
+
+        findings = inspect_run(config, name, overrides)
+        print(as_text(findings))
+        file = args.output or Path("outputs", f"preflight-{name}.html")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(as_html(findings), encoding="utf-8")
+        print(f"\nWith images and plots: {file}")
+        refused = findings.is_refused
+
+    with_config(rest, action, make_objective)
+    if refused:
+        sys.exit(REFUSED_STATUS)

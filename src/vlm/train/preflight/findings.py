@@ -1,0 +1,155 @@
+"""What a preflight found out about a run, as plain values: `report.py` shows them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vlm.train.preflight.memory import MemoryPrediction
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What would go wrong, or is likely not meant.
+
+    Attributes:
+        text: what is wrong.
+        remedy: the override that mends it.
+        is_fatal: whether the run would be refused, or would not end.
+    """
+
+    text: str
+    remedy: str
+    is_fatal: bool = False
+
+
+@dataclass(frozen=True)
+class DataFindings:
+    """What the training records are.
+
+    Attributes:
+        table: what each source gives.
+        forms: a sentence for each source: how its records are read, and what they look like.
+        lengths: tokens of each sample; empty where they are not known.
+        longest: the most tokens that a sample may have.
+        skipped: reasons of records that are left out, with their numbers.
+    """
+
+    table: str = ""
+    forms: Sequence[str] = ()
+    lengths: Sequence[int] = ()
+    longest: int = 0
+    skipped: Sequence[tuple[str, int]] = ()
+
+
+@dataclass(frozen=True)
+class ShardedRow:
+    """The memory that a way of sharding needs on each device.
+
+    Attributes:
+        name: of the way.
+        override: what chooses it.
+        device: bytes of a device, by the number of devices.
+        host: bytes of the machine's memory for each device, by the number of devices.
+    """
+
+    name: str
+    override: str
+    device: dict[int, int]
+    host: dict[int, int]
+
+
+@dataclass(frozen=True)
+class MemoryFindings:
+    """The memory of a step.
+
+    Attributes:
+        predicted: of the probe's second step, without sharding; None: it cannot be counted, and `note` says why.
+        measured: of the same step; 0: it was not.
+        worst: predicted where the longest samples come together; None: not known.
+        rows: of ways of sharding, for that step.
+        available: bytes of a device, or of the machine.
+        method: how `measured` was measured.
+        note: why nothing is predicted.
+    """
+
+    predicted: MemoryPrediction | None
+    measured: int
+    worst: MemoryPrediction | None
+    rows: Sequence[ShardedRow]
+    available: int
+    method: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class TimeFindings:
+    """The time of a run, from the probe.
+
+    Attributes:
+        steps: number of steps.
+        step: seconds of a step on average.
+        training: seconds of all steps.
+        evaluation: seconds of all evaluations.
+        saving: seconds of all checkpoints.
+        basis: what a step's time is taken to grow with.
+        evaluations: number of evaluations.
+        checkpoints: number of checkpoints.
+    """
+
+    steps: int
+    step: float
+    training: float
+    evaluation: float
+    saving: float
+    basis: str
+    evaluations: int
+    checkpoints: int
+
+    @property
+    def total(self) -> float:
+        """Seconds of everything."""
+        return self.training + self.evaluation + self.saving
+
+
+@dataclass(frozen=True)
+class DiskFindings:
+    """The disk of a run's checkpoints: bytes of a checkpoint, of `final`, of all that is kept at once, and free."""
+
+    checkpoint: int
+    final: int
+    needed: int
+    free: int
+
+
+@dataclass
+class Findings:
+    """Everything that a preflight found out.
+
+    Attributes:
+        name: of the run.
+        start: what the run starts from.
+        parts: the table of parts.
+        data: of the training records.
+        memory: None: no step was made.
+        duration: None: no step was timed.
+        disk: None: not known.
+        rates: learning rate of each part by step: name -> points.
+        first_batch: HTML of the first batch, with its images in it.
+        problems: what would go wrong.
+    """
+
+    name: str
+    start: str
+    parts: str = ""
+    data: DataFindings = field(default_factory=DataFindings)
+    memory: MemoryFindings | None = None
+    duration: TimeFindings | None = None
+    disk: DiskFindings | None = None
+    rates: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    first_batch: str = ""
+    first_sample: str = ""
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the run would not come to its end as it is."""
+        return any(problem.is_fatal for problem in self.problems)

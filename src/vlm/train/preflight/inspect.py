@@ -1,0 +1,248 @@
+"""Finds out what a run will do: its data, its parts, its memory, its time, and what would go wrong."""
+
+import base64
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import TrainingArguments, get_scheduler
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from vlm.assembly.family_trial.verdicts import read_unused
+from vlm.assembly.private_names import check_private_names
+from vlm.assembly.resolve import resolve_model
+from vlm.checks.start import start_problem
+from vlm.config.derived import embedding_row_keys
+from vlm.config.schema import RunConfig
+from vlm.data.blank_images import dummy_image
+from vlm.data.counted_later import CountedLater
+from vlm.data.dataset import SampleDataset
+from vlm.data.pages import tokens_as_text
+from vlm.data.records.guess import guess_form
+from vlm.data.sample import group_reasons
+from vlm.train.family_trial import check_family, check_videos
+from vlm.train.model import compute_dtype
+from vlm.train.objectives.base import PreparedRun, RunData
+from vlm.train.objectives.table import make_objective
+from vlm.train.parts import parameter_groups, table
+from vlm.train.preflight.available import available_bytes
+from vlm.train.preflight.duration import predict_disk, predict_time
+from vlm.train.preflight.fake_step import BatchShape, MemoryNotCountable
+from vlm.train.preflight.findings import DataFindings, Findings, MemoryFindings, Problem, ShardedRow
+from vlm.train.preflight.memory import SHARDINGS, MemoryPrediction, ModelSizes, predict_memory, predict_sharded
+from vlm.train.preflight.probe import (
+    Probe,
+    prepare_run,
+    probe_arguments,
+    quiet_config,
+    remove,
+    run_probe,
+    throwaway_folder,
+)
+from vlm.train.preflight.problems import find_problems
+from vlm.train.run_directory import contribution_table
+
+log = logging.getLogger(__name__)
+
+DEVICES = (1, 2, 8)
+"""Numbers of devices that the memory of sharding is told for."""
+NUM_POINTS = 200
+"""Points of a learning-rate curve."""
+
+
+def inspect_run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Findings:
+    """Make a few steps of a run and throw them away; return what it will do. `config` is not changed.
+
+    Raises:
+        ValueError: the run would be refused, with the message that it would have.
+    """
+    check_private_names()
+    folder = throwaway_folder()
+    try:
+        with without_chatter():
+            return _inspect(config, quiet_config(config, folder), name, overrides, folder)
+    finally:
+        remove(folder)
+
+
+@contextmanager
+def without_chatter() -> Iterator[None]:
+    """Leave out what a run logs, and the bars of weights that load; warnings stay."""
+    logger = logging.getLogger("vlm")
+    level, bars = logger.level, is_progress_bar_enabled()
+    logger.setLevel(logging.WARNING)
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            enable_progress_bar()
+
+
+def _inspect(config: RunConfig, probing: RunConfig, name: str, overrides: Sequence[str], folder: Path) -> Findings:
+    findings = Findings(name, describe_start(config, name))
+    objective = make_objective(probing)
+    resolved = resolve_model(probing, overrides)
+    args = probe_arguments(probing, [*objective.training_keys(), *embedding_row_keys(probing)])
+    verdicts = check_family(probing, *resolved, objective.packing_proofs)
+    data = objective.load_data(*resolved, args)
+    if isinstance(records := data.records["train"], CountedLater):
+        records.wait()
+    check_videos(probing, resolved[0], verdicts, data.records.values())
+    findings.data = inspect_data(data, config)
+    run = prepare_run(objective, folder, resolved, args, data, read_unused(verdicts))
+    findings.parts = table(run.parts)
+    sizes = ModelSizes.of(run.model)
+    findings.first_sample = first_sample(data)
+    steps = (config.trainer.max_steps, config.trainer.num_train_epochs)
+    probe = run_probe(objective, run, steps)
+    findings.first_batch = inline_images(folder)
+    own = _own_arguments(config, args)
+    findings.memory = inspect_memory(run, config, own, probe, sizes)
+    findings.disk = predict_disk(config, own, sizes, findings.memory.predicted)
+    findings.duration = predict_time(probe, config, own, data.records["train"], data.evaluation, findings.disk)
+    findings.rates = learning_rates(run, own, probe.max_steps)
+    if (problem := start_problem(config, name)) is not None:
+        findings.problems.append(Problem(problem, "trainer.from_pretrained=…, or trainer.starts_from=null", True))
+    findings.problems += find_problems(config, findings)
+    return findings
+
+
+def _own_arguments(config: RunConfig, args: TrainingArguments) -> TrainingArguments:
+    """Return the arguments with what the probe has changed as the run has it."""
+    own = cast(Any, args)
+    names = ("save_strategy", "save_steps", "eval_strategy", "eval_steps", "max_steps", "num_train_epochs")
+    for key in names:
+        if (value := getattr(config.trainer, key)) is not None:
+            setattr(own, key, value)
+    return args
+
+
+def describe_start(config: RunConfig, name: str) -> str:
+    """Return what a run starts from, in a line."""
+    trainer, model = config.trainer, config.model
+    if trainer.from_pretrained is not None:
+        return f"the checkpoint {trainer.from_pretrained}"
+    if model.hf_name is not None:
+        return f"the model {model.hf_name}"
+    parts = f"{model.visual_encoder.hf_name} and {model.language_model.hf_name}"
+    if start_problem(config, name) is not None:
+        return f"{parts} with a RANDOM connector, although it continues {trainer.starts_from}"
+    return f"{parts} with a new connector"
+
+
+def inspect_data(data: RunData, config: RunConfig) -> DataFindings:
+    """Return what the training records are."""
+    train = data.records["train"]
+    if not isinstance(train, SampleDataset):
+        return DataFindings(table="a stream: its records are not known before they are read")
+    forms = []
+    for source in train.sources:
+        record = source.records[0] if len(source.records) else None
+        guess = guess_form(record)
+        looks = "no form that is known" if guess is None else guess.what
+        agrees = guess is not None and guess.format == source.config.format
+        verdict = "as they look" if agrees else f"they look like {looks}"
+        forms.append(f"{source.name}: read with dataset.format={source.config.format}; {verdict}")
+    longest = train.sources[0].encoder.longest if train.sources else 0
+    reasons = group_reasons(train.skipped)
+    return DataFindings(contribution_table(train.contributions), forms, train.lengths.tolist(), longest, reasons)
+
+
+def first_sample(data: RunData) -> str:
+    """Return the first training sample as text, its supervised tokens marked; empty where it has none."""
+    train = data.records["train"]
+    if not isinstance(train, SampleDataset):
+        return ""
+    item = cast(Any, train[0])
+    if not isinstance(item, dict) or "labels" not in item:
+        return ""
+    labels = [int(label) for label in item["labels"]]
+    return tokens_as_text([int(number) for number in item["input_ids"]], labels, train.processor, colours=False)
+
+
+def inline_images(folder: Path) -> str:
+    """Return the body of `first_batch.html` with its images in it; empty where the objective wrote none."""
+    file = folder / "first_batch.html"
+    if not file.is_file():
+        return ""
+    body = re.findall(r"<section>.*?</section>", file.read_text(encoding="utf-8"), re.DOTALL)
+
+    def inline(match: re.Match[str]) -> str:
+        """Return an image as a data URI."""
+        image = folder / match[1]
+        content = base64.b64encode(image.read_bytes()).decode() if image.is_file() else ""
+        return f'src="data:image/png;base64,{content}"'
+
+    return re.sub(r'src="(first_batch/[\w./-]+)"', inline, "".join(body))
+
+
+def inspect_memory(
+    run: PreparedRun, config: RunConfig, args: TrainingArguments, probe: Probe, sizes: ModelSizes
+) -> MemoryFindings:
+    """Return the memory of the probe's step and of the worst one, with what sharding makes of it."""
+    dtype, device = compute_dtype(args), args.device
+    method = "allocated by PyTorch" if device.type == "cuda" else "tensors alive at once, counted by PyTorch"
+    note, predicted, worst = "", None, None
+    try:
+        image = dummy_image(run.processor)[1]
+        predicted = predict_memory(run.model, config, args, image, probe.shapes, dtype)
+        shape = worst_batch(run.data.records["train"], probe.shapes)
+        worst = predicted if shape is None else predict_memory(run.model, config, args, image, [shape] * 2, dtype)
+    except MemoryNotCountable as reason:
+        note = str(reason)
+    base = worst or predicted or measured_prediction(probe.peak, sizes)
+    rows: dict[str, ShardedRow] = {}
+    for devices in DEVICES:
+        for name, on_device, on_host in predict_sharded(base, sizes, devices, half=dtype != torch.float32):
+            row = rows.setdefault(name, ShardedRow(name, SHARDINGS[name], {}, {}))
+            row.device[devices], row.host[devices] = on_device, on_host
+    return MemoryFindings(predicted, probe.peak, worst, list(rows.values()), available_bytes(device), method, note)
+
+
+def measured_prediction(peak: int, sizes: ModelSizes) -> MemoryPrediction:
+    """Return what a measured peak says where activations cannot be counted: AdamW's states are assumed."""
+    gradients, states = 4 * sizes.trained, 8 * sizes.trained
+    activations = max(peak - sizes.weights - gradients - states, 0)
+    return MemoryPrediction(sizes.weights, gradients, states, activations, peak, "measured in the probe")
+
+
+def worst_batch(train: object, shapes: Sequence[BatchShape]) -> BatchShape | None:
+    """Return a batch of the longest samples of a run, as many as the largest batch of the probe has; None: unknown."""
+    if not isinstance(train, SampleDataset) or not shapes or not len(train.lengths):
+        return None
+    largest = max(shapes, key=lambda shape: shape.rows * shape.tokens)
+    number = len(largest.lengths) or largest.rows
+    lengths = sorted(train.lengths.tolist(), reverse=True)[:number]
+    grown = sum(lengths) / max(sum(largest.lengths) or largest.rows * largest.tokens, 1)
+    images = sorted(train.num_images.tolist(), reverse=True)[:number]
+    supervised = max(round(largest.supervised * max(grown, 1)), largest.supervised)
+    count = max(largest.images, sum(images))
+    if largest.lengths:
+        return BatchShape(1, sum(lengths), count, supervised, tuple(lengths))
+    return BatchShape(len(lengths), max(lengths), count, supervised)
+
+
+def learning_rates(run: PreparedRun, args: TrainingArguments, steps: int) -> dict[str, list[tuple[int, float]]]:
+    """Return the learning rate of each part over the steps of a run; empty for schedules that depend on metrics."""
+    groups = {}
+    for group in parameter_groups(run.parts, ()):
+        groups.setdefault(str(group["name"]).partition(".")[0], float(group["lr"]))
+    optimizer = torch.optim.SGD(
+        [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in groups.values()], lr=0.0
+    )
+    schedule = cast(Any, get_scheduler(
+        args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs  # pyright: ignore[reportArgumentType]
+    ))  # fmt: skip
+    if not hasattr(schedule, "lr_lambdas"):
+        return {}
+    points = sorted({round(index * steps / NUM_POINTS) for index in range(NUM_POINTS + 1)})
+    return {
+        name: [(step, rate * schedule.lr_lambdas[number](step)) for step in points]
+        for number, (name, rate) in enumerate(groups.items())
+    }

@@ -1,0 +1,183 @@
+"""The memory of a run on each device, predicted: what holds it, and what each way of sharding makes of it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel, TrainingArguments
+
+from vlm.config.schema import RunConfig
+from vlm.data.batching.stats import ModelInputs
+from vlm.train.optimizers import make_optimizer
+from vlm.train.parts import Part, make_parts
+from vlm.train.preflight.fake_step import BatchShape, StepBytes, copy_to_fake, count_step_bytes
+from vlm.train.preflight.live_bytes import LiveBytes
+
+HALF, FULL = 2, 4
+"""Bytes of a number in half and in single precision."""
+
+SHARDINGS = {
+    "none": "trainer/deepspeed=none",
+    "zero0": "trainer/deepspeed=zero0",
+    "zero1": "trainer/deepspeed=zero1",
+    "zero2": "trainer/deepspeed=zero2",
+    "zero3": "trainer/deepspeed=zero3",
+    "fsdp2": "trainer/deepspeed=none trainer/sharding=fsdp2",
+    "zero2 + offload": "trainer.deepspeed=FILE with offload_optimizer",
+    "zero3 + offload": "trainer.deepspeed=FILE with offload_optimizer and offload_param",
+}
+"""Way of sharding -> the override that chooses it."""
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Numbers of a model that is ready to train.
+
+    Attributes:
+        trained: number of elements that train.
+        frozen: number of elements that do not.
+        weights: bytes of all parameters and buffers, as the model holds them.
+        largest_layer: the most elements of a module that is gathered at once where weights are sharded.
+    """
+
+    trained: int
+    frozen: int
+    weights: int
+    largest_layer: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "ModelSizes":
+        """Count a model, which may be on the meta device."""
+        parameters = list(model.parameters())
+        counts = [(_num_elements(parameter), parameter.requires_grad) for parameter in parameters]
+        layers = [module for module in model.modules() if isinstance(module, nn.ModuleList) for module in module]
+        lone = [module for module in model.modules() if not list(module.children())]
+        largest = max((sum(map(_num_elements, module.parameters())) for module in (*layers, *lone)), default=0)
+        tensors = [*parameters, *model.buffers()]
+        weights = sum(_num_elements(tensor) * tensor.element_size() for tensor in tensors)
+        trained = sum(count for count, trains in counts if trains)
+        return cls(trained, sum(count for count, _ in counts) - trained, weights, largest)
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Bytes of a device at the highest moment of a step, without sharding.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients: of what trains.
+        states: of the optimiser.
+        activations: activations, batches and copies of weights in half precision, at most.
+        peak: everything together at the highest moment; less than the sum where gradients come as activations go.
+        source: what activations are known from: `counted`, or `measured in the probe`.
+    """
+
+    weights: int
+    gradients: int
+    states: int
+    activations: int
+    peak: int
+    source: str = "counted"
+
+
+def predict_memory(
+    model: PreTrainedModel, config: RunConfig, args: TrainingArguments, image: ModelInputs,
+    batches: Sequence[BatchShape], dtype: torch.dtype,
+) -> MemoryPrediction:  # fmt: skip
+    """Predict the memory of a step, without sharding.
+
+    Args:
+        model: ready to train; real, or on the meta device.
+        config: the run's configuration.
+        args: the run's arguments, which choose the optimiser.
+        image: the model's inputs for an image.
+        batches: the micro-batches of a step.
+        dtype: the precision of matrix products.
+
+    Raises:
+        MemoryNotCountable: the model does not run without data.
+    """
+    step = count_step_bytes(model, image, batches, dtype)
+    states, extra = count_optimizer_bytes(model, config, args)
+    return combine(ModelSizes.of(model), step, states, extra)
+
+
+def combine(sizes: ModelSizes, step: StepBytes, states: int, extra: int) -> MemoryPrediction:
+    """Add up what was counted; `extra` is what the optimiser needs while it steps."""
+    peak = sizes.weights + states + max(step.with_gradients, step.gradients + extra)
+    return MemoryPrediction(sizes.weights, step.gradients, states, step.activations, peak)
+
+
+def count_optimizer_bytes(model: PreTrainedModel, config: RunConfig, args: TrainingArguments) -> tuple[int, int]:
+    """Return the bytes of the optimiser's states, and the most that it needs besides while it steps.
+
+    An optimiser that does not run on fake tensors is taken for AdamW in single precision.
+    """
+    trained = sum(_num_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fake = copy_to_fake(model, mode)
+        optimizer = make_optimizer(args, fake, make_parts(fake, config.trainer, config.model), ())
+        with mode:
+            for parameter in fake.parameters():
+                parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            with LiveBytes() as live:
+                optimizer.step()
+        tensors = [state for states in optimizer.state.values() for state in states.values()]
+        held = sum(_bytes(tensor) for tensor in tensors if isinstance(tensor, Tensor))
+        return held, max(live.peak - held, 0)
+    except Exception:  # an optimiser of the user's, or one with kernels of its own, may do anything
+        return 2 * FULL * trained, 0
+
+
+def predict_sharded(
+    prediction: MemoryPrediction, sizes: ModelSizes, ranks: int, *, half: bool
+) -> Iterator[tuple[str, int, int]]:
+    """Yield each way of sharding with the bytes of a device and of the host's memory that it takes for each rank.
+
+    Args:
+        prediction: without sharding.
+        sizes: of the model.
+        ranks: number of devices.
+        half: whether matrix products run in half precision; DeepSpeed then holds weights in it too, and a copy in
+            single precision with the optimiser's states.
+    """
+    trained, frozen = sizes.trained, sizes.frozen
+    width = HALF if half else FULL
+    copies = HALF * trained if half else 0  # what autocast holds of weights in single precision
+    activations, states = prediction.activations, prediction.states
+    bare = max(activations - copies, 0)
+    buckets = FULL * trained if ranks > 1 else 0
+    yield "none", prediction.peak + buckets, 0
+    master = states + (FULL * trained if half else 0)
+    weights, gradients = width * (trained + frozen), width * trained
+    yield "zero0", weights + gradients + master + bare, 0
+    yield "zero1", weights + gradients + master // ranks + bare, 0
+    yield "zero2", weights + gradients // ranks + master // ranks + bare, 0
+    gathered = 2 * width * sizes.largest_layer
+    yield "zero3", (weights + gradients + master) // ranks + gathered + bare, 0
+    if ranks > 1:
+        held = FULL * trained + width * frozen + FULL * trained + states
+        yield "fsdp2", held // ranks + gathered + bare, 0
+    yield "zero2 + offload", weights + gradients // ranks + bare, master // ranks
+    yield "zero3 + offload", gathered + gradients // ranks + bare, (weights + master) // ranks
+
+
+def describe_parts(parts: Sequence[Part]) -> list[tuple[str, str, int, int, float | None]]:
+    """Return name, source, parameters, trained parameters and rate of each part."""
+    rows = []
+    for part in parts:
+        counts = [(_num_elements(parameter), parameter.requires_grad) for parameter in part.parameters.values()]
+        trained = sum(count for count, trains in counts if trains)
+        rows.append((part.name, part.source, sum(count for count, _ in counts), trained, part.learning_rate))
+    return rows
+
+
+def _bytes(tensor: Tensor) -> int:
+    return _num_elements(tensor) * tensor.element_size()
+
+
+def _num_elements(tensor: Tensor) -> int:
+    return getattr(tensor, "ds_numel", tensor.numel())

@@ -1,0 +1,231 @@
+"""A few steps of a run, made and thrown away: their memory, their time, and their first batch.
+
+The probe trains a model of its own in a folder that is deleted. It saves, evaluates and logs nothing, and the run
+itself loads its weights anew and seeds its random numbers after them, so that nothing of the probe is left in it.
+"""
+
+import copy
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from vlm.assembly.resolve import load_weights
+from vlm.config.schema import RunConfig
+from vlm.data.batching.packing import SEQUENCE_STARTS
+from vlm.data.batching.stats import BatchStats, num_images
+from vlm.data.batching.step_layout import get_rows
+from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.train.arguments import training_arguments
+from vlm.train.make_trainer import make_trainer
+from vlm.train.model import compute_dtype, prepare
+from vlm.train.monitor.flops import StepFlops
+from vlm.train.monitor.peak_flops import synchronize
+from vlm.train.objectives.base import Inputs, Objective, PreparedRun
+from vlm.train.preflight.fake_step import BatchShape
+from vlm.train.preflight.live_bytes import LiveBytes
+from vlm.train.random_state import seed_everything
+from vlm.train.trainer import VLMTrainer
+
+NUM_COUNTED, NUM_TIMED = 2, 2
+"""Steps whose memory is counted, and steps behind them that are timed."""
+
+QUIET = {
+    "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "report_to": "none", "num_samples": 0,
+    "before_after": False, "keep_best": None, "profile": False, "logging_strategy": "no", "disable_tqdm": True,
+    "async_save": False, "stuck_after": None, "spike_action": None, "dataloader_num_workers": 0, "eval_metrics": [],
+    "resume_from_checkpoint": "never", "preflight": False,
+}  # fmt: skip
+"""What a probe sets in `trainer`: it leaves nothing behind, and reads its batches itself."""
+
+
+@dataclass
+class Probe:
+    """What a few steps showed.
+
+    Attributes:
+        peak: bytes that were alive at most in the second step, weights and states included.
+        shapes: the batches of that step.
+        seconds: of each timed step, reading its data included.
+        forward_seconds: of a forward pass of the last batch, without gradients.
+        stats: of each timed step: what its batches hold, images encoded and connected, and their number.
+        flops: of the model; None: they cannot be counted.
+        max_steps: number of steps of the whole run.
+        batch_samples: number of samples of a step, on all ranks.
+    """
+
+    peak: int = 0
+    shapes: list[BatchShape] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    forward_seconds: float = 0.0
+    stats: list[tuple[BatchStats, int, int, int]] = field(default_factory=list)
+    flops: StepFlops | None = None
+    max_steps: int = 0
+    batch_samples: int = 0
+
+
+def quiet_config(config: RunConfig, folder: Path) -> RunConfig:
+    """Return the configuration of a probe of a run."""
+    probing = copy.deepcopy(config)
+    for name, value in QUIET.items():
+        setattr(probing.trainer, name, value)
+    probing.trainer.output_dir = str(folder)
+    probing.trainer.max_steps = NUM_COUNTED + NUM_TIMED
+    return probing
+
+
+class ProbeCallback(TrainerCallback):
+    """Counts the memory of the first steps, and times those behind them."""
+
+    def __init__(self, probe: Probe, trainer: VLMTrainer):
+        self.probe, self.trainer = probe, trainer
+        self.live: LiveBytes | None = None
+        self.begun = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: object):
+        """Begin to count with the first step, and anew with the second, in which the optimiser has its states."""
+        self.probe.shapes.clear()
+        device = self.trainer.args.device
+        if state.global_step == 0 and device.type == "cpu" and not args.torch_compile:
+            model = self.trainer.model
+            known = [*model.parameters(), *model.buffers()]
+            self.live = LiveBytes(known)
+            self.live.now = self.live.peak = sum(tensor.numel() * tensor.element_size() for tensor in known)
+            self.live.__enter__()
+        elif self.live is not None:
+            self.live.peak = self.live.now
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: object):
+        """End counting behind the second step; time the steps behind it."""
+        device = self.trainer.args.device
+        synchronize(device)
+        now = time.perf_counter()
+        if state.global_step == NUM_COUNTED:
+            self.probe.peak = self._end_counting(device)
+            self.counted_shapes = list(self.probe.shapes)
+            now = time.perf_counter()
+        elif state.global_step > NUM_COUNTED:
+            self.probe.seconds.append(now - self.begun)
+        self.begun = now
+
+    def _end_counting(self, device: torch.device) -> int:
+        if device.type == "cuda":
+            return torch.cuda.max_memory_allocated(device)
+        if self.live is None:
+            return 0
+        live, self.live = self.live, None
+        live.__exit__(None, None, None)
+        return live.peak
+
+    def close(self) -> None:
+        """Stop counting where a step failed."""
+        if self.live is not None:
+            self.live.__exit__(None, None, None)
+            self.live = None
+
+
+def batch_shape(row: Mapping[str, Any]) -> BatchShape:
+    """Return what the memory of a batch of a model depends on."""
+    ids, starts = row["input_ids"], row.get(SEQUENCE_STARTS)
+    pixels = row.get("pixel_values")
+    images = num_images(row) if pixels is None or pixels.ndim != 4 else len(pixels)
+    supervised = int((row["labels"][:, 1:] != IGNORE_INDEX).sum()) if "labels" in row else 0
+    lengths = () if starts is None else tuple(starts.diff().tolist())
+    return BatchShape(ids.shape[0], ids.shape[1], images, supervised, lengths)
+
+
+def watch(trainer: VLMTrainer, probe: Probe) -> Callable[[], float]:
+    """Note the shapes and the statistics of what a trainer trains on; return what times a forward pass of the last."""
+    train, add = trainer.training_step, trainer.meter.add
+    last: list[tuple[Any, Inputs, Any]] = []
+
+    def training_step(model: Any, inputs: Inputs, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Note the shapes of a batch, and train on it."""
+        probe.shapes += [batch_shape(row) for row in get_rows(inputs) if "input_ids" in row]
+        last[:] = [(model, dict(inputs), num_items_in_batch)]
+        return train(model, inputs, num_items_in_batch)
+
+    def count(batches: Sequence[tuple[BatchStats, int, int]]) -> None:
+        """Note what the batches of a step hold."""
+        stats, encoded, connected = zip(*batches, strict=True)
+        probe.stats.append((sum(stats, BatchStats()), sum(encoded), sum(connected), len(batches)))
+        add(batches)
+
+    def forward() -> float:
+        """Return the seconds of a forward pass of the last batch without gradients."""
+        model, inputs, number = last[0]
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            *_, row = get_rows(inputs)
+            prepared = trainer._prepare_inputs(row)
+            begun = time.perf_counter()
+            trainer.objective.compute_loss(trainer, model, prepared, number)
+            synchronize(trainer.args.device)
+        return time.perf_counter() - begun
+
+    trainer.training_step, trainer.meter.add = training_step, count
+    return forward
+
+
+def run_probe(objective: Objective, run: PreparedRun, steps: tuple[int, float]) -> Probe:
+    """Train a few steps on a prepared run that is thrown away afterwards; its arguments are those of a probe.
+
+    `steps` are the run's own `max_steps` and `num_train_epochs`, which tell how many it will make.
+    """
+    probe = Probe()
+    objective.before_training(run)
+    trainer = make_trainer(objective, run)
+    trainer.remove_callback(PrinterCallback)
+    forward, callback = watch(trainer, probe), ProbeCallback(probe, trainer)
+    trainer.add_callback(callback)
+    try:
+        trainer.train()
+    finally:
+        callback.close()
+    with suppress(Exception):  # an objective's own batches may need what only a step has
+        probe.forward_seconds = forward()
+    args, loader = copy.copy(run.args), trainer.callback_handler.train_dataloader
+    args.max_steps, args.num_train_epochs = steps
+    probe.max_steps = trainer.set_initial_training_values(args, loader)[-1]
+    probe.shapes = getattr(callback, "counted_shapes", probe.shapes)
+    probe.stats, probe.flops = probe.stats[NUM_COUNTED:], trainer.meter.flops
+    probe.batch_samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return probe
+
+
+def throwaway_folder() -> Path:
+    """Return a new folder for a probe."""
+    return Path(tempfile.mkdtemp(prefix="vlm-preflight-"))
+
+
+def remove(folder: Path) -> None:
+    """Delete a probe's folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare_run(
+    objective: Objective, folder: Path, overrides_resolved: tuple[Any, Any], args: TrainingArguments, data: Any,
+    unused: Sequence[str] = (),
+) -> PreparedRun:  # fmt: skip
+    """Load and prepare the model of a run as the run does; see `vlm.train.run`."""
+    config, (model_config, processor) = objective.config, overrides_resolved
+    seed_everything(args)
+    model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
+    model = objective.wrap_model(model, args)
+    parts = prepare(model, config, args, processor, unused)
+    return PreparedRun(folder, args, processor, model, parts, data, objective.make_collator(processor, data, args))
+
+
+def probe_arguments(config: RunConfig, extra: Sequence[str]) -> TrainingArguments:
+    """Return the arguments of a probe."""
+    args = training_arguments(config.trainer, extra)
+    args.output_dir = config.trainer.output_dir
+    return args

@@ -1,0 +1,221 @@
+"""The findings of a preflight as one page for a terminal, and as one HTML file."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from io import BytesIO
+from textwrap import indent, shorten
+
+from tabulate import tabulate
+
+from vlm.checks.disk import format_bytes
+from vlm.config.html_page import html_page
+from vlm.config.shown import printable
+from vlm.data.pages import STYLE
+from vlm.train.preflight.findings import DataFindings, Findings, MemoryFindings, TimeFindings
+
+Table = tuple[Sequence[str], list[Sequence[str]]]
+"""The header of a table, and its rows."""
+SHOWN_SAMPLE = 900
+"""Characters of the first sample that a terminal shows."""
+PAGE_STYLE = "td.fits{color:var(--good)}td.over{color:var(--bad)}.problem{border-left:4px solid var(--bad);" \
+    "padding-left:.8rem}pre.sample{white-space:pre-wrap}"  # fmt: skip
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time as people read it: `45 s`, `12 min`, `3.5 h`, `2.1 days`."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2g} s"
+
+
+def as_text(findings: Findings) -> str:
+    """Return the page for a terminal."""
+    memory, duration = findings.memory, findings.duration
+    blocks = [("Starts from", findings.start), ("Parts", findings.parts), ("Data", _data_text(findings.data))]
+    if findings.first_sample:
+        sample = shorten(findings.first_sample, SHOWN_SAMPLE, placeholder=" …")
+        blocks.append(("First sample, supervised tokens in 【 】", sample))
+    if memory is not None:
+        blocks.append(("Memory", f"{memory_text(memory)}\n\n{_plain(memory_table(memory))}"))
+    if duration is not None:
+        blocks.append(("Time", time_text(duration)))
+    if findings.disk is not None:
+        blocks.append(("Disk", disk_text(findings)))
+    if findings.rates:
+        blocks.append(("Learning rates", _plain(rate_table(findings))))
+    blocks.append(("What would go wrong", _problem_text(findings)))
+    return printable("\n\n".join(f"{title}\n{indent(text, '  ')}" for title, text in blocks if text))
+
+
+def _plain(table: Table) -> str:
+    header, rows = table
+    alignment = ("left", *["right"] * (len(header) - 2), "left")
+    return tabulate(rows, header, tablefmt="plain", colalign=alignment, disable_numparse=True)
+
+
+def _data_text(data: DataFindings) -> str:
+    lines = [data.table, "", *data.forms]
+    if data.lengths:
+        ordered = sorted(data.lengths)
+        middle, high = ordered[len(ordered) // 2], ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)]
+        lines.append(
+            f"tokens a sample: median {middle:,}, 99 % {high:,}, most {ordered[-1]:,} of {data.longest:,} allowed"
+        )
+    lines += [f"left out, {number:,}: {reason}" for reason, number in data.skipped]
+    return "\n".join(lines)
+
+
+def memory_text(memory: MemoryFindings) -> str:
+    """Return what was predicted and measured, in sentences."""
+    lines = []
+    if memory.predicted is not None:
+        found = memory.predicted
+        held = {"weights": found.weights, "gradients": found.gradients, "optimiser states": found.states,
+                "activations": found.activations}  # fmt: skip
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in held.items())
+        lines.append(f"predicted peak of the probe's step: {format_bytes(found.peak)} ({parts})")
+    if memory.note:
+        lines.append(f"not predicted: {memory.note}")
+    if memory.measured:
+        off = "" if memory.predicted is None else f", prediction {memory.predicted.peak / memory.measured - 1:+.1%}"
+        lines.append(f"measured: {format_bytes(memory.measured)} ({memory.method}){off}")
+    if memory.worst is not None:
+        lines.append(f"where the longest samples come together: {format_bytes(memory.worst.peak)}")
+    lines.append(f"a device has {format_bytes(memory.available)}")
+    return "\n".join(lines)
+
+
+def memory_table(memory: MemoryFindings) -> Table:
+    """Return what each way of sharding makes of the largest step, by the number of devices."""
+    numbers = sorted(memory.rows[0].device) if memory.rows else []
+    rows: list[Sequence[str]] = []
+    for row in memory.rows:
+        cells = [_cell(row.device.get(number), row.host.get(number), memory.available) for number in numbers]
+        rows.append([row.name, *cells, row.override])
+    return ["sharding", *(f"{number} device{'s' * (number > 1)}" for number in numbers), "how"], rows
+
+
+def _cell(device: int | None, host: int | None, available: int) -> str:
+    if device is None:
+        return "-"
+    beside = f" + {format_bytes(host)} host" if host else ""
+    return f"{format_bytes(device)}{beside}{'' if device <= available else ' too much'}"
+
+
+def time_text(duration: TimeFindings) -> str:
+    """Return the time of the run, in sentences."""
+    lines = [
+        f"{format_duration(duration.total)} in all: {duration.steps:,} steps of {format_duration(duration.step)}"
+        f" are {format_duration(duration.training)}",
+        f"evaluation, {duration.evaluations} times: {format_duration(duration.evaluation)}; saving, "
+        f"{duration.checkpoints} checkpoints and final: {format_duration(duration.saving)}",
+        f"from the probe, each step by {duration.basis}; metrics of answers are not in it",
+    ]
+    return "\n".join(lines)
+
+
+def disk_text(findings: Findings) -> str:
+    """Return what checkpoints take, in sentences."""
+    disk = findings.disk
+    if disk is None:
+        return ""
+    return (
+        f"a checkpoint {format_bytes(disk.checkpoint)}, final {format_bytes(disk.final)}; at most "
+        f"{format_bytes(disk.needed)} at once, {format_bytes(disk.free)} are free"
+    )
+
+
+def rate_table(findings: Findings) -> Table:
+    """Return the learning rate of each part at the start, at its peak and at the end."""
+    rows: list[Sequence[str]] = []
+    for name, points in findings.rates.items():
+        step, peak = max(points, key=lambda point: point[1])
+        rows.append([name, f"{points[0][1]:.3g}", f"{peak:.3g}", f"{step:,}", f"{points[-1][1]:.3g}"])
+    return ["part", "first", "peak", "at step", "last"], rows
+
+
+def _problem_text(findings: Findings) -> str:
+    if not findings.problems:
+        return "nothing was found"
+    lines = []
+    for problem in findings.problems:
+        lines += [f"{'✗' if problem.is_fatal else '!'} {problem.text}", f"  → {problem.remedy}"]
+    return "\n".join(lines)
+
+
+def as_html(findings: Findings) -> str:
+    """Return the page as one HTML file, plots and images in it."""
+    memory = findings.memory
+    problems = "".join(
+        f'<div class="problem"><p>{escape(problem.text)}</p><p><code>{escape(problem.remedy)}</code></p></div>'
+        for problem in findings.problems
+    ) or '<p class="good">Nothing was found.</p>'  # fmt: skip
+    sections = [
+        ("What would go wrong", problems),
+        ("Starts from", f"<p>{escape(findings.start)}</p>"),
+        ("Parts", f"<pre>{escape(findings.parts)}</pre>"),
+        ("Data", f"<pre>{escape(_data_text(findings.data))}</pre>{_lengths_plot(findings.data)}"),
+        ("Memory of each device", "" if memory is None else _memory_html(memory)),
+        ("Time", "" if findings.duration is None else _paragraphs(time_text(findings.duration))),
+        ("Disk", _paragraphs(disk_text(findings))),
+        ("Learning rates", _rates_plot(findings)),
+        ("First batch, supervised tokens marked", findings.first_batch),
+    ]
+    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
+    return html_page(f"Before {findings.name}", printable(body), style=STYLE + PAGE_STYLE)
+
+
+def _paragraphs(text: str) -> str:
+    return "".join(f"<p>{escape(line)}</p>" for line in text.splitlines())
+
+
+def _memory_html(memory: MemoryFindings) -> str:
+    header, rows = memory_table(memory)
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    lines = []
+    for name, *cells, how in rows:
+        marked = [f'<td class="{"over" if "too much" in cell else "fits"}">{escape(cell)}</td>' for cell in cells]
+        lines.append(f"<tr><td>{escape(name)}</td>{''.join(marked)}<td><code>{escape(how)}</code></td></tr>")
+    return f"{_paragraphs(memory_text(memory))}<table><tr>{head}</tr>{''.join(lines)}</table>"
+
+
+def _lengths_plot(data: DataFindings) -> str:
+    """Return a histogram of the lengths as an image."""
+    if not data.lengths:
+        return ""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.hist(data.lengths, bins=min(50, len(set(data.lengths))))
+    if data.longest <= 2 * max(data.lengths):
+        axes.axvline(data.longest, color="black", linestyle="--", label=f"dataset.max_length: {data.longest}")
+        axes.legend()
+    axes.set(xlabel="tokens of a sample", ylabel="samples")
+    return _image(figure, "histogram of lengths")
+
+
+def _rates_plot(findings: Findings) -> str:
+    """Return the learning rate of each part over the steps as an image."""
+    if not findings.rates:
+        return ""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(7, 2.6), layout="constrained")
+    axes = figure.subplots()
+    for name, points in findings.rates.items():
+        axes.plot(*zip(*points, strict=True), label=name)
+    axes.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return _image(figure, "learning rates")
+
+
+def _image(figure: object, text: str) -> str:
+    """Return a figure as an image within a page."""
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=110)  # pyright: ignore[reportAttributeAccessIssue] - matplotlib's
+    data = base64.b64encode(content.getvalue()).decode()
+    return f'<p><img style="height:auto" src="data:image/png;base64,{data}" alt="{text}"></p>'
