@@ -4,6 +4,7 @@ from pathlib import Path
 
 from vlm.train.monitor.callbacks import MetricsFile, SetSamplerEpoch
 from vlm.train.monitor.profiler import ProfilerCallback
+from vlm.train.monitor.progress_line import ProgressLine
 from vlm.train.monitor.speed import make_speed_meter
 from vlm.train.objectives.base import Objective, PreparedRun
 from vlm.train.resume.progress import AppendedFiles
@@ -24,6 +25,7 @@ def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
         on_first_batch=(lambda batch: objective.write_first_batch(run, batch)) if shows_batch else None,
         on_skipped=skipped,
         callbacks=[MetricsFile(output_dir)],
+        progress=ProgressLine(run.status, is_writer=is_writer),
         stop_on_signal=StopOnSignal(can_save=is_whole_run),
         meter=make_speed_meter(run, output_dir, config.trainer.peak_tflops, objective.flops_note),
     )

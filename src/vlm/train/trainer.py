@@ -8,13 +8,13 @@ the mean over tokens; the loss and the evaluation of the run's objective; the sp
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollator, TrainerCallback
+from transformers import DataCollator, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import ModelOutput
 
@@ -28,7 +28,9 @@ from vlm.train.checkpoints.best import BestModel
 from vlm.train.checkpoints.saving import FinishSaving
 from vlm.train.checkpoints.world import World
 from vlm.train.hooks import check_hooks
+from vlm.train.monitor.progress_line import ProgressLine
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter
+from vlm.train.monitor.status import EVALUATING
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer, read_learning_rates
 from vlm.train.random_state import separate_random_state
@@ -60,6 +62,7 @@ class VLMTrainer(BatchTrainer):
         on_first_batch: Callable[[Inputs], None] | None,
         on_skipped: Callable[[list[Skipped], int], None],
         callbacks: Sequence[TrainerCallback],
+        progress: ProgressLine,
         stop_on_signal: StopOnSignal,
     ):
         super().__init__(
@@ -69,8 +72,11 @@ class VLMTrainer(BatchTrainer):
             train_dataset=run.data.train,
             eval_dataset=run.data.evaluation,
             processing_class=run.processor.tokenizer,
-            callbacks=[BeforeFirstStep(self, run.model), *callbacks, FinishSaving(self), stop_on_signal],
+            callbacks=[BeforeFirstStep(self, run.model), *callbacks, progress, FinishSaving(self), stop_on_signal],
         )
+        for shown_by_transformers in (ProgressCallback, PrinterCallback):  # `progress` takes their place
+            self.remove_callback(shown_by_transformers)
+        self.progress, self.status = progress, run.status
         self.objective, self.meter = objective, meter
         self.options, self.packing = objective.config.trainer, objective.config.trainer.packing
         self.stop_on_signal = stop_on_signal
@@ -108,7 +114,7 @@ class VLMTrainer(BatchTrainer):
         """As usual, timed; a run that fails listens to signals as the process did before it."""
         self.add_callback(SpeedCallback(self.meter))  # the last one: others may ask for an evaluation or a checkpoint
         self.add_callback(EvaluateWhenDue(self))
-        with self.within_guards(), self.stoppable():
+        with self.within_guards(), self.stoppable(), closing(self.progress):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[object]:
@@ -183,7 +189,7 @@ class VLMTrainer(BatchTrainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
         self.stop_on_signal.interrupt_evaluation(self.args.device)
-        with self._final_weights():
+        with self._final_weights(), self.status.during(EVALUATING):
             with separate_random_state(self.args.seed + self.state.global_step):
                 values = self.objective.evaluate(self, dataset)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}

@@ -10,11 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vlm.config.schema import RunConfig
+from vlm.train.monitor.status import RunStatus
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,7 @@ class PreparedRun:
         parts: the model's parts, see `train/parts.py`.
         data: the samples.
         collate: makes a batch of a list of samples.
+        status: what the run does now, for `status.json`.
     """
 
     folder: Path
@@ -75,6 +77,7 @@ class PreparedRun:
     parts: list[Part]
     data: RunData
     collate: Collate
+    status: RunStatus = field(default_factory=RunStatus)
 
 
 class ObjectiveTrainer(Protocol):
