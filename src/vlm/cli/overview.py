@@ -10,6 +10,7 @@ vlm composes, trains and asks vision-language models.
   vlm -cn RUN dataset.path=RECORDS [key=value …]            train
   vlm launch --nproc 8 -- -cn RUN …                         train on several GPUs; vlm launch --help
   vlm submit --target slurm -cn RUN nodes=4 …               a job of it for a cluster; vlm submit --help
+  vlm watch RUN                                             a run while it trains, from its files
   vlm generate CHECKPOINT --image FILE --prompt TEXT        ask a trained model; of a file: --input, --output
   vlm chat CHECKPOINT --image FILE                          talk with a trained model
   vlm predict CHECKPOINT --image FILE --prompt TEXT         ask a trained head; of a file: --input, --output

@@ -45,9 +45,9 @@ def main(words: Sequence[str] | None = None) -> None:
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     """Train on this rank, together with every other rank, to the end even if nobody reads the log any more."""
     outlive_pipes()
+    atexit.register(end_quietly)
     with RunLog() as run_log:
         _train(config, name, overrides, run_log)
-    atexit.register(run_log.end_process_quietly)
 
 
 def _train(config: RunConfig, name: str, overrides: list[str], run_log: RunLog) -> None:
@@ -65,6 +65,14 @@ def _train(config: RunConfig, name: str, overrides: list[str], run_log: RunLog) 
         close_process_group()
         raise
     close_process_group()
+
+
+def end_quietly() -> None:
+    """Drop what libraries print while the interpreter ends: nanobind lists what triton leaks, behind the last message."""
+    sys.stderr.flush()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 def listen_to_signals() -> AbstractContextManager[object]:

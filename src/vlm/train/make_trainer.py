@@ -24,7 +24,7 @@ def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
         run=run,
         on_first_batch=(lambda batch: objective.write_first_batch(run, batch)) if shows_batch else None,
         on_skipped=skipped,
-        callbacks=[MetricsFile(output_dir)],
+        callbacks=[MetricsFile(output_dir, objective.loss_label)],
         progress=ProgressLine(run.status, is_writer=is_writer),
         stop_on_signal=StopOnSignal(can_save=is_whole_run),
         meter=make_speed_meter(run, output_dir, config.trainer.peak_tflops, objective.flops_note),

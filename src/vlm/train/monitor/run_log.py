@@ -114,14 +114,6 @@ class RunLog:
                 self._undo.callback(setattr, logger, "propagate", logger.propagate)
                 logger.propagate = True
 
-    def end_process_quietly(self) -> None:
-        """Let the file have what libraries print while the interpreter ends, after everything is done."""
-        if self.path is not None and self.path.exists():
-            sys.stderr.flush()
-            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-            os.dup2(descriptor, 2)
-            os.close(descriptor)
-
     def _add(self, logger: logging.Logger, handler: logging.Handler) -> None:
         logger.addHandler(handler)
         self._undo.callback(logger.removeHandler, handler)

@@ -1,18 +1,19 @@
 """`status.json` of a run directory: what a run does now, for people and programs that look at it from outside.
 
 The file is replaced as a whole at the start of a run, at each log, and at its end; between two logs it is renewed every
-`RENEWAL_SECONDS` at most, after a step. Imports the standard library only.
+`RENEWAL_SECONDS` at most, after a step. Imports no torch.
 """
 
 import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-STATUS_FILE = "status.json"
+from vlm.runs.status_line import STATUS_FILE
+
 STARTING, TRAINING, EVALUATING, SAVING = "starting", "training", "evaluating", "saving"
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 RENEWAL_SECONDS = 5.0
@@ -58,12 +59,3 @@ class RunStatus:
             yield
         finally:
             self.update(state=before)
-
-
-def read_status(folder: Path) -> Mapping[str, object] | None:
-    """Return the status of a run directory; None where it has none that can be read."""
-    try:
-        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return status if isinstance(status, dict) else None

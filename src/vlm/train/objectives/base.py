@@ -125,6 +125,7 @@ class Objective(ABC):
     Attributes:
         config: the run's configuration.
         row_key: the input of a batch that has one row for each sample.
+        loss_label: what the loss is, for plots.
         flops_note: why the operations of a step are not counted, for `speed.json`; None: they are counted.
         takes_loss_weights: whether `compute_loss` multiplies the loss at each position with the input `loss_weights`,
             where there is one; packed steps need that for `trainer.loss_average=micro_batch`.
@@ -132,6 +133,7 @@ class Objective(ABC):
     """
 
     row_key: ClassVar[str] = "input_ids"
+    loss_label: ClassVar[str] = "loss"
     flops_note: ClassVar[str | None] = None
     takes_loss_weights: ClassVar[bool] = False
     packing_proofs: ClassVar[tuple[str, ...]] = ("packing",)
