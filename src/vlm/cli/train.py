@@ -68,7 +68,7 @@ def _train(config: RunConfig, name: str, overrides: list[str], run_log: RunLog) 
 
 
 def end_quietly() -> None:
-    """Drop what libraries print while the interpreter ends: nanobind lists what triton leaks, behind the last message."""
+    """Drop what libraries print while the interpreter ends: nanobind lists what triton leaks."""
     sys.stderr.flush()
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)

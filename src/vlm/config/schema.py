@@ -222,6 +222,10 @@ class TrainerOptions:
     stuck_after: float | None = field(default=1200.0, metadata=above(0))
     """Seconds without progress on any rank, in training, evaluation or saving, after which every rank writes the stacks
     of its threads into `stuck/` and the run ends (exit code 76); null: it waits for ever."""
+    alert_command: list[str] = field(default_factory=list, metadata=runs_code("runs a program on this machine", never))
+    """A program and its arguments that rank 0 runs when the run is `done`, `stopped` by a signal, `failed`, `diverged`
+    (a guard ended it) or `stuck`: without a shell, the event as JSON on its standard input and in `VLM_EVENT`,
+    `VLM_RUN`, `VLM_STEP`, `VLM_MESSAGE`, for 30 seconds at most. Whatever becomes of it, the run is not affected."""
     num_samples: int = 4
     """Number of evaluation (else training) samples answered into `samples.md`, at each evaluation and at the end."""
     eval_metrics: list[str] = field(default_factory=list, metadata=choices(EVAL_METRICS, "package.module:function"))

@@ -75,7 +75,7 @@ def _run(config: RunConfig, name: str, overrides: Sequence[str], run_log: RunLog
     world = World.of(config, args.world_size, objective.loss_average)
     with open_run_directory(config, folder, world) as start:
         if not start.is_done:
-            with record_run(folder, run_log, is_writer=args.process_index == 0) as status:
+            with record_run(folder, run_log, config.trainer.alert_command, is_writer=args.process_index == 0) as status:
                 _train(objective, model_config, processor, args, start, verdicts, status)
     return folder
 

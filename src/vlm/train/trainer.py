@@ -28,6 +28,7 @@ from vlm.train.checkpoints.best import BestModel
 from vlm.train.checkpoints.saving import FinishSaving
 from vlm.train.checkpoints.world import World
 from vlm.train.hooks import check_hooks
+from vlm.train.monitor.part_updates import PartUpdates
 from vlm.train.monitor.progress_line import ProgressLine
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter
 from vlm.train.monitor.status import EVALUATING
@@ -91,6 +92,8 @@ class VLMTrainer(BatchTrainer):
         if self.best_model is not None:
             self.saved_with_checkpoint.append(self.best_model)
         self.average = self._keep_average(run.model)
+        self.part_updates = PartUpdates(self)
+        self.add_callback(self.part_updates)
         self.on_first_batch = on_first_batch
         # Without a number of items, `Trainer` averages the losses of micro-batches over accumulation steps and ranks.
         # What a family's own `forward` accepts says nothing: its loss is not used.
@@ -169,6 +172,7 @@ class VLMTrainer(BatchTrainer):
             if self.lr_scheduler is not None:
                 logs.pop("learning_rate", None)
                 logs |= read_learning_rates(self.optimizer, self.lr_scheduler.get_last_lr())
+            logs |= self.part_updates.pop_metrics()
             logs |= self.meter.gather_metrics(self.accelerator.gather) | self.objective.training_metrics(self)
         elif "train_runtime" in logs:
             self.meter.finish(self.accelerator.gather, self.state.global_step)
