@@ -32,10 +32,10 @@ class _LogLines:
 
 
 def show_progress(
-    items: Iterable[T] | None, title: str, total: int | None = None, *, initial: int = 0, unit: str = "",
+    items: Iterable[T], title: str, total: int | None = None, *, initial: int = 0, unit: str = "",
     silent: bool = False,
 ) -> "tqdm[T]":  # fmt: skip
-    """Return an iterable over items that shows how far it is; without items, the caller calls `update`.
+    """Return an iterable over items that shows how far it is; a caller that has none gives `()` and calls `update`.
 
     Args:
         items: what is worked on.

@@ -270,7 +270,7 @@ def _iter_counted_batches(
     chunks = _RecordChunks(source, records, done, decode)
     loader = DataLoader(chunks, batch_size=None, num_workers=number, worker_init_fn=_collect_seldom)
     title = f"counting {source.name}"
-    with show_progress(None, title, len(records), initial=done, unit="record", silent=few) as bar:
+    with show_progress((), title, len(records), initial=done, unit="record", silent=few) as bar:
         for batch in loader:
             if isinstance(batch, Exception):
                 raise batch

@@ -70,7 +70,7 @@ def _list_fields(values: Mapping[str, object]) -> list[tuple[int, str]]:
     if "epoch" in numbers:
         fields.append((5, f"epoch {numbers['epoch']:.2f}"))
     if "loss" in numbers:
-        arrow = ARROWS.get(values.get("loss_trend"), "")  # pyright: ignore[reportArgumentType, reportCallIssue]
+        arrow = ARROWS.get(values.get("loss_trend"), "")
         fields.append((1, f"loss {numbers['loss']:.4g}" + (f" {arrow}" if arrow else "")))
     rates = values.get("learning_rates")
     if isinstance(rates, Mapping) and rates:

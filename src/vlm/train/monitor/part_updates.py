@@ -11,7 +11,7 @@ with DeepSpeed's half-precision optimisers of stage 0; no update is known of wei
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import gcd
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -42,8 +42,21 @@ class UpdatingTrainer(Protocol):
     state: TrainerState
     parts: list[Part]
     guarded_update: GuardedUpdate
-    new_groups: list[dict[str, Any]]
+    new_groups: list[dict[str, object]]
     last_norm: Tensor | float | None
+
+
+class DeepSpeedOptimizer(Protocol):
+    """What is asked of DeepSpeed's optimisers; those that shard only have the groups of their stage."""
+
+    step: Callable[..., object]
+    overflow: bool
+    loss_scale: float
+    bit16_groups: Sequence[object]
+    single_partition_of_fp32_groups: Sequence[Tensor]
+    fp16_groups: Sequence[object]
+    fp32_partitioned_groups_flat: Sequence[Tensor]
+    sub_group_to_group_id: Mapping[int, int]
 
 
 class PartUpdates(TrainerCallback):
@@ -69,7 +82,7 @@ class PartUpdates(TrainerCallback):
         if stage in (1, 2, 3) and all(hasattr(optimizer, name) for name in GROUP_NORMS):
             self._measure_sharded(optimizer, stage)
         elif stage == 0 and isinstance(optimizer, torch.optim.Optimizer):
-            self._measure_plain_engine(optimizer)
+            self._measure_plain_engine(cast(DeepSpeedOptimizer, optimizer))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -143,9 +156,9 @@ class PartUpdates(TrainerCallback):
 
     # --- within DeepSpeed's step --------------------------------------------------------------------------------
 
-    def _measure_plain_engine(self, optimizer: Any) -> None:
+    def _measure_plain_engine(self, optimizer: DeepSpeedOptimizer) -> None:
         """Measure an optimiser that DeepSpeed does not wrap; the gradient is clipped when it is called."""
-        step: Callable[..., object] = optimizer.step
+        step = optimizer.step
 
         def measured_step(*args: object, **kwargs: object) -> object:
             """Update the weights; measure the update where it is due."""
@@ -161,11 +174,11 @@ class PartUpdates(TrainerCallback):
 
         optimizer.step = measured_step
 
-    def _measure_sharded(self, optimizer: Any, stage: int) -> None:
+    def _measure_sharded(self, optimizer: DeepSpeedOptimizer, stage: int) -> None:
         """Measure the groups of parameters that a rank has shards of; their norms are computed by DeepSpeed anyway."""
         for name in GROUP_NORMS:
             setattr(optimizer, name, self._recording(getattr(optimizer, name)))
-        step: Callable[..., object] = optimizer.step
+        step = optimizer.step
 
         def measured_step(*args: object, **kwargs: object) -> object:
             """Update the weights; measure the update where it is due."""
@@ -195,7 +208,7 @@ class PartUpdates(TrainerCallback):
 
         return recorded
 
-    def _part_names(self, optimizer: Any, stage: int) -> list[str]:
+    def _part_names(self, optimizer: DeepSpeedOptimizer, stage: int) -> list[str]:
         """Return the part of each group of parameters that DeepSpeed has; none where groups are not as they were."""
         names = [str(group["name"]).split(".")[0] for group in self.trainer.new_groups]
         if stage == 3:
@@ -203,7 +216,7 @@ class PartUpdates(TrainerCallback):
             return [names[number] for number in numbers] if all(n < len(names) for n in numbers) else []
         return names if len(names) == len(optimizer.bit16_groups) else []
 
-    def _shards(self, optimizer: Any, stage: int) -> dict[str, list[Tensor]]:
+    def _shards(self, optimizer: DeepSpeedOptimizer, stage: int) -> dict[str, list[Tensor]]:
         """Return part -> what this rank holds of its weights in full precision; nothing where a disk has it."""
         flat = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
         shards: dict[str, list[Tensor]] = {}
@@ -213,7 +226,7 @@ class PartUpdates(TrainerCallback):
             shards.setdefault(name, []).append(tensor.detach())
         return shards
 
-    def _norms_of_groups(self, optimizer: Any, stage: int) -> dict[str, Tensor]:
+    def _norms_of_groups(self, optimizer: DeepSpeedOptimizer, stage: int) -> dict[str, Tensor]:
         """Return part -> the norm of its gradient, from those of its groups, which are of all ranks."""
         names, scale = self._part_names(optimizer, stage), float(optimizer.loss_scale)
         squares: dict[str, float] = {}

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+from typing import NoReturn
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,7 +35,7 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, status: RunStatus, *, is_writer: bool):
         self.status, self.is_writer = status, is_writer
-        self.bar: tqdm[object] | None = None
+        self.bar: tqdm[NoReturn] | None = None
         self.steps: list[int] = []
         self.losses: list[float] = []
         self._first_step = self._drawn = 0.0

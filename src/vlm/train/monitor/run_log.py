@@ -125,7 +125,7 @@ class RunLog:
         if self.rank == 0 and self.handler is not None and not faulthandler.is_enabled():
             self.handler.acquire()
             try:
-                if self.handler.stream is None:  # pyright: ignore[reportUnnecessaryComparison] - `delay`
+                if self.handler.stream is None:
                     self.handler.stream = self.handler._open()
             finally:
                 self.handler.release()
