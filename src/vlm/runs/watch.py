@@ -146,7 +146,8 @@ def render(run: LiveRun, width: int = 100, height: int | None = None) -> str:
 
 def _render_head(run: LiveRun, width: int) -> list[str]:
     name = printable(str(run.folder), single_line=True)
-    lines = [f"{name}  {describe_state(run)}"]
+    state = describe_state(run)
+    lines = [f"{name}  {state}"] if len(name) + len(state) + 2 <= width else [name, state]
     message = run.status.get("message")
     if isinstance(message, str) and message:
         lines.append(printable(message, single_line=True))

@@ -72,6 +72,7 @@ def _run(config: RunConfig, name: str, overrides: Sequence[str], run_log: RunLog
     if args.local_process_index == 0 and config.trainer.deepspeed:
         release_stale_locks(extensions_folder())
     args.output_dir = str(folder := choose_directory(config, name))
+    args.run_name = args.run_name or folder.name  # its name in trackers
     world = World.of(config, args.world_size, objective.loss_average)
     with open_run_directory(config, folder, world) as start:
         if not start.is_done:

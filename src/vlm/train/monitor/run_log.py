@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
+from typing import TypeGuard
 
-from tqdm.contrib.logging import logging_redirect_tqdm
+from tqdm import tqdm
 
 from vlm.clusters.processes import SAVED_EXIT_CODE
 
@@ -61,14 +62,8 @@ class RunLog:
         errors.setFormatter(logging.Formatter("[%(levelname)s] %(name)s: %(message)s"))
         self._add(root, errors)
         own = logging.getLogger(OWN)
-        consoles = list(filter(is_console, own.handlers))
-        for handler in consoles:
-            self._undo.callback(handler.setFormatter, handler.formatter)
-            handler.setFormatter(ConsoleFormatter())
-            handler.addFilter(is_for_console)
-            self._undo.callback(handler.removeFilter, is_for_console)
-        if consoles:
-            self._undo.enter_context(logging_redirect_tqdm([own]))  # lines do not run into bars
+        self._undo.callback(setattr, own, "handlers", own.handlers)
+        own.handlers = [ConsoleHandler(handler.stream) if is_console(handler) else handler for handler in own.handlers]
         logging.captureWarnings(True)
         self._undo.callback(logging.captureWarnings, False)
         self.take_over_libraries()
@@ -141,13 +136,19 @@ class RunLog:
                 shown.handle(record)
 
 
-class ConsoleFormatter(logging.Formatter):
-    """Shows notes as they are, and of what is worse, first how bad it is."""
+class ConsoleHandler(logging.StreamHandler):
+    """Prints notes as they are, and of what is worse, first how bad it is; lines do not run into bars."""
 
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the text of a record."""
-        text = super().format(record)
-        return text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}"
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record, unless it is shown otherwise."""
+        if getattr(record, IN_PLACE, False):
+            return
+        try:
+            text = self.format(record)
+            tqdm.write(text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}", self.stream)
+            self.flush()
+        except Exception:  # as every handler does
+            self.handleError(record)
 
 
 def is_own(record: logging.LogRecord) -> bool:
@@ -155,12 +156,7 @@ def is_own(record: logging.LogRecord) -> bool:
     return record.name.split(".")[0] == OWN
 
 
-def is_for_console(record: logging.LogRecord) -> bool:
-    """Return whether a console prints a record: not where it is shown otherwise."""
-    return not getattr(record, IN_PLACE, False)
-
-
-def is_console(handler: logging.Handler) -> bool:
+def is_console(handler: logging.Handler) -> TypeGuard[logging.StreamHandler]:
     """Return whether a handler prints to the standard output or error."""
     if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
         return False
