@@ -51,7 +51,7 @@ def show_progress(
     units = f" {unit}{'es' if unit.endswith('ch') else 's'}" if unit else ""
     return tqdm(
         items, file=_LogLines(), mininterval=SECONDS_BETWEEN_LINES, maxinterval=2 * SECONDS_BETWEEN_LINES,
-        delay=SECONDS_BETWEEN_LINES, ncols=0,
+        delay=SECONDS_BETWEEN_LINES,
         bar_format=f"{{desc}}: {{n_fmt}} of {{total_fmt}}{units}, {{remaining}} left", **common,
     )  # fmt: skip
 
