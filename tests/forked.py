@@ -188,7 +188,7 @@ def lighten() -> None:
 
     os.fsync = lambda descriptor: None
     Hydra.get_mode = lambda *given, **named: RunMode.RUN
-    callbacks.draw_loss = callbacks.draw_speed = lambda metrics, path: None
+    callbacks.draw_loss = callbacks.draw_speed = lambda *given: None
     peak_flops.measure_tflops = lambda device, dtype: 1.0
 
 

@@ -177,6 +177,7 @@ REACHING = [
     "trainer.push_to_hub=true", "trainer.torch_compile_backend=evil", "trainer.ddp_backend=evil",
     "trainer.resume_from_checkpoint=/elsewhere/checkpoint-1", "trainer.fsdp_config=a.json", "trainer.output_dir=/x",
     "trainer.accelerator_config=a.json", "++trainer.debug=underflow_overflow", "trainer.trackio_space_id=a/b",
+    "trainer.alert_command=[touch,/tmp/x]",
 ]  # fmt: skip
 """Overrides, in several spellings."""
 

@@ -55,6 +55,16 @@ def describe_final(run: Path, folder: str = "final") -> tuple[dict[str, list[int
     return shapes, json.loads((run / folder / "generation_config.json").read_text())
 
 
+def part_updates(run: Path) -> dict[tuple[int, str], float]:
+    """The gradient norm and the update of each part at each step; there are some of each."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    found = {(line["step"], key): line[key] for line in lines for key in line if "_norm/" in key}
+    assert {key for _, key in found} == {
+        f"{kind}_norm/{part}" for kind in ("grad", "update") for part in ("connector", "language_model")
+    }
+    return found
+
+
 def launch(words: list[str], module: str = "vlm") -> None:
     """Run two ranks to their end: as DeepSpeed's launcher does, without its two new interpreters."""
     check_ended(run_ranks(module, words))
@@ -113,6 +123,7 @@ def test_two_ranks_reach_the_single_process(
     start_ranks(words)
     assert describe_final(tmp_path, "best") == describe_final(single)
     assert losses(tmp_path) == pytest.approx(losses(single), abs=2e-4)
+    assert part_updates(tmp_path) == pytest.approx(part_updates(single), rel=2e-2)
     assert describe_final(tmp_path) == describe_final(single)
     find_every_damage(tmp_path / "checkpoint-6")
     flip_a_bit(max(tmp_path.glob("checkpoint-6/*/*_optim_states.pt")))  # the last rank's; both take the one before

@@ -18,6 +18,7 @@ from vlm.checks.packing import packing_problems
 from vlm.checks.saving import saving_problems
 from vlm.checks.sharding import sharding_problems
 from vlm.checks.step import optimizer_problems, step_problems
+from vlm.checks.trackers import tracker_problems
 from vlm.config.derived import embedding_row_keys, get_value, training_keys
 from vlm.config.packaged import packaged_names
 from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, RunConfig, TrainerOptions
@@ -69,6 +70,7 @@ def _problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
         unproved_problems(config),
         _path_problems(config),
         saving_problems(config, objective.metric_names()),
+        tracker_problems(config.trainer),
         _evaluation_setting_problems(config),
         objective.refusals(),
         _loss_weight_problems(config, objective),

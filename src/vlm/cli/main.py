@@ -22,6 +22,7 @@ COMMANDS = {
     "data": "data",
     "launch": "launch",
     "submit": "submit",
+    "watch": "watch",
     "models": "models",
     "import": "import_checkpoint",
     "export": "export_checkpoint",

@@ -27,6 +27,10 @@ vlm trains, runs and publishes vision-language models.
 Train
   vlm -cn RUN dataset.path=RECORDS [key=value …]            train a run; the runs are listed below
   vlm check -cn RUN dataset.path=RECORDS …                  before training: memory, time, data, likely problems
+  vlm watch RUN                                             follow a run while it trains, from its files
+  vlm runs [FOLDER]                                         list runs with their state and results
+  vlm compare RUN RUN …                                     compare runs: settings, curves, metrics, answers
+  vlm report RUN                                            write report.html of a run again
   vlm launch --nproc 8 -- -cn RUN …                         train on several GPUs or machines
   vlm submit --target slurm -cn RUN nodes=4 …               write a job file for a cluster
 

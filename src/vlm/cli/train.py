@@ -3,6 +3,7 @@
 Refuses what it can before importing torch; then hands a plain `RunConfig` to `vlm.train.run`.
 """
 
+import atexit
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from vlm.cli.pipes import outlive_pipes
 from vlm.clusters.world import take_world_from_scheduler
 from vlm.config.schema import RunConfig
 from vlm.train.backend_threads import end_with_backend_threads
+from vlm.train.monitor.run_log import RunLog
 from vlm.train.objectives.table import make_objective
 from vlm.train.signals import SignalListener
 
@@ -43,6 +45,12 @@ def main(words: Sequence[str] | None = None) -> None:
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     """Train on this rank, together with every other rank, to the end even if nobody reads the log any more."""
     outlive_pipes()
+    atexit.register(end_quietly)
+    with RunLog() as run_log:
+        _train(config, name, overrides, run_log)
+
+
+def _train(config: RunConfig, name: str, overrides: list[str], run_log: RunLog) -> None:
     with uncompiled_bitsandbytes(config), without_libraries(*UNUSED_LIBRARIES), no_collection():
         from vlm.train.distributed import Rank0Failed, close_process_group
         from vlm.train.run import run  # torch comes with it
@@ -50,13 +58,21 @@ def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     collect_as_usual()
     try:
         with nullcontext() if config.trainer.deepspeed else without_deepspeed():
-            run(config, name, overrides)
+            run(config, name, overrides, run_log)
     except Rank0Failed:
         raise
     except SystemExit:  # on a signal or by a guard, on every rank after the same step
         close_process_group()
         raise
     close_process_group()
+
+
+def end_quietly() -> None:
+    """Drop what libraries print while the interpreter ends: nanobind lists what triton leaks."""
+    sys.stderr.flush()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 def listen_to_signals() -> AbstractContextManager[object]:

@@ -160,8 +160,8 @@ class TrainerOptions:
     from_pretrained: str | None = None
     """A checkpoint of this framework to start from; its architecture overrides `model`."""
     starts_from: str | None = None
-    """The run whose model this one continues to train, such as `pretrain-smol`. Without `from_pretrained` the run is then
-    refused, since its connector would be random. null: the run may start from its parts. Whole models
+    """The run whose model this one continues to train, such as `pretrain-smol`. Without `from_pretrained` the run is
+    then refused, since its connector would be random. null: the run may start from its parts. Whole models
     (`model.hf_name`) start from themselves."""
     preflight: bool = False
     """Before the run begins, train a few steps, discard them, and report what the run will do, as `vlm check` does: in
@@ -233,6 +233,10 @@ class TrainerOptions:
     stuck_after: float | None = field(default=1200.0, metadata=above(0))
     """If no rank makes progress in training, evaluation or saving for this many seconds, every rank writes the stack
     traces of its threads to `stuck/` and the run ends (exit code 76); null: wait forever."""
+    alert_command: list[str] = field(default_factory=list, metadata=runs_code("runs a program on this machine", never))
+    """A program and its arguments that rank 0 runs when the run is `done`, `stopped` by a signal, `failed`, `diverged`
+    (a guard ended it) or `stuck`. It runs without a shell for at most 30 seconds, and gets the event as JSON on its
+    standard input and in `VLM_EVENT`, `VLM_RUN`, `VLM_STEP` and `VLM_MESSAGE`. Its outcome never affects the run."""
     num_samples: int = 4
     """Number of evaluation samples (training samples if there are none) to answer in `samples.md`, at each evaluation
     and at the end."""

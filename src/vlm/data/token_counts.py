@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from vlm.data.cache import create_once, json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX
@@ -23,6 +22,7 @@ from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.encoding.thinking import is_thinking_asked
 from vlm.data.processes import num_cores
 from vlm.data.processor import Processor
+from vlm.data.progress import show_progress
 from vlm.data.sample import BadSample, MediaSize, Sample, Turn
 from vlm.data.sources import Source
 from vlm.data.usable import check_reply
@@ -271,7 +271,7 @@ def _iter_counted_batches(
     chunks = _RecordChunks(source, records, done, decode)
     loader = DataLoader(chunks, batch_size=None, num_workers=number, worker_init_fn=_collect_seldom)
     title = f"counting {source.name}"
-    with tqdm(total=len(records), initial=done, desc=title, unit="record", disable=few) as bar:
+    with show_progress((), title, len(records), initial=done, unit="record", silent=few) as bar:
         for batch in loader:
             if isinstance(batch, Exception):
                 raise batch

@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm.config.choices import ANSWER_METRICS
 from vlm.config.schema import RunConfig, SourceConfig
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.dataset import SampleDataset, draw_records
+from vlm.data.progress import show_progress
 from vlm.data.sample import BadSample
 from vlm.data.sources import Source
 from vlm.data.stream import SampleStream
@@ -138,7 +138,7 @@ class BeforeAfter(TrainerCallback):
         size, silent = args.per_device_eval_batch_size, args.disable_tqdm or not args.should_save
         with trainer.compute_loss_context_manager(), force_eager(), separate_random_state(args.seed):
             measurer = Measurer(ready, settings, self.get_scores(), {"synced_gpus": dist.is_initialized()})
-            for start in tqdm(range(0, len(self.records), size), title, leave=False, disable=silent):
+            for start in show_progress(range(0, len(self.records), size), title, silent=silent):
                 part = slice(start, start + size)
                 rows += measurer.measure(self.records[part], others[part])
                 trainer.mark_progress()

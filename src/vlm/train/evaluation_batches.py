@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import TrainingArguments
 
 from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY
 from vlm.data.batching.stats import BATCH_STATS
+from vlm.data.progress import show_progress
 from vlm.train.arguments import loader_options
 from vlm.train.objectives.base import Inputs
 from vlm.train.signals import ignore_signals_in_workers
@@ -44,7 +44,7 @@ def iterate_batches(
     options["persistent_workers"] = False
     loader = accelerator.prepare(DataLoader(dataset, size, collate_fn=collate or trainer.data_collator, **options))
     silent = args.disable_tqdm or not args.should_save
-    for batch in tqdm(ignore_signals_in_workers(loader), title, leave=False, disable=silent):
+    for batch in show_progress(ignore_signals_in_workers(loader), title, unit="batch", silent=silent):
         trainer.stop_on_signal.interrupt_evaluation(args.device)
         for name in (BATCH_STATS, SAMPLE_REFS):
             batch.pop(name, None)

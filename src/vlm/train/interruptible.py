@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from vlm.train.guards.trainer import GuardedTrainer
+from vlm.train.monitor.status import SAVING, RunStatus
 from vlm.train.resume.optimizer_settings import apply_settings
 from vlm.train.stop_on_signal import EvaluationInterrupted, StopOnSignal
 
@@ -17,11 +18,13 @@ class InterruptibleTrainer(GuardedTrainer):
 
     Attributes:
         stop_on_signal: what a signal does.
+        status: what the run does now.
         changed_keys: the keys with another value than at the checkpoint.
         new_groups: the optimiser's groups, without parameters, as the configuration makes them.
     """
 
     stop_on_signal: StopOnSignal
+    status: RunStatus
     changed_keys: frozenset[str] = frozenset()
     new_groups: list[dict[str, object]]
 
@@ -40,7 +43,7 @@ class InterruptibleTrainer(GuardedTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
         """As usual; no signal ends the process within."""
-        with self.stop_on_signal.saving():
+        with self.stop_on_signal.saving(), self.status.during(SAVING):
             super()._save_checkpoint(model, trial)
 
     def finish_saving(self) -> None:

@@ -1,9 +1,12 @@
 """The trainer of a run, with everything that it writes on the way."""
 
+from functools import partial
 from pathlib import Path
 
 from vlm.train.monitor.callbacks import MetricsFile, SetSamplerEpoch
 from vlm.train.monitor.profiler import ProfilerCallback
+from vlm.train.monitor.progress_line import ProgressLine
+from vlm.train.monitor.recording import record_stuck
 from vlm.train.monitor.speed import make_speed_meter
 from vlm.train.objectives.base import Objective, PreparedRun
 from vlm.train.resume.progress import AppendedFiles
@@ -23,10 +26,13 @@ def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
         run=run,
         on_first_batch=(lambda batch: objective.write_first_batch(run, batch)) if shows_batch else None,
         on_skipped=skipped,
-        callbacks=[MetricsFile(output_dir)],
+        callbacks=[MetricsFile(output_dir, objective.loss_label)],
+        progress=ProgressLine(run.status, is_writer=is_writer),
         stop_on_signal=StopOnSignal(can_save=is_whole_run),
         meter=make_speed_meter(run, output_dir, config.trainer.peak_tflops, objective.flops_note),
     )
+    if trainer.watchdog is not None and is_writer:
+        trainer.watchdog.on_end = partial(record_stuck, run.status, config.trainer.alert_command)
     trainer.saved_with_checkpoint += [skipped, AppendedFiles(output_dir, is_writer=is_writer)]
     trainer.add_callback(SetSamplerEpoch(lambda: trainer.sampler))
     if config.trainer.profile and is_writer:  # the profile ends before the callbacks of the objective

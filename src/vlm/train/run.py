@@ -16,6 +16,7 @@ from vlm.config.schema import RunConfig
 from vlm.data.counted_later import CountedLater, when_counted
 from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
+from vlm.data.progress import shows_bars
 from vlm.train.arguments import training_arguments
 from vlm.train.checkpoints.world import World
 from vlm.train.extension_locks import extensions_folder, release_stale_locks
@@ -23,6 +24,9 @@ from vlm.train.family_trial import check_family, check_videos
 from vlm.train.finish_counting import FinishCounting, counting
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
+from vlm.train.monitor.recording import quiet_bars, record_run
+from vlm.train.monitor.run_log import RunLog, logged
+from vlm.train.monitor.status import SAVING, RunStatus
 from vlm.train.objectives.base import Objective, PreparedRun, RunData
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
@@ -37,13 +41,14 @@ from vlm.train.world_check import check_same_data, check_same_setup
 log = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
+def run(config: RunConfig, name: str, overrides: Sequence[str] = (), run_log: RunLog | None = None) -> Path:
     """Build or load the model, train it, leave a run directory behind; go on with a run that the directory holds.
 
     Args:
         config: the resolved configuration.
         name: the configuration's name, for the run directory.
         overrides: the keys set on the command line; a checkpoint's architecture may not be contradicted by them.
+        run_log: takes what is logged already; None: it is taken from here on.
 
     Returns:
         The run directory; its `final` holds the model: complete, or on top of its base.
@@ -51,6 +56,11 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     Raises:
         ValueError: something has to be fixed by the user, see `resume/start.py` for the run directory.
     """
+    with logged(run_log) as run_log, quiet_bars(shows_bars=shows_bars() and not config.trainer.disable_tqdm):
+        return _run(config, name, overrides, run_log)
+
+
+def _run(config: RunConfig, name: str, overrides: Sequence[str], run_log: RunLog) -> Path:
     check_private_names()
     objective = make_objective(config)
     model_config, processor = resolve_model(config, overrides)
@@ -62,6 +72,7 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     if args.local_process_index == 0 and config.trainer.deepspeed:
         release_stale_locks(extensions_folder())
     args.output_dir = str(folder := choose_directory(config, name))
+    args.run_name = args.run_name or folder.name  # its name in trackers
     world = World.of(config, args.world_size, objective.loss_average)
     with open_run_directory(config, folder, world) as start:
         if config.trainer.preflight and not start.is_done and start.checkpoint is None:
@@ -69,13 +80,14 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
 
             write_preflight(config, name, overrides, folder)
         if not start.is_done:
-            _train(objective, model_config, processor, args, start, verdicts)
+            with record_run(folder, run_log, config.trainer.alert_command, is_writer=args.process_index == 0) as status:
+                _train(objective, model_config, processor, args, start, verdicts, status)
     return folder
 
 
 def _train(
     objective: Objective, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments,
-    start: RunStart, verdicts: Verdicts,
+    start: RunStart, verdicts: Verdicts, status: RunStatus,
 ) -> None:  # fmt: skip
     config, folder = objective.config, start.folder
     data = objective.load_data(model_config, processor, args)
@@ -102,7 +114,7 @@ def _train(
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
 
     collate = objective.make_collator(processor, data, args)
-    prepared = PreparedRun(folder, args, processor, model, parts, data, collate)
+    prepared = PreparedRun(folder, args, processor, model, parts, data, collate, status)
     objective.before_training(prepared)
     if start.checkpoint is not None:
         prepared.args.eval_on_start = False  # that was at the first start
@@ -116,7 +128,7 @@ def _train(
     with counting(records):
         trainer.train(resume_from_checkpoint=start.checkpoint)
     objective.after_training(prepared, trainer)
-    with trainer.stop_on_signal.saving():
+    with trainer.stop_on_signal.saving(), status.during(SAVING):
         final = write_final(trainer, folder, start.record, progress.progress)
     objective.after_saving(final)
     log.info("Done. Ask it:  %s", objective.next_command(final))

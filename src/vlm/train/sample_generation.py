@@ -13,7 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 
 from vlm.config.schema import InferenceConfig, RunConfig
@@ -25,6 +24,7 @@ from vlm.data.encoding.prompts import prompt_turns
 from vlm.data.encoding.thinking import without_thinking
 from vlm.data.objects import MarkedObject
 from vlm.data.processor import Processor
+from vlm.data.progress import show_progress
 from vlm.data.records.positions import value_or_bad_sample
 from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn, Turn
 from vlm.data.vision.images import media_sizes_from_opened, open_media, upright_size
@@ -65,7 +65,7 @@ def make_answer_metrics(
         answers: list[str] = []
         found: list[list[MarkedObject]] = []
         silent = args.disable_tqdm or not args.should_save
-        for start in tqdm(range(0, len(prompts), size), "answering", leave=False, disable=silent):
+        for start in show_progress(range(0, len(prompts), size), "answering", silent=silent):
             batch = prompts[start : start + size]
             turns, media = [prompt.turns for prompt in batch], [open_media(prompt) for prompt in batch]
             tools = [prompt.tools for prompt in batch]

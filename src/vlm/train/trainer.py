@@ -8,13 +8,13 @@ the mean over tokens; the loss and the evaluation of the run's objective; the sp
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollator, TrainerCallback
+from transformers import DataCollator, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import ModelOutput
 
@@ -28,7 +28,10 @@ from vlm.train.checkpoints.best import BestModel
 from vlm.train.checkpoints.saving import FinishSaving
 from vlm.train.checkpoints.world import World
 from vlm.train.hooks import check_hooks
+from vlm.train.monitor.part_updates import PartUpdates
+from vlm.train.monitor.progress_line import ProgressLine
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter
+from vlm.train.monitor.status import EVALUATING
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer, read_learning_rates
 from vlm.train.random_state import separate_random_state
@@ -60,6 +63,7 @@ class VLMTrainer(BatchTrainer):
         on_first_batch: Callable[[Inputs], None] | None,
         on_skipped: Callable[[list[Skipped], int], None],
         callbacks: Sequence[TrainerCallback],
+        progress: ProgressLine,
         stop_on_signal: StopOnSignal,
     ):
         super().__init__(
@@ -69,8 +73,11 @@ class VLMTrainer(BatchTrainer):
             train_dataset=run.data.train,
             eval_dataset=run.data.evaluation,
             processing_class=run.processor.tokenizer,
-            callbacks=[BeforeFirstStep(self, run.model), *callbacks, FinishSaving(self), stop_on_signal],
+            callbacks=[BeforeFirstStep(self, run.model), *callbacks, progress, FinishSaving(self), stop_on_signal],
         )
+        for shown_by_transformers in (ProgressCallback, PrinterCallback):  # `progress` takes their place
+            self.remove_callback(shown_by_transformers)
+        self.progress, self.status = progress, run.status
         self.objective, self.meter = objective, meter
         self.options, self.packing = objective.config.trainer, objective.config.trainer.packing
         self.stop_on_signal = stop_on_signal
@@ -85,6 +92,8 @@ class VLMTrainer(BatchTrainer):
         if self.best_model is not None:
             self.saved_with_checkpoint.append(self.best_model)
         self.average = self._keep_average(run.model)
+        self.part_updates = PartUpdates(self)
+        self.add_callback(self.part_updates)
         self.on_first_batch = on_first_batch
         # Without a number of items, `Trainer` averages the losses of micro-batches over accumulation steps and ranks.
         # What a family's own `forward` accepts says nothing: its loss is not used.
@@ -108,7 +117,7 @@ class VLMTrainer(BatchTrainer):
         """As usual, timed; a run that fails listens to signals as the process did before it."""
         self.add_callback(SpeedCallback(self.meter))  # the last one: others may ask for an evaluation or a checkpoint
         self.add_callback(EvaluateWhenDue(self))
-        with self.within_guards(), self.stoppable():
+        with self.within_guards(), self.stoppable(), closing(self.progress):
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[object]:
@@ -163,6 +172,7 @@ class VLMTrainer(BatchTrainer):
             if self.lr_scheduler is not None:
                 logs.pop("learning_rate", None)
                 logs |= read_learning_rates(self.optimizer, self.lr_scheduler.get_last_lr())
+            logs |= self.part_updates.pop_metrics()
             logs |= self.meter.gather_metrics(self.accelerator.gather) | self.objective.training_metrics(self)
         elif "train_runtime" in logs:
             self.meter.finish(self.accelerator.gather, self.state.global_step)
@@ -183,7 +193,7 @@ class VLMTrainer(BatchTrainer):
         dataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         start = time.time()
         self.stop_on_signal.interrupt_evaluation(self.args.device)
-        with self._final_weights():
+        with self._final_weights(), self.status.during(EVALUATING):
             with separate_random_state(self.args.seed + self.state.global_step):
                 values = self.objective.evaluate(self, dataset)
             metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from vlm.config.distillation_schema import DistillationConfig
 from vlm.config.schema import DatasetConfig
 from vlm.data.cache import json_digest, resolve_cache_folder
 from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.feature_cache.store import FeatureFormat, FeatureStore, Pack, PackPlan
+from vlm.data.progress import show_progress
 from vlm.data.sample import BadSample
 from vlm.models import text_loss
 from vlm.train.distillation import divergences
@@ -134,7 +134,9 @@ class TeacherLogitWriter(FeatureCacheWriter[int, TeacherBatch]):
         counts, skipped = np.ones(len(indices), dtype=np.int64), {}
         workers = self.args.dataloader_num_workers
         loader = DataLoader(SupervisedCounts(self.dataset, indices), batch_size=None, num_workers=workers)
-        for place, count in enumerate(tqdm(loader, "counting supervised tokens", leave=False, disable=None)):
+        for place, count in enumerate(
+            show_progress(loader, "counting supervised tokens", silent=self.args.process_index > 0)
+        ):
             if isinstance(count, Skipped):
                 skipped[place] = count
                 self.on_skipped([count], 0)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
-from tqdm import tqdm
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -36,6 +35,7 @@ from vlm.data.feature_cache.families import (
 from vlm.data.feature_cache.images import find_image, require_image
 from vlm.data.feature_cache.store import FeatureFormat, FeatureStore, Pack, PackPlan
 from vlm.data.processor import Processor, SampleInputs
+from vlm.data.progress import show_progress
 from vlm.data.sample import BadSample, MediaSize, Sample
 from vlm.data.vision.images import read_media_sizes
 from vlm.families.parts import get_part_names
@@ -169,7 +169,7 @@ class FamilyFeatureWriter(FeatureCacheWriter[Place, list[tuple[int, Inputs]]]):
         numbers = {id(source): number for number, source in enumerate(self.sources)}
         for dataset in self.datasets:
             rows = np.unique(dataset.places[dataset.num_images > 0], axis=0).tolist()
-            for number, record in tqdm(rows, "looking for images", leave=False, disable=None):
+            for number, record in show_progress(rows, "looking for images", silent=self.args.process_index > 0):
                 source = dataset.sources[number]
                 try:
                     key = sample_cache_key(source.sample(record), self.processor)
@@ -189,7 +189,7 @@ class FamilyFeatureWriter(FeatureCacheWriter[Place, list[tuple[int, Inputs]]]):
         """Distribute samples over packs."""
         shapes = np.zeros((len(keys), self.num_tensors, MAX_DIMS), dtype=np.int64)
         skipped: dict[int, Skipped] = {}
-        for index, place in enumerate(tqdm(places, "measuring images", leave=False, disable=None)):
+        for index, place in enumerate(show_progress(places, "measuring images", silent=self.args.process_index > 0)):
             try:
                 shapes[index] = self._shapes_of(place)
             except BadSample as error:

@@ -11,7 +11,6 @@ from itertools import chain, groupby, pairwise
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.config.schema import DatasetConfig
@@ -32,6 +31,7 @@ from vlm.data.feature_cache.images import (
     require_image,
 )
 from vlm.data.feature_cache.store import FeatureStore, Pack, PackPlan
+from vlm.data.progress import show_progress
 from vlm.data.sample import BadSample, ImageRef
 from vlm.data.sources import Source
 from vlm.data.vision.images import read_image_size
@@ -133,7 +133,7 @@ class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, Views]):
         numbers = {id(source): number for number, source in enumerate(self.sources)}
         for dataset in datasets:
             places = np.unique(dataset.places[dataset.num_images > 0], axis=0).tolist()
-            for number, record in tqdm(places, "looking for images", leave=False, disable=None):
+            for number, record in show_progress(places, "looking for images", silent=self.args.process_index > 0):
                 source = dataset.sources[number]
                 try:
                     keys = image_cache_keys(source.sample(record), self.processor)

@@ -14,11 +14,11 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import TrainingArguments
 
 from vlm.data.dataset import Skipped
 from vlm.data.feature_cache.store import FeatureStore, Item, Pack, PackPlan
+from vlm.data.progress import show_progress
 from vlm.train.distributed import all_gather_objects, barrier, broadcast_from_rank0, rank0_lock
 
 Batch = TypeVar("Batch")
@@ -102,7 +102,8 @@ class FeatureCacheWriter(ABC, Generic[Item, Batch]):
         share: Any = self.batches(plans[0])[args.process_index :: args.world_size]
         load = partial(self.load, plans[0])
         loader = DataLoader(share, batch_size=None, collate_fn=load, num_workers=args.dataloader_num_workers)
-        for unusable, batch in tqdm(loader, self.description, disable=args.disable_tqdm or args.process_index != 0):
+        silent = args.disable_tqdm or args.process_index != 0
+        for unusable, batch in show_progress(loader, self.description, unit="batch", silent=silent):
             skipped |= unusable
             self.on_skipped(list(unusable.values()), 0)
             for item, result in self.compute(plans, batch):

@@ -30,12 +30,14 @@ class GuardedTrainer(CheckpointTrainer):
         guard: judges steps.
         logged_loss: leaves steps whose update was left out out of the logged loss.
         watchdog: ends a run that is stuck; None: there is none.
+        last_norm: the norm of the last step's gradient, before it was clipped.
     """
 
     guard: StepGuard
     guarded_update: GuardedUpdate
     logged_loss: LoggedLoss
     watchdog: Watchdog | None
+    last_norm: Tensor | float | None = None
 
     def set_up_guards(self, config: RunConfig) -> None:
         """Make the guards of a run."""
@@ -76,7 +78,7 @@ class GuardedTrainer(CheckpointTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         """As usual; the guard says by it whether the update is applied."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = self.last_norm = super()._get_grad_norm(model, grad_norm)
         skipped = self.guard.skipped
         self.guarded_update.finish(model, norm)
         is_skipped = self.guard.skipped > skipped

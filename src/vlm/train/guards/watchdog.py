@@ -14,6 +14,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -45,11 +46,15 @@ class Watchdog:
         stuck_after: seconds without progress on any rank.
         rank: this rank.
         world_size: number of ranks.
+
+    Attributes:
+        on_end: called with the reason before the process is ended.
     """
 
     def __init__(self, folder: Path, stuck_after: float, rank: int, world_size: int):
         self.folder, self.stuck_after = folder, stuck_after
         self.rank, self.world_size = rank, world_size
+        self.on_end: Callable[[str], object] = lambda reason: None
         self.interval = min(LONGEST_INTERVAL, stuck_after / LOOKS)
         self.heartbeats, self.stacks = folder / "heartbeats", folder / "stuck"
         self._count = 0
@@ -138,6 +143,7 @@ class Watchdog:
         with self._stack_file(self.rank).open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         faulthandler.dump_traceback(STDERR, all_threads=True)
+        self.on_end(reason)
         log.error("Rank %d is stuck and ends: %s. The stacks of each rank are in %s.", self.rank, reason, self.stacks)
         ranks = range(self.world_size)
         deadline = time.monotonic() + 2 * self.interval + 1

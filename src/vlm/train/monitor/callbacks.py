@@ -15,10 +15,13 @@ from vlm.train.random_state import separate_random_state
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log to `metrics.jsonl`; redraws `loss.png` and `speed.png` when a run evaluates, saves or ends."""
+    """Appends every log to `metrics.jsonl`; redraws `loss.png` and `speed.png` when a run evaluates, saves or ends.
 
-    def __init__(self, folder: Path):
-        self.folder, self.path = folder, folder / "metrics.jsonl"
+    `loss_label` says in the plot what the loss is.
+    """
+
+    def __init__(self, folder: Path, loss_label: str = "loss"):
+        self.folder, self.path, self.loss_label = folder, folder / "metrics.jsonl", loss_label
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Drop what was logged after the checkpoint that a run resumes from; a new run starts an empty file."""
@@ -40,7 +43,7 @@ class MetricsFile(TrainerCallback):
         """Redraw the plots."""
         if state.is_world_process_zero and self.path.exists():
             metrics = read_metrics(self.path)
-            draw_loss(metrics, self.folder / "loss.png")
+            draw_loss(metrics, self.folder / "loss.png", self.loss_label)
             if any("samples_per_second" in line for line in metrics):
                 draw_speed(metrics, self.folder / "speed.png")
 

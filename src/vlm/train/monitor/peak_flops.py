@@ -41,8 +41,12 @@ is two devices, and this is the figure of one. The longest name that matches is 
 REDUCED_DEVICE_WORDS = {"LAPTOP", "MIG"}
 """Words in the name of a device that does less than its data sheet says: part of a GPU, or one with less power."""
 
-MEASURE_SECONDS = 0.1
+MEASURED = "measured: "
+MEASURE_SECONDS = 0.3
 """How long a device that is not in the table is measured, in seconds."""
+SIDES = {"cuda": (8192,), "cpu": (256, 512, 1024)}
+"""Sides of the square matrices that a device multiplies. On a CPU, products of the small ones take about a millisecond,
+so that some of many run to their end on a busy machine before another process gets the core."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,11 @@ class Peak:
 
     tflops: float
     source: str
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the number was measured on this machine, and may be too low."""
+        return self.source.startswith(MEASURED)
 
 
 def get_peak_tflops(device: torch.device, dtype: torch.dtype, override: float | None) -> Peak:
@@ -61,7 +70,7 @@ def get_peak_tflops(device: torch.device, dtype: torch.dtype, override: float | 
     if (tflops := data_sheet_tflops(name)) is not None:
         return Peak(tflops, f"data sheet of {name}, dense bfloat16")
     precision = str(dtype).removeprefix("torch.")
-    source = f"measured: a matrix product in {precision} on this {name or device.type}"
+    source = f"{MEASURED}a matrix product in {precision} on this {name or device.type}, the fastest of many"
     return Peak(measure_tflops(device, dtype), source)
 
 
@@ -75,8 +84,15 @@ def data_sheet_tflops(name: str) -> float | None:
 
 
 def measure_tflops(device: torch.device, dtype: torch.dtype, seconds: float = MEASURE_SECONDS) -> float:
-    """Return TFLOP/s of the fastest of several square matrix products, repeated for `seconds`."""
-    side = 8192 if device.type == "cuda" else 1024
+    """Return TFLOP/s of the fastest of many square matrix products of several sizes, which take `seconds` in all.
+
+    The fastest one is hardly slower on a machine that does other work meanwhile.
+    """
+    sides = SIDES["cuda" if device.type == "cuda" else "cpu"]
+    return max(_measure_side(side, device, dtype, seconds / len(sides)) for side in sides)
+
+
+def _measure_side(side: int, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)  # kernels are chosen

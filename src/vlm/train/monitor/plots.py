@@ -37,18 +37,20 @@ THROUGHPUT_CURVES = {
 SHARE_CURVES = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "model FLOPs utilisation"}
 
 
+MAX_MARKED = 20
+"""The most points of a curve that are marked: without marks, a single one would not be seen."""
 STEP_HEADING = re.compile(r"^## Step (\d+)$", re.MULTILINE)
 """The heading of the answers at a step in `samples.md`."""
 
 
-def draw_loss(metrics: Sequence[Metrics], path: Path) -> None:
-    """Plot the losses over the steps, as a PNG."""
+def draw_loss(metrics: Sequence[Metrics], path: Path, label: str = "loss") -> None:
+    """Plot the losses over the steps, as a PNG; `label` says what they are."""
     from matplotlib.figure import Figure  # slow to import, and not needed before a run ends
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     _draw_curves(axes, metrics, LOSS_CURVES)
-    axes.set(xlabel="step", ylabel="loss per supervised token")
+    axes.set(xlabel="step", ylabel=label)
     figure.savefig(path, dpi=120)
 
 
@@ -70,7 +72,8 @@ def _draw_curves(axes: "Axes", metrics: Sequence[Metrics], curves: dict[str, str
     for key, label in curves.items():
         points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
         if points and (key != "samples_per_second" or not axes.lines):
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if key.startswith("eval_") else "")
+            is_short = len(points) <= MAX_MARKED or key.startswith("eval_")
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if is_short else "")
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)

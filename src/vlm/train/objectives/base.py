@@ -10,11 +10,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vlm.config.schema import RunConfig
+from vlm.train.monitor.status import RunStatus
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,7 @@ class PreparedRun:
         parts: the model's parts, see `train/parts.py`.
         data: the samples.
         collate: makes a batch of a list of samples.
+        status: what the run does now, for `status.json`.
     """
 
     folder: Path
@@ -75,6 +77,7 @@ class PreparedRun:
     parts: list[Part]
     data: RunData
     collate: Collate
+    status: RunStatus = field(default_factory=RunStatus)
 
 
 class ObjectiveTrainer(Protocol):
@@ -122,6 +125,7 @@ class Objective(ABC):
     Attributes:
         config: the run's configuration.
         row_key: the input of a batch that has one row for each sample.
+        loss_label: what the loss is, for plots.
         flops_note: why the operations of a step are not counted, for `speed.json`; None: they are counted.
         takes_loss_weights: whether `compute_loss` multiplies the loss at each position with the input `loss_weights`,
             where there is one; packed steps need that for `trainer.loss_average=micro_batch`.
@@ -129,6 +133,7 @@ class Objective(ABC):
     """
 
     row_key: ClassVar[str] = "input_ids"
+    loss_label: ClassVar[str] = "loss"
     flops_note: ClassVar[str | None] = None
     takes_loss_weights: ClassVar[bool] = False
     packing_proofs: ClassVar[tuple[str, ...]] = ("packing",)

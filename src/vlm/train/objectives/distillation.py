@@ -38,6 +38,7 @@ class Distillation(Generation):
         compared: the evaluation samples with what they need of the teacher.
     """
 
+    loss_label = "distillation loss per supervised token"
     flops_note = "they are of the model that trains, and a teacher runs beside it"
     teacher: Teacher
     vocabulary: int

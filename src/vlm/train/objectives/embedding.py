@@ -33,6 +33,7 @@ class Embedding(Objective):
         members: the distinct members of the evaluation records, from the first evaluation on.
     """
 
+    loss_label = "contrastive loss"
     row_key = "groups"
     flops_note = "they are of replies, and vectors are read of hidden states"
 

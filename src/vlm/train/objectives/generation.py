@@ -43,6 +43,7 @@ class Generation(Objective):
         uncached: the training samples with their images, where a family's features are cached; None: they are not.
     """
 
+    loss_label = "loss per supervised token"
     takes_loss_weights = True
     answer_metrics: Callable[[PreTrainedModel, Callable[[], None]], dict[str, float]] | None = None
     loss_metrics: Sequence[LossMetric] = ()

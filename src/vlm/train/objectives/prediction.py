@@ -38,6 +38,7 @@ class Prediction(Objective):
         out_of_fold: head -> its outputs for all records, where there are folds, from `before_training` on.
     """
 
+    loss_label = "loss of the prediction heads"
     row_key = "groups"
     flops_note = "they are of replies, and prediction heads read hidden states"
 

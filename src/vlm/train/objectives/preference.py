@@ -40,6 +40,7 @@ class Preference(Generation):
         metrics: what is logged of the steps since the last log.
     """
 
+    loss_label = "preference loss"
     row_key = "record_index"
     takes_loss_weights = False
     packing_proofs = ("packing", "pairs")

@@ -34,7 +34,7 @@ START = _keys("trainer", "output_dir resume_from_checkpoint resume_changes start
 SAFE = (
     _keys("trainer", "num_train_epochs max_steps num_samples eval_metrics eval_metrics_samples "
           "eval_retrieval_candidates before_after before_after_samples before_after_probe peak_tflops profile "
-          "keep_best on_save_error async_save on_nonfinite max_skipped_steps stuck_after")
+          "keep_best on_save_error async_save on_nonfinite max_skipped_steps stuck_after alert_command")
     | _keys("trainer", "logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter "
             "include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project "
             "trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug")

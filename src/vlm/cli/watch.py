@@ -1,0 +1,66 @@
+"""`vlm watch RUN`: a run in the terminal while it trains, from its files. Imports no torch."""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlm.config.shown import PresentableParser
+from vlm.runs.watch import LiveRun, read_live_run, render, summarize
+
+EPILOG = """\
+examples:
+  vlm watch outputs/smol-finetune            until the run ends
+  vlm watch outputs/smol-finetune --once     print what there is, and end
+
+It reads files alone, so the run may train on another machine whose disk is mounted here. Exit code: 1 where the run
+failed, else 0. Ctrl-C ends the watching, never the run.
+"""
+HOME, CLEAR_LINE, CLEAR_BELOW, CLEAR_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[2J"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Show a run until it ends."""
+    args = make_parser().parse_args(list(argv))
+    if args.once:
+        run = read_live_run(args.run, args.lines)
+        print(render(run, shutil.get_terminal_size((100, 24)).columns))
+    else:
+        run = watch(args.run, args.interval, args.lines)
+    sys.exit(1 if run.state in ("failed", "gone") else 0)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `vlm watch`."""
+    parser = PresentableParser(
+        "vlm watch", description="Show a run while it trains: progress, loss, speed, last evaluation, log.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run directory")
+    parser.add_argument("--once", action="store_true", help="print once and end")
+    parser.add_argument(
+        "--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (%(default)g)"
+    )
+    parser.add_argument("--lines", type=int, default=8, metavar="N", help="lines of run.log (%(default)d)")
+    return parser
+
+
+def watch(folder: Path, interval: float, num_log_lines: int) -> LiveRun:
+    """Show a run until it ends, and return what its files say then; a line for each change where it is no terminal."""
+    on_terminal, last = sys.stdout.isatty(), ""
+    if on_terminal:
+        print(CLEAR_SCREEN, end="")
+    while True:
+        run = read_live_run(folder, num_log_lines)
+        if on_terminal:
+            columns, rows = shutil.get_terminal_size((100, 24))
+            lines = render(run, columns, rows - 1).splitlines()
+            print(HOME + "".join(f"{line}{CLEAR_LINE}\n" for line in lines) + CLEAR_BELOW, end="", flush=True)
+        elif (line := summarize(run)) != last:
+            print(line, flush=True)
+            last = line
+        if run.has_ended:
+            return run
+        time.sleep(interval)

@@ -1,0 +1,144 @@
+"""What a run does now, in words: the line that it shows, and the lines of its evaluations.
+
+`train/monitor` shows them while a run trains, `vlm watch` from the files of a run. Imports the standard library only.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+STATUS_FILE = "status.json"
+TREND_LOGS = 20
+"""The number of last logs whose losses the trend is of."""
+MIN_TREND_LOGS = 5
+"""The number of logs that a trend needs."""
+TREND_ERRORS = 2.0
+"""A trend is one where the slope of the losses is more than this many of its standard errors from 0."""
+ARROWS = {"falling": "↘", "flat": "→", "rising": "↗", None: ""}
+COLOURS = {"falling": "\x1b[32m", "rising": "\x1b[31m", "dim": "\x1b[2m"}
+END_OF_COLOUR = "\x1b[0m"
+RATE_NAMES = {"visual_encoder": "encoder", "language_model": "llm"}
+"""How the line shortens the names of parts."""
+NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "image_gain_ci95", "blank_loss", "loss")
+"""What an evaluation logs that is no metric of its own in its line."""
+
+
+def find_trend(steps: Sequence[int], losses: Sequence[float]) -> str | None:
+    """Return whether losses are `falling`, `flat` or `rising`; None where they are too few.
+
+    It is the slope of the least-squares line through the last `TREND_LOGS` losses; `flat` where it is at most
+    `TREND_ERRORS` of its standard errors from 0.
+    """
+    x, y = list(steps)[-TREND_LOGS:], list(losses)[-TREND_LOGS:]
+    if len(y) < MIN_TREND_LOGS or not all(map(math.isfinite, y)):
+        return None
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    spread = sum((step - mean_x) ** 2 for step in x)
+    slope = sum((step - mean_x) * (loss - mean_y) for step, loss in zip(x, y, strict=True)) / spread
+    rest = sum((loss - mean_y - slope * (step - mean_x)) ** 2 for step, loss in zip(x, y, strict=True))
+    error = math.sqrt(rest / (len(x) - 2) / spread)
+    if abs(slope) <= TREND_ERRORS * error:
+        return "flat"
+    return "falling" if slope < 0 else "rising"
+
+
+def format_line(values: Mapping[str, object], width: int | None = None, *, coloured: bool = False) -> str:
+    """Return a run's values, as `status.json` has them, in a line.
+
+    Args:
+        values: the values; those that are None are left out.
+        width: the most columns; what matters least is left out of a longer line. None: any number.
+        coloured: whether a falling loss is green and a rising one red.
+    """
+    fields = _list_fields(values)
+    while width is not None and len(fields) > 2 and len("  ".join(text for _, text in fields)) > width:
+        fields.remove(max(fields))
+    line = "  ".join(text for _, text in fields)[:width]
+    trend = values.get("loss_trend")
+    if coloured and trend in COLOURS:
+        arrow = ARROWS[str(trend)]
+        line = line.replace(arrow, f"{COLOURS[str(trend)]}{arrow}{END_OF_COLOUR}")
+    return line
+
+
+def _list_fields(values: Mapping[str, object]) -> list[tuple[int, str]]:
+    """Return how much the fields of a line matter, 0 the most, and their texts, in the order in which they stand."""
+    numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+    step, steps = values.get("step") or 0, values.get("max_steps")
+    fields = [(0, f"step {step:,}" + (f"/{steps:,}" if steps else ""))]
+    if "epoch" in numbers:
+        fields.append((5, f"epoch {numbers['epoch']:.2f}"))
+    if "loss" in numbers:
+        arrow = ARROWS.get(values.get("loss_trend"), "")
+        fields.append((1, f"loss {numbers['loss']:.4g}" + (f" {arrow}" if arrow else "")))
+    rates = values.get("learning_rates")
+    if isinstance(rates, Mapping) and rates:
+        shown = [f"{RATE_NAMES.get(part, part)} {format_rate(rate)}" for part, rate in rates.items()]
+        fields.append((6, f"lr {', '.join(shown)}"))
+    if "tokens_per_second" in numbers:
+        fields.append((3, f"{format_count(numbers['tokens_per_second'])} tokens/s"))
+    elif "samples_per_second" in numbers:
+        fields.append((3, f"{format_count(numbers['samples_per_second'])} samples/s"))
+    if "mfu" in numbers:
+        fields.append((4, f"MFU {numbers['mfu']:.1%}"))
+    if "memory_bytes" in numbers:
+        fields.append((7, f"{numbers['memory_bytes'] / 2**30:.2f} GiB"))
+    if "waiting_share" in numbers:
+        fields.append((8, f"data wait {numbers['waiting_share']:.0%}"))
+    if "seconds_left" in numbers:
+        fields.append((2, f"{format_seconds(numbers['seconds_left'])} left"))
+    return fields
+
+
+def format_count(number: float) -> str:
+    """Return a number of something a second, short: `12.3k`."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def format_rate(rate: float) -> str:
+    """Return a learning rate, short: `2e-5`, `1.85e-3`."""
+    if not rate:
+        return "0"
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time, short: `45 s`, `12 min`, `3 h 05 min`, `2 d 4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def format_evaluation(step: int, metrics: Mapping[str, float]) -> str:
+    """Return the metrics of an evaluation in a line: the losses, the gain by images with its interval, then others."""
+    values = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    fields = []
+    if "loss" in values:
+        fields.append(f"loss {values['loss']:.4g}")
+    if "blank_loss" in values:
+        fields.append(f"on blank images {values['blank_loss']:.4g}")
+    if "image_gain" in values:
+        interval = f" ± {values['image_gain_ci95']:.2g}" if "image_gain_ci95" in values else ""
+        fields.append(f"image gain {values['image_gain']:.4g}{interval}")
+    others = {name: value for name, value in values.items() if name not in (*NO_METRICS, "image_gain")}
+    fields += [f"{name} {value:.4g}" for name, value in others.items()]
+    time_taken = f"  ({format_seconds(values['runtime'])})" if "runtime" in values else ""
+    return f"evaluation at step {step:,}:  {'  '.join(fields)}{time_taken}"
+
+
+def read_status(folder: Path) -> dict[str, object]:
+    """Return the `status.json` of a run directory; empty where there is none that can be read."""
+    try:
+        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}

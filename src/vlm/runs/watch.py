@@ -1,0 +1,270 @@
+"""A run as its files tell it while it trains: what `vlm watch` shows. Needs the files alone, and neither torch nor the
+process: a disk of another machine will do.
+"""
+
+import json
+import math
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from vlm.config.shown import printable
+from vlm.runs.status_line import format_evaluation, format_line, format_seconds, read_status
+
+METRICS_FILE, LOG_FILE = "metrics.jsonl", "run.log"
+ACTIVE = ("starting", "training", "evaluating", "saving")
+ENDED = ("done", "stopped", "failed")
+GONE = "gone"
+"""The state of a run whose process on this machine is no longer there, although its files say that it is active."""
+STALE_SECONDS = 120.0
+"""How old the status of an active run may be until that is said."""
+PLOT_ROWS = 10
+LOG_BYTES = 65536
+"""How much of the end of `run.log` is read."""
+BRAILLE = 0x2800
+DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+"""The dots of a braille character: by column, from the top."""
+
+
+@dataclass(frozen=True)
+class LiveRun:
+    """What the files of a run say at a moment.
+
+    Attributes:
+        folder: the run directory.
+        status: its `status.json`; empty for runs of earlier versions.
+        lines: its `metrics.jsonl`: the numbers of each log, and its step.
+        log: the last lines of its `run.log`.
+        seen_at: the moment, in seconds since 1970.
+    """
+
+    folder: Path
+    status: Mapping[str, object]
+    lines: Sequence[Mapping[str, float]]
+    log: Sequence[str]
+    seen_at: float
+
+    @property
+    def state(self) -> str:
+        """What the run does: a state of `status.json`, `gone`, or `unknown`."""
+        state = self.status.get("state")
+        if not isinstance(state, str) or state not in (*ACTIVE, *ENDED):
+            return "unknown"
+        return GONE if state in ACTIVE and self._has_gone() else state
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.state in (*ENDED, GONE)
+
+    @property
+    def age(self) -> float | None:
+        """How old the status is, in seconds."""
+        updated = self.status.get("updated_at")
+        return max(0.0, self.seen_at - updated) if isinstance(updated, int | float) else None
+
+    def _has_gone(self) -> bool:
+        pid = self.status.get("pid")
+        if self.status.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
+            return False
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):  # another user's process, or no process id
+            pass
+        return False
+
+
+def read_live_run(folder: Path, num_log_lines: int = 8) -> LiveRun:
+    """Read the files of a run directory.
+
+    Raises:
+        ValueError: the folder holds no run.
+    """
+    status, lines = read_status(folder), list(_read_metrics(folder / METRICS_FILE))
+    if not status and not lines and not (folder / "config.yaml").is_file():
+        raise ValueError(
+            f"{folder} holds no run: neither status.json, nor metrics.jsonl, nor config.yaml. Give the run directory, "
+            "which a run prints when it begins"
+        )
+    return LiveRun(folder, status, lines, _read_tail(folder / LOG_FILE, num_log_lines), time.time())
+
+
+def _read_metrics(file: Path) -> Iterator[dict[str, float]]:
+    """Yield the numbers of each line; a line that is not whole is left out."""
+    try:
+        texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield {name: value for name, value in line.items() if isinstance(value, int | float)}
+
+
+def _read_tail(file: Path, number: int) -> list[str]:
+    """Return the last lines of a log, printable; none where there is no log."""
+    try:
+        with file.open("rb") as opened:
+            opened.seek(max(0, opened.seek(0, os.SEEK_END) - LOG_BYTES))
+            text = opened.read().decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    return [printable(line, single_line=True) for line in deque((part for part in text.splitlines() if part), number)]
+
+
+def render(run: LiveRun, width: int = 100, height: int | None = None) -> str:
+    """Return what is shown of a run.
+
+    Args:
+        run: the run.
+        width: the columns that there are.
+        height: the rows that there are; the log gets what the rest leaves. None: any number.
+    """
+    shown = [*_render_head(run, width), *_render_losses(run.lines, width)]
+    evaluations = [line for line in run.lines if "eval_loss" in line or any(name.startswith("eval_") for name in line)]
+    if evaluations:
+        last = evaluations[-1]
+        metrics = {name: value for name, value in last.items() if name.startswith("eval_")}
+        shown += ["", *_wrap(format_evaluation(int(last["step"]), metrics), width)]
+    log = list(run.log)
+    if height is not None:
+        log = log[-max(height - len(shown) - 3, 0) :] if height - len(shown) > 3 else []
+    if log:
+        shown += ["", *(line[:width] for line in log)]
+    return "\n".join(shown)
+
+
+def _render_head(run: LiveRun, width: int) -> list[str]:
+    name = printable(str(run.folder), single_line=True)
+    state = describe_state(run)
+    lines = [f"{name}  {state}"] if len(name) + len(state) + 2 <= width else [name, state]
+    message = run.status.get("message")
+    if isinstance(message, str) and message:
+        lines.append(printable(message, single_line=True))
+    values = dict(run.status) or _status_from_metrics(run.lines)
+    step, steps = values.get("step"), values.get("max_steps")
+    if isinstance(step, int) and isinstance(steps, int) and steps > 0:
+        lines.append(draw_bar(step / steps, min(width - 8, 60)))
+    if isinstance(step, int):
+        if run.has_ended:
+            values["seconds_left"] = None
+        lines += _wrap(format_line(values), width)
+    return [line[:width] for line in lines]
+
+
+def describe_state(run: LiveRun) -> str:
+    """Return what the run does, and how old the news are where that matters."""
+    age, state = run.age, run.state
+    host = run.status.get("host")
+    where = f" on {printable(host, single_line=True)}" if isinstance(host, str) else ""
+    if state == GONE:
+        return f"ended without a word: its process{where} is gone; run.log has its last lines"
+    if state == "unknown":
+        return "state unknown: it has no status.json"
+    if state in ENDED or age is None:
+        return state
+    if age > STALE_SECONDS:
+        return f"{state}{where}, but it has said nothing for {format_seconds(age)}"
+    return f"{state}{where}, {format_seconds(age)} ago"
+
+
+def _status_from_metrics(lines: Sequence[Mapping[str, float]]) -> dict[str, object]:
+    """Return the values of the last log as `status.json` has them, for runs that have no status."""
+    logs = [line for line in lines if "loss" in line]
+    if not logs:
+        return {}
+    last, prefix = logs[-1], "learning_rate/"
+    return {
+        "step": last["step"], "epoch": last.get("epoch"), "loss": last["loss"], "mfu": last.get("mfu"),
+        "tokens_per_second": last.get("tokens_per_second"), "waiting_share": last.get("data_wait_share"),
+        "learning_rates": {name.removeprefix(prefix): rate for name, rate in last.items() if name.startswith(prefix)},
+    }  # fmt: skip
+
+
+def draw_bar(share: float, width: int) -> str:
+    """Return a bar of a share from 0 to 1, with the share in per cent."""
+    share = min(max(share, 0.0), 1.0)
+    filled = int(share * width)
+    return f"{'█' * filled}{'░' * (width - filled)} {share:.0%}"
+
+
+def _wrap(line: str, width: int) -> list[str]:
+    """Return a line of fields that two blanks part as lines of at most so many columns."""
+    lines = [""]
+    for field in line.split("  "):
+        longer = f"{lines[-1]}  {field}" if lines[-1] else field
+        lines = [*lines[:-1], longer] if len(longer) <= width else [*lines, field]
+    return lines
+
+
+def _render_losses(lines: Sequence[Mapping[str, float]], width: int) -> list[str]:
+    """Return a plot of the training loss, `o` where it was evaluated; nothing for fewer than two losses."""
+    training = [(line["step"], line["loss"]) for line in lines if math.isfinite(line.get("loss", math.nan))]
+    evaluation = [(line["step"], line["eval_loss"]) for line in lines if math.isfinite(line.get("eval_loss", math.nan))]
+    if len(training) < 2:
+        return []
+    legend = "loss" + (", o: evaluation" if evaluation else "")
+    return ["", legend, *plot(training, evaluation, max(width - 12, 20), PLOT_ROWS)]
+
+
+def plot(
+    curve: Sequence[tuple[float, float]], marks: Sequence[tuple[float, float]], width: int, rows: int
+) -> list[str]:
+    """Return the lines of a plot: a curve in braille dots, marks as `o`, and labels of both axes.
+
+    Args:
+        curve: points of steps and values; at least two steps.
+        marks: further points.
+        width: columns of the plot itself.
+        rows: its rows.
+    """
+    values = [value for _, value in (*curve, *marks)]
+    low, high = min(values), max(values)
+    height = (high - low) or 1.0
+    first, last = min(step for step, _ in curve), max(step for step, _ in curve)
+    length = (last - first) or 1.0
+    cells = [[0] * width for _ in range(rows)]
+    for column, value in _resample(curve, first, length, 2 * width):
+        dot = round((high - value) / height * (4 * rows - 1))
+        cells[dot // 4][column // 2] |= DOTS[column % 2][dot % 4]
+    drawn = [[chr(BRAILLE + cell) if cell else " " for cell in row] for row in cells]
+    for step, value in marks:
+        if first <= step <= last:
+            row = round((high - value) / height * (rows - 1))
+            drawn[row][min(int((step - first) / length * width), width - 1)] = "o"
+    labels = {0: f"{high:.4g}", rows - 1: f"{low:.4g}"}
+    lines = [f"{labels.get(row, ''):>8} │{''.join(cells).rstrip()}" for row, cells in enumerate(drawn)]
+    ends = f"{first:,.0f}", f"step {last:,.0f}"
+    return [*lines, f"{'':8} └{'─' * width}", f"{'':10}{ends[0]}{ends[1]:>{width - len(ends[0])}}"]
+
+
+def _resample(
+    curve: Sequence[tuple[float, float]], first: float, length: float, columns: int
+) -> Iterator[tuple[int, float]]:
+    """Yield a value for each column: the mean of its points, between them a straight line."""
+    sums: dict[int, list[float]] = {}
+    for step, value in curve:
+        sums.setdefault(min(int((step - first) / length * (columns - 1)), columns - 1), []).append(value)
+    points = sorted((column, sum(values) / len(values)) for column, values in sums.items())
+    for (column, value), (next_column, next_value) in pairwise(points):
+        for between in range(column, next_column):
+            share = (between - column) / (next_column - column)
+            yield between, value + share * (next_value - value)
+    yield points[-1]
+
+
+def summarize(run: LiveRun) -> str:
+    """Return a run in one line, for output that is no terminal."""
+    values = dict(run.status) or _status_from_metrics(run.lines)
+    line = format_line(values) if isinstance(values.get("step"), int) else ""
+    return f"{run.state}  {line}".rstrip()

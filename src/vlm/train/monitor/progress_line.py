@@ -1,0 +1,117 @@
+"""The line that tells how a run is doing: rewritten in place on a terminal, a line for each log in a file or a pipe.
+
+An evaluation has a line of its own, which stays. Both go to `run.log` too.
+"""
+
+import logging
+import math
+import os
+import shutil
+import time
+from typing import NoReturn
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from vlm.data.progress import shows_bars
+from vlm.runs.status_line import TREND_LOGS, find_trend, format_evaluation, format_line
+from vlm.train.monitor.plots import Metrics
+from vlm.train.monitor.run_log import IN_PLACE
+from vlm.train.monitor.status import TRAINING, RunStatus
+
+log = logging.getLogger(__name__)
+
+REDRAW_SECONDS = 0.1
+"""How often the line is drawn again at most, between two logs."""
+
+
+class ProgressLine(TrainerCallback):
+    """Shows the progress of a run, and keeps its status; on all ranks it asks for a log of the last step.
+
+    Args:
+        status: of the run.
+        is_writer: whether this rank shows anything.
+    """
+
+    def __init__(self, status: RunStatus, *, is_writer: bool):
+        self.status, self.is_writer = status, is_writer
+        self.bar: tqdm[NoReturn] | None = None
+        self.steps: list[int] = []
+        self.losses: list[float] = []
+        self._first_step = self._drawn = 0.0
+        self._steps_before = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Begin to show progress."""
+        self._first_step, self._steps_before = 0.0, state.global_step
+        self.status.update(state=TRAINING, step=state.global_step, max_steps=state.max_steps, epoch=state.epoch)
+        if self.is_writer and not args.disable_tqdm and shows_bars():
+            self.bar = tqdm(total=0, bar_format="{desc}", leave=True, dynamic_ncols=True)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Ask for a log of the last step, so that a run that is shorter than `logging_steps` has one; count steps."""
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
+        if not self.is_writer:
+            return
+        now = time.perf_counter()
+        if not self._first_step:  # which takes longer than others
+            self._first_step, self._steps_before = now, state.global_step
+        done = state.global_step - self._steps_before
+        left = (now - self._first_step) / done * (state.max_steps - state.global_step) if done else None
+        self.status.renew(step=state.global_step, epoch=state.epoch, seconds_left=left)
+        if self.bar is not None and now - self._drawn > REDRAW_SECONDS:
+            self._draw(now)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **kwargs: object
+    ):
+        """Show what was logged."""
+        if not self.is_writer:
+            return
+        if "loss" in logs or any(name.startswith("learning_rate/") for name in logs):
+            self._take_log(state, logs)
+        elif any(name.startswith("eval_") for name in logs):
+            log.info("%s", format_evaluation(state.global_step, logs))
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Leave the last line as it is."""
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the terminal, whether the run has ended or failed."""
+        if self.bar is not None:
+            self._draw(time.perf_counter())
+            self.bar.close()
+            self.bar = None
+
+    def _take_log(self, state: TrainerState, logs: Metrics) -> None:
+        if "loss" in logs:
+            self.steps.append(state.global_step)
+            self.losses.append(logs["loss"])
+            del self.steps[:-TREND_LOGS], self.losses[:-TREND_LOGS]
+        memory = logs.get("peak_memory_gib")
+        prefix = "learning_rate/"
+        measured = {"tokens_per_second", "mfu", "samples_per_second"} & logs.keys()
+        self.status.update(
+            state=TRAINING, step=state.global_step, max_steps=state.max_steps, epoch=state.epoch,
+            loss=finite_or_none(logs.get("loss")), loss_trend=find_trend(self.steps, self.losses),
+            learning_rates={k.removeprefix(prefix): v for k, v in logs.items() if k.startswith(prefix)},
+            **{name: logs[name] for name in measured},
+            **({} if memory is None else {"memory_bytes": round(memory * 2**30)}),
+            **({"waiting_share": logs["data_wait_share"]} if "data_wait_share" in logs else {}),
+        )  # fmt: skip
+        log.info("%s", format_line(self.status.values), extra={IN_PLACE: self.bar is not None})
+        if self.bar is not None:
+            self._draw(time.perf_counter())
+
+    def _draw(self, now: float) -> None:
+        assert self.bar is not None
+        self._drawn = now
+        width, coloured = shutil.get_terminal_size().columns - 1, not os.environ.get("NO_COLOR")
+        self.bar.set_description_str(format_line(self.status.values, width, coloured=coloured))
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """Return a number that JSON has, or None."""
+    return value if value is not None and math.isfinite(value) else None

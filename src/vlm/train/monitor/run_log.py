@@ -1,0 +1,173 @@
+"""`run.log` of a run directory: everything that a run and its libraries log, with the time, and tracebacks.
+
+The terminal shows this package's own messages and the errors of libraries; warnings and notes of libraries go to the
+file alone. Rank 0 writes `run.log`; another rank writes `run.log.rankN`, and only if it warns or fails. What is logged
+before the run directory is known is kept, and written once it is. Each line is flushed, so that a run that is killed
+loses none. Imports the standard library and tqdm only: it listens before torch is imported.
+"""
+
+import faulthandler
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import TypeGuard
+
+from tqdm import tqdm
+
+from vlm.clusters.processes import SAVED_EXIT_CODE
+
+LOG_FILE = "run.log"
+LINE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+OWN = "vlm"
+"""The logger of this package."""
+IN_PLACE = "in_place"
+"""The attribute of a record that a terminal shows in a line of its own, so that the console leaves it out."""
+MAX_KEPT = 100_000
+"""The most records that are kept before the run directory is known."""
+STANDARD_STREAMS = ("<stdout>", "<stderr>")
+
+
+log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Takes what is logged while it is entered; `open` says where it goes.
+
+    Attributes:
+        file: the open log file; None: nothing was written, or the run directory is not known yet.
+    """
+
+    def __init__(self, rank: int | None = None):
+        self.rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+        self.kept = MemoryHandler(MAX_KEPT, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self.handler: logging.FileHandler | None = None
+        self._undo = ExitStack()
+
+    @property
+    def path(self) -> Path | None:
+        """The file that is written to; None: the run directory is not known yet."""
+        return None if self.handler is None else Path(self.handler.baseFilename)
+
+    def __enter__(self) -> "RunLog":
+        """Listen to every logger and to Python's warnings."""
+        root = logging.getLogger()
+        self._add(root, self.kept)
+        errors = logging.StreamHandler(sys.stderr)
+        errors.setLevel(logging.ERROR)
+        errors.addFilter(lambda record: not is_own(record))
+        errors.setFormatter(logging.Formatter("[%(levelname)s] %(name)s: %(message)s"))
+        self._add(root, errors)
+        own = logging.getLogger(OWN)
+        self._undo.callback(setattr, own, "handlers", own.handlers)
+        own.handlers = [ConsoleHandler(handler.stream) if is_console(handler) else handler for handler in own.handlers]
+        logging.captureWarnings(True)
+        self._undo.callback(logging.captureWarnings, False)
+        self.take_over_libraries()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Write the traceback of what ended the run, and let loggers be as they were before."""
+        if error is not None and not (isinstance(error, SystemExit) and error.code in (0, None, SAVED_EXIT_CODE)):
+            log.error("The run ended with an error", exc_info=error, extra={IN_PLACE: True})
+        if self.handler is None:
+            self._show_kept_warnings()
+        elif faulthandler.is_enabled() and self._owns_faults:
+            faulthandler.disable()
+        self._undo.close()
+        self.kept.close()
+
+    def open(self, folder: Path) -> None:
+        """Write to the log file of a run directory from now on, and first what was logged before."""
+        if self.handler is not None:
+            return
+        name = LOG_FILE if self.rank == 0 else f"{LOG_FILE}.rank{self.rank}"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.handler = logging.FileHandler(folder / name, encoding="utf-8", errors="backslashreplace", delay=True)
+        self.handler.setFormatter(logging.Formatter(LINE_FORMAT))
+        if self.rank:
+            self.handler.setLevel(logging.WARNING)
+        self.kept.setTarget(self.handler)
+        self.kept.flush()
+        logging.getLogger().removeHandler(self.kept)
+        self._add(logging.getLogger(), self.handler)
+        self._undo.callback(self.handler.close)
+        self.take_over_libraries()
+        self._write_faults_to_file()
+
+    def take_over_libraries(self) -> None:
+        """Let libraries that print their log themselves pass it on instead; some do so from their import on."""
+        for name, logger in list(logging.root.manager.loggerDict.items()):
+            if name.split(".")[0] == OWN or not isinstance(logger, logging.Logger):
+                continue
+            for handler in filter(is_console, list(logger.handlers)):
+                logger.removeHandler(handler)
+                self._undo.callback(logger.addHandler, handler)
+                self._undo.callback(setattr, logger, "propagate", logger.propagate)
+                logger.propagate = True
+
+    def _add(self, logger: logging.Logger, handler: logging.Handler) -> None:
+        logger.addHandler(handler)
+        self._undo.callback(logger.removeHandler, handler)
+
+    _owns_faults = False
+
+    def _write_faults_to_file(self) -> None:
+        """Let the file have the stacks of a process that the system ends, as on an invalid memory access."""
+        if self.rank == 0 and self.handler is not None and not faulthandler.is_enabled():
+            self.handler.acquire()
+            try:
+                if self.handler.stream is None:
+                    self.handler.stream = self.handler._open()
+            finally:
+                self.handler.release()
+            faulthandler.enable(self.handler.stream)
+            self._owns_faults = True
+
+    def _show_kept_warnings(self) -> None:
+        """Print the warnings of libraries where no run directory was opened that could have them."""
+        shown = logging.StreamHandler(sys.stderr)
+        shown.setFormatter(logging.Formatter("[%(levelname)s] %(name)s: %(message)s"))
+        for record in self.kept.buffer:
+            if logging.WARNING <= record.levelno < logging.ERROR and not is_own(record):
+                shown.handle(record)
+
+
+class ConsoleHandler(logging.StreamHandler):
+    """Prints notes as they are, and of what is worse, first how bad it is; lines do not run into bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record, unless it is shown otherwise."""
+        if getattr(record, IN_PLACE, False):
+            return
+        try:
+            text = self.format(record)
+            tqdm.write(text if record.levelno <= logging.INFO else f"{record.levelname.lower()}: {text}", self.stream)
+            self.flush()
+        except Exception:  # as every handler does
+            self.handleError(record)
+
+
+def is_own(record: logging.LogRecord) -> bool:
+    """Return whether this package logged a record."""
+    return record.name.split(".")[0] == OWN
+
+
+def is_console(handler: logging.Handler) -> TypeGuard[logging.StreamHandler]:
+    """Return whether a handler prints to the standard output or error."""
+    if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
+        return False
+    return getattr(handler.stream, "name", None) in STANDARD_STREAMS
+
+
+@contextmanager
+def logged(run_log: RunLog | None) -> Iterator[RunLog]:
+    """Yield a log that is entered already, or one that is entered here."""
+    if run_log is not None:
+        yield run_log
+        return
+    with RunLog() as own:
+        yield own

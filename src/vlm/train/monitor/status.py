@@ -1,0 +1,61 @@
+"""`status.json` of a run directory: what a run does now, for people and programs that look at it from outside.
+
+The file is replaced as a whole at the start of a run, at each log, and at its end; between two logs it is renewed every
+`RENEWAL_SECONDS` at most, after a step. Imports no torch.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vlm.runs.status_line import STATUS_FILE
+
+STARTING, TRAINING, EVALUATING, SAVING = "starting", "training", "evaluating", "saving"
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
+RENEWAL_SECONDS = 5.0
+"""How old the file may get while steps are done, in seconds."""
+
+EMPTY: dict[str, object] = {
+    "state": STARTING, "step": None, "max_steps": None, "epoch": None, "loss": None, "loss_trend": None,
+    "seconds_left": None, "tokens_per_second": None, "mfu": None, "memory_bytes": None, "waiting_share": None,
+    "learning_rates": {}, "started_at": None, "updated_at": None, "host": None, "pid": None, "message": None,
+}  # fmt: skip
+
+
+class RunStatus:
+    """The status of a run, written by the rank that has a `folder`; None: nothing is written."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+        self.values = EMPTY | {"started_at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+
+    def update(self, **values: object) -> None:
+        """Take new values, and write the file; a disk that is full or away for a while does not end the run."""
+        self.values |= values | {"updated_at": time.time()}
+        if self.folder is not None:
+            with suppress(OSError):
+                partial = self.folder / f".{STATUS_FILE}.partial"
+                partial.write_text(f"{json.dumps(self.values, indent=2)}\n", encoding="utf-8")
+                partial.replace(self.folder / STATUS_FILE)
+
+    def renew(self, **values: object) -> None:
+        """Take new values, and write the file where it is older than `RENEWAL_SECONDS`."""
+        updated = self.values["updated_at"]
+        if not isinstance(updated, float) or time.time() - updated >= RENEWAL_SECONDS:
+            self.update(**values)
+        else:
+            self.values |= values
+
+    @contextmanager
+    def during(self, state: str) -> Iterator[None]:
+        """Within, the run is in another state."""
+        before = self.values["state"]
+        self.update(state=state)
+        try:
+            yield
+        finally:
+            self.update(state=before)
