@@ -23,6 +23,7 @@ ORDER = (
     "hub",
     "inference",
     "evaluation",
+    "runs",
     "train",
     "web",
     "cli",
@@ -53,6 +54,7 @@ PLAIN = (
 WITHOUT_TORCH = (
     "checks.run",
     "checks.heads",
+    "runs.read",
     *(f"data.tools.{name}" for name in ("clean", "convert", "download", "write")),
 )
 """What takes less time than importing torch would: the checks, and work on records and images, in many processes."""

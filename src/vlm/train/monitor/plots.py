@@ -1,6 +1,5 @@
 """Files for people to look at: plots of loss and speed, the first batch as a page, answers as a list."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,10 +34,6 @@ THROUGHPUT_CURVES = {
     "samples_per_second": "samples",
 }
 SHARE_CURVES = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "model FLOPs utilisation"}
-
-
-STEP_HEADING = re.compile(r"^## Step (\d+)$", re.MULTILINE)
-"""The heading of the answers at a step in `samples.md`."""
 
 
 def draw_loss(metrics: Sequence[Metrics], path: Path) -> None:
