@@ -59,13 +59,14 @@ def folder_name(values: Mapping[str, str]) -> str:
     """Return a name for the folder of a run that differs from others by these settings; `.` without any.
 
     It has letters, digits and `. _ + -` only, so that neither a shell nor Hydra wants quotation marks around it. A name
-    that would be too long ends with a digest of all values.
+    that would be too long, or does not tell its values from others, ends with a digest of all values.
     """
     if not values:
         return "."
     short = short_keys(list(values))
     name = "--".join(f"{short[key]}-{_plain(value)}" for key, value in values.items()).lstrip(".-")
-    if len(name) <= MAX_NAME_LENGTH:
+    is_told = all(re.fullmatch(r"[\w.+/-]+", value) for value in values.values())
+    if len(name) <= MAX_NAME_LENGTH and is_told:
         return name
     digest = sha256(repr(sorted(values.items())).encode()).hexdigest()[:8]
     return f"{name[: MAX_NAME_LENGTH - 9]}-{digest}"
@@ -73,4 +74,4 @@ def folder_name(values: Mapping[str, str]) -> str:
 
 def _plain(value: str) -> str:
     """Return a value of the command line with every character that a path or a shell takes for something as `-`."""
-    return re.sub(r"[^\w.+-]+", "-", value.strip("'\"")).strip("-") or "empty"
+    return re.sub(r"[^\w.+-]+", "-", value.strip("'\"")).rstrip("-") or "empty"

@@ -34,11 +34,12 @@ SHARES = ("padding_share", "data_wait_share", "mfu")
 
 def warnings(run: RunDirectory, images: ImageBudget) -> str:
     """Return what a reader should know first: how the run ended, steps that were stopped, files that are damaged."""
-    found = list(_find_warnings(run))
+    found, hints = list(_find_warnings(run)), list(_find_hints(run))
     found += [f"{name} is damaged and was left out: {why}" for name, why in list(run.files.damaged.items())[:20]]
     if images.num_left_out:
         found.append(f"{images.num_left_out:,} images were left out, so that the page stays small")
-    return "".join(f'<p class="warning">{text(one)}</p>' for one in found)
+    return "".join(f'<p class="{kind}">{text(one)}</p>' for kind, lines in (("warning", found), ("hint", hints))
+                   for one in lines)  # fmt: skip
 
 
 def _find_warnings(run: RunDirectory) -> Iterator[str]:
@@ -57,6 +58,9 @@ def _find_warnings(run: RunDirectory) -> Iterator[str]:
         samples, lost = number_at(run.data, role, "samples"), number_at(run.data, role, "skipped")
         if samples is not None and lost and lost > 0.05 * (samples + lost):
             yield f"{lost:,} of {samples + lost:,} {role} records were left out."
+
+
+def _find_hints(run: RunDirectory) -> Iterator[str]:
     if run.state != FAILED and run.step and "eval_loss" not in run.metrics:
         yield "Nothing was evaluated while it trained: dataset.eval_split=0.05 trainer.eval_strategy=epoch does."
     if run.versions.get("git_changes"):
@@ -86,7 +90,8 @@ def model(run: RunDirectory) -> str:
         "finished model": "" if run.final is None else str(run.final),
     }
     rows = [(name, show_value(value)) for name, value in facts.items() if value not in (None, "")]
-    return table(("", ""), rows) + _parts_table(run)
+    parts = _parts_table(run)
+    return table(("", ""), rows) + (f"<h3>Parts</h3>{parts}" if parts else "")
 
 
 def _join(settings: Mapping[str, object], *keys: str) -> str:
@@ -116,15 +121,20 @@ def _parts_table(run: RunDirectory) -> str:
         total, trained = (sum(number_at(part, name) or 0 for part in run.parts) for name in ("parameters", "trained"))
         rows.append(("total", "", f"{total:,.0f}", f"{trained:,.0f}", "", ""))
         return table(header, rows, numeric=(2, 3, 4, 5))
-    rows = []
-    for part in (*PARTS, HEAD):
-        flag = TRAIN_FLAGS.get(part)
-        trains = flag is None or run.settings.get(f"trainer.unfreeze.{flag}") is True
+    rows = list(_configured_parts(run))
+    return table(("part", "from", "learning rate", ""), rows, numeric=(2,)) if rows else ""
+
+
+def _configured_parts(run: RunDirectory) -> Iterator[tuple[str, object, str, str]]:
+    """Yield the parts of a run of an earlier version as its configuration names them."""
+    for part in (*PARTS, *([HEAD] if run.heads else [])):
+        flag, rank = TRAIN_FLAGS.get(part), as_number(run.settings.get(f"trainer.lora.{part}.r"))
+        trains = flag is None or run.settings.get(f"trainer.unfreeze.{flag}") is True or rank is not None
         rate = as_number(run.settings.get(f"trainer.learning_rate.{part}_learning_rate"))
         source = run.settings.get(f"model.{part}.hf_name") or run.settings.get(f"model.{part}.type")
         if source is not None:
-            rows.append((part, source, "" if rate is None or not trains else f"{rate:g}", "" if trains else "frozen"))
-    return table(("part", "from", "learning rate", ""), rows, numeric=(2,)) if rows else ""
+            how = "frozen" if not trains else "" if rank is None else f"LoRA r={rank:g}"
+            yield part, source, "" if rate is None or not trains else f"{rate:g}", how
 
 
 def _count(part: JsonObject, name: str) -> str:

@@ -30,5 +30,8 @@ def reporting(folder: Path, *, is_writer: bool) -> Iterator[None]:
         state = FAILED if stop.code == GUARD_EXIT_CODE else STOPPED
         raise
     finally:
-        if is_writer and (folder / CONFIG_FILE).is_file() and (report := try_to_write_report(folder, state)):
+        report = None
+        if is_writer and (folder / CONFIG_FILE).is_file():
+            report = try_to_write_report(folder, state)
+        if report is not None and state != DONE:  # the last lines of a run that is done name it
             log.info("Report: %s", report)

@@ -23,6 +23,7 @@ from vlm.train.family_trial import check_family, check_videos
 from vlm.train.finish_counting import FinishCounting, counting
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
+from vlm.train.next_steps import describe_next_steps, sample_image
 from vlm.train.objectives.base import Objective, PreparedRun, RunData
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
@@ -67,13 +68,13 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     with open_run_directory(config, folder, world) as start:
         if not start.is_done:
             with reporting(folder, is_writer=args.process_index == 0):
-                _train(objective, model_config, processor, args, start, verdicts)
+                _train(objective, model_config, processor, args, start, verdicts, name)
     return folder
 
 
 def _train(
     objective: Objective, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments,
-    start: RunStart, verdicts: Verdicts,
+    start: RunStart, verdicts: Verdicts, name: str,
 ) -> None:  # fmt: skip
     config, folder = objective.config, start.folder
     data = objective.load_data(model_config, processor, args)
@@ -119,7 +120,8 @@ def _train(
     with trainer.stop_on_signal.saving():
         final = write_final(trainer, folder, start.record, progress.progress)
     objective.after_saving(final)
-    log.info("Done. Ask it:  %s", objective.next_command(final))
+    commands = objective.next_commands(final, sample_image(folder))
+    log.info("Done.\n\n%s\n", describe_next_steps(commands, config, name, final))
 
 
 def _log_data(data: RunData) -> None:
