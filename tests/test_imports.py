@@ -55,6 +55,7 @@ WITHOUT_TORCH = (
     "checks.run",
     "checks.heads",
     "runs.watch",
+    "runs.read",
     *(f"data.tools.{name}" for name in ("clean", "convert", "download", "write")),
 )
 """What takes less time than importing torch would: the checks, and work on records and images, in many processes."""

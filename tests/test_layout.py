@@ -174,6 +174,7 @@ TESTED_ELSEWHERE = {
     "train/resume/record.py": "train/resume/test_start.py",
     "train/run_directory.py": "train/test_run.py",
     "train/stop_on_signal.py": "train/test_run.py",
+    "runs/holder.py": "train/resume/test_lock.py",
     "web/chat.py": "web/test_page.py",
     "web/data.py": "web/test_page.py",
     "web/guard.py": "web/test_plan.py",

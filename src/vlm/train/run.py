@@ -27,10 +27,12 @@ from vlm.train.model import compute_dtype, prepare
 from vlm.train.monitor.recording import quiet_bars, record_run
 from vlm.train.monitor.run_log import RunLog, logged
 from vlm.train.monitor.status import SAVING, RunStatus
+from vlm.train.next_steps import describe_next_steps, sample_image
 from vlm.train.objectives.base import Objective, PreparedRun, RunData
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
 from vlm.train.random_state import seed_everything
+from vlm.train.reporting import reporting, write_parts
 from vlm.train.resume.directory import RunStart, open_run_directory
 from vlm.train.resume.final import write_final
 from vlm.train.resume.progress import RunProgress
@@ -80,14 +82,18 @@ def _run(config: RunConfig, name: str, overrides: Sequence[str], run_log: RunLog
 
             write_preflight(config, name, overrides, folder)
         if not start.is_done:
-            with record_run(folder, run_log, config.trainer.alert_command, is_writer=args.process_index == 0) as status:
-                _train(objective, model_config, processor, args, start, verdicts, status)
+            writes = args.process_index == 0
+            with (
+                reporting(folder, is_writer=writes),
+                record_run(folder, run_log, config.trainer.alert_command, is_writer=writes) as status,
+            ):
+                _train(objective, model_config, processor, args, start, verdicts, status, name)
     return folder
 
 
 def _train(
     objective: Objective, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments,
-    start: RunStart, verdicts: Verdicts, status: RunStatus,
+    start: RunStart, verdicts: Verdicts, status: RunStatus, name: str,
 ) -> None:  # fmt: skip
     config, folder = objective.config, start.folder
     data = objective.load_data(model_config, processor, args)
@@ -112,6 +118,8 @@ def _train(
     set_reply_ends(model, processor)
     parts = prepare(model, config, args, processor, read_unused(verdicts))
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
+    if args.process_index == 0:
+        write_parts(folder, parts)
 
     collate = objective.make_collator(processor, data, args)
     prepared = PreparedRun(folder, args, processor, model, parts, data, collate, status)
@@ -131,7 +139,8 @@ def _train(
     with trainer.stop_on_signal.saving(), status.during(SAVING):
         final = write_final(trainer, folder, start.record, progress.progress)
     objective.after_saving(final)
-    log.info("Done. Ask it:  %s", objective.next_command(final))
+    commands = objective.next_commands(final, sample_image(folder))
+    log.info("Done.\n\n%s\n", describe_next_steps(commands, config, name, final))
 
 
 def _log_data(data: RunData) -> None:

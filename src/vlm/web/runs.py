@@ -3,17 +3,16 @@
 Needs neither torch nor Gradio. Everything is read from disk each time, so that a restarted page loses nothing.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Required, TypedDict
-
-from omegaconf import OmegaConf
+from typing import Required, TypedDict, cast
 
 from vlm.checks.checkpoint_files import read_object
+from vlm.runs.files import Folder, JsonObject, parse_line
+from vlm.runs.read import RunDirectory, is_checkpoint
 from vlm.web.jobs import Job, read_job
 
 PREDICTION_MODEL_TYPE = "vlm_prediction"
@@ -22,8 +21,8 @@ PREDICTION_MODEL_TYPE = "vlm_prediction"
 MAX_RUN_DEPTH = 2
 """Runs lie directly below the folder of outputs, or in a folder there."""
 
-TAIL_BYTES, TAIL_LINES = 64 * 1024, 200
-"""How much of a log's end is read, and how many of its lines are shown."""
+TAIL_LINES = 200
+"""How many lines of a log's end are shown."""
 
 MAX_PLOT_POINTS = 1000
 """The largest number of points of a loss in a plot."""
@@ -69,18 +68,7 @@ class Run:
     @property
     def progress(self) -> float | None:
         """The completed share of `max_steps` where it is set, else of the epochs; None where it is unknown."""
-        if self.state == "finished":
-            return 1.0
-        lines, file = last_metrics(self.folder), self.folder / "config.yaml"
-        if not lines or not file.is_file():
-            return None
-        trainer = OmegaConf.load(file).trainer
-        trainer.update(_changed_settings(self.folder))
-        if trainer.max_steps is not None and trainer.max_steps > 0:
-            return min(lines[-1]["step"] / trainer.max_steps, 1.0)
-        if trainer.num_train_epochs and "epoch" in lines[-1]:
-            return min(lines[-1]["epoch"] / trainer.num_train_epochs, 1.0)
-        return None
+        return 1.0 if self.state == "finished" else RunDirectory(self.folder).progress
 
     @property
     def is_active(self) -> bool:
@@ -139,11 +127,6 @@ def _get_state(folder: Path, job: Job | None) -> str:
     return "stopped" if job.asked_to_stop else "failed"
 
 
-def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a model."""
-    return (folder / "config.json").is_file()
-
-
 def has_heads(checkpoint: str | Path) -> bool | None:
     """Return whether a checkpoint has prediction heads; None where it is no folder of this machine, or unreadable."""
     if not is_checkpoint(Path(checkpoint)):
@@ -167,33 +150,23 @@ def checkpoints(outputs: Path, extra_checkpoints: Sequence[str] = (), *, heads: 
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Return the steps of a run's checkpoints: those with a manifest, or with the mark of earlier versions."""
-    marks = [mark for name in ("manifest.json", "complete") for mark in folder.glob(f"checkpoint-*/{name}")]
-    numbers = {mark.parent.name.removeprefix("checkpoint-") for mark in marks}
-    return [int(number) for number in numbers if number.isdigit()]
+    """Return the steps of a run's whole checkpoints."""
+    return RunDirectory(folder).checkpoints
 
 
 def read_metrics(folder: Path) -> list[LoggedMetrics]:
-    """Return the lines of `metrics.jsonl`, without a line that is still being written."""
-    return _parse_metrics(read_run_file(folder, "metrics.jsonl"))
-
-
-def _changed_settings(folder: Path) -> dict[str, object]:
-    """Return the settings of `trainer` that tell how long a run is, where they were changed when it went on."""
-    lines = read_run_file(folder, "changes.jsonl").splitlines()
-    changes = {key: now for line in lines for key, (_, now) in json.loads(line)["changes"].items()}
-    names = ("max_steps", "num_train_epochs")
-    return {name: changes[f"trainer.{name}"] for name in names if f"trainer.{name}" in changes}
+    """Return the lines of `metrics.jsonl`, without lines that are damaged or still being written."""
+    return _logged(Folder(folder).json_lines("metrics.jsonl"))
 
 
 def last_metrics(folder: Path) -> list[LoggedMetrics]:
     """Return the last complete lines of `metrics.jsonl`: enough for a run's state, however long the file is."""
-    return _parse_metrics(_read_tail(folder / "metrics.jsonl"))
+    *lines, _ = Folder(folder).tail("metrics.jsonl").split("\n")
+    return _logged([found for line in lines if (found := parse_line(line)) is not None])
 
 
-def _parse_metrics(text: str) -> list[LoggedMetrics]:
-    lines = text[: text.rfind("\n") + 1].splitlines()
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+def _logged(lines: Sequence[JsonObject]) -> list[LoggedMetrics]:
+    return [cast(LoggedMetrics, line) for line in lines if isinstance(line.get("step"), int)]
 
 
 def loss_rows(lines: Sequence[LoggedMetrics]) -> list[tuple[int, float, str]]:
@@ -208,18 +181,7 @@ def loss_rows(lines: Sequence[LoggedMetrics]) -> list[tuple[int, float, str]]:
 
 def log_tail(file: Path) -> str:
     """Return the end of a log as a terminal shows it; empty where there is no log."""
-    return "\n".join(render_terminal_text(_read_tail(file)).splitlines()[-TAIL_LINES:])
-
-
-def _read_tail(file: Path) -> str:
-    """Return the last lines of a file; empty where there is no file."""
-    if not file.is_file():
-        return ""
-    with file.open("rb") as stream:
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - TAIL_BYTES))
-        text = stream.read().decode("utf-8", errors="replace")
-    return text if size <= TAIL_BYTES else text.partition("\n")[2]  # the first line is incomplete
+    return "\n".join(render_terminal_text(Folder(file.parent).tail(file.name)).splitlines()[-TAIL_LINES:])
 
 
 def render_terminal_text(text: str) -> str:
@@ -234,25 +196,17 @@ def render_terminal_text(text: str) -> str:
 
 def last_samples(folder: Path) -> tuple[str, list[SampleAnswer]]:
     """Return the newest step in `samples.md`, and its samples."""
-    text = read_run_file(folder, "samples.md")
-    if not text:
+    steps = list(RunDirectory(folder).samples.items())
+    if not steps:
         return "", []
-    title, _, body = text.rpartition("## Step ")[2].partition("\n")
+    step, answers = steps[-1]
     samples: list[SampleAnswer] = []
-    image = None
-    for line in body.splitlines():
-        if match := re.fullmatch(r"!\[sample \d+\]\((samples/[\d-]+\.png)\)", line):
-            image = str(folder / match[1])
-        elif match := re.match(r"- \*\*(question|reference|answer)\*\*: (.*)", line):
-            if match[1] == "question":
-                samples.append({"question": match[2]} if image is None else {"image": image, "question": match[2]})
-                image = None
-            else:
-                samples[-1][match[1]] = match[2]
-    return f"Step {title.strip()}", samples
+    for answer in answers:
+        texts: SampleAnswer = {"question": answer.question, "reference": answer.reference, "answer": answer.answer}
+        samples.append(texts if answer.image is None else {**texts, "image": str(answer.image)})
+    return f"Step {step}", samples
 
 
 def read_run_file(folder: Path, name: str) -> str:
     """Return the text of a file of a run directory; empty where the file does not exist."""
-    file = folder / name
-    return file.read_text(encoding="utf-8") if file.is_file() else ""
+    return Folder(folder).text(name)

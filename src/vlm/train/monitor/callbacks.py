@@ -8,9 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vlm.runs.samples import STEP_HEADING
 from vlm.train.checkpoints.files import write_text_whole
 from vlm.train.distributed import broadcast_from_rank0
-from vlm.train.monitor.plots import STEP_HEADING, Metrics, draw_loss, draw_speed
+from vlm.train.monitor.plots import Metrics, draw_loss, draw_speed
 from vlm.train.random_state import separate_random_state
 
 

@@ -1,6 +1,5 @@
 """Files for people to look at: plots of loss and speed, the first batch as a page, answers as a list."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,8 +38,6 @@ SHARE_CURVES = {"padding_share": "padding", "data_wait_share": "waiting for data
 
 MAX_MARKED = 20
 """The most points of a curve that are marked: without marks, a single one would not be seen."""
-STEP_HEADING = re.compile(r"^## Step (\d+)$", re.MULTILINE)
-"""The heading of the answers at a step in `samples.md`."""
 
 
 def draw_loss(metrics: Sequence[Metrics], path: Path, label: str = "loss") -> None:

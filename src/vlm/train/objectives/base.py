@@ -7,6 +7,7 @@ top of an objective's file imports no torch: what an objective refuses is said b
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -272,3 +273,12 @@ class Objective(ABC):
     @abstractmethod
     def next_command(self, final: Path) -> str:
         """Return the command line that a user would try next with the finished checkpoint `final`."""
+
+    def next_commands(self, final: Path, image: str) -> dict[str, str]:
+        """Return purpose -> command line, of what a user would do next with the finished checkpoint `final`.
+
+        `image` is an image file to ask about, or `FILE`.
+        """
+        publish = shlex.join(["vlm", "push-to-hub", str(final), "--repo", "OWNER/NAME"])
+        return {"ask it": self.next_command(final).replace("--image FILE", f"--image {shlex.quote(image)}"),
+                "publish it": publish}  # fmt: skip

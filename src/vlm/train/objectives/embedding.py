@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -159,4 +160,4 @@ class Embedding(Objective):
 
     def next_command(self, final: Path) -> str:
         """Return the vectors of a file of records."""
-        return f"vlm predict {final} --input RECORDS --output vectors.npy"
+        return f"vlm predict {shlex.quote(str(final))} --input RECORDS --output vectors.npy"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -12,6 +13,7 @@ from vlm.checks.preference import unused_preference_problems
 from vlm.checks.run import evaluation_problems
 from vlm.config.choices import EVAL_METRICS, EVALUATION_LOSSES, LOSS_METRICS
 from vlm.config.derived import training_keys
+from vlm.config.schema import DatasetConfig
 from vlm.evaluation.text_metrics import check_metrics
 from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
 
@@ -266,7 +268,17 @@ class Generation(Objective):
 
     def next_command(self, final: Path) -> str:
         """Return a question about an image."""
-        return f"vlm generate {final} --image FILE --prompt 'What is in this picture?'"
+        return f"vlm generate {shlex.quote(str(final))} --image FILE --prompt 'What is in this image?'"
+
+    def next_commands(self, final: Path, image: str) -> dict[str, str]:
+        """Return a question about an image, a measurement on the evaluation records if they are a file, and more."""
+        commands, data = super().next_commands(final, image), self.config.dataset
+        if not data.eval_path:
+            return commands
+        words = ["vlm", "eval", str(final), "--data", data.eval_path]
+        words += ["--image-folder", data.image_folder] if data.image_folder else []
+        words += ["--format", data.format] if data.format != DatasetConfig.format else []
+        return {"ask it": commands.pop("ask it"), "measure it": shlex.join(words), **commands}
 
 
 def _prepare_loss_metrics(options: TrainerOptions, dataset: SampleDataset) -> list[LossMetric]:

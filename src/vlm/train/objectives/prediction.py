@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -210,4 +211,4 @@ class Prediction(Objective):
 
     def next_command(self, final: Path) -> str:
         """Return a prediction for an image and a prompt."""
-        return f"vlm predict {final} --image FILE --prompt PROMPT"
+        return f"vlm predict {shlex.quote(str(final))} --image FILE --prompt PROMPT"

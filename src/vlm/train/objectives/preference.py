@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vlm.checks.heads import unused_head_problems
@@ -205,3 +206,7 @@ class Preference(Generation):
 
         sides = score_dataset(trainer, cast("PreferenceDataset", dataset), "preference", score)
         return flatten_scores(evaluate_scores(sides, self.config.trainer.preference))
+
+    def next_commands(self, final: Path, image: str) -> dict[str, str]:
+        """Return a question about an image, and more; `vlm eval` does not read pairs, which its evaluation has."""
+        return {what: command for what, command in super().next_commands(final, image).items() if what != "measure it"}

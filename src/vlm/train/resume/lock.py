@@ -14,18 +14,16 @@ import socket
 import threading
 import time
 import weakref
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict
 from pathlib import Path
+
+from vlm.runs.holder import HOLDER_FILE, PATIENCE, Holder, has_ended, read_holder, touched
 
 log = logging.getLogger(__name__)
 
-LOCK_FILE, HOLDER_FILE = "run.lock", "run.lock.json"
+LOCK_FILE = "run.lock"
 HEARTBEAT_SECONDS = 10.0
 """Seconds between two signs of life of a run."""
-
-PATIENCE = 90.0
-"""Seconds without a sign of life after which a run on another machine counts as dead."""
 
 ORPHAN_SECONDS = 10.0
 """Seconds that a process which a dead run has just forked has to let go of the run's lock."""
@@ -35,18 +33,6 @@ HELD = (errno.EAGAIN, errno.EACCES)
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 """Errors of a file system without locks: signs of life are all that there is then."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """The process that trains in a run directory: rank 0 of the run. `since` is in seconds since 1970."""
-
-    host: str
-    pid: int
-    since: float
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}, since {datetime.fromtimestamp(self.since):%Y-%m-%d %H:%M:%S}"
 
 
 class RunLock:
@@ -102,7 +88,7 @@ class RunLock:
                 self._close()
                 if error.errno not in HELD:
                     raise
-                if time.monotonic() > end or not _has_ended(read_holder(self.folder)):
+                if time.monotonic() > end or not has_ended(read_holder(self.folder)):
                     raise ValueError(self._refusal()) from None
                 time.sleep(ORPHAN_SECONDS / 100)
                 continue
@@ -129,17 +115,17 @@ class RunLock:
             ValueError: it has.
         """
         file = self.folder / HOLDER_FILE
-        last, now = _touched(file), self._now()
+        last, now = touched(file), self._now()
         if last is None or now - last > PATIENCE:
             return
         log.info("%s: waiting up to %.0f s for a sign of life of %s", self.folder, PATIENCE, holder)
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(HEARTBEAT_SECONDS / 10)
-            touched = _touched(file)
-            if touched is None:
+            now_touched = touched(file)
+            if now_touched is None:
                 return
-            if touched != last:
+            if now_touched != last:
                 self._close()
                 raise ValueError(self._refusal())
 
@@ -178,34 +164,3 @@ class RunLock:
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             os.close(descriptor)
-
-
-def _has_ended(holder: Holder | None) -> bool:
-    """Return whether a holder was a process of this machine that is gone."""
-    if holder is None or holder.host != socket.gethostname():
-        return False
-    try:
-        os.kill(holder.pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # it is another user's
-        pass
-    return False
-
-
-def _touched(file: Path) -> float | None:
-    """Return when a file was last touched; None where it is gone. It is opened: network file systems look then."""
-    try:
-        with file.open("rb") as opened:
-            return os.fstat(opened.fileno()).st_mtime
-    except FileNotFoundError:
-        return None
-
-
-def read_holder(folder: Path) -> Holder | None:
-    """Return the process that holds, or last held, a run directory; None where none is recorded."""
-    file = folder / HOLDER_FILE
-    try:
-        return Holder(**json.loads(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
