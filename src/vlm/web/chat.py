@@ -15,12 +15,14 @@ from vlm.checks.fields import check_fields
 from vlm.config.schema import InferenceConfig
 from vlm.web.components import QUIET, RUNS_MODEL, checkpoint_dropdown
 from vlm.web.html import chat_text, toast_html
+from vlm.web.loading import loading_signs, start_loading
 from vlm.web.models import ModelHolder, knows_thinking
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from vlm.inference.conversation import Conversation, Exchange
+    from vlm.inference.generate import VisionLanguageModel
 
 EMPTY_TEXT = "Choose a checkpoint, add an image, and ask."
 THINKING = {"as trained": None, "yes": True, "no": False}
@@ -65,16 +67,18 @@ def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
     number = partial(gr.Number, min_width=140)
     with gr.Accordion("Settings", open=False, elem_id="chat-settings"), gr.Row():
         settings = [
-            number(defaults.temperature, label="temperature", info="0 is greedy", minimum=0, step=0.1),
-            number(defaults.top_p, label="top_p", info="nucleus sampling", minimum=0, maximum=1, step=0.05),
+            number(defaults.temperature, label="Temperature", info="0: no sampling", minimum=0, step=0.1),
+            number(defaults.top_p, label="Top-p", info="nucleus sampling; 1 is off", minimum=0, maximum=1, step=0.05),
             number(
-                defaults.max_new_tokens, label="max_new_tokens", info="longest answer", precision=0, minimum=1,
+                defaults.max_new_tokens, label="Longest answer", info="in tokens", precision=0, minimum=1,
                 elem_id="chat-longest",
             ),
-            number(None, label="seed", info="empty: not seeded", precision=0),
+            # Without a placeholder Gradio turns an empty number into 0 when the field is first shown.
+            number(None, label="Seed", info="empty: a new one each time", placeholder="none", precision=0,
+                   elem_id="chat-seed"),
         ]  # fmt: skip
         thinking = gr.Radio(
-            list(THINKING), value=next(iter(THINKING)), label="thinking", info="before the answer", min_width=220,
+            list(THINKING), value=next(iter(THINKING)), label="Thinking", info="before the answer", min_width=220,
             visible=knows_thinking(next(iter(names), None)), elem_id="chat-thinking",
         )  # fmt: skip
 
@@ -118,25 +122,36 @@ def ask(
     turns = [*earlier, *({"role": "user", "content": {"path": image}} for image in images)]
     turns += [{"role": "user", "content": chat_text(text)}] if text else []
     yield turns, gr.update(value=None, submit_btn=False, stop_btn=True)
-    answer = ""
+    answer, conversation = "", None
     state.stopped = False
     try:
-        conversation = open_conversation(holder, checkpoint, settings, THINKING.get(thinking))
-        conversation.exchanges = state.exchanges
-        with closing(conversation.ask(text, images)) as pieces:
-            for piece in pieces:
-                if state.stopped:
-                    break
-                answer += piece
-                yield [*turns, {"role": "assistant", "content": chat_text(answer)}], gr.skip()
+        config, seed = read_settings(settings, THINKING.get(thinking))
+        name = (checkpoint or "").strip()
+        if not name:
+            raise ValueError("Choose a checkpoint first.")
+        loading = start_loading(lambda: _load(holder, name))
+        for sign in loading_signs(loading, name):
+            if state.stopped:
+                break
+            yield [*turns, {"role": "assistant", "content": chat_text(sign)}], gr.skip()
         if not state.stopped:
+            conversation = open_conversation(loading.result(), config, seed)
+            conversation.exchanges = state.exchanges
+            with closing(conversation.ask(text, images)) as pieces:
+                for piece in pieces:
+                    if state.stopped:
+                        break
+                    answer += piece
+                    yield [*turns, {"role": "assistant", "content": chat_text(answer)}], gr.skip()
+        if conversation is not None and not state.stopped:
             state.exchanges = conversation.exchanges
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU is out of memory
         yield earlier, gr.update(value=message, submit_btn=True, stop_btn=False)  # to be corrected and sent again
         raise gr.Error(toast_html(str(error)), duration=None, title="Not asked", print_exception=False) from error
     turns.append({"role": "assistant", "content": chat_text(answer) + STOPPED_NOTICE * state.stopped})
-    if not state.stopped and (drawn := conversation.draw_last_answer()) is not None:
-        turns.append({"role": "assistant", "content": {"path": save_drawn(drawn), "alt_text": "the places it tells"}})
+    if conversation is not None and not state.stopped and (drawn := conversation.draw_last_answer()) is not None:
+        alt = "the image with the places that the answer names"
+        turns.append({"role": "assistant", "content": {"path": save_drawn(drawn), "alt_text": alt}})
     yield turns if state.num_resets == num_resets else [], gr.update(submit_btn=True, stop_btn=False)
 
 
@@ -145,34 +160,38 @@ def save_drawn(image: "Image.Image") -> str:
     return save_pil_to_cache(image, get_upload_folder(), "answer", "png")
 
 
-def open_conversation(
-    holder: ModelHolder, checkpoint: str | None, settings: Sequence[float | None], thinking: bool | None = None
-) -> "Conversation":
-    """Return a new conversation with a checkpoint; ValueError where a field has to be corrected.
+def read_settings(settings: Sequence[float | None], thinking: bool | None = None) -> tuple[InferenceConfig, int | None]:
+    """Return the generation settings and the seed; ValueError where a field has to be corrected.
 
     `settings` are temperature, top_p, max_new_tokens and seed; only the seed may be None. `thinking` is that of
     `InferenceConfig`.
     """
     temperature, top_p, max_new_tokens, seed = settings
-    temperature, top_p = _require_number("temperature", temperature), _require_number("top_p", top_p)
-    max_new_tokens = int(_require_number("max_new_tokens", max_new_tokens))
+    temperature, top_p = _require_number("Temperature", temperature), _require_number("Top-p", top_p)
+    max_new_tokens = int(_require_number("Longest answer", max_new_tokens))
     config = InferenceConfig(temperature, top_p, max_new_tokens=max_new_tokens, thinking=thinking)
     check_fields(config)
-    checkpoint = (checkpoint or "").strip()
-    if not checkpoint:
-        raise ValueError("choose a checkpoint")
+    return config, None if seed is None else int(seed)
+
+
+def open_conversation(model: "VisionLanguageModel", config: InferenceConfig, seed: int | None) -> "Conversation":
+    """Return a new conversation with a model."""
     from transformers import set_seed
 
     from vlm.inference.conversation import Conversation
+
+    if seed is not None:
+        set_seed(seed)
+    return Conversation(model, config)
+
+
+def _load(holder: ModelHolder, checkpoint: str) -> "VisionLanguageModel":
     from vlm.inference.generate import VisionLanguageModel
 
-    model = holder.load(VisionLanguageModel, checkpoint)
-    if seed is not None:
-        set_seed(int(seed))
-    return Conversation(model, config)
+    return holder.load(VisionLanguageModel, checkpoint)
 
 
 def _require_number(name: str, value: float | None) -> float:
     if value is None:
-        raise ValueError(f"{name}: a number is needed")
+        raise ValueError(f"{name} is empty; enter a number")
     return value

@@ -1,4 +1,4 @@
-"""The page: its four tabs, and how it is served."""
+"""The page: its tabs, and how it is served."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,14 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from vlm.web import chat, data, predict, train
+from vlm.web import chat, data, evaluate, export, predict, train
 from vlm.web.access import Access
+from vlm.web.commands import Place
 from vlm.web.components import QUIET
 from vlm.web.guard import RequestGuard
 from vlm.web.models import ModelHolder
 from vlm.web.runs import checkpoints
+from vlm.web.task_view import TaskContext
 
 UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS = 600, 24 * 3600
 """How often uploaded images are looked through, and after which time they are removed."""
@@ -44,11 +46,14 @@ def build(settings: PageSettings) -> gr.Blocks:
     holder = ModelHolder(settings.base, trusted)
     outputs, sweep = settings.outputs, (UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS)
     with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=sweep) as page, gr.Tabs():
+        context = TaskContext(page, Place(outputs, settings.base, frozenset(trusted)), holder)
         # Tab -> its builder, which takes the checkpoints to offer, and whether those have heads.
         tabs: dict[str, tuple[Callable[[list[str]], gr.Dropdown], bool | None]] = {
             "Chat": (partial(chat.build, outputs, holder), False),
             "Predict": (partial(predict.build, outputs, holder), True),
             "Train": (partial(train.build, outputs, holder, page), None),
+            "Evaluate": (partial(evaluate.build, outputs, context), False),
+            "Export": (partial(export.build, outputs, context), None),
             "Data": (data.build, None),
         }
         for name, (build_tab, heads) in tabs.items():

@@ -1,13 +1,19 @@
 """The tab *Predict*: predictions of a checkpoint's heads for images and a prompt."""
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gradio as gr
 
 from vlm.web.components import RUNS_MODEL, checkpoint_dropdown
-from vlm.web.html import bars_html, error_html, note_html
+from vlm.web.html import bars_html, error_html, loading_html, note_html
+from vlm.web.loading import loading_signs, start_loading
 from vlm.web.models import ModelHolder
+
+if TYPE_CHECKING:
+    from vlm.inference.predict import Predictor
 
 EMPTY_TEXT = "Scores of every label appear here."
 
@@ -34,23 +40,29 @@ def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
 
 def predict(
     holder: ModelHolder, checkpoint: str | None, gallery: list[tuple[str, str | None]] | None, prompt: str
-) -> str:
-    """Return the predictions of a checkpoint's heads as bars, or what has to be fixed."""
+) -> Iterator[str]:
+    """Yield that the model loads, and then the predictions of its heads as bars, or what has to be fixed."""
     try:
         checkpoint = (checkpoint or "").strip()
         if not checkpoint:
             raise ValueError("choose a checkpoint with heads")
-        from vlm.inference.predict import Predictor
-
-        predictor = holder.load(Predictor, checkpoint)
+        loading = start_loading(lambda: _load(holder, checkpoint))
+        yield from map(loading_html, loading_signs(loading, checkpoint))
+        predictor = loading.result()
         result = predictor.predict(prompt, [image for image, _ in gallery or []])
         predictions = result if isinstance(result, dict) else {predictor.heads[0].name: result}
-        return "".join(
+        yield "".join(
             bars_html(name, _format_prediction(head.prediction), {str(k): p for k, p in head.probabilities.items()})
             for name, head in predictions.items()
         )
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: a GPU is out of memory
-        return error_html(str(error))
+        yield error_html(str(error))
+
+
+def _load(holder: ModelHolder, checkpoint: str) -> "Predictor":
+    from vlm.inference.predict import Predictor
+
+    return holder.load(Predictor, checkpoint)
 
 
 def _format_prediction(prediction: object) -> str:
