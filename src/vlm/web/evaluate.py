@@ -6,7 +6,7 @@ import gradio as gr
 
 from vlm.config.schema import InferenceConfig
 from vlm.web.commands import METRICS, RECORD_FORMATS, Evaluation
-from vlm.web.components import QUIET, checkpoint_dropdown
+from vlm.web.components import QUIET, checkpoint_dropdown, heading
 from vlm.web.html import note_html
 from vlm.web.result_html import results_html, worst_html
 from vlm.web.results import find_results, read_results, worst_answers
@@ -19,9 +19,10 @@ DEFAULT_METRICS = ["exact_match", "loss"]
 
 def build(outputs: Path, context: TaskContext, names: list[str]) -> gr.Dropdown:
     """Build the tab; return the field of checkpoints."""
+    heading("Evaluate", "Measure a checkpoint on your own records, and see where it goes wrong.")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            checkpoint = checkpoint_dropdown(names, "Checkpoint", "No finished run", outputs, "evaluate-checkpoint")
+            checkpoint = checkpoint_dropdown(names, "Checkpoint", "finished run", outputs, "evaluate-checkpoint")
             data = gr.Textbox(label="Records", placeholder="val.json", elem_id="evaluate-data")
             beside = "Leave empty if the images are next to the records"
             images = gr.Textbox(label="Image folder", info=beside, elem_id="evaluate-images")

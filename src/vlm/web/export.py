@@ -6,7 +6,7 @@ import gradio as gr
 
 from vlm.config.choices import EXPORT_DTYPES
 from vlm.web.commands import EXPORT_DESCRIPTIONS, Export
-from vlm.web.components import QUIET, checkpoint_dropdown
+from vlm.web.components import QUIET, checkpoint_dropdown, heading
 from vlm.web.html import note_html
 from vlm.web.task_view import TaskContext, TaskView
 from vlm.web.tasks import EXPORT
@@ -19,9 +19,10 @@ ABOUT = (
 
 def build(outputs: Path, context: TaskContext, names: list[str]) -> gr.Dropdown:
     """Build the tab; return the field of checkpoints."""
+    heading("Export", "Write a checkpoint in a format that other programs load, or merge an adapter into its base.")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            checkpoint = checkpoint_dropdown(names, "Checkpoint", "No finished run", outputs, "export-checkpoint")
+            checkpoint = checkpoint_dropdown(names, "Checkpoint", "finished run", outputs, "export-checkpoint")
             formats = [(f"{name}: {reader}", name) for name, reader in EXPORT_DESCRIPTIONS.items()]
             form = gr.Dropdown(formats, value="llava", label="Format", elem_id="export-format")
             dtype = gr.Dropdown(

@@ -1,12 +1,15 @@
 """HTML fragments of the page; all text is escaped. Needs no Gradio."""
 
 import base64
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
 
 from vlm.config.shown import presentable, printable
+from vlm.runs.files import number_at, text_at
+from vlm.runs.read import RunDirectory
 from vlm.web.runs import Run, SampleAnswer
 from vlm.web.tasks import StartedTask
 
@@ -14,6 +17,12 @@ from vlm.web.tasks import StartedTask
 def text_html(text: str) -> str:
     """Return a text as HTML: escaped, with characters that hide or reorder text written out."""
     return escape(printable(text))
+
+
+def header_html(outputs: Path) -> str:
+    """Return the head of the page: what it is, and which runs on which machine it shows."""
+    where = f"runs in {text_html(str(outputs))}/ on {text_html(socket.gethostname())}"
+    return f'<header><h1>small-vlm</h1><p class="vlm-note">{where}</p></header>'
 
 
 def error_html(text: str) -> str:
@@ -49,17 +58,34 @@ def bars_html(title: str, prediction: str, probabilities: Mapping[str, float]) -
 
 
 def status_html(run: Run) -> str:
-    """Return a run's state, last step and loss, and a progress bar."""
+    """Return a run's state, what it is doing now, and a progress bar."""
+    live = text_html(" · ".join(_live_details(RunDirectory(run.folder)))) if run.is_active else ""
     details = [f"step {run.step:,}" if run.step else "no step logged yet"]
     details += [f"loss {run.loss:.4g}"] if run.loss is not None else []
     details += [f"started {run.started:%Y-%m-%d %H:%M}"]
-    percent = 100 * (run.progress or 0.0)
+    progress = run.progress
+    percent = "" if progress is None else f'<p class="vlm-note">{100 * progress:.0f}%</p>'
     return (
         f'<section class="vlm-run"><h3>{text_html(run.name)} {_state_html(run.state)}</h3>'
-        f"<p>{' · '.join(details)}</p>"
-        f'<div class="vlm-progress" role="progressbar" aria-label="progress" aria-valuenow="{percent:.0f}">'
-        f'<i style="width:{percent:.1f}%"></i></div><p class="vlm-note">{percent:.0f}%</p></section>'
+        f"<p>{' · '.join(details)}</p>{f'<p>{live}</p>' if live else ''}"
+        f"{_progress_html(progress, run.is_active)}{percent}</section>"
     )
+
+
+def _live_details(run: RunDirectory) -> Iterator[str]:
+    """Yield what an active run is doing, how long it has been at it, and what `status.json` says of its speed."""
+    state = text_at(run.status, "state")
+    yield {"starting": "loading model and data", "": "running"}.get(state, state)
+    if run.seconds is not None:
+        yield f"for {format_seconds(run.seconds)}"
+    if (left := number_at(run.status, "seconds_left")) is not None:
+        yield f"{format_seconds(left)} left"
+    if (speed := number_at(run.status, "tokens_per_second")) is not None:
+        yield f"{speed:,.0f} tokens/s"
+    if (memory := number_at(run.status, "memory_bytes")) is not None:
+        yield f"{memory / 2**30:.1f} GiB"
+    if (waiting := number_at(run.status, "waiting_share")) is not None:
+        yield f"{waiting:.0%} waiting for data"
 
 
 def task_html(task: StartedTask) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from vlm.web.components import RUNS_MODEL, checkpoint_dropdown
+from vlm.web.components import RUNS_MODEL, checkpoint_dropdown, heading
 from vlm.web.html import bars_html, error_html, loading_html, note_html
 from vlm.web.loading import loading_signs, start_loading
 from vlm.web.models import ModelHolder
@@ -15,21 +15,23 @@ from vlm.web.models import ModelHolder
 if TYPE_CHECKING:
     from vlm.inference.predict import Predictor
 
-EMPTY_TEXT = "Scores of every label appear here."
+EMPTY_TEXT = "Predictions appear here, with a bar for each label."
 
 
 def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
     """Build the tab; return the field of checkpoints."""
+    heading("Predict", "Ask a checkpoint with prediction heads for labels or numbers.")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             checkpoint = checkpoint_dropdown(
-                names, "Checkpoint with heads", "No run with heads", outputs, "predict-checkpoint"
+                names, "Checkpoint with heads", "finished run with heads", outputs, "predict-checkpoint"
             )
             images = gr.Gallery(
                 label="Images", type="filepath", file_types=["image"], interactive=True, columns=3, height=220,
                 object_fit="contain", elem_id="predict-images", buttons=[],
             )  # fmt: skip
-            prompt = gr.Textbox(label="Prompt", info="As it was asked in training", lines=2, elem_id="predict-prompt")
+            info = "Use the same prompt as in training"
+            prompt = gr.Textbox(label="Prompt", info=info, lines=2, elem_id="predict-prompt")
             button = gr.Button("Predict", variant="primary", elem_id="predict-go")
         with gr.Column(scale=3, min_width=300):
             result = gr.HTML(note_html(EMPTY_TEXT), elem_id="predict-result")
@@ -45,7 +47,7 @@ def predict(
     try:
         checkpoint = (checkpoint or "").strip()
         if not checkpoint:
-            raise ValueError("choose a checkpoint with heads")
+            raise ValueError("Choose a checkpoint with heads first.")
         loading = start_loading(lambda: _load(holder, checkpoint))
         yield from map(loading_html, loading_signs(loading, checkpoint))
         predictor = loading.result()
