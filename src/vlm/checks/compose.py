@@ -4,6 +4,7 @@ Imports neither torch nor a model.
 """
 
 import logging
+import math
 import os
 import re
 import sys
@@ -35,6 +36,7 @@ from vlm.checks.messages import (
 )
 from vlm.checks.run import ObjectiveChecks, check
 from vlm.checks.surface import named_by_user
+from vlm.checks.sweep import is_sweep, place_run, register_sweep_names
 from vlm.config.named import permit_names
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig, key_names
@@ -58,13 +60,16 @@ def with_config(
 
     Args:
         argv: the command line; defaults to this process's arguments.
-        action: called with the configuration, its name and the keys that the command line sets.
+        action: called with the configuration, its name and the keys that the command line sets; what it returns is
+            the value of a run to a sweeper that searches, such as Optuna's.
         make_objective: returns the objective of a configuration, which names the keys that contradict it.
     """
 
-    def check_and_act(composed: DictConfig) -> None:
+    def check_and_act(composed: DictConfig) -> object:
         """Check a composed configuration and pass it on, with the names of the keys that were overridden."""
         name = _require_run(composed)
+        if is_sweep():
+            place_run(composed)
         config = make_run_config(composed)
         permit_names(named_by_user(config))
         check(config, make_objective(config))
@@ -73,7 +78,7 @@ def with_config(
         speaks = os.environ.get("RANK", "0") == "0"
         logging.getLogger("vlm").setLevel(logging.INFO if speaks else logging.WARNING)
         try:
-            action(config, name, overrides)
+            return action(config, name, overrides)
         except (ValueError, RunFailed) as error:
             if is_user_error(error):
                 raise RunError(str(error)) from error
@@ -106,25 +111,32 @@ def compose_inference_config(argv: list[str]) -> InferenceConfig:
     return settings[0]
 
 
-def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], None]) -> None:
-    """Let Hydra compose a configuration, then act on it; what the user has to fix ends the program with a message."""
+def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], object]) -> None:
+    """Let Hydra compose a configuration, then act on it; what the user has to fix ends the program with a message.
+
+    Of a sweep every run is acted on, also after one that was refused; the first refusal ends the program.
+    """
     words = strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
     if odd := next((word for word in words if word.startswith("-") and presentable(word) != word), None):
         sys.exit(f"vlm: {presentable(odd)}: no such option; vlm --help")  # Hydra would print it as it is
     sys.argv = ["vlm", *map(open_mapping_key, words)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
     ConfigStore.instance().store(name="schema", node=RunConfig)
+    register_sweep_names()
     refused: list[Exception] = []
     is_composed = False
 
-    def job(composed: DictConfig) -> None:
+    def job(composed: DictConfig) -> object:
         """Act on the configuration; keep a refusal, to be raised outside of Hydra."""
         nonlocal is_composed
         is_composed = True
         try:
-            action(composed)
+            return action(composed)
         except (OmegaConfBaseException, ConfigError) as error:
             refused.append(error)  # Hydra would print the whole command line before it
+            if is_sweep():
+                print(f"vlm: {presentable(mask_values(explain(error), words))}", file=sys.stderr)
+            return math.nan  # the value of a run that a sweeper learns nothing from
 
     try:
         with _masked_listing(words), composed_once(words):

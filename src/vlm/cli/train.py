@@ -3,19 +3,29 @@
 Refuses what it can before importing torch; then hands a plain `RunConfig` to `vlm.train.run`.
 """
 
+import math
 import os
 import re
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
 
 from vlm.checks.compose import with_config
 from vlm.checks.lora import QUANTIZABLE_PARTS
+from vlm.checks.sweep import check_direction, is_sweep
 from vlm.cli.collection import collect_as_usual, no_collection
 from vlm.cli.pipes import outlive_pipes
+from vlm.clusters.processes import GUARD_EXIT_CODE
 from vlm.clusters.world import take_world_from_scheduler
-from vlm.config.schema import RunConfig
+from vlm.config.derived import lower_is_better
+from vlm.config.schema import RunConfig, TrainerOptions
+from vlm.runs.outcome import metric_of, outcome_of
+from vlm.runs.read import RunDirectory
+from vlm.runs.sweep import finish_sweep
 from vlm.train.backend_threads import end_with_backend_threads
 from vlm.train.objectives.table import make_objective
 from vlm.train.signals import SignalListener
@@ -29,15 +39,50 @@ detectors are trained. Tables of records and metrics import them when they need 
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Compose the configuration that the command line asks for, check it, and run it."""
+    """Compose the configuration that the command line asks for, check it, and run it; a sweep ends with its table."""
+    sweeps: list[Path] = []
+
+    def run_or_sweep(config: RunConfig, name: str, overrides: list[str]) -> float | None:
+        """Train, and return what the run came to where it is one of a sweep."""
+        if not is_sweep():
+            return train(config, name, overrides)
+        assert config.trainer.output_dir is not None
+        folder = Path(config.trainer.output_dir)
+        sweeps[:] = [Path(HydraConfig.get().sweep.dir)]
+        return train_in_sweep(config, name, overrides, folder)
+
     with listen_to_signals():
         take_world_from_scheduler()
         try:
-            with_config(words, train, make_objective)
+            with_config(words, run_or_sweep, make_objective)
         except BaseException as error:
             end_with_backend_threads(error)
             raise
+        finally:
+            if sweeps and os.environ.get("RANK", "0") == "0":
+                finish_sweep(sweeps[0])
         end_with_backend_threads()
+
+
+def train_in_sweep(config: RunConfig, name: str, overrides: list[str], folder: Path) -> float:
+    """Train one run of a sweep, and return its metric; NaN where a guard ended it, so that the others follow."""
+    check_direction(config.trainer.keep_best, lower_is_better=is_lower_better(config.trainer))
+    try:
+        train(config, name, overrides)
+    except SystemExit as stop:
+        if stop.code != GUARD_EXIT_CODE:
+            raise
+        return math.nan
+    run = RunDirectory(folder)
+    outcome = outcome_of(run, metric_of([run]))
+    return math.nan if outcome is None else outcome.value
+
+
+def is_lower_better(trainer: TrainerOptions) -> bool:
+    """Return whether less of the metric that runs of a sweep are compared by is better."""
+    if trainer.keep_best is None:
+        return True  # a loss
+    return lower_is_better(trainer.keep_best) if trainer.greater_is_better is None else not trainer.greater_is_better
 
 
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:

@@ -212,19 +212,29 @@ def table(parts: list[Part]) -> str:
 
 
 def _table_rows(parts: list[Part]) -> Iterator[tuple[str, ...]]:
-    total = trainable = 0
-    for part in parts:
-        sizes = {name: _num_elements(parameter) for name, parameter in part.parameters.items()}
-        count = sum(sizes.values())
-        training = sum(sizes[name] for name, p in part.parameters.items() if p.requires_grad and name not in part.rows)
-        training += sum(_row_width(part.parameters[name]) * len(part.new_tokens) for name in part.rows)
-        total += count
-        trainable += training
-        rate = f"{part.learning_rate:g}" if part.is_trainable else "-"
-        decay = f"{part.weight_decay:g}" if part.is_trainable else "-"
-        adapter = f"LoRA r={part.rank}: " if part.adapter else "new tokens: " if part.rows else ""
-        yield part.name, part.source, f"{count:,}", f"{adapter}{training:,}", rate, decay
-    yield "total", "", f"{total:,}", f"{trainable:,}", "", ""
+    described = [describe(part) for part in parts]
+    for part in described:
+        how = f"{part['how']}: " if part["how"] else ""
+        rate, decay = (f"{part[key]:g}" if part["trains"] else "-" for key in ("learning_rate", "weight_decay"))
+        yield part["name"], part["source"], f"{part['parameters']:,}", f"{how}{part['trained']:,}", rate, decay
+    total, trained = (sum(part[key] for part in described) for key in ("parameters", "trained"))
+    yield "total", "", f"{total:,}", f"{trained:,}", "", ""
+
+
+def describe(part: Part) -> dict:
+    """Return a part for a table or a file; `freeze` has to come before.
+
+    It has `name`, `source`, the numbers of `parameters` and of those that are `trained`, `how` they train where it is
+    not as a whole, whether the part `trains`, its `learning_rate` and `weight_decay`.
+    """
+    sizes = {name: _num_elements(parameter) for name, parameter in part.parameters.items()}
+    trained = sum(sizes[name] for name, p in part.parameters.items() if p.requires_grad and name not in part.rows)
+    trained += sum(_row_width(part.parameters[name]) * len(part.new_tokens) for name in part.rows)
+    return {
+        "name": part.name, "source": part.source, "parameters": sum(sizes.values()), "trained": trained,
+        "how": f"LoRA r={part.rank}" if part.adapter else "new tokens" if part.rows else "",
+        "trains": part.is_trainable, "learning_rate": part.learning_rate, "weight_decay": part.weight_decay,
+    }  # fmt: skip
 
 
 def _row_width(matrix: nn.Parameter) -> int:

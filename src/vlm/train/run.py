@@ -27,6 +27,7 @@ from vlm.train.objectives.base import Objective, PreparedRun, RunData
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
 from vlm.train.random_state import seed_everything
+from vlm.train.reporting import reporting, write_parts
 from vlm.train.resume.directory import RunStart, open_run_directory
 from vlm.train.resume.final import write_final
 from vlm.train.resume.progress import RunProgress
@@ -65,7 +66,8 @@ def run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> Path:
     world = World.of(config, args.world_size, objective.loss_average)
     with open_run_directory(config, folder, world) as start:
         if not start.is_done:
-            _train(objective, model_config, processor, args, start, verdicts)
+            with reporting(folder, is_writer=args.process_index == 0):
+                _train(objective, model_config, processor, args, start, verdicts)
     return folder
 
 
@@ -96,6 +98,8 @@ def _train(
     set_reply_ends(model, processor)
     parts = prepare(model, config, args, processor, read_unused(verdicts))
     log.info("Run directory: %s\n\n%s\n", folder, table(parts))
+    if args.process_index == 0:
+        write_parts(folder, parts)
 
     collate = objective.make_collator(processor, data, args)
     prepared = PreparedRun(folder, args, processor, model, parts, data, collate)

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from tabulate import tabulate
 from transformers.utils import is_torchvision_available
 
+from vlm.checks.sweep import is_sweep, words_of_run
 from vlm.config.schema import DatasetConfig, RunConfig
 from vlm.config.secrets import mask_settings, mask_words
 from vlm.data.dataset import Contribution, SampleDataset, Skipped, check_skipped_share
@@ -90,7 +91,11 @@ def _add_line(file: Path, line: str) -> None:
 
 def _command() -> str:
     """Return the command of this process, without secrets: a run directory is shown to others, and published."""
-    return f"{shlex.join(mask_words([sys.executable, *sys.orig_argv[1:]]))}\n"
+    words = sys.orig_argv[1:]
+    if is_sweep():
+        number = len(sys.argv) - 1  # the words that Hydra was given, behind those that started Python
+        words = [*words[: len(words) - number], *words_of_run(words[len(words) - number :])]
+    return f"{shlex.join(mask_words([sys.executable, *words]))}\n"
 
 
 def versions() -> dict[str, object]:

@@ -1,0 +1,88 @@
+"""Where the runs of a sweep (`--multirun`) lie: a folder for the sweep, in it one for each run, named by what differs.
+
+`base.yaml` asks for both names in `hydra.sweep`. Imports no torch.
+"""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from vlm.checks.fields import ConfigError
+from vlm.config.secrets import is_secret_key, mask
+from vlm.config.short_names import folder_name
+
+MULTIRUN_FILE = "multirun.yaml"
+"""What Hydra writes into the folder of a sweep: its own settings, with the whole command line."""
+
+
+def register_sweep_names() -> None:
+    """Let configurations ask for the folder of a sweep and for the name of a run in it."""
+    OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, replace=True)
+    OmegaConf.register_new_resolver("sweep_job", lambda: job_name(HydraConfig.get().overrides.task, sys.argv[1:]),
+                                    replace=True)  # fmt: skip
+
+
+def _sweep_folder(output_dir: str | None, name: str, time: str) -> str:
+    return output_dir or f"outputs/{name}-sweep-{time}"
+
+
+def job_name(overrides: Iterable[str], words: Iterable[str]) -> str:
+    """Return the name of a run's folder: what the sweep has set, by short keys; `.` where it set nothing.
+
+    Args:
+        overrides: what the run sets.
+        words: the command line of the sweep; its keys with a single value are those of all runs.
+    """
+    parse = OverridesParser.create().parse_overrides
+    given = parse([word for word in words if "=" in word and not word.startswith("-")])
+    fixed = {override.get_key_element() for override in given if not override.is_sweep_override()}
+    own = [override for override in parse(list(overrides)) if override.get_key_element() not in fixed]
+    values = {override.get_key_element().lstrip("+~"): override.get_value_element_as_str() for override in own}
+    return folder_name({key: value for key, value in values.items() if not is_secret_key(key)})
+
+
+def is_sweep() -> bool:
+    """Return whether the configuration at hand is that of one run of a sweep."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def place_run(composed: DictConfig) -> None:
+    """Give a run of a sweep its folder as `trainer.output_dir`, and mask secrets in what Hydra wrote beside it."""
+    sweep = HydraConfig.get().sweep
+    composed.trainer.output_dir = str(Path(sweep.dir) / sweep.subdir)
+    file = Path(sweep.dir) / MULTIRUN_FILE
+    if file.is_file():
+        text = file.read_text(encoding="utf-8")
+        if (masked := mask(text)) != text:
+            file.write_text(masked, encoding="utf-8")
+
+
+def words_of_run(words: Iterable[str]) -> list[str]:
+    """Return the command line that repeats one run of a sweep, of the words of the whole sweep's.
+
+    Options of the sweep and of its sweeper are left out; what the run sets stands behind the others.
+    """
+    options = [word for word in words if word not in ("-m", "--multirun") and ("=" not in word or word[0] == "-")]
+    own = [word for word in HydraConfig.get().overrides.task if not word.startswith("trainer.output_dir=")]
+    sweep = HydraConfig.get().sweep
+    return [*options, *own, f"trainer.output_dir={Path(sweep.dir) / sweep.subdir}"]
+
+
+def check_direction(key: str | None, *, lower_is_better: bool) -> None:
+    """Refuse a sweeper that searches the other way than the metric of its runs goes.
+
+    Raises:
+        ConfigError: `hydra.sweeper.direction` is other than the metric needs.
+    """
+    needed = "minimize" if lower_is_better else "maximize"
+    direction = HydraConfig.get().sweeper.get("direction")
+    if direction is not None and str(direction).rpartition(".")[2] != needed:
+        raise ConfigError(
+            f"hydra.sweeper.direction={direction}: {key or 'eval_loss'} is better when it is "
+            f"{'lower' if lower_is_better else 'higher'}; give hydra.sweeper.direction={needed}"
+        )

@@ -1,0 +1,79 @@
+"""What differs between the configurations of runs."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+from vlm.runs.files import as_number
+from vlm.runs.read import RunDirectory
+
+PLACES = frozenset(
+    f"trainer.{name}"
+    for name in ("output_dir", "resume_from_checkpoint", "resume_changes", "hub_token", "run_name", "logging_dir")
+)
+"""Settings that say where a run is and how it is started, not what it does."""
+
+SEED_KEYS = ("trainer.seed", "trainer.data_seed")
+"""Settings that change nothing but chance."""
+
+MOST, MIN_FOR_MOST = 2 / 3, 4
+"""The share of runs, of at least so many, whose value counts as the usual one."""
+
+
+def differing_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
+    """Return key -> its value in each run, for the settings that differ; None where a run does not have the key.
+
+    Where they are runs of the same recipe with the same version of this package, these are the keys that were set.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in PLACES)
+    values = {key: [run.settings.get(key) for run in runs] for key in keys}
+    return {key: row for key, row in values.items() if any(_differ(value, row[0]) for value in row[1:])}
+
+
+def varied_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
+    """Return key -> its value in each run, for what commands set to different values; else as `differing_settings`.
+
+    A setting that follows from another one, as those of a group do, is not named beside it.
+    """
+    keys = dict.fromkeys(key for run in runs for key in run.overrides if key not in PLACES)
+    values = {key: [setting_of(run, key) for run in runs] for key in keys}
+    varied = {key: row for key, row in values.items() if any(_differ(value, row[0]) for value in row[1:])}
+    return varied or differing_settings(runs)
+
+
+def _differ(one: object, other: object) -> bool:
+    numbers = as_number(one), as_number(other)
+    return numbers[0] != numbers[1] if None not in numbers else repr(one) != repr(other)
+
+
+def unusual_settings(runs: Sequence[RunDirectory]) -> list[dict[str, object]]:
+    """Return for each run the settings in which it differs from most runs of its recipe, of those that a command set.
+
+    Where no value is that of most, all runs have theirs.
+    """
+    by_recipe: dict[str | None, list[RunDirectory]] = {}
+    for run in runs:
+        by_recipe.setdefault(run.recipe, []).append(run)
+    usual: dict[str | None, dict[str, object]] = {}
+    for recipe, group in by_recipe.items():
+        keys = dict.fromkeys(key for run in group for key in run.overrides if key not in PLACES)
+        usual[recipe] = {key: _usual_value([setting_of(run, key) for run in group]) for key in keys}
+    return [
+        {
+            key: value for key, most in usual[run.recipe].items()
+            if _differ(value := setting_of(run, key), most) and (value is not None or key in run.settings)
+        }
+        for run in runs
+    ]  # fmt: skip
+
+
+def setting_of(run: RunDirectory, key: str) -> object:
+    """Return the value that a run has of a key of its command: a setting, or the choice of a group."""
+    return run.settings.get(key, run.overrides.get(key))
+
+
+def _usual_value(values: Sequence[object]) -> object:
+    """Return the value that all, or most of many, have; a new object, which equals nothing, where there is none."""
+    value, count = Counter(map(repr, values)).most_common(1)[0]
+    if count == len(values) or (len(values) >= MIN_FOR_MOST and count > MOST * len(values)):
+        return next(found for found in values if repr(found) == value)
+    return object()

@@ -1,0 +1,34 @@
+"""The report of a run, written when it ends, however that is; on the first rank."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlm.clusters.processes import GUARD_EXIT_CODE
+from vlm.runs.read import DONE, FAILED, PARTS_FILE, STOPPED
+from vlm.runs.report import try_to_write_report
+from vlm.train.parts import Part, describe
+from vlm.train.run_directory import CONFIG_FILE, write_json
+
+log = logging.getLogger(__name__)
+
+
+def write_parts(folder: Path, parts: list[Part]) -> None:
+    """Write `parts.json`: which parts the model has, and what trains at which rate."""
+    write_json(folder / PARTS_FILE, {"parts": [describe(part) for part in parts]})
+
+
+@contextmanager
+def reporting(folder: Path, *, is_writer: bool) -> Iterator[None]:
+    """Write `report.html` when a run ends within, done or not; nothing that goes wrong with it has an effect."""
+    state = FAILED
+    try:
+        yield
+        state = DONE
+    except SystemExit as stop:
+        state = FAILED if stop.code == GUARD_EXIT_CODE else STOPPED
+        raise
+    finally:
+        if is_writer and (folder / CONFIG_FILE).is_file() and (report := try_to_write_report(folder, state)):
+            log.info("Report: %s", report)
