@@ -1,6 +1,5 @@
 """HTML fragments of the page; all text is escaped. Needs no Gradio."""
 
-import base64
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -9,9 +8,14 @@ from pathlib import Path
 
 from vlm.config.shown import presentable, printable
 from vlm.runs.files import number_at, text_at
+from vlm.runs.html import embed_image
+from vlm.runs.listing import format_duration
 from vlm.runs.read import RunDirectory
 from vlm.web.runs import Run, SampleAnswer
 from vlm.web.tasks import StartedTask
+
+THUMBNAIL = 224
+"""Pixels of the longer side of a sample's image."""
 
 
 def text_html(text: str) -> str:
@@ -77,9 +81,9 @@ def _live_details(run: RunDirectory) -> Iterator[str]:
     state = text_at(run.status, "state")
     yield {"starting": "loading model and data", "": "running"}.get(state, state)
     if run.seconds is not None:
-        yield f"for {format_seconds(run.seconds)}"
+        yield f"for {format_duration(run.seconds)}"
     if (left := number_at(run.status, "seconds_left")) is not None:
-        yield f"{format_seconds(left)} left"
+        yield f"{format_duration(left)} left"
     if (speed := number_at(run.status, "tokens_per_second")) is not None:
         yield f"{speed:,.0f} tokens/s"
     if (memory := number_at(run.status, "memory_bytes")) is not None:
@@ -91,7 +95,7 @@ def _live_details(run: RunDirectory) -> Iterator[str]:
 def task_html(task: StartedTask) -> str:
     """Return the state of a task, how long it has been running, and a progress bar."""
     seconds = task.seconds
-    details = [] if seconds is None else [f"running for {format_seconds(seconds)}"]
+    details = [] if seconds is None else [f"running for {format_duration(seconds)}"]
     details += [f"started {datetime.fromtimestamp(task.job.started):%Y-%m-%d %H:%M}"]
     if task.state == "finished":
         details.append(f"written to {text_html(task.task.result)}")
@@ -106,13 +110,6 @@ def task_html(task: StartedTask) -> str:
 def loading_html(text: str) -> str:
     """Return a sign of life of work that cannot tell how far it is."""
     return f'<p class="vlm-note vlm-busy" role="status">{text_html(text)}</p>'
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a duration: `0:07`, `12:30` or `3:05:00`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _progress_html(progress: float | None, is_active: bool) -> str:
@@ -155,13 +152,9 @@ def samples_html(title: str, samples: Sequence[SampleAnswer]) -> str:
         return note_html("No sample answers yet. A run writes them when it evaluates, saves or ends.")
     parts = []
     for sample in samples:
-        image = f'<img src="{_data_url(Path(sample["image"]))}" alt="">' if "image" in sample else ""
+        address = embed_image(Path(sample["image"]), THUMBNAIL) if "image" in sample else ""
+        image = f'<img src="{address}" alt="image of the sample">' if address else ""
         texts = [(name, sample.get(name)) for name in ("question", "reference", "answer")]
         rows = "".join(f"<dt>{name}</dt><dd>{text_html(text)}</dd>" for name, text in texts if text is not None)
         parts.append(f'<div class="vlm-sample">{image}<dl>{rows}</dl></div>')
     return f"<h3>{text_html(title)}</h3>{''.join(parts)}"
-
-
-def _data_url(image: Path) -> str:
-    """Return an image of a run directory as a `data:` address, so that no folder has to be served for it."""
-    return f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}" if image.is_file() else ""

@@ -10,7 +10,7 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from vlm.web import chat, data, evaluate, export, predict, train
+from vlm.web import chat, compare, data, evaluate, export, predict, train
 from vlm.web.access import Access
 from vlm.web.commands import Place
 from vlm.web.components import QUIET
@@ -66,6 +66,9 @@ def _build_tabs(settings: PageSettings, page: gr.Blocks) -> None:
         }
         for name, (build_tab, heads) in tabs.items():
             find_checkpoints = partial(checkpoints, outputs, settings.checkpoints, heads=heads)
+            if name == "Evaluate":  # compared once trained
+                with gr.Tab("Compare", id="compare") as tab:
+                    compare.build(outputs, tab)
             with gr.Tab(name, id=name.lower()) as tab:
                 _refresh_choices(tab, page, build_tab(find_checkpoints()), find_checkpoints)
 

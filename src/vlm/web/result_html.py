@@ -1,16 +1,16 @@
 """HTML of an evaluation: its metrics, and its worst answers with their images; all text is escaped."""
 
-from base64 import b64encode
 from collections.abc import Sequence
-from io import BytesIO
-from pathlib import Path
 
-from PIL import Image
-
+from vlm.runs.html import ImageBudget
+from vlm.runs.listing import format_number
 from vlm.runs.read import Evaluation
+from vlm.runs.report_outcomes import Score, show_score
 from vlm.web.html import note_html, text_html
 from vlm.web.results import JudgedAnswer, describe_results, left_out
 
+MAX_IMAGE_BYTES = 4 << 20
+"""Bytes of all images of a page of answers together."""
 THUMBNAIL_SIDE = 192
 """Pixels of the longer side of an image beside an answer."""
 
@@ -18,9 +18,9 @@ THUMBNAIL_SIDE = 192
 def results_html(evaluation: Evaluation) -> str:
     """Return the metrics of an evaluation with their intervals, and what they leave out."""
     rows = "".join(
-        f"<tr><td>{text_html(name)}</td><td class='number'>{_number(value)}</td><td class='number'>"
-        f"{'' if low is None or high is None else f'{_number(low)} to {_number(high)}'}</td></tr>"
-        for name, (value, low, high) in evaluation.scores.items()
+        f"<tr><td>{text_html(name)}</td><td class='number'>{show_score((score[0], None, None))}</td>"
+        f"<td class='number'>{_interval(score)}</td></tr>"
+        for name, score in evaluation.scores.items()
     )
     head = "<tr><th>Metric</th><th class='number'>Value</th><th class='number'>95% interval</th></tr>"
     table = f'<table class="vlm-table"><thead>{head}</thead><tbody>{rows}</tbody></table>'
@@ -33,31 +33,18 @@ def worst_html(answers: Sequence[JudgedAnswer]) -> str:
     """Return the answers that are least like their references, with their images."""
     if not answers:
         return ""
-    parts = ["<h3>Answers furthest from their references</h3>"]
+    images, parts = ImageBudget(MAX_IMAGE_BYTES), ["<h3>Answers furthest from their references</h3>"]
     for answer in answers:
         rows = [("question", answer.question), ("reference", " | ".join(answer.references))]
         rows += [("could not be answered", answer.error)] if answer.error else [("answer", answer.answer)]
         texts = "".join(f"<dt>{name}</dt><dd>{text_html(text)}</dd>" for name, text in rows if text)
         title = f"<p class='vlm-note'>record {text_html(answer.source)}</p>" if answer.source else ""
-        parts.append(f'<div class="vlm-sample">{_thumbnail(answer.image)}<div>{title}<dl>{texts}</dl></div></div>')
+        address = images.embed(answer.image, THUMBNAIL_SIDE) if answer.image is not None else ""
+        image = f'<img src="{address}" alt="image of the record">' if address else ""
+        parts.append(f'<div class="vlm-sample">{image}<div>{title}<dl>{texts}</dl></div></div>')
     return f'<section class="vlm-results">{"".join(parts)}</section>'
 
 
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.4g}"
-
-
-def _thumbnail(file: Path | None) -> str:
-    """Return a small copy of an image as a `data:` address; empty where the file is no image that opens."""
-    if file is None or not file.is_file():
-        return ""
-    try:
-        with Image.open(file) as image:
-            image.draft("RGB", (THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-            small = image.convert("RGB")
-            small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return ""
-    content = BytesIO()
-    small.save(content, "JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{b64encode(content.getvalue()).decode()}" alt="image of the record">'
+def _interval(score: Score) -> str:
+    _, low, high = score
+    return "" if low is None or high is None else f"{format_number(low)} to {format_number(high)}"
