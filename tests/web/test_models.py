@@ -2,13 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from tests.tiny_parts import Parts
 from vlm.config.schema import InferenceConfig
-from vlm.web.models import ModelHolder, knows_thinking
+from vlm.web.models import knows_thinking
 
 ASKS = "{% if enable_thinking %}<think>{% endif %}"
 
@@ -43,19 +43,8 @@ def test_a_saved_model_tells_too(parts: Parts, tmp_path: Path):
     assert not knows_thinking(str(tmp_path))
 
 
-class FakeHolder:
-    """Has one model for everybody."""
-
-    def __init__(self, model: object):
-        self.model = model
-
-    def load(self, kind: type, checkpoint: str) -> object:
-        return self.model
-
-
 @pytest.mark.parametrize(("choice", "thinking"), [("as trained", None), ("yes", True), ("no", False)])
 def test_the_choice_of_thinking_reaches_the_conversation(choice: str, thinking: bool | None):
     chat: Any = pytest.importorskip("vlm.web.chat")
-    holder = cast(ModelHolder, FakeHolder(object()))
-    opened = chat.open_conversation(holder, "here", (0, 1, 5, None), chat.THINKING[choice])
+    opened = chat.open_conversation(object(), *chat.read_settings((0, 1, 5, None), chat.THINKING[choice]))
     assert opened.settings == InferenceConfig(0, 1, max_new_tokens=5, thinking=thinking)

@@ -118,10 +118,11 @@ def visit(served: Served, browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("request", lambda request: asked.append(request.url))
         page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(f"{served.address}?token={served.token}")
+        with page.expect_request(lambda request: is_load_event(request)):  # what is shown takes input from then on
+            page.goto(f"{served.address}?token={served.token}")
         assert page.url == served.address, "the token leaves the address"
         page.wait_for_selector("#chat-question textarea")
-        page.get_by_role("tab", name=tab, exact=True).click()
+        open_tab(page, tab)
         return page
 
     yield go
@@ -130,6 +131,27 @@ def visit(served: Served, browser: Any) -> Iterator[Callable[..., Any]]:
     local = (served.address, served.address.replace("http", "ws", 1), "data:", "blob:")
     assert not [url for url in asked if not url.startswith(local)]
     assert not errors
+
+
+def open_tab(page: Any, name: str) -> None:
+    """Open a tab; on a narrow page it may be in the menu of those that have no room."""
+    tab = page.get_by_role("tab", name=name, exact=True)
+    if not tab.first.is_visible():
+        page.locator(".overflow-menu button").first.click()
+        tab = page.locator(".overflow-dropdown").get_by_text(name, exact=True)
+    tab.first.click()
+
+
+def is_load_event(request: Any) -> bool:
+    """Whether a request is an event of the whole page, which Gradio sends once all that is shown is connected."""
+    return "/queue/join" in request.url and request.post_data_json["trigger_id"] == 0
+
+
+def record_posts(page: Any) -> list[Any]:
+    """The values that the page posts from now on."""
+    posted: list[Any] = []
+    page.on("request", lambda sent: posted.append(sent.post_data_json["data"]) if "/queue/join" in sent.url else None)
+    return posted
 
 
 def fill(page: Any, field: str, text: str) -> None:
@@ -193,7 +215,7 @@ def test_chat_streams_what_the_model_says(served: Served, visit: Callable[..., A
     assert second
 
     page = visit("Chat")
-    page.locator("#chat-settings button").first.click()
+    posted = record_posts(page)
     fill(page, "chat-longest", str(LONGEST))
     page.evaluate("""() => { window.seen = []; new MutationObserver(() => {
         const found = [...document.querySelectorAll('#chat-shown .bot .message-content')].pop();
@@ -202,20 +224,21 @@ def test_chat_streams_what_the_model_says(served: Served, visit: Callable[..., A
     page.locator("#chat-question input[type=file]").set_input_files(served.image)
     page.wait_for_selector("#chat-question img")
     send(page, QUESTION)
-    assert wait_for_answer(page, 1) == tidy(printable(first))
+    assert wait_for_answer(page, 1) == tidy(printable(first)), posted
+    assert posted[0][-4:] == [0, 1, LONGEST, ""], "temperature, top-p, the longest answer and an empty seed"
     steps = {text for text in page.evaluate("window.seen") if text}
     assert len(steps) > 1, "the answer came in pieces"
     assert page.locator("#chat-shown .user img").count() == 1
     page.get_by_role("tab", name="Predict", exact=True).click()  # and what was said is still known
     page.get_by_role("tab", name="Chat", exact=True).click()
     send(page, SECOND_QUESTION)
-    assert wait_for_answer(page, 2) == tidy(printable(second))
+    assert wait_for_answer(page, 2) == tidy(printable(second)), posted
     page.locator("#chat-clear").click()
     wait_until(lambda: not read_answers(page), page)
     send(page, SECOND_QUESTION)
     anew = Conversation(said.model, said.settings)
     alone = "".join(anew.ask(SECOND_QUESTION)).strip()
-    assert wait_for_answer(page, 1) == tidy(printable(alone))
+    assert wait_for_answer(page, 1) == tidy(printable(alone)), posted
 
 
 def tidy(text: str) -> str:
@@ -400,7 +423,10 @@ def test_a_run_that_has_ended_can_be_asked(served: Served, visit: Callable[..., 
 # What every tab has to hold
 
 
-@pytest.mark.parametrize("tab", ["Chat", "Predict", "Train", "Data"])
+TABS = ["Chat", "Predict", "Train", "Evaluate", "Export", "Data"]
+
+
+@pytest.mark.parametrize("tab", TABS)
 def test_nothing_scrolls_sideways(visit: Callable[..., Any], tab: str):
     page = visit(tab, PHONE, "dark")
     page.wait_for_timeout(300)

@@ -7,21 +7,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm.config.choices import ADAPTER_FORMAT_DESCRIPTIONS, FORMAT_DESCRIPTIONS
+from vlm.config.choices import EXPORT_DTYPES as DTYPES
 from vlm.config.shown import PresentableParser
-
-FORMAT_DESCRIPTIONS = {
-    "llava": "for transformers and vLLM, without remote code",
-    "llava-original": "for the original LLaVA code and SGLang",
-    "gguf": "for llama.cpp and tools built on it",
-    "onnx": "for onnxruntime, from any language",
-}
-"""Format of `vlm.hub.exporting` -> who reads it; named here too so that `--help` imports no torch."""
-
-DTYPES = ("float32", "float16", "bfloat16", "q8_0")
-"""How `gguf` stores matrices; `onnx` is written in float32."""
-
-ADAPTER_FORMAT_DESCRIPTIONS = {"vllm-lora": "a LoRA run's base and adapter, for vLLM's --enable-lora"}
-"""Format of an adapter -> who reads it."""
 
 
 def main(argv: Sequence[str]) -> None:

@@ -108,3 +108,15 @@ PREFERENCE_METRICS = ("reward_chosen", "reward_rejected", "margin", "reward_accu
 """What is logged of each step of preferences, and measured on evaluation records besides their loss."""
 REJECTED_IMAGES = ("same", "blank", "cropped")
 """Values of `trainer.preference.rejected_image`."""
+
+FORMAT_DESCRIPTIONS = {
+    "llava": "for transformers and vLLM, without remote code",
+    "llava-original": "for the original LLaVA code and SGLang",
+    "gguf": "for llama.cpp and tools built on it",
+    "onnx": "for onnxruntime, from any language",
+}
+"""Format of `vlm.hub.exporting` -> who reads it."""
+ADAPTER_FORMAT_DESCRIPTIONS = {"vllm-lora": "a LoRA run's base and adapter, for vLLM's --enable-lora"}
+"""Format of an adapter -> who reads it."""
+EXPORT_DTYPES = ("float32", "float16", "bfloat16", "q8_0")
+"""How `gguf` stores matrices; `onnx` is written in float32."""

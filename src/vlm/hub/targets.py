@@ -1,7 +1,7 @@
 """The formats that a checkpoint can be exported to: what they do not allow, their configuration and names of weights.
 
 To add a format, write the functions of an `ExportFormat`, add a line to `EXPORT_FORMATS`, and one to
-`FORMAT_DESCRIPTIONS` in `cli/export_checkpoint.py`.
+`FORMAT_DESCRIPTIONS` in `config/choices.py`.
 """
 
 from collections.abc import Callable, Iterator

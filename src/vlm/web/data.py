@@ -8,14 +8,14 @@ import gradio as gr
 from vlm.config.packaged import packaged_names, run_names
 from vlm.config.schema import DatasetConfig
 from vlm.train.objectives.table import make_objective
-from vlm.web.components import PRIVATE
+from vlm.web.components import PRIVATE, heading
 from vlm.web.html import error_html, note_html
 from vlm.web.plan import Plan, choices
 
 if TYPE_CHECKING:
     from vlm.data.encoding.sample_encoder import SampleEncoder
 
-EMPTY_TEXT = "Records appear here, with supervised tokens marked."
+EMPTY_TEXT = "Records appear here."
 DEFAULT_RUN = "finetune-smol"
 """The run that is chosen at first."""
 
@@ -43,14 +43,14 @@ class OpenRecords:
                     config = replace(config, sources={name: config.sources[name]})
                 return as_html(next(iter(load_shown_records(config, self.encoder, number=1, records=[number]))))
             number -= size
-        raise ValueError(f"there are {len(self)} records")
+        raise ValueError(f"there are only {len(self)} records")
 
 
 def open_records(plan: Plan) -> OpenRecords:
     """Open the records of a plan's run as the run reads them; ValueError where its checks or its data forbid it."""
     config = plan.compose_config()
     if config.dataset.streaming:
-        reason = "a stream has no numbers to go by; vlm data show shows its first records"
+        reason = "the records of a stream have no numbers; use vlm data show to see the first ones"
         raise ValueError(f"dataset.streaming=true: {reason}")
     from vlm.assembly.resolve import resolve_model
     from vlm.data.sources import make_sources
@@ -62,24 +62,26 @@ def open_records(plan: Plan) -> OpenRecords:
 
 def build(checkpoints: list[str]) -> gr.Dropdown:
     """Build the tab; return the field of checkpoints."""
+    heading("Data", "See each record as a run trains on it, with the supervised tokens marked.")
     records = gr.State(None)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             path = gr.Textbox(label="Records", placeholder="records.json", elem_id="data-path")
-            images = gr.Textbox(label="Folder of images", info="Beside the records where empty", elem_id="data-images")
-            run = gr.Dropdown(run_names(), value=DEFAULT_RUN, label="As this run reads them", elem_id="data-run")
+            info = "Leave empty if the images are next to the records"
+            images = gr.Textbox(label="Image folder", info=info, elem_id="data-images")
+            run = gr.Dropdown(run_names(), value=DEFAULT_RUN, label="Run that reads them", elem_id="data-run")
             checkpoint = gr.Dropdown(
                 checkpoints, value=None, allow_custom_value=True, label="Checkpoint", elem_id="data-checkpoint",
-                info="Its tokenizer and template are used; empty: those of the run's parts",
+                info="Its tokenizer and template are used. Leave empty to use those of the run's parts",
             )  # fmt: skip
             with gr.Accordion("More", open=False, elem_id="data-more"):
-                templates = [("as the run", ""), "tokenizer", *packaged_names("vlm.data", "templates", ".jinja")]
+                templates = [("from the run", ""), "tokenizer", *packaged_names("vlm.data", "templates", ".jinja")]
                 template = gr.Dropdown(templates, value="", label="Template", elem_id="data-template")
                 language_model = gr.Dropdown(
-                    [("as the run", ""), *choices("language_model")], value="", allow_custom_value=True,
+                    [("from the run", ""), *choices("language_model")], value="", allow_custom_value=True,
                     label="Language model (tokenizer)", elem_id="data-language-model",
                 )  # fmt: skip
-                label, example = "Overrides, one a line", "dataset.format=llava"
+                label, example = "Overrides, one per line", "dataset.format=llava"
                 lines = gr.Textbox(label=label, lines=3, placeholder=example, elem_id="data-lines")
             button = gr.Button("Open", variant="primary", elem_id="data-open")
         with gr.Column(scale=3, min_width=300):
@@ -128,7 +130,7 @@ def show(records: OpenRecords | None, number: float | None) -> tuple[int, str, s
     if records is None:
         return 0, "", note_html(EMPTY_TEXT)
     index = max(min(int(number or 0), len(records) - 1), 0)
-    count = note_html(f"Record {index} of {len(records):,}, numbered from 0")
+    count = note_html(f"Record {index} of {len(records):,}, counted from 0")
     try:
         return index, count, records.html(index)
     except (ValueError, OSError) as error:

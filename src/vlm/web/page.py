@@ -1,4 +1,4 @@
-"""The page: its four tabs, and how it is served."""
+"""The page: its tabs, and how it is served."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,15 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 
-from vlm.web import chat, data, predict, train
+from vlm.web import chat, compare, data, evaluate, export, predict, train
 from vlm.web.access import Access
+from vlm.web.commands import Place
 from vlm.web.components import QUIET
 from vlm.web.guard import RequestGuard
+from vlm.web.html import header_html
 from vlm.web.models import ModelHolder
 from vlm.web.runs import checkpoints
+from vlm.web.task_view import TaskContext
 
 UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS = 600, 24 * 3600
 """How often uploaded images are looked through, and after which time they are removed."""
@@ -40,22 +43,34 @@ class PageSettings:
 
 def build(settings: PageSettings) -> gr.Blocks:
     """Build the page."""
-    trusted = settings.checkpoints if settings.trust_remote_code else ()
-    holder = ModelHolder(settings.base, trusted)
     outputs, sweep = settings.outputs, (UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS)
-    with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=sweep) as page, gr.Tabs():
+    with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=sweep) as page:
+        gr.HTML(header_html(outputs), elem_classes="vlm-top", padding=False)
+        _build_tabs(settings, page)
+    return page
+
+
+def _build_tabs(settings: PageSettings, page: gr.Blocks) -> None:
+    trusted = settings.checkpoints if settings.trust_remote_code else ()
+    holder, outputs = ModelHolder(settings.base, trusted), settings.outputs
+    with gr.Tabs():
+        context = TaskContext(page, Place(outputs, settings.base, frozenset(trusted)), holder)
         # Tab -> its builder, which takes the checkpoints to offer, and whether those have heads.
         tabs: dict[str, tuple[Callable[[list[str]], gr.Dropdown], bool | None]] = {
             "Chat": (partial(chat.build, outputs, holder), False),
             "Predict": (partial(predict.build, outputs, holder), True),
             "Train": (partial(train.build, outputs, holder, page), None),
+            "Evaluate": (partial(evaluate.build, outputs, context), False),
+            "Export": (partial(export.build, outputs, context), None),
             "Data": (data.build, None),
         }
         for name, (build_tab, heads) in tabs.items():
             find_checkpoints = partial(checkpoints, outputs, settings.checkpoints, heads=heads)
+            if name == "Evaluate":  # compared once trained
+                with gr.Tab("Compare", id="compare") as tab:
+                    compare.build(outputs, tab)
             with gr.Tab(name, id=name.lower()) as tab:
                 _refresh_choices(tab, page, build_tab(find_checkpoints()), find_checkpoints)
-    return page
 
 
 def _refresh_choices(
@@ -85,10 +100,11 @@ def serve(page: gr.Blocks, settings: PageSettings) -> str:
         server_name=settings.host, server_port=settings.port, share=False, prevent_thread_lock=True, quiet=True,
         inbrowser=False, show_error=True, footer_links=[], run_history=False, enable_monitoring=False, pwa=False,
         mcp_server=False, ssr_mode=False, max_file_size=settings.max_upload, allowed_paths=uploads,
-        theme=gr.themes.Default(font=fonts, font_mono=fixed_fonts).set(
+        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=fixed_fonts).set(
             body_text_color_subdued="*neutral_600", block_info_text_color="*neutral_600",
             input_placeholder_color="*neutral_500", body_text_color_subdued_dark="*neutral_400",
-            block_info_text_color_dark="*neutral_400",
+            block_info_text_color_dark="*neutral_400", button_large_text_size="*text_md",
+            button_large_padding="0.5rem 1rem",
         ),
         css=resources.files("vlm.web").joinpath("style.css").read_text(encoding="utf-8"),
         app_kwargs={"middleware": [

@@ -1,5 +1,6 @@
 """The list of runs, and one run: its progress, loss, log, sample answers and configuration, and buttons to stop it."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ class RunView:
         self.status = gr.HTML(elem_id="run-status", elem_classes="vlm-line")
         with gr.Row(visible=False) as self.end_buttons:
             self.stop = gr.Button("Stop", variant="stop", elem_id="run-stop")
-            self.kill = gr.Button("Kill: nothing is saved", variant="stop", visible=False, elem_id="run-kill")
+            self.kill = gr.Button("Kill without saving", variant="stop", visible=False, elem_id="run-kill")
         self.message = gr.HTML(elem_id="run-message", elem_classes="vlm-line")
         with gr.Column(visible=False) as self.details:
             self.plot = gr.LinePlot(
@@ -75,8 +76,8 @@ class RunView:
         self.table.select(self._on_select, None, [*self.shown, self.message], **QUIET)
         gr.Timer(REFRESH_SECONDS).tick(self._poll, [self.selected, self.last_signature], self.shown, **QUIET)
         for button, end, message in (
-            (self.stop, jobs.stop, "Asked {} and all its processes to end."),
-            (self.kill, jobs.kill, "Killed {}: all that it had not saved is lost."),
+            (self.stop, jobs.stop, "Stopping {} and all its processes."),
+            (self.kill, jobs.kill, "Killed {}. Whatever it had not saved is lost."),
         ):
             button.click(partial(self._end_run, end, message), self.selected, self.message, **QUIET).then(
                 self.refresh, self.selected, self.shown, **QUIET
@@ -86,7 +87,7 @@ class RunView:
         """Return new values of all components of `shown`, for the run of a name."""
         runs = find_runs(self.outputs)
         run = find_run(self.outputs, name)
-        table = run_table_html(runs, name) if runs else note_html(f"No run found under {self.outputs}/ yet.")
+        table = run_table_html(runs, name) if runs else note_html(f"There are no runs in {self.outputs}/ yet.")
         return run.name if run else None, _get_signature(run), table, *_render_details(run)
 
     def _on_load(self) -> tuple[object, ...]:
@@ -106,7 +107,7 @@ class RunView:
     def _end_run(self, end: Callable[[Path], object], message: str, name: str | None) -> str:
         run = find_run(self.outputs, name)
         if run is None:
-            return error_html("choose a run first")
+            return error_html("Choose a run first.")
         try:
             end(run.folder)
         except (ValueError, OSError) as error:
@@ -121,7 +122,7 @@ def _render_details(run: Run | None) -> tuple[object, ...]:
         return "", hidden, hidden, hidden, None, "", "", ""
     rows = loss_rows(read_metrics(run.folder))
     job = jobs.read_job(run.folder)
-    no_log = "This run was not started from the page: its log is where it was started."
+    no_log = "This run was not started from this page. Its log is where it was started."
     command = "\n".join(f"# {line}" for line in read_run_file(run.folder, "command.txt").splitlines())
     return (
         status_html(run) + _resume_advice(run),
@@ -129,7 +130,7 @@ def _render_details(run: Run | None) -> tuple[object, ...]:
         gr.update(visible=run.is_active and jobs.can_kill(job)),
         gr.update(visible=True),
         pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None,
-        log_html(mask(log_tail(run.folder / jobs.LOG_FILE)) or ("Nothing printed yet." if job else no_log)),
+        log_html(mask(log_tail(run.folder / jobs.LOG_FILE)) or ("Nothing has been printed yet." if job else no_log)),
         samples_html(*last_samples(run.folder)),
         printable(mask(f"{command}\n{read_run_file(run.folder, 'config.yaml')}")),  # of earlier versions, unmasked
     )
@@ -138,21 +139,26 @@ def _render_details(run: Run | None) -> tuple[object, ...]:
 def _resume_advice(run: Run) -> str:
     """Return how to resume a run that did not finish."""
     if run.state == "ending":
-        return note_html("Asked to end; it is still busy.")
+        return note_html("Stopping. It finishes its step and saves a checkpoint first.")
     if run.state not in ("stopped", "failed", "not finished"):
         return ""
-    again = f"the same command, or here the same fields with trainer.output_dir={run.folder} among the overrides"
+    same = "run the same command, or fill in the same fields here"
+    again = f"{same} and add trainer.output_dir={run.folder} to the overrides"
     steps = saved_steps(run.folder)
     if not steps:
         why = " The log says why it ended." if run.state == "failed" else ""
-        return note_html(f"It saved no checkpoint.{why} To begin again: {again}.")
-    return note_html(f"Saved up to checkpoint-{max(steps)}. To go on: {again}.")
+        return note_html(f"It saved no checkpoint.{why} To start over, {again}.")
+    return note_html(f"The last checkpoint is checkpoint-{max(steps)}. To resume, {again}.")
 
 
 def _get_signature(run: Run | None) -> list[object] | None:
     """Return values that change when the view of a run has to change."""
     if run is None:
         return None
-    files = [run.folder / name for name in ("metrics.jsonl", jobs.LOG_FILE, "samples.md", "config.yaml")]
+    files = [
+        run.folder / name
+        for name in ("metrics.jsonl", jobs.LOG_FILE, "run.log", "samples.md", "config.yaml", "status.json")
+    ]
     sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
-    return [run.state, jobs.can_kill(jobs.read_job(run.folder)), *sizes]
+    now = int(time.time() / REFRESH_SECONDS) if run.is_active else None  # the time it has taken moves on
+    return [run.state, jobs.can_kill(jobs.read_job(run.folder)), now, *sizes]

@@ -90,7 +90,7 @@ def find_run(outputs: Path, name: str | None) -> Run | None:
 
 def _run_folders(parent: Path, depth: int) -> Iterator[Path]:
     for folder in sorted(parent.iterdir()) if parent.is_dir() else ():
-        if not folder.is_dir():
+        if folder.name.startswith(".") or not folder.is_dir():  # `.page` has the page's own tasks
             continue
         if (folder / "command.txt").is_file() or read_job(folder) is not None:
             yield folder

@@ -7,12 +7,13 @@ import gradio as gr
 
 from vlm.config.packaged import read_run_description, run_names
 from vlm.web import jobs
-from vlm.web.components import PRIVATE, QUIET
+from vlm.web.components import PRIVATE, QUIET, heading
 from vlm.web.html import error_html, note_html
 from vlm.web.models import ModelHolder
 from vlm.web.plan import HF_NAME_KEYS, PARTS, Plan, choices, choose_run_folder, format_for_shell, make_command
 from vlm.web.run_view import RunView
-from vlm.web.runs import MAX_RUN_DEPTH, find_runs
+from vlm.web.runs import MAX_RUN_DEPTH
+from vlm.web.tasks import check_idle
 
 DEFAULT_RUN = "pretrain-smol"
 """The run that is chosen at first."""
@@ -22,8 +23,10 @@ def build(outputs: Path, holder: ModelHolder, page: gr.Blocks, checkpoints: list
     """Build the tab; return the field of checkpoints."""
     with gr.Tabs() as tabs:
         with gr.Tab("New run", id="new"):
+            heading("New run", "Choose a run, its parts and its data. Start runs exactly the command shown.")
             form = RunForm(outputs, checkpoints)
         with gr.Tab("Runs", id="runs"):
+            heading("Runs", f"Every run in {outputs}/. Select one to follow it.")
             view = RunView(outputs)
     form.start.click(
         lambda *values: form.start_run(holder, FormValues(*values)), form.fields, [*form.shown, tabs, view.selected],
@@ -69,25 +72,25 @@ class RunForm:
                 parts = [_part_dropdown(part) for part in PARTS]
             with gr.Column(scale=1, min_width=300):
                 path = gr.Textbox(label="dataset.path", placeholder="records.json", elem_id="train-path")
-                beside = "Beside the records where empty"
+                beside = "Leave empty if the images are next to the records"
                 images = gr.Textbox(label="dataset.image_folder", info=beside, elem_id="train-images")
                 self.checkpoint = gr.Dropdown(
                     checkpoints, value=None, allow_custom_value=True, label="trainer.from_pretrained",
-                    info="Start from this checkpoint; empty: from the parts", elem_id="train-checkpoint",
+                    info="Leave empty to start from the parts", elem_id="train-checkpoint",
                 )  # fmt: skip
                 lines = gr.Textbox(
-                    label="Overrides, one a line", lines=5, max_lines=20, placeholder="trainer.num_train_epochs=1",
+                    label="Overrides, one per line", lines=5, max_lines=20, placeholder="trainer.num_train_epochs=1",
                     elem_id="train-lines",
                 )  # fmt: skip
                 processes = gr.Number(
-                    1, label="Processes", info="One for each GPU", precision=0, minimum=1, elem_id="train-processes"
+                    1, label="Processes", info="One per GPU", precision=0, minimum=1, elem_id="train-processes"
                 )
                 with gr.Row():
                     check = gr.Button("Check", elem_id="train-check", min_width=100)
                     self.start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=100)
         message = gr.HTML("", elem_id="train-message", elem_classes="vlm-line")
         command = gr.Code(
-            label="The command", language="shell", interactive=False, visible=False, lines=3, wrap_lines=True,
+            label="Command", language="shell", interactive=False, visible=False, lines=3, wrap_lines=True,
             elem_id="train-command", show_line_numbers=False,
         )  # fmt: skip
         self.fields = [run, *parts, path, images, self.checkpoint, lines, processes, self.folder]
@@ -108,14 +111,13 @@ class RunForm:
             command, folder = self._make_command(values)
         except (ValueError, OSError) as error:
             return _show_error(error)
-        return *_show_command(f"Nothing to fix. It will write into {folder}.", command), str(folder)
+        return *_show_command(f"Ready to start. It will write to {folder}.", command), str(folder)
 
     def start_run(self, holder: ModelHolder, values: FormValues) -> tuple[object, ...]:
         """Start a run; return new values of `shown`, and which tab and which run to show now."""
         try:
             command, folder = self._make_command(values)
-            if active := [run.name for run in find_runs(self.outputs) if run.is_active]:
-                raise ValueError(f"{active[0]} is still running; stop it first, or wait for its end")
+            check_idle(self.outputs)
             holder.release()
             jobs.start(command, folder)
         except (ValueError, OSError) as error:
@@ -125,9 +127,9 @@ class RunForm:
 
 
 def _part_dropdown(part: str) -> gr.Dropdown:
-    options = [("as the run has it", ""), *choices(part)]
+    options = [("from the run", ""), *choices(part)]
     is_named = part in HF_NAME_KEYS
-    info = "Or a folder, or a name on the Hub" if is_named else None
+    info = "Or type a folder or a Hub name" if is_named else None
     return gr.Dropdown(options, value="", label=part, elem_id=f"train-{part}", allow_custom_value=is_named, info=info)
 
 
@@ -144,6 +146,6 @@ def check_below(folder: Path, outputs: Path) -> None:
     real, real_outputs = folder.resolve(), outputs.resolve()
     if not (folder.is_relative_to(outputs) and real_outputs in real.parents[:MAX_RUN_DEPTH]):
         raise ValueError(
-            f"trainer.output_dir={folder}: the page finds runs in {outputs}/NAME and {outputs}/FOLDER/NAME only; "
-            "choose such a folder, or start the page with another --outputs"
+            f"trainer.output_dir={folder}: the page only finds runs in {outputs}/NAME and {outputs}/FOLDER/NAME. "
+            "Choose such a folder, or start the page with another --outputs."
         )
