@@ -217,6 +217,13 @@ FOREIGN_OPTIONS = {
 }
 """A program that this environment lacks -> the options of it that pages may name, looked up in its source."""
 
+USERS_OF_RUNS = [
+    f"vlm.cli.{path.stem}"
+    for path in sorted((ROOT / "src" / "vlm" / "cli").glob("*.py"))
+    if re.search(r"^from vlm\.checks\.compose import .*with_config", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
+"""Modules of the command line that compose runs."""
+
 PROGRAMS: dict[str, Callable[[Sequence[str], Place], None]] = {
     "vlm": check_vlm,
     "push-to-hub": check_push,
@@ -289,9 +296,8 @@ def _stopped_when_parsed(kinds: tuple[type[argparse.ArgumentParser], ...]) -> It
 @contextmanager
 def _composed_quickly() -> Iterator[None]:
     """Let runs be composed once for each choice of groups, checked as ever, and go no further."""
-    for module in command_line.COMMANDS.values():
-        import_module(f"vlm.cli.{module}")
-    import_module("vlm.cli.train")
+    for module in USERS_OF_RUNS:
+        import_module(module)  # before the patch, which they would keep
     real = compose.with_config
     users = [module for module in list(sys.modules.values()) if vars(module).get("with_config") is real]
 

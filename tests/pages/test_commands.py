@@ -67,7 +67,7 @@ WRONG = {
     "vlm -cn pretrain-smoll dataset.path=train.json": "no such run",
     "vlm -cn pretrain-smol": "dataset.path: a value is needed",
     "vlm -cn pretrain-smol dataset.path=train.json trainer.learning_rat=1": "trainer.learning_rat: no such key",
-    "vlm -cn pretrain-smol dataset.path=train.json trainer.learning_rate.connector_learning_rate=-1": "a positive number",
+    "vlm -cn head-binary dataset.path=train.json trainer.learning_rate.head_learning_rate=-1": "a positive number",
     "vlm -cn pretrain-smol dataset.path=train.json model/connector=mpl": "mpl",
     "vlm data show -cn pretrain-smol --numbers 3 dataset.path=train.json": "--numbers",
     "vlm submit -cn pretrain-smol nodes=2 dataset.pth=train.json": "dataset.pth",
