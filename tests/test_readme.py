@@ -1,4 +1,4 @@
-"""What README.md and the pages tell people to type: commands compose, keys exist, code runs."""
+"""What the pages say in their text: keys exist, code runs. Their commands are checked in `tests/pages`."""
 
 import json
 import re
@@ -14,11 +14,10 @@ import yaml
 from tests.checks.test_messages import elsewhere  # noqa: F401 - Hydra leaves files behind
 from tests.fixtures import compose_config
 from tests.tiny_parts import Parts, picture
-from vlm.checks.compose import open_mapping_key, strip_launcher_arguments
+from vlm.checks.compose import open_mapping_key
 from vlm.checks.fields import check_fields
 from vlm.cli.data import TOOLS
 from vlm.config.named import permit_names
-from vlm.config.packaged import run_names
 from vlm.data.records.formats import FORMATS, get_reader
 from vlm.data.sample import ImageRef
 from vlm.data.tools.convert import CONVERSIONS
@@ -48,29 +47,12 @@ PAGES = (
 )
 WITHOUT_KEYS = ("examples/README.md", "docs/serving.md", "docs/publishing.md", "docs/web.md", "docs/inference.md")
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in PAGES}
-START = re.compile(r"(?:-m|--module) vlm |^vlm -cn |^vlm data (?:show|stats) ")
 KEYS = re.compile(r"(?:model|trainer|dataset|inference)[./][\w./-]+=[^\s`…]+")
 
 
 def blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of a page."""
     return re.findall(rf"```{language}\n(.*?)```", TEXTS[page], re.DOTALL)
-
-
-def commands() -> list[tuple[str, str]]:
-    """Page and command line of every training command, its lines joined."""
-    lines = [(page, line.split("  #")[0]) for page in PAGES for block in blocks(page, "sh")
-             for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
-    return [(page, line) for page, line in lines if START.search(line)]
-
-
-@pytest.mark.parametrize(("page", "line"), commands(), ids=str)
-def test_every_training_command_composes(page: str, line: str):
-    words = strip_launcher_arguments(shlex.split(START.split(line, maxsplit=1)[1]))
-    name = words[0] if line.startswith("vlm -cn ") else words[words.index("-cn") + 1]
-    overrides = [word for word in words if "=" in word]
-    assert name in run_names()
-    check_fields(compose_config(name, overrides))
 
 
 @pytest.mark.parametrize("page", PAGES)
