@@ -33,6 +33,7 @@ from tests.pages.place import Place
 from vlm.checks import compose
 from vlm.checks.compose import make_run_config, open_mapping_key, strip_launcher_arguments
 from vlm.checks.run import check
+from vlm.checks.start import check_start
 from vlm.checks.surface import named_by_user
 from vlm.cli import main as command_line
 from vlm.cli.model_options import read_inference_settings
@@ -301,7 +302,9 @@ def _composed_quickly() -> Iterator[None]:
     real = compose.with_config
     users = [module for module in list(sys.modules.values()) if vars(module).get("with_config") is real]
 
-    def with_config(words: Sequence[str] | None, action: object, make_objective: Callable[..., Any]) -> None:
+    def with_config(
+        words: Sequence[str] | None, action: object, make_objective: Callable[..., Any], *, trains: bool = False
+    ) -> None:
         """Compose and check, as the real one does."""
         words = strip_launcher_arguments(list(sys.argv[1:] if words is None else words))
         if len(words) > 1 and words[0] == "-cn" and all("=" in word for word in words[2:]):
@@ -311,10 +314,12 @@ def _composed_quickly() -> Iterator[None]:
                 config = make_run_config(compose_once(words[1], words[2:]))
                 permit_names(named_by_user(config))
                 check(config, make_objective(config))
+                if trains:
+                    check_start(config, words[1])
             except Exception:
-                real(words, _stop, make_objective)  # says it in the user's words
+                real(words, _stop, make_objective, trains=trains)  # says it in the user's words
             raise UnderstoodError
-        real(words, _stop, make_objective)
+        real(words, _stop, make_objective, trains=trains)
 
     patches = [patch.object(module, "with_config", with_config) for module in users]
     for each in patches:

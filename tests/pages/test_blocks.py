@@ -63,7 +63,7 @@ def test_yaml_composes(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyP
     file.write_text(block.text)
     assert group or "defaults" in yaml.safe_load(block.text), f"{name(block)}: neither a run nor a choice of a group"
     run = ["-cn", "pretrain-smol", f"{group}=mine"] if group else ["-cn", "mine"]
-    words = ["--config-dir", str(tmp_path), *run]
+    words = ["--config-dir", str(tmp_path), *run, "trainer.starts_from=null"]
     if "path:" not in block.text:
         words.append("dataset.path=x.json")
     check_vlm(words, place)

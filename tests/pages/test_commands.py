@@ -60,9 +60,9 @@ def test_no_command_stands_where_none_is_looked_for(page: str):
 
 
 WRONG = {
-    "vlm generate outputs/final --imagine cat.png": "unrecognized arguments: --imagine",
+    "vlm generate outputs/final --imagine cat.png": "--imagine: no such option",
     "vlm generate outputs/final -cn finetune-smol inference.temprature=1": "temprature",
-    "vlm average outputs/a/final": "the following arguments are required: --out",
+    "vlm average outputs/a/final": "--out is missing",
     "vlm data clear train.json": "no such tool",
     "vlm -cn pretrain-smoll dataset.path=train.json": "no such run",
     "vlm -cn pretrain-smol": "dataset.path: a value is needed",
