@@ -76,6 +76,6 @@ wheel: install ## Build the wheel into dist/
 	$(RUN) -m build --wheel --no-isolation
 
 clean: ## Remove what make made, except outputs/
-	rm -rf .venv .venv-eval .uv dist .pytest_cache .ruff_cache
+	rm -rf .venv .venv-eval .uv dist site .pytest_cache .ruff_cache
 
 .PHONY: help install install-eval demo test test-slow torture attack load lint audit docs lock wheel clean

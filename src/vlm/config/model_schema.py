@@ -13,7 +13,7 @@ Options = dict[str, Any]
 """Keyword parameters by name, as YAML gives them."""
 MISSING: Any = "???"
 """The default of a key that has to be given, as omegaconf spells it."""
-REMOTE_CODE = runs_code("runs code out of a repository", is_false)
+REMOTE_CODE = runs_code("runs code from a repository", is_false)
 """The metadata of each `trust_remote_code`."""
 
 

@@ -37,9 +37,9 @@ PLAIN_ARGUMENTS = _names(
 
 CLOSED_ARGUMENTS = {
     "report_to": ("sends the run's metrics to another program", ("none", "tensorboard")),
-    "torch_compile_backend": ("imports a compiler by its name", ("inductor", "eager", "aot_eager", "cudagraphs")),
-    "ddp_backend": ("imports a library by its name", ("nccl", "gloo")),
-    "dataloader_multiprocessing_context": ("starts processes in another way", ("fork", "spawn", "forkserver")),
+    "torch_compile_backend": ("imports a compiler by name", ("inductor", "eager", "aot_eager", "cudagraphs")),
+    "ddp_backend": ("imports a library by name", ("nccl", "gloo")),
+    "dataloader_multiprocessing_context": ("starts processes differently", ("fork", "spawn", "forkserver")),
 }
 """Other fields -> what their values do, and which do not."""
 
@@ -53,7 +53,7 @@ def training_argument_reach(name: str, default: object) -> Metadata:
     """
     if name in PLAIN_ARGUMENTS:
         return {}
-    effect, allowed = CLOSED_ARGUMENTS.get(name, ("may read, write or send something besides the run's own", ()))
+    effect, allowed = CLOSED_ARGUMENTS.get(name, ("may read, write or send more than the run's own files", ()))
 
     def is_harmless(value: object) -> bool:
         return value in allowed or (value == default and type(value) is type(default)) or value is False

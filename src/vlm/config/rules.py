@@ -63,7 +63,7 @@ class Reach:
     """What values of a field do beyond the run itself; null does nothing of the kind.
 
     Attributes:
-        effect: what a value does, in words that follow `it`: `runs code out of a repository`.
+        effect: what a value does, in words that follow `it`: `runs code from a repository`.
         is_harmless: returns whether a value, of a list each element, does not do that.
         runs_code: whether the effect is that code runs; else it reads or writes elsewhere.
     """

@@ -45,9 +45,9 @@ from vlm.config.rules import (
 )
 from vlm.config.training_fields import read_training_argument_choices, read_training_argument_fields
 
-RECORDS = reads_outside("asks another machine for records", is_file_or_hub_name)
+RECORDS = reads_outside("downloads records from another machine", is_file_or_hub_name)
 """The metadata of each path of records."""
-FOLDER = reads_outside("writes into a folder of its own choice", never)
+FOLDER = reads_outside("writes to any folder", never)
 """The metadata of each folder that is written into."""
 
 PARTS = ("visual_encoder", "connector", "language_model")
@@ -168,7 +168,7 @@ class TrainerOptions:
     the log and in `preflight.html` of the run directory. `preflight=true` for short. The run itself is unchanged, bit
     for bit."""
     resume_from_checkpoint: str = field(
-        default="auto", metadata=reads_outside("reads the saved state of a run elsewhere", is_start_word)
+        default="auto", metadata=reads_outside("reads the saved state of another run", is_start_word)
     )
     """`auto`: resume from the newest complete checkpoint in `output_dir`, start if there is none, and leave a finished
     run unchanged; `never`: start again, and rename the directory of an existing run; or the path of a checkpoint."""
@@ -192,7 +192,7 @@ class TrainerOptions:
     preference: PreferenceOptions = field(default_factory=PreferenceOptions)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     deepspeed: Any = field(
-        default=None, metadata=reads_outside("has settings of its own, which can name files", is_packaged_deepspeed)
+        default=None, metadata=reads_outside("has its own settings, which can name files", is_packaged_deepspeed)
     )
     """A DeepSpeed configuration: `zero0` to `zero3`, the path of a JSON file, a mapping, or null for none."""
     sharding: str | None = field(default=None, metadata=choices((FSDP2,)))
@@ -314,9 +314,7 @@ class SourceConfig:
     """Keyword parameters of the reader, such as `caption_key` of `caption`."""
     image_folder: str | None = None
     """The folder that image paths in the records are relative to; null: the folder of `path`."""
-    follow_links: bool = field(
-        default=False, metadata=reads_outside("reads files that links in a data folder lead to", is_false)
-    )
+    follow_links: bool = field(default=False, metadata=reads_outside("follows links out of a data folder", is_false))
     """Whether to follow symbolic links that lead out of a folder of images or records."""
     split: str = "train"
     """The split, if a Hugging Face data set has several."""
@@ -355,7 +353,7 @@ class DatasetConfig(SourceConfig):
     machine. Needs `trainer.max_steps`."""
     shuffle_buffer: int = field(default=1000, metadata=at_least(0))
     """Number of records in each block that a stream shuffles; readers hold two blocks of each source."""
-    allow_pipe: bool = field(default=False, metadata=runs_code("lets a shell run what `path` names", is_false))
+    allow_pipe: bool = field(default=False, metadata=runs_code("runs `path` as a shell command", is_false))
     """Whether `path` may be `pipe:` and a command that a shell runs, such as `pipe:cat shard.tar`."""
     max_frames: int = field(default=8, metadata=at_least(1))
     """The maximum number of frames of a video, evenly spaced: as images, or as a video if the model supports videos.

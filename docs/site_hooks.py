@@ -9,12 +9,17 @@ from pathlib import Path
 from posixpath import dirname, join, normpath
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME, INDEX = "README.md", "docs/README.md"
 LINK = re.compile(r"(?<=\]\()(?!https?:)([^)#\s]+)(?=[)#])")
+FETCHED = re.compile(
+    r"<(?:script|img|iframe|link rel=.?(?:stylesheet|icon|preload))[^>]*?(?:src|href)=.?(?:https?:)?//[^>]*"
+)
+"""What lets a browser fetch something from another host."""
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".json": "json", ".ipynb": "json"}
 """The endings of source files that pages link to -> how they are highlighted."""
 
@@ -61,6 +66,13 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.src_uri.removesuffix(".md").endswith(tuple(LANGUAGES)):
         return markdown
     return LINK.sub(lambda link: link[0] + ".md" if link[0].endswith(tuple(LANGUAGES)) else link[0], markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that a browser would fetch something for from another host."""
+    if found := FETCHED.search(output):
+        raise PluginError(f"{page.file.src_uri} fetches from another host: {found[0]}")
+    return output
 
 
 def is_in_docs(file: File) -> bool:
