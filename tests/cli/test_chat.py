@@ -143,8 +143,9 @@ def test_it_goes_on_after_what_is_wrong(ours: Any, chat: Any, images: list[Path]
     said, notes = chat(*lines)
     assert said == get_expected_answers(ours, ("what?", images[:1]))
     for expected in ("/image: name a file, as in /image FILE", "no.png does not open", "c.png does not open",
-                     "video no.mp4 does not open", "/foo: no such command; /help lists them", "/reset now: /reset takes no argument",
-                     "the prompt has 1 <image>, but 0 images were given", "the model reads at most 512"):  # fmt: skip
+                     "video no.mp4 does not open", "/foo: no such command; /help lists them",
+                     "/reset now: /reset takes no argument", "the prompt has 1 <image>, but 0 images were given",
+                     "the model reads at most 512"):  # fmt: skip
         assert expected in notes
 
 

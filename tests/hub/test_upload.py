@@ -263,7 +263,7 @@ def test_offline_mode_is_named(online: LocalHub, final: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("words", "option"),
-    [([], "--checkpoint"), (["FINAL"], "--repo OWNER/NAME"), (["FINAL", "--repo", "ann/x"], "--yes")],
+    [([], "CHECKPOINT"), (["FINAL"], "--repo OWNER/NAME"), (["FINAL", "--repo", "ann/x"], "--yes")],
 )
 def test_without_a_terminal_the_missing_option_is_named(
     online: LocalHub, final: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], option: str
