@@ -81,7 +81,7 @@ def get_expected_answers(ours: VisionLanguageModel, *asked: tuple[str, list[Path
 def test_a_pipe_gets_the_answers_of_one_conversation(ours: Any, chat: Any, images: list[Path]):
     said, notes = chat("what?", "", f"/image {images[1]}", "and this?", "well?", options=["--image", images[0]])
     assert said == get_expected_answers(ours, ("what?", images[:1]), ("and this?", images[1:2]), ("well?", []))
-    assert notes == f"the next question comes with {images[1]}\n"
+    assert notes == f"attached to the next question: {images[1]}\n"
 
 
 def test_images_gather_for_a_question(ours: Any, chat: Any, images: list[Path]):
@@ -106,8 +106,8 @@ def test_reset_and_undo_forget(ours: Any, chat: Any, images: list[Path]):
     said, notes = chat("what?", "/undo", f"/image {images[0]}", "/reset", "what?", "/reset", f"/image {images[0]}",
                        "and this?", "/undo", "/undo")  # fmt: skip
     assert said == [*first, *first, *second]
-    assert notes.count("forgotten") == 4
-    assert notes.endswith("nothing was asked yet\n")
+    assert notes.count("removed the last question and its answer") == notes.count("cleared the conversation") == 2
+    assert notes.endswith("there is no question to undo yet\n")
 
 
 def test_the_history(ours: Any, chat: Any, images: list[Path]):
@@ -116,7 +116,7 @@ def test_the_history(ours: Any, chat: Any, images: list[Path]):
     talk = Conversation(ours, GREEDY, system_prompt="S")
     answer = printable("".join(talk.ask("what?", images[:1])).strip())
     assert "\n".join(said).endswith(f"system: S\nuser: <image>\nwhat?\nassistant: {answer}")
-    assert notes.endswith(f"the next question comes with {images[1]}\n")
+    assert notes.endswith(f"attached to the next question: {images[1]}\n")
 
 
 def test_help_lists_what_can_be_typed(chat: Any):
@@ -142,9 +142,10 @@ def test_it_goes_on_after_what_is_wrong(ours: Any, chat: Any, images: list[Path]
              "<image>", "word " * 600, f"/image {images[0]}", "what?"]  # fmt: skip
     said, notes = chat(*lines)
     assert said == get_expected_answers(ours, ("what?", images[:1]))
-    for expected in ("a file is needed", "no.png does not open", "c.png does not open", "video no.mp4 does not open",
-                     "/foo: there is no such command; /help lists them", "/reset takes nothing, got now",
-                     "the prompt has 1 <image>, but 0 images were given", "the model reads at most 512"):  # fmt: skip
+    for expected in ("/image: name a file, as in /image FILE", "no.png does not open", "c.png does not open",
+                     "video no.mp4 does not open", "/foo: no such command; /help lists them",
+                     "/reset now: /reset takes no argument", "the prompt has 1 <image>, but 0 images were given",
+                     "the model reads at most 512"):  # fmt: skip
         assert expected in notes
 
 
@@ -184,7 +185,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(
     monkeypatch.setattr(ours, "stream_batch", interrupted)
     said, notes = chat(f"/image {images[0]}", "what?", "really?")
     assert said == ["half an ", *expected]
-    assert "stopped: the question and what there was of an answer are forgotten; its images wait" in notes
+    assert "stopped; the question and the partial answer were removed; its images stay attached" in notes
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(
         (["--image", "no.png"], "no.png does not open"),
         (["--video", "no.mp4"], "video no.mp4 does not open"),
         (["--temperature", "-1"], "temperature=-1.0: 0 (greedy) or more is needed"),
-        (["inference.temperature=1"], "inference.temperature=1: name a run with it, -cn RUN"),
+        (["inference.temperature=1"], "inference.temperature=1: add -cn RUN, the run that it changes"),
         ([], "./no/such: no such folder"),
     ],
 )
@@ -221,7 +222,7 @@ def test_a_terminal(checkpoint: Path, images: list[Path]):
             assert b"/help lists" in read_until(ours, b"/exit leaves.\r\n> ")
             while not select.select([ours], [], [], 3)[0]:  # readline hears none between its prompt and its waiting
                 ended.send_signal(signal.SIGINT)
-            read_until(ours, b"/exit leaves\r\n> ")
+            read_until(ours, b"type /exit to leave\r\n> ")
             os.write(ours, f"/image {images[0]}\n".encode())
             read_until(ours, b".png\r\n> ")
             os.write(ours, b"what?\n")

@@ -156,7 +156,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--probe", "0"], "--probe 0 without --data: nothing is left to compare"),
+        (["--probe", "0"], "--probe 0 without --data leaves nothing to compare"),
         (["--probe", "-1"], "--probe -1: at least 0 is needed"),
         (["--data", "no.json"], "--data no.json: no such file"),
         (["--metrics", "iou"], "--metrics iou: allowed are exact_match"),

@@ -197,11 +197,11 @@ def test_what_cannot_be_measured_is_refused_before_a_model_loads(checkpoint: Pat
     assert "give --data for a file of records, or --tasks" in get_refusal()
     assert "--metrics meteor: allowed are exact_match" in get_refusal("--data", records, "--metrics", "meteor")
     assert "--data nowhere.json: no such file" in get_refusal("--data", "nowhere.json")
-    assert "--retrieval-candidates 5: it goes with --metrics retrieval only" in get_refusal(
+    assert "--retrieval-candidates 5: it needs --metrics retrieval" in get_refusal(
         "--data", records, "--retrieval-candidates", "5"
     )
     assert "--retrieval-candidates 1: at least 2" in get_refusal("--data", records, "--retrieval-candidates", "1")
-    assert "--retrieval-candidates does not go with --tasks" in get_refusal(
+    assert "--retrieval-candidates cannot be used with --tasks" in get_refusal(
         "--tasks", "mme", "--retrieval-candidates", "3"
     )
     assert "--limit does not go with --data" in get_refusal("--data", records, "--limit", "3")

@@ -100,7 +100,7 @@ def test_what_is_refused(served: Served, tmp_path: Path):
         (["--answers", "0"], "--answers 0: at least 1 is needed"),
         (["--url", "http://127.0.0.1:1"], "only vllm, sglang and gguf are asked over HTTP"),
         (["--export", "nowhere"], "--export nowhere: no such folder"),
-        (["--format", "llava"], "belong to --data"),
+        (["--format", "llava"], "need --data"),
         (["--data", "nowhere.json"], "--data nowhere.json: no such file"),
         (["--with", "vllm", "--url", "http://127.0.0.1:1", "--export", "x"], "give one of them"),
     ):

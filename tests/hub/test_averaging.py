@@ -107,5 +107,5 @@ def test_the_command_averages_runs_and_measures_them(
     assert float(result[1]) <= min(float(one[1]), float(two[1]))
     with pytest.raises(ValueError, match="--weights and --data"):
         main([str(first), str(other), "--out", str(tmp_path / "x"), "--weights", "1,2", *records])
-    with pytest.raises(ValueError, match="numbers between commas"):
+    with pytest.raises(ValueError, match="separated by commas"):
         main([str(first), str(other), "--out", str(tmp_path / "x"), "--weights", "one"])

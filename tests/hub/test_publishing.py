@@ -294,8 +294,8 @@ def test_a_path_in_a_users_class_is_said(run_folder: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--merge"], "--merge: .* is complete, it has no base"),
-        (["--base", "x"], "--base: .* is complete, it has no base"),
+        (["--merge"], "--merge: .* is a complete model, without a base"),
+        (["--base", "x"], "--base: .* is a complete model, without a base"),
         (["--repo", "a/b/c"], "'a/b/c' is not a repository name"),
     ],
 )

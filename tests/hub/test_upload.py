@@ -97,7 +97,7 @@ def test_an_adapter_is_merged_first_where_that_is_asked(online: LocalHub, train:
     run = train("pretrain-smol", tmp_path / "lora", *words, "trainer.max_steps=1", "trainer.num_samples=0")
     before = sorted(file.name for file in (run / "final").iterdir())
     said = refusal("push-to-hub", str(run / "final"), "--repo", "ann/lora", "--yes")
-    assert said.endswith("is an adapter, nothing without its base: --merge merges it first")
+    assert said.endswith("is an adapter without its base; add --merge to merge them first")
     assert online.asked == []
     push(run / "final", "ann/lora", "--merge")
     files = online.files("ann/lora")
@@ -191,7 +191,7 @@ def split_into_two_files(final: Path, folder: Path) -> Path:
 def test_without_a_token(online: LocalHub, final: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("HF_TOKEN")
     said = refusal("push-to-hub", str(final), "--repo", "ann/none", "--yes")
-    assert said.startswith("push-to-hub: no token found: log in (hf auth login) or set HF_TOKEN")
+    assert said.startswith("vlm push-to-hub: no token found: log in (hf auth login) or set HF_TOKEN")
     assert list_write_requests(online) == []
 
 
@@ -200,7 +200,7 @@ def test_a_refused_token(online: LocalHub, final: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_TOKEN", wrong)
     said = refusal("push-to-hub", str(final), "--repo", "ann/none", "--yes")
     assert said.startswith(
-        f"push-to-hub: {online.address} rejected the token (HF_TOKEN, or the one from hf auth login)"
+        f"vlm push-to-hub: {online.address} rejected the token (HF_TOKEN, or the one from hf auth login)"
     )
     assert wrong not in said
     assert list_write_requests(online) == []
@@ -214,7 +214,7 @@ def test_a_token_that_may_only_read(online: LocalHub, final: Path, monkeypatch: 
 
 def test_somebody_elses_namespace(online: LocalHub, final: Path):
     said = refusal("push-to-hub", str(final), "--repo", "bob/model", "--yes")
-    assert said == "push-to-hub: bob/model: ann cannot write to bob, only to ann, lab"
+    assert said == "vlm push-to-hub: bob/model: ann cannot write to bob, only to ann, lab"
     assert list_write_requests(online) == []
 
 
@@ -222,7 +222,7 @@ def test_a_repository_that_holds_something(online: LocalHub, final: Path):
     files = {"config.json": b"{}"}
     online.repositories["models/ann/there"] = Repository(branches={"main": [files]})
     said = refusal("push-to-hub", str(final), "--repo", "ann/there", "--yes")
-    assert "ann/there exists and holds 1 files: go on with --force" in said
+    assert "ann/there exists and holds 1 files: add --force to upload anyway" in said
     assert list_write_requests(online) == []
     assert online.files("ann/there") == files
 
@@ -243,7 +243,7 @@ def test_an_upload_that_may_not_be_leaves_no_empty_repository(online: LocalHub, 
 
     online.trouble = forbid
     said = refusal("push-to-hub", str(final), "--repo", "ann/forbidden", "--yes")
-    assert said.startswith("push-to-hub: ann/forbidden: no write access: ")
+    assert said.startswith("vlm push-to-hub: ann/forbidden: no write access: ")
     assert "the token's rights end here" in said
     assert "models/ann/forbidden" not in online.repositories
 
@@ -253,7 +253,7 @@ def test_a_server_that_is_away(online: LocalHub, final: Path, monkeypatch: pytes
 
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     said = refusal("push-to-hub", str(final), "--repo", "ann/away", "--yes")
-    assert said.startswith("push-to-hub: no connection to http://127.0.0.1:9")
+    assert said.startswith("vlm push-to-hub: no connection to http://127.0.0.1:9")
 
 
 def test_offline_mode_is_named(online: LocalHub, final: Path, monkeypatch: pytest.MonkeyPatch):
@@ -265,14 +265,14 @@ def test_offline_mode_is_named(online: LocalHub, final: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("words", "option"),
-    [([], "--checkpoint"), (["FINAL"], "--repo OWNER/NAME"), (["FINAL", "--repo", "ann/x"], "--yes")],
+    [([], "CHECKPOINT"), (["FINAL"], "--repo OWNER/NAME"), (["FINAL", "--repo", "ann/x"], "--yes")],
 )
 def test_without_a_terminal_the_missing_option_is_named(
     online: LocalHub, final: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], option: str
 ):  # fmt: skip
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\n"))
     said = refusal("push-to-hub", *(str(final) if word == "FINAL" else word for word in words))
-    assert said.startswith("push-to-hub: no terminal to ask at: ")
+    assert said.startswith("vlm push-to-hub: ")
     assert option in said
     assert online.asked == []
 
@@ -306,9 +306,9 @@ def test_existing_repositories_and_uploads_need_a_yes(
     files = {"config.json": b"{}"}
     online.repositories["models/ann/kept"] = Repository(branches={"main": [files]})
     Terminal(monkeypatch, "ann/kept", "n")
-    assert refusal("push-to-hub", str(final)) == "push-to-hub: nothing was uploaded"
+    assert refusal("push-to-hub", str(final)) == "vlm push-to-hub: nothing was uploaded"
     Terminal(monkeypatch, "ann/kept", "y", "")
-    assert refusal("push-to-hub", str(final)) == "push-to-hub: nothing was uploaded"
+    assert refusal("push-to-hub", str(final)) == "vlm push-to-hub: nothing was uploaded"
     assert online.files("ann/kept") == files
     assert list_write_requests(online) == []
     Terminal(monkeypatch, "ann/kept", "y", "yes")

@@ -108,4 +108,4 @@ def test_checkpoints_without_an_adapter_and_options_without_effect(adapted: Path
     assert "has no adapter: --format vllm-lora" in refusal("export", str(tmp_path), str(tmp_path / "out"), *out)
     words = ["export", str(adapted), str(tmp_path / "out")]
     assert "--format llava exports complete" in refusal(*words, "--format", "llava", "--base", "x")
-    assert "--format llava-original writes down" in refusal(*words, *out, "--vision-tower", "x")
+    assert "it goes with --format llava-original" in refusal(*words, *out, "--vision-tower", "x")

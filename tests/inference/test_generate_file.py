@@ -309,9 +309,9 @@ def test_the_command_writes_what_the_function_does(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--input", "RECORDS"], "--input and --output belong together"),
+        (["--input", "RECORDS"], "--input and --output go together"),
         (["--input", "RECORDS", "--output", "a.jsonl", "--prompt", "x"], "give --prompt for one question, or --input"),
-        (["--input", "RECORDS", "--output", "a.jsonl", "--image", "x.png"], "--image and --video belong to --prompt"),
+        (["--input", "RECORDS", "--output", "a.jsonl", "--image", "x.png"], "--image and --video go with --prompt"),
         (["--input", "no.json", "--output", "a.jsonl"], "--input no.json: no such file (seen from "),
         (["--input", "RECORDS", "--output", "a.txt"], "--output a.txt: it must end in .csv or .jsonl"),
         (["--input", "RECORDS", "--output", "RECORDS/a.csv"], "records.json is not a folder that can be written to"),
@@ -374,7 +374,7 @@ def test_a_run_says_how_answers_are_drawn(
             "vlm: inference.cache_implementation=fixed: allowed are null, dynamic, static, offloaded",
         ),
         (["inference.num_beams=few"], "vlm: inference.num_beams=few: a whole number is needed"),
-        (["dataset.path=x"], "vlm generate: dataset.path=x: only inference.KEY=VALUE is taken here"),
+        (["dataset.path=x"], "vlm generate: dataset.path=x: one word too many; only inference.KEY=VALUE may follow"),
     ],
 )
 def test_other_keys_of_a_run_are_refused(words: list[str], said: str, monkeypatch: pytest.MonkeyPatch):
@@ -384,7 +384,7 @@ def test_other_keys_of_a_run_are_refused(words: list[str], said: str, monkeypatc
 
 def test_keys_of_a_run_need_a_run():
     said = refusal("generate", "x", "--prompt", "x", "inference.temperature=1")
-    assert said == "vlm generate: inference.temperature=1: name a run with it, -cn RUN"
+    assert said == "vlm generate: inference.temperature=1: add -cn RUN, the run that it changes"
 
 
 KILLED = """

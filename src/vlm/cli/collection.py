@@ -1,6 +1,9 @@
-"""How often a command collects garbage. Imports the standard library only."""
+"""How often a command collects garbage, and what is not said about it. Imports the standard library only."""
 
+import atexit
 import gc
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -37,9 +40,24 @@ def collect_as_usual() -> None:
     """Collect garbage as often as Python does, since training steps leave garbage that holds tensors.
 
     The objects that exist now are exempt from collection, also at the end of the process, which takes two seconds less
-    by that; bindings that look for leaks there, such as triton's, name what is alive then. They are frozen once: a
-    process may train more than once.
+    by that; `hush_leak_reports` silences bindings that look for leaks there. They are frozen once: a process may train
+    more than once.
     """
     if not gc.get_freeze_count():
         gc.freeze()
     gc.set_threshold(*USUAL)
+
+
+def hush_leak_reports() -> None:
+    """Keep triton's bindings from listing dozens of objects behind the last message of a process.
+
+    nanobind reports what is alive when the interpreter has ended, and has no switch for that in Python. Exit functions
+    run in reverse order: call this before any library is imported, and theirs may still print.
+    """
+    atexit.register(_discard_stderr)
+
+
+def _discard_stderr() -> None:
+    if "triton" in sys.modules:
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)

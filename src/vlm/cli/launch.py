@@ -29,9 +29,11 @@ def main(argv: Sequence[str]) -> None:
     """Start the ranks, wait for their end, and exit as they did."""
     own, run = split_at_dashes(argv)
     parser = make_parser()
-    args = parser.parse_args(own)
+    args, unknown = parser.parse_known_args(own)
     if not run:
         parser.error("the run is missing: put it after --, as in -- -cn pretrain-smol dataset.path=captions.json")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     number = args.nproc or count_devices()
     nodes, node_rank = read_nodes(args, parser)
     environments = make_environments(number, nodes, node_rank, find_rendezvous(args.rendezvous, nodes, parser))

@@ -51,7 +51,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if not 1 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: a number from 1 to 65535 is needed")
     if not re.fullmatch(r"[1-9]\d*(kb|mb|gb)", args.max_upload):
-        raise ValueError(f"--max-upload {args.max_upload}: a size in kb, mb or gb is needed, such as 20mb")
+        raise ValueError(f"--max-upload {args.max_upload}: a size such as 20mb is needed (kb, mb or gb)")
     if args.outputs.exists() and not args.outputs.is_dir():
         raise ValueError(f"--outputs {args.outputs}: this is a file; a folder is needed")
     try:
