@@ -52,6 +52,7 @@ TESTED_ELSEWHERE = {
     "config/model_schema.py": "config/test_schema.py",
     "config/serving_schema.py": "cli/test_serve.py",
     "config/training_fields.py": "config/test_schema.py",
+    "train/preflight/findings.py": "train/preflight/test_report.py",
     "train/finish_counting.py": "data/test_counted_later.py",
     "data/batching/batch.py": "data/batching/test_collator.py",
     "data/coordinates/convention.py": "data/coordinates/test_table.py",

@@ -54,6 +54,7 @@ class Probe:
         peak: bytes that were alive at most in the second step, weights and states included.
         shapes: the batches of that step.
         seconds: of each timed step, reading its data included.
+        timed_shapes: the batches of each timed step.
         forward_seconds: of a forward pass of the last batch, without gradients.
         stats: of each timed step: what its batches hold, images encoded and connected, and their number.
         flops: of the model; None: they cannot be counted.
@@ -64,6 +65,7 @@ class Probe:
     peak: int = 0
     shapes: list[BatchShape] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    timed_shapes: list[list[BatchShape]] = field(default_factory=list)
     forward_seconds: float = 0.0
     stats: list[tuple[BatchStats, int, int, int]] = field(default_factory=list)
     flops: StepFlops | None = None
@@ -115,6 +117,7 @@ class ProbeCallback(TrainerCallback):
             now = time.perf_counter()
         elif state.global_step > NUM_COUNTED:
             self.probe.seconds.append(now - self.begun)
+            self.probe.timed_shapes.append(list(self.probe.shapes))
         self.begun = now
 
     def _end_counting(self, device: torch.device) -> int:
