@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.checks.test_messages import elsewhere  # noqa: F401 - Hydra leaves files behind
+from vlm.cli.check import without_data
 from vlm.cli.main import main
 from vlm.train.preflight import inspect
 from vlm.train.preflight.findings import Findings, Problem
@@ -31,3 +32,17 @@ def test_the_page_is_printed_and_written(
         main(words)
     assert "it is wrong\n    → a=b" in capsys.readouterr().out
     assert "it is wrong" in Path("outputs", "preflight-finetune-smol.html").read_text(encoding="utf-8")
+
+
+def test_a_plan_reads_no_records(tmp_path: Path):
+    words = [
+        "-cn",
+        "finetune-smol",
+        "dataset.path=/far/a.json",
+        "dataset.image_folder=/far",
+        "dataset.eval_path=/far/b",
+    ]
+    records = tmp_path / "records.json"
+    expected = ["-cn", "finetune-smol", f"dataset.path={records}", f"dataset.eval_path={records}"]
+    assert without_data(words, tmp_path) == expected
+    assert records.read_text() == "[]"
