@@ -3,14 +3,27 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from vlm.checks.compose import with_config
 from vlm.config.schema import RunConfig
 from vlm.config.shown import PresentableParser
 from vlm.train.objectives.table import make_objective
 
+DATA_KEYS = ("dataset.path=", "dataset.image_folder=", "dataset.eval_path=", "dataset.eval_image_folder=",
+             "dataset.sources.")  # fmt: skip
+"""How overrides begin that name records and images."""
 REFUSED_STATUS = 1
 """The exit status where the run would not come to its end."""
+
+
+def without_data(words: Sequence[str], folder: Path) -> list[str]:
+    """Return the words of a run with a file of no records: a plan reads none, and the run's may be elsewhere."""
+    records = folder / "records.json"
+    records.write_text("[]", encoding="utf-8")
+    kept = [word for word in words if not word.startswith(DATA_KEYS)]
+    evaluates = any(word.startswith("dataset.eval_path=") for word in words)
+    return [*kept, f"dataset.path={records}", *([f"dataset.eval_path={records}"] if evaluates else [])]
 
 
 def main(words: Sequence[str]) -> None:
@@ -48,6 +61,10 @@ def main(words: Sequence[str]) -> None:
         print(f"\nWith images and plots: {file}")
         refused = findings.is_refused
 
-    with_config(rest, action, make_objective)
+    if args.plan is not None and args.samples and args.tokens:
+        with TemporaryDirectory() as folder:
+            with_config(without_data(rest, Path(folder)), action, make_objective)
+    else:
+        with_config(rest, action, make_objective)
     if refused:
         sys.exit(REFUSED_STATUS)

@@ -4,21 +4,27 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from transformers import TrainingArguments
 
 from vlm.checks.disk import free_bytes, nearest_folder
+from vlm.config.choices import GROUPED_STRATEGIES
 from vlm.config.schema import RunConfig
 from vlm.data.batching.stats import BatchStats
 from vlm.data.dataset import SampleDataset
+from vlm.train.preflight.fake_step import BatchShape
 from vlm.train.preflight.findings import DiskFindings, TimeFindings
 from vlm.train.preflight.memory import MemoryPrediction, ModelSizes
 from vlm.train.preflight.probe import Probe
 
 WRITTEN_BYTES = 32 << 20
 """Bytes that are written to find out how fast the disk is."""
+NUM_DRAWN = 2000
+"""Batches that are drawn to find out how much padding a mean one has."""
 
 
 def predict_time(
@@ -31,7 +37,7 @@ def predict_time(
     if not probe.seconds:
         return None
     steps = probe.max_steps
-    mean, basis = _mean_step(probe, train)
+    mean, basis = _mean_step(probe, train, str(config.trainer.train_sampling_strategy))
     per_sample = mean / max(probe.batch_samples, 1)
     evaluations = number_of_times(args.eval_strategy, args.eval_steps, steps, args)
     checkpoints = number_of_times(args.save_strategy, args.save_steps, steps, args)
@@ -44,27 +50,47 @@ def predict_time(
     return TimeFindings(steps, mean, mean * steps, once * evaluations, saving, basis, evaluations, checkpoints)
 
 
-def _mean_step(probe: Probe, train: object) -> tuple[float, str]:
+def _mean_step(probe: Probe, train: object, strategy: str = "random") -> tuple[float, str]:
     """Return the seconds of a mean step of the run, and what they are taken to grow with."""
-    seconds = statistics.median(probe.seconds)
-    if not isinstance(train, SampleDataset) or not probe.stats or not probe.batch_samples:
+    seconds = statistics.mean(probe.seconds)
+    if not isinstance(train, SampleDataset) or not probe.batch_samples:
         return seconds, "the steps of the probe"
-    probed, encoded, connected, batches = probe.stats[-1]
-    lengths = np.asarray(train.lengths, dtype=np.float64)
-    if not probed.tokens or not lengths.sum():
+    steps = probe.stats[: len(probe.seconds)]
+    padded = zip(steps, probe.timed_shapes, strict=True)
+    probed = sum((_with_padding(step[0], shapes) for step, shapes in padded), BatchStats())
+    if not probed.tokens:
         return seconds, "the steps of the probe"
-    samples = min(probe.batch_samples, len(lengths))
-    tokens, squares = lengths.mean() * samples, (lengths**2).mean() * samples
-    ratio = tokens / probed.tokens
+    mean = _mean_stats(probe, train, probed, strategy)
     if probe.flops is None:
-        return seconds * ratio, "its tokens"
+        return seconds * len(steps) * mean.tokens / probed.tokens, "its tokens"
+    encoded, connected, batches = (sum(numbers) for numbers in zip(*(step[1:] for step in steps), strict=True))
+    share = mean.images / probed.images if probed.images else 0.0
+    run = probe.flops.total(mean, encoded * share, connected * share, batches / len(steps))
+    done = probe.flops.total(probed, encoded, connected, batches)
+    return sum(probe.seconds) * run / done, "its counted operations"
+
+
+def _with_padding(stats: BatchStats, shapes: Sequence[BatchShape]) -> BatchStats:
+    """Return statistics in which padding counts as tokens: it costs as much."""
+    if not shapes or any(shape.lengths for shape in shapes):
+        return stats
+    tokens = sum(shape.rows * shape.tokens for shape in shapes)
+    return replace(stats, tokens=tokens, squared_lengths=sum(shape.rows * shape.tokens**2 for shape in shapes))
+
+
+def _mean_stats(probe: Probe, train: SampleDataset, probed: BatchStats, strategy: str) -> BatchStats:
+    """Return the statistics of a mean step: samples drawn as the run draws them, with their padding."""
+    lengths = np.asarray(train.lengths, dtype=np.float64)
+    samples = min(probe.batch_samples, len(lengths))
+    shapes = [shape for step in probe.timed_shapes for shape in step]
+    tokens, squares = lengths.mean() * samples, (lengths**2).mean() * samples
+    if shapes and not any(shape.lengths for shape in shapes) and strategy not in GROUPED_STRATEGIES:
+        rows = max(shape.rows for shape in shapes)
+        longest = np.random.default_rng(0).choice(lengths, (NUM_DRAWN, rows)).max(axis=1)
+        tokens, squares = longest.mean() * samples, (longest**2).mean() * samples
+    supervised = probed.supervised * tokens / probed.tokens
     images = float(np.mean(train.num_images)) * samples
-    images_ratio = images / probed.images if probed.images else 0.0
-    stats = BatchStats(
-        samples, round(tokens), round(tokens), round(probed.supervised * ratio), round(images), round(squares)
-    )
-    run = probe.flops.total(stats, encoded * images_ratio, connected * images_ratio, batches)
-    return seconds * run / probe.flops.total(probed, encoded, connected, batches), "its counted operations"
+    return BatchStats(samples, round(tokens), round(tokens), round(supervised), round(images), round(squares))
 
 
 def number_of_times(strategy: object, every: float | None, steps: int, args: TrainingArguments) -> int:

@@ -202,7 +202,8 @@ def inspect_memory(
         for name, on_device, on_host in predict_sharded(base, sizes, devices, half=dtype != torch.float32):
             row = rows.setdefault(name, ShardedRow(name, SHARDINGS[name], {}, {}))
             row.device[devices], row.host[devices] = on_device, on_host
-    return MemoryFindings(predicted, probe.peak, worst, list(rows.values()), available_bytes(device), method, note)
+    ordered = [rows[way] for way in SHARDINGS if way in rows]
+    return MemoryFindings(predicted, probe.peak, worst, ordered, available_bytes(device), method, note)
 
 
 def measured_prediction(peak: int, sizes: ModelSizes) -> MemoryPrediction:

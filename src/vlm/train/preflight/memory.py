@@ -25,8 +25,8 @@ SHARDINGS = {
     "zero2": "trainer/deepspeed=zero2",
     "zero3": "trainer/deepspeed=zero3",
     "fsdp2": "trainer/deepspeed=none trainer/sharding=fsdp2",
-    "zero2 + offload": "trainer.deepspeed=FILE with offload_optimizer",
-    "zero3 + offload": "trainer.deepspeed=FILE with offload_optimizer and offload_param",
+    "zero2 + offload": "trainer.deepspeed=FILE.json (offload_optimizer)",
+    "zero3 + offload": "trainer.deepspeed=FILE.json (offload_optimizer, offload_param)",
 }
 """Way of sharding -> the override that chooses it."""
 

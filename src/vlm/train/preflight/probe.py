@@ -34,8 +34,9 @@ from vlm.train.preflight.live_bytes import LiveBytes
 from vlm.train.random_state import seed_everything
 from vlm.train.trainer import VLMTrainer
 
-NUM_COUNTED, NUM_TIMED = 2, 2
-"""Steps whose memory is counted, and steps behind them that are timed."""
+NUM_COUNTED, NUM_SETTLING, NUM_TIMED = 2, 1, 2
+"""Steps whose memory is counted, a step after which caches are warm again, and steps that are timed."""
+NUM_UNTIMED = NUM_COUNTED + NUM_SETTLING
 
 QUIET = {
     "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "report_to": "none", "num_samples": 0,
@@ -54,6 +55,7 @@ class Probe:
         peak: bytes that were alive at most in the second step, weights and states included.
         shapes: the batches of that step.
         seconds: of each timed step, reading its data included.
+        timed_shapes: the batches of each timed step.
         forward_seconds: of a forward pass of the last batch, without gradients.
         stats: of each timed step: what its batches hold, images encoded and connected, and their number.
         flops: of the model; None: they cannot be counted.
@@ -64,6 +66,7 @@ class Probe:
     peak: int = 0
     shapes: list[BatchShape] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    timed_shapes: list[list[BatchShape]] = field(default_factory=list)
     forward_seconds: float = 0.0
     stats: list[tuple[BatchStats, int, int, int]] = field(default_factory=list)
     flops: StepFlops | None = None
@@ -74,10 +77,8 @@ class Probe:
 def quiet_config(config: RunConfig, folder: Path) -> RunConfig:
     """Return the configuration of a probe of a run."""
     probing = copy.deepcopy(config)
-    for name, value in QUIET.items():
+    for name, value in {**QUIET, "output_dir": str(folder), "max_steps": NUM_UNTIMED + NUM_TIMED}.items():
         setattr(probing.trainer, name, value)
-    probing.trainer.output_dir = str(folder)
-    probing.trainer.max_steps = NUM_COUNTED + NUM_TIMED
     return probing
 
 
@@ -113,8 +114,9 @@ class ProbeCallback(TrainerCallback):
             self.probe.peak = self._end_counting(device)
             self.counted_shapes = list(self.probe.shapes)
             now = time.perf_counter()
-        elif state.global_step > NUM_COUNTED:
+        elif state.global_step > NUM_UNTIMED:
             self.probe.seconds.append(now - self.begun)
+            self.probe.timed_shapes.append(list(self.probe.shapes))
         self.begun = now
 
     def _end_counting(self, device: torch.device) -> int:
@@ -193,10 +195,11 @@ def run_probe(objective: Objective, run: PreparedRun, steps: tuple[int, float]) 
     with suppress(Exception):  # an objective's own batches may need what only a step has
         probe.forward_seconds = forward()
     args, loader = copy.copy(run.args), trainer.callback_handler.train_dataloader
+    assert loader is not None
     args.max_steps, args.num_train_epochs = steps
     probe.max_steps = trainer.set_initial_training_values(args, loader)[-1]
     probe.shapes = getattr(callback, "counted_shapes", probe.shapes)
-    probe.stats, probe.flops = probe.stats[NUM_COUNTED:], trainer.meter.flops
+    probe.stats, probe.flops = probe.stats[NUM_UNTIMED:], trainer.meter.flops
     probe.batch_samples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return probe
 

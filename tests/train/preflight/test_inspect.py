@@ -1,0 +1,54 @@
+"""What a preflight finds of a tiny run: where it starts, its data, its first batch, rates and worst batch."""
+
+import pytest
+
+from tests.fixtures import compose_config
+from vlm.config.schema import RunConfig
+from vlm.train.preflight.fake_step import BatchShape
+from vlm.train.preflight.findings import Findings
+from vlm.train.preflight.inspect import describe_start, worst_batch
+
+
+def test_the_start_is_told():
+    words = ["dataset.path=x"]
+    described = describe_start(compose_config("finetune-smol", words), "finetune-smol")
+    assert described.endswith("a RANDOM connector, although it continues pretrain-smol")
+    config = compose_config("finetune-smol", [*words, "trainer.from_pretrained=a/b"])
+    assert describe_start(config, "finetune-smol") == "the checkpoint a/b"
+    config = compose_config("finetune-llava-onevision", words)
+    assert describe_start(config, "x").startswith("the model llava-hf/")
+
+
+def test_parts_data_and_first_batch_are_those_of_the_run(findings: Findings):
+    assert "visual_encoder" in findings.parts
+    assert len(findings.data.lengths) == 24
+    assert findings.data.forms == ["records.json: read with dataset.format=llava; as they look"]
+    assert "【" in findings.first_sample
+    assert "<mark>" in findings.first_batch
+    assert 'src="data:image/png;base64,' in findings.first_batch
+    assert "first_batch/" not in findings.first_batch
+    assert not findings.is_refused
+
+
+def test_the_rates_of_each_part_rise_and_fall(findings: Findings):
+    assert set(findings.rates) == {"connector", "language_model"}
+    for points in findings.rates.values():
+        assert points[0] == (0, 0.0)
+        assert max(rate for _, rate in points) == pytest.approx(1e-3)
+        assert points[-1][1] == pytest.approx(0, abs=1e-9)
+
+
+def test_time_and_disk_are_predicted(findings: Findings, config: RunConfig):
+    duration, disk = findings.duration, findings.disk
+    assert duration is not None
+    assert disk is not None
+    assert duration.steps == 9  # 3 epochs of 24 samples, 8 a step
+    assert duration.training == pytest.approx(9 * duration.step)
+    assert (duration.checkpoints, duration.evaluations) == (3, 0)
+    assert duration.basis == "its counted operations"
+    assert 0 < disk.final < disk.needed
+    assert disk.checkpoint > 0
+
+
+def test_of_data_that_is_no_set_of_samples_no_worst_batch_is_known():
+    assert worst_batch(object(), [BatchShape(1, 10, 1, 5)]) is None
