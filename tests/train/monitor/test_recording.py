@@ -123,7 +123,8 @@ def test_a_tracker_that_is_missing_is_refused_with_what_installs_it(
 @pytest.mark.parametrize(
     ("error", "state", "event", "message"),
     [
-        (SystemExit(75), "stopped", "stopped", "exit code 75"), (ValueError("bad\nvalue"), "failed", "failed", "bad"),
+        (SystemExit(75), "stopped", "stopped", "A signal stopped it after a checkpoint; the same command resumes it"),
+        (ValueError("bad\nvalue"), "failed", "failed", "bad"),
         (GuardStop("the loss is NaN"), "failed", "diverged", "the loss is NaN"),
         (KeyboardInterrupt(), "stopped", "stopped", "KeyboardInterrupt"),
         (SystemExit(1), "failed", "failed", "exit code 1"),
