@@ -89,7 +89,7 @@ def test_a_second_signal_ends_a_run_that_is_stuck(tmp_path: Path, second: signal
     process.send_signal(second)
     code, said = end(process)
     assert code == status
-    assert "again: the run ends at once, and saves nothing" in said
+    assert "again: the run ends at once, without saving" in said
 
 
 def test_signals_at_the_same_time_are_one_request(tmp_path: Path):

@@ -127,7 +127,7 @@ def _train(
     with trainer.stop_on_signal.saving(), status.during(SAVING):
         final = write_final(trainer, folder, start.record, progress.progress)
     objective.after_saving(final)
-    log.info("Done. Ask it:  %s", objective.next_command(final))
+    log.info("Done. Try it:  %s", objective.next_command(final))
 
 
 def _log_data(data: RunData) -> None:

@@ -113,7 +113,7 @@ def test_one_that_cannot_be_removed_stays(run: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(find, "remove_folder", fails)
     remove_old_checkpoints(run, 2)
-    assert "checkpoint-2 could not be removed ([Errno 28] No space left on device), and stays" in caplog.text
+    assert "checkpoint-2 could not be removed ([Errno 28] No space left on device), so it stays" in caplog.text
 
 
 def test_the_best_one_stays_besides(run: Path):
