@@ -119,7 +119,7 @@ sys.exit(75)
     status, said = end(process)
     assert status == 75
     assert (tmp_path / "written").exists()
-    assert "as soon as the checkpoint is written" in said or "as soon as what is being written is complete" in said
+    assert "as soon as the checkpoint is written" in said or "as soon as the current write is complete" in said
 
 
 def test_forks_do_not_hear_for_their_parent(tmp_path: Path):

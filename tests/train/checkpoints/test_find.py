@@ -78,7 +78,7 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said_to_be_unchecked(
     (run / "checkpoint-10" / MANIFEST).unlink()
     (run / "checkpoint-10" / "complete").touch()
     assert find_whole_checkpoint(run) == run / "checkpoint-10"
-    assert "nothing in it was checked" in caplog.text
+    assert "its files were not checked" in caplog.text
 
 
 def test_a_named_checkpoint_has_to_be_whole(run: Path):

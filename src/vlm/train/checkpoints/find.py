@@ -122,9 +122,7 @@ def find_problems_together(checkpoint: Path) -> list[str]:
     problems += find_file_problems(checkpoint, {name: files[name] for name in share})
     gathered = list(dict.fromkeys(chain(*all_gather_objects(problems))))
     if legacy and not gathered and rank_and_world_size()[0] == 0:
-        log.warning(
-            "%s was written by an earlier version, without a manifest, so its files were not checked", checkpoint
-        )
+        log.warning("%s is of an earlier version and has no manifest, so its files were not checked", checkpoint)
     more = [f"and {len(gathered) - MAX_PROBLEMS} more files"] if len(gathered) > MAX_PROBLEMS else []
     return gathered[:MAX_PROBLEMS] + more
 

@@ -112,7 +112,7 @@ class HeadFeatureWriter(FeatureCacheWriter[int, RecordBatch]):
         missing = [self._plan(name) for name in self.heads if name not in packs]
         if not missing:
             log.info(
-                "The features that the heads read of %s records are cached in %s",
+                "The heads' features of %s records are cached in %s",
                 f"{len(self.first):,}",
                 self.store.folder,
             )

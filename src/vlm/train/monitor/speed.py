@@ -234,7 +234,7 @@ class SpeedMeter:
             log.info("Operations were not counted: %s", self.note)
         elif self.peak is not None and self.flops is not None and "mfu" not in metrics:
             log.info(
-                "MFU is left out: the run is faster than the peak of %.3g TFLOP/s, which was measured on a busy machine. "
+                "MFU is left out: the run is faster than the peak that was measured (%.3g TFLOP/s, busy machine). "
                 "Set trainer.peak_tflops", self.peak.tflops
             )  # fmt: skip
         summary = {

@@ -181,8 +181,8 @@ def describe_start(start: Start, folder: Path) -> str:
     if start.is_done:
         steps = f" after {start.progress.step:,} steps" if start.progress is not None else ""
         return (
-            f"The run in {folder} is done{steps}: nothing is left to do. Its model is {folder / FINAL}. To train it longer, "
-            "raise trainer.num_train_epochs or trainer.max_steps; to start over, set "
+            f"The run in {folder} is done{steps}: nothing is left to do. Its model is {folder / FINAL}. To train "
+            "longer, raise trainer.num_train_epochs or trainer.max_steps; to start over, set "
             "trainer.resume_from_checkpoint=never, which moves it aside"
         )
     if start.checkpoint is None:
