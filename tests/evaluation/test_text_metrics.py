@@ -92,6 +92,13 @@ def test_bleu_by_hand():
     assert found == pytest.approx(100 * expected, rel=1e-6)
 
 
+def test_bleu_of_answers_without_four_words_is_of_shorter_ngrams():
+    references = [["a red circle"], ["blue"]]
+    assert bleu(["a red circle", "blue"], references) == pytest.approx(100.0)
+    assert 0 < bleu(["a red square", "blue"], references) < 100
+    assert bleu(["no", "none"], references) == 0
+
+
 def test_bleu_takes_as_many_references_as_each_answer_has():
     found = bleu(["the cat sat on the mat", "a dog"], [["no", "the cat sat on the mat"], ["a dog"]])
     assert found == pytest.approx(100.0)

@@ -39,6 +39,15 @@ def test_a_run_is_shown_from_its_files(tmp_path: Path):
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
+def test_the_log_has_the_time_of_day_and_no_line_twice(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    lines = ["2026-11-30 23:25:20,127 INFO vlm.train.run: Run directory: x",
+             "2026-11-30 23:25:27,546 INFO vlm.train.monitor.progress_line: step 2/18  loss 6.4",
+             "2026-11-30 23:25:31,621 WARNING a.library: oh: no"]  # fmt: skip
+    (folder / "run.log").write_text("\n".join(lines))
+    assert read_live_run(folder).log == ["23:25:20  Run directory: x", "23:25:31  warning: oh: no"]
+
+
 def test_a_low_terminal_shows_less_of_the_log(tmp_path: Path):
     run = read_live_run(write_run(tmp_path / "run"))
     assert len(render(run, 80, 20).splitlines()) <= 20

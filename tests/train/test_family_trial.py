@@ -128,7 +128,7 @@ def test_a_trial_is_kept(
     monkeypatch.setattr(kept, "try_family", None)
     with caplog.at_level(logging.INFO, "vlm.train.family_trial"):
         start()
-    assert "Proved of llava, on a small model (known from an earlier trial): parts, gradients, labels" in caplog.text
+    assert "Proved for llava, on a small model (known from an earlier trial): parts, gradients, labels" in caplog.text
     (file,) = tmp_path.glob("family_trials/*.json")
     assert '"labels": "proved"' in file.read_text()
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.fixtures import compose_config, head_words, losses
 from tests.train.checkpoints.go_on import forget_after
-from tests.train.test_distributed_runs import describe_final, launch
+from tests.train.test_distributed_runs import describe_final, launch, part_updates
 from tests.train.test_lora_distributed import LORA
 from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS
 from vlm.assembly.checkpoint import open_checkpoint
@@ -39,6 +39,7 @@ def test_two_ranks_reach_the_single_process_and_go_on_in_it(
     words = ["-cn", "finetune-smol", *common, *finetune, *FSDP2, f"trainer.output_dir={two}"]
     launch(words)
     assert losses(two) == pytest.approx(losses(single), abs=1e-4)
+    assert part_updates(two) == pytest.approx(part_updates(single), rel=2e-2)
     assert describe_final(two) == describe_final(single)
     weights = load_file(two / "final" / "model.safetensors")
     torch.testing.assert_close(weights, load_file(single / "final" / "model.safetensors"), rtol=0, atol=1e-3)

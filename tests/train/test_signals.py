@@ -89,7 +89,7 @@ def test_a_second_signal_ends_a_run_that_is_stuck(tmp_path: Path, second: signal
     process.send_signal(second)
     code, said = end(process)
     assert code == status
-    assert "again: the run ends at once, and saves nothing" in said
+    assert "again: the run ends at once, without saving" in said
 
 
 def test_signals_at_the_same_time_are_one_request(tmp_path: Path):
@@ -119,7 +119,7 @@ sys.exit(75)
     status, said = end(process)
     assert status == 75
     assert (tmp_path / "written").exists()
-    assert "as soon as the checkpoint is written" in said or "as soon as what is being written is complete" in said
+    assert "as soon as the checkpoint is written" in said or "as soon as the current write is complete" in said
 
 
 def test_forks_do_not_hear_for_their_parent(tmp_path: Path):

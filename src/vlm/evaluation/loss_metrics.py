@@ -116,7 +116,24 @@ def compute_loss(dataset: SampleDataset, losses: LossSource) -> LossResult:
     if with_images.any():
         blank = losses.batches(dataset.blank(), "loss on blank images")
         blank_sums, _ = sample_losses(losses.compute_losses, blank, losses.gather)
-    return LossResult(loss_scores(sums, counts, blank_sums, with_images))
+    return LossResult(loss_scores(sums, counts, blank_sums, with_images) | loss_by_source(dataset, sums, counts))
+
+
+def loss_by_source(dataset: SampleDataset, sums: Tensor, counts: Tensor) -> dict[str, Score]:
+    """Return `loss/<source>` of each source of a mixture: the mean over its supervised tokens; nothing for one alone.
+
+    Args:
+        dataset: the data set.
+        sums: `(samples,)`, the sum of each sample's losses.
+        counts: `(samples,)`, its number of supervised tokens.
+    """
+    scores: dict[str, Score] = {}
+    numbers = torch.as_tensor(dataset.places[:, 0].astype("int64"))
+    for number, source in enumerate(dataset.sources if len(dataset.sources) > 1 else ()):
+        own = (numbers == number).to(sums.device)
+        if tokens := float(counts[own].sum()):
+            scores[f"loss/{source.name}"] = Score(float(sums[own].sum()) / tokens)
+    return scores
 
 
 def prepare_retrieval(dataset: SampleDataset, settings: LossMetricSettings) -> LossMetric:

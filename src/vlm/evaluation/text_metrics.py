@@ -87,11 +87,12 @@ def cider(answers: Sequence[str], references: References) -> np.ndarray:
 def bleu(answers: Sequence[str], references: References) -> float:
     """Return BLEU-4 (Papineni et al. 2002) of all answers together, 0 to 100, by sacrebleu's tokenisation (`13a`).
 
-    NaN without answers.
+    Where no answer has four words, it is of the longest n-grams that there are: right answers of one word have 100, and
+    not the 0 that four-grams would give them. NaN without answers.
     """
     library = import_extra("sacrebleu")
     columns = [list(column) for column in zip_longest(*references)]
-    return library.corpus_bleu(list(answers), columns).score if answers else float("nan")
+    return library.corpus_bleu(list(answers), columns, use_effective_order=True).score if answers else float("nan")
 
 
 def rouge(answers: Sequence[str], references: References) -> np.ndarray:

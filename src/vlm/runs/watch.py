@@ -5,6 +5,7 @@ process: a disk of another machine will do.
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections import deque
@@ -26,6 +27,9 @@ STALE_SECONDS = 120.0
 PLOT_ROWS = 10
 LOG_BYTES = 65536
 """How much of the end of `run.log` is read."""
+LOG_RECORD = re.compile(r"\d{4}-\d\d-\d\d (?P<time>\d\d:\d\d:\d\d),\d+ (?P<level>[A-Z]+) [\w.]+: ")
+PROGRESS_RECORD = re.compile(r" INFO vlm\.[\w.]+\.progress_line: ")
+"""Lines of the log that say what is shown above it already."""
 BRAILLE = 0x2800
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 """The dots of a braille character: by column, from the top."""
@@ -119,7 +123,17 @@ def _read_tail(file: Path, number: int) -> list[str]:
             text = opened.read().decode("utf-8", errors="replace")
     except OSError:
         return []
-    return [printable(line, single_line=True) for line in deque((part for part in text.splitlines() if part), number)]
+    lines = (_shorten(line) for line in text.splitlines() if line and not PROGRESS_RECORD.search(line))
+    return [printable(line, single_line=True) for line in deque(lines, number)]
+
+
+def _shorten(line: str) -> str:
+    """Return a line of a log with the time of day alone before its text, and its level where it is no note."""
+    found = LOG_RECORD.match(line)
+    if found is None:
+        return line
+    level = "" if found["level"] == "INFO" else f"{found['level'].lower()}: "
+    return f"{found['time']}  {level}{line[found.end() :]}"
 
 
 def render(run: LiveRun, width: int = 100, height: int | None = None) -> str:

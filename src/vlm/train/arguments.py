@@ -50,7 +50,7 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
     if custom_optimizer is not None and is_custom_name(custom_optimizer):
         import_named(custom_optimizer, "trainer.optim")  # a name of nothing is refused before any weight loads
     if values.get("tf32") and not is_torch_tf32_available():
-        log.info("trainer.tf32=true: this machine has no GPU that knows TF32; left out")
+        log.info("trainer.tf32=true is ignored: this machine has no GPU with TF32")
         del values["tf32"]
     settings = deepspeed_config(trainer.deepspeed)
     if settings is not None:

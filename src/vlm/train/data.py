@@ -87,7 +87,7 @@ def _count_later(config: DatasetConfig, encoder: SampleEncoder, seed: int) -> Co
     if known or sum(map(len, drawn)) < MANY_RECORDS:
         return None
     load_sources(sources, config, encoder, seed=seed, first=NUM_CHECKED_FIRST)
-    log.info("Training begins while the records are counted; one that cannot be used ends the run when it is found")
+    log.info("Training starts while records are still counted; one that cannot be used ends the run when it is found")
     places = [
         np.stack([np.full(len(repeated), number), repeated], axis=1)
         for number, (source, records) in enumerate(pairs)

@@ -86,7 +86,7 @@ def rank0_lock(file: Path, reason: str) -> Iterator[bool]:
     tries = 0
     while not broadcast_from_rank0(is_rank0 and _acquire(lock)):
         if is_rank0 and not tries:
-            log.info("Waiting for another run, which holds %s: %s", file, reason)
+            log.info("Waiting for another run that holds %s: %s", file, reason)
         tries += 1
     try:
         yield is_rank0

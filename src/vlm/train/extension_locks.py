@@ -34,15 +34,15 @@ def release_stale_locks(root: Path) -> None:
                 continue
             if file_system_of(lock) not in LOCAL_FILE_SYSTEMS:
                 log.warning(
-                    "%s: no process of this machine holds this lock. If none of another machine compiles there, delete "
-                    "it, or this run waits for it without end.", lock,
+                    "%s: no process of this machine holds this lock. Delete it unless another machine is compiling "
+                    "there; otherwise this run waits for it forever.", lock,
                 )  # fmt: skip
                 continue
             for pid in processes_in(lock.parent):
                 with suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
             lock.unlink()
-            log.info("Removed %s, which a process left that was killed while it compiled", lock)
+            log.info("Removed %s, left behind by a process that was killed while compiling", lock)
 
 
 def is_open(file: Path) -> bool:

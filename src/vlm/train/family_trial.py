@@ -51,7 +51,7 @@ def check_family(
         )  # fmt: skip
         proved = [name for name, verdict in verdicts.items() if verdict.state is State.PROVED]
         effort = "known from an earlier trial" if known else f"in {time.monotonic() - started:.1f} s"
-        log.info("Proved of %s, on a small model (%s): %s", model_config.model_type, effort, ", ".join(proved) or "-")
+        log.info("Proved for %s, on a small model (%s): %s", model_config.model_type, effort, ", ".join(proved) or "-")
         for name, verdict in verdicts.items():
             if verdict.state is not State.PROVED or verdict.reason:
                 log.info("  %s: %s", name, verdict)

@@ -112,7 +112,7 @@ def _answerable_samples(
             "trainer.eval_metrics: no evaluation record ends with a reply and leaves inference.max_new_tokens="
             f"{max_new_tokens} tokens of {longest} for an answer"
         )
-    log.info("trainer.eval_metrics: %d of %d evaluation records are answered", len(selected), len(data))
+    log.info("trainer.eval_metrics are measured on answers to %d of %d evaluation records", len(selected), len(data))
     return selected
 
 

@@ -50,7 +50,7 @@ FLUSH_SECONDS = 1.0
 class Phase(Enum):
     """Where a run is, which decides what a signal does; the value says when a run ends that was asked to."""
 
-    START = "at once: no step is done that is not saved"
+    START = "at once: there is nothing to save yet"
     TRAINING = "after this step, with a checkpoint"
     END = "when the finished model is written, since all steps are done"
 
@@ -140,9 +140,9 @@ class SignalListener:
                     print(said, file=sys.stderr)
                 self._end_process(SAVED_EXIT_CODE)
             elif is_second and self._is_saving:
-                log.warning("%s again: the run ends as soon as what is being written is complete.", event)
+                log.warning("%s again: the run ends as soon as the current write is complete.", event)
             elif is_second:
-                log.warning("%s again: the run ends at once, and saves nothing.", event)
+                log.warning("%s again: the run ends at once, without saving.", event)
                 self._end_process(128 + number)
             elif is_first:
                 end = "as soon as the checkpoint is written" if self._is_saving else self.phase.value

@@ -30,6 +30,7 @@ from vlm.train.checkpoints.world import World
 from vlm.train.hooks import check_hooks
 from vlm.train.monitor.part_updates import PartUpdates
 from vlm.train.monitor.progress_line import ProgressLine
+from vlm.train.monitor.source_losses import make_source_losses
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter
 from vlm.train.monitor.status import EVALUATING
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
@@ -92,6 +93,11 @@ class VLMTrainer(BatchTrainer):
         if self.best_model is not None:
             self.saved_with_checkpoint.append(self.best_model)
         self.average = self._keep_average(run.model)
+        self.source_losses = make_source_losses(
+            run.data.records["train"], lambda: self.guard.step.next_refs, run.args.device
+        )
+        if self.source_losses is not None:
+            objective.watch_losses = self.source_losses.add
         self.part_updates = PartUpdates(self)
         self.add_callback(self.part_updates)
         self.on_first_batch = on_first_batch
@@ -173,6 +179,8 @@ class VLMTrainer(BatchTrainer):
                 logs.pop("learning_rate", None)
                 logs |= read_learning_rates(self.optimizer, self.lr_scheduler.get_last_lr())
             logs |= self.part_updates.pop_metrics()
+            if self.source_losses is not None:
+                logs |= self.source_losses.pop_metrics(self.accelerator.gather)
             logs |= self.meter.gather_metrics(self.accelerator.gather) | self.objective.training_metrics(self)
         elif "train_runtime" in logs:
             self.meter.finish(self.accelerator.gather, self.state.global_step)

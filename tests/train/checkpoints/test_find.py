@@ -78,7 +78,7 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said_to_be_unchecked(
     (run / "checkpoint-10" / MANIFEST).unlink()
     (run / "checkpoint-10" / "complete").touch()
     assert find_whole_checkpoint(run) == run / "checkpoint-10"
-    assert "nothing in it was checked" in caplog.text
+    assert "its files were not checked" in caplog.text
 
 
 def test_a_named_checkpoint_has_to_be_whole(run: Path):
@@ -113,7 +113,7 @@ def test_one_that_cannot_be_removed_stays(run: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(find, "remove_folder", fails)
     remove_old_checkpoints(run, 2)
-    assert "checkpoint-2 could not be removed ([Errno 28] No space left on device), and stays" in caplog.text
+    assert "checkpoint-2 could not be removed ([Errno 28] No space left on device), so it stays" in caplog.text
 
 
 def test_the_best_one_stays_besides(run: Path):

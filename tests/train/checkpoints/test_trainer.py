@@ -159,7 +159,7 @@ def test_or_the_run_goes_on_and_tries_again(
 ):
     full_at(monkeypatch, "checkpoint-2")
     train("pretrain-smol", tmp_path / "run", *STEPS, "trainer.on_save_error=continue")
-    assert "The run goes on, as trainer.on_save_error=continue says" in caplog.text
+    assert "The run continues, because trainer.on_save_error=continue" in caplog.text
     assert folders(tmp_path / "run") == ["checkpoint-1", "checkpoint-3", "final"]
 
 
@@ -305,4 +305,4 @@ def test_a_full_disk_in_the_background_ends_the_run_or_not_as_it_says(
     assert folders(tmp_path / "stopped") == []
     run = train("pretrain-smol", tmp_path / "continued", *words, "trainer.on_save_error=continue")
     assert folders(run) == ["final"]
-    assert caplog.text.count("The run goes on, as trainer.on_save_error=continue says") == 3
+    assert caplog.text.count("The run continues, because trainer.on_save_error=continue") == 3

@@ -123,7 +123,8 @@ def test_a_tracker_that_is_missing_is_refused_with_what_installs_it(
 @pytest.mark.parametrize(
     ("error", "state", "event", "message"),
     [
-        (SystemExit(75), "stopped", "stopped", "exit code 75"), (ValueError("bad\nvalue"), "failed", "failed", "bad"),
+        (SystemExit(75), "stopped", "stopped", "A signal stopped it after a checkpoint; the same command resumes it"),
+        (ValueError("bad\nvalue"), "failed", "failed", "bad"),
         (GuardStop("the loss is NaN"), "failed", "diverged", "the loss is NaN"),
         (KeyboardInterrupt(), "stopped", "stopped", "KeyboardInterrupt"),
         (SystemExit(1), "failed", "failed", "exit code 1"),
@@ -180,11 +181,13 @@ def test_a_terminal_has_one_line_that_is_drawn_anew(monkeypatch: pytest.MonkeyPa
     line.on_train_begin(args, state, control)
     for step in (1, 2, 3):
         state.global_step = step
+        print(f"a word at step {step}")
         line.on_step_end(args, state, control)
         line.on_log(args, state, control, {"loss": 3.0 / step, "learning_rate/connector": 1e-3})
     assert control.should_log, "of the last step"
     line.on_train_end(args, state, control)
-    drawn = capsys.readouterr().err
+    printed, drawn = capsys.readouterr()
+    assert printed == "".join(f"a word at step {step}\n" for step in (1, 2, 3))
     assert drawn.count("\n") == 1, "the last state stays"
     assert "loss 1.5" in drawn
     assert drawn.rsplit("\r", 1)[1].startswith("step 3/3")

@@ -78,7 +78,7 @@ class BestModel:
         value = metrics.get(self.name)
         if value is None:
             if self.is_defined_at_times:
-                log.info("%s is undefined at step %d, so trainer.keep_best passes it over", self.name, step)
+                log.info("%s is undefined at step %d, so trainer.keep_best ignores it", self.name, step)
                 return False
             known = ", ".join(sorted(metrics))
             raise ValueError(f"trainer.keep_best={self.name}: no evaluation measures it; they measure {known}")

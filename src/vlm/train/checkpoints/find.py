@@ -122,7 +122,7 @@ def find_problems_together(checkpoint: Path) -> list[str]:
     problems += find_file_problems(checkpoint, {name: files[name] for name in share})
     gathered = list(dict.fromkeys(chain(*all_gather_objects(problems))))
     if legacy and not gathered and rank_and_world_size()[0] == 0:
-        log.warning("%s has no manifest, as an earlier version wrote it: nothing in it was checked", checkpoint)
+        log.warning("%s is of an earlier version and has no manifest, so its files were not checked", checkpoint)
     more = [f"and {len(gathered) - MAX_PROBLEMS} more files"] if len(gathered) > MAX_PROBLEMS else []
     return gathered[:MAX_PROBLEMS] + more
 
@@ -165,7 +165,7 @@ def remove_old_checkpoints(run_directory: Path, limit: int | None, best_step: in
         try:
             remove_folder(checkpoint)
         except OSError as error:  # the new one is whole all the same
-            log.warning("%s could not be removed (%s), and stays", checkpoint, error)
+            log.warning("%s could not be removed (%s), so it stays", checkpoint, error)
 
 
 def _whole_checkpoints(run_directory: Path, best_step: int | None) -> Iterator[Path]:

@@ -195,7 +195,7 @@ class SavingTrainer(Trainer):
             if self.options.on_save_error == "stop":
                 raise
             if self.args.process_index == 0:
-                log.error("%s. The run goes on, as trainer.on_save_error=continue says", error)
+                log.error("%s. The run continues, because trainer.on_save_error=continue", error)
 
     def _export_best(self, best: BestModel, folder: Path) -> None:
         try:

@@ -96,7 +96,7 @@ class Teacher:
         model.requires_grad_(False).eval()
         model.to(self.args.device)  # pyright: ignore[reportArgumentType] - as PyTorch declares it
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        log.info("Teacher %s: %.3g GB on each rank", self.checkpoint.name, num_bytes / 1e9)
+        log.info("The teacher %s takes %.3g GB on each rank", self.checkpoint.name, num_bytes / 1e9)
         assert get_num_embeddings(model) >= self.config.get_text_config().vocab_size
         return model
 
@@ -129,7 +129,7 @@ class Teacher:
                     f"{self.label} changes its logits behind its vocabulary head, so that no hidden states make them; "
                     f"set {KEY}.hidden_states_weight=0"
                 )
-            log.info("%s: its logits at all supervised positions of a batch are in memory at once", self.label)
+            log.info("%s: the logits of all supervised positions of a batch are held in memory at once", self.label)
 
     def unload(self) -> None:
         """Let go of the weights."""

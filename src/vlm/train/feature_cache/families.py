@@ -198,7 +198,7 @@ class FamilyFeatureWriter(FeatureCacheWriter[Place, list[tuple[int, Inputs]]]):
         numbers = np.where(shapes.any(axis=2), np.where(shapes == 0, 1, shapes).prod(axis=2), 0).sum(axis=1)
         rows = np.maximum(-(-numbers // self.format.width), 1)
         log.info(
-            "The model's %s sees %s images or groups of them, %.3g GB", self.part.attribute, f"{len(keys):,}",
+            "Caching the outputs of %s for %s images or groups of images (%.3g GB)", self.part.attribute, f"{len(keys):,}",
             int(rows.sum()) * self.format.stride / 1e9,
         )  # fmt: skip
         groups = (rows.cumsum() * self.format.width - 1) // NUMBERS_PER_PACK
@@ -331,4 +331,4 @@ def prove_cached_losses(
             f"{label}: {KEY}: with cached features the loss of a token differs by {difference:.3g} of {loss:.4g}, more "
             f"than {tolerance:g}; leave it out"
         )
-    log.info("Cached features give the losses that images give, but for %.2g", difference)
+    log.info("Losses with cached features differ from those with images by at most %.2g", difference)

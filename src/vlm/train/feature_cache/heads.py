@@ -111,7 +111,11 @@ class HeadFeatureWriter(FeatureCacheWriter[int, RecordBatch]):
         packs = {pack.folder.name: pack for pack in self.store.open_packs() if pack.folder.name in self.heads}
         missing = [self._plan(name) for name in self.heads if name not in packs]
         if not missing:
-            log.info("What the heads read of %s records is in the cache: %s", f"{len(self.first):,}", self.store.folder)
+            log.info(
+                "The heads' features of %s records are cached in %s",
+                f"{len(self.first):,}",
+                self.store.folder,
+            )
         return list(packs.values()), [missing] if missing else []
 
     def _plan(self, name: str) -> PackPlan[int]:

@@ -175,7 +175,7 @@ class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, Views]):
         rows = np.maximum(details[:, 0], 1)
         ends = rows.cumsum()
         gigabytes = int(ends[-1]) * self.format.stride / 1e9
-        log.info("The visual encoder sees %s images, %.3g GB", f"{len(keys):,}", gigabytes)
+        log.info("Caching the visual features of %s images (%.3g GB)", f"{len(keys):,}", gigabytes)
         borders = np.flatnonzero(np.diff((ends - 1) // VIEWS_PER_PACK)) + 1
         return [
             PackPlan(

@@ -47,6 +47,12 @@ class Step:
     losses: list[Tensor]
     is_share: bool = False
 
+    @property
+    def next_refs(self) -> list[SampleRef]:
+        """The samples of the call of the model whose loss is the next."""
+        number = len(self.losses)
+        return self.rows[number] if number < len(self.rows) else []
+
     def loss(self) -> Tensor:
         """Return the loss of the step on this rank, a scalar on the device."""
         losses = torch.stack(self.losses).float()

@@ -7,8 +7,10 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
-from typing import NoReturn
+from contextlib import ExitStack, redirect_stdout
+from typing import NoReturn, TextIO, cast
 
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,6 +25,38 @@ log = logging.getLogger(__name__)
 
 REDRAW_SECONDS = 0.1
 """How often the line is drawn again at most, between two logs."""
+
+
+class PrintedAbove:
+    """Standard output while a line is rewritten in place: what is printed stands above it, line by line."""
+
+    def __init__(self, stream: TextIO, bar: "tqdm[NoReturn]"):
+        self._stream, self._bar, self._rest = stream, bar, ""
+
+    def __getattr__(self, name: str) -> object:
+        """Return an attribute of the stream."""
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether it is this stream, for tqdm, which clears its bars before it writes to one that it knows."""
+        return other is self or other is self._stream
+
+    __hash__ = object.__hash__
+
+    def write(self, text: str) -> int:
+        """Print the lines that are whole, and keep the rest."""
+        lines, end, self._rest = (self._rest + text).rpartition("\n")
+        if end:
+            self._bar.clear()
+            self._stream.write(lines + end)
+            self._stream.flush()
+            self._bar.refresh()
+        return len(text)
+
+    def close(self) -> None:
+        """Print what is left."""
+        if self._rest:
+            self.write("\n")
 
 
 class ProgressLine(TrainerCallback):
@@ -40,6 +74,7 @@ class ProgressLine(TrainerCallback):
         self.losses: list[float] = []
         self._first_step = self._drawn = 0.0
         self._steps_before = 0
+        self._redirected = ExitStack()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Begin to show progress."""
@@ -47,6 +82,9 @@ class ProgressLine(TrainerCallback):
         self.status.update(state=TRAINING, step=state.global_step, max_steps=state.max_steps, epoch=state.epoch)
         if self.is_writer and not args.disable_tqdm and shows_bars():
             self.bar = tqdm(total=0, bar_format="{desc}", leave=True, dynamic_ncols=True)
+            printed = cast(TextIO, PrintedAbove(sys.stdout, self.bar))  # such as by code of the user's own
+            self._redirected.enter_context(redirect_stdout(printed))
+            self._redirected.callback(printed.close)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Ask for a log of the last step, so that a run that is shorter than `logging_steps` has one; count steps."""
@@ -82,6 +120,7 @@ class ProgressLine(TrainerCallback):
         """Let go of the terminal, whether the run has ended or failed."""
         if self.bar is not None:
             self._draw(time.perf_counter())
+            self._redirected.close()
             self.bar.close()
             self.bar = None
 

@@ -59,6 +59,8 @@ def is_stop(error: BaseException) -> bool:
 
 def describe_end(error: BaseException) -> str:
     """Return what ended a run, in a line."""
+    if isinstance(error, SystemExit) and error.code == SAVED_EXIT_CODE:
+        return "A signal stopped it after a checkpoint; the same command resumes it"
     lines = str(error).strip().splitlines()
     if isinstance(error, SystemExit) and str(error) == str(error.code):
         return f"exit code {error.code}"

@@ -223,7 +223,7 @@ class SpeedMeter:
         if self.folder is None:
             return
         if not metrics:
-            log.info("Speed: not measured, since the first step is left out and there is no other")
+            log.info("Speed was not measured: the first step is left out, and there was no other")
             return
         steps = round(self.total_counts.steps)
         seconds = self.total_counts.seconds / self.num_ranks
@@ -234,8 +234,8 @@ class SpeedMeter:
             log.info("Operations were not counted: %s", self.note)
         elif self.peak is not None and self.flops is not None and "mfu" not in metrics:
             log.info(
-                "MFU is left out: this run does more operations a second than the %.3g TFLOP/s that were measured on a "
-                "busy machine. Set trainer.peak_tflops to the device's peak", self.peak.tflops
+                "MFU is left out: the run is faster than the peak that was measured (%.3g TFLOP/s, busy machine). "
+                "Set trainer.peak_tflops", self.peak.tflops
             )  # fmt: skip
         summary = {
             "first_step": last_step - steps + 1,
@@ -308,8 +308,8 @@ def make_speed_meter(run: PreparedRun, folder: Path, peak_tflops: float | None, 
     try:
         flops = count_flops(run.model, dummy_image(run.processor)[1])
     except FlopsNotCountable as reason:
-        log.info("Operations of this model are not counted, so the log has no mfu: %s", reason)
+        log.info("MFU is not logged, because the operations of this model cannot be counted: %s", reason)
         return SpeedMeter(args.device, note=str(reason), folder=folder)
     peak = get_peak_tflops(args.device, compute_dtype(args), peak_tflops)
-    log.info("Model FLOPs utilisation is a share of %.3g TFLOP/s (%s)", peak.tflops, peak.source)
+    log.info("MFU is relative to a peak of %.3g TFLOP/s (%s)", peak.tflops, peak.source)
     return SpeedMeter(args.device, flops, peak, folder=folder, dtype=compute_dtype(args))

@@ -130,6 +130,8 @@ class Objective(ABC):
         flops_note: why the operations of a step are not counted, for `speed.json`; None: they are counted.
         takes_loss_weights: whether `compute_loss` multiplies the loss at each position with the input `loss_weights`,
             where there is one; packed steps need that for `trainer.loss_average=micro_batch`.
+        watch_losses: called in training with the losses at the supervised positions `(S,)`, before they are weighted,
+            and the batch; None: nobody asks for them.
         packing_proofs: the proofs of a family's trial that packed rows need, see `assembly/family_trial/table.py`.
     """
 
@@ -138,6 +140,7 @@ class Objective(ABC):
     flops_note: ClassVar[str | None] = None
     takes_loss_weights: ClassVar[bool] = False
     packing_proofs: ClassVar[tuple[str, ...]] = ("packing",)
+    watch_losses: Callable[[Tensor, Inputs], None] | None = None
 
     def __init__(self, config: RunConfig):
         self.config = config

@@ -214,6 +214,8 @@ class Generation(Objective):
         from vlm.train.step.step_packing import supervised_weights
 
         losses, outputs = self.supervised_losses(trainer, model, inputs)
+        if self.watch_losses is not None:
+            self.watch_losses(losses, inputs)
         number: Tensor | int = losses.numel()
         if LOSS_WEIGHTS in inputs:
             weights = supervised_weights(inputs)

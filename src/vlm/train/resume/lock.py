@@ -72,7 +72,7 @@ class RunLock:
                 f"trainer.output_dir={self.folder}: cannot be written to ({error.strerror or error}); choose another"
             ) from error
         if holder is not None:
-            log.info("%s: the run of %s ended without releasing it", self.folder, holder)
+            log.info("%s: taken over from %s, which ended without releasing it", self.folder, holder)
         threading.Thread(target=self._touch, name="run-lock", daemon=True).start()
 
     def _lock_file(self) -> bool:
@@ -118,7 +118,7 @@ class RunLock:
         last, now = touched(file), self._now()
         if last is None or now - last > PATIENCE:
             return
-        log.info("%s: waiting up to %.0f s for a sign of life of %s", self.folder, PATIENCE, holder)
+        log.info("%s: waiting up to %.0f s for a sign of life from %s", self.folder, PATIENCE, holder)
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end:
             time.sleep(HEARTBEAT_SECONDS / 10)
@@ -144,7 +144,7 @@ class RunLock:
             except FileNotFoundError:
                 return  # released, or removed by hand
             except OSError as error:  # the lock itself is held all the same
-                log.warning("%s: no sign of life could be written: %s", self.folder, error)
+                log.warning("%s: could not write a sign of life: %s", self.folder, error)
 
     def move(self, target: Path) -> None:
         """Rename the run directory, and release it: the lock of a directory of the old name is another one."""

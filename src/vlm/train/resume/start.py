@@ -78,7 +78,7 @@ def set_aside(folder: Path) -> None:
     except OSError as error:
         lock.release()
         raise ValueError(f"{key} holds a run and cannot be renamed ({error.strerror or error})") from error
-    log.info("trainer.resume_from_checkpoint=never: the run that was in %s is now in %s", folder, target)
+    log.info("trainer.resume_from_checkpoint=never: moved the earlier run from %s to %s", folder, target)
 
 
 def decide_start(config: RunConfig, folder: Path, now: RunRecord, world: World) -> Start:
@@ -181,11 +181,11 @@ def describe_start(start: Start, folder: Path) -> str:
     if start.is_done:
         steps = f" after {start.progress.step:,} steps" if start.progress is not None else ""
         return (
-            f"The run in {folder} is done{steps}: nothing is left to do. Its model is {folder / FINAL}. A higher "
-            "trainer.num_train_epochs or trainer.max_steps trains it longer; "
-            "trainer.resume_from_checkpoint=never sets it aside and begins anew"
+            f"The run in {folder} is done{steps}: nothing is left to do. Its model is {folder / FINAL}. To train "
+            "longer, raise trainer.num_train_epochs or trainer.max_steps; to start over, set "
+            "trainer.resume_from_checkpoint=never, which moves it aside"
         )
     if start.checkpoint is None:
-        return f"The run begins in {folder}"
+        return f"Starting a new run in {folder}"
     changed = f". Changed since:\n{list_changes(start.changes)}" if start.changes else ""
-    return f"The run in {folder} goes on from {start.checkpoint}{changed}"
+    return f"Resuming the run in {folder} from {start.checkpoint}{changed}"
