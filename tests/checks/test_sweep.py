@@ -1,5 +1,6 @@
 """The folders and commands of the runs of a sweep."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from vlm.checks.fields import ConfigError
-from vlm.checks.sweep import check_direction, is_sweep, job_name, place_run, words_of_run
+from vlm.checks.sweep import check_direction, is_sweep, job_name, place_run, words_of_run, worst_value
 
 WORDS = [
     "-m",
@@ -71,5 +72,8 @@ def test_a_search_in_the_wrong_direction_is_refused(tmp_path: Path):
         check_direction(None, lower_is_better=True)
         with pytest.raises(ConfigError, match=r"exact_match is better when it is higher.*direction=maximize"):
             check_direction("exact_match", lower_is_better=False)
+        assert worst_value() == math.inf
+    with hydra([], tmp_path, direction="maximize"):
+        assert worst_value() == -math.inf
     with hydra([], tmp_path):
         check_direction("exact_match", lower_is_better=False)
