@@ -26,7 +26,8 @@ from vlm.train.trainer import VLMTrainer
 
 FILES = (
     "config.yaml", "command.txt", "versions.json", "data.json", "metrics.jsonl", "loss.png", "samples.md",
-    "first_batch.html", "skipped.jsonl", "final/config.json", "final/model.safetensors", "final/processor_config.json",
+    "first_batch.html", "skipped.jsonl", "parts.json", "report.html", "final/config.json",
+    "final/model.safetensors", "final/processor_config.json",
 )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ Imports neither torch nor a model.
 """
 
 import logging
-import math
 import os
 import re
 import sys
@@ -40,7 +39,7 @@ from vlm.checks.messages import (
 from vlm.checks.run import ObjectiveChecks, check, check_overridden_rates
 from vlm.checks.start import check_start
 from vlm.checks.surface import named_by_user
-from vlm.checks.sweep import is_sweep, place_run, register_sweep_names
+from vlm.checks.sweep import is_sweep, place_run, register_sweep_names, worst_value
 from vlm.config.named import permit_names
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig, key_names
@@ -146,9 +145,10 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
             return action(composed)
         except (OmegaConfBaseException, ConfigError) as error:
             refused.append(error)  # Hydra would print the whole command line before it
-            if is_sweep():
-                print(f"vlm: {presentable(mask_values(explain(error), words))}", file=sys.stderr)
-            return math.nan  # the value of a run that a sweeper learns nothing from
+            if not is_sweep():
+                return None
+            print(f"vlm: {presentable(mask_values(explain(error), words))}", file=sys.stderr)
+            return worst_value()
 
     try:
         with _masked_listing(words), composed_once(words):

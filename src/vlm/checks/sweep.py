@@ -3,6 +3,7 @@
 `base.yaml` asks for both names in `hydra.sweep`. Imports no torch.
 """
 
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -73,6 +74,16 @@ def words_of_run(words: Iterable[str]) -> list[str]:
     return [*options, *own, f"trainer.output_dir={Path(sweep.dir) / sweep.subdir}"]
 
 
+def worst_value() -> float:
+    """Return the value of a run that came to nothing, to a sweeper that searches: Optuna's gives up at NaN."""
+    return -math.inf if _direction() == "maximize" else math.inf
+
+
+def _direction() -> str | None:
+    direction = HydraConfig.get().sweeper.get("direction")
+    return None if direction is None else str(direction).rpartition(".")[2]
+
+
 def check_direction(key: str | None, *, lower_is_better: bool) -> None:
     """Refuse a sweeper that searches the other way than the metric of its runs goes.
 
@@ -80,8 +91,8 @@ def check_direction(key: str | None, *, lower_is_better: bool) -> None:
         ConfigError: `hydra.sweeper.direction` is other than the metric needs.
     """
     needed = "minimize" if lower_is_better else "maximize"
-    direction = HydraConfig.get().sweeper.get("direction")
-    if direction is not None and str(direction).rpartition(".")[2] != needed:
+    direction = _direction()
+    if direction is not None and direction != needed:
         raise ConfigError(
             f"hydra.sweeper.direction={direction}: {key or 'eval_loss'} is better when it is "
             f"{'lower' if lower_is_better else 'higher'}; give hydra.sweeper.direction={needed}"

@@ -4,7 +4,6 @@ Refuses what it can before importing torch; then hands a plain `RunConfig` to `v
 """
 
 import atexit
-import math
 import os
 import re
 import sys
@@ -16,8 +15,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 
 from vlm.checks.compose import with_config
+from vlm.checks.fields import ConfigError
 from vlm.checks.lora import QUANTIZABLE_PARTS
-from vlm.checks.sweep import check_direction, is_sweep
+from vlm.checks.sweep import check_direction, is_sweep, worst_value
 from vlm.cli.collection import collect_as_usual, no_collection
 from vlm.cli.pipes import outlive_pipes
 from vlm.clusters.processes import GUARD_EXIT_CODE
@@ -67,17 +67,20 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def train_in_sweep(config: RunConfig, name: str, overrides: list[str], folder: Path) -> float:
-    """Train one run of a sweep, and return its metric; NaN where a guard ended it, so that the others follow."""
-    check_direction(config.trainer.keep_best, lower_is_better=is_lower_better(config.trainer))
+    """Train one run of a sweep, and return its metric; the worst where a guard ended it, so that the others follow."""
+    try:
+        check_direction(config.trainer.keep_best, lower_is_better=is_lower_better(config.trainer))
+    except ConfigError as error:  # of all runs
+        sys.exit(f"vlm: {error}")
     try:
         train(config, name, overrides)
     except SystemExit as stop:
         if stop.code != GUARD_EXIT_CODE:
             raise
-        return math.nan
+        return worst_value()
     run = RunDirectory(folder)
     outcome = outcome_of(run, metric_of([run]))
-    return math.nan if outcome is None else outcome.value
+    return worst_value() if outcome is None else outcome.value
 
 
 def is_lower_better(trainer: TrainerOptions) -> bool:

@@ -34,6 +34,8 @@ FIELDS: Mapping[str, Callable[[RunDirectory], Value]] = {
 OPERATORS = {
     "<=": operator.le, ">=": operator.ge, "!=": operator.ne, "<": operator.lt, ">": operator.gt, "=": operator.eq,
 }  # fmt: skip
+TITLE_PADDING = 2
+"""Blanks that tabulate adds to a title."""
 MIN_WIDTH = 24
 """Characters that the longest column keeps, however narrow the terminal is."""
 
@@ -89,20 +91,24 @@ class RunTable:
         if metric := next((name for name in (key, f"eval_{key}") if name in self._metrics), None):
             return run.last_metrics.last(metric)
         settings = run.settings
-        names = [key] if key in settings else [name for name in settings if name.endswith(f".{key}")]
-        if len(names) > 1:
-            raise ValueError(f"{key}: several settings end so, {', '.join(names[:4])}; write one whole")
-        return _plain(settings[names[0]]) if names else None
+        name = key if key in settings else next((name for name in settings if name.endswith(f".{key}")), None)
+        return None if name is None else _plain(settings[name])
 
     def check_keys(self, keys: Sequence[str]) -> None:
-        """Refuse a column that no run has.
+        """Refuse a column that no run has, and the last word of several settings.
 
         Raises:
-            ValueError: with columns of a similar name.
+            ValueError: with columns of a similar name, or the settings that it could be.
         """
+        settings = dict.fromkeys(name for run in self.runs for name in run.settings)
+        known = {"differs", *FIELDS, *self._metrics, *settings}
         for key in keys:
-            known = {"differs", *FIELDS, *self._metrics, *(name for run in self.runs for name in run.settings)}
-            if key in known or f"eval_{key}" in known or any(name.endswith(f".{key}") for name in known):
+            if key in known or f"eval_{key}" in known:
+                continue
+            ending = [name for name in settings if name.endswith(f".{key}")]
+            if len(ending) > 1:
+                raise ValueError(f"{key}: several settings end so, {', '.join(ending[:4])}; write one whole")
+            if ending:
                 continue
             names = sorted(known | {name.rpartition(".")[2] for name in known})
             near = difflib.get_close_matches(key, names, 3)
@@ -137,7 +143,9 @@ class RunTable:
         ]
         titles = [TITLES.get(columns[at], columns[at].rpartition(".")[2]) for at in used]
         texts = [[row[at] for at in used] for row in texts]
-        widths = [max(map(len, column)) for column in zip(titles, *texts, strict=True)]
+        widths = [
+            max(len(title) + TITLE_PADDING, *map(len, column)) for title, *column in zip(titles, *texts, strict=True)
+        ]
         excess = sum(widths) + 2 * (len(widths) - 1) - width if width else 0
         if excess > 0:
             longest = widths.index(max(widths))

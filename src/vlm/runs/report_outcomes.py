@@ -4,7 +4,6 @@ Each function returns HTML, empty where a run has nothing to say.
 """
 
 import re
-from collections import Counter
 
 from vlm.config.short_names import show_value
 from vlm.runs.files import as_number, mapping_at, number_at, text_at
@@ -139,12 +138,12 @@ def skipped_records(run: RunDirectory) -> str:
     """Return how many records were left out for each reason, with a few examples."""
     if not run.skipped:
         return ""
-    reasons = Counter(group_reason(text_at(line, "reason"), text_at(line, "file")) for line in run.skipped)
-    rows = []
-    for reason, number in reasons.most_common(MAX_REASONS):
-        lines = [one for one in run.skipped if group_reason(text_at(one, "reason"), text_at(one, "file")) == reason]
-        examples = ", ".join(text_at(one, "id") or show_value(one.get("record")) for one in lines[:MAX_EXAMPLES])
-        rows.append((f"{number:,}", reason, examples))
+    reasons: dict[str, list[str]] = {}
+    for line in run.skipped:
+        reason = group_reason(text_at(line, "reason"), text_at(line, "file"))
+        reasons.setdefault(reason, []).append(text_at(line, "id") or show_value(line.get("record")))
+    ordered = sorted(reasons.items(), key=lambda item: -len(item[1]))[:MAX_REASONS]
+    rows = [(f"{len(ids):,}", reason, ", ".join(ids[:MAX_EXAMPLES])) for reason, ids in ordered]
     more = len(reasons) - MAX_REASONS
     note = f"<small>{more:,} more reasons; skipped.jsonl lists all records.</small>" if more > 0 else ""
     return f"<p>{len(run.skipped):,} records were left out.</p>" + table(

@@ -27,7 +27,7 @@ def describe_next_steps(commands: Mapping[str, str], config: RunConfig, name: st
         name: the configuration's name.
         final: the folder of the finished model.
     """
-    report = str(final.parent / REPORT_FILE)
+    report = shlex.quote(str(final.parent / REPORT_FILE))
     lines = {"look at it": report, **_second_stage(config, name, final), **commands}
     width = max(map(len, lines)) + 2
     return "\n".join(f"  {purpose:<{width}}{command}" for purpose, command in lines.items())
@@ -46,7 +46,7 @@ def _second_stage(config: RunConfig, name: str, final: Path) -> dict[str, str]:
 
 def override(key: str, value: str) -> str:
     """Return a word of the command line that sets a key to a text, in quotation marks where Hydra wants them."""
-    if re.fullmatch(r"[\w./:+-]+", value):
+    if re.fullmatch(r"[\w./:+-]+", value, re.ASCII):
         return f"{key}={value}"
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
     return f"{key}='{escaped}'"

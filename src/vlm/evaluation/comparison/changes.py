@@ -1,7 +1,6 @@
 """What moved between two models: paired differences of groups of records, with 95% intervals.
 
-An interval is the percentile bootstrap over units that are drawn with replacement (Efron and Tibshirani 1993, chapter
-13): the records that show the same images are one unit, since they are no independent evidence.
+Intervals are those of `vlm.evaluation.paired`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm.data.encoding.thinking import without_thinking
-from vlm.evaluation.bootstrap import Score, make_score
+from vlm.evaluation.bootstrap import Score
 from vlm.evaluation.comparison.measure import Measured
 from vlm.evaluation.comparison.records import HELD_OUT, PROBE
+from vlm.evaluation.paired import paired_difference, units_of
 from vlm.evaluation.probe.grading import Check, grade
 from vlm.evaluation.text_metrics import get_metric
 
@@ -20,9 +20,6 @@ ALL = "all"
 """The split that has one group: all records of a set."""
 LOSS, RIGHT = "loss", "right"
 """Measures besides metrics of answers: the loss of a record's reply, and whether an answer to the probe is right."""
-NUM_RESAMPLES = 2000
-MIN_UNITS = 10
-"""The fewest units of an interval: of fewer, the bootstrap's are too narrow."""
 
 Pair = tuple[Measured, Measured]
 """A record before and after; both could be asked."""
@@ -127,26 +124,6 @@ def _change(
         *place, len(before), float(before.mean()), float(after.mean()), paired_difference(before, after, units),
         int((gains > 0).sum()), int((gains < 0).sum()),
     )  # fmt: skip
-
-
-def paired_difference(before: np.ndarray, after: np.ndarray, units: np.ndarray) -> Score:
-    """Return the mean of after minus before with its interval; all arguments are `(records,)`."""
-    _, places = np.unique(units, return_inverse=True)
-    sums, counts = np.bincount(places, after - before), np.bincount(places)
-    difference = float(sums.sum() / counts.sum())
-    if len(sums) < MIN_UNITS:
-        return Score(difference)
-    rng = np.random.default_rng(0)
-    drawn = (rng.integers(len(sums), size=len(sums)) for _ in range(NUM_RESAMPLES))
-    return make_score(difference, [float(sums[rows].sum() / counts[rows].sum()) for rows in drawn])
-
-
-def units_of(media: Sequence[str]) -> np.ndarray:
-    """Return the unit of each record, `(records,)`: the same for the same images; a record without any is its own."""
-    numbers: dict[str, int] = {}
-    return np.array([
-        numbers.setdefault(paths or f"\0{place}", len(numbers)) for place, paths in enumerate(media)
-    ])  # fmt: skip
 
 
 def paired_values(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from vlm.evaluation.bootstrap import Score
-from vlm.evaluation.comparison.changes import Pair, paired_difference, units_of
+from vlm.evaluation.comparison.changes import Pair
+from vlm.evaluation.paired import paired_difference, units_of
 
 
 @dataclass(frozen=True)

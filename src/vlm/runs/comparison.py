@@ -1,0 +1,280 @@
+"""Two runs or more beside each other: what differs in their configurations, metrics and answers.
+
+Where two runs answered the same records (`vlm eval` on the same data), the difference of a metric is paired, record by
+record; otherwise each run has the interval that was written of it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from string import ascii_uppercase
+
+import numpy as np
+
+from vlm.config.short_names import show_value
+from vlm.evaluation.bootstrap import Score
+from vlm.evaluation.paired import paired_difference, units_of
+from vlm.evaluation.text_metrics import METRICS
+from vlm.runs.differences import differing_settings
+from vlm.runs.files import Folder, JsonObject, list_at, mapping_at, text_at
+from vlm.runs.metrics import INTERVAL_SUFFIX
+from vlm.runs.outcome import sign_of
+from vlm.runs.read import Evaluation, RunDirectory, read_scores
+from vlm.runs.report_outcomes import NO_METRICS
+from vlm.runs.samples import Answer
+
+ANSWERS_FILE = "answers.jsonl"
+BARS = "▁▂▃▄▅▆▇█"
+SPARK_WIDTH = 40
+MAX_WIDTH = 32
+"""Characters of all names together, from which on tables have letters in their place."""
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """A metric of all runs.
+
+    Attributes:
+        place: where it was measured: `training`, or an evaluation's or a set's name.
+        metric: its name.
+        scores: its value in each run with its interval; None where a run does not have it.
+        differences: for each run but the first, its value minus the first run's, with its interval; None where either
+            lacks it.
+        is_paired: whether the differences are of the same records.
+    """
+
+    place: str
+    metric: str
+    scores: list[Score | None]
+    differences: list[Score | None]
+    is_paired: bool = False
+
+    def verdict(self, number: int) -> str:
+        """Return whether a run is better than the first: `better`, `worse`, `within noise`, empty where unknown."""
+        difference = self.differences[number]
+        if (
+            "blank" in self.metric
+            or difference is None
+            or difference.value is None
+            or difference.low is None
+            or difference.high is None
+        ):
+            return ""
+        if difference.low <= 0 <= difference.high:
+            return "within noise"
+        return "better" if difference.value * sign_of(self.metric) > 0 else "worse"
+
+
+class RunComparison:
+    """Runs that are compared with the first of them.
+
+    Attributes:
+        runs: the runs.
+        names: how each is called: its shortest path that tells it from the others.
+        labels: the names, or letters in their place where names would make tables too wide.
+    """
+
+    def __init__(self, runs: Sequence[RunDirectory]):
+        self.runs = list(runs)
+        self.names = short_paths([str(run.path.resolve()) for run in runs])
+        is_wide = sum(map(len, self.names)) > MAX_WIDTH and len(self.names) <= len(ascii_uppercase)
+        self.labels = list(ascii_uppercase[: len(self.names)]) if is_wide else self.names
+
+    @cached_property
+    def settings(self) -> dict[str, list[object]]:
+        """Key -> its value in each run, for the settings that differ."""
+        return differing_settings(self.runs)
+
+    @cached_property
+    def surroundings(self) -> dict[str, list[str]]:
+        """What else differs: data by source and fingerprint, versions, the revision of the source."""
+        facts = [_surroundings(run) for run in self.runs]
+        keys = dict.fromkeys(key for found in facts for key in found)
+        rows = {key: [found.get(key, "") for found in facts] for key in keys}
+        return {key: row for key, row in rows.items() if len(set(row)) > 1}
+
+    @property
+    def has_other_records(self) -> bool:
+        """Whether the runs evaluated different records while they trained."""
+        return any(key.startswith("eval data") for key in self.surroundings)
+
+    @cached_property
+    def metrics(self) -> list[MetricRow]:
+        """Metrics of the last evaluation while training, of `vlm eval` and of heads."""
+        return [*self._training_metrics(), *self._evaluated_metrics(), *self._head_metrics()]
+
+    def _training_metrics(self) -> list[MetricRow]:
+        names = dict.fromkeys(
+            name for run in self.runs for name in run.metrics
+            if name == "loss" or (name.startswith("eval_") and not name.endswith((INTERVAL_SUFFIX, *NO_METRICS)))
+        )  # fmt: skip
+        rows = []
+        for name in names:
+            scores = [_logged_score(run, name) for run in self.runs]
+            if any(scores):
+                rows.append(MetricRow("training", name, scores, _differences(scores)))
+        return rows
+
+    def _evaluated_metrics(self) -> list[MetricRow]:
+        found = [{one.name: one for one in run.evaluations} for run in self.runs]
+        rows = []
+        for name in dict.fromkeys(name for evaluations in found for name in evaluations):
+            evaluations = [one.get(name) for one in found]
+            paired = _PairedAnswers(evaluations)
+            for metric in dict.fromkeys(metric for one in evaluations if one is not None for metric in one.scores):
+                scores = [_evaluated_score(one, metric) for one in evaluations]
+                differences = paired.differences(metric) or _differences(scores)
+                rows.append(MetricRow(name, metric, scores, differences, is_paired=paired.has(metric)))
+        return rows
+
+    def _head_metrics(self) -> list[MetricRow]:
+        found = [dict(_head_scores(run.heads)) for run in self.runs]
+        rows = []
+        for place, metric in dict.fromkeys(key for scores in found for key in scores):
+            scores = [one.get((place, metric)) for one in found]
+            rows.append(MetricRow(place, metric, scores, _differences(scores)))
+        return rows
+
+    @cached_property
+    def samples(self) -> list[tuple[Answer, list[Answer | None]]]:
+        """Questions that runs were asked at their last step: the sample, and each run's answer to it."""
+        last = [run.samples[max(run.samples)] if run.samples else [] for run in self.runs]
+        by_question = [{(one.question, one.reference): one for one in answers} for answers in last]
+        asked = dict.fromkeys(key for answers in by_question for key in answers)
+        common = [key for key in asked if sum(key in answers for answers in by_question) > 1]
+        rows = [[answers.get(key) for answers in by_question] for key in common]
+        return [(next(one for one in row if one is not None), row) for row in rows]
+
+
+def _surroundings(run: RunDirectory) -> dict[str, str]:
+    facts = {}
+    for role in run.data:
+        for source in list_at(run.data, role, "sources"):
+            name = f"{role} data: {text_at(source, 'source')}"
+            facts[name] = f"{text_at(source, 'samples')} samples, {text_at(source, 'fingerprint')[:12]}"
+    versions = run.versions
+    packages = {
+        name: show_value(found) for name, found in mapping_at(versions, "packages").items() if found is not None
+    }
+    others = {name: text_at(versions, name) for name in ("python", "world_size")}
+    others["git"] = text_at(versions, "git")[:12]
+    devices = ", ".join(map(str, list_at(versions, "devices")))
+    return facts | packages | others | {"devices": devices}
+
+
+def _logged_score(run: RunDirectory, name: str) -> Score | None:
+    value, width = run.metrics.last(name), run.metrics.last(f"{name}{INTERVAL_SUFFIX}")
+    if value is None:
+        return None
+    return Score(value) if width is None else Score(value, value - width, value + width)
+
+
+def _evaluated_score(evaluation: Evaluation | None, metric: str) -> Score | None:
+    found = None if evaluation is None else evaluation.scores.get(metric)
+    return None if found is None or found[0] is None else Score(*found)
+
+
+def _head_scores(heads: JsonObject) -> Iterator[tuple[tuple[str, str], Score]]:
+    for records in heads:
+        for head in mapping_at(heads, records):
+            for metric, score in read_scores({"metrics": mapping_at(heads, records, head, "scores")}).items():
+                yield (f"{head}, {records}", metric), Score(*score)
+
+
+def _differences(scores: Sequence[Score | None]) -> list[Score | None]:
+    """Return each run's value minus the first one's, with an interval that takes both for independent."""
+    first = scores[0]
+    return [None if first is None or other is None else _difference(first, other) for other in scores[1:]]
+
+
+def _difference(first: Score, other: Score) -> Score | None:
+    if first.value is None or other.value is None:
+        return None
+    difference = other.value - first.value
+    ends = (first.low, first.high, other.low, other.high)
+    if None in ends:
+        return Score(difference)
+    low = math.hypot(other.value - (other.low or 0.0), (first.high or 0.0) - first.value)
+    high = math.hypot((other.high or 0.0) - other.value, first.value - (first.low or 0.0))
+    return Score(difference, difference - low, difference + high)
+
+
+class _PairedAnswers:
+    """The answers of runs to the records of one evaluation, where all of them answered the same ones."""
+
+    def __init__(self, evaluations: Sequence[Evaluation | None]):
+        tables = [None if one is None else _read_answers(one) for one in evaluations]
+        self.tables: list[Mapping[tuple[str, ...], JsonObject]] = []
+        if all(table for table in tables) and len({tuple(table) for table in tables if table}) == 1:
+            self.tables = [table for table in tables if table]
+
+    def has(self, metric: str) -> bool:
+        """Return whether a metric can be paired: one of this package's that has a value for each answer."""
+        return bool(self.tables) and self.values(metric) is not None
+
+    def values(self, metric: str) -> list[np.ndarray] | None:
+        """Return a metric of each answer, `(records,)` for each run; None where it has no value for each."""
+        if metric not in METRICS:
+            return None
+        columns = []
+        for table in self.tables:
+            rows = list(table.values())
+            references = [
+                [str(text) for text in list_at(row, "references")] or [text_at(row, "reference")] for row in rows
+            ]
+            try:
+                values = np.asarray(METRICS[metric]([text_at(row, "answer") for row in rows], references), np.float64)
+            except (ImportError, ValueError):  # its library is not installed
+                return None
+            if values.shape != (len(rows),):
+                return None
+            columns.append(values)
+        return columns
+
+    def differences(self, metric: str) -> list[Score | None] | None:
+        """Return each run's metric minus the first one's, paired; None where it cannot be paired."""
+        columns = self.values(metric) if self.tables else None
+        if columns is None:
+            return None
+        units = units_of([text_at(row, "image_path") for row in self.tables[0].values()])
+        return [paired_difference(columns[0], other, units) for other in columns[1:]]
+
+
+def _read_answers(evaluation: Evaluation) -> dict[tuple[str, ...], JsonObject]:
+    """Return record -> its row, of the records that were answered and have references."""
+    rows = Folder(evaluation.folder).json_lines(ANSWERS_FILE)
+    asked = [row for row in rows if not text_at(row, "error") and (row.get("references") or row.get("reference"))]
+    return {(text_at(row, "source"), text_at(row, "prompt"), str(place)): row for place, row in enumerate(asked)}
+
+
+def short_paths(paths: Sequence[str]) -> list[str]:
+    """Return for each path its last names, as many as tell all of them apart."""
+    split = [path.strip("/").split("/") for path in paths]
+    for number in range(1, max(map(len, split), default=1) + 1):
+        names = ["/".join(words[-number:]) for words in split]
+        if len(set(names)) == len(set(paths)):
+            return names
+    return list(paths)
+
+
+def sparkline(points: Sequence[tuple[float, float]], bounds: tuple[float, float, float, float]) -> str:
+    """Return a curve in a line of blocks, on the axes that it shares with others.
+
+    Args:
+        points: steps and values.
+        bounds: the first and the last step, and the lowest and the highest value, of all curves.
+    """
+    first, last, low, high = bounds
+    cells: list[list[float]] = [[] for _ in range(SPARK_WIDTH)]
+    for x, y in points:
+        place = 0 if last == first else round((SPARK_WIDTH - 1) * (x - first) / (last - first))
+        cells[place].append(y)
+    line, level = "", " "
+    end = max((place for place, values in enumerate(cells) if values), default=-1)
+    for place, values in enumerate(cells):
+        if values:
+            share = 0.5 if high == low else (sum(values) / len(values) - low) / (high - low)
+            level = BARS[round(share * (len(BARS) - 1))]
+        line += level if place <= end else " "
+    return line

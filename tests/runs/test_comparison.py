@@ -1,0 +1,134 @@
+"""Runs beside each other."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.runs.directories import logged, write_run, write_samples
+from tests.runs.test_report import EVIL, check_page
+from vlm.cli import compare as cli
+from vlm.evaluation.paired import paired_difference
+from vlm.runs.comparison import RunComparison, short_paths, sparkline
+from vlm.runs.comparison_views import describe_comparison, make_comparison_page
+from vlm.runs.read import RunDirectory
+
+
+def write_answers(run: Path, right: Sequence[int], *, first: int = 0) -> None:
+    """Answers to records, 1 where one is right, as `vlm eval` writes them."""
+    folder = run / "eval" / "val"
+    folder.mkdir(parents=True)
+    rows = [{"source": f"r{first + at}", "prompt": "what?", "image_path": f"{at}.png", "references": ["yes"],
+             "answer": "yes" if good else EVIL, "error": ""} for at, good in enumerate(right)]  # fmt: skip
+    (folder / "answers.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    score = {"value": sum(right) / len(right), "low": 0.1, "high": 0.9}
+    (folder / "results.json").write_text(
+        json.dumps({"metrics": {"exact_match": score, "mine:f": score, "bleu": score}})
+    )
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[RunDirectory]:
+    """Two runs with answers to the same records, of which the second has more right."""
+    one = write_run(tmp_path / "one", logged([3.0, 2.0]), settings={"trainer.seed": 1, "dataset.template": EVIL})
+    two = write_run(tmp_path / "two", logged([3.0, 1.0]), settings={"trainer.seed": 2})
+    write_answers(one, [0, 1] * 15)
+    write_answers(two, [1, 1, 1, 0] * 7 + [1, 1])
+    for run in (one, two):
+        write_samples(run, 20, [EVIL, f"answer of {run.name}"])
+    return [RunDirectory(one), RunDirectory(two)]
+
+
+def test_settings_that_differ_are_shown_alone(pair: list[RunDirectory]):
+    assert RunComparison(pair).settings == {"trainer.seed": [1, 2], "dataset.template": [EVIL, None]}
+
+
+def test_the_same_records_are_paired(pair: list[RunDirectory]):
+    (row,) = [row for row in RunComparison(pair).metrics if row.metric == "exact_match"]
+    before, after = np.array([0.0, 1.0] * 15), np.array([1.0, 1.0, 1.0, 0.0] * 7 + [1.0, 1.0])
+    assert row.is_paired
+    assert row.differences == [paired_difference(before, after, np.arange(30))]
+    unpaired = {row.metric: row.is_paired for row in RunComparison(pair).metrics}
+    assert not unpaired["mine:f"]
+    assert not unpaired["bleu"]
+
+
+def test_other_records_are_not_paired(tmp_path: Path, pair: list[RunDirectory]):
+    other = write_run(tmp_path / "three", logged([1.0]))
+    write_answers(other, [1] * 30, first=7)
+    (row,) = [row for row in RunComparison([pair[0], RunDirectory(other)]).metrics if row.metric == "exact_match"]
+    assert not row.is_paired
+    (difference,) = row.differences
+    assert difference is not None
+    assert difference.low is not None
+    assert difference.low < difference.value == 0.5
+
+
+def test_losses_and_gains_have_the_direction_that_is_better(tmp_path: Path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder, value in zip(folders, (1.0, 0.5), strict=True):
+        names = ("eval_loss", "eval_exact_match", "eval_blank_loss")
+        line = {"step": 1} | dict.fromkeys(names, value) | {f"{name}_ci95": 0.1 for name in names}
+        write_run(folder, [line])
+    rows = RunComparison(list(map(RunDirectory, folders))).metrics
+    assert {row.metric: row.verdict(0) for row in rows} == {
+        "eval_loss": "better", "eval_exact_match": "worse", "eval_blank_loss": ""
+    }  # fmt: skip
+
+
+def test_answers_stand_side_by_side(pair: list[RunDirectory]):
+    samples = RunComparison(pair).samples
+    assert [answer.answer for answer in samples[1][1] if answer is not None] == ["answer of one", "answer of two"]
+
+
+def test_the_terminal_and_the_page_show_it(pair: list[RunDirectory]):
+    comparison = RunComparison(pair)
+    shown = describe_comparison(comparison)
+    for words in ("trainer.seed", "val: exact_match", "(paired)", "█", "answer of two", "eval_loss, steps"):
+        assert words in shown
+    page = make_comparison_page(comparison)
+    check_page(page)
+    assert "answer of two" in page
+
+
+def test_many_long_names_become_letters(tmp_path: Path):
+    runs = [RunDirectory(write_run(tmp_path / f"a-run-with-a-long-name-{n}", logged([2.0]))) for n in range(3)]
+    shown = describe_comparison(RunComparison(runs))
+    assert re.search(r"^A  a-run-with-a-long-name-0 ", shown, re.MULTILINE)
+    assert re.search(r"^metric .* A +B +C +B − A +C − A", shown, re.MULTILINE)
+    check_page(make_comparison_page(RunComparison(runs)))
+
+
+def test_runs_with_nothing_can_be_compared(tmp_path: Path):
+    runs = [RunDirectory(write_run(tmp_path / name, is_done=False)) for name in "ab"]
+    assert "not finished" in describe_comparison(RunComparison(runs))
+    check_page(make_comparison_page(RunComparison(runs)))
+
+
+def test_the_command_refuses_one_run_and_writes_a_page(
+    pair: list[RunDirectory], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    one, two = (str(run.path) for run in pair)
+    with pytest.raises(ValueError, match="needs two runs or more"):
+        cli.main([one, f"{one}/final"])
+    with pytest.raises(ValueError, match="there is no folder"):
+        cli.main([one, two, "--html", str(tmp_path / "nowhere" / "a.html")])
+    cli.main([one, two, "--html", str(tmp_path / "a.html")])
+    check_page((tmp_path / "a.html").read_text())
+    assert capsys.readouterr().out.rstrip().endswith("a.html")
+
+
+def test_names_are_as_short_as_they_can_be():
+    assert short_paths(["/x/a/run", "/x/b/run"]) == ["a/run", "b/run"]
+    assert short_paths(["/x/one", "/x/two"]) == ["one", "two"]
+
+
+def test_a_sparkline_shares_its_axes():
+    line = sparkline([(0, 0.0), (10, 1.0)], (0, 20, 0.0, 1.0))
+    assert line[0] == "▁"
+    assert line.rstrip()[-1] == "█"
+    assert len(line) == 40
+    assert line.endswith(" ")

@@ -1,0 +1,87 @@
+"""Which setting is best, and whether that is more than noise."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_ind
+
+from tests.runs.directories import write_run
+from vlm.runs.outcome import describe_verdict, group_by_setting, metric_of, outcome_of, rank, sign_of
+from vlm.runs.read import RunDirectory
+
+
+def make_runs(folder: Path, values: dict[float, Sequence[float]], *, width: float | None = None) -> list[RunDirectory]:
+    """Runs of several seeds: a setting's learning rate -> the loss of each seed."""
+    key, runs = "trainer.learning_rate.connector_learning_rate", []
+    for rate, losses in values.items():
+        for seed, loss in enumerate(losses):
+            line = {"step": 1, "eval_loss": loss} | ({} if width is None else {"eval_loss_ci95": width})
+            path = folder / f"{rate}-{seed}"
+            runs.append(RunDirectory(write_run(path, [line], settings={key: rate, "trainer.seed": seed})))
+    return runs
+
+
+def verdict(runs: list[RunDirectory]) -> str:
+    """The sentence about runs."""
+    metric = metric_of(runs)
+    return describe_verdict(group_by_setting(runs, metric), metric, sign_of(metric, runs))
+
+
+def test_the_spread_between_seeds_is_the_noise_of_a_t_test(tmp_path: Path):
+    first, second = [1.0, 1.2, 1.1], [1.3, 1.25, 1.5]
+    best, (gap,) = rank(group_by_setting(make_runs(tmp_path, {1e-3: first, 1e-4: second}), "eval_loss"), -1)
+    interval = ttest_ind(first, second).confidence_interval()
+    assert best is not None
+    assert best.values == {"trainer.learning_rate.connector_learning_rate": 1e-3}
+    assert gap.half_width is not None
+    assert np.allclose([gap.difference - gap.half_width, gap.difference + gap.half_width], interval)
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "said"),
+    [
+        ({1e-3: [1.0, 1.01], 1e-4: [2.0, 2.02]}, None, "by the spread between seeds: that is more than noise"),
+        ({1e-3: [1.0, 1.5], 1e-4: [1.2, 1.6]}, None, "by the spread between seeds: that is within noise"),
+        (
+            {1e-3: [1.0], 1e-4: [1.2]},
+            0.1,
+            "by the evaluation's intervals, taken for independent: that is more than noise",
+        ),
+        ({1e-3: [1.0], 1e-4: [1.1]}, 0.1, "that is within noise"),
+        ({1e-3: [1.0], 1e-4: [2.0]}, None, "cannot be told from one seed of each: add trainer.seed=1,2,3"),
+        ({1e-3: [1.0, 1.1]}, None, "There is no other setting"),
+    ],
+)
+def test_a_verdict_says_what_it_knows_of_noise(
+    tmp_path: Path, values: dict[float, list[float]], width: float | None, said: str
+):
+    text = verdict(make_runs(tmp_path, values, width=width))
+    assert said in text
+    assert text.startswith("Best by eval_loss (lowest): ")
+
+
+def test_runs_without_an_outcome_are_no_best(tmp_path: Path):
+    assert verdict([RunDirectory(write_run(tmp_path / "a"))]) == "No run has a value of loss, so none is best."
+
+
+def test_false_alarms_are_as_rare_as_the_interval_says(tmp_path: Path):
+    random = np.random.default_rng(0)
+    runs = make_runs(tmp_path, {1e-3: [0.0] * 3, 1e-4: [0.0] * 3})
+    settings = group_by_setting(runs, "eval_loss")
+    alarms = 0
+    for _ in range(400):
+        for setting in settings:
+            setting.outcomes = [type(one)(random.normal(), 1) for one in setting.outcomes]
+        alarms += rank(settings, -1)[1][0].is_clear is True
+    assert 5 <= alarms <= 40  # 20 of 400 are expected
+
+
+def test_the_metric_of_keep_best_decides_with_its_best_evaluation(tmp_path: Path):
+    lines = [{"step": at, "eval_exact_match": value, "eval_loss": 1.0} for at, value in ((1, 0.2), (2, 0.9), (3, 0.5))]
+    run = RunDirectory(write_run(tmp_path / "a", lines, settings={"trainer.keep_best": "exact_match"}))
+    metric = metric_of([run])
+    outcome = outcome_of(run, metric)
+    assert (metric, sign_of(metric), outcome and (outcome.value, outcome.step)) == ("eval_exact_match", 1, (0.9, 2))
+    assert outcome_of(run, "eval_loss") == outcome_of(run, "eval_loss")
