@@ -182,11 +182,16 @@ TESTED_ELSEWHERE = {
     "runs/report_outcomes.py": "runs/test_report.py",
     "runs/report_parts.py": "runs/test_report.py",
     "web/chat.py": "web/test_page.py",
+    "web/compare.py": "web/test_page.py",
     "web/data.py": "web/test_page.py",
+    "web/evaluate.py": "web/test_page.py",
+    "web/export.py": "web/test_page.py",
     "web/guard.py": "web/test_plan.py",
     "web/html.py": "web/test_page.py",
     "web/predict.py": "web/test_page.py",
+    "web/result_html.py": "web/test_results.py",
     "web/run_view.py": "web/test_runs.py",
+    "web/task_view.py": "web/test_page.py",
     "web/train.py": "web/test_page.py",
 }
 """A module, within `src/vlm` -> the test file that tests it, within `tests`."""

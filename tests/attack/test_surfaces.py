@@ -180,6 +180,36 @@ def test_the_fields_of_the_page_run_nothing(trap: Trap):
             assert not (trap.folder / "mark").exists()
 
 
+def test_the_commands_of_the_page_run_nothing(trap: Trap):
+    """Every field of an evaluation and an export: names of code, options, addresses and other folders."""
+    from vlm.web.commands import EXPORT_DESCRIPTIONS, METRICS, RECORD_FORMATS, Evaluation, Export, Place
+
+    place = Place(Path("outputs"))
+    hostile = [NAME, "--trust-remote-code", "-h", "pipe:touch mark", "http://127.0.0.1:9/a.json", "zip://a::b",
+               "../elsewhere", "/etc", "x; touch mark", "$(touch mark)", "a\n--format=x",
+               f"--format={NAME}"]  # fmt: skip
+    for value in hostile:
+        fields = [
+            Evaluation(value, "records.json", metrics=["loss"]), Evaluation("a/b", value, metrics=["loss"]),
+            Evaluation("a/b", "records.json", value, ["loss"]), Evaluation("a/b", "records.json", metrics=[value]),
+            Evaluation("a/b", "records.json", metrics=["loss"], format=value),
+            Export(value, "llava"), Export("a/b", value), Export("a/b", "llava", value),
+            Export("a/b", "gguf", dtype=value), Export("a/b", "llava-original", vision_tower=value),
+        ]  # fmt: skip
+        for given in fields:
+            with suppress(ConfigError):
+                task, command = given.make(place)
+                assert Path(task.result).resolve().is_relative_to(Path("outputs").resolve())
+                assert "--trust-remote-code" not in command
+                named = [word.partition("=")[0] for word in command[4:] if word.startswith("-")]
+                assert set(named) <= {"--data", "--image-folder", "--metrics", "--format", "--batch-size", "--output",
+                                      "--max-new-tokens", "--vision-tower", "--dtype"}, command  # fmt: skip
+                taken = {word.partition("=")[2] for word in command if word.startswith(("--metrics", "--format"))}
+                assert taken <= {*METRICS, *RECORD_FORMATS, *EXPORT_DESCRIPTIONS}
+        trap.check(value)
+        assert not (trap.folder / "mark").exists()
+
+
 @pytest.mark.parametrize(
     "word",
     [

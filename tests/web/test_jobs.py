@@ -120,7 +120,7 @@ def test_a_run_of_another_machine_is_not_stopped_here(started, tmp_path: Path):
 
 def test_no_second_run_in_a_folder(started):
     folder = started(SLEEPS)
-    with pytest.raises(ValueError, match="a run is going on there"):
+    with pytest.raises(ValueError, match="a run is already active there"):
         jobs.start(SLEEPS, folder)
 
 

@@ -4,6 +4,8 @@ import itertools
 import json
 import shutil
 import socket
+import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,14 +21,17 @@ import torch
 
 from tests import waiting
 from tests.tiny_parts import Parts, picture
+from tests.web.test_results import row, write_results
 from tests.web.test_runs import write_run
 from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
 from vlm.config.schema import InferenceConfig
 from vlm.config.shown import printable
 from vlm.inference.conversation import Conversation
-from vlm.web import jobs
+from vlm.web import jobs, tasks
+from vlm.web.models import ModelHolder
 from vlm.web.runs import find_run
 
+task_view: Any = pytest.importorskip("vlm.web.task_view", reason="the page needs Gradio")
 playwright = pytest.importorskip("playwright.sync_api", reason="the browser is driven with Playwright")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -420,17 +425,141 @@ def test_a_run_that_has_ended_can_be_asked(served: Served, visit: Callable[..., 
     page.get_by_role("option", name=str(run / "final")).wait_for()
 
 
+# Compare, Evaluate, Export
+
+
+def test_runs_stand_side_by_side(served: Served, visit: Callable[..., Any]):
+    for number, name in enumerate(("left", "right")):
+        write_run(served.outputs / name, {"step": 1, "loss": 2.0 + number}, {"step": 2, "loss": 1.5 + number})
+    page = visit("Compare")
+    for name in ("left", "right"):
+        choose(page, "compare-runs", name)
+    page.locator("#compare-shown svg.chart").first.wait_for()
+    shown = page.locator("#compare-shown").inner_text()
+    assert "1.5" in shown
+    assert "2.5" in shown
+    assert "The runs have the same settings" in shown
+
+
+def test_an_evaluation_is_checked_started_and_shown(
+    served: Served, world: Path, visit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """The process is another one, which writes what an evaluation writes."""
+    commands = []
+
+    def start(outputs: Path, task: tasks.Task, command: list[str]) -> object:
+        commands.append(command)
+        written = write_results(tmp_path / "written", row("a cat", "a dog"))
+        copy = f"import shutil; shutil.copytree({str(written)!r}, {task.result!r})"
+        return tasks.start_task(outputs, task, [sys.executable, "-c", copy])
+
+    monkeypatch.setattr(task_view, "start_task", start)
+    page = visit("Evaluate")
+    page.locator("#evaluate-start").click()
+    page.locator("#evaluation-message .vlm-problem").wait_for()
+    assert "Name the records" in page.locator("#evaluation-message").inner_text()
+    fill(page, "evaluate-data", str(world / "records.json"))
+    page.locator("#evaluate-check").click()
+    wait_until(lambda: "Ready to start" in page.locator("#evaluation-message").inner_text(), page)
+    assert f"vlm eval {served.chat}" in page.locator("#evaluation-command .cm-content").inner_text()
+    assert not commands
+    page.locator("#evaluate-start").click()
+    page.locator("#evaluation-status .vlm-finished").wait_for()
+    page.locator("#evaluate-results .vlm-sample").wait_for()
+    shown = page.locator("#evaluate-results").inner_text()
+    assert "0.25 to 0.75" in shown
+    assert "a cat" in shown
+    assert f"--data={world / 'records.json'}" in commands[0]
+    assert "--metrics=exact_match,loss" in commands[0]
+
+
+def test_an_export_stays_below_the_outputs(served: Served, visit: Callable[..., Any]):
+    page = visit("Export")
+    fill(page, "export-name", "../elsewhere")
+    page.locator("#export-start").click()
+    page.locator("#export-message .vlm-problem").wait_for()
+    assert "the page writes below" in page.locator("#export-message").inner_text()
+    fill(page, "export-name", "exported")
+    page.locator("#export-check").click()
+    wait_until(lambda: "Ready to start" in page.locator("#export-message").inner_text(), page)
+    assert "--format=llava" in page.locator("#export-command .cm-content").inner_text()
+    assert not (served.outputs / "exported").exists()
+
+
+def test_the_chat_says_that_weights_are_loading(visit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
+    loaded = threading.Event()
+    whole = ModelHolder.load
+
+    def slow(*given: Any) -> Any:
+        loaded.wait(waiting.HANG)
+        return whole(*given)
+
+    monkeypatch.setattr(ModelHolder, "load", slow)
+    monkeypatch.setattr(VisionLanguageModel, "stream_batch", lambda *given: iter(["done"]))
+    page = visit("Chat")
+    send(page, QUESTION)
+    wait_until(lambda: any("Loading" in answer for answer in read_answers(page)), page)
+    loaded.set()
+    wait_until(lambda: read_answers(page) == ["done"], page)
+
+
 # What every tab has to hold
 
 
-TABS = ["Chat", "Predict", "Train", "Evaluate", "Export", "Data"]
+TABS = ["Chat", "Predict", "Train", "Compare", "Evaluate", "Export", "Data"]
 
 
-@pytest.mark.parametrize("tab", TABS)
-def test_nothing_scrolls_sideways(visit: Callable[..., Any], tab: str):
-    page = visit(tab, PHONE, "dark")
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+UNNAMED = """names => [...document.querySelectorAll('input, textarea, button, [role=tab]')]
+    .filter(element => element.checkVisibility() && element.type !== 'file' && !element.ariaLabel && !element.title
+        && !element.innerText.trim() && !element.closest('label')?.innerText.trim() && !(element.labels || []).length)
+    .map(element => element.outerHTML.slice(0, 200))"""
+"""Elements that one can use, and that a screen reader has no name for."""
+FOCUSED = """() => { const element = document.activeElement; const style = getComputedStyle(element);
+    const box = element.closest('.focus-within, .wrap, .block') || element;
+    return [element.id || element.closest('[id]')?.id, element.matches(':focus-visible'),
+        style.outlineStyle !== 'none' || style.boxShadow !== 'none' || getComputedStyle(box).boxShadow !== 'none']; }"""
+"""The id of what has the focus or is around it, and whether that can be seen."""
+
+
+def test_nothing_scrolls_sideways(visit: Callable[..., Any]):
+    page = visit("Chat", PHONE, "dark")
+    for tab in TABS:
+        open_tab(page, tab)
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), tab
+        assert page.evaluate(UNNAMED) == [], tab
+
+
+def test_the_keyboard_reaches_everything(visit: Callable[..., Any]):
+    """Each field and button of a tab, in the order in which they stand; where the focus is can be seen."""
+    expected = {
+        "Chat": ["chat-checkpoint", "chat-question", "chat-longest", "chat-seed", "chat-clear"],
+        "Evaluate": ["evaluate-checkpoint", "evaluate-data", "evaluate-images", "evaluate-metrics", "evaluate-start"],
+        "Export": ["export-checkpoint", "export-format", "export-name", "export-check", "export-start"],
+    }
+    page = visit("Chat")
+    for tab, ids in expected.items():
+        open_tab(page, tab)
+        page.wait_for_selector(f"#{ids[-1]}")
+        page.get_by_role("tab", name=tab, exact=True).focus()
+        reached = []
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            name, has_focus, is_seen = page.evaluate(FOCUSED)
+            assert has_focus
+            assert is_seen, (tab, name)
+            reached.append(name)
+            if page.evaluate("id => document.getElementById(id).contains(document.activeElement)", ids[-1]):
+                break
+        places = [next((at for at, name in enumerate(reached) if is_within(page, id_, name)), None) for id_ in ids]
+        assert None not in places, (tab, ids, reached)
+        assert places == sorted(places), (tab, reached)
+
+
+def is_within(page: Any, outer: str, inner: str | None) -> bool:
+    """Whether an element is another one, or within it."""
+    script = "([outer, inner]) => !!document.getElementById(outer)?.contains(document.getElementById(inner))"
+    return inner is not None and page.evaluate(script, [outer, inner])
 
 
 def get_status(served: Served, path: str, body: bytes | None = None, *, secret: bool = True, **headers: str) -> int:

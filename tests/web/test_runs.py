@@ -1,10 +1,12 @@
 """Runs as the page finds and reads them: without a browser."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from vlm.runs.charts import Curve, draw_figure
 from vlm.web.runs import (
     checkpoints,
     find_run,
@@ -13,7 +15,7 @@ from vlm.web.runs import (
     last_metrics,
     last_samples,
     log_tail,
-    loss_rows,
+    loss_curves,
     read_metrics,
     render_terminal_text,
 )
@@ -65,7 +67,8 @@ def test_a_line_that_is_being_written_is_left_out(tmp_path: Path):
     write_run(tmp_path / "run", {"step": 1, "loss": 2.0}, {"step": 2, "eval_loss": 1.0})
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')
-    assert loss_rows(read_metrics(tmp_path / "run")) == [(1, 2.0, "training"), (2, 1.0, "evaluation")]
+    expected = [Curve("training", [(1, 2.0)]), Curve("evaluation", [(2, 1.0)], marked=True)]
+    assert loss_curves(read_metrics(tmp_path / "run")) == expected
 
 
 def test_of_a_long_run_the_end_is_read_and_a_plot_has_not_every_point(tmp_path: Path):
@@ -74,10 +77,13 @@ def test_of_a_long_run_the_end_is_read_and_a_plot_has_not_every_point(tmp_path: 
     run = find_run(tmp_path, "run")
     assert (run.step, run.loss, run.progress) == (5000, 2500.0, 1.0)
     assert len(last_metrics(folder)) < 5000
-    rows = loss_rows(read_metrics(folder))
-    assert len(rows) == 1000
-    assert rows[-1] == (5000, 2500.0, "training")
-    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    curves = loss_curves(read_metrics(folder))
+    assert (curves[0].name, curves[0].points[-1]) == ("training", (5000, 2500.0))
+    drawn = re.search(r'<polyline points="([^"]*)"', draw_figure("Loss", curves))
+    assert drawn is not None
+    places = [float(point.split(",")[0]) for point in drawn[1].split()]
+    assert 100 < len(places) <= 1000
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize(

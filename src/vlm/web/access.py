@@ -28,11 +28,11 @@ MAX_LOGIN_BYTES = 4096
 LOGIN_PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>vlm</title>
 <body style="font-family: system-ui, sans-serif; max-width: 30em; margin: 4em auto; padding: 0 1em">
-<h1>vlm</h1><p>{message}</p>
+<h1>small-vlm</h1><p>{message}</p>
 <form method="post" action="{action}"><input type="password" name="secret" aria-label="Token or password" autofocus
 autocomplete="current-password"> <button>Open</button></form>
 """
-NEEDS_SECRET = "Open the address that vlm web printed, which has a token in it; or give the token or the password."
+NEEDS_SECRET = "Open the address that vlm web printed, which contains a token, or enter the token or the password here."
 
 
 def make_token() -> str:

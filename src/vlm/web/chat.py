@@ -62,8 +62,8 @@ def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
                 elem_id="chat-shown", feedback_options=None,
             )  # fmt: skip
             question = gr.MultimodalTextbox(
-                file_types=["image"], file_count="multiple", sources=["upload"], label="Your question",
-                show_label=False, elem_id="chat-question", placeholder="Your question", max_plain_text_length=100_000,
+                file_types=["image"], file_count="multiple", sources=["upload"], show_label=False,
+                elem_id="chat-question", placeholder="Your question", max_plain_text_length=100_000,
             )  # fmt: skip
         with gr.Column(scale=1, min_width=240, elem_id="chat-settings"):
             settings, thinking = _build_settings(names)

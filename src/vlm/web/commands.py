@@ -99,7 +99,7 @@ class Evaluation:
             "max-new-tokens": _at_least_one(self.max_new_tokens, "Longest answer"), "output": str(folder),
         }  # fmt: skip
         words = [f"--{name}={value}" for name, value in options.items() if value]
-        title = f"evaluation of {checkpoint} on {data}"
+        title = f"Evaluation of {checkpoint} on {data}"
         command = [sys.executable, "-m", "vlm", "eval", checkpoint, *words, *place.loading_words(checkpoint)]
         return Task(EVALUATION, title, str(folder)), command
 
@@ -126,12 +126,14 @@ class Export:
         if self.dtype and self.dtype not in EXPORT_DTYPES:
             raise ConfigError(f"{self.dtype}: allowed are {', '.join(EXPORT_DTYPES)}")
         folder = place.outputs / ((self.name or "").strip() or default_export_name(checkpoint, self.format))
+        if str(folder).startswith("-"):
+            raise ConfigError(f"{folder}: name a folder that does not start with a hyphen")
         place.check_writable(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{folder} exists already; name a new folder")
         if Path(checkpoint).is_dir() and is_inside(folder, Path(checkpoint)):
             raise ConfigError(f"{folder} is inside the checkpoint, which stays as it is; name another folder")
-        out = str(folder.absolute())  # never an option
+        out = str(folder)
         if self.format == MERGED:
             words = ["merge-lora", checkpoint, out, *place.loading_words(checkpoint)]
         else:
@@ -142,7 +144,8 @@ class Export:
             base = [word for word in place.loading_words(checkpoint) if word.startswith("--base=")]
             words = ["export", checkpoint, out, *(f"--{name}={value}" for name, value in options.items())]
             words += base if self.format in ADAPTER_FORMAT_DESCRIPTIONS else []
-        return Task(EXPORT, f"{self.format} of {checkpoint}", out), [sys.executable, "-m", "vlm", *words]
+        title = f"Export of {checkpoint} as {self.format}"
+        return Task(EXPORT, title, out), [sys.executable, "-m", "vlm", *words]
 
 
 def choose_evaluation_folder(checkpoint: str, data: str, place: Place) -> Path:

@@ -42,7 +42,7 @@ def comparison_html(runs: Sequence[RunDirectory]) -> str:
         "Answers side by side": _samples(runs),
     }
     sections = "".join(f"<section><h3>{title}</h3>{body}</section>" for title, body in parts.items() if body)
-    return f'<div class="vlm-compare">{sections}</div>'
+    return f'<div class="vlm-charts">{sections}</div>'
 
 
 def _table(first: str, runs: Sequence[RunDirectory], rows: Sequence[Sequence[object]]) -> str:
@@ -109,6 +109,6 @@ def _sample(
         (run.name, answer.answer if answer is not None and answer.question == first.question else "not asked")
         for run, answer in zip(runs, answers, strict=True)
     ]
-    texts = "".join(f"<dt>{text(name)}</dt><dd>{text(value)}</dd>" for name, value in rows if value)
+    texts = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in rows if value)
     shown = f'<img src="{image}" alt="image of the sample">' if image else ""
-    return f'<div class="vlm-sample">{shown}<dl>{texts}</dl></div>'
+    return f'<div class="vlm-sample">{shown}<dl class="vlm-columns">{texts}</dl></div>'

@@ -45,13 +45,12 @@ def build(outputs: Path, context: TaskContext, names: list[str]) -> gr.Dropdown:
                 check = gr.Button("Check", elem_id="evaluate-check", min_width=100)
                 start = gr.Button("Evaluate", variant="primary", elem_id="evaluate-start", min_width=100)
         with gr.Column(scale=3, min_width=300):
-            known = find_results(outputs)
             task_column = gr.Column()
             chosen = gr.Dropdown(
-                known, value=next(iter(known), None), label="Results", info=f"of evaluations below {outputs}/",
-                elem_id="evaluate-chosen", visible=bool(known),
+                label="Results", info=f"Evaluations in {outputs}/, the newest first", elem_id="evaluate-chosen",
+                visible=False,
             )  # fmt: skip
-            shown = gr.HTML(_show(outputs, next(iter(known), None)), elem_id="evaluate-results")
+            shown = gr.HTML(note_html(EMPTY_TEXT), elem_id="evaluate-results")
 
     def show_ended(task: StartedTask) -> tuple[object, ...]:
         """Offer the results of a task that has ended, and show them."""
@@ -61,6 +60,13 @@ def build(outputs: Path, context: TaskContext, names: list[str]) -> gr.Dropdown:
         name = Path(task.task.result).resolve().relative_to(outputs.resolve()).as_posix()
         return gr.update(choices=found, value=name, visible=True), _show(outputs, name)
 
+    def show_newest() -> tuple[object, object]:
+        """Offer the results that there are now, and show the newest."""
+        found = find_results(outputs)
+        newest = next(iter(found), None)
+        return gr.update(choices=found, value=newest, visible=bool(found)), _show(outputs, newest)
+
+    context.page.load(show_newest, None, [chosen, shown], **QUIET)
     with task_column:
         view = TaskView(EVALUATION, outputs, show_ended, [chosen, shown])
     chosen.input(lambda name: _show(outputs, name), chosen, shown, **QUIET)

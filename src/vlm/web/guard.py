@@ -96,7 +96,7 @@ class RequestGuard:
         accepted = False if body is None else await self.access.is_secret(body)
         if accepted:
             return await self._let_in(scope, send, port, "/")
-        reason = "Too many try to log in; try again later." if accepted is None else f"That was wrong. {NEEDS_SECRET}"
+        reason = "Too many people are logging in. Try again later." if accepted is None else f"That was wrong. {NEEDS_SECRET}"
         return await self.refuse(scope, send, 429 if accepted is None else 401, reason)
 
     async def _let_in(self, scope: "Scope", send: "Send", port: str, location: str) -> None:
@@ -119,10 +119,10 @@ class RequestGuard:
         except ValueError:  # a bracket without its pair
             return "The request's Host or Origin is malformed."
         if not self._is_allowed_name(name):
-            return f"This address does not answer to the name {name[:80]!r}. Give it with --host."
+            return f"The page is not served under the name {name[:80]!r}. To allow that name, give it with --host."
         other_origin = origin is not None and origin_host != host
         if other_origin or (method not in ("GET", "HEAD") and site == "cross-site"):
-            return "Requests from other sites are not answered."
+            return "Requests from other sites are rejected."
         return None
 
     def _is_allowed_name(self, name: str) -> bool:

@@ -67,7 +67,7 @@ def start(command: Sequence[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_job(folder)
     if earlier is not None and earlier.is_alive():
-        raise ValueError(f"{folder}: a run is going on there (process {earlier.pid}); stop it first")
+        raise ValueError(f"{folder}: a run is already active there (process {earlier.pid}); stop it first")
     with (folder / LOG_FILE).open("ab") as log:
         child = subprocess.Popen(
             list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,

@@ -60,7 +60,7 @@ class Plan:
         lines = [line for line in stripped if line and not line.startswith("#")]
         for line in lines:
             if line.startswith("-"):
-                raise ConfigError(f"{line}: options are not taken here; a line is key=value")
+                raise ConfigError(f"{line}: options are not taken here; write key=value")
         words = [*parts, *keys, *lines]
         for word in words:
             _check_own_key(word)
@@ -113,7 +113,7 @@ def _check_own_key(word: str) -> None:
         return
     steps = re.split(r"[/.@:]", override.key_or_group)
     if override.package is not None or steps[0] == "hydra" or "_target_" in steps:
-        raise ConfigError(f"{word}: Hydra's own settings are set on the command line only")
+        raise ConfigError(f"{word}: Hydra's own settings can be set on the command line only")
 
 
 def _filled_fields(values: dict[str, str | None]) -> list[tuple[str, str]]:
@@ -149,7 +149,7 @@ def choose_run_folder(run: str, outputs: Path, shown: str | None = None) -> Path
 def make_command(plan: Plan, folder: Path | None = None, processes: int = 1) -> list[str]:
     """Return the command that runs a plan with this Python, as words; without a folder, the overrides name it."""
     if processes < 1:
-        raise ConfigError(f"processes: got {processes}, at least 1 is needed")
+        raise ConfigError(f"processes: got {processes}; at least 1 is needed")
     launcher = ["-m", "vlm"]
     if processes > 1:
         launcher += ["launch", "--nproc", str(processes), "--"]

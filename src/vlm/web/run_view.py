@@ -6,11 +6,11 @@ from functools import partial
 from pathlib import Path
 
 import gradio as gr
-import pandas as pd
 from gradio.blocks import Block
 
 from vlm.config.secrets import mask
 from vlm.config.shown import printable
+from vlm.runs.charts import draw_figure
 from vlm.web import jobs
 from vlm.web.components import QUIET
 from vlm.web.html import error_html, log_html, note_html, run_table_html, samples_html, status_html
@@ -20,7 +20,7 @@ from vlm.web.runs import (
     find_runs,
     last_samples,
     log_tail,
-    loss_rows,
+    loss_curves,
     read_metrics,
     read_run_file,
     saved_steps,
@@ -32,6 +32,9 @@ element.addEventListener('click', event => {
   if (row) trigger('select', {index: 0, value: row.dataset.run});
 })"""
 """Tells the server which row of the table was clicked."""
+
+RUN_LOG = "run.log"
+"""The log that a run writes itself, wherever it was started."""
 
 REFRESH_SECONDS = 2.0
 """Seconds between two looks at a run that is active."""
@@ -52,10 +55,7 @@ class RunView:
             self.kill = gr.Button("Kill without saving", variant="stop", visible=False, elem_id="run-kill")
         self.message = gr.HTML(elem_id="run-message", elem_classes="vlm-line")
         with gr.Column(visible=False) as self.details:
-            self.plot = gr.LinePlot(
-                x="step", y="loss", color="of", height=260, show_label=False, elem_id="run-plot", buttons=[],
-                x_title="step", y_title="loss", color_title=" ",
-            )  # fmt: skip
+            self.plot = gr.HTML(elem_id="run-plot", elem_classes="vlm-charts")
             with gr.Tabs():
                 with gr.Tab("Log"):
                     self.log = gr.HTML(elem_id="run-log")
@@ -119,8 +119,8 @@ def _render_details(run: Run | None) -> tuple[object, ...]:
     """Return the values of `RunView.shown` from `status` on."""
     if run is None:
         hidden = gr.update(visible=False)
-        return "", hidden, hidden, hidden, None, "", "", ""
-    rows = loss_rows(read_metrics(run.folder))
+        return "", hidden, hidden, hidden, "", "", "", ""
+    log = log_tail(run.folder / jobs.LOG_FILE) or log_tail(run.folder / RUN_LOG)
     job = jobs.read_job(run.folder)
     no_log = "This run was not started from this page. Its log is where it was started."
     command = "\n".join(f"# {line}" for line in read_run_file(run.folder, "command.txt").splitlines())
@@ -129,8 +129,8 @@ def _render_details(run: Run | None) -> tuple[object, ...]:
         gr.update(visible=run.is_active),
         gr.update(visible=run.is_active and jobs.can_kill(job)),
         gr.update(visible=True),
-        pd.DataFrame(rows, columns=["step", "loss", "of"]) if rows else None,
-        log_html(mask(log_tail(run.folder / jobs.LOG_FILE)) or ("Nothing has been printed yet." if job else no_log)),
+        draw_figure("Loss", loss_curves(read_metrics(run.folder)), log_scale=not run.is_active),
+        log_html(mask(log) or ("Nothing has been printed yet." if job else no_log)),
         samples_html(*last_samples(run.folder)),
         printable(mask(f"{command}\n{read_run_file(run.folder, 'config.yaml')}")),  # of earlier versions, unmasked
     )
@@ -157,7 +157,7 @@ def _get_signature(run: Run | None) -> list[object] | None:
         return None
     files = [
         run.folder / name
-        for name in ("metrics.jsonl", jobs.LOG_FILE, "run.log", "samples.md", "config.yaml", "status.json")
+        for name in ("metrics.jsonl", jobs.LOG_FILE, RUN_LOG, "samples.md", "config.yaml", "status.json")
     ]
     sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
     now = int(time.time() / REFRESH_SECONDS) if run.is_active else None  # the time it has taken moves on

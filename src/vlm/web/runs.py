@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Required, TypedDict, cast
 
 from vlm.checks.checkpoint_files import read_object
+from vlm.runs.charts import Curve
 from vlm.runs.files import Folder, JsonObject, parse_line
 from vlm.runs.read import RunDirectory, is_checkpoint
 from vlm.web.jobs import Job, read_job
@@ -23,9 +24,6 @@ MAX_RUN_DEPTH = 2
 
 TAIL_LINES = 200
 """How many lines of a log's end are shown."""
-
-MAX_PLOT_POINTS = 1000
-"""The largest number of points of a loss in a plot."""
 
 LOSS_NAMES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
 """Key of a loss in `metrics.jsonl` -> its name in a plot."""
@@ -169,14 +167,13 @@ def _logged(lines: Sequence[JsonObject]) -> list[LoggedMetrics]:
     return [cast(LoggedMetrics, line) for line in lines if isinstance(line.get("step"), int)]
 
 
-def loss_rows(lines: Sequence[LoggedMetrics]) -> list[tuple[int, float, str]]:
-    """Return (step, loss, name) for a plot of training and evaluation losses; of many points, evenly spread ones."""
-    rows = []
+def loss_curves(lines: Sequence[LoggedMetrics]) -> list[Curve]:
+    """Return the curves of training and evaluation losses, for a figure, which draws of many points the extremes."""
+    curves = []
     for key, name in LOSS_NAMES.items():
-        points = [(line["step"], loss, name) for line in lines if (loss := line.get(key)) is not None]
-        stride = -(-len(points) // MAX_PLOT_POINTS) or 1
-        rows += points[::-1][::stride][::-1]  # including the last point
-    return rows
+        points = [(line["step"], loss) for line in lines if (loss := line.get(key)) is not None]
+        curves.append(Curve(name, points, marked=key != "loss"))
+    return [curve for curve in curves if curve.points]
 
 
 def log_tail(file: Path) -> str:

@@ -70,19 +70,19 @@ class TaskView:
                 return error_html(str(error)), gr.update(visible=False)
             return note_html(f"Ready to start. It will write to {task.result}."), _shown_command(command)
 
-        def begin(*values: object) -> tuple[object, object]:
-            """Start the task of the fields."""
+        def begin(*values: object) -> tuple[object, object, object]:
+            """Start the task of the fields; the state that is known of it is that it runs."""
             try:
                 task, command = make(*values).make(context.place)
                 context.holder.release()
-                start_task(self.outputs, task, command)
+                started = start_task(self.outputs, task, command)
             except (ValueError, OSError) as error:
-                return error_html(str(error)), gr.update(visible=False)
-            return "", _shown_command(command)
+                return error_html(str(error)), gr.update(visible=False), gr.skip()
+            return "", _shown_command(command), [started.folder.name, "running"]
 
         told = [self.message, self.command]
         check.click(show_command, list(fields), told, **PRIVATE)
-        start.click(begin, list(fields), told, concurrency_limit=1, **PRIVATE).then(
+        start.click(begin, list(fields), [*told, self.known_state], concurrency_limit=1, **PRIVATE).then(
             self._refresh, self.known_state, self.shown, **QUIET
         )
         self.stop.click(self._stop, None, self.message, **QUIET)
