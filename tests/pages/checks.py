@@ -200,6 +200,29 @@ def check_curl(words: Sequence[str], place: Place) -> None:
             json.loads(value)
 
 
+def check_docker(words: Sequence[str], place: Place) -> None:
+    """Check that a build has the Dockerfile's arguments, and what runs in a container of this package's image."""
+    action, *rest = words
+    parser = argparse.ArgumentParser("docker", allow_abbrev=False)
+    if action == "build":
+        parser.add_argument("-t", required=True)
+        parser.add_argument("--build-arg", action="append", default=[])
+        parser.add_argument("folder", choices=["."])
+        given = {word.partition("=")[0] for word in parse(parser, rest).build_arg}
+        known = set(re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE))
+        if unknown := given - known:
+            raise MisunderstoodError(f"docker build: the Dockerfile has no argument {', '.join(unknown)}")
+    elif action == "run":
+        for option in ("--gpus", "--shm-size", "-v"):
+            parser.add_argument(option, action="append")
+        parser.add_argument("--rm", action="store_true")
+        parser.add_argument("image", choices=["small-vlm", "small-vlm:cuda"])
+        parser.add_argument("command", nargs=argparse.REMAINDER)
+        check_command(Command("", 0, (), tuple(parse(parser, rest).command)), place)
+    else:
+        raise MisunderstoodError(f"docker {action}: build and run are known here")
+
+
 def check_exactly(*commands: str) -> Callable[[Sequence[str], Place], None]:
     """Return a check of a command that has few forms."""
 
@@ -237,6 +260,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str], Place], None]] = {
     "hf": check_hf,
     "vllm": check_vllm,
     "curl": check_curl,
+    "docker": check_docker,
     "git": check_exactly("clone '<this' 'repository>' small-vlm"),
     "cd": check_exactly("small-vlm"),
     ".": check_exactly(".venv/bin/activate"),
