@@ -16,7 +16,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from importlib import import_module
 from io import StringIO
@@ -25,19 +25,19 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from tests.fixtures import GROUPS, compose_groups, parse_word
 from tests.pages.blocks import ROOT, Command
 from tests.pages.place import Place
 from vlm.checks import compose
-from vlm.checks.compose import make_run_config, open_mapping_key, strip_launcher_arguments
-from vlm.checks.run import check
-from vlm.checks.start import check_start
-from vlm.checks.surface import named_by_user
+from vlm.checks.compose import open_mapping_key, strip_launcher_arguments
 from vlm.cli import main as command_line
 from vlm.cli.model_options import read_inference_settings
-from vlm.config.named import permit_names
 from vlm.config.packaged import run_names
 from vlm.config.shown import PresentableParser
 
@@ -200,6 +200,29 @@ def check_curl(words: Sequence[str], place: Place) -> None:
             json.loads(value)
 
 
+def check_docker(words: Sequence[str], place: Place) -> None:
+    """Check that a build has the Dockerfile's arguments, and what runs in a container of this package's image."""
+    action, *rest = words
+    parser = argparse.ArgumentParser("docker", allow_abbrev=False)
+    if action == "build":
+        parser.add_argument("-t", required=True)
+        parser.add_argument("--build-arg", action="append", default=[])
+        parser.add_argument("folder", choices=["."])
+        given = {word.partition("=")[0] for word in parse(parser, rest).build_arg}
+        known = set(re.findall(r"^ARG (\w+)", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE))
+        if unknown := given - known:
+            raise MisunderstoodError(f"docker build: the Dockerfile has no argument {', '.join(unknown)}")
+    elif action == "run":
+        for option in ("--gpus", "--shm-size", "-v"):
+            parser.add_argument(option, action="append")
+        parser.add_argument("--rm", action="store_true")
+        parser.add_argument("image", choices=["small-vlm", "small-vlm:cuda"])
+        parser.add_argument("command", nargs=argparse.REMAINDER)
+        check_command(Command("", 0, (), tuple(parse(parser, rest).command)), place)
+    else:
+        raise MisunderstoodError(f"docker {action}: build and run are known here")
+
+
 def check_exactly(*commands: str) -> Callable[[Sequence[str], Place], None]:
     """Return a check of a command that has few forms."""
 
@@ -237,6 +260,7 @@ PROGRAMS: dict[str, Callable[[Sequence[str], Place], None]] = {
     "hf": check_hf,
     "vllm": check_vllm,
     "curl": check_curl,
+    "docker": check_docker,
     "git": check_exactly("clone '<this' 'repository>' small-vlm"),
     "cd": check_exactly("small-vlm"),
     ".": check_exactly(".venv/bin/activate"),
@@ -299,40 +323,54 @@ def _composed_quickly() -> Iterator[None]:
     """Let runs be composed once for each choice of groups, checked as ever, and go no further."""
     for module in USERS_OF_RUNS:
         import_module(module)  # before the patch, which they would keep
-    real = compose.with_config
-    users = [module for module in list(sys.modules.values()) if vars(module).get("with_config") is real]
+    with_config, compose_and_act = compose.with_config, compose._compose_and_act
 
-    def with_config(
-        words: Sequence[str] | None, action: object, make_objective: Callable[..., Any], *, trains: bool = False
-    ) -> None:
-        """Compose and check, as the real one does."""
-        words = strip_launcher_arguments(list(sys.argv[1:] if words is None else words))
-        if len(words) > 1 and words[0] == "-cn" and all("=" in word for word in words[2:]):
-            if words[1] not in run_names():
-                raise MisunderstoodError(f"-cn {words[1]}: no such run")
-            try:
-                config = make_run_config(compose_once(words[1], words[2:]))
-                permit_names(named_by_user(config))
-                check(config, make_objective(config))
-                if trains:
-                    check_start(config, words[1])
-            except Exception:
-                real(words, _stop, make_objective, trains=trains)  # says it in the user's words
-            raise UnderstoodError
-        real(words, _stop, make_objective, trains=trains)
+    def check_alone(words: Sequence[str] | None, action: object, *given: Any, **named: Any) -> object:
+        """Compose and check as the real one does, and stop where a run would begin."""
+        return with_config(words, _stop, *given, **named)
 
-    patches = [patch.object(module, "with_config", with_config) for module in users]
-    for each in patches:
-        each.start()
-    try:
+    def act_on_cached(words: Sequence[str] | None, action: Callable[[Any], Any]) -> object:
+        """Compose quickly; where that is refused, let the real one say why."""
+        known = strip_launcher_arguments(list(sys.argv[1:] if words is None else words))
+        if known[:1] == ["-cn"] and known[1:2] and all("=" in word for word in known[2:]):
+            if known[1] not in run_names():
+                raise MisunderstoodError(f"-cn {known[1]}: no such run")
+            with suppress(Exception), _as_in_hydra(known[1], known[2:]):
+                return action(compose_once(known[1], known[2:]))
+        return compose_and_act(words, action)
+
+    users = [module for module in list(sys.modules.values()) if vars(module).get("with_config") is with_config]
+    with ExitStack() as patches:
+        for module in users:
+            patches.enter_context(patch.object(module, "with_config", check_alone))
+        patches.enter_context(patch.object(compose, "_compose_and_act", act_on_cached))
         yield
-    finally:
-        for each in patches:
-            each.stop()
 
 
 def _stop(*_: object) -> None:
     raise UnderstoodError
+
+
+@contextmanager
+def _as_in_hydra(name: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Let what Hydra says of itself be that of a run with these overrides."""
+    settings = pickle.loads(_hydra_settings())
+    OmegaConf.set_readonly(settings.hydra, False)
+    settings.hydra.job.config_name = name
+    settings.hydra.overrides.task = list(overrides)
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(settings)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+@cache
+def _hydra_settings() -> bytes:
+    """What Hydra says of itself in some run, pickled."""
+    with initialize_config_module("vlm.config", version_base="1.3"):
+        return pickle.dumps(hydra_compose("base", return_hydra_config=True))
 
 
 def compose_once(name: str, overrides: Sequence[str]) -> Any:

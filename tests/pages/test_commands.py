@@ -87,6 +87,8 @@ WRONG = {
     "hf auth lgin": "lgin",
     "curl http://127.0.0.1:8000/v1/klassify": "not an address",
     "vllm serve final --enable-lorra": "--enable-lorra",
+    "docker build -t small-vlm --build-arg BASIS=x .": "no argument BASIS",
+    "docker run --rm small-vlm vlm mdels": "mdels",
     "frobnicate the model": "no checker understands frobnicate",
 }
 """A command -> words of what is said against it."""
