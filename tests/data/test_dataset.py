@@ -223,7 +223,7 @@ def test_an_image_that_is_torn_behind_its_header_names_its_record_when_it_is_rea
 def test_more_bad_records_than_allowed_stop_the_run(load):
     bad = [*GOOD, ["x"], record(5, ["z.png"]), ["x"]]
     assert len(load(bad, on_bad_sample="skip", max_skipped=0.43)) == 4
-    said = r"3 of 7 records cannot be used, more than dataset.max_skipped=0.4 .* Reasons: each record must .*\(2\); image f"
+    said = r"3 of 7 records cannot be used, more than dataset.max_skipped=0.4 .*: each record must .*\(2\); image f"
     with pytest.raises(ValueError, match=said):
         load(bad, on_bad_sample="skip", max_skipped=0.4)
 

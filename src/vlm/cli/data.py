@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from vlm.data.encoding.sample_encoder import SampleEncoder
 
 
+GALLERY_RECORDS = 500
+"""Records of each source on a gallery, unless `--number` says otherwise."""
+
+
 def main(words: Sequence[str]) -> None:
     """`vlm data TOOL …`."""
     if not words or words[0] not in TOOLS:
@@ -33,22 +37,29 @@ def main(words: Sequence[str]) -> None:
 def show(words: Sequence[str]) -> None:
     """`vlm data show -cn RUN …`: records as the run would train on them."""
     parser = _make_run_parser("show", "Records as a run would train on them, supervised tokens marked.")
-    parser.add_argument("--number", type=int, default=4, help="records of each source (%(default)s)")
+    amount = f"records of each source (4; on a gallery {GALLERY_RECORDS})"
+    parser.add_argument("--number", type=int, metavar="N", help=amount)
     numbers = "the numbers of the records to show"
     parser.add_argument("--records", type=_parse_numbers, default=[], metavar="N,N", help=numbers)
     parser.add_argument("--seed", type=int, help="draws them; without it, the first ones")
     parser.add_argument("--output", type=Path, default=Path("records.html"), help="the page (%(default)s)")
+    gallery = "write a gallery instead: a page of hundreds of records to search, filter, sort and open"
+    parser.add_argument("--html", type=Path, metavar="PAGE", help=gallery)
     args, rest = parser.parse_known_args(words)
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
-        """Print records with their labels, and write them to a page."""
+        """Print records with their labels, and write them to a page; or write a gallery."""
         from vlm.assembly.processor_options import describe_processor
         from vlm.data.tools.show import as_text, load_shown_records, write_page
 
         encoder = _make_sample_encoder(config, overrides)
         described = describe_processor(encoder.processor)
         print(printable(described))
-        records = load_shown_records(config.dataset, encoder, number=args.number, records=args.records, seed=args.seed)
+        if args.html is not None:
+            _write_gallery(config, encoder, described, args)
+            return
+        number = 4 if args.number is None else args.number
+        records = load_shown_records(config.dataset, encoder, number=number, records=args.records, seed=args.seed)
         shown = []
         for record in records:
             print(as_text(record, colours=sys.stdout.isatty()))
@@ -57,6 +68,20 @@ def show(words: Sequence[str]) -> None:
         print(f"With images: {args.output}")
 
     with_config(rest, action, make_objective)
+
+
+def _write_gallery(config: RunConfig, encoder: "SampleEncoder", processor: str, args: argparse.Namespace) -> None:
+    """Write the gallery that `vlm data show --html` asks for, and print what is on it."""
+    from tqdm import tqdm
+
+    from vlm.data.tools.gallery import write_gallery
+    from vlm.data.tools.show import load_shown_records
+
+    number = GALLERY_RECORDS if args.number is None else args.number
+    options = {"number": number, "records": args.records, "seed": args.seed}
+    records = load_shown_records(config.dataset, encoder, **options, with_views=False)
+    gallery = write_gallery(tqdm(records, "records", unit="record", disable=None), args.html, processor)
+    print(f"{gallery}\nOpen {args.html} in a browser.")
 
 
 def stats(words: Sequence[str]) -> None:
