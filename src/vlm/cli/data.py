@@ -89,16 +89,22 @@ def stats(words: Sequence[str]) -> None:
     purpose = "Statistics of a run's records: counts, lengths, sizes, which would be left out."
     parser = _make_run_parser("stats", purpose)
     parser.add_argument("--output", type=Path, default=Path("stats.png"), help="the plot (%(default)s)")
+    copies = "look for copies among N records of each source, and of evaluation records (%(default)s; 0: do not)"
+    parser.add_argument("--compare", type=int, default=2000, metavar="N", help=copies)
     args, rest = parser.parse_known_args(words)
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
         """Print the statistics of a run's records, and draw them."""
+        from vlm.data.tools.copies import describe_copies
         from vlm.data.tools.stats import as_text, compute_stats, draw
 
         if config.dataset.streaming:
             raise ConfigError("dataset.streaming=true: a stream is not counted")
-        statistics = compute_stats(config.dataset, _make_sample_encoder(config, overrides))
+        encoder = _make_sample_encoder(config, overrides)
+        statistics = compute_stats(config.dataset, encoder)
         print(printable(as_text(statistics)))
+        if args.compare > 0:
+            print(printable(describe_copies(config.dataset, encoder, args.compare)))
         args.output.parent.mkdir(parents=True, exist_ok=True)
         draw(statistics, args.output)
         print(f"As a plot: {args.output}")

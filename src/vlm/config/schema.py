@@ -371,6 +371,9 @@ class DatasetConfig(SourceConfig):
     cache_limit_gb: float | None = field(default=None, metadata=above(0))
     """The most bytes, in 10^9, of image features in the cache: those unused for longest are deleted; null: half of the
     sum of what they take and what is free on the disk."""
+    overlap: str = field(default="allow", metadata=choices(("allow", "warn", "refuse")))
+    """Whether evaluation records may be in the training data: `warn` and `refuse` compare images by their bytes and by
+    their looks, and texts by their words, before training (docs/data-quality.md); `allow` compares nothing."""
     template: str | None = None
     """A packaged template (`plain`, `v1`, `chatml` …), `tokenizer` for the tokenizer's own, or a `.jinja` file;
     null: the checkpoint's, else the tokenizer's own."""

@@ -6,6 +6,7 @@ that a run that was stopped in any way resumes there. Duplicates are found from 
 
 import argparse
 import base64
+import hashlib
 import json
 import os
 import sys
@@ -24,8 +25,11 @@ from vlm.data.records.open import Records
 from vlm.data.sample import Record
 from vlm.data.tools.verdicts import REASONS, CleanTask, RecordVerdict, check_records
 from vlm.data.vision.images import IMAGE_ERRORS, open_lazily
+from vlm.data.vision.similarity import ImageSketch, SketchIndex
 
-DUPLICATES = ("record", "picture", "keep")
+DUPLICATES = ("record", "image", "keep")
+FORMER_NAMES = {"picture": "image"}
+"""Former names of `DUPLICATES`, which commands that people have written may have."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,9 @@ def clean(
     Args:
         task: the records and the rules.
         output: a file named `.jsonl`.
-        duplicates: `record` drops records with images and text of an earlier one; `picture` also those with an image
-            of an earlier one; `keep` none. About 140 MB of memory for a million records, or images.
+        duplicates: `record` drops records with images and text of an earlier one; `image` also those with an image
+            of an earlier one; `keep` none. About 140 MB of memory for a million records, or images. Where the task
+            says so, images that look the same count as the same, see `NearDuplicateFinder`.
         workers: number of processes; defaults to the number of cores.
         force: replaces an output that exists.
         dry_run: writes nothing, and so cannot be resumed.
@@ -98,6 +103,7 @@ def clean(
     Raises:
         ValueError: an argument is invalid, or the output exists.
     """
+    duplicates = FORMER_NAMES.get(duplicates, duplicates)
     if duplicates not in DUPLICATES:
         raise ValueError(f"--duplicates {duplicates}: allowed are {', '.join(DUPLICATES)}")
     if task.max_aspect is not None and task.max_aspect < 1:
@@ -107,13 +113,15 @@ def clean(
     if dry_run:
         records = task.records()
         verdicts = check_records(task, records, 0, workers)
-        return write_verdicts(records, verdicts, duplicates, Path(os.devnull), Path(os.devnull))
+        nowhere = Path(os.devnull)
+        return write_verdicts(records, verdicts, duplicates, nowhere, nowhere, near=task.near_duplicates)
     files.check(task.source, force=force)
     records = task.records()
     try:
         with FileLock(files.lock, blocking=False):
             verdicts = resume_verdicts(files.journal, task, records, workers)
-            summary = write_verdicts(records, verdicts, duplicates, files.partial, files.partial_dropped)
+            paths = files.partial, files.partial_dropped
+            summary = write_verdicts(records, verdicts, duplicates, *paths, near=task.near_duplicates)
             files.partial_dropped.replace(files.dropped)
             files.partial.replace(output)
             files.journal.unlink()  # only now, so that nothing is lost before
@@ -124,10 +132,11 @@ def clean(
 
 
 def write_verdicts(
-    records: Records, verdicts: Iterator[RecordVerdict], duplicates: str, kept: Path, dropped: Path
-) -> CleanSummary:
-    """Write kept records to one file and the other verdicts to another, in order."""
-    duplicate_finder = DuplicateFinder(duplicates)
+    records: Records, verdicts: Iterator[RecordVerdict], duplicates: str, kept: Path, dropped: Path, *,
+    near: bool = False,
+) -> CleanSummary:  # fmt: skip
+    """Write kept records to one file, the other verdicts to another, in order; with `near`, near copies are equal."""
+    duplicate_finder = NearDuplicateFinder(duplicates) if near else DuplicateFinder(duplicates)
     counts, examples = dict.fromkeys(REASONS, 0), {}
     uniform, first_uniform = 0, ""
     with kept.open("wb") as output, dropped.open("w", encoding="ascii") as others:
@@ -159,7 +168,7 @@ class DuplicateFinder:
         """Return the verdict on a record, changed where it repeats a record that was kept."""
         if verdict.reason or self._criterion == "keep":
             return verdict
-        by_image = self._criterion == "picture" and bool(verdict.pictures)
+        by_image = self._criterion == "image" and bool(verdict.pictures)
         keys = [bytes.fromhex(digest) for digest in (verdict.pictures if by_image else [verdict.digest])]
         earlier = next((self._record_by_digest[key] for key in keys if key in self._record_by_digest), None)
         if earlier is None:
@@ -167,6 +176,55 @@ class DuplicateFinder:
             return verdict
         common = "has an image of" if by_image else "has the text and images of"
         return replace(verdict, reason="duplicate", detail=f"{common} record {earlier}")
+
+
+class NearDuplicateFinder(DuplicateFinder):
+    """Finds records that repeat an earlier one, where images that look the same count as the same.
+
+    An image that looks like one of a kept record stands for that one. Keeps 800 bytes an image.
+    """
+
+    def __init__(self, criterion: str):
+        super().__init__(criterion)
+        self._index = SketchIndex()
+        self._digests: list[str] = []
+        self._names: list[str] = []
+        self._known: dict[str, int] = {}
+
+    def mark_duplicate(self, number: int, verdict: RecordVerdict) -> RecordVerdict:
+        """Return the verdict on a record, changed where it repeats a record that was kept, exactly or nearly."""
+        if verdict.reason or self._criterion == "keep":
+            return verdict
+        stand_ins = [self._find(*image) for image in zip(verdict.pictures, verdict.sketches, strict=True)]
+        digests = [self._digests[index] if index is not None else own for index, own in
+                   zip(stand_ins, verdict.pictures, strict=True)]  # fmt: skip
+        whole = hashlib.blake2b(json.dumps([verdict.text, digests]).encode(), digest_size=16).hexdigest()
+        marked = super().mark_duplicate(number, replace(verdict, pictures=digests, digest=whole))
+        if marked.reason is None:
+            for own, sketch, name, index in zip(
+                verdict.pictures, verdict.sketches, verdict.names, stand_ins, strict=True
+            ):
+                if index is None and sketch is not None and own not in self._known:
+                    self._known[own] = self._index.add(ImageSketch.from_text(sketch))
+                    self._digests.append(own)
+                    self._names.append(name)
+            return verdict
+        copies = [
+            f"{name} looks like {self._names[index]}"
+            for name, own, index in zip(verdict.names, verdict.pictures, stand_ins, strict=True)
+            if index is not None and self._digests[index] != own
+        ]
+        if not copies:
+            return marked
+        return replace(marked, reason="near", detail=f"{marked.detail}: {'; '.join(copies)}")
+
+    def _find(self, digest: str, sketch: str | None) -> int | None:
+        """Return the index of the image of a kept record that an image is, or looks like; None where there is none."""
+        if sketch is None:
+            return None
+        if (known := self._known.get(digest)) is not None:
+            return known
+        return self._index.find(ImageSketch.from_text(sketch))
 
 
 def resume_verdicts(journal: Path, task: CleanTask, records: Records, workers: int | None) -> Iterator[RecordVerdict]:
@@ -246,7 +304,7 @@ def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     task = CleanTask(
         args.input, resolve_cache_folder(args.cache_dir), args.image_folder or "", args.format, tuple(args.option),
-        args.split, args.subset, args.min_side, args.max_aspect, args.follow_links,
+        args.split, args.subset, args.min_side, args.max_aspect, args.follow_links, args.near_duplicates,
     )  # fmt: skip
     output = Path(args.output)
     options = {name: getattr(args, name) for name in ("duplicates", "workers", "force", "dry_run")}
@@ -281,10 +339,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--min-side", type=_positive_int, default=CleanTask.min_side, metavar="PIXELS", help=smaller)
     add("--max-aspect", type=float, metavar="RATIO", help="images of a longer shape go (any)")
     criteria = (
-        "record: those with text and images of an earlier one go; picture: also those with an image of an earlier one; "
-        "keep: none (%(default)s). About 140 MB of memory for a million of either"
+        "record: leave out records with the text and images of an earlier one; image: also those with an image of an "
+        "earlier one; keep: leave out none (%(default)s). About 140 MB of memory for a million of either"
     )
-    add("--duplicates", choices=DUPLICATES, default=DUPLICATES[0], help=criteria)
+    choices = f"{{{','.join(DUPLICATES)}}}"
+    add("--duplicates", choices=(*DUPLICATES, *FORMER_NAMES), metavar=choices, default=DUPLICATES[0], help=criteria)
+    near = "images that look the same count as the same: resized, saved anew; OUTPUT-dropped.jsonl says of what each is"
+    add("--near-duplicates", action="store_true", help=f"{near} a copy")
     add("--workers", type=_positive_int, metavar="N", help="processes (as many as there are cores)")
     add("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
     add("--force", action="store_true", help="replace an OUTPUT that exists")
