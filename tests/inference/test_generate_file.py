@@ -308,7 +308,7 @@ def test_the_command_writes_what_the_function_does(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--input", "RECORDS"], "--input and --output belong together"),
+        (["--input", "RECORDS"], "--input and --output must be given together"),
         (["--input", "RECORDS", "--output", "a.jsonl", "--prompt", "x"], "give --prompt for one question, or --input"),
         (["--input", "RECORDS", "--output", "a.jsonl", "--image", "x.png"], "--image and --video belong to --prompt"),
         (["--input", "no.json", "--output", "a.jsonl"], "--input no.json: no such file (seen from "),

@@ -263,7 +263,7 @@ def test_a_record_without_a_name_is_called_by_its_place(checkpoint: Callable[...
 REFUSED = {
     "nothing": ([], "give --prompt for one question, or --input and --output"),
     "both": (["--prompt", "x", "--input", "a.json"], "give --prompt for one question, or --input and --output"),
-    "no output": (["--input", "a.json"], "--input and --output belong together"),
+    "no output": (["--input", "a.json"], "--input and --output must be given together"),
     "no file": (["--input", "none.json", "--output", "x.csv"], "--input none.json: no such file"),
     "image of none": (["--prompt", "x", "--image", "none.png"], "image none.png does not open"),
     "batch": (["--prompt", "x", "--batch-size", "0"], "--batch-size 0: at least 1 is needed"),

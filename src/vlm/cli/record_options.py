@@ -18,8 +18,20 @@ def add_question_options(parser: argparse.ArgumentParser, prompt: str, output: s
     """Add options for one question or a file of them: what a prompt is, and examples of the file that is written."""
     question = parser.add_argument_group("one question")
     question.add_argument("--prompt", help=prompt)
-    question.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    question.add_argument("--video", action="append", default=[], metavar="FILE", help="a video; may be repeated")
+    question.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image file; repeat the option for several images",
+    )
+    question.add_argument(
+        "--video",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a video file; repeat the option for several videos",
+    )
     group = parser.add_argument_group("a file of records")
     group.add_argument("--input", metavar="FILE", help="records, in any format that training reads")
     group.add_argument("--output", type=Path, metavar="FILE", help=f"the table to write: {output}")
@@ -30,26 +42,34 @@ def add_question_options(parser: argparse.ArgumentParser, prompt: str, output: s
 def add_max_frames_option(parser: argparse.ArgumentParser) -> None:
     """Add the option for the number of frames read from a video."""
     spellings = ("--max-frames", "--max_frames")
-    purpose = "the most frames read from a video, evenly spread (%(default)s)"
+    purpose = "read at most N frames of a video, evenly spaced (default: %(default)s)"
     parser.add_argument(*spellings, type=int, default=DatasetConfig.max_frames, metavar="N", help=purpose)
 
 
 def add_reading_options(group: "argparse._ArgumentGroup", *, writes: bool = True) -> None:
     """Add options of how a file of records is read; `writes`: those of a command that writes a row for each, too."""
-    option = "of that format: prompt='Which digit?'"
-    group.add_argument("--format", metavar="FORMAT", help="the records' format (llava, or labelled for tables)")
+    option = "an option of the format, such as prompt='Which digit?'; may be repeated"
+    group.add_argument(
+        "--format", metavar="FORMAT", help="format of the records (default: llava for JSON files, labelled for tables)"
+    )
     group.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help=option)
-    group.add_argument("--image-folder", "--image_folder", metavar="FOLDER", help="the folder of relative image paths")
-    rate = "frames read for each second of a video, as dataset.fps in training (as many as --max-frames allows)"
+    group.add_argument(
+        "--image-folder", "--image_folder", metavar="FOLDER", help="folder that image paths are relative to"
+    )
+    rate = "read N frames per second of video, like dataset.fps in training (default: as many as --max-frames allows)"
     group.add_argument("--fps", type=float, metavar="N", help=rate)
     links = "follow links that lead out of the image folder"
     group.add_argument("--follow-links", "--follow_links", action="store_true", help=links)
-    group.add_argument("--system-prompt", metavar="TEXT", help="the system turn, as dataset.system_prompt in training")
+    group.add_argument("--system-prompt", metavar="TEXT", help="system prompt, like dataset.system_prompt in training")
     if not writes:
         return
-    group.add_argument("--batch-size", type=int, default=16, metavar="N", help="records in a batch (%(default)s)")
-    group.add_argument("--num-workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)")
-    group.add_argument("--overwrite", action="store_true", help="replace an output that exists or was begun")
+    group.add_argument(
+        "--batch-size", type=int, default=16, metavar="N", help="records per batch (default: %(default)s)"
+    )
+    group.add_argument(
+        "--num-workers", type=int, default=2, metavar="N", help="processes that load data (default: %(default)s)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace an existing or unfinished output")
 
 
 def check_question_options(args: argparse.Namespace, suffixes: Sequence[str] = SUFFIXES) -> None:
@@ -60,9 +80,9 @@ def check_question_options(args: argparse.Namespace, suffixes: Sequence[str] = S
     if (args.input is None) == (args.prompt is None):
         raise ValueError("give --prompt for one question, or --input and --output for a file of records")
     if (args.input is None) != (args.output is None):
-        raise ValueError("--input and --output belong together")
+        raise ValueError("--input and --output must be given together")
     if args.input and (args.image or args.video):
-        raise ValueError("--image and --video belong to --prompt; a file of records names its own")
+        raise ValueError("--image and --video go with --prompt; a file of records names its own images and videos")
     check_reading_options(args)
     if args.output is not None:
         check_output(args.output, overwrite=args.overwrite, suffixes=suffixes)
@@ -71,9 +91,9 @@ def check_question_options(args: argparse.Namespace, suffixes: Sequence[str] = S
 def check_reading_options(args: argparse.Namespace, key: str = "--input") -> None:
     """Raise ValueError where a file is missing or a number is too small; `key`: the option of the file of records."""
     if args.input and not Path(args.input).exists() and "://" not in args.input:
-        raise ValueError(f"{key} {args.input}: no such file (seen from {Path.cwd()})")
+        raise ValueError(f"{key} {args.input}: no such file in {Path.cwd()}")
     if args.image_folder and not Path(args.image_folder).is_dir():
-        raise ValueError(f"--image-folder {args.image_folder}: no such folder (seen from {Path.cwd()})")
+        raise ValueError(f"--image-folder {args.image_folder}: no such folder in {Path.cwd()}")
     for name in ("batch_size", "max_frames"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")

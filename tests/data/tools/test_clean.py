@@ -486,7 +486,7 @@ def test_a_killed_run_goes_on_where_it_was(folder: Path):
     (folder / "read.txt").unlink()
     again = start(folder, "--workers", "1")
     assert again.returncode == 0, again.stderr
-    assert "4 of 11 records were looked at before; going on from there" in again.stdout
+    assert "4 of 11 records were checked before; continuing from there" in again.stdout
     assert read_so_far(folder) == [f"r{index}" for index in range(4, 10)] + ["again"]
     assert lines(folder / "out.jsonl") == records[:-1]
     assert dropped(folder) == [(10, "duplicate")]
@@ -595,8 +595,8 @@ def test_the_command_line_says_what_came_out(folder: Path, capsys: Any):
 WORDS = {
     "format": (["--format", "nonsense"], "dataset.format=nonsense"),
     "input": ([], "in.jsonl"),
-    "workers": (["--workers", "0"], "'0': a whole number from 1 on is needed"),
-    "side": (["--min-side", "-3"], "'-3': a whole number from 1 on is needed"),
+    "workers": (["--workers", "0"], "'0': a whole number of at least 1 is needed"),
+    "side": (["--min-side", "-3"], "'-3': a whole number of at least 1 is needed"),
     "aspect": (["--max-aspect", "0.5"], "--max-aspect 0.5: it is the longer side"),
     "duplicates": (["--duplicates", "some"], "choose from"),
 }

@@ -119,7 +119,7 @@ def _load_shown_record(source: Source, number: int | None, record: object, *, wi
         sides = _encode_sides(source.encoder, sample, sizes)
         views = describe_views(source.encoder.processor, images, sizes) if with_views else []
         if number_unlearned := count_unlearned_replies(sample):
-            notes.append(f"replies that are not learned: {number_unlearned}")
+            notes.append(f"replies that are not trained on: {number_unlearned}")
         if features := describe_features(sample):
             notes.append(f"with {', '.join(features)}")
         if weights := sorted({turn.weight for turn in sample.replies} - {1.0}):

@@ -32,11 +32,11 @@ from vlm.data.vision.similarity import sketch_image
 from vlm.data.vision.video import num_frames
 
 REASONS = {
-    "refused": "no record of this format, or a file that it names is not there",
-    "silent": "no reply to learn from: none, or none with anything but blanks",
+    "refused": "not a record of this format, or a file is missing",
+    "silent": "no reply to train on: it is missing or blank",
     "broken": "an image or video that does not decode",
     "small": "an image with a side below --min-side",
-    "narrow": "an image of a shape beyond --max-aspect",
+    "narrow": "an image longer than --max-aspect allows",
     "duplicate": "the same as an earlier record, see --duplicates",
     "near": "a near copy of an earlier record, see --near-duplicates",
 }
@@ -62,7 +62,7 @@ class CleanTask:
         format: a name of `FORMATS`, or `package.module:function`.
         options: the reader's keyword parameters, each as `name=value`.
         split: of a data set that has several.
-        subset: of a data set on the Hub that has several.
+        subset: subset to read, of a data set on the Hub that has several.
         min_side: the fewest pixels of an image's side.
         max_aspect: the largest ratio of an image's sides; None for any.
         follow_links: whether links that lead out of the image folder are followed.
@@ -259,8 +259,8 @@ def check_records(task: CleanTask, records: Records, first: int, workers: int | 
                 yield from verdicts
     except BrokenProcessPool as error:
         raise ValueError(
-            f"a worker was killed at record {done} or soon after it, as happens where memory runs out: the same "
-            f"command goes on from there, with fewer --workers if need be"
+            f"a worker was killed at record {done} or soon after it, which happens when memory runs out. The same "
+            f"command continues from there; try fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
