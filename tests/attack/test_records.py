@@ -178,7 +178,7 @@ def test_the_records_that_are_mutated_are_good(sources: dict[str, Source], name:
 
 def test_the_secrets_of_an_address_are_not_listed(sources: dict[str, Source]):
     address = "https://host.org/a.tar?token=hush1234"
-    error = BadSample("?", f"{address} does not read on: HTTP Error 403", address)
+    error = BadSample("?", f"{address} stopped: HTTP Error 403", address)
     skipped = Skipped.from_error(error, sources["llava"])
     assert "hush" not in json.dumps(vars(skipped))
     assert "HTTP Error 403" in skipped.reason

@@ -75,7 +75,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
     (tmp_path / "base").mkdir()
     (tmp_path / "work").mkdir()
     write_base(tmp_path / "base")
-    yield Stage(tmp_path / "work", tmp_path / "base", LocalHub())
+    return Stage(tmp_path / "work", tmp_path / "base", LocalHub())
 
 
 @pytest.mark.slow

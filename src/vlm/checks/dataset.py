@@ -98,6 +98,9 @@ def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Ite
         yield "dataset.over_length=split: a stream's records are not counted beforehand; choose skip or truncate"
     if config.dataset.eval_split:
         yield "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path"
+    if config.dataset.overlap != "allow":
+        overlap = config.dataset.overlap
+        yield f"dataset.overlap={overlap}: a stream is not compared before it is read; choose allow, or no streaming"
     sampling = config.trainer.train_sampling_strategy
     if sampling in GROUPED_STRATEGIES:
         yield f"trainer.train_sampling_strategy={sampling}: a stream cannot be grouped; choose random"

@@ -78,9 +78,9 @@ def check_question_options(args: argparse.Namespace, suffixes: Sequence[str] = S
 def check_reading_options(args: argparse.Namespace, key: str = "--input") -> None:
     """Raise ValueError where a file is missing or a number is too small; `key`: the option of the file of records."""
     if args.input and not Path(args.input).exists() and "://" not in args.input:
-        raise ValueError(f"{key} {args.input}: no such file (seen from {Path.cwd()})")
+        raise ValueError(f"{key} {args.input}: no such file in {Path.cwd()}")
     if args.image_folder and not Path(args.image_folder).is_dir():
-        raise ValueError(f"--image-folder {args.image_folder}: no such folder (seen from {Path.cwd()})")
+        raise ValueError(f"--image-folder {args.image_folder}: no such folder in {Path.cwd()}")
     for name in ("batch_size", "max_frames"):
         if getattr(args, name, 1) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1 is needed")

@@ -27,18 +27,19 @@ img,svg{max-width:100%}mark{background:var(--mark);color:inherit}
 """Style of all pages. Colours are variables, so that a page's own style follows light and dark too."""
 
 
-def html_page(title: str, body: str, *, style: str = "") -> str:
+def html_page(title: str, body: str, *, style: str = "", head: str = "") -> str:
     """Return a whole HTML document, with its title as heading.
 
     Args:
         title: plain text; it is escaped.
         body: HTML; the caller has escaped what comes from outside.
         style: further CSS of this page.
+        head: further HTML of its head, such as a content security policy.
     """
     shown = escape(printable(title))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{shown}</title><style>\n{STYLE}{style}</style></head>\n"
+        f"{head}<title>{shown}</title><style>\n{STYLE}{style}</style></head>\n"
         f"<body><h1>{shown}</h1>\n{body}\n</body></html>\n"
     )

@@ -388,6 +388,9 @@ class DatasetConfig(SourceConfig):
     cache_limit_gb: float | None = field(default=None, metadata=above(0))
     """Maximum size of cached image features in 10^9 bytes; those unused for longest are deleted; null: half of the sum
     of their size and the free disk space."""
+    overlap: str = field(default="allow", metadata=choices(("allow", "warn", "refuse")))
+    """Whether evaluation records may also be in the training data: `warn` and `refuse` compare images by their bytes
+    and appearance, and texts by their words, before training (docs/data-quality.md); `allow` compares nothing."""
     template: str | None = None
     """A packaged template (`plain`, `v1`, `chatml` …), `tokenizer` for the tokenizer's own, or a `.jinja` file; null:
     the checkpoint's, or else the tokenizer's own."""

@@ -75,7 +75,7 @@ class Skipped:
         if "add dataset." in self.reason:  # the records are read once that is added
             return ValueError(shorten(f"{place}: {name}{self.reason}"))
         if self.file is not None:
-            hint = f"Images are looked for in dataset.image_folder. {hint}"
+            hint = f"Image paths are relative to dataset.image_folder. {hint}"
         return ValueError(shorten(f"{place}: {name}{self.reason}. {hint}"))
 
 
@@ -358,7 +358,7 @@ def load_sources(
     if not sum(map(len, places)):
         names = ", ".join(source.shown_path for source in sources)
         if not (total := sum(map(len, sources))):
-            raise ValueError(f"{names}: there are no records in it")
+            raise ValueError(f"{names}: it holds no records")
         reasons = group_reasons(skipped)
         raise ValueError(f"{names}: none of the {total} records can be used, mostly because: {reasons[0][0]}")
     rows = np.concatenate(places), np.concatenate(lengths), np.concatenate(images)

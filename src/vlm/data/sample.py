@@ -81,7 +81,7 @@ def find_surrogate(value: object, place: str = "") -> str | None:
 
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-HALF_PAIR = "has half of a surrogate pair, as of an emoji cut in two or of bytes that are not UTF-8; mend that text"
+HALF_PAIR = "has half of a surrogate pair, as of an emoji cut in two or of bytes that are not UTF-8; fix that text"
 """What is wrong with a text that no encoding can write."""
 
 MediaSize = tuple[int, int] | Clip | None

@@ -219,7 +219,7 @@ def open_stream(
     for source in stream.sources:
         record = next(source.stream(), NO_RECORD)
         if record is NO_RECORD:
-            raise ValueError(f"{source.shown_path}: there is no record in it")
+            raise ValueError(f"{source.shown_path}: it holds no records")
         try:
             sample = source.read(record)
             source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))

@@ -20,6 +20,7 @@ from vlm.data.dataset import SampleDataset, draw_records, load_dataset, load_sou
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
 from vlm.data.encoding.thinking import is_thinking_asked
 from vlm.data.holdout import split_off_eval
+from vlm.data.overlap import check_overlap
 from vlm.data.processor import Processor
 from vlm.data.sample import Sample
 from vlm.data.sources import make_sources
@@ -52,11 +53,13 @@ def load_data(
         rank, world_size = args.process_index, args.world_size
         return open_stream(config, encoder, seed=args.seed, rank=rank, world_size=world_size), held_out
     if not waits and (later := _count_later(config, encoder, args.seed)) is not None:
+        check_overlap(config, later, held_out)
         return later, held_out
     train = load_dataset(config, encoder, seed=args.seed)
     if config.eval_split:
         train, held_out = split_off_eval(train, config.eval_split, args.seed)
         held_out = held_out.subset(range(len(held_out))[: config.max_eval_samples])
+    check_overlap(config, train, held_out)
     return train, held_out
 
 

@@ -66,7 +66,7 @@ def test_samples_that_fill_a_row_each_are_dealt_evenly():
 
 
 def test_fewer_samples_than_ranks_are_an_error():
-    with pytest.raises(ValueError, match="2 samples cannot be dealt to 3 ranks"):
+    with pytest.raises(ValueError, match="2 samples are too few for 3 ranks"):
         PackSampler([5, 5], 16, 0, 0, 3)
     assert [list(PackSampler([5, 5], 16, 0, rank, 2)) for rank in range(2)] in ([[[0]], [[1]]], [[[1]], [[0]]])
 

@@ -59,11 +59,11 @@ def test_a_value_becomes_numbers(name: str):
 
 
 WRONG: dict[str, tuple[HeadLabels, Any, str]] = {
-    "unknown": (head("multiclass", "a", "b"), "c", "head h: 'c' is none of its labels, which are 'a', 'b'"),
-    "text for a number": (head("binary", 0, 1), "one", "head h: 'one' is none of its labels, which are 0, 1"),
-    "another number": (head("binary", 0, 1), "01.5", "head h: '01.5' is none of its labels, which are 0, 1"),
-    "truth for a number": (head("binary", 0, 1), True, "head h: True is none of its labels, which are 0, 1"),
-    "number for truth": (head("binary", False, True), 1, "head h: 1 is none of its labels, which are False, True"),
+    "unknown": (head("multiclass", "a", "b"), "c", "head h: 'c' is not one of its labels, which are 'a', 'b'"),
+    "text for a number": (head("binary", 0, 1), "one", "head h: 'one' is not one of its labels, which are 0, 1"),
+    "another number": (head("binary", 0, 1), "01.5", "head h: '01.5' is not one of its labels, which are 0, 1"),
+    "truth for a number": (head("binary", 0, 1), True, "head h: True is not one of its labels, which are 0, 1"),
+    "number for truth": (head("binary", False, True), 1, "head h: 1 is not one of its labels, which are False, True"),
     "a list for one": (head("multiclass", "a", "b"), ["a"], "head h: ['a'] is none of its labels"),
     "a mapping": (head("ordinal", "a", "b"), {"a": 1}, "head h: {'a': 1} is none of its labels"),
     "no number": (head("ordinal", 1, 2), NAN, "head h: nan is none of its labels"),
@@ -73,7 +73,7 @@ WRONG: dict[str, tuple[HeadLabels, Any, str]] = {
         "a",
         "head h: multilabel needs a list of labels, got 'a'; dataset.form",
     ),
-    "unknown in a list": (head("multilabel", "a"), ["a", "b"], "head h: 'b' is none of its labels, which are 'a'"),
+    "unknown in a list": (head("multilabel", "a"), ["a", "b"], "head h: 'b' is not one of its labels, which are 'a'"),
     "null in a list": (head("multilabel", "a"), [None], "head h: None is none of its labels"),
     "nan": (head("regression"), NAN, "head h: regression needs a finite number, got nan"),
     "inf": (head("pairwise"), float("-inf"), "head h: pairwise needs a finite number, got -inf"),
@@ -160,10 +160,10 @@ UNSETTLED: dict[str, tuple[str, list[Any] | None, list[Any], str]] = {
     "a list": ("multiclass", None, [["a"]], "head h: a label is a text, a finite number, true or false, got ['a']"),
     "nan": ("multiclass", None, [1, NAN], "head h: a label is a text, a finite number, true or false, got nan"),
     "a mapping": ("multilabel", None, [[{"a": 1}]], "head h: a label is a text, a finite number, true or false, got {"),
-    "grades of text": ("ordinal", None, ["low", "high"], "head h: nobody can tell the order of 'high', 'low'; "
+    "grades of text": ("ordinal", None, ["low", "high"], "head h: the order is unknown of 'high', 'low'; "
                        "model.head.labels=[lowest, …, highest] says it"),
     "an unknown label": ("multiclass", ["a", "b"], ["a", "b", "c", "c"],
-                         "training records: head h: 'c' is none of its labels, which are 'a', 'b' (2 of 4 records)"),
+                         "training records: head h: 'c' is not one of its labels, which are 'a', 'b' (2 of 4 records)"),
     "unknown labels": ("multiclass", ["a", "b"], ["d", "c", "c"], "(2 of 3 records; 1 have other wrong values)"),
     "an absent label": ("multiclass", ["a", "b", "c", "d"], ["a", "b"],
                         "head h: model.head.labels has 'c', 'd', a class absent from training: no training record"),

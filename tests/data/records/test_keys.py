@@ -194,7 +194,7 @@ def test_a_weight_that_is_neither_is_refused(name: str, folder: Path):
 
 def test_only_replies_are_learned(folder: Path):
     messages = [{"role": "user", "content": "a", "weight": 1}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(BadSample, match="message 1: weight=1 of the user's turn; only replies are learned"):
+    with pytest.raises(BadSample, match="message 1: weight=1 of the user's turn; only replies are trained on"):
         read_messages({"messages": messages}, folder)
 
 
@@ -214,8 +214,11 @@ BAD_ITEMS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a text": ([{"type": "image", "index": "0"}], "index='0' of an image item"),
     "one without": ([{"type": "image", "index": 0}, {"type": "image"}], "have an `index` and some have none"),
     "one with": ([{"type": "image"}, {"type": "image", "index": 1}], "have an `index` and some have none"),
-    "unused": ([{"type": "image", "index": 0}], "1 of the 2 images that it lists stand nowhere in it"),
-    "nowhere": ([{"type": "text", "text": "<image><image>"}], "2 of the 2 images that it lists stand nowhere in it"),
+    "unused": ([{"type": "image", "index": 0}], "1 of the 2 images that it lists are not placed in its text"),
+    "nowhere": (
+        [{"type": "text", "text": "<image><image>"}],
+        "2 of the 2 images that it lists are not placed in its text",
+    ),
     "a file too": ([{"type": "image", "index": 0, "path": "a.png"}], "both an `index` and a file"),
     "text in an image": ([{"type": "image", "text": "this"}], "an item of type image has `text` too"),
     "an image in a text": ([{"type": "text", "text": "a", "image": "a.png"}], "an item of type text has `image` too"),

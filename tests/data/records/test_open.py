@@ -346,7 +346,7 @@ def test_a_shard_that_does_not_exist_is_refused_before_any_is_read(tmp_path: Pat
 
 @pytest.mark.parametrize("way", WAYS)
 def test_shards_are_not_asked_for_by_number(tmp_path: Path, way: str):
-    with pytest.raises(ValueError, match=r"that needs dataset.streaming=true"):
+    with pytest.raises(ValueError, match=r"set dataset.streaming=true"):
         open_records(WAYS[way](write_shards(tmp_path, 1)), tmp_path / "cache")
 
 

@@ -91,7 +91,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "a page": ("<!DOCTYPE html><html>\n", "a web page"),
     "a pointer": ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
     "Parquet": (b"PAR1\x15\x04", "it is Parquet"),
-    "nothing but blanks": ("\n\n", "there is no row in it"),
+    "nothing but blanks": ("\n\n", "the table has no rows"),
 }
 
 

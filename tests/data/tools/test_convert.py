@@ -383,7 +383,7 @@ def test_labels_of_ubiai(folder: Path, capsys: pytest.CaptureFixture[str]):
     text = json.dumps([document()]).replace("QUESTION", "Key").replace("ANSWER", "Value")
     [found] = run(put("in.json", text), "out.jsonl", "--question-label", "Key", "--answer-label", "Value")
     assert talk(found) == EXPECTED_FORM
-    assert "there is no record to write; left out: 1 documents" in fails(capsys, "in.json", "x.jsonl")
+    assert "no record to write; left out: 1 documents" in fails(capsys, "in.json", "x.jsonl")
     words = ("in.json", "x.jsonl", "--question-label", "Key", "--answer-label", "Key")
     assert "--question-label and --answer-label are both Key" in fails(capsys, *words)
 
@@ -581,7 +581,7 @@ def test_bad_records_stop_or_are_listed(folder: Path, capsys: pytest.CaptureFixt
     source = put("in.jsonl", "\n".join([*lines, json.dumps(LLAVA[1])]))
     told = fails(capsys, source, "out.jsonl")
     assert told.startswith("vlm data convert: record 1 ('?'): not JSON")
-    assert told.endswith("; --on-bad skip lists such records and goes on")
+    assert told.endswith("; --on-bad skip lists such records and continues")
     assert run(source, "out.jsonl", "--on-bad", "skip") == LLAVA[:2]
     assert "2 records written" in (told := capsys.readouterr().out)
     assert told.endswith("; 3 skipped, see out.jsonl.skipped.jsonl\n")
@@ -601,8 +601,8 @@ def test_nothing_but_bad_records(folder: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("in.jsonl", "in.jsonl", "--force"), "in.jsonl: that is the input; name another output"),
-        (("in.jsonl", "there.json"), "there.json exists; name another output, or give --force to replace it"),
+        (("in.jsonl", "in.jsonl", "--force"), "in.jsonl: that is the input; choose another output"),
+        (("in.jsonl", "there.json"), "there.json exists; choose another output, or replace it with --force"),
         (("in.jsonl", "out.txt"), "out.txt: its name must say what to write"),
         (("no.jsonl", "out.jsonl"), "no.jsonl"),
         (

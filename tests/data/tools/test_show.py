@@ -84,7 +84,7 @@ def test_what_is_not_learned_of_a_record_is_told(words, tmp_path: Path, capsys):
     assert "bad reply" in said
     assert "【bad reply" not in said
     assert said.count("【good reply") == 2
-    assert said.count("replies that are not learned: 1") == 2
+    assert said.count("replies that are not trained on: 1") == 2
     assert "keys that are not read: dataset, conversations[].mood" in said
     assert said.count("keys that are not read: conversations[].mood") == 2
     assert "keys that are not read: audio, conversations[].mood" in said
@@ -96,7 +96,7 @@ def test_what_is_not_learned_of_a_record_is_told(words, tmp_path: Path, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert "usable 2 " in said
     assert "replies 2 " in said
-    assert "replies that are not learned (blank, weight 0, loss false) 4 " in said
+    assert "replies that are not trained on (blank, weight 0, loss false) 4 " in said
     assert "keys that are not read: 4 conversations[].mood 1 dataset 1 audio" in said
     assert all(reason in said for reason in reasons)
 
@@ -142,7 +142,7 @@ def test_the_prompts_and_labels_of_a_head(words, tmp_path: Path, capsys):
     assert "a blue square" not in said
     main(["data", "stats", "--output", "stats.png", *words])
     said = " ".join(capsys.readouterr().out.split())
-    assert "commonest labels of a head: 4 0 4 1" in said
+    assert "most common labels of a head: 4 0 4 1" in said
 
 
 def test_an_unknown_tool_is_refused_and_all_are_listed(capsys):

@@ -118,7 +118,7 @@ class PackSampler(EpochSampler[list[int]]):
         self.lengths = np.asarray(lengths)
         self.capacity, self.rank, self.world_size = capacity, rank, world_size
         if len(self.lengths) < world_size:
-            raise ValueError(f"trainer.packing=true: {len(self.lengths)} samples cannot be dealt to {world_size} ranks")
+            raise ValueError(f"trainer.packing=true: {len(self.lengths)} samples are too few for {world_size} ranks")
         self.packs = _even_packs(pack_lengths(self.lengths, capacity, seed), world_size)
 
     @property

@@ -293,7 +293,7 @@ class _ReplyFinder:
         if isinstance(turn, ToolCallTurn):
             written = self.text[last : last + 40]
             problem = f"its template ends a call with {written!r}, and not with {ending!r} as it ends a reply"
-            raise BadSample(self.sample.id, f"{problem}; calls of this form are not learned")
+            raise BadSample(self.sample.id, f"{problem}; calls of this form cannot be trained on")
         return last
 
     def _get_ending(self) -> str:

@@ -83,7 +83,7 @@ class HeadLabels:
             if (index := self._class_indices.get(key)) is not None:
                 return index
         allowed = ", ".join(map(repr, self.labels[:20])) + ", …" * (len(self.labels) > 20)
-        raise ValueError(f"head {self.name}: {label!r:.60} is none of its labels, which are {allowed}")
+        raise ValueError(f"head {self.name}: {label!r:.60} is not one of its labels, which are {allowed}")
 
     @cached_property
     def _class_indices(self) -> dict[LabelKey | None, int]:
@@ -160,7 +160,7 @@ def _labels_from_records(name: str, task: str, present: Sequence[object]) -> tup
         labels.sort(key=numbers.__getitem__)
     if task == "ordinal" and isinstance(labels[0], str):
         raise ValueError(
-            f"head {name}: nobody can tell the order of {', '.join(map(repr, labels[:10]))}; "
+            f"head {name}: the order is unknown of {', '.join(map(repr, labels[:10]))}; "
             "model.head.labels=[lowest, …, highest] says it"
         )
     if task == "binary" and len(labels) == 2:

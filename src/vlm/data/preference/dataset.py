@@ -120,7 +120,7 @@ def replace_reply(sample: Sample, reply: Turn) -> Sample:
     """
     *before, last = sample.turns
     if last.role != "assistant":
-        raise BadSample(sample.id, f"it ends with the {last.role}'s turn, and has no last reply to compare")
+        raise BadSample(sample.id, f"it ends with the {last.role}'s turn, so there is no last reply to compare")
     turns = [replace(turn, supervised=False) if turn.role == "assistant" else turn for turn in before]
     return replace(sample, turns=(*turns, reply), label=None)
 

@@ -199,7 +199,7 @@ def with_hint(
     if isinstance(error, OptionNeeded):
         name, value = error.option
         flag = OPTION_FLAGS[tool][1]
-        reason = f"{error.reason}: add {flag}{name}={value}, or {flag}ignore_keys=[{value}] to learn the text alone"
+        reason = f"{error.reason}: add {flag}{name}={value}, or {flag}ignore_keys=[{value}] to train on the text alone"
         return BadSample(error.sample_id, reason)
     guess = guess_form(record)
     if guess is None and error.reason.startswith("it has no `") and ":" not in format_name:

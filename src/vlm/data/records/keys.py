@@ -19,7 +19,7 @@ from vlm.data.sample import BadSample, OptionNeeded, Record, Sample, Turn
 Reader = Callable[..., Sample]
 
 TOOLS = "calls of tools are read in the forms messages and llava"
-SOUND = "sound is not learned"
+SOUND = "sound is not trained on"
 BOXES = "boxes stand in the record's `objects`, and <bbox> in the texts where they are written"
 THINKING = "it is part of a reply; write it into the reply's text"
 FRAMES = "sizes and frames follow from the model and dataset.max_frames"
@@ -42,7 +42,7 @@ TURN_KEYS = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), THINKING),
     "refusal": REFUSALS,
     **dict.fromkeys(("image", "images", "video", "videos"), PLACED),
-    **dict.fromkeys(("train_detail", "training_detail"), "parts of a reply are not learned by themselves"),
+    **dict.fromkeys(("train_detail", "training_detail"), "parts of a reply cannot be trained on by themselves"),
 }
 """Keys of a turn of a conversation, likewise."""
 ITEM_KEYS = {
@@ -221,7 +221,7 @@ class _Level:
             if is_lost and key not in ignored:
                 problem = f"it shows no image, and `{key}` is not read"
                 if key.startswith("video"):
-                    problem = f"it shows no video, and `{key}` is not read; name that key `video`"
+                    problem = f"it shows no video, and `{key}` is not read; rename that key to `video`"
                     raise BadSample(sample_id, f"{problem}. {_advice(key)}")
                 raise OptionNeeded(sample_id, problem, "image_key", key)
 
@@ -360,10 +360,10 @@ def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> tup
     given = {key: turn[key] for key in SUPERVISION_KEYS if turn.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, bool | int | float) or not 0 <= value < math.inf:
-            allowed = "a reply is learned (true), or not (0, false), or has a weight above 0"
+            allowed = "allowed are true, false, 0, or a weight above 0"
             raise BadSample(sample_id, f"{where}: {key}={value!r:.20}; {allowed}")
         if value and role != "assistant":
-            raise BadSample(sample_id, f"{where}: {key}={value!r} of the {role}'s turn; only replies are learned")
+            raise BadSample(sample_id, f"{where}: {key}={value!r} of the {role}'s turn; only replies are trained on")
     weights = {float(value) for value in given.values()}
     if len(weights) > 1:
         listing = ", ".join(f"{key}={value!r}" for key, value in given.items())

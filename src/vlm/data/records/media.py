@@ -157,7 +157,9 @@ class MediaPlacer:
         """
         media, number, name = self.media[kind], self._placed[kind], MEDIA_NAMES[kind]
         if self._indexed[kind]:
-            raise BadSample(self.sample_id, f"some of its {name}s have an `index` and some have none; give each one")
+            raise BadSample(
+                self.sample_id, f"some of its {name}s have an `index` and some do not; give each of them one"
+            )
         if number == len(media):
             raise BadSample(self.sample_id, f"it shows more {name}s than the {number} that it lists; list each of them")
         self._placed[kind] += 1
@@ -174,7 +176,9 @@ class MediaPlacer:
             allowed = f"the record lists {len(media)}, counted from 0"
             raise BadSample(self.sample_id, f"index={index!r:.20} of an {name} item: {allowed}")
         if self._placed[kind]:
-            raise BadSample(self.sample_id, f"some of its {name}s have an `index` and some have none; give each one")
+            raise BadSample(
+                self.sample_id, f"some of its {name}s have an `index` and some do not; give each of them one"
+            )
         self._indexed[kind].add(index)
         return media[index]
 
@@ -271,7 +275,9 @@ class MediaPlacer:
         for kind, name in MEDIA_NAMES.items() if self.has_media else ():
             number, indexed = len(self.media[kind]), self._indexed[kind]
             if unused := number - len(indexed) if indexed else number - self._placed[kind]:
-                raise BadSample(self.sample_id, f"{unused} of the {number} {name}s that it lists stand nowhere in it")
+                raise BadSample(
+                    self.sample_id, f"{unused} of the {number} {name}s that it lists are not placed in its text"
+                )
         parts = [part for turn in turns for part in turn.content]
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) < len(parts) and not self.has_objects:

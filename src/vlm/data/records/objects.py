@@ -144,7 +144,7 @@ def _add_swift_labels(
                 places[-1] = next_box
             next_box += 1
     if (unused := next(remaining, None)) is not None:
-        raise BadSample(sample_id, f"{unused!r:.40} of `objects.ref` stands nowhere in its text")
+        raise BadSample(sample_id, f"{unused!r:.40} of `objects.ref` does not occur in its text")
     numbers = []
     for name, place in zip(names, places, strict=True):
         if place is None:
@@ -215,7 +215,7 @@ class _MarkNumbers:
         """Raise BadSample where an object stands nowhere."""
         if unused := [number for number in range(len(self.objects)) if number not in self.used]:
             advice = f"write <{PLACE_MARK}> for each, or <{LIST_MARK}> for all of them"
-            raise BadSample(self.sample_id, f"objects[{unused[0]}] stands nowhere in its text; {advice}")
+            raise BadSample(self.sample_id, f"objects[{unused[0]}] does not occur in its text; {advice}")
 
 
 def _check_media(objects: Sequence[MarkedObject], turns: Sequence[Turn], sample_id: str) -> None:

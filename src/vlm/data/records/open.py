@@ -76,7 +76,7 @@ def open_records(
         ValueError: the path is none of these, or does not open.
     """
     if is_tar_path(path):
-        raise ValueError(f"{path}: tar shards are read one after the other; that needs dataset.streaming=true")
+        raise ValueError(f"{path}: tar shards can only be streamed; set dataset.streaming=true")
     file = Path(path)
     if names_records(path) and file.is_file():
         check_is_records(file)

@@ -58,12 +58,14 @@ def rewrite_minicpm(record: Record, sample_id: str) -> Record:
     image = {name: value for name, value in image.items() if value is not None}  # rows of a table name all images
     names = [name for message in messages for name in MINICPM_MARK.findall(message["content"])]
     if unknown := [name for name in names if name not in image]:
-        raise BadSample(sample_id, f"{unknown[0]} in its text is none of its images, which are {', '.join(image):.80}")
+        raise BadSample(
+            sample_id, f"{unknown[0]} in its text is not one of its images, which are {', '.join(image):.80}"
+        )
     for message in messages:
         message["content"] = MINICPM_MARK.sub(PLACEHOLDER, message["content"])
     images = [image[name] for name in names] or list(image.values())
     if unused := [name for name in image if names and name not in names]:
-        raise BadSample(sample_id, f"{unused[0]} of its images is nowhere in its text")
+        raise BadSample(sample_id, f"{unused[0]} of its images does not occur in its text")
     record = {**record, "image": None, "images": images}
     return with_media_first(record, messages, ("conversations",), every_mark=bool(names))
 

@@ -218,7 +218,7 @@ def _iter_chunks(path: Path, dialect: Dialect, *, refuses_joined_rows: bool = Fa
         try:
             header = next(filter(None, reader), None)
             if header is None:
-                raise ValueError(f"{path}: there is no row in it")
+                raise ValueError(f"{path}: the table has no rows")
             names = _name_columns(path, header)
             yield [names]
             line = reader.line_num
@@ -278,7 +278,7 @@ def _describe_ragged_row(row: Sequence[str], names: Sequence[str], dialect: Dial
     separator = SEPARATOR_NAMES.get(dialect.separator, repr(dialect.separator))
     return (
         f"{len(row)} cell(s), but the header has {len(names)} ({', '.join(names):.80}), with {separator} between them. "
-        f"A text with {separator} or a line break in it has to stand in quotation marks"
+        f"A text with {separator} or a line break in it must be enclosed in quotation marks"
     )
 
 

@@ -49,7 +49,7 @@ def expand_shards(path: str, *, allow_pipe: bool = False, follow_links: bool = F
     """
     if path.startswith(PIPE_PREFIX):
         if not allow_pipe:
-            raise ValueError(f"{path}: a shell would run this; dataset.allow_pipe=true says that it may")
+            raise ValueError(f"{path}: this is a shell command; dataset.allow_pipe=true allows it to run")
         return [*_expand_braces(path)]
     if path.startswith(HTTP_PREFIXES):
         return [*_expand_braces(path)]
@@ -93,7 +93,7 @@ def read_tar(url: Shard, start: int = 0) -> Iterator[tuple[Record | BadSample, i
                 if end > start:
                     yield {"__key__": sample["__key__"], **{name: content for name, (content, _) in files.items()}}, end
     except (tarfile.TarError, OSError, ValueError) as error:  # a torn shard, a command that fails
-        yield BadSample("?", f"{url} does not read on: {error.args[0] if error.args else error}", str(url)), END
+        yield BadSample("?", f"{url} stopped: {error.args[0] if error.args else error}", str(url)), END
 
 
 def open_shard(url: Shard, start: int) -> tuple[Any, int]:

@@ -50,18 +50,21 @@ def make_requests(
     ]
 
 
+EXAMPLE = "example: vlm data chair labelled.jsonl requests.jsonl --max-images 500"
+
+
 def main(words: Sequence[str]) -> None:
     """`vlm data chair RECORDS OUTPUT`."""
-    purpose = "Requests for captions of images whose objects are labelled, to count objects that are not there."
-    parser = PresentableParser("vlm data chair", description=purpose)
+    purpose = "Write caption requests for images with labelled objects, to count objects that a model makes up (CHAIR)."
+    parser = PresentableParser("vlm data chair", description=purpose, epilog=EXAMPLE)
     parser.add_argument("records", help="records with an image and its labelled objects")
     parser.add_argument("output", type=Path, help="the file to write: NAME.jsonl")
     add_object_options(parser)
-    parser.add_argument("--question", default=QUESTION, help="the request (%(default)s)")
+    parser.add_argument("--question", default=QUESTION, help="text of the request (default: %(default)s)")
     args = parser.parse_args(words)
     try:
         if args.output.suffix != ".jsonl":
-            raise ValueError(f"OUTPUT {args.output}: one record a line is written, to a file named .jsonl")
+            raise ValueError(f"OUTPUT {args.output}: the name must end in .jsonl, since one record is written per line")
         check_counts(args, ("max_images",))
         synonyms = read_synonyms(args.synonyms)
         images = read_labelled_images(

@@ -6,6 +6,7 @@ that a run that was stopped in any way resumes there. Duplicates are found from 
 
 import argparse
 import base64
+import hashlib
 import json
 import os
 import sys
@@ -24,8 +25,19 @@ from vlm.data.records.open import Records
 from vlm.data.sample import Record
 from vlm.data.tools.verdicts import REASONS, CleanTask, RecordVerdict, check_records
 from vlm.data.vision.images import IMAGE_ERRORS, open_lazily
+from vlm.data.vision.similarity import ImageSketch, SketchIndex
 
-DUPLICATES = ("record", "picture", "keep")
+DUPLICATES = ("record", "image", "keep")
+EXAMPLES = """\
+examples:
+  vlm data clean train.json clean.jsonl --image-folder images
+  vlm data clean train.json clean.jsonl --image-folder images --near-duplicates --dry-run
+  vlm data clean captions.csv clean.jsonl --format caption --duplicates image --min-side 64
+
+If it is stopped, the same command continues from OUTPUT.journal.jsonl. Delete that file to check every record again.
+"""
+FORMER_NAMES = {"picture": "image"}
+"""Former names of `DUPLICATES`, which commands that people have written may have."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +58,10 @@ class CleanSummary:
         """Return the numbers of records kept and dropped, with an example of each reason."""
         lines = [f"{self.records} records: {self.kept} kept, {sum(self.dropped.values())} dropped"]
         for reason, number in self.dropped.items():
-            lines += [f"  {reason:<9} {number:>9}  {REASONS[reason]}", f"    such as {self.examples[reason]}"]
+            lines += [f"  {reason:<9} {number:>9}  {REASONS[reason]}", f"    for example {self.examples[reason]}"]
         if self.uniform:
             lines.append(
-                f"  {self.uniform} images that are kept are of one colour throughout, such as in {self.first_uniform}"
+                f"  {self.uniform} kept images are a single colour throughout, for example in {self.first_uniform}"
             )
         return "\n".join(lines)
 
@@ -68,16 +80,18 @@ class OutputFiles:
     def check(self, source: str, *, force: bool) -> None:
         """Raise ValueError where something would be overwritten; tells the file and what to do."""
         if self.output.suffix != ".jsonl":
-            raise ValueError(f"OUTPUT {self.output}: one record a line is written, to a file named .jsonl")
+            raise ValueError(f"OUTPUT {self.output}: the name must end in .jsonl, since one record is written per line")
         if not self.output.parent.is_dir():
             raise ValueError(f"OUTPUT {self.output}: there is no folder {self.output.parent}")
         input_path, folder = Path(source).resolve(), self.output.parent.resolve()
         if any(path.resolve() == input_path for path in vars(self).values()):
-            raise ValueError(f"OUTPUT {self.output}: that would write over the input {source}; name another file")
+            raise ValueError(f"OUTPUT {self.output}: that would overwrite the input {source}; choose another file")
         if folder == input_path or input_path in folder.parents:
-            raise ValueError(f"OUTPUT {self.output} lies in the input {source}, which must stay as it is; name another")
+            raise ValueError(
+                f"OUTPUT {self.output} lies in the input {source}, which must not change; choose another folder"
+            )
         if self.output.exists() and not force:
-            raise ValueError(f"OUTPUT {self.output} exists; name another file, or give --force to replace it")
+            raise ValueError(f"OUTPUT {self.output} exists; choose another file, or replace it with --force")
 
 
 def clean(
@@ -89,8 +103,9 @@ def clean(
     Args:
         task: the records and the rules.
         output: a file named `.jsonl`.
-        duplicates: `record` drops records with images and text of an earlier one; `picture` also those with an image
-            of an earlier one; `keep` none. About 140 MB of memory for a million records, or images.
+        duplicates: `record` drops records with images and text of an earlier one; `image` also those with an image
+            of an earlier one; `keep` none. About 140 MB of memory for a million records, or images. Where the task
+            says so, images that look the same count as the same, see `NearDuplicateFinder`.
         workers: number of processes; defaults to the number of cores.
         force: replaces an output that exists.
         dry_run: writes nothing, and so cannot be resumed.
@@ -98,6 +113,7 @@ def clean(
     Raises:
         ValueError: an argument is invalid, or the output exists.
     """
+    duplicates = FORMER_NAMES.get(duplicates, duplicates)
     if duplicates not in DUPLICATES:
         raise ValueError(f"--duplicates {duplicates}: allowed are {', '.join(DUPLICATES)}")
     if task.max_aspect is not None and task.max_aspect < 1:
@@ -107,13 +123,15 @@ def clean(
     if dry_run:
         records = task.records()
         verdicts = check_records(task, records, 0, workers)
-        return write_verdicts(records, verdicts, duplicates, Path(os.devnull), Path(os.devnull))
+        nowhere = Path(os.devnull)
+        return write_verdicts(records, verdicts, duplicates, nowhere, nowhere, near=task.near_duplicates)
     files.check(task.source, force=force)
     records = task.records()
     try:
         with FileLock(files.lock, blocking=False):
             verdicts = resume_verdicts(files.journal, task, records, workers)
-            summary = write_verdicts(records, verdicts, duplicates, files.partial, files.partial_dropped)
+            paths = files.partial, files.partial_dropped
+            summary = write_verdicts(records, verdicts, duplicates, *paths, near=task.near_duplicates)
             files.partial_dropped.replace(files.dropped)
             files.partial.replace(output)
             files.journal.unlink()  # only now, so that nothing is lost before
@@ -124,10 +142,11 @@ def clean(
 
 
 def write_verdicts(
-    records: Records, verdicts: Iterator[RecordVerdict], duplicates: str, kept: Path, dropped: Path
-) -> CleanSummary:
-    """Write kept records to one file and the other verdicts to another, in order."""
-    duplicate_finder = DuplicateFinder(duplicates)
+    records: Records, verdicts: Iterator[RecordVerdict], duplicates: str, kept: Path, dropped: Path, *,
+    near: bool = False,
+) -> CleanSummary:  # fmt: skip
+    """Write kept records to one file, the other verdicts to another, in order; with `near`, near copies are equal."""
+    duplicate_finder = NearDuplicateFinder(duplicates) if near else DuplicateFinder(duplicates)
     counts, examples = dict.fromkeys(REASONS, 0), {}
     uniform, first_uniform = 0, ""
     with kept.open("wb") as output, dropped.open("w", encoding="ascii") as others:
@@ -159,7 +178,7 @@ class DuplicateFinder:
         """Return the verdict on a record, changed where it repeats a record that was kept."""
         if verdict.reason or self._criterion == "keep":
             return verdict
-        by_image = self._criterion == "picture" and bool(verdict.pictures)
+        by_image = self._criterion == "image" and bool(verdict.pictures)
         keys = [bytes.fromhex(digest) for digest in (verdict.pictures if by_image else [verdict.digest])]
         earlier = next((self._record_by_digest[key] for key in keys if key in self._record_by_digest), None)
         if earlier is None:
@@ -167,6 +186,55 @@ class DuplicateFinder:
             return verdict
         common = "has an image of" if by_image else "has the text and images of"
         return replace(verdict, reason="duplicate", detail=f"{common} record {earlier}")
+
+
+class NearDuplicateFinder(DuplicateFinder):
+    """Finds records that repeat an earlier one, where images that look the same count as the same.
+
+    An image that looks like one of a kept record stands for that one. Keeps 800 bytes an image.
+    """
+
+    def __init__(self, criterion: str):
+        super().__init__(criterion)
+        self._index = SketchIndex()
+        self._digests: list[str] = []
+        self._names: list[str] = []
+        self._known: dict[str, int] = {}
+
+    def mark_duplicate(self, number: int, verdict: RecordVerdict) -> RecordVerdict:
+        """Return the verdict on a record, changed where it repeats a record that was kept, exactly or nearly."""
+        if verdict.reason or self._criterion == "keep":
+            return verdict
+        stand_ins = [self._find(*image) for image in zip(verdict.pictures, verdict.sketches, strict=True)]
+        digests = [self._digests[index] if index is not None else own for index, own in
+                   zip(stand_ins, verdict.pictures, strict=True)]  # fmt: skip
+        whole = hashlib.blake2b(json.dumps([verdict.text, digests]).encode(), digest_size=16).hexdigest()
+        marked = super().mark_duplicate(number, replace(verdict, pictures=digests, digest=whole))
+        if marked.reason is None:
+            for own, sketch, name, index in zip(
+                verdict.pictures, verdict.sketches, verdict.names, stand_ins, strict=True
+            ):
+                if index is None and sketch is not None and own not in self._known:
+                    self._known[own] = self._index.add(ImageSketch.from_text(sketch))
+                    self._digests.append(own)
+                    self._names.append(name)
+            return verdict
+        copies = [
+            f"{name} looks like {self._names[index]}"
+            for name, own, index in zip(verdict.names, verdict.pictures, stand_ins, strict=True)
+            if index is not None and self._digests[index] != own
+        ]
+        if not copies:
+            return marked
+        return replace(marked, reason="near", detail=f"{marked.detail}: {'; '.join(copies)}")
+
+    def _find(self, digest: str, sketch: str | None) -> int | None:
+        """Return the index of the image of a kept record that an image is, or looks like; None where there is none."""
+        if sketch is None:
+            return None
+        if (known := self._known.get(digest)) is not None:
+            return known
+        return self._index.find(ImageSketch.from_text(sketch))
 
 
 def resume_verdicts(journal: Path, task: CleanTask, records: Records, workers: int | None) -> Iterator[RecordVerdict]:
@@ -184,7 +252,7 @@ def resume_verdicts(journal: Path, task: CleanTask, records: Records, workers: i
             if (before := _parse_line(first)) is not None:
                 changed = [name for name, value in json.loads(header_line).items() if before.get(name) != value]
                 names = ["the records" if name == "fingerprint" else name for name in changed]
-                tqdm.write(f"{journal}: since that run was stopped, {', '.join(names)} changed; beginning anew")
+                tqdm.write(f"{journal}: {', '.join(names)} changed since that run was stopped; starting over")
             file.truncate(0)
             file.write(header_line)
             file.flush()
@@ -194,7 +262,7 @@ def resume_verdicts(journal: Path, task: CleanTask, records: Records, workers: i
             yield RecordVerdict(**values)
         file.truncate(file.tell() - len(line))  # an incomplete line at the end
         if known:
-            tqdm.write(f"{known} of {len(records)} records were looked at before; going on from there")
+            tqdm.write(f"{known} of {len(records)} records were checked before; continuing from there")
         for verdict in check_records(task, records, known, workers):
             file.write(json.dumps(vars(verdict)).encode() + b"\n")
             file.flush()
@@ -246,7 +314,7 @@ def main(arguments: Sequence[str]) -> None:
     args = _parser().parse_args(arguments)
     task = CleanTask(
         args.input, resolve_cache_folder(args.cache_dir), args.image_folder or "", args.format, tuple(args.option),
-        args.split, args.subset, args.min_side, args.max_aspect, args.follow_links,
+        args.split, args.subset, args.min_side, args.max_aspect, args.follow_links, args.near_duplicates,
     )  # fmt: skip
     output = Path(args.output)
     options = {name: getattr(args, name) for name in ("duplicates", "workers", "force", "dry_run")}
@@ -255,7 +323,11 @@ def main(arguments: Sequence[str]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"vlm data clean: {presentable(error)}")
     except KeyboardInterrupt:
-        sys.exit("vlm data clean: stopped" if args.dry_run else "vlm data clean: stopped; run it again to go on")
+        sys.exit(
+            "vlm data clean: stopped"
+            if args.dry_run
+            else "vlm data clean: stopped; run the same command again to continue"
+        )
     if not args.dry_run:
         print(f"kept in {output}, with image paths relative to {task.folder}; dropped in {OutputFiles(output).dropped}")
 
@@ -263,37 +335,45 @@ def main(arguments: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = PresentableParser(
         "vlm data clean",
-        description="Leave out records that cannot be used or say the same again.",
-        epilog="A run that was stopped is resumed by the same command, from OUTPUT.journal.jsonl; "
-        "delete that file to check every record again.",
+        description="Remove records that cannot be used, and duplicates.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("input", metavar="INPUT", help=".json, .jsonl, .parquet …, whatever dataset.path takes")
-    add("output", metavar="OUTPUT", help="a .jsonl file; beside it, OUTPUT-dropped.jsonl says why")
-    formats = f"{', '.join(FORMATS)}, or package.module:function (%(default)s)"
+    add("output", metavar="OUTPUT", help="a .jsonl file; OUTPUT-dropped.jsonl beside it lists what was removed and why")
+    formats = f"{', '.join(FORMATS)}, or package.module:function (default: %(default)s)"
     add("--format", default=CleanTask.format, help=formats)
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the format; may be repeated")
-    add("--image-folder", help="what image paths are relative to (the folder of INPUT)")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="an option of the format; may be repeated")
+    add("--image-folder", help="folder that image paths are relative to (default: the folder of INPUT)")
     add("--follow-links", action="store_true", help="follow links that lead out of the image folder")
-    add("--split", default=CleanTask.split, help="of a data set that has several (%(default)s)")
-    add("--subset", help="of a data set on the Hub that has several")
-    smaller = "smaller images go (%(default)s)"
+    add("--split", default=CleanTask.split, help="split to read, of a data set that has several (default: %(default)s)")
+    add("--subset", help="subset to read, of a data set on the Hub that has several")
+    smaller = "remove records with an image whose shorter side is below this (default: %(default)s)"
     add("--min-side", type=_positive_int, default=CleanTask.min_side, metavar="PIXELS", help=smaller)
-    add("--max-aspect", type=float, metavar="RATIO", help="images of a longer shape go (any)")
-    criteria = (
-        "record: those with text and images of an earlier one go; picture: also those with an image of an earlier one; "
-        "keep: none (%(default)s). About 140 MB of memory for a million of either"
+    add(
+        "--max-aspect",
+        type=float,
+        metavar="RATIO",
+        help="remove records with an image whose longer side is more than RATIO times the shorter (default: keep all)",
     )
-    add("--duplicates", choices=DUPLICATES, default=DUPLICATES[0], help=criteria)
-    add("--workers", type=_positive_int, metavar="N", help="processes (as many as there are cores)")
-    add("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
-    add("--force", action="store_true", help="replace an OUTPUT that exists")
-    add("--dry-run", action="store_true", help="say what would go, and write nothing")
+    criteria = (
+        "record: leave out records with the text and images of an earlier one; image: also those with an image of an "
+        "earlier one; keep: leave out none (%(default)s). About 140 MB of memory for a million of either"
+    )
+    choices = f"{{{','.join(DUPLICATES)}}}"
+    add("--duplicates", choices=(*DUPLICATES, *FORMER_NAMES), metavar=choices, default=DUPLICATES[0], help=criteria)
+    near = "treat images that look the same as equal, such as resized or re-encoded ones"
+    add("--near-duplicates", action="store_true", help=f"{near}; OUTPUT-dropped.jsonl says what each is a copy of")
+    add("--workers", type=_positive_int, metavar="N", help="number of processes (default: one per core)")
+    add("--cache-dir", help="folder of the cache (default: vlm in Hugging Face's cache folder)")
+    add("--force", action="store_true", help="replace an existing OUTPUT")
+    add("--dry-run", action="store_true", help="report what would be removed, but write nothing")
     return parser
 
 
 def _positive_int(text: str) -> int:
     """Parse a positive integer of the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number from 1 on is needed")
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1 is needed")
     return int(text)

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import msgspec
@@ -126,7 +127,7 @@ def detect_conversion(source: str, cache: Path, *, follow_links: bool = False) -
         reason = f"may be {' or '.join(fits)}" if fits else f"are none known ({', '.join(sorted(keys)):.200})"
         hint = f"; {guess.hint('convert')}" if guess is not None and not fits else ""
         kinds = ", ".join(CONVERSIONS)
-        raise ValueError(f"{source}: its records {reason}{hint}; say with --from what they are: {kinds}")
+        raise ValueError(f"{source}: its records {reason}{hint}; choose with --from: {kinds}")
     return fits[0]
 
 
@@ -223,7 +224,7 @@ def convert(
         ValueError: the arguments are invalid, or a record cannot be used.
     """
     if Path(source).resolve() == Path(output).resolve():
-        raise ValueError(f"{output}: that is the input; name another output")
+        raise ValueError(f"{output}: that is the input; choose another output")
     folder = _resolve_image_folder(source, image_folder)
     kind = CONVERSIONS[conversion]
     kind_options, reader_options = split_options(conversion, options or {})
@@ -237,7 +238,7 @@ def convert(
     records = kind.records(source, ConversionContext(folder, cache, tally.left_out, follow_links), **kind_options)
     skipped = Path(f"{output.rstrip('/')}.skipped.jsonl")
     _write_all(records, form, writer, skipped if on_bad == "skip" else None, tally)
-    summary = [f"{writer.number} records written to {output}, paths of images relative to {folder}", *tally.describe()]
+    summary = [f"{writer.number} records written to {output}, with image paths relative to {folder}", *tally.describe()]
     if tally.num_bad:
         summary.append(f"{tally.num_bad} skipped, see {skipped}")
     else:
@@ -283,13 +284,13 @@ def _write_all(
             except BadSample as error:
                 tally.first = tally.first or f"record {number} ({error.sample_id!r}): {error.reason}"
                 if skipped is None:
-                    raise ValueError(f"{tally.first}; --on-bad skip lists such records and goes on") from error
+                    raise ValueError(f"{tally.first}; --on-bad skip lists such records and continues") from error
                 if journal is None:
                     journal = stack.enter_context(make_writer(str(skipped), skipped.parent, force=True))
                 journal.write({"record": number, "id": error.sample_id, "reason": error.reason})
                 tally.num_bad += 1
         if not writer.number:
-            raise ValueError(f"there is no record to write; {'; '.join([*tally.describe(), tally.first])}")
+            raise ValueError(f"no record to write; {'; '.join([*tally.describe(), tally.first])}")
 
 
 def split_options(conversion: str, options: Mapping[str, object]) -> tuple[Options, Options]:
@@ -305,8 +306,8 @@ def split_options(conversion: str, options: Mapping[str, object]) -> tuple[Optio
 
 
 OPTIONS = {
-    "split": ("NAME", "of a data set that has several (train)"),
-    "subset": ("NAME", "of a data set on the Hub that has several"),
+    "split": ("NAME", "split to read, of a data set that has several (default: train)"),
+    "subset": ("NAME", "subset to read, of a data set on the Hub that has several"),
     "prompt": ("TEXT", f"what is asked about every image ({DETECTION_PROMPT}; refcoco: {REFERRING_PROMPT})"),
     "instances": ("FILE", "refcoco: the file of boxes, instances.json"),
     "annotations": ("FILE", "vqa: the file of answers"),
@@ -321,6 +322,15 @@ OPTIONS = {
     "from_name": ("CONTROL", "label-studio: the control that has the answer (the only one)"),
 }
 """Options of conversions that have a flag -> its metavar and help."""
+
+
+EXAMPLES = """\
+examples:
+  vlm data convert captions_val2017.json records.jsonl --from coco-captions --image-folder val2017
+  vlm data convert questions.json records.jsonl --from vqa --annotations answers.json \\
+      --image-pattern 'COCO_train2014_{image_id:012d}.jpg'
+  vlm data convert records.jsonl shards/ --shard-size 1000
+"""
 
 
 def option_flag(name: str) -> str:
@@ -348,29 +358,31 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    kinds = f"Kinds (--from): {', '.join(CONVERSIONS)}."
     parser = PresentableParser(
         "vlm data convert",
-        description="Convert annotations of many kinds to records that are trained on.",
-        epilog=f"Kinds (--from): {', '.join(CONVERSIONS)}.",
+        description="Convert annotations and records to a format that training reads.",
+        epilog=f"{fill(kinds, 100)}\n\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("input", metavar="INPUT", help=".json, .jsonl, .parquet, tar shards …; .tsv or .json of a kind")
     add("output", metavar="OUTPUT", help=OUTPUT_NAMES.replace("%", "%%"))
-    told = "what INPUT is (as its first record tells)"
+    told = "what INPUT is (default: recognised by its first record)"
     add("--from", dest="conversion", choices=CONVERSIONS, metavar="KIND", help=told)
-    add("--to", choices=FORMS, default="llava", help="form of the records (%(default)s)")
-    add("--image-folder", metavar="FOLDER", help="what paths are relative to (the folder of INPUT)")
+    add("--to", choices=FORMS, default="llava", help="format of the records to write (default: %(default)s)")
+    add("--image-folder", metavar="FOLDER", help="folder that paths are relative to (default: the folder of INPUT)")
     add("--follow-links", action="store_true", help="follow links that lead out of the folder of images or records")
-    add("--embed-images", action="store_true", help=".parquet: hold the images themselves")
-    add("--shard-size", type=int, metavar="N", help=f"samples in a tar shard ({SHARD_SIZE})")
-    bad = "what to do at a record that cannot be used; skip lists them in OUTPUT.skipped.jsonl (%(default)s)"
+    add("--embed-images", action="store_true", help=".parquet: store the images in the file")
+    add("--shard-size", type=int, metavar="N", help=f"samples per tar shard (default: {SHARD_SIZE})")
+    bad = "what to do with a record that cannot be used; skip lists it in OUTPUT.skipped.jsonl (default: %(default)s)"
     add("--on-bad", choices=("error", "skip"), default="error", help=bad)
-    add("--force", action="store_true", help="replace an OUTPUT that exists")
-    add("--cache-dir", help="where indices are kept (vlm in the folder of Hugging Face's caches)")
-    add = parser.add_argument_group("options of some kinds").add_argument
+    add("--force", action="store_true", help="replace an existing OUTPUT")
+    add("--cache-dir", help="folder of the cache (default: vlm in Hugging Face's cache folder)")
+    add = parser.add_argument_group("options of particular kinds").add_argument
     for name, (metavar, text) in OPTIONS.items():
         add(option_flag(name), metavar=metavar, help=text.replace("%", "%%"))
-    add("--no-group", dest="group", action="store_false", default=None, help="vqa: a record a question")
+    add("--no-group", dest="group", action="store_false", default=None, help="vqa: write one record per question")
     each = "coco-detections: a record for each label of an image"
     add("--by-label", dest="by_label", action="store_true", default=None, help=each)
     other = "any other option of the reader, such as caption_key=text; may be repeated"

@@ -8,6 +8,7 @@ by the same command; `OUT/download.json` tells the table that the folder belongs
 `table` reads the table, `fetch` fetches and checks images.
 """
 
+import argparse
 import fcntl
 import json
 import os
@@ -51,6 +52,16 @@ ADVICE = {
 """Reason of a failure -> the option that allows it."""
 
 
+EXAMPLES = """\
+examples:
+  vlm data download Train_GCC-training.tsv captions
+  vlm data download photos.csv photos --url-column link --caption-column title --limit 1000
+
+If it is stopped, the same command continues. FOLDER/records.jsonl and FOLDER/images are what training reads;
+FOLDER/failures.jsonl lists what failed and why.
+"""
+
+
 def flag(default: object, text: str) -> Any:  # as `dataclasses.field`
     """Make a field with its text of `--help`."""
     return field(default=default, metadata={"help": text})
@@ -60,16 +71,20 @@ def flag(default: object, text: str) -> Any:  # as `dataclasses.field`
 class Options:
     """How to download; each field is a flag of the same name."""
 
-    url_column: str | None = flag(None, "name of the column of URLs; in a file without header its number, from 1")
-    caption_column: str | None = flag(None, "the same of the captions")
-    workers: int = flag(32, f"images that are fetched at the same time, at most {MAX_WORKERS} (%(default)s)")
-    retries: int = flag(2, "further tries after timeouts, broken connections and servers' troubles (%(default)s)")
-    timeout: float = flag(10.0, "seconds that one try may take in all (%(default)s)")
-    max_bytes: int = flag(20 * 2**20, "the largest file (%(default)s)")
-    min_size: int = flag(0, "pixels that the shorter side must have (%(default)s)")
-    limit: int | None = flag(None, "take so many rows from the table's beginning only")
-    allow_private: bool = flag(False, "fetch from this machine and private networks too: for tables that you trust")
-    retry_failed: bool = flag(False, "try again what failed in earlier runs")
+    url_column: str | None = flag(None, "column of URLs: its name, or in a file without a header its number from 1")
+    caption_column: str | None = flag(None, "column of captions, in the same way")
+    workers: int = flag(32, f"number of images fetched at the same time, at most {MAX_WORKERS} (default: %(default)s)")
+    retries: int = flag(
+        2, "number of retries after timeouts, broken connections and server errors (default: %(default)s)"
+    )
+    timeout: float = flag(10.0, "seconds allowed for each try, from look-up to last byte (default: %(default)s)")
+    max_bytes: int = flag(20 * 2**20, "largest file in bytes (default: %(default)s)")
+    min_size: int = flag(0, "fewest pixels of the shorter side (default: %(default)s)")
+    limit: int | None = flag(None, "only use the first N rows of the table")
+    allow_private: bool = flag(
+        False, "also fetch from this machine and private networks; only for tables that you trust"
+    )
+    retry_failed: bool = flag(False, "retry everything that failed in earlier runs")
 
     def __post_init__(self) -> None:
         """Raise ValueError for a number out of its bounds."""
@@ -121,9 +136,12 @@ class Outcome:
 
 def main(arguments: Sequence[str]) -> None:
     """`vlm data download TABLE OUT`."""
-    parser = PresentableParser("vlm data download", description="Fetch the images of a table of captions.")
+    parser = PresentableParser(
+        "vlm data download", description="Download the images of a table of URLs and captions.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("table", type=Path, help=f"URLs and captions: {', '.join(TABLE_KINDS)}")
-    parser.add_argument("output", type=Path, help="a new folder, or the same as before to go on")
+    parser.add_argument("output", type=Path, help="the folder to write; name the same one again to continue")
     for option in fields(Options):
         name, default = option.name, option.default
         style: dict[str, Any] = {"action": "store_true"}
@@ -184,7 +202,9 @@ def claim_output_folder(output: Path, table: Table) -> None:
     identity = table.identity()
     if not file.exists():
         if taken := [name for name in ("images", "records.jsonl", "failures.jsonl") if (output / name).exists()]:
-            raise ValueError(f"{output} has {taken[0]} but no download.json: it is no download; choose another folder")
+            raise ValueError(
+                f"{output} has {taken[0]} but no download.json, so it is no download; choose another folder"
+            )
         partial = output / "download.json.partial"
         partial.write_text(json.dumps({"table": table.path.name, **identity}, indent=2), encoding="utf-8")
         partial.replace(file)
@@ -299,7 +319,7 @@ def read_complete_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, Record]
             number = int(record[key])
         except (ValueError, KeyError, TypeError) as error:
             if file.read(1):
-                raise ValueError(f"{file.name}: the line at byte {end} is broken; mend or remove it") from error
+                raise ValueError(f"{file.name}: the line at byte {end} is broken; fix or remove it") from error
             file.truncate(end)
             return
         end += len(line)

@@ -83,7 +83,7 @@ class Deadline:
             raise FetchStopped
         seconds = self._deadline - time.monotonic()
         if seconds <= 0:
-            raise TimeoutError("the time for one try is over")
+            raise TimeoutError("the time limit for one try was reached")
         return seconds
 
 

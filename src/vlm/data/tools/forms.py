@@ -92,7 +92,7 @@ def image_cell_value(image_ref: ImageRef, folder: Path, sample_id: str) -> str |
     if image_ref.content is not None:
         return {"bytes": image_ref.content, "path": None if image_ref.path is None else str(image_ref.path)}
     if image_ref.path is None or image_ref.frame is not None:
-        raise BadSample(sample_id, f"image {image_ref} is no file of its own, and records name files")
+        raise BadSample(sample_id, f"image {image_ref} is not a file of its own, and records can only name files")
     return _relative_path(image_ref.path, folder)
 
 

@@ -39,7 +39,7 @@ def read_labelled_images(
         if isinstance(record, BadSample):
             raise record
         if not isinstance(record, dict):
-            raise ValueError(f"{source}, record {number}: a mapping is needed, got {record!r:.60}")
+            raise ValueError(f"{source}, record {number}: a JSON object is needed, got {record!r:.60}")
         labels = (_normalise(label) for label in _read_labels(record, key, f"{source}, record {number}"))
         image = _read_image(record, f"{source}, record {number}")
         found.setdefault(image, {}).update(dict.fromkeys((synonyms or {}).get(label, label) for label in labels))
@@ -79,10 +79,10 @@ def write_records(path: Path, records: Iterable[Record], *, force: bool) -> int:
         ValueError: the file exists and `force` is not given, or there is no record.
     """
     if path.exists() and not force:
-        raise ValueError(f"{path} exists; name another output, or give --force to replace it")
+        raise ValueError(f"{path} exists; choose another output, or replace it with --force")
     lines = [f"{json.dumps(record, ensure_ascii=False)}\n" for record in records]
     if not lines:
-        raise ValueError(f"{path}: there was no record to write")
+        raise ValueError(f"{path}: there are no records to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(lines), encoding="utf-8")
     return len(lines)

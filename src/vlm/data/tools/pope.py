@@ -109,6 +109,9 @@ def make_questions(
     return records
 
 
+EXAMPLE = "example: vlm data pope labelled.jsonl questions --max-images 500"
+
+
 def with_article(label: str) -> str:
     """Return a label behind `a` or `an`, as its first letter has it."""
     return f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
@@ -116,19 +119,23 @@ def with_article(label: str) -> str:
 
 def main(words: Sequence[str]) -> None:
     """`vlm data pope RECORDS FOLDER`."""
-    purpose = "Questions about objects that are in an image and about objects that are not, from labelled objects."
-    parser = PresentableParser("vlm data pope", description=purpose)
+    purpose = "Write yes/no questions about objects that are, and are not, in an image (POPE), from labelled objects."
+    parser = PresentableParser("vlm data pope", description=purpose, epilog=EXAMPLE)
     parser.add_argument("records", help="records with an image and its labelled objects")
     folder = f"where {', '.join(f'{name}.jsonl' for name in STRATEGIES)} go"
     parser.add_argument("folder", type=Path, help=folder)
     add_object_options(parser)
-    number = "the most objects of each kind for an image (%(default)s)"
+    number = "most objects of each kind per image (default: %(default)s)"
     parser.add_argument("--num-objects", type=int, default=NUM_OBJECTS, metavar="N", help=number)
-    parser.add_argument("--question", default=QUESTION, help="its text; {object} is the object (%(default)s)")
+    parser.add_argument(
+        "--question",
+        default=QUESTION,
+        help="text of the question; {object} stands for the object (default: %(default)s)",
+    )
     args = parser.parse_args(words)
     try:
         if OBJECT_FIELD not in args.question:
-            raise ValueError(f"--question {args.question!r}: {OBJECT_FIELD} must stand in it")
+            raise ValueError(f"--question {args.question!r}: {OBJECT_FIELD} must occur in it")
         check_counts(args, ("num_objects", "max_images"))
         synonyms = label_of_synonym(read_synonyms(args.synonyms))
         images = read_labelled_images(args.records, resolve_cache_folder(None), key=args.objects_key, synonyms=synonyms)
@@ -145,14 +152,16 @@ def main(words: Sequence[str]) -> None:
 
 def add_object_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of how labelled objects are read, and which images are used."""
-    key = "the key of a record's objects: labels, or mappings with a label (%(default)s)"
+    key = "key of a record's objects: labels, or mappings with a label (default: %(default)s)"
     parser.add_argument("--objects-key", default="objects", metavar="KEY", help=key)
     synonyms = "a file with an object and its synonyms on each line: dog, puppy, hound"
     parser.add_argument("--synonyms", type=Path, metavar="FILE", help=synonyms)
-    images = "the most images, drawn at random (%(default)s)"
+    images = "most images, chosen at random (default: %(default)s)"
     parser.add_argument("--max-images", type=int, default=MAX_IMAGES, metavar="N", help=images)
-    parser.add_argument("--seed", type=int, default=0, help="draws images and objects (%(default)s)")
-    parser.add_argument("--force", action="store_true", help="replace an output that exists")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed that images and objects are chosen with (default: %(default)s)"
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
 
 
 def check_counts(args: argparse.Namespace, names: Sequence[str]) -> None:

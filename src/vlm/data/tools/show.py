@@ -35,7 +35,7 @@ class ShownRecord:
     `sides` are its ids and labels under an empty name, of a preference those of both conversations; () where it cannot
     be used. `notes` tell what of the record is not learned: replies, and keys that are not read. `views` tell what the
     model sees of each image and video. `objects` are drawn onto the images, which come in the order of the text, frames
-    of videos that are read as images with them (`is_frame`).
+    of videos that are read as images with them (`is_frame`). `raw` is the record itself where it cannot be used.
     """
 
     source: Source
@@ -49,6 +49,7 @@ class ShownRecord:
     views: Sequence[str] = ()
     objects: Sequence[MarkedObject] = ()
     is_frame: Sequence[bool] = ()
+    raw: object = None
 
     def title(self) -> str:
         """Return the record's source, name and counts."""
@@ -59,6 +60,12 @@ class ShownRecord:
         sizes = ", ".join(map(_describe_size, self.images, self.views)) or "no image"
         return f"{place}, id {self.id}: {counts}; {sizes}"
 
+    def text(self) -> str:
+        """Return the text of all tokens but those of images and videos and those that templates write."""
+        processor = self.source.encoder.processor
+        texts = [processor.tokenizer.decode(encoded.input_ids, skip_special_tokens=True) for _, encoded in self.sides]
+        return " ".join(map(str, texts))
+
     def _describe_counts(self, name: str, encoded: Encoded) -> str:
         supervised = sum(label != IGNORE_INDEX for label in encoded.labels)
         target = f"{supervised} supervised" if supervised else f"label {self.label!r}"
@@ -66,11 +73,13 @@ class ShownRecord:
 
 
 def load_shown_records(
-    config: DatasetConfig, encoder: SampleEncoder, *, number: int, records: Sequence[int] = (), seed: int | None = None
-) -> Iterable[ShownRecord]:
+    config: DatasetConfig, encoder: SampleEncoder, *, number: int, records: Sequence[int] = (), seed: int | None = None,
+    with_views: bool = True,
+) -> Iterable[ShownRecord]:  # fmt: skip
     """Load records of each source of a run: those at the indices `records`, or else `number` of them.
 
-    These are selected at random by `seed`; without one they are the first, as of streams always.
+    These are selected at random by `seed`; without one they are the first, as of streams always. Without `with_views`,
+    images are not processed, which is faster, and `views` are empty.
 
     Raises:
         ValueError: a source does not open, or has no record at one of the indices.
@@ -78,7 +87,7 @@ def load_shown_records(
     for source in make_sources(config, encoder):
         if config.streaming:
             for record in islice(source.stream(0, 1, None), number):
-                yield _load_shown_record(source, None, record)
+                yield _load_shown_record(source, None, record, with_views=with_views)
             continue
         total = len(source)
         if missing := [index for index in records if not 0 <= index < total]:
@@ -86,7 +95,7 @@ def load_shown_records(
         selected = range(min(number, total)) if seed is None else draw_records(total, number, seed).tolist()
         for index in records or selected:
             try:
-                yield _load_shown_record(source, index, source.records[index])
+                yield _load_shown_record(source, index, source.records[index], with_views=with_views)
             except BadSample as error:
                 yield ShownRecord(source, index, error.sample_id, [], [], error.reason)
 
@@ -99,7 +108,7 @@ def _describe_size(shown: Image.Image | DecodedVideo, view: str) -> str:
     return f"{width}×{height} (seen as {view})"
 
 
-def _load_shown_record(source: Source, number: int | None, record: object) -> ShownRecord:
+def _load_shown_record(source: Source, number: int | None, record: object, *, with_views: bool) -> ShownRecord:
     images: list[Image.Image | DecodedVideo] = []
     notes = describe_unread(source.unread_keys(record))
     try:
@@ -108,9 +117,9 @@ def _load_shown_record(source: Source, number: int | None, record: object) -> Sh
         images = open_media(sample)
         sizes = media_sizes_from_opened(sample.media, images, source.encoder.processor)
         sides = _encode_sides(source.encoder, sample, sizes)
-        views = describe_views(source.encoder.processor, images, sizes)
+        views = describe_views(source.encoder.processor, images, sizes) if with_views else []
         if number_unlearned := count_unlearned_replies(sample):
-            notes.append(f"replies that are not learned: {number_unlearned}")
+            notes.append(f"replies that are not trained on: {number_unlearned}")
         if features := describe_features(sample):
             notes.append(f"with {', '.join(features)}")
         if weights := sorted({turn.weight for turn in sample.replies} - {1.0}):
@@ -125,7 +134,7 @@ def _load_shown_record(source: Source, number: int | None, record: object) -> Sh
             source, number, sample.id, sides, images, None, sample.label, notes, views, sample.objects, frames
         )
     except BadSample as error:
-        return ShownRecord(source, number, error.sample_id, [], images, error.reason, notes=notes)
+        return ShownRecord(source, number, error.sample_id, [], images, error.reason, notes=notes, raw=record)
 
 
 def _encode_sides(encoder: SampleEncoder, sample: Sample, sizes: Sequence[MediaSize]) -> list[tuple[str, Encoded]]:

@@ -56,13 +56,13 @@ class SourceStats:
             "usable": int(good.sum()),
             "with images": int((counts.images[good] > 0).sum()),
             "images": int(counts.images[good].sum()),
-            "images of one colour, of those decoded": int(counts.uniform[good].sum()),
+            "single-colour images, of those decoded": int(counts.uniform[good].sum()),
             "replies": int(counts.replies[good].sum()),
             "tokens": int(length.sum()),
             "supervised tokens": int(counts.supervised[good].sum()),
-            "tokens a record (median, 90%, 99%, most)": [*map(round, quantiles), int(length.max(initial=0))],
+            "tokens per record (median, 90%, 99%, max)": [*map(round, quantiles), int(length.max(initial=0))],
             **(too_long if self.longest < NO_LIMIT else {}),
-            "commonest labels of a head": dict(labels.most_common(20)),
+            "most common labels of a head": dict(labels.most_common(20)),
             **self.reading.summary(len(good)),
             "cannot be used, by reason": dict(reasons),
         }
@@ -105,7 +105,7 @@ class ReadingStats:
         """Return the figures of `SourceStats.summary`, of `total` records."""
         of = f", of {self.records:,} records" if self.records < total else ""
         return {
-            f"replies that are not learned (blank, weight 0, loss false){of}": self.replies,
+            f"replies that are not trained on (blank, weight 0, loss false){of}": self.replies,
             f"records with{of}": dict(self.features.most_common()),
             f"keys that are not read{of}": dict(self.keys.most_common(20)),
         }
@@ -153,8 +153,8 @@ def draw(sources: list[SourceStats], path: Path) -> None:
     (lengths, replies), (supervised, sizes) = figure.subplots(2, 2)
     names = [stats.name for stats in sources]
     for axes, title, column in (
-        (lengths, "tokens of a record, image tokens counted", "length"),
-        (supervised, "supervised tokens of a record", "supervised"),
+        (lengths, "tokens per record, image tokens included", "length"),
+        (supervised, "supervised tokens per record", "supervised"),
     ):
         values, top = _usable_values(sources, column)
         axes.hist(values, bins=np.linspace(0, top + 1, min(top + 2, 60)), stacked=True, label=names)
@@ -166,7 +166,7 @@ def draw(sources: list[SourceStats], path: Path) -> None:
     turns, max_turns = _usable_values(sources, "replies")
     bins = np.arange(max_turns + 1) + 0.5 if max_turns < 60 else 60
     replies.hist(turns, bins=bins, stacked=True, label=names, rwidth=0.8)
-    replies.set(xlabel="replies of a record", ylabel="records")
+    replies.set(xlabel="replies per record", ylabel="records")
     replies.xaxis.set_major_locator(MaxNLocator(integer=True))
     replies.set_xlim(left=0)
     _plot_image_sizes(sources, sizes)

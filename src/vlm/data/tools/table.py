@@ -85,7 +85,7 @@ class Table:
             return self._column_names.index(name)
         if len(candidates) != 1:
             columns = f"{self.path} has {known or 'none'}"
-            raise ValueError(f"which is the column of the {kind}s? {columns} – name it: --{kind}-column")
+            raise ValueError(f"which column holds the {kind}s? {columns}; name it with --{kind}-column")
         return candidates[0]
 
     def rows(self) -> Iterator[Row]:
@@ -121,7 +121,7 @@ class Table:
         try:
             return pyarrow.parquet.ParquetFile(self.path)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{self.path} is no Parquet file: {error}") from error
+            raise ValueError(f"{self.path} is not a Parquet file: {error}") from error
 
     def _iter_parquet_pairs(self) -> Iterator[tuple[str | None, str | None]]:
         names = [self._column_names[n] for n in (self._url_index, self._caption_index)]

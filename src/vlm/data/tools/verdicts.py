@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -28,15 +28,17 @@ from vlm.data.records.open import Records, open_records
 from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn, VideoRef
 from vlm.data.usable import RecordReader, check_reply
 from vlm.data.vision.images import is_uniform, open_image
+from vlm.data.vision.similarity import sketch_image
 from vlm.data.vision.video import num_frames
 
 REASONS = {
-    "refused": "no record of this format, or a file that it names is not there",
-    "silent": "no reply to learn from: none, or none with anything but blanks",
+    "refused": "not a record of this format, or a file is missing",
+    "silent": "no reply to train on: it is missing or blank",
     "broken": "an image or video that does not decode",
     "small": "an image with a side below --min-side",
-    "narrow": "an image of a shape beyond --max-aspect",
+    "narrow": "an image longer than --max-aspect allows",
     "duplicate": "the same as an earlier record, see --duplicates",
+    "near": "a near copy of an earlier record, see --near-duplicates",
 }
 """Reason for leaving out a record -> its description."""
 RECORDS_PER_CHUNK = 16
@@ -60,10 +62,11 @@ class CleanTask:
         format: a name of `FORMATS`, or `package.module:function`.
         options: the reader's keyword parameters, each as `name=value`.
         split: of a data set that has several.
-        subset: of a data set on the Hub that has several.
+        subset: subset to read, of a data set on the Hub that has several.
         min_side: the fewest pixels of an image's side.
         max_aspect: the largest ratio of an image's sides; None for any.
         follow_links: whether links that lead out of the image folder are followed.
+        near_duplicates: whether images are sketched, so that near copies are found.
     """
 
     source: str
@@ -76,6 +79,7 @@ class CleanTask:
     min_side: int = 28
     max_aspect: float | None = None
     follow_links: bool = False
+    near_duplicates: bool = False
 
     @property
     def folder(self) -> Path:
@@ -112,6 +116,9 @@ class RecordVerdict:
         digest: of text and images, 32 hexadecimal digits.
         pictures: the digest of each image and video.
         uniform: number of images of one colour throughout.
+        text: the digest of the text alone, where images are sketched.
+        sketches: of each image, see `vision.similarity`, where images are sketched; None for a video.
+        names: of each image and video, likewise.
     """
 
     id: str
@@ -121,6 +128,9 @@ class RecordVerdict:
     digest: str = ""
     pictures: Sequence[str] = ()
     uniform: int = 0
+    text: str = ""
+    sketches: Sequence[str | None] = ()
+    names: Sequence[str] = ()
 
 
 class RecordChecker:
@@ -143,6 +153,7 @@ class RecordChecker:
         except BadSample as error:
             return RecordVerdict(sample.id, "silent", error.reason)
         digests: list[str] = []
+        sketches: list[str | None] = []
         uniform = 0
         try:
             for image_ref in sample.images:
@@ -154,13 +165,20 @@ class RecordChecker:
                 try:
                     digests.append(image_pixel_digest(image))
                     uniform += _shows_one_colour(image)
+                    if self.task.near_duplicates:
+                        sketches.append(sketch_image(image).to_text())
                 except Exception as error:  # Pillow reads the orientation only now, and may raise anything
                     detail = f"image {image_ref} cannot be turned upright and converted to RGB: {error}"
                     return RecordVerdict(sample.id, "broken", detail, file)
             digests += [video_file_digest(video, sample.id) for video in sample.videos]
         except BadSample as error:
             return RecordVerdict(sample.id, "broken", error.reason, error.file)
-        return RecordVerdict(sample.id, digest=sample_digest(sample, digests), pictures=digests, uniform=uniform)
+        verdict = RecordVerdict(sample.id, digest=sample_digest(sample, digests), pictures=digests, uniform=uniform)
+        if not self.task.near_duplicates:
+            return verdict
+        sketches += [None] * len(sample.videos)
+        names = [str(ref) for ref in sample.images] + [str(video.path) for video in sample.videos]
+        return replace(verdict, text=sample_digest(sample, ()), sketches=sketches, names=names)
 
     def _shape_problem(self, image: Image.Image) -> str | None:
         short, long = sorted(image.size)
@@ -241,8 +259,8 @@ def check_records(task: CleanTask, records: Records, first: int, workers: int | 
                 yield from verdicts
     except BrokenProcessPool as error:
         raise ValueError(
-            f"a worker was killed at record {done} or soon after it, as happens where memory runs out: the same "
-            f"command goes on from there, with fewer --workers if need be"
+            f"a worker was killed at record {done} or soon after it, which happens when memory runs out. The same "
+            f"command continues from there; try fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -68,7 +68,7 @@ class RecordWriter(ABC):
         self.number = 0
         self.partial = path.with_name(f"{path.name.replace('%', '')}.partial")
         if not force and (existing := self.existing_files()):
-            raise ValueError(f"{existing[0]} exists; name another output, or give --force to replace it")
+            raise ValueError(f"{existing[0]} exists; choose another output, or replace it with --force")
         if path.is_dir():
             raise ValueError(f"{path} is a folder; for tar shards in it, write {path}/")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,7 @@ class RecordWriter(ABC):
             self.close(complete=kind is None)
             if kind is None:
                 if not self.number:
-                    raise ValueError(f"{self.path}: there was no record to write")
+                    raise ValueError(f"{self.path}: there are no records to write")
                 self.finish()
         finally:
             self.discard()
@@ -180,7 +180,7 @@ class ParquetWriter(RecordWriter):
 
     def _image_cell(self, image_ref: ImageRef, sample_id: str) -> str | Record:
         if not self._embed and image_ref.content is not None:
-            raise BadSample(sample_id, "its images are no files but held as bytes; --embed-images writes them so")
+            raise BadSample(sample_id, "its images are bytes, not files; --embed-images stores them in the output")
         name = image_cell_value(image_ref, self.image_folder, sample_id)
         if not self._embed:
             return name

@@ -9,6 +9,7 @@ from vlm.config.model_schema import HeadConfig
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.holdout import split_off_eval
+from vlm.data.overlap import check_overlap
 from vlm.data.pairs.dataset import PairDataset
 from vlm.data.pairs.encoder import PairEncoder
 from vlm.data.processor import Processor
@@ -71,6 +72,8 @@ def load_pairs(config: RunConfig, encoder: PairEncoder, seed: int) -> EmbeddingD
         elif share or role == "eval":
             loaded["train"], held_out = split_off_eval(loaded["train"], share or DEFAULT_EVAL_SHARE, seed)
             loaded[role] = held_out.subset(range(len(held_out))[:max_samples])
+    for role in loaded.keys() - {"train"}:
+        check_overlap(data, loaded["train"], loaded[role])
     pairs = {role: PairDataset(dataset) for role, dataset in loaded.items()}
     _check_two_documents(pairs["eval"])
     return EmbeddingData(pairs["train"], pairs["eval"], pairs.get("test"))

@@ -15,6 +15,7 @@ from vlm.data.dataset import SampleDataset, Skipped, load_dataset
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.heads.dataset import HeadCollator, HeadDataset, fold_by_label, split_by_label, values_per_head
 from vlm.data.heads.labels import HeadLabels, resolve_labels, strata
+from vlm.data.overlap import check_overlap
 from vlm.data.processor import Processor
 from vlm.train.data import load_other_file, max_sample_length
 from vlm.train.monitor.plots import write_first_batch
@@ -94,6 +95,8 @@ def load_head_data(config: RunConfig, encoder: PromptEncoder, seed: int) -> Head
     sets = _hold_out_sets(data, loaded, heads, seed)
     for role, dataset in sets.items():
         _check_set(role, dataset, heads)
+        if role != "train":
+            check_overlap(data, sets["train"], dataset)
     folds = []
     if data.folds is not None:
         folds = fold_by_label(sets["train"], _strata(sets["train"], heads), data.folds, seed, heads[0].labels)
