@@ -15,18 +15,18 @@ RUN = "head-binary"
 EXTRA = "model.head.extra_heads.quality"
 CONNECTOR = ["trainer.unfreeze.train_connector=true"]
 REFUSALS = {
-    "profile": (["trainer.profile=true"], "trainer.profile=true: what heads compute is neither profiled nor counted"),
-    "peak": (["trainer.peak_tflops=5"], "trainer.peak_tflops=5.0: what heads compute is neither profiled nor counted"),
+    "profile": (["trainer.profile=true"], "trainer.profile=true: runs of heads are neither profiled nor counted"),
+    "peak": (["trainer.peak_tflops=5"], "trainer.peak_tflops=5.0: runs of heads are neither profiled nor counted"),
     "task": (["model.head.task=rank"], "model.head.task=rank: allowed are null, binary, multiclass, multilabel, "
              "regression, ordinal, pairwise"),
-    "name": (["model.head.name=a-b"], "model.head: 'a-b' is no name of a head; letters, digits and _ are needed"),
+    "name": (["model.head.name=a-b"], "model.head: 'a-b' is not a head's name; use letters, digits and _"),
     "name beside": ([f"{EXTRA}.task=regression", "model.head.name=quality"],
                     f"{EXTRA}: the first head has that name (model.head.name)"),
     "no task beside": ([f"{EXTRA}.pooling=mean"], f"{EXTRA}.task=null: allowed are binary, "),
     "pooling": (["model.head.pooling=cls"], "model.head.pooling=cls: allowed are last, mean, image, text, attention, "
                 "query, token, first, alltoken"),
-    "token alone": (["model.head.token=MARK"], "model.head.pooling=last, model.head.token=MARK: pooling=token and a "
-                    "token belong together"),
+    "token alone": (["model.head.token=MARK"], "model.head.pooling=last, model.head.token=MARK: each needs the "
+                    "other"),
     "pooling=token alone": (["model.head.pooling=token"], "model.head.pooling=token, model.head.token=None: "),
     "loss": (["model.head.loss=ce"], "model.head.loss=ce: for task=binary allowed are bce, focal"),
     "loss beside": ([f"{EXTRA}.task=regression", f"{EXTRA}.loss=ce"],
@@ -158,7 +158,7 @@ def test_records_to_measure_on_are_there(records: Path, tmp_path: Path):
     assert said.startswith("dataset.test_image_folder=y: no such folder")
     (tmp_path / "0.tar").touch()
     said = refused(RUN, records, f"dataset.test_path={tmp_path / '0.tar'}")
-    assert said.endswith("tar shards cannot be evaluated on, only streamed")
+    assert said.endswith("tar shards are for training only; give evaluation records in another form")
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ REFUSALS = {
     ),
     "no targets": (
         [R, RATE, "trainer.lora.language_model.target_modules=[]"],
-        "trainer.lora.language_model.target_modules=[]: name endings of layers, or null for all Linear layers, are "
+        "trainer.lora.language_model.target_modules=[]: give name endings of layers, or null for all Linear "
         "needed",
     ),
     "dropout": (["trainer.lora.dropout=1"], "trainer.lora.dropout=1.0: a share from 0 to below 1 is needed"),
@@ -66,7 +66,7 @@ REFUSALS = {
     ),
     "two kinds": (
         [f"{Q}=4bit", "model.visual_encoder.quantization=8bit"],
-        f"model.visual_encoder.quantization=8bit and {Q}=4bit: choose one for both",
+        f"model.visual_encoder.quantization=8bit and {Q}=4bit: they have to be the same; choose one",
     ),
 }
 """Overrides -> how the message begins."""

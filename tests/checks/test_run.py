@@ -87,8 +87,7 @@ REFUSALS = {
     ),
     "tiles of a whole model": (
         ["model/anyres=llava-onevision", "model.hf_name=llava-hf/llava-1.5-7b-hf"],
-        "model.anyres.grids: model.hf_name=llava-hf/llava-1.5-7b-hf prepares images in its own way; choose "
-        "model/anyres=none",
+        "model.anyres.grids: model.hf_name=llava-hf/llava-1.5-7b-hf prepares images itself; choose model/anyres=none",
     ),
     "format's option": (
         ["dataset.format=caption", "dataset.options.key=a"],
@@ -124,15 +123,15 @@ REFUSALS = {
     ),
     "a shell": (
         ['dataset.path="pipe:cat a.tar"'],
-        "dataset.path=pipe:cat a.tar: a shell would run this; dataset.allow_pipe=true says that it may",
+        "dataset.path=pipe:cat a.tar: a shell would run this; dataset.allow_pipe=true allows it",
     ),
     "an endless stream": (
         ["dataset.streaming=true"],
-        "dataset.streaming=true: a stream has no end; say how long to train with trainer.max_steps=…",
+        "dataset.streaming=true: a stream has no end; set trainer.max_steps",
     ),
     "a part of a stream": (
         ["dataset.streaming=true", "trainer.max_steps=1", "dataset.max_samples=5"],
-        "dataset.max_samples: not with dataset.streaming=true; trainer.max_steps says how many",
+        "dataset.max_samples: it does not work with dataset.streaming=true; set trainer.max_steps instead",
     ),
     "holding out of a stream": (
         ["dataset.streaming=true", "trainer.max_steps=1", "dataset.eval_split=0.5"],
@@ -169,7 +168,7 @@ REFUSALS = {
     ),
     "resuming a run without a name": (
         ["trainer.resume_from_checkpoint=true"],
-        "trainer.resume_from_checkpoint=true: name the run with trainer.output_dir",
+        "trainer.resume_from_checkpoint=true: set trainer.output_dir to the run to resume",
     ),
     "beginning with accepted changes": (
         ["trainer.resume_from_checkpoint=never", "trainer.resume_changes=accept"],
@@ -272,7 +271,7 @@ REFUSALS = {
     ),
     "the best of nothing": (
         ["trainer.keep_best=eval_loss"],
-        "trainer.keep_best=eval_loss: this run evaluates nothing; set trainer.eval_strategy to epoch or steps",
+        "trainer.keep_best=eval_loss: this run has no evaluation; set trainer.eval_strategy to epoch or steps",
     ),
     "the best by what is not measured": (
         ["trainer.keep_best=anls", "trainer.eval_strategy=epoch", "dataset.eval_split=0.5"],
@@ -292,7 +291,7 @@ REFUSALS = {
     ),
     "a run directory below a file": (
         ["trainer.output_dir=pyproject.toml/run"],
-        f"trainer.output_dir=pyproject.toml/run: {Path.cwd() / 'pyproject.toml'} is a file, and a folder is needed",
+        f"trainer.output_dir=pyproject.toml/run: {Path.cwd() / 'pyproject.toml'} is a file; a folder is needed",
     ),
 }
 """Overrides -> how the message begins."""
@@ -319,9 +318,12 @@ def test_a_refusal_says_the_key_the_value_and_what_is_allowed(records: Path, ove
 def test_shards_are_streamed_and_not_evaluated_on(records: Path, tmp_path: Path):
     (tmp_path / "0.tar").touch()
     said = refused(records, f"dataset.eval_path={tmp_path}", "trainer.eval_strategy=epoch")
-    assert said == f"dataset.eval_path={tmp_path}: tar shards cannot be evaluated on, only streamed"
+    assert (
+        said
+        == f"dataset.eval_path={tmp_path}: tar shards are for training only; give evaluation records in another form"
+    )
     said = refused(records, f"dataset.path={tmp_path / '0.tar'}")
-    assert said.endswith("tar shards are read one after the other: dataset.streaming=true")
+    assert said.endswith("tar shards can only be streamed; set dataset.streaming=true")
 
 
 @pytest.mark.parametrize("key", CHOICES)
