@@ -46,7 +46,7 @@ REFUSALS = {
     "weight": (["model.head.weight=0"], "model.head.weight=0.0: a number above 0 is needed"),
     "lonely weight": (["model.head.weight=2"], "model.head.weight=2.0: there is no other loss to weigh it against"),
     "one label": (["model.head.task=multiclass", "model.head.labels=[a]"], "model.head.labels=['a']: at least two are"),
-    "three labels of two": (["model.head.labels=[a,b,c]"], "model.head.labels=['a', 'b', 'c']: task=binary has two"),
+    "three labels of two": (["model.head.labels=[a,b,c]"], "model.head.labels=['a', 'b', 'c']: task=binary needs two"),
     "labels of a number": (["model.head.task=regression", "model.head.labels=[a,b]"],
                            "model.head.labels=['a', 'b']: task=regression has no labels to choose among"),
     "weights of a number": (["model.head.task=pairwise", "model.head.class_weights=balanced"],
@@ -60,7 +60,7 @@ REFUSALS = {
     "generation with a query": (["model.head.generation_weight=1", "model.head.pooling=query"],
                                 "model.head.generation_weight=1.0: with pooling=query a token stands behind the"),
     "generation of a frozen body": (["model.head.generation_weight=1"],
-                                    "model.head.generation_weight=1.0: no part trains that writes replies; unfreeze"),
+                                    "model.head.generation_weight=1.0: no part that writes replies trains; unfreeze"),
     "stream": (["dataset.streaming=true", "trainer.max_steps=3"],
                "dataset.streaming=true: a head's records are counted and split before it trains"),
     "truncate": (["dataset.over_length=truncate"], "dataset.over_length=truncate: a prompt is never cut"),
@@ -114,14 +114,14 @@ REFUSALS = {
 """Overrides -> how the message begins."""
 
 WITHOUT_A_HEAD = {
-    "dataset.test_path=x.json": "dataset.test_path=x.json: this is for prediction heads; choose one, as",
-    "dataset.test_split=0.1": "dataset.test_split=0.1: this is for prediction heads",
-    "dataset.test_image_folder=.": "dataset.test_image_folder=.: this is for prediction heads",
-    "dataset.folds=3": "dataset.folds=3: this is for prediction heads",
-    "model.head.pooling=mean": "model.head.pooling=mean: there is no head (model.head.task); choose one, as",
-    "model.head.type=mlp": "model.head.type=mlp: there is no head (model.head.task)",
-    "model.head.generation_weight=1": "model.head.generation_weight=1.0: there is no head (model.head.task)",
-    f"{EXTRA}.task=regression": "model.head.extra_heads=quality: there is no head (model.head.task)",
+    "dataset.test_path=x.json": "dataset.test_path=x.json: it needs a prediction head, such as",
+    "dataset.test_split=0.1": "dataset.test_split=0.1: it needs a prediction head",
+    "dataset.test_image_folder=.": "dataset.test_image_folder=.: it needs a prediction head",
+    "dataset.folds=3": "dataset.folds=3: it needs a prediction head",
+    "model.head.pooling=mean": "model.head.pooling=mean: there is no head; choose one, such as",
+    "model.head.type=mlp": "model.head.type=mlp: there is no head; choose one",
+    "model.head.generation_weight=1": "model.head.generation_weight=1.0: there is no head; choose one",
+    f"{EXTRA}.task=regression": "model.head.extra_heads=quality: there is no head; choose one",
 }
 """A key that nothing comes of -> how the message begins."""
 

@@ -17,8 +17,8 @@ Q = "model.language_model.quantization"
 REFUSALS = {
     "whole and adapted": (
         [R, RATE, "trainer.unfreeze.train_language_model=true"],
-        "trainer.lora.language_model.r=8 and trainer.unfreeze.train_language_model=true: an adapter trains on a part "
-        "that is frozen; choose one (trainer.lora.language_model.r=null, or "
+        "trainer.lora.language_model.r=8 and trainer.unfreeze.train_language_model=true: an adapter needs a frozen "
+        "part; choose one (trainer.lora.language_model.r=null, or "
         "trainer.unfreeze.train_language_model=false)",
     ),
     "no rate": (
@@ -44,8 +44,7 @@ REFUSALS = {
     ),
     "no targets": (
         [R, RATE, "trainer.lora.language_model.target_modules=[]"],
-        "trainer.lora.language_model.target_modules=[]: give name endings of layers, or null for all Linear "
-        "needed",
+        "trainer.lora.language_model.target_modules=[]: give name endings of layers, or null for all Linear layers",
     ),
     "dropout": (["trainer.lora.dropout=1"], "trainer.lora.dropout=1.0: a share from 0 to below 1 is needed"),
     "init": (["trainer.lora.init=pissa"], "trainer.lora.init=pissa: allowed are default, gaussian, orthogonal"),

@@ -72,7 +72,7 @@ REFUSALS = {
         ["model/visual_encoder=dinov2-siglip", "model.visual_encoder.extra_encoders.0.image_size=-1"],
         "model.visual_encoder.extra_encoders.0.image_size=-1: at least 1, or null, is needed",
     ),
-    "a grid of tiles": (["model.anyres.grids=[[1,2],[3]]"], "model.anyres.grids: [3] is no grid; [rows, columns]"),
+    "a grid of tiles": (["model.anyres.grids=[[1,2],[3]]"], "model.anyres.grids: [3] is not a grid; [rows, columns]"),
     "tiles without grids": (
         ["model.anyres.max_tiles=9"],
         "model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next",
@@ -172,11 +172,11 @@ REFUSALS = {
     ),
     "beginning with accepted changes": (
         ["trainer.resume_from_checkpoint=never", "trainer.resume_changes=accept"],
-        "trainer.resume_from_checkpoint=never and trainer.resume_changes=accept: a run that begins changes nothing",
+        "trainer.resume_from_checkpoint=never and trainer.resume_changes=accept: a new run has no earlier settings",
     ),
     "an order that is not repeated": (
         ["trainer.accelerator_config={use_seedable_sampler: false}"],
-        "trainer.accelerator_config.use_seedable_sampler=false: a run that goes on within an epoch would read its ",
+        "trainer.accelerator_config.use_seedable_sampler=false: a run that resumes within an epoch would read ",
     ),
     "what becomes of changes": (
         ["trainer.resume_changes=ignore"],
