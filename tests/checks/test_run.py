@@ -1,13 +1,15 @@
 """Every refusal of the checks: the full key, what was given, what is allowed. In this process, to the letter."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests.fixtures import check_config, compose_config
 from vlm.checks.fields import ConfigError, format_value
-from vlm.checks.run import UNSUPPORTED
+from vlm.checks.run import UNSUPPORTED, check_overridden_rates
 from vlm.config.packaged import group_names, packaged_names, run_names
+from vlm.train.objectives.table import make_objective
 
 CHOICES = {
     "model.visual_encoder.feature_strategy": "patch, cls+patch, cls, full",
@@ -422,3 +424,29 @@ def test_the_best_of_a_head_is_by_one_of_its_metrics(records: Path, word: str):
     check_config(compose_config("head-binary", [*words, f"trainer.keep_best={word}"]))
     with pytest.raises(ConfigError, match=r"trainer\.keep_best=mae: no evaluation measures it; allowed are eval_acc"):
         check_config(compose_config("head-binary", [*words, "trainer.keep_best=mae"]))
+
+
+RATE = "trainer.learning_rate.visual_encoder_learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("words", "is_refused"),
+    [
+        ([f"{RATE}=1e-5"], True),
+        (["trainer.weight_decay.visual_encoder_weight_decay=0.1"], True),
+        (["trainer.learning_rate.head_learning_rate=1e-3"], True),
+        ([f"{RATE}=null"], False),
+        ([f"{RATE}=1e-5", "trainer.unfreeze.train_vision_model=true"], False),
+        ([f"{RATE}=1e-5", "trainer.lora.visual_encoder.r=4"], False),
+        (["trainer/learning_rate=head"], False),  # a YAML may hold rates for runs that train the part
+    ],
+    ids=str,
+)
+def test_a_rate_of_a_frozen_part_is_refused_where_the_command_line_sets_it(
+    records: Path, words: list[str], is_refused: bool
+):
+    config = compose_config("pretrain-smol", [f"dataset.path={records}", *words])
+    keys = [word.partition("=")[0].replace("/", ".") for word in words]
+    refusal = pytest.raises(ConfigError, match="would have no effect, since the .* is frozen")
+    with refusal if is_refused else nullcontext():
+        check_overridden_rates(config, make_objective(config), keys)
