@@ -447,6 +447,6 @@ def test_a_rate_of_a_frozen_part_is_refused_where_the_command_line_sets_it(
 ):
     config = compose_config("pretrain-smol", [f"dataset.path={records}", *words])
     keys = [word.partition("=")[0].replace("/", ".") for word in words]
-    refusal = pytest.raises(ConfigError, match="would have no effect, since the .* is frozen")
+    refusal = pytest.raises(ConfigError, match=r"would have no effect, since the .* is frozen")
     with refusal if is_refused else nullcontext():
         check_overridden_rates(config, make_objective(config), keys)
