@@ -38,6 +38,7 @@ TESTED_ELSEWHERE = {
     "checks/model.py": "checks/test_run.py",
     "checks/preference.py": "train/objectives/test_preference.py",
     "cli/average.py": "hub/test_averaging.py",
+    "cli/collection.py": "cli/test_train.py",
     "cli/completion_words.py": "cli/test_completion.py",
     "cli/data.py": "data/tools/test_show.py",
     "cli/doctor_facts.py": "cli/test_doctor.py",

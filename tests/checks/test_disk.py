@@ -27,9 +27,9 @@ def test_the_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path):
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "file").touch()
-    assert disk.write_problem(tmp_path / "file" / "run") == f"{tmp_path / 'file'} is a file, and a folder is needed"
+    assert disk.write_problem(tmp_path / "file" / "run") == f"{tmp_path / 'file'} is a file; a folder is needed"
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert disk.write_problem(tmp_path) == f"this user may not write into {tmp_path}"
+    assert disk.write_problem(tmp_path) == f"you have no permission to write to {tmp_path}"
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
     assert "mounted read-only" in str(disk.write_problem(tmp_path))
 

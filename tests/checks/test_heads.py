@@ -15,18 +15,18 @@ RUN = "head-binary"
 EXTRA = "model.head.extra_heads.quality"
 CONNECTOR = ["trainer.unfreeze.train_connector=true"]
 REFUSALS = {
-    "profile": (["trainer.profile=true"], "trainer.profile=true: what heads compute is neither profiled nor counted"),
-    "peak": (["trainer.peak_tflops=5"], "trainer.peak_tflops=5.0: what heads compute is neither profiled nor counted"),
+    "profile": (["trainer.profile=true"], "trainer.profile=true: runs of heads are neither profiled nor counted"),
+    "peak": (["trainer.peak_tflops=5"], "trainer.peak_tflops=5.0: runs of heads are neither profiled nor counted"),
     "task": (["model.head.task=rank"], "model.head.task=rank: allowed are null, binary, multiclass, multilabel, "
              "regression, ordinal, pairwise"),
-    "name": (["model.head.name=a-b"], "model.head: 'a-b' is no name of a head; letters, digits and _ are needed"),
+    "name": (["model.head.name=a-b"], "model.head: 'a-b' is not a head's name; use letters, digits and _"),
     "name beside": ([f"{EXTRA}.task=regression", "model.head.name=quality"],
                     f"{EXTRA}: the first head has that name (model.head.name)"),
     "no task beside": ([f"{EXTRA}.pooling=mean"], f"{EXTRA}.task=null: allowed are binary, "),
     "pooling": (["model.head.pooling=cls"], "model.head.pooling=cls: allowed are last, mean, image, text, attention, "
                 "query, token, first, alltoken"),
-    "token alone": (["model.head.token=MARK"], "model.head.pooling=last, model.head.token=MARK: pooling=token and a "
-                    "token belong together"),
+    "token alone": (["model.head.token=MARK"], "model.head.pooling=last, model.head.token=MARK: each needs the "
+                    "other"),
     "pooling=token alone": (["model.head.pooling=token"], "model.head.pooling=token, model.head.token=None: "),
     "loss": (["model.head.loss=ce"], "model.head.loss=ce: for task=binary allowed are bce, focal"),
     "loss beside": ([f"{EXTRA}.task=regression", f"{EXTRA}.loss=ce"],
@@ -46,7 +46,7 @@ REFUSALS = {
     "weight": (["model.head.weight=0"], "model.head.weight=0.0: a number above 0 is needed"),
     "lonely weight": (["model.head.weight=2"], "model.head.weight=2.0: there is no other loss to weigh it against"),
     "one label": (["model.head.task=multiclass", "model.head.labels=[a]"], "model.head.labels=['a']: at least two are"),
-    "three labels of two": (["model.head.labels=[a,b,c]"], "model.head.labels=['a', 'b', 'c']: task=binary has two"),
+    "three labels of two": (["model.head.labels=[a,b,c]"], "model.head.labels=['a', 'b', 'c']: task=binary needs two"),
     "labels of a number": (["model.head.task=regression", "model.head.labels=[a,b]"],
                            "model.head.labels=['a', 'b']: task=regression has no labels to choose among"),
     "weights of a number": (["model.head.task=pairwise", "model.head.class_weights=balanced"],
@@ -60,7 +60,7 @@ REFUSALS = {
     "generation with a query": (["model.head.generation_weight=1", "model.head.pooling=query"],
                                 "model.head.generation_weight=1.0: with pooling=query a token stands behind the"),
     "generation of a frozen body": (["model.head.generation_weight=1"],
-                                    "model.head.generation_weight=1.0: no part trains that writes replies; unfreeze"),
+                                    "model.head.generation_weight=1.0: no part that writes replies trains; unfreeze"),
     "stream": (["dataset.streaming=true", "trainer.max_steps=3"],
                "dataset.streaming=true: a head's records are counted and split before it trains"),
     "truncate": (["dataset.over_length=truncate"], "dataset.over_length=truncate: a prompt is never cut"),
@@ -114,14 +114,14 @@ REFUSALS = {
 """Overrides -> how the message begins."""
 
 WITHOUT_A_HEAD = {
-    "dataset.test_path=x.json": "dataset.test_path=x.json: this is for prediction heads; choose one, as",
-    "dataset.test_split=0.1": "dataset.test_split=0.1: this is for prediction heads",
-    "dataset.test_image_folder=.": "dataset.test_image_folder=.: this is for prediction heads",
-    "dataset.folds=3": "dataset.folds=3: this is for prediction heads",
-    "model.head.pooling=mean": "model.head.pooling=mean: there is no head (model.head.task); choose one, as",
-    "model.head.type=mlp": "model.head.type=mlp: there is no head (model.head.task)",
-    "model.head.generation_weight=1": "model.head.generation_weight=1.0: there is no head (model.head.task)",
-    f"{EXTRA}.task=regression": "model.head.extra_heads=quality: there is no head (model.head.task)",
+    "dataset.test_path=x.json": "dataset.test_path=x.json: it needs a prediction head, such as",
+    "dataset.test_split=0.1": "dataset.test_split=0.1: it needs a prediction head",
+    "dataset.test_image_folder=.": "dataset.test_image_folder=.: it needs a prediction head",
+    "dataset.folds=3": "dataset.folds=3: it needs a prediction head",
+    "model.head.pooling=mean": "model.head.pooling=mean: there is no head; choose one, such as",
+    "model.head.type=mlp": "model.head.type=mlp: there is no head; choose one",
+    "model.head.generation_weight=1": "model.head.generation_weight=1.0: there is no head; choose one",
+    f"{EXTRA}.task=regression": "model.head.extra_heads=quality: there is no head; choose one",
 }
 """A key that nothing comes of -> how the message begins."""
 
@@ -158,7 +158,7 @@ def test_records_to_measure_on_are_there(records: Path, tmp_path: Path):
     assert said.startswith("dataset.test_image_folder=y: no such folder")
     (tmp_path / "0.tar").touch()
     said = refused(RUN, records, f"dataset.test_path={tmp_path / '0.tar'}")
-    assert said.endswith("tar shards cannot be evaluated on, only streamed")
+    assert said.endswith("tar shards are for training only; give evaluation records in another form")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ Q = "model.language_model.quantization"
 REFUSALS = {
     "whole and adapted": (
         [R, RATE, "trainer.unfreeze.train_language_model=true"],
-        "trainer.lora.language_model.r=8 and trainer.unfreeze.train_language_model=true: an adapter trains on a part "
-        "that is frozen; choose one (trainer.lora.language_model.r=null, or "
+        "trainer.lora.language_model.r=8 and trainer.unfreeze.train_language_model=true: an adapter needs a frozen "
+        "part; choose one (trainer.lora.language_model.r=null, or "
         "trainer.unfreeze.train_language_model=false)",
     ),
     "no rate": (
@@ -44,8 +44,7 @@ REFUSALS = {
     ),
     "no targets": (
         [R, RATE, "trainer.lora.language_model.target_modules=[]"],
-        "trainer.lora.language_model.target_modules=[]: name endings of layers, or null for all Linear layers, are "
-        "needed",
+        "trainer.lora.language_model.target_modules=[]: give name endings of layers, or null for all Linear layers",
     ),
     "dropout": (["trainer.lora.dropout=1"], "trainer.lora.dropout=1.0: a share from 0 to below 1 is needed"),
     "init": (["trainer.lora.init=pissa"], "trainer.lora.init=pissa: allowed are default, gaussian, orthogonal"),
@@ -66,7 +65,7 @@ REFUSALS = {
     ),
     "two kinds": (
         [f"{Q}=4bit", "model.visual_encoder.quantization=8bit"],
-        f"model.visual_encoder.quantization=8bit and {Q}=4bit: choose one for both",
+        f"model.visual_encoder.quantization=8bit and {Q}=4bit: they have to be the same; choose one",
     ),
 }
 """Overrides -> how the message begins."""

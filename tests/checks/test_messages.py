@@ -44,10 +44,10 @@ REFUSALS = {
     "trainer=fast": "trainer: it is a section; set one of its keys (objective, output_dir, ",
     "~trainer.adam_beta2": "~trainer.adam_beta2: a key cannot be removed; give it another value",
     "trainer.output_dir=${nothing}": "trainer.output_dir: Interpolation key 'nothing' not found",
-    "trainer.max_steps": "trainer.max_steps: a word of the form key=value is needed; vlm --help",
-    "dataset.image_folder=~/images": "dataset.image_folder=~/images: ~ is not replaced here; write "
+    "trainer.max_steps": "trainer.max_steps: key=value is needed; vlm --help has examples",
+    "dataset.image_folder=~/images": "dataset.image_folder=~/images: ~ is not expanded here; write "
     "dataset.image_folder=$HOME/images",
-    "dataset.image_folder=a=b": "dataset.image_folder=a=b: it has characters with a meaning of their own; quote the "
+    "dataset.image_folder=a=b": "dataset.image_folder=a=b: some of its characters have a special meaning; quote the "
     "value: 'dataset.image_folder=\"a=b\"'",
     "dataset.image_folder=a,b": "dataset.image_folder=a,b: one value is needed, not several; a list is "
     "'dataset.image_folder=[a,b]', a text is quoted: 'dataset.image_folder=\"a,b\"'",
@@ -60,9 +60,9 @@ REFUSALS = {
     "dataset=${model}": "dataset: it is a section; set one of its keys (path, format, ",
     "trainer.lora=${trainer.unfreeze}": "trainer.lora: it is a section; set one of its keys (visual_encoder, ",
     "~trainer": "trainer: it is a section; set one of its keys (objective, output_dir, ",
-    "=1": "=1: a word of the form key=value is needed; vlm --help",
-    "=": "=: a word of the form key=value is needed; vlm --help",
-    "model/head@model.connector=binary": "model/head@model.connector: a group has its own place here; choose with ",
+    "=1": "=1: key=value is needed; vlm --help has examples",
+    "=": "=: key=value is needed; vlm --help has examples",
+    "model/head@model.connector=binary": "model/head@model.connector: groups cannot be moved; choose with ",
     "model.visual_encoder.extra_encoders.x=1": "model.visual_encoder.extra_encoders.x=1: the configuration cannot be ",
     f"trainer.deepspeed={'[' * 500}{']' * 500}": "trainer.deepspeed=[[[[[",
     f"dataset.image_folder={'A' * 33_000}": "dataset.path=records.json: no such file",
@@ -82,7 +82,7 @@ RUNS = {
     "called model.visual_encoder.extra_encoders now",
     "defaults: [head-binary, _self_]\nmodel: {head: {beside: {price: {task: regression}}}}": "model.head.beside: "
     "it is called model.head.extra_heads now",
-    "trainer: {max_steps: 7}": "the run's YAML builds on nothing: begin it with `defaults: [base, _self_]`",
+    "trainer: {max_steps: 7}": "the run's YAML has no base: begin it with `defaults: [base, _self_]`",
     "defaults:\n  - base\n - _self_": "not YAML: ",
 }
 """A run's YAML -> how the message begins."""

@@ -1,13 +1,15 @@
 """Every refusal of the checks: the full key, what was given, what is allowed. In this process, to the letter."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests.fixtures import check_config, compose_config
 from vlm.checks.fields import ConfigError, format_value
-from vlm.checks.run import UNSUPPORTED
+from vlm.checks.run import UNSUPPORTED, check_overridden_rates
 from vlm.config.packaged import group_names, packaged_names, run_names
+from vlm.train.objectives.table import make_objective
 
 CHOICES = {
     "model.visual_encoder.feature_strategy": "patch, cls+patch, cls, full",
@@ -72,7 +74,7 @@ REFUSALS = {
         ["model/visual_encoder=dinov2-siglip", "model.visual_encoder.extra_encoders.0.image_size=-1"],
         "model.visual_encoder.extra_encoders.0.image_size=-1: at least 1, or null, is needed",
     ),
-    "a grid of tiles": (["model.anyres.grids=[[1,2],[3]]"], "model.anyres.grids: [3] is no grid; [rows, columns]"),
+    "a grid of tiles": (["model.anyres.grids=[[1,2],[3]]"], "model.anyres.grids: [3] is not a grid; [rows, columns]"),
     "tiles without grids": (
         ["model.anyres.max_tiles=9"],
         "model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next",
@@ -87,8 +89,7 @@ REFUSALS = {
     ),
     "tiles of a whole model": (
         ["model/anyres=llava-onevision", "model.hf_name=llava-hf/llava-1.5-7b-hf"],
-        "model.anyres.grids: model.hf_name=llava-hf/llava-1.5-7b-hf prepares images in its own way; choose "
-        "model/anyres=none",
+        "model.anyres.grids: model.hf_name=llava-hf/llava-1.5-7b-hf prepares images itself; choose model/anyres=none",
     ),
     "format's option": (
         ["dataset.format=caption", "dataset.options.key=a"],
@@ -128,11 +129,11 @@ REFUSALS = {
     ),
     "an endless stream": (
         ["dataset.streaming=true"],
-        "dataset.streaming=true: a stream has no end; say how long to train with trainer.max_steps=…",
+        "dataset.streaming=true: a stream has no end; set trainer.max_steps",
     ),
     "a part of a stream": (
         ["dataset.streaming=true", "trainer.max_steps=1", "dataset.max_samples=5"],
-        "dataset.max_samples: not with dataset.streaming=true; trainer.max_steps says how many",
+        "dataset.max_samples: it does not work with dataset.streaming=true; set trainer.max_steps instead",
     ),
     "holding out of a stream": (
         ["dataset.streaming=true", "trainer.max_steps=1", "dataset.eval_split=0.5"],
@@ -169,15 +170,15 @@ REFUSALS = {
     ),
     "resuming a run without a name": (
         ["trainer.resume_from_checkpoint=true"],
-        "trainer.resume_from_checkpoint=true: name the run with trainer.output_dir",
+        "trainer.resume_from_checkpoint=true: set trainer.output_dir to the run to resume",
     ),
     "beginning with accepted changes": (
         ["trainer.resume_from_checkpoint=never", "trainer.resume_changes=accept"],
-        "trainer.resume_from_checkpoint=never and trainer.resume_changes=accept: a run that begins changes nothing",
+        "trainer.resume_from_checkpoint=never and trainer.resume_changes=accept: a new run has no earlier settings",
     ),
     "an order that is not repeated": (
         ["trainer.accelerator_config={use_seedable_sampler: false}"],
-        "trainer.accelerator_config.use_seedable_sampler=false: a run that goes on within an epoch would read its ",
+        "trainer.accelerator_config.use_seedable_sampler=false: a run that resumes within an epoch would read ",
     ),
     "what becomes of changes": (
         ["trainer.resume_changes=ignore"],
@@ -272,7 +273,7 @@ REFUSALS = {
     ),
     "the best of nothing": (
         ["trainer.keep_best=eval_loss"],
-        "trainer.keep_best=eval_loss: this run evaluates nothing; set trainer.eval_strategy to epoch or steps",
+        "trainer.keep_best=eval_loss: this run has no evaluation; set trainer.eval_strategy to epoch or steps",
     ),
     "the best by what is not measured": (
         ["trainer.keep_best=anls", "trainer.eval_strategy=epoch", "dataset.eval_split=0.5"],
@@ -292,7 +293,7 @@ REFUSALS = {
     ),
     "a run directory below a file": (
         ["trainer.output_dir=pyproject.toml/run"],
-        f"trainer.output_dir=pyproject.toml/run: {Path.cwd() / 'pyproject.toml'} is a file, and a folder is needed",
+        f"trainer.output_dir=pyproject.toml/run: {Path.cwd() / 'pyproject.toml'} is a file; a folder is needed",
     ),
 }
 """Overrides -> how the message begins."""
@@ -319,9 +320,12 @@ def test_a_refusal_says_the_key_the_value_and_what_is_allowed(records: Path, ove
 def test_shards_are_streamed_and_not_evaluated_on(records: Path, tmp_path: Path):
     (tmp_path / "0.tar").touch()
     said = refused(records, f"dataset.eval_path={tmp_path}", "trainer.eval_strategy=epoch")
-    assert said == f"dataset.eval_path={tmp_path}: tar shards cannot be evaluated on, only streamed"
+    assert (
+        said
+        == f"dataset.eval_path={tmp_path}: tar shards are for training only; give evaluation records in another form"
+    )
     said = refused(records, f"dataset.path={tmp_path / '0.tar'}")
-    assert said.endswith("tar shards are read one after the other: dataset.streaming=true")
+    assert said.endswith("tar shards can only be streamed; set dataset.streaming=true")
 
 
 @pytest.mark.parametrize("key", CHOICES)
@@ -420,3 +424,29 @@ def test_the_best_of_a_head_is_by_one_of_its_metrics(records: Path, word: str):
     check_config(compose_config("head-binary", [*words, f"trainer.keep_best={word}"]))
     with pytest.raises(ConfigError, match=r"trainer\.keep_best=mae: no evaluation measures it; allowed are eval_acc"):
         check_config(compose_config("head-binary", [*words, "trainer.keep_best=mae"]))
+
+
+RATE = "trainer.learning_rate.visual_encoder_learning_rate"
+
+
+@pytest.mark.parametrize(
+    ("words", "is_refused"),
+    [
+        ([f"{RATE}=1e-5"], True),
+        (["trainer.weight_decay.visual_encoder_weight_decay=0.1"], True),
+        (["trainer.learning_rate.head_learning_rate=1e-3"], True),
+        ([f"{RATE}=null"], False),
+        ([f"{RATE}=1e-5", "trainer.unfreeze.train_vision_model=true"], False),
+        ([f"{RATE}=1e-5", "trainer.lora.visual_encoder.r=4"], False),
+        (["trainer/learning_rate=head"], False),  # a YAML may hold rates for runs that train the part
+    ],
+    ids=str,
+)
+def test_a_rate_of_a_frozen_part_is_refused_where_the_command_line_sets_it(
+    records: Path, words: list[str], is_refused: bool
+):
+    config = compose_config("pretrain-smol", [f"dataset.path={records}", *words])
+    keys = [word.partition("=")[0].replace("/", ".") for word in words]
+    refusal = pytest.raises(ConfigError, match=r"would have no effect, since the .* is frozen")
+    with refusal if is_refused else nullcontext():
+        check_overridden_rates(config, make_objective(config), keys)

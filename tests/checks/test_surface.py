@@ -138,7 +138,7 @@ def test_modules_are_imported_by_name_in_known_places_only():
     assert found == {
         "__init__.py": {"import_module"},  # its own lazy attributes
         "assembly/private_names.py": {"import_module"},  # a list in this package
-        "cli/completion.py": {"import_module"},  # the parsers of the commands
+        "cli/completion.py": {"import_module"},  # the table of commands
         "cli/data.py": {"import_module"},  # a table of its tools
         "cli/main.py": {"import_module"},  # a table of commands
         "config/named.py": {"import_module"},

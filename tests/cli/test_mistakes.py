@@ -75,7 +75,7 @@ MISTAKES = {
     f"{RUN} trainer.learning_rate.visual_encoder_learning_rate=1e-5": ["no effect", "train_vision_model=true"],
     "-cn pretrain-smol dataset.path=records.jsn": ["records.jsn: no such file", "seen from"],
     f"{RUN} dataset.image_folder=picures": ["no such folder"],
-    f"{RUN} dataset.image_folder=~/images": ["~ is not replaced here", "$HOME/images"],
+    f"{RUN} dataset.image_folder=~/images": ["~ is not expanded here", "$HOME/images"],
     f"{RUN} trainer.from_pretrained=run": ["whose model is run/final"],
     f"{RUN} trainer.max_steps": ["key=value is needed"],
 }  # fmt: skip

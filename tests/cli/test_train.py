@@ -177,6 +177,21 @@ def test_ranks_wait_for_each_other_only_where_all_end(monkeypatch: pytest.Monkey
     assert bool(closed) is waits
 
 
+HUSHED = """
+import atexit, os, sys, types
+atexit.register(os.write, 2, b"a report of what is alive")
+from vlm.cli.collection import hush_leak_reports
+
+hush_leak_reports()
+atexit.register(os.write, 2, b"a library's last words")
+sys.modules["triton"] = types.ModuleType("triton")
+"""
+
+
+def test_what_bindings_report_behind_the_last_message_is_not_shown():
+    assert start("-c", HUSHED).stderr == "a library's last words"
+
+
 ASK_IMPORTS = """
 import sys
 from vlm.cli.main import main

@@ -234,7 +234,7 @@ def test_what_a_family_decides_is_refused_before_anything_is_fetched():
     """Nothing lies under that name: the mistake is told, not that."""
     base = ["dataset.path=x", "model.hf_name=nobody/nothing"]
     config = compose_config("pretrain-smol", [*base, "dataset.image_mode=pad"])
-    with pytest.raises(ValueError, match="image_mode=pad: nobody/nothing prepares images in its own way"):
+    with pytest.raises(ValueError, match="image_mode=pad: nobody/nothing prepares images itself"):
         resolve_model(config)
     config = compose_config("finetune-llava-onevision", [*base, "model/connector=linear"])
     with pytest.raises(ValueError, match=r"is a whole model: its parts are fixed. You asked for model\.connector"):

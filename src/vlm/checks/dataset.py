@@ -36,11 +36,11 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
         if path is not None:
             yield from _records_problems(key, path)
             if is_tar_path(path):
-                yield f"{key}={path}: tar shards cannot be evaluated on, only streamed"
+                yield f"{key}={path}: tar shards are for training only; give evaluation records in another form"
     if data.streaming:
         yield from _stream_problems(config, {"dataset": data, **sources})
     if data.over_length == "split" and data.supervise != "replies":
-        yield f"dataset.over_length=split: it learns each reply once; dataset.supervise={data.supervise} learns more"
+        yield f"dataset.over_length=split: dataset.supervise={data.supervise} trains on more than replies"
     yield from _template_problems(data.template, "dataset.template")
     yield from _loss_weight_problems(data)
 
@@ -59,11 +59,11 @@ def _loss_weight_problems(data: DatasetConfig) -> Iterator[str]:
     for pattern, factor in data.loss_patterns.items():
         key = f"dataset.loss_patterns.{pattern}={factor:g}"
         if not 0 < factor < float("inf"):
-            yield f"{key}: a number above 0 is needed; a reply that is not learned has `loss` false in its record"
+            yield f"{key}: a number above 0 is needed; to leave a reply out, set its `loss` to false in the record"
         try:
             re.compile(pattern)
         except re.error as error:
-            yield f"{key}: {pattern} is no regular expression: {error}"
+            yield f"{key}: {pattern} is not a regular expression: {error}"
 
 
 def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Iterator[str]:
@@ -71,11 +71,11 @@ def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Ite
     path = str(source.path)
     if path.startswith("pipe:"):
         if not data.allow_pipe:
-            yield f"{key}.path={path}: a shell would run this; dataset.allow_pipe=true says that it may"
+            yield f"{key}.path={path}: a shell would run this; dataset.allow_pipe=true allows it"
     elif "{" not in path:
         yield from _records_problems(f"{key}.path", path)
     if is_tar_path(path) and not data.streaming:
-        yield f"{key}.path={path}: tar shards are read one after the other: dataset.streaming=true"
+        yield f"{key}.path={path}: tar shards can only be streamed; set dataset.streaming=true"
     if source.format in FORMATS:
         parameters = signature(FORMATS[source.format]).parameters.values()
         allowed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
@@ -93,9 +93,9 @@ def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Ite
 def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Iterator[str]:
     """Yield what a stream, which has no length and no order but its own, cannot do."""
     if config.trainer.max_steps < 1:
-        yield "dataset.streaming=true: a stream has no end; say how long to train with trainer.max_steps=…"
+        yield "dataset.streaming=true: a stream has no end; set trainer.max_steps"
     if config.dataset.over_length == "split":
-        yield "dataset.over_length=split: a stream's records are not counted beforehand; choose skip or truncate"
+        yield "dataset.over_length=split: a stream's records are not counted in advance; choose skip or truncate"
     if config.dataset.eval_split:
         yield "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path"
     if config.dataset.overlap != "allow":
@@ -106,7 +106,7 @@ def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Ite
         yield f"trainer.train_sampling_strategy={sampling}: a stream cannot be grouped; choose random"
     for key, source in sources.items():
         if source.max_samples is not None:
-            yield f"{key}.max_samples: not with dataset.streaming=true; trainer.max_steps says how many"
+            yield f"{key}.max_samples: it does not work with dataset.streaming=true; set trainer.max_steps instead"
 
 
 def _records_problems(key: str, path: str) -> Iterator[str]:

@@ -47,12 +47,12 @@ def write_problem(folder: Path) -> str | None:
     """Return why nothing can be written into a folder, which need not exist yet; None: something can."""
     nearest = nearest_folder(folder)
     if not nearest.is_dir():
-        return f"{nearest} is a file, and a folder is needed"
+        return f"{nearest} is a file; a folder is needed"
     if os.access(nearest, os.W_OK | os.X_OK):
         return None
     if os.statvfs(nearest).f_flag & os.ST_RDONLY:
-        return f"{nearest} lies on a disk that is mounted read-only ({mount_point(nearest)})"
-    return f"this user may not write into {nearest}"
+        return f"{nearest} is on a disk that is mounted read-only ({mount_point(nearest)})"
+    return f"you have no permission to write to {nearest}"
 
 
 def is_write_error(error: BaseException) -> bool:

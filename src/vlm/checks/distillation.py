@@ -15,7 +15,7 @@ def distillation_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with a run that learns from a teacher."""
     options, data = config.trainer.distillation, config.dataset
     if not options.teacher:
-        yield f"{KEY}.teacher=null: name a checkpoint that the model learns from, such as outputs/…/final"
+        yield f"{KEY}.teacher=null: name the checkpoint to learn from, such as outputs/…/final"
         return
     if problem := checkpoint_problem(options.teacher, f"{KEY}.teacher"):
         yield problem

@@ -30,7 +30,7 @@ def embedding_problems(config: RunConfig) -> Iterator[str]:
     for key in ("extra_heads", "generation_weight"):
         if value := getattr(head, key):
             text = ", ".join(value) if isinstance(value, dict) else value
-            yield f"model.head.{key}={text}: vectors are learned by themselves; leave it out"
+            yield f"model.head.{key}={text}: an embedding head trains alone; leave it out"
     if head.weight != 1:
         yield f"model.head.weight={head.weight}: there is no other loss to weigh it against; leave it out"
     if not has_parameters(head) and not training_keys(config.trainer) and not embedding_row_keys(config):
@@ -42,14 +42,14 @@ def embedding_problems(config: RunConfig) -> Iterator[str]:
     yield from _data_problems(config.dataset)
     trainer = config.trainer
     if trainer.packing:
-        yield "trainer.packing=true: a vector is read of one row; it is for runs that learn to write"
+        yield "trainer.packing=true: embeddings cannot be packed; leave it out"
     if names := trainer.eval_metrics:
-        yield f"trainer.eval_metrics={names}: vectors have measures of their own; leave it out"
+        yield f"trainer.eval_metrics={names}: embeddings have their own metrics; leave it out"
     yield from before_after_problems(config)
     for key in ("profile", "peak_tflops"):
         if value := getattr(trainer, key):
             setting = f"trainer.{key}={format_value(value)}"
-            yield f"{setting}: what heads compute is neither profiled nor counted; leave it out"
+            yield f"{setting}: runs of heads are neither profiled nor counted; leave it out"
 
 
 def has_parameters(head: HeadConfig) -> bool:
@@ -99,7 +99,7 @@ def _data_problems(data: DatasetConfig) -> Iterator[str]:
     if data.streaming:
         yield "dataset.streaming=true: records are counted and split before vectors are learned; leave it out"
     if data.over_length in ("truncate", "split"):
-        yield f"dataset.over_length={data.over_length}: what is compared is never cut; choose skip or error"
+        yield f"dataset.over_length={data.over_length}: embedded records are never cut; choose skip or error"
     if data.folds is not None:
         yield f"dataset.folds={data.folds}: vectors are measured on held-out records; give dataset.eval_split"
     if data.test_path is not None and data.test_split:
@@ -107,17 +107,17 @@ def _data_problems(data: DatasetConfig) -> Iterator[str]:
     if data.test_image_folder is not None and data.test_path is None:
         yield f"dataset.test_image_folder={data.test_image_folder}: it has no effect without dataset.test_path"
     if data.cache_features:
-        yield "dataset.cache_features=true: what vectors are made of is computed in every step; leave it out"
+        yield "dataset.cache_features=true: embeddings are computed in every step; leave it out"
     if data.cache_limit_gb is not None:
         yield f"dataset.cache_limit_gb={data.cache_limit_gb}: {UNUSED_LIMIT}"
     if data.supervise != "replies":
-        yield f"dataset.supervise={data.supervise}: nothing is supervised by tokens; leave it out"
+        yield f"dataset.supervise={data.supervise}: an embedding run supervises no tokens; leave it out"
     prompts = {"dataset": data.system_prompt}
     prompts |= {f"dataset.sources.{name}": source.system_prompt for name, source in data.sources.items()}
     for key, prompt in prompts.items():
         if prompt:
             yield (
-                f"{key}.system_prompt={prompt:.40}: queries and what they find have system turns of their own; set "
+                f"{key}.system_prompt={prompt:.40}: queries and documents have their own system prompts; set "
                 "model.head.prompts.query or .document"
             )
 

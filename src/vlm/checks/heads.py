@@ -23,16 +23,16 @@ def head_problems(config: RunConfig) -> Iterator[str]:
     for name, settings in head.by_name.items():
         key = head_key(head, name)
         if not name.isidentifier():
-            yield f"{key}: {name!r} is no name of a head; letters, digits and _ are needed"
+            yield f"{key}: {name!r} is not a head's name; use letters, digits and _"
         yield from single_head_problems(key, settings)
         if settings.task == VECTOR_TASK:
-            yield f"{key}.task={VECTOR_TASK}: it is learned by itself, with trainer.objective=embedding; leave it out"
+            yield f"{key}.task={VECTOR_TASK}: it trains alone, with trainer.objective=embedding; leave it out"
     if head.weight != 1 and not head.extra_heads and not head.generation_weight:
         yield f"model.head.weight={head.weight}: there is no other loss to weigh it against; leave it out"
     for key in ("profile", "peak_tflops"):
         if value := getattr(config.trainer, key):
             setting = f"trainer.{key}={format_value(value)}"
-            yield f"{setting}: what heads compute is neither profiled nor counted; leave it out"
+            yield f"{setting}: runs of heads are neither profiled nor counted; leave it out"
     yield from before_after_problems(config)
     yield from _generation_problems(config)
     yield from _data_problems(config)
@@ -54,18 +54,18 @@ def _generation_problems(config: RunConfig) -> Iterator[str]:
         behind = "with pooling=query a token stands behind the prompt, where the reply would begin"
         yield f"{key}: {behind}; choose another pooling"
     if not training_keys(config.trainer) and not embedding_row_keys(config):
-        yield f"{key}: no part trains that writes replies; unfreeze one (trainer.unfreeze), or adapt one (trainer.lora)"
+        yield f"{key}: no part that writes replies trains; unfreeze one (trainer.unfreeze), or adapt one (trainer.lora)"
 
 
 def unused_head_problems(config: RunConfig) -> Iterator[str]:
     """Yield the keys of heads that a run without heads sets."""
     for key in ("test_path", "test_image_folder", "test_split", "folds"):
         if (value := getattr(config.dataset, key)) != getattr(DatasetConfig, key):
-            yield f"dataset.{key}={format_value(value)}: this is for prediction heads; choose one, as model/head=binary"
+            yield f"dataset.{key}={format_value(value)}: it needs a prediction head, such as model/head=binary"
     for key, default in vars(HeadsConfig()).items():
         if (value := getattr(config.model.head, key)) != default:
             text = ", ".join(value) if key == "extra_heads" else format_value(value)
-            yield f"model.head.{key}={text}: there is no head (model.head.task); choose one, as model/head=binary"
+            yield f"model.head.{key}={text}: there is no head; choose one, such as model/head=binary"
 
 
 def single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
@@ -75,9 +75,9 @@ def single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
         yield f"{key}.task=null: allowed are {', '.join(choices.LOSSES)}"
         return
     if (head.pooling == "token") != (head.token is not None):
-        yield f"{key}.pooling={head.pooling}, {key}.token={head.token}: pooling=token and a token belong together"
+        yield f"{key}.pooling={head.pooling}, {key}.token={head.token}: each needs the other"
     if task != VECTOR_TASK and head.type == "identity":
-        yield f"{key}.type=identity: hidden states are no score; it is for task={VECTOR_TASK}, choose linear or mlp"
+        yield f"{key}.type=identity: hidden states are not a score; it is for task={VECTOR_TASK}, choose linear or mlp"
     if task != VECTOR_TASK and (head.dim is not None or head.prompts):
         yield f"{key}.dim={head.dim}, {key}.prompts={head.prompts}: these are for task={VECTOR_TASK}; leave them out"
     losses = choices.LOSSES[task]
@@ -98,7 +98,7 @@ def _label_problems(key: str, task: str, head: HeadConfig) -> Iterator[str]:
     if isinstance(labels, list) and len(labels) < (1 if task == "multilabel" else 2):
         yield f"{key}.labels={labels}: at least two are needed, or null for those of the training records"
     if task == "binary" and labels is not None and len(labels) != 2:
-        yield f"{key}.labels={labels}: task=binary has two, the negative and the positive one"
+        yield f"{key}.labels={labels}: task=binary needs two, the negative and the positive one"
     if task not in choices.CLASSIFICATION_TASKS:
         smoothing = head.label_smoothing or None
         for name, value in (("labels", labels), ("class_weights", weights), ("label_smoothing", smoothing)):

@@ -33,12 +33,12 @@ SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) 
 """How Hydra's message about an override with several values begins."""
 
 NO_BASE_MESSAGE = (
-    "the run's YAML builds on nothing: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
+    "the run's YAML has no base: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
 )
 
 
 NOT_COMPOSED = "the configuration cannot be composed of these overrides; leave some out to find which one it is"
-KEY_VALUE_NEEDED = "a word of the form key=value is needed; vlm --help"
+KEY_VALUE_NEEDED = "key=value is needed; vlm --help has examples"
 ALL_KEYS_HINT = "vlm -cn RUN --cfg job shows all."
 
 
@@ -68,7 +68,7 @@ def explain(error: BaseException) -> str:
             return f"=: {KEY_VALUE_NEEDED}"
         return describe_scalar_section(section[1].replace("/", "."))
     if group := re.match(r"Could not override '([\w/]+)@(.*?)'", text):
-        return f"{group[1]}@{group[2]}: a group has its own place here; choose with {group[1]}=…"
+        return f"{group[1]}@{group[2]}: groups cannot be moved; choose with {group[1]}=…"
     return text.partition("\nTo append to your default list")[0].strip() or NOT_COMPOSED
 
 
@@ -165,8 +165,8 @@ def _describe_malformed_override(override: str) -> str:
     if not equals:
         return f"{override}: {KEY_VALUE_NEEDED}"
     if value.startswith("~"):
-        return f"{override}: ~ is not replaced here; write {key}=$HOME{value[1:]}"
-    return f"{override}: it has characters with a meaning of their own; quote the value: '{key}=\"{value}\"'"
+        return f"{override}: ~ is not expanded here; write {key}=$HOME{value[1:]}"
+    return f"{override}: some of its characters have a special meaning; quote the value: '{key}=\"{value}\"'"
 
 
 def _describe_unknown_key(error: OmegaConfBaseException) -> str:

@@ -62,13 +62,13 @@ def anyres_problems(config: RunConfig) -> Iterator[str]:
     anyres = config.model.anyres
     for grid in anyres.grids or []:
         if len(grid) != 2 or min(grid) < 1:
-            yield f"model.anyres.grids: {list(grid)} is no grid; [rows, columns] of tiles are needed"
+            yield f"model.anyres.grids: {list(grid)} is not a grid; [rows, columns] is needed"
     if not anyres.grids and (anyres.max_tiles is not None or anyres.tile_several):
         yield "model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next"
     if not anyres.grids:
         return
     if (name := config.model.hf_name) is not None:
-        yield f"model.anyres.grids: model.hf_name={name} prepares images in its own way; choose model/anyres=none"
+        yield f"model.anyres.grids: model.hf_name={name} prepares images itself; choose model/anyres=none"
     if config.dataset.image_mode == "pad":
         yield (
             "dataset.image_mode=pad: with model.anyres, an image is squashed to a square as a whole and its tiles are "
@@ -80,6 +80,5 @@ def check_no_image_mode(image_mode: str | None, name: str) -> None:
     """Raise ValueError where a whole model is told how to prepare images."""
     if image_mode is not None:
         raise ValueError(
-            f"dataset.image_mode={image_mode}: {name} prepares images in its own way; dataset.image_mode=null "
-            "leaves it to that"
+            f"dataset.image_mode={image_mode}: {name} prepares images itself; dataset.image_mode=null leaves it to that"
         )

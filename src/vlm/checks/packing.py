@@ -15,7 +15,7 @@ def packing_problems(config: RunConfig, *, takes_loss_weights: bool = True) -> I
     most, strategy = trainer.max_tokens_per_batch, trainer.packing_strategy
     if not trainer.packing:
         if most is not None:
-            yield f"trainer.max_tokens_per_batch={most}: only trainer.packing=true fills batches by tokens"
+            yield f"trainer.max_tokens_per_batch={most}: it needs trainer.packing=true"
         if strategy == BEST_FIT:
             yield f"trainer.packing_strategy={strategy}: without trainer.packing=true it has no effect; leave it out"
         return
@@ -45,4 +45,4 @@ def _best_fit_problems(config: RunConfig) -> Iterator[str]:
             "rows; choose random, or trainer.packing_strategy=step"
         )
     if trainer.dataloader_drop_last:
-        yield "trainer.dataloader_drop_last=true: packs are dealt evenly, there is no last batch to drop; leave it out"
+        yield "trainer.dataloader_drop_last=true: packs split evenly, so there is no last batch to drop; leave it out"

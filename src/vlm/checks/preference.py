@@ -31,7 +31,7 @@ def preference_problems(config: RunConfig) -> Iterator[str]:
         yield "trainer.loss_average=micro_batch: the loss is a mean over the pairs of a step; leave it out"
     if trainer.eval_metrics:
         names = ", ".join(trainer.eval_metrics)
-        yield f"trainer.eval_metrics=[{names}]: preferences have measures of their own; leave it out"
+        yield f"trainer.eval_metrics=[{names}]: preferences have their own metrics; leave it out"
 
 
 def _packing_problems(trainer: TrainerOptions) -> Iterator[str]:
@@ -52,11 +52,11 @@ def _loss_problems(options: PreferenceOptions) -> Iterator[str]:
     loss = options.loss
     if options.label_smoothing:
         if loss not in ("dpo", "simpo", "robust"):
-            yield f"{KEY}.label_smoothing={options.label_smoothing}: {KEY}.loss={loss} does not read it; leave it out"
+            yield f"{KEY}.label_smoothing={options.label_smoothing}: {KEY}.loss={loss} does not use it; leave it out"
         if options.label_smoothing >= 0.5:
             yield f"{KEY}.label_smoothing={options.label_smoothing}: a share below 0.5 is needed"
     if loss == "kto" and options.rejected_image != "same":
-        yield f"{KEY}.rejected_image={options.rejected_image}: it is for pairs, and kto compares none; leave it out"
+        yield f"{KEY}.rejected_image={options.rejected_image}: it needs pairs, and kto has none; leave it out"
     for name, own in (("simpo_gamma", "simpo"), ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
         value = getattr(options, name)
         if value != getattr(PreferenceOptions(), name) and loss != own:
@@ -70,10 +70,10 @@ def _reference_problems(config: RunConfig) -> Iterator[str]:
     key = f"{KEY}.reference={reference}"
     if loss in REFERENCE_FREE_LOSSES:
         if reference not in ("auto", "none"):
-            yield f"{key}: {KEY}.loss={loss} compares with no reference; leave it out"
+            yield f"{key}: {KEY}.loss={loss} uses no reference model; leave it out"
         return
     if reference == "none":
-        yield f"{key}: {KEY}.loss={loss} compares with a reference; choose auto, or {KEY}.loss=simpo or orpo"
+        yield f"{key}: {KEY}.loss={loss} needs a reference model; choose auto, or {KEY}.loss=simpo or orpo"
     if reference == "adapter":
         keys = training_keys(trainer)
         if not keys:
@@ -90,10 +90,10 @@ def _data_problems(data: DatasetConfig) -> Iterator[str]:
     if data.streaming:
         yield "dataset.streaming=true: both sides of a record are checked and counted before training; leave it out"
     if data.over_length == "truncate":
-        yield "dataset.over_length=truncate: a reply is compared as a whole, never cut; choose skip or error"
+        yield "dataset.over_length=truncate: replies are compared whole, never cut; choose skip or error"
     if data.supervise != "replies":
-        yield f"dataset.supervise={data.supervise}: the replies of both sides are compared, and no more; leave it out"
+        yield f"dataset.supervise={data.supervise}: only the replies of both sides are compared; leave it out"
     if data.cache_features:
-        yield "dataset.cache_features=true: features of images are not cached for preferences; leave it out"
+        yield "dataset.cache_features=true: image features are not cached for preferences; leave it out"
     if data.cache_limit_gb is not None:
         yield f"dataset.cache_limit_gb={data.cache_limit_gb}: {UNUSED_LIMIT}"

@@ -109,15 +109,15 @@ def _resume_problems(trainer: TrainerOptions) -> Iterator[str]:
     key, requested = "trainer.resume_from_checkpoint", trainer.resume_from_checkpoint
     word = requested.lower()
     if word == "true" and trainer.output_dir is None:
-        yield f"{key}=true: name the run with trainer.output_dir"
+        yield f"{key}=true: set trainer.output_dir to the run to resume"
     elif word not in ("auto", "never", "true", "false") and not Path(requested).is_dir():
         yield f"{key}={requested}: allowed are auto, never, or the folder of a checkpoint (seen from {Path.cwd()})"
     accelerator = trainer.accelerator_config
     if isinstance(accelerator, Mapping) and accelerator.get("use_seedable_sampler") is False:
-        reason = "a run that goes on within an epoch would read its samples in another order; leave it out"
+        reason = "a run that resumes within an epoch would read samples in another order; leave it out"
         yield f"trainer.accelerator_config.use_seedable_sampler=false: {reason}"
     if word in ("never", "false") and trainer.resume_changes == "accept":
-        yield f"{key}={word} and trainer.resume_changes=accept: a run that begins changes nothing; choose one"
+        yield f"{key}={word} and trainer.resume_changes=accept: a new run has no earlier settings; choose one"
 
 
 def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
@@ -161,8 +161,7 @@ def check_overridden_rates(config: RunConfig, objective: ObjectiveChecks, overri
     """
     training = _training_parts(config, objective)
     for part in (*PARTS, HEAD):
-        for key in (f"learning_rate.{part}_learning_rate", f"learning_rate.{part}_layer_decay",
-                    f"weight_decay.{part}_weight_decay"):  # fmt: skip
+        for key in (f"learning_rate.{part}_learning_rate", f"weight_decay.{part}_weight_decay"):
             if f"trainer.{key}" not in overrides or part in training:
                 continue
             if value := get_value(config, f"trainer.{key}"):
@@ -181,11 +180,11 @@ UNSUPPORTED = {
     "parallelism_config": "ranks share out samples, never the tokens of one: DeepSpeed's Ulysses would split pixels "
     "along their channels, and replace the attention of visual encoders too. For long rows choose "
     "trainer.sharding=fsdp2 and trainer.activation_checkpointing=true",
-    "push_to_hub": "publish the run's folder final once it is trained",
-    "auto_find_batch_size": "it restarts the loop with another batch, which the recipes' step counts do not survive",
+    "push_to_hub": "after training, publish the run's folder final with vlm push-to-hub",
+    "auto_find_batch_size": "it would change the number of steps; set trainer.per_device_train_batch_size instead",
     "label_smoothing_factor": "it needs logits at every position, which are not computed",
-    "load_best_model_at_end": "checkpoints hold what a run resumes from; trainer.keep_best keeps the best model",
-    "save_only_model": "a checkpoint is there to resume from; the complete model is the run's folder final",
+    "load_best_model_at_end": "trainer.keep_best=METRIC keeps the best model here",
+    "save_only_model": "checkpoints are for resuming; the complete model is the run's folder final",
 }
 """Keys of `TrainingArguments` that would do something else here than they promise, and what to do."""
 

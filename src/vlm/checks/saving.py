@@ -36,7 +36,7 @@ def saving_problems(config: RunConfig, metric_names: frozenset[str] | None) -> I
             yield f"trainer.greater_is_better={format_value(greater)}: trainer.keep_best names no metric"
         return
     if trainer.eval_strategy == "no":
-        yield f"trainer.keep_best={metric}: this run evaluates nothing; set trainer.eval_strategy to epoch or steps"
+        yield f"trainer.keep_best={metric}: this run has no evaluation; set trainer.eval_strategy to epoch or steps"
     if metric_names is not None and metric.removeprefix(EVALUATION_PREFIX) not in metric_names:
         known = ", ".join(sorted(f"{EVALUATION_PREFIX}{name}" for name in metric_names))
         yield f"trainer.keep_best={metric}: no evaluation measures it; allowed are {known}"

@@ -98,7 +98,7 @@ def test_a_run_goes_on_from_a_checkpoint_with_its_head(
         (["model.head.generation_weight=1"], "vectors are learned by themselves"),
         (["trainer.packing=true"], "a vector is read of one row"),
         (["trainer.keep_best=recall@2"], "no evaluation measures it"),
-        (["trainer.objective=prediction"], "it is learned by itself, with trainer.objective=embedding"),
+        (["trainer.objective=prediction"], "it trains alone, with trainer.objective=embedding"),
     ],
 )
 def test_what_contradicts_vectors_is_refused(words: list[str], problem: str, common: list[str], pairs: list[str]):

@@ -73,7 +73,7 @@ def test_a_further_run_reads_what_the_reference_said(
     ("words", "problem"),
     [
         (["trainer.loss_average=micro_batch"], "a mean over the pairs of a step"),
-        (["trainer.eval_metrics=[bleu]"], "preferences have measures of their own"),
+        (["trainer.eval_metrics=[bleu]"], "preferences have their own metrics"),
         (["dataset.streaming=true", "dataset.eval_split=null", "trainer.eval_strategy=no"], "counted before training"),
         (["dataset.over_length=truncate"], "never cut"),
         (["dataset.cache_features=true"], "not cached for preferences"),
@@ -87,7 +87,7 @@ def test_a_further_run_reads_what_the_reference_said(
         (["trainer.preference.desirable_weight=2"], "it is for trainer.preference.loss=kto"),
         (["trainer.preference.loss=kto", "trainer.preference.rejected_image=blank"], "it is for pairs"),
         (["trainer.preference.reference=none"], "loss=dpo compares with a reference"),
-        (["trainer.preference.loss=simpo", "trainer.preference.reference=copy"], "compares with no reference"),
+        (["trainer.preference.loss=simpo", "trainer.preference.reference=copy"], "uses no reference model"),
         ([*WHOLE, "trainer.preference.reference=adapter"], "changes more than adapters; choose cached"),
         (["trainer.preference.reference=copy", "trainer.deepspeed=zero3"], "choose cached"),
         (["trainer.objective=generation"], "it is for trainer.objective=preference"),

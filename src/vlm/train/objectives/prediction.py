@@ -47,7 +47,7 @@ class Prediction(Objective):
         """Yield what is wrong with the heads and their data, and keys that are for runs that learn to write."""
         config = self.config
         if config.model.head.task is None:
-            yield "trainer.objective=prediction: there is no head (model.head.task); choose one, as model/head=binary"
+            yield "trainer.objective=prediction: there is no head; choose one, such as model/head=binary"
             return
         yield from head_problems(config)
         yield from unused_preference_problems(config)
