@@ -165,7 +165,6 @@ TESTED_ELSEWHERE = {
     "train/heads/report.py": "train/objectives/test_prediction.py",
     "train/monitor/callbacks.py": "train/test_sample_generation.py",
     "train/monitor/peak_flops.py": "train/monitor/test_speed.py",
-    "train/monitor/plots.py": "train/test_run.py",
     "train/objectives/base.py": "train/objectives/test_objectives.py",
     "train/objectives/generation.py": "train/objectives/test_objectives.py",
     "train/interruptible.py": "train/resume/test_exactness.py",

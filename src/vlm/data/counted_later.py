@@ -6,6 +6,7 @@ other than after counting first.
 """
 
 import atexit
+import logging
 import os
 import signal
 import threading
@@ -118,6 +119,7 @@ def _count_in_background(load: Callable[[], SampleDataset], parent: int) -> None
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(19)
+    logging.disable(logging.INFO)  # its progress would run into the run's
     torch.set_num_threads(1)  # threads do not survive a fork
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with Path(os.devnull).open("w") as nothing, redirect_stderr(nothing), suppress(Exception):

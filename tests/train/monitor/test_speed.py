@@ -58,6 +58,28 @@ def take_step(meter: SpeedMeter, clock: Clock, seconds: float = 2.0, wait: float
     clock.now += seconds - wait
 
 
+def test_a_measured_peak_that_a_run_exceeds_is_measured_again_and_else_gives_no_share(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+):
+    for again, expected in ((100.0, True), (0.001, False)):
+        measured: list[torch.dtype] = []
+        monkeypatch.setattr(speed, "measure_tflops", lambda device, dtype, again=again: measured.append(dtype) or again)  # noqa: B023
+        meter = SpeedMeter(CPU, FLOPS, Peak(0.01, "measured: here"), dtype=torch.bfloat16)
+        for _ in range(3):
+            take_step(meter, clock)
+        meter.stop()
+        found = meter.gather_metrics(alone)
+        assert ("mfu" in found) == expected
+        assert found.get("mfu", 0) <= 1
+        assert found["tflops_per_second"] > 0.01
+        assert measured == [torch.bfloat16], "once"
+    given = SpeedMeter(CPU, FLOPS, Peak(0.01, "trainer.peak_tflops"))
+    for _ in range(3):
+        take_step(given, clock)
+    given.stop()
+    assert given.gather_metrics(alone)["mfu"] > 1, "what the user says is not put in question"
+
+
 def test_steps_are_measured_from_the_second_on(clock: Clock):
     meter = SpeedMeter(CPU, FLOPS, Peak(1.0, "given"))
     take_step(meter, clock, seconds=100.0)

@@ -198,8 +198,8 @@ class FamilyFeatureWriter(FeatureCacheWriter[Place, list[tuple[int, Inputs]]]):
         numbers = np.where(shapes.any(axis=2), np.where(shapes == 0, 1, shapes).prod(axis=2), 0).sum(axis=1)
         rows = np.maximum(-(-numbers // self.format.width), 1)
         log.info(
-            "Caching the outputs of %s for %s images or groups of images (%.3g GB)",
-            self.part.attribute, f"{len(keys):,}", int(rows.sum()) * self.format.stride / 1e9,
+            "Caching outputs of %s for %s images or groups of images (%.3g GB)", self.part.attribute, f"{len(keys):,}",
+            int(rows.sum()) * self.format.stride / 1e9,
         )  # fmt: skip
         groups = (rows.cumsum() * self.format.width - 1) // NUMBERS_PER_PACK
         plans = []

@@ -73,6 +73,7 @@ def _draw_curves(axes: "Axes", metrics: Sequence[Metrics], curves: dict[str, str
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if is_short else "")
     if axes.lines:
         axes.legend()
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there are no halves of steps
     axes.grid(alpha=0.3)
 
 
