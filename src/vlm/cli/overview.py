@@ -14,6 +14,8 @@ vlm composes, trains and asks vision-language models.
   vlm chat CHECKPOINT --image FILE                          talk with a trained model
   vlm predict CHECKPOINT --image FILE --prompt TEXT         ask a trained head; of a file: --input, --output
   vlm eval CHECKPOINT --data RECORDS --metrics NAME,NAME    measure a trained model; or --tasks of lmms-eval
+  vlm runs [FOLDER]                                         the runs below outputs/; vlm report RUN: a page of one
+  vlm compare RUN RUN                                       settings, metrics, curves and answers of runs
   vlm compare-models BEFORE AFTER --data RECORDS            what a finetune gained and what it forgot
   vlm web                                                   a page: chat, predict, train, look through data
   vlm data TOOL …                                           download, convert, clean, stats, show; vlm data --help

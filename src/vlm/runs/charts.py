@@ -130,7 +130,7 @@ def show_tick(value: float) -> str:
     """Return a number of an axis, as short as it can be."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-3:
+    if abs(value) >= 1e6 or abs(value) < 1e-2:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:,.6g}" if abs(value) < 1e4 else f"{value:,.0f}"
@@ -158,7 +158,7 @@ def _draw_chart(curves: Sequence[Curve], x_title: str, label: str, kind: str, sc
         if whole and not float(tick).is_integer():
             continue
         parts.append(f'<text x="{x_of(tick):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{show_tick(tick)}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{_text(x_title)}</text>')
+    parts.append(f'<text x="{LEFT - 8}" y="{HEIGHT - 16}" text-anchor="end">{_text(x_title)}</text>')
     for number, curve in enumerate(curves):
         places = [(x_of(x), y_of(y)) for x, y in curve.points]
         if len(places) > 1:
