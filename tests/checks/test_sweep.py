@@ -58,6 +58,14 @@ def test_a_run_of_a_sweep_gets_its_folder_and_secrets_beside_it_are_masked(tmp_p
     assert "abcdefg" not in file.read_text()
 
 
+def test_ranks_have_to_agree_on_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with hydra(["trainer.seed=1"], tmp_path):
+        with pytest.raises(ConfigError, match=r"name the folder of the sweep with trainer\.output_dir"):
+            place_run(OmegaConf.create({"trainer": {"output_dir": None}}))
+        place_run(OmegaConf.create({"trainer": {"output_dir": "out"}}))
+
+
 def test_the_command_of_a_run_repeats_it_alone(tmp_path: Path):
     words = [*WORDS, "--config-dir", "mine", "trainer.output_dir=sweep", "hydra/sweeper=optuna"]
     with hydra(["dataset.path=train.json", "trainer.seed=1", "trainer.output_dir=sweep"], tmp_path):

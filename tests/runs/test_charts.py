@@ -45,3 +45,9 @@ def test_ticks_are_round():
     assert nice_ticks(0, 1) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert nice_ticks(3, 3) == [3]
     assert [show_tick(value) for value in (0, 0.0005, 1234.5, 2e6, -3.0)] == ["0", "5e-4", "1,234.5", "2e6", "-3"]
+
+
+def test_curves_that_lie_on_each_other_are_one():
+    figure = draw(Curve("a", [(1, 2.0), (2, 1.0)]), Curve("b", [(1, 2.0), (2, 1.0)]), Curve("c", [(1, 3.0), (2, 1.0)]))
+    assert "</svg>a, b</li>" in figure
+    assert figure.count("<polyline") == 4

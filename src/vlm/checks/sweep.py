@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,7 +54,13 @@ def is_sweep() -> bool:
 
 
 def place_run(composed: DictConfig) -> None:
-    """Give a run of a sweep its folder as `trainer.output_dir`, and mask secrets in what Hydra wrote beside it."""
+    """Give a run of a sweep its folder as `trainer.output_dir`, and mask secrets in what Hydra wrote beside it.
+
+    Raises:
+        ConfigError: there are several ranks, each of which would name the folder of the sweep by a time of its own.
+    """
+    if composed.trainer.output_dir is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("--multirun on several ranks: name the folder of the sweep with trainer.output_dir=…")
     sweep = HydraConfig.get().sweep
     composed.trainer.output_dir = str(Path(sweep.dir) / sweep.subdir)
     file = Path(sweep.dir) / MULTIRUN_FILE

@@ -57,7 +57,7 @@ def draw_figure(title: str, curves: Sequence[Curve], *, x_title: str = "step", f
         log_scale: whether it can be switched to a logarithmic scale, where all values are above 0.
         note: plain text below the legend.
     """
-    drawn = [Curve(curve.name, _thin(curve.points), curve.marked) for curve in curves if curve.points]
+    drawn = [Curve(curve.name, _thin(curve.points), curve.marked) for curve in _merge_equal(curves) if curve.points]
     if not drawn:
         return ""
     label = f"{title}: {', '.join(curve.name for curve in drawn)}"
@@ -76,6 +76,16 @@ def draw_figure(title: str, curves: Sequence[Curve], *, x_title: str = "step", f
         f"<figure><figcaption><span>{_text(title)}</span>{switch}</figcaption>{charts}"
         f'<ul class="legend">{legend}</ul>{below}</figure>'
     )
+
+
+def _merge_equal(curves: Sequence[Curve]) -> list[Curve]:
+    """Return the curves, those that lie on each other as one with all their names."""
+    merged: dict[tuple[Point, ...], Curve] = {}
+    for curve in curves:
+        points = tuple(curve.points)
+        name = f"{merged[points].name}, {curve.name}" if points in merged else curve.name
+        merged[points] = Curve(name, points, curve.marked)
+    return list(merged.values())
 
 
 def _text(text: str) -> str:
@@ -130,7 +140,7 @@ def show_tick(value: float) -> str:
     """Return a number of an axis, as short as it can be."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-3:
+    if abs(value) >= 1e6 or abs(value) < 1e-2:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
     return f"{value:,.6g}" if abs(value) < 1e4 else f"{value:,.0f}"
@@ -158,7 +168,7 @@ def _draw_chart(curves: Sequence[Curve], x_title: str, label: str, kind: str, sc
         if whole and not float(tick).is_integer():
             continue
         parts.append(f'<text x="{x_of(tick):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{show_tick(tick)}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{_text(x_title)}</text>')
+    parts.append(f'<text x="0" y="{HEIGHT - 16}">{_text(x_title)}</text>')
     for number, curve in enumerate(curves):
         places = [(x_of(x), y_of(y)) for x, y in curve.points]
         if len(places) > 1:

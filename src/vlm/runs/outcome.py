@@ -6,7 +6,7 @@ evaluation logged of its metric, over records. Otherwise nothing is known of it,
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vlm.config.derived import lower_is_better
@@ -149,7 +149,7 @@ def rank(settings: Sequence[Setting], sign: int) -> tuple[Setting | None, list[G
     return best, [Gap(other, best.mean - other.mean, noise(best, other)) for other in others]
 
 
-def _seed_noise(settings: Sequence[Setting]):
+def _seed_noise(settings: Sequence[Setting]) -> Callable[[Setting, Setting], float] | None:
     """Return half the width of the interval of a difference as the spread between seeds gives it; None without one."""
     freedom = sum(len(one.outcomes) - 1 for one in settings)
     if freedom < 1:

@@ -23,6 +23,7 @@ from vlm.config.schema import DatasetConfig, RunConfig
 from vlm.config.secrets import mask_settings, mask_words
 from vlm.data.dataset import Contribution, SampleDataset, Skipped, check_skipped_share
 from vlm.data.stream import SampleStream
+from vlm.runs.read import REPORT_FILE
 from vlm.train.checkpoints.files import write_text_whole
 from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.objectives.base import PreparedRun
@@ -59,6 +60,7 @@ def write_run_files(folder: Path, config: RunConfig) -> None:
         "samples.md",
         "guard.jsonl",
         "first_batch.html",
+        REPORT_FILE,
     ):
         (folder / name).unlink(missing_ok=True)  # of a start that saved nothing
     write_text_whole(folder / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.create(mask_settings(asdict(config)))))
