@@ -124,7 +124,7 @@ REFUSALS = {
     ),
     "a shell": (
         ['dataset.path="pipe:cat a.tar"'],
-        "dataset.path=pipe:cat a.tar: this is a shell command; dataset.allow_pipe=true allows it to run",
+        "dataset.path=pipe:cat a.tar: a shell would run this; dataset.allow_pipe=true says that it may",
     ),
     "an endless stream": (
         ["dataset.streaming=true"],
