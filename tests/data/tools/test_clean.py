@@ -422,7 +422,7 @@ def test_the_input_is_never_written_over(folder: Path, source: str):
 
 
 OUTPUTS = {
-    "out.json": "to a file named .jsonl",
+    "out.json": "the name must end in .jsonl",
     "none/out.jsonl": "there is no folder",
     "data/out.jsonl": "lies in the input",
     "data/deep/out.jsonl": "lies in the input",
@@ -591,7 +591,7 @@ def test_the_command_line_says_what_came_out(folder: Path, capsys: Any):
     said = capsys.readouterr().out
     assert "4 records: 1 kept, 3 dropped" in said
     assert "refused           2  not a record of this format" in said
-    assert "such as record 2 ('r2'): image file" in said
+    assert "for example record 2 ('r2'): image file" in said
     assert "such as record 1 ('r1'): has the text and images of record 0" in said
     assert f"kept in {folder / 'out.jsonl'}, with image paths relative to {folder}" in said
 
