@@ -139,6 +139,10 @@ REFUSALS = {
         ["dataset.streaming=true", "trainer.max_steps=1", "dataset.eval_split=0.5"],
         "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path",
     ),
+    "comparing a stream": (
+        ["dataset.streaming=true", "trainer.max_steps=1", "dataset.overlap=warn"],
+        "dataset.overlap=warn: a stream is not compared before it is read; choose allow, or no streaming",
+    ),
     "grouping a stream": (
         [
             "dataset.streaming=true",

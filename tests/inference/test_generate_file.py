@@ -312,7 +312,7 @@ def test_the_command_writes_what_the_function_does(
         (["--input", "RECORDS"], "--input and --output go together"),
         (["--input", "RECORDS", "--output", "a.jsonl", "--prompt", "x"], "give --prompt for one question, or --input"),
         (["--input", "RECORDS", "--output", "a.jsonl", "--image", "x.png"], "--image and --video go with --prompt"),
-        (["--input", "no.json", "--output", "a.jsonl"], "--input no.json: no such file (seen from "),
+        (["--input", "no.json", "--output", "a.jsonl"], "--input no.json: no such file in "),
         (["--input", "RECORDS", "--output", "a.txt"], "--output a.txt: it must end in .csv or .jsonl"),
         (["--input", "RECORDS", "--output", "RECORDS/a.csv"], "records.json is not a folder that can be written to"),
         (["--input", "RECORDS", "--output", "FOLDER.csv"], "this is a folder"),

@@ -248,7 +248,7 @@ def test_a_label_that_the_head_does_not_know_is_said(
     output = records.with_name("preds.csv")
     run_predict(checkpoint("kind"), "--input", records, "--output", output)
     said = capsys.readouterr().out
-    assert "3 of 8 labels are excluded from the metrics, the first is that of r0: head kind: 'pink' is none" in said
+    assert "3 of 8 labels are excluded from the metrics, the first is that of r0: head kind: 'pink' is not one" in said
     assert "kind (multiclass), 5 records with a label" in said
     assert len(read_rows(output)) == 9
 

@@ -257,6 +257,13 @@ def test_a_torn_picture_found_on_the_way_stops_a_run_that_skips_nothing(start, t
             start(*words, "dataset.check_samples=0", f"trainer.dataloader_num_workers={workers}", steps=3)
 
 
+def test_a_run_on_its_evaluation_records_is_refused_where_that_is_asked(start, tmp_path: Path):
+    words = llava(tmp_path)
+    same = words[0].replace("dataset.path", "dataset.eval_path")
+    with pytest.raises(SystemExit, match=r"dataset.overlap=refuse: of 12 evaluation records, 12 have an image of"):
+        start(*words, same, "trainer.eval_strategy=epoch", "dataset.overlap=refuse", steps=1)
+
+
 def test_too_many_torn_pictures_stop_a_run(start, tmp_path: Path):
     words = llava(tmp_path)
     for name in ("0.jpg", "3.jpg", "6.jpg"):

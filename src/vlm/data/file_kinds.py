@@ -96,7 +96,7 @@ def _describe_text(head: bytes) -> str | None:
         page = " (a web page, such as a server sends in place of a file)" if is_page else ""
         return f"it is text that begins with {shown!r}{page}"
     if not start:
-        return "it holds only white space" if not head.strip(b" \t\r\n") else None
+        return "it has nothing but white space" if not head.strip(b" \t\r\n") else None
     if start[:1] in b"{[" and _is_plain_text(start):
         return f"it is text that begins with {start[:14].decode(errors='replace')!r}, such as JSON"
     if _is_plain_text(start):

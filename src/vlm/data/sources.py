@@ -61,9 +61,6 @@ class Source:
         self.folder = Path(self.config.image_folder or (place if place.is_dir() else place.parent))
         options = {name: value for name, value in self.config.options.items() if value is not None}
         self._reader = partial(get_reader(self.config.format), **options)
-        self._read_record = RecordReader(
-            self._reader, self.folder, self.config.format, self.config.options, self.config.follow_links
-        )
         self.parts: list[tuple[int, RecordPart]] = []
 
     def unread_keys(self, record: object) -> list[str]:
@@ -143,7 +140,8 @@ class Source:
         Raises:
             BadSample: it cannot be used.
         """
-        return self._read_record(record)
+        config = self.config
+        return RecordReader(self._reader, self.folder, config.format, config.options, config.follow_links)(record)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -200,7 +200,9 @@ def test_several_heads_need_a_mapping(label: Any):
 
 
 def test_a_label_that_a_head_does_not_know_is_refused_at_once(load):
-    with pytest.raises(ValueError, match=r"records.json: head kind: 'cow' is none of its labels.* \(1 of 2 records\)"):
+    with pytest.raises(
+        ValueError, match=r"records.json: head kind: 'cow' is not one of its labels.* \(1 of 2 records\)"
+    ):
         HeadDataset(load([asked("cow"), asked("cat")]), [KIND])
 
 

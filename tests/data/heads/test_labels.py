@@ -64,9 +64,9 @@ WRONG: dict[str, tuple[HeadLabels, Any, str]] = {
     "another number": (head("binary", 0, 1), "01.5", "head h: '01.5' is not one of its labels, which are 0, 1"),
     "truth for a number": (head("binary", 0, 1), True, "head h: True is not one of its labels, which are 0, 1"),
     "number for truth": (head("binary", False, True), 1, "head h: 1 is not one of its labels, which are False, True"),
-    "a list for one": (head("multiclass", "a", "b"), ["a"], "head h: ['a'] is none of its labels"),
-    "a mapping": (head("ordinal", "a", "b"), {"a": 1}, "head h: {'a': 1} is none of its labels"),
-    "no number": (head("ordinal", 1, 2), NAN, "head h: nan is none of its labels"),
+    "a list for one": (head("multiclass", "a", "b"), ["a"], "head h: ['a'] is not one of its labels"),
+    "a mapping": (head("ordinal", "a", "b"), {"a": 1}, "head h: {'a': 1} is not one of its labels"),
+    "no number": (head("ordinal", 1, 2), NAN, "head h: nan is not one of its labels"),
     "many": (head("multiclass", *range(30)), 99, "18, 19, …"),
     "one for a list": (
         head("multilabel", "a"),
@@ -74,7 +74,7 @@ WRONG: dict[str, tuple[HeadLabels, Any, str]] = {
         "head h: multilabel needs a list of labels, got 'a'; dataset.form",
     ),
     "unknown in a list": (head("multilabel", "a"), ["a", "b"], "head h: 'b' is not one of its labels, which are 'a'"),
-    "null in a list": (head("multilabel", "a"), [None], "head h: None is none of its labels"),
+    "null in a list": (head("multilabel", "a"), [None], "head h: None is not one of its labels"),
     "nan": (head("regression"), NAN, "head h: regression needs a finite number, got nan"),
     "inf": (head("pairwise"), float("-inf"), "head h: pairwise needs a finite number, got -inf"),
     "too large": (head("regression"), 10**400, "head h: regression needs a finite number, got 1000"),
@@ -190,7 +190,7 @@ def test_labels_that_cannot_be_settled_say_why(name: str):
 def test_another_set_has_no_other_labels():
     one = head("multiclass", "a", "b")
     check_values(one, ["a", None, "b"], "evaluation records")
-    with pytest.raises(ValueError, match=r"^evaluation records: head h: 'c' is none of its labels, .* \(1 of 3 rec"):
+    with pytest.raises(ValueError, match=r"^evaluation records: head h: 'c' is not one of its labels, .* \(1 of 3 rec"):
         check_values(one, ["a", "c", None], "evaluation records")
 
 

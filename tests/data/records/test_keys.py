@@ -165,11 +165,11 @@ def test_a_reply_may_be_left_out_of_what_is_learned(keys: dict[str, Any], folder
 
 
 BAD_WEIGHTS = {
-    "below zero": ({"weight": -0.5}, r"message 2: weight=-0.5; a reply is learned \(true\), or not \(0, false\), or"),
-    "no number": ({"weight": float("nan")}, "message 2: weight=nan; a reply is learned"),
-    "endless": ({"loss": float("inf")}, "message 2: loss=inf; a reply is learned"),
+    "below zero": ({"weight": -0.5}, r"message 2: weight=-0.5; allowed are true, false, 0, or"),
+    "no number": ({"weight": float("nan")}, "message 2: weight=nan; allowed are true, false"),
+    "endless": ({"loss": float("inf")}, "message 2: loss=inf; allowed are true, false"),
     "two weights": ({"weight": 0.5, "loss": 2}, "message 2: weight=0.5, loss=2 contradict each other"),
-    "a text": ({"loss": "false"}, "message 2: loss='false'; a reply is learned"),
+    "a text": ({"loss": "false"}, "message 2: loss='false'; allowed are true, false"),
     "both": ({"weight": 1, "loss": False}, "message 2: weight=1, loss=False contradict each other"),
 }
 
@@ -212,8 +212,8 @@ BAD_ITEMS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "beyond": ([{"type": "image", "index": 2}], "index=2 of an image item: the record lists 2, counted from 0"),
     "before": ([{"type": "image", "index": -1}], "index=-1 of an image item"),
     "a text": ([{"type": "image", "index": "0"}], "index='0' of an image item"),
-    "one without": ([{"type": "image", "index": 0}, {"type": "image"}], "have an `index` and some have none"),
-    "one with": ([{"type": "image"}, {"type": "image", "index": 1}], "have an `index` and some have none"),
+    "one without": ([{"type": "image", "index": 0}, {"type": "image"}], "have an `index` and some do not"),
+    "one with": ([{"type": "image"}, {"type": "image", "index": 1}], "have an `index` and some do not"),
     "unused": ([{"type": "image", "index": 0}], "1 of the 2 images that it lists are not placed in its text"),
     "nowhere": (
         [{"type": "text", "text": "<image><image>"}],

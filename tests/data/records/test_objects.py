@@ -101,7 +101,7 @@ def test_swifts_form(folder: Path):
         ([{"box": [1, 2, 3, "4"]}], "<bbox>", "must be [x1, y1, x2, y2]"),
         ([{"box": [10, 2, 3, 4]}], "<bbox>", "ends before it begins: write [x1, y1, x2, y2], not a width"),
         ([{"span": [3, 1]}], "<bbox>", "a span ends before it begins"),
-        ([CAT], "no", "objects[0] stands nowhere in its text; write <bbox> for each, or <objects>"),
+        ([CAT], "no", "objects[0] does not occur in its text; write <bbox> for each, or <objects>"),
         ([CAT], "<bbox><bbox>", "more <bbox> than `objects` has boxes"),
         ([CAT], "<bbox><ref-object><ref-object>", "more <ref-object> than `objects` has labels"),
         ([CAT], "<bbox:1>", "<bbox:1>, but the record has 1 objects, counted from 0"),
@@ -113,7 +113,7 @@ def test_swifts_form(folder: Path):
         ({"bbox": [[1, 2, 3, 4]], "bbox_type": "cm"}, "<bbox>", "allowed are real, norm1, norm1000"),
         ({"bbox": [[1, 2, 3, 4]], "ref": [1]}, "<bbox>", "`objects.ref` must be a list of strings"),
         ({"bbox": [[1, 2, 3, 4]], "image_id": [0, 0]}, "<bbox>", "2 numbers for 1 boxes"),
-        ({"bbox": [[1, 2, 3, 4]], "ref": ["a"]}, "<bbox>", "'a' of `objects.ref` stands nowhere"),
+        ({"bbox": [[1, 2, 3, 4]], "ref": ["a"]}, "<bbox>", "'a' of `objects.ref` does not occur"),
         ({"bbox": [], "ref": ["a"]}, "<ref-object><ref-object>", "more <ref-object> than `objects.ref`"),
     ],
 )  # fmt: skip

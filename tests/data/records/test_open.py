@@ -330,7 +330,7 @@ def test_a_shard_that_does_not_read_on_is_told_and_the_next_one_follows(tmp_path
 def test_a_command_that_fails_is_told():
     (error,) = streamed("pipe:false")
     assert isinstance(error, BadSample)
-    assert "pipe:false does not read on" in error.reason
+    assert "pipe:false stopped" in error.reason
 
 
 def test_a_name_twice_in_a_shard_is_told(tmp_path: Path):

@@ -81,7 +81,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "an image without a place": (
         "minicpm",
         {"image": {"<image_00>": "a.png", "<image_01>": "b.png"}, "conversations": PAIR},
-        "<image_01> of its images is nowhere",
+        "<image_01> of its images does not occur",
     ),
 }
 

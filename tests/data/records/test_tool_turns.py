@@ -132,7 +132,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "two thoughts": (
         messages({"role": "assistant", "content": "?", "thinking": "b", "reasoning": "c"}), "differ; leave one of them",
     ),
-    "a result to learn": (messages({"role": "tool", "content": "a", "loss": True}), "only replies are learned"),
+    "a result to learn": (messages({"role": "tool", "content": "a", "loss": True}), "only replies are trained on"),
 }  # fmt: skip
 
 

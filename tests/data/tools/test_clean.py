@@ -109,7 +109,7 @@ def test_images_of_one_colour_are_counted_and_stay(folder: Path):
         folder, [caption(0, "0.png"), caption(1, "flat.png"), caption(2, "ramp.tiff"), caption(3, "red.png")]
     )
     assert (found.kept, found.uniform, found.first_uniform) == (4, 2, "record 1 ('r1')")
-    assert "2 images that are kept are of one colour throughout, such as in record 1 ('r1')" in str(found)
+    assert "2 kept images are a single colour throughout, for example in record 1 ('r1')" in str(found)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -416,13 +416,13 @@ def test_the_input_is_never_written_over(folder: Path, source: str):
     output = folder / "a.jsonl"
     if source == "linked.jsonl":
         output.symlink_to(folder / source)
-    with pytest.raises(ValueError, match=f"would write over the input .*{source}"):
+    with pytest.raises(ValueError, match=f"would overwrite the input .*{source}"):
         clean(CleanTask(str(folder / source), folder / "cache", format="caption"), output, force=True)
     assert (folder / source).read_bytes() == before
 
 
 OUTPUTS = {
-    "out.json": "to a file named .jsonl",
+    "out.json": "the name must end in .jsonl",
     "none/out.jsonl": "there is no folder",
     "data/out.jsonl": "lies in the input",
     "data/deep/out.jsonl": "lies in the input",
@@ -533,9 +533,13 @@ def half_done(folder: Path, rules: CleanTask) -> None:
 
 
 CHANGES = {
-    "nothing": ({}, "3 of 6 records were looked at before", True),
-    "rules": ({"min_side": 29}, "min_side changed; beginning anew", False),
-    "image folder": ({"image_folder": "{folder}/copy"}, "image_folder changed; beginning anew", False),
+    "nothing": ({}, "3 of 6 records were checked before", True),
+    "rules": ({"min_side": 29}, "min_side changed since that run was stopped; starting over", False),
+    "image folder": (
+        {"image_folder": "{folder}/copy"},
+        "image_folder changed since that run was stopped; starting over",
+        False,
+    ),
 }
 
 
@@ -560,7 +564,7 @@ def test_a_changed_input_begins_anew(folder: Path, capsys: Any):
     half_done(folder, task(folder))
     write(folder, records[::-1])
     assert clean(task(folder), folder / "out.jsonl", workers=1).kept == 6
-    assert "since that run was stopped, the records changed; beginning anew" in capsys.readouterr().out
+    assert "the records changed since that run was stopped; starting over" in capsys.readouterr().out
     assert lines(folder / "out.jsonl") == records[::-1]
 
 
@@ -586,8 +590,8 @@ def test_the_command_line_says_what_came_out(folder: Path, capsys: Any):
     main([*words, "--format", "caption", "--workers", "1"])
     said = capsys.readouterr().out
     assert "4 records: 1 kept, 3 dropped" in said
-    assert "refused           2  no record of this format" in said
-    assert "such as record 2 ('r2'): image file" in said
+    assert "refused           2  not a record of this format" in said
+    assert "for example record 2 ('r2'): image file" in said
     assert "such as record 1 ('r1'): has the text and images of record 0" in said
     assert f"kept in {folder / 'out.jsonl'}, with image paths relative to {folder}" in said
 

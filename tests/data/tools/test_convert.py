@@ -188,7 +188,7 @@ def test_conceptual_captions(columns: tuple[int, int], folder: Path, capsys: pyt
         [("[00001/000010000.png]", "\nDescribe it."), ("row 10000",)],
     ]
     told = capsys.readouterr().out
-    assert told == ("3 records written to out.jsonl, paths of images relative to images; "
+    assert told == ("3 records written to out.jsonl, with image paths relative to images; "
                     "left out: 9998 rows without an image\n")  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def test_conceptual_captions_with_a_header(folder: Path, capsys: pytest.CaptureF
         "where,said,source\nhttps://example.com/0,,x\nhttps://example.com/1,lost,x\nhttps://example.com/2,a dog,x\n",
     )
     words = ("in.csv", "out.jsonl", "--from", "conceptual-captions")
-    assert "which is the column of the urls?" in fails(capsys, *words)
+    assert "which column holds the urls?" in fails(capsys, *words)
     [found] = run(*words, "--url-column", "where", "--caption-column", "said")
     assert talk(found) == [("[00000/000000002.webp]",), ("a dog",)]
     assert "left out: 1 rows without a caption; left out: 1 rows without an image" in capsys.readouterr().out

@@ -329,7 +329,7 @@ def test_parquet(site: Site, tmp_path: Path):
     with pytest.raises(ValueError, match="column 'width' is of int64; it must be of strings"):
         stream_table_rows(table, None, "width")
     table.write_bytes(b"PAR1")
-    with pytest.raises(ValueError, match="is no Parquet file"):
+    with pytest.raises(ValueError, match="is not a Parquet file"):
         Table(table, None, None)
 
 
@@ -343,9 +343,9 @@ def test_bytes_that_are_no_utf8_are_the_trouble_of_their_row(site: Site, tmp_pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a,b,c\n1,2,3\n", r"which is the column of the urls\? .* has a, b, c – name it: --url-column"),
-        ("url,b,c\n1,2,3\n", r"which is the column of the captions\? .* has url, b, c – name it: --caption-column"),
-        ("url,text,title\n", "which is the column of the captions"),
+        ("a,b,c\n1,2,3\n", r"which column holds the urls\? .* has a, b, c; name it with --url-column"),
+        ("url,b,c\n1,2,3\n", r"which column holds the captions\? .* has url, b, c; name it with --caption-column"),
+        ("url,text,title\n", "which column holds the captions"),
         ("http://example.com/,http://example.com/,x\n", r"urls\? .* has no header, and in the first row 1 \(http"),
         ("http://example.com/,y,x\n", r"captions\? .*, 2 \(y\), 3 \(x\)"),
         ("", "urls.* has none"),

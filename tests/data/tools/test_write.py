@@ -132,7 +132,7 @@ def test_a_reply_that_is_not_learned_is_written_and_read_back(folder: Path):
 
 def test_a_frame_has_no_name(folder: Path):
     sample = Sample("9", (Turn("user", (ImageRef(folder / "film.mp4", frame=3),)), Turn("assistant", ("a film",))))
-    with pytest.raises(BadSample, match="frame 3 is no file of its own"):
+    with pytest.raises(BadSample, match="frame 3 is not a file of its own"):
         to_llava(sample, folder)
 
 
@@ -184,7 +184,7 @@ def test_images_that_are_held_as_bytes_stay(folder: Path, tmp_path: Path):
     for name, options in outputs.items():
         found = written(f"{tmp_path}/{name}", folder, [record], **options)
         assert seen(read_llava(found[0], folder)) == expected
-    with pytest.raises(BadSample, match="held as bytes; --embed-images"):
+    with pytest.raises(BadSample, match="are bytes, not files; --embed-images"):
         written(f"{tmp_path}/paths.parquet", folder, [record])
 
 
@@ -266,7 +266,7 @@ def test_a_stopped_writer_leaves_what_was_there(name: str, folder: Path, tmp_pat
         writer.write(record)
     [file] = [file for file in (tmp_path / "new").rglob("*") if file.is_file()]
     before = file.read_bytes()
-    with pytest.raises(ValueError, match="exists; name another output, or give --force"):
+    with pytest.raises(ValueError, match="exists; choose another output, or replace it with --force"):
         make_writer(output, folder)
     stop(output, folder, to_llava(samples(folder)[2], folder), force=True)
     assert file.read_bytes() == before
@@ -287,7 +287,7 @@ def test_fewer_shards_replace_more(folder: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.json", "out.parquet", "shards/"])
 def test_no_records_make_no_file(name: str, folder: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="there was no record"), make_writer(f"{tmp_path}/{name}", folder):
+    with pytest.raises(ValueError, match="there are no records"), make_writer(f"{tmp_path}/{name}", folder):
         pass
     assert not [file for file in tmp_path.rglob("out*") if file.is_file()]
 

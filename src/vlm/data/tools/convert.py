@@ -362,7 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = PresentableParser(
         "vlm data convert",
         description="Convert annotations and records to a format that training reads.",
-        epilog=f"{fill(kinds, 100)}\n\n{EXAMPLES}",
+        epilog=f"{fill(kinds, 100, break_on_hyphens=False)}\n\n{EXAMPLES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
