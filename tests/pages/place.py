@@ -9,6 +9,7 @@ from tests.pages.blocks import read_files
 RECORD_KEYS = re.compile(r"dataset\.(?:(?:eval_|test_)?path|sources\.\w+\.path)|trainer\.before_after_probe")
 FOLDER_KEYS = re.compile(r"dataset\.(?:(?:eval_|test_)?image_folder|sources\.\w+\.image_folder)")
 CHECKPOINT_KEYS = re.compile(r"trainer\.(?:from_pretrained|distillation\.teacher)")
+SETTINGS = re.compile(r"(folder|path|from_pretrained): *([\w./-]+)")
 PART_KEYS = re.compile(r"model\.(?:visual_encoder|language_model)\.hf_name")
 
 
@@ -25,6 +26,13 @@ class Place:
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
+            self.provide_named(text)
+
+    def provide_named(self, settings: str) -> None:
+        """Make the records, images and checkpoints that a YAML file names."""
+        for key, value in SETTINGS.findall(settings):
+            known = {"folder": "dataset.image_folder", "from_pretrained": "trainer.from_pretrained"}
+            self.provide([f"{known.get(key, 'dataset.path')}={value}"])
 
     def provide(self, words: Iterable[str]) -> list[str]:
         """Return the words of a run as they are typed here, after making what they name.

@@ -132,6 +132,8 @@ class Stage:
         if words[0] == "push-to-hub":
             words = [re.sub(r"^(?:OWNER|me)/", "ann/", word) for word in words]
             return self.run_alone(["-m", "vlm", *words, *([] if "--yes" in words else ["--yes"])])
+        if words[0] == "compare-models":
+            words += ["--max-samples", "8", "--probe", "1", "--max-new-tokens", "4"]
         run = find_run(words)
         if run is not None and (words[0].startswith("-") or words[0] in ("check", "data")):
             words += self._short(words)

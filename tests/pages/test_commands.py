@@ -79,7 +79,7 @@ WRONG = {
     "python -m vlm -cn pretrain-smol dataset.pth=train.json": "dataset.pth",
     "python -m benchmarks.finetuning": "there is no module",
     "python examples/make_datum.py": "there is no file",
-    "python examples/make_data.py --pars": "unrecognized arguments",
+    "python examples/make_data.py --pars": "--pars",
     "make testing": "no target testing",
     "make install PYTHONS=python3": "no variable PYTHONS",
     "pip install 'small-vlm[webb]'": "webb",
