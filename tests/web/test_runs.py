@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vlm.runs.charts import Curve, draw_figure
+from vlm.web.html import status_html
 from vlm.web.runs import (
     checkpoints,
     find_run,
@@ -133,3 +135,22 @@ def test_the_view_escapes_what_a_run_wrote(tmp_path: Path):
     assert "<script>" not in page
     assert "&lt;img src=x&gt;" in page
     assert view.refresh("../run")[0] is None
+
+
+def test_an_active_run_says_what_it_is_doing(tmp_path: Path):
+    folder = write_run(tmp_path / "run", {"step": 5, "loss": 2.0, "epoch": 1.0})
+    run = find_run(tmp_path, "run")
+    assert run is not None
+    assert "left" not in status_html(run)
+    status = {"state": "training", "step": 5, "seconds_left": 320, "tokens_per_second": 1234.5,
+              "memory_bytes": 3 * 2**30, "waiting_share": 0.25}  # fmt: skip
+    (folder / "status.json").write_text(json.dumps(status))
+    shown = status_html(replace(run, state="running"))
+    for text in ("training", "5 min 20 s left", "1,234 tokens/s", "3.0 GiB", "25% waiting for data"):
+        assert text in shown
+    (folder / "status.json").write_text(json.dumps({**status, "state": "starting", "seconds_left": None}))
+    assert "loading model and data" in status_html(replace(run, state="running"))
+    (folder / "status.json").write_text(json.dumps({"state": "<b>x</b>"}))
+    assert "<b>" not in status_html(replace(run, state="running"))
+    (folder / "status.json").write_text("{torn")
+    assert "running" in status_html(replace(run, state="running"))
