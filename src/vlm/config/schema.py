@@ -205,6 +205,12 @@ class TrainerOptions:
     """With `packing`, the most tokens of a row, image tokens included. With `step`, samples that do not fit go into
     further rows; null: as many rows as padded micro-batches. With `best_fit`, rows are filled up to it; null: as many
     tokens as `per_device_train_batch_size` samples have on average."""
+    auto_batch: bool = False
+    """With `packing`, find the largest `max_tokens_per_batch` whose step is predicted to fit into a device's memory;
+    the samples of a step stay the same. It is recorded in `config.yaml`, and a run that is resumed keeps it."""
+    auto_batch_memory_gb: float | None = field(default=None, metadata=above(0))
+    """The most memory that `auto_batch` may use on a device, in 10^9 bytes; null: nine tenths of what the GPU has, or
+    on a CPU the machine or its container."""
     average_decay: float | None = field(default=None, metadata=share(is_open_above=True))
     """Keep an exponential moving average of the weights that train, of which a step keeps this share (0.999):
     evaluations, `best` and `final` have the average, checkpoints hold both; null: none. Not where weights are sharded
