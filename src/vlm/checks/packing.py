@@ -13,6 +13,7 @@ def packing_problems(config: RunConfig, *, takes_loss_weights: bool = True) -> I
     """
     trainer = config.trainer
     most, strategy = trainer.max_tokens_per_batch, trainer.packing_strategy
+    yield from _auto_batch_problems(config)
     if not trainer.packing:
         if most is not None:
             yield f"trainer.max_tokens_per_batch={most}: it needs trainer.packing=true"
@@ -33,6 +34,21 @@ def packing_problems(config: RunConfig, *, takes_loss_weights: bool = True) -> I
             f"trainer.max_tokens_per_batch={most}: the lengths of a stream are not known before; at least "
             f"dataset.max_length={longest} is needed"
         )
+
+
+def _auto_batch_problems(config: RunConfig) -> Iterator[str]:
+    """Yield why the most tokens of a row cannot be found, or settings of that without an effect."""
+    trainer = config.trainer
+    if not trainer.auto_batch:
+        if (limit := trainer.auto_batch_memory_gb) is not None:
+            yield f"trainer.auto_batch_memory_gb={limit:g}: it has no effect without trainer.auto_batch=true"
+    elif not trainer.packing or trainer.packing_strategy == BEST_FIT:
+        yield (
+            "trainer.auto_batch=true: it chooses how long the rows of a packed step are; it needs "
+            "trainer.packing=true and trainer.packing_strategy=step, which keep the samples of a step"
+        )
+    elif trainer.max_tokens_per_batch is not None:
+        yield f"trainer.auto_batch=true and trainer.max_tokens_per_batch={trainer.max_tokens_per_batch}: choose one"
 
 
 def _best_fit_problems(config: RunConfig) -> Iterator[str]:

@@ -208,6 +208,12 @@ class TrainerOptions:
     """With `packing`, the maximum number of tokens of a row, image tokens included. With `step`, samples that do not
     fit go into additional rows; null: as many rows as padded micro-batches. With `best_fit`, rows are filled up to this
     number; null: as many tokens as `per_device_train_batch_size` samples have on average."""
+    auto_batch: bool = False
+    """With `packing`, find the largest `max_tokens_per_batch` whose step is predicted to fit into the memory of a
+    device; the samples of a step stay the same. `config.yaml` records it, and a resumed run keeps it."""
+    auto_batch_memory_gb: float | None = field(default=None, metadata=above(0))
+    """The maximum memory that `auto_batch` may use on a device, in 10^9 bytes; null: nine tenths of the memory of
+    the GPU, or on a CPU of the machine or its container."""
     average_decay: float | None = field(default=None, metadata=share(is_open_above=True))
     """Keep an exponential moving average of the trained weights with this decay (0.999). Evaluations, `best` and
     `final` use the average, and checkpoints hold both; null: none. Not with sharded weights (ZeRO-3, FSDP2)."""

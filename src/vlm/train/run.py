@@ -75,6 +75,10 @@ def _run(config: RunConfig, name: str, overrides: Sequence[str], run_log: RunLog
         release_stale_locks(extensions_folder())
     args.output_dir = str(folder := choose_directory(config, name))
     args.run_name = args.run_name or folder.name  # its name in trackers
+    if config.trainer.auto_batch:
+        from vlm.train.preflight.auto_batch import set_auto_batch  # few runs have it
+
+        set_auto_batch(objective, model_config, processor, args, folder)
     world = World.of(config, args.world_size, objective.loss_average)
     with open_run_directory(config, folder, world) as start:
         if config.trainer.preflight and not start.is_done and start.checkpoint is None:

@@ -19,7 +19,7 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 SHOWN_SAMPLE = 900
 """Characters of the first sample that a terminal shows."""
 PAGE_STYLE = "td.fits{color:var(--good)}td.over{color:var(--bad)}.problem{border-left:4px solid var(--bad);" \
-    "padding-left:.8rem}pre.sample{white-space:pre-wrap}"  # fmt: skip
+    "padding-left:.8rem}.memory td,.memory th{white-space:nowrap}"  # fmt: skip
 
 
 def format_duration(seconds: float) -> str:
@@ -178,7 +178,7 @@ def _memory_html(memory: MemoryFindings) -> str:
     for name, *cells, how in rows:
         marked = [f'<td class="{"over" if "too much" in cell else "fits"}">{escape(cell)}</td>' for cell in cells]
         lines.append(f"<tr><td>{escape(name)}</td>{''.join(marked)}<td><code>{escape(how)}</code></td></tr>")
-    return f"{_paragraphs(memory_text(memory))}<table><tr>{head}</tr>{''.join(lines)}</table>"
+    return f"{_paragraphs(memory_text(memory))}<table class='memory'><tr>{head}</tr>{''.join(lines)}</table>"
 
 
 def _lengths_plot(data: DataFindings) -> str:

@@ -29,7 +29,10 @@ def _keys(section: str, names: str) -> frozenset[str]:
     return frozenset(f"{section}.{name}" for name in names.split())
 
 
-START = _keys("trainer", "output_dir resume_from_checkpoint resume_changes starts_from preflight hub_token")
+START = _keys(
+    "trainer",
+    "output_dir resume_from_checkpoint resume_changes starts_from preflight auto_batch auto_batch_memory_gb hub_token",
+)
 
 SAFE = (
     _keys("trainer", "num_train_epochs max_steps num_samples eval_metrics eval_metrics_samples "

@@ -1,0 +1,139 @@
+"""`trainer.auto_batch`: the most tokens of a packed row that fit into a device's memory, by prediction.
+
+Rows alone change: the samples of a step, its loss and its gradient stay those of the configuration.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedConfig, TrainingArguments
+
+from vlm.config.derived import embedding_row_keys, zero_stage
+from vlm.config.schema import TrainerOptions
+from vlm.data.blank_images import dummy_image
+from vlm.data.processor import Processor
+from vlm.train.arguments import training_arguments
+from vlm.train.checkpoints.find import list_checkpoints
+from vlm.train.data import max_sample_length
+from vlm.train.distributed import all_gather_objects
+from vlm.train.model import compute_dtype, prepare
+from vlm.train.objectives.base import Objective
+from vlm.train.preflight.available import available_bytes
+from vlm.train.preflight.fake_step import BatchShape, MemoryNotCountable
+from vlm.train.preflight.memory import ModelSizes, predict_memory, predict_sharded
+from vlm.train.preflight.plan import build_without_weights, paper_config
+from vlm.train.resume.start import ANEW_WORDS, AUTO_WORDS
+from vlm.train.run_directory import CONFIG_FILE
+
+log = logging.getLogger(__name__)
+
+USABLE = 0.9
+"""Share of a device's memory that a step may take, where `trainer.auto_batch_memory_gb` says nothing."""
+MULTIPLE = 64
+"""The number of tokens is a multiple of this."""
+
+
+def set_auto_batch(
+    objective: Objective, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments, folder: Path
+) -> None:
+    """Set `trainer.max_tokens_per_batch` of a run: as it was recorded where the run goes on, else what fits.
+
+    Every rank calls it, and all have the same value. It is written into `config.yaml`.
+
+    Raises:
+        ValueError: the memory of a step of this model cannot be predicted.
+    """
+    trainer = objective.config.trainer
+    recorded = read_recorded(trainer.resume_from_checkpoint, folder)
+    if recorded is None:
+        try:
+            own = choose_max_tokens(objective, model_config, processor, args)
+        except MemoryNotCountable as reason:
+            raise ValueError(
+                f"trainer.auto_batch=true: the memory of a step is not predicted ({reason}); give "
+                "trainer.max_tokens_per_batch"
+            ) from reason
+        recorded = min(all_gather_objects(own))
+    trainer.max_tokens_per_batch = recorded
+    log.info("trainer.auto_batch: rows have up to %s tokens (trainer.max_tokens_per_batch)", f"{recorded:,}")
+
+
+def read_recorded(requested: str, folder: Path) -> int | None:
+    """Return what a run that goes on has recorded; None: it begins.
+
+    `requested` is `trainer.resume_from_checkpoint`: a word, or the checkpoint of another directory.
+    """
+    word = requested.lower()
+    directory = folder if word in AUTO_WORDS else Path(requested).parent
+    file = directory / CONFIG_FILE
+    if word in ANEW_WORDS or not list_checkpoints(directory) or not file.is_file():
+        return None
+    trainer = yaml.safe_load(file.read_text(encoding="utf-8"))["trainer"]
+    return trainer["max_tokens_per_batch"] if trainer.get("auto_batch") else None
+
+
+def choose_max_tokens(
+    objective: Objective, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments
+) -> int:
+    """Return the most tokens of a row whose step fits: at least the longest sample, at most all samples of a step.
+
+    Raises:
+        MemoryNotCountable: the model does not run without data.
+    """
+    config = objective.config
+    paper = paper_config(config)
+    own = training_arguments(paper.trainer, [*objective.training_keys(), *embedding_row_keys(paper)])
+    model = build_without_weights(model_config)
+    prepare(model, paper, own, processor)
+    ids, image = dummy_image(processor)
+    sizes, dtype = ModelSizes.of(model), compute_dtype(args)
+    way = sharding_of(config.trainer)
+    longest = max_sample_length(config.dataset, model_config)
+
+    def needed(tokens: int) -> int:
+        """Return the bytes of a device for a step with rows of so many tokens."""
+        lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
+        shape = BatchShape(1, tokens, max(tokens // max(len(ids), 1), 1), tokens // 2, lengths)
+        found = predict_memory(model, paper, own, image, [shape] * 2, dtype)
+        rows = predict_sharded(found, sizes, max(args.world_size, 1), half=dtype != torch.float32)
+        return next((device for name, device, _ in rows if name == way), found.peak)
+
+    samples = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    return search(needed, _limit(config.trainer, args.device), longest, samples * longest)
+
+
+def search(needed: Callable[[int], int], limit: int, least: int, most: int) -> int:
+    """Return the largest number of tokens whose bytes are within a limit: a multiple of 64, `least` or `most`.
+
+    Args:
+        needed: bytes for a number of tokens; grows with it.
+        limit: the most bytes.
+        least: returned where not even this fits.
+        most: never exceeded.
+    """
+    if needed(least) > limit:
+        log.warning("trainer.auto_batch: even a row of one sample of %s tokens may not fit", f"{least:,}")
+        return least
+    if needed(most) <= limit:
+        return most
+    low, high = least // MULTIPLE, -(-most // MULTIPLE)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needed(middle * MULTIPLE) <= limit else (low, middle)
+    return max(low * MULTIPLE, least)
+
+
+def sharding_of(trainer: TrainerOptions) -> str:
+    """Return the name of a run's way of sharding, as in `memory.SHARDINGS`."""
+    if trainer.sharding is not None:
+        return trainer.sharding
+    return f"zero{zero_stage(trainer.deepspeed)}" if trainer.deepspeed else "none"
+
+
+def _limit(trainer: Any, device: torch.device) -> int:
+    gigabytes = trainer.auto_batch_memory_gb
+    return int(USABLE * available_bytes(device)) if gigabytes is None else int(gigabytes * 1e9)
