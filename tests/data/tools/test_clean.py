@@ -592,7 +592,7 @@ def test_the_command_line_says_what_came_out(folder: Path, capsys: Any):
     assert "4 records: 1 kept, 3 dropped" in said
     assert "refused           2  not a record of this format" in said
     assert "for example record 2 ('r2'): image file" in said
-    assert "such as record 1 ('r1'): has the text and images of record 0" in said
+    assert "for example record 1 ('r1'): has the text and images of record 0" in said
     assert f"kept in {folder / 'out.jsonl'}, with image paths relative to {folder}" in said
 
 

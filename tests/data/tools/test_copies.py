@@ -22,8 +22,8 @@ def config(tmp_path: Path) -> DatasetConfig:
     (tmp_path / "train.json").write_text(json.dumps([record(name, name, "what?", "that") for name in names]))
     (tmp_path / "val.json").write_text(json.dumps([record("val", "1.png", "what?", "that")]))
     (tmp_path / "test.json").write_text(json.dumps([record("test", "5.png", "what?", "that")]))
-    paths = {"path": "train.json", "eval_path": "val.json", "test_path": "test.json", "cache_dir": "cache"}
-    return DatasetConfig(**{key: str(tmp_path / name) for key, name in paths.items()})
+    train, evaluation, test, cache = (str(tmp_path / name) for name in ("train.json", "val.json", "test.json", "cache"))
+    return DatasetConfig(path=train, eval_path=evaluation, test_path=test, cache_dir=cache)
 
 
 def test_near_copies_and_overlap_are_told_with_examples(config: DatasetConfig, parts: Parts):
