@@ -210,6 +210,16 @@ def test_hub_names_become_base_models_and_data_sets(parts: Parts, tmp_path: Path
     assert config["text_config"]["_name_or_path"] == "Qwen/Qwen2.5-0.5B"
 
 
+def test_a_comparison_of_models_in_a_run_is_no_evaluation_of_it(tmp_path: Path):
+    for name in ("config.yaml", "metrics.jsonl"):
+        (tmp_path / name).touch()
+    found = {"val": {"metrics": {"accuracy": {"value": 0.5}}}, "gqa": {"results": []}, "compare": {"metrics": ["loss"]}}
+    for name, results in found.items():
+        (tmp_path / "eval" / name).mkdir(parents=True)
+        (tmp_path / "eval" / name / "results.json").write_text(json.dumps(results))
+    assert set(read_run(tmp_path / "final").evaluations) == {"val", "gqa"}
+
+
 def test_heads_bring_their_measures_and_their_code(train_head: Callable[..., Path], tmp_path: Path):
     folder = train_head("head-classification", "colour", tmp_path / "head")
     (tmp_path / "out").mkdir()

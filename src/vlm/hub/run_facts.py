@@ -122,7 +122,9 @@ def read_run(checkpoint: Path) -> RunSummary:
     evaluations = {}
     for file in sorted((run / "eval").rglob("results.json")):
         name = file.parent.relative_to(run / "eval").as_posix()
-        evaluations["evaluation" if name == "." else name] = read_json(file)
+        results = read_json(file)
+        if isinstance(results.get("metrics", {}), dict):  # a comparison of two models names its metrics in a list
+            evaluations["evaluation" if name == "." else name] = results
     return RunSummary(
         checkpoint, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}, _read_run_name(run),
         _read_lines(run / "metrics.jsonl"), read_json(run / "data.json"),
