@@ -96,7 +96,11 @@ class RequestGuard:
         accepted = False if body is None else await self.access.is_secret(body)
         if accepted:
             return await self._let_in(scope, send, port, "/")
-        reason = "Too many people are logging in. Try again later." if accepted is None else f"That was wrong. {NEEDS_SECRET}"
+        reason = (
+            "Too many people are logging in. Try again later."
+            if accepted is None
+            else f"That was wrong. {NEEDS_SECRET}"
+        )
         return await self.refuse(scope, send, 429 if accepted is None else 401, reason)
 
     async def _let_in(self, scope: "Scope", send: "Send", port: str, location: str) -> None:
