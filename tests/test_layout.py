@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = {
     "checks/embeddings.py": "train/objectives/test_embedding.py",
     "checks/fields.py": "checks/test_run.py",
     "checks/model.py": "checks/test_run.py",
+    "checks/packing.py": "train/step/test_packing.py",
     "checks/preference.py": "train/objectives/test_preference.py",
     "cli/average.py": "hub/test_averaging.py",
     "cli/collection.py": "cli/test_train.py",

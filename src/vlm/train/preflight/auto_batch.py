@@ -6,7 +6,6 @@ Rows alone change: the samples of a step, its loss and its gradient stay those o
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -134,6 +133,6 @@ def sharding_of(trainer: TrainerOptions) -> str:
     return f"zero{zero_stage(trainer.deepspeed)}" if trainer.deepspeed else "none"
 
 
-def _limit(trainer: Any, device: torch.device) -> int:
+def _limit(trainer: TrainerOptions, device: torch.device) -> int:
     gigabytes = trainer.auto_batch_memory_gb
     return int(USABLE * available_bytes(device)) if gigabytes is None else int(gigabytes * 1e9)

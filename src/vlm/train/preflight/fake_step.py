@@ -6,17 +6,18 @@ is not seen.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlm.assembly.checkpoint import is_composed_model, is_prediction_model
 from vlm.data.batching.stats import ModelInputs
@@ -24,6 +25,8 @@ from vlm.models.text_loss import chunked_scores, mean_loss
 from vlm.models.vocabulary import find_vocabulary_head
 from vlm.train.monitor.flops import FIXED_IMAGE_SIZE_FAMILIES, PATCH_MASK_FAMILIES
 from vlm.train.preflight.live_bytes import LiveBytes
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 SAMPLE_BY_SAMPLE = "preflight_packed"
 """The name under which attention within packed samples is registered, whose lengths are known without numbers."""
@@ -99,7 +102,7 @@ def count_step_bytes(
     return StepBytes(freed, kept, gradients)
 
 
-def copy_to_fake(model: nn.Module, mode: FakeTensorMode) -> Any:
+def copy_to_fake(model: ModelT, mode: FakeTensorMode) -> ModelT:
     """Return a copy of a model with fake tensors in their own precisions, ready to train.
 
     Raises:
@@ -121,8 +124,8 @@ def copy_to_fake(model: nn.Module, mode: FakeTensorMode) -> Any:
 
 
 def _run_step(
-    model: Any, mode: FakeTensorMode, image: ModelInputs, batches: Sequence[BatchShape], dtype: torch.dtype, *,
-    keeps_gradients: bool,
+    model: PreTrainedModel, mode: FakeTensorMode, image: ModelInputs, batches: Sequence[BatchShape], dtype: torch.dtype,
+    *, keeps_gradients: bool,
 ) -> int:  # fmt: skip
     """Return the most bytes that are alive in a step beside the model; with its gradients, or with each freed at once.
 
@@ -151,7 +154,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _loss(model: Any, image: ModelInputs, batch: BatchShape) -> Tensor:
+def _loss(model: PreTrainedModel, image: ModelInputs, batch: BatchShape) -> Tensor:
     """Return the loss of a batch of this shape, computed as a run computes it."""
     ids = torch.zeros(batch.rows, batch.tokens, dtype=torch.long)
     positions = torch.arange(batch.tokens)[None].expand(batch.rows, -1)
@@ -174,7 +177,7 @@ def _loss(model: Any, image: ModelInputs, batch: BatchShape) -> Tensor:
     return mean_loss(chunked_scores(head, supervised, targets, model.config.get_text_config().vocab_size), None)
 
 
-def _image_features(model: Any, image: ModelInputs, number: int) -> Tensor:
+def _image_features(model: PreTrainedModel, image: ModelInputs, number: int) -> Tensor:
     """Return the tokens of images, `(tokens, D)` or of more dimensions."""
     pixels = image["pixel_values"]
     if is_composed_model(model):
@@ -187,14 +190,15 @@ def _image_features(model: Any, image: ModelInputs, number: int) -> Tensor:
     repeats = -(-number // max(pixels.shape[:-3].numel(), 1))
     shape = (pixels.shape[0] * repeats, *pixels.shape[1:])
     sizes = {"image_sizes": image["image_sizes"].repeat(repeats, 1)} if "image_sizes" in image else {}
-    features = model.get_image_features(pixel_values=torch.empty(shape), return_dict=True, **sizes).pooler_output
-    return features if isinstance(features, Tensor) else torch.cat(list(features))
+    encode = cast(Callable[..., BaseModelOutputWithPooling], model.get_image_features)
+    features = encode(pixel_values=torch.empty(shape), return_dict=True, **sizes).pooler_output
+    return features if isinstance(features, Tensor) else torch.cat(list(features or ()))
 
 
 @contextmanager
-def _attend(model: Any, batch: BatchShape) -> Iterator[None]:
+def _attend(model: PreTrainedModel, batch: BatchShape) -> Iterator[None]:
     """Let the language model attend within packed samples, where the batch has some and it uses `sdpa`."""
-    config = model.config.get_text_config()
+    config = cast(Any, model.config.get_text_config())  # transformers lets a mapping be set
     before = config._attn_implementation
     if batch.lengths and before == "sdpa":
         AttentionInterface.register(SAMPLE_BY_SAMPLE, partial(_packed_attention, list(batch.lengths)))

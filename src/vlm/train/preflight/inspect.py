@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments, get_scheduler
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
@@ -20,7 +20,7 @@ from vlm.config.derived import embedding_row_keys
 from vlm.config.schema import RunConfig
 from vlm.data.blank_images import dummy_image
 from vlm.data.counted_later import CountedLater
-from vlm.data.dataset import SampleDataset
+from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.pages import tokens_as_text
 from vlm.data.records.guess import guess_form
 from vlm.data.sample import group_reasons
@@ -115,11 +115,10 @@ def _inspect(config: RunConfig, probing: RunConfig, name: str, overrides: Sequen
 
 def _own_arguments(config: RunConfig, args: TrainingArguments) -> TrainingArguments:
     """Return the arguments with what the probe has changed as the run has it."""
-    own = cast(Any, args)
     names = ("save_strategy", "save_steps", "eval_strategy", "eval_steps", "max_steps", "num_train_epochs")
     for key in names:
         if (value := getattr(config.trainer, key)) is not None:
-            setattr(own, key, value)
+            setattr(args, key, value)
     return args
 
 
@@ -159,8 +158,8 @@ def first_sample(data: RunData) -> str:
     train = data.records["train"]
     if not isinstance(train, SampleDataset):
         return ""
-    item = cast(Any, train[0])
-    if not isinstance(item, dict) or "labels" not in item:
+    item = train[0]
+    if isinstance(item, Skipped) or "labels" not in item:
         return ""
     labels = [int(label) for label in item["labels"]]
     return tokens_as_text([int(number) for number in item["input_ids"]], labels, train.processor, colours=False)
@@ -237,10 +236,10 @@ def learning_rates(run: PreparedRun, args: TrainingArguments, steps: int) -> dic
     optimizer = torch.optim.SGD(
         [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in groups.values()], lr=0.0
     )
-    schedule = cast(Any, get_scheduler(
+    schedule = get_scheduler(
         args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs  # pyright: ignore[reportArgumentType]
-    ))  # fmt: skip
-    if not hasattr(schedule, "lr_lambdas"):
+    )  # fmt: skip
+    if not isinstance(schedule, LambdaLR):
         return {}
     points = sorted({round(index * steps / NUM_POINTS) for index in range(NUM_POINTS + 1)})
     return {

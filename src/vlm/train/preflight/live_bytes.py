@@ -5,8 +5,7 @@ allocates and frees within one operation is not seen, nor what the allocator kee
 """
 
 import weakref
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +26,10 @@ class LiveBytes(TorchDispatchMode):
         self._alive: dict[int, int] = {}
         self._known = {_storage_key(tensor) for tensor in known}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: Iterable[object] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:  # fmt: skip
         """Run an operation, and count what it returns."""
         outputs = func(*args, **(kwargs or {}))
         for value in tree_leaves(outputs):

@@ -9,10 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from vlm.assembly.checkpoint import is_composed_config
@@ -23,6 +23,7 @@ from vlm.config.derived import embedding_row_keys
 from vlm.config.schema import RunConfig
 from vlm.data.batching.stats import BatchStats
 from vlm.data.blank_images import dummy_image
+from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
 from vlm.families.meta_model import build_meta_model
 from vlm.models import VLMForConditionalGeneration
@@ -30,6 +31,7 @@ from vlm.train.arguments import training_arguments
 from vlm.train.model import prepare
 from vlm.train.monitor.flops import FlopsNotCountable, count_flops
 from vlm.train.monitor.peak_flops import data_sheet_tflops
+from vlm.train.objectives.base import Objective
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
 from vlm.train.preflight.fake_step import BatchShape, MemoryNotCountable
@@ -143,8 +145,8 @@ def build_without_weights(model_config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def plan_data(
-    config: RunConfig, objective: Any, model_config: PreTrainedConfig, processor: Processor, args: Any,
-    samples: int | None, tokens: int | None,
+    config: RunConfig, objective: Objective, model_config: PreTrainedConfig, processor: Processor,
+    args: TrainingArguments, samples: int | None, tokens: int | None,
 ) -> PlannedData:  # fmt: skip
     """Return what is known of the data: what was said, else what the data set on this machine holds.
 
@@ -160,7 +162,7 @@ def plan_data(
             f"dataset.path={config.dataset.path} is not on this machine: say --samples and --tokens (of a mean sample, "
             "image tokens included)"
         )
-    train = objective.load_data(model_config, processor, args).records["train"]
+    train = cast(SampleDataset, objective.load_data(model_config, processor, args).records["train"])
     lengths, images = train.lengths, train.num_images
     number = len(lengths) if samples is None else samples
     said = f"{number:,} samples, {lengths.mean():,.0f} tokens on average, {lengths.max():,} at most"
@@ -168,8 +170,8 @@ def plan_data(
 
 
 def _memory_lines(
-    model: PreTrainedModel, config: RunConfig, args: Any, processor: Processor, data: PlannedData, devices: Devices,
-    dtype: torch.dtype,
+    model: PreTrainedModel, config: RunConfig, args: TrainingArguments, processor: Processor, data: PlannedData,
+    devices: Devices, dtype: torch.dtype,
 ) -> list[str]:  # fmt: skip
     """Return what each way of sharding needs, and the first that fits."""
     rows = config.trainer.per_device_train_batch_size

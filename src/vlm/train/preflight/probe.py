@@ -8,27 +8,36 @@ import copy
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import (
+    PreTrainedConfig,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from vlm.assembly.resolve import load_weights
 from vlm.config.schema import RunConfig
 from vlm.data.batching.packing import SEQUENCE_STARTS
-from vlm.data.batching.stats import BatchStats, num_images
+from vlm.data.batching.stats import BatchStats, ModelInputs, num_images
 from vlm.data.batching.step_layout import get_rows
 from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.processor import Processor
 from vlm.train.arguments import training_arguments
+from vlm.train.batches import NumItems
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.monitor.flops import StepFlops
 from vlm.train.monitor.peak_flops import synchronize
-from vlm.train.objectives.base import Inputs, Objective, PreparedRun
+from vlm.train.objectives.base import Inputs, Objective, PreparedRun, RunData
 from vlm.train.preflight.fake_step import BatchShape
 from vlm.train.preflight.live_bytes import LiveBytes
 from vlm.train.random_state import seed_everything
@@ -90,7 +99,7 @@ class ProbeCallback(TrainerCallback):
         self.live: LiveBytes | None = None
         self.begun = 0.0
 
-    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: object):
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Begin to count with the first step, and anew with the second, in which the optimiser has its states."""
         self.probe.shapes.clear()
         device = self.trainer.args.device
@@ -105,7 +114,7 @@ class ProbeCallback(TrainerCallback):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: object):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """End counting behind the second step; time the steps behind it."""
         device = self.trainer.args.device
         synchronize(device)
@@ -135,7 +144,7 @@ class ProbeCallback(TrainerCallback):
             self.live = None
 
 
-def batch_shape(row: Mapping[str, Any]) -> BatchShape:
+def batch_shape(row: ModelInputs) -> BatchShape:
     """Return what the memory of a batch of a model depends on."""
     ids, starts = row["input_ids"], row.get(SEQUENCE_STARTS)
     pixels = row.get("pixel_values")
@@ -148,9 +157,9 @@ def batch_shape(row: Mapping[str, Any]) -> BatchShape:
 def watch(trainer: VLMTrainer, probe: Probe) -> Callable[[], float]:
     """Note the shapes and the statistics of what a trainer trains on; return what times a forward pass of the last."""
     train, add = trainer.training_step, trainer.meter.add
-    last: list[tuple[Any, Inputs, Any]] = []
+    last: list[tuple[nn.Module, Inputs, NumItems]] = []
 
-    def training_step(model: Any, inputs: Inputs, num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(model: nn.Module, inputs: Inputs, num_items_in_batch: NumItems = None) -> torch.Tensor:
         """Note the shapes of a batch, and train on it."""
         probe.shapes += [batch_shape(row) for row in get_rows(inputs) if "input_ids" in row]
         last[:] = [(model, dict(inputs), num_items_in_batch)]
@@ -215,11 +224,11 @@ def remove(folder: Path) -> None:
 
 
 def prepare_run(
-    objective: Objective, folder: Path, overrides_resolved: tuple[Any, Any], args: TrainingArguments, data: Any,
-    unused: Sequence[str] = (),
+    objective: Objective, folder: Path, resolved: tuple[PreTrainedConfig, Processor], args: TrainingArguments,
+    data: RunData, unused: Sequence[str] = (),
 ) -> PreparedRun:  # fmt: skip
     """Load and prepare the model of a run as the run does; see `vlm.train.run`."""
-    config, (model_config, processor) = objective.config, overrides_resolved
+    config, (model_config, processor) = objective.config, resolved
     seed_everything(args)
     model = load_weights(config, model_config, processor, compute_dtype(args), args.seed)
     model = objective.wrap_model(model, args)
