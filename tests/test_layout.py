@@ -10,6 +10,7 @@ LONGEST = 60
 """Lines of a module that needs no tests of its own: those of what uses it suffice."""
 
 TESTED_ELSEWHERE = {
+    "inference/prompts.py": "inference/test_generate.py",
     "assembly/adapter_base.py": "train/test_lora.py",
     "assembly/adapter_checks.py": "attack/test_checkpoints.py",
     "assembly/adapter_folder.py": "train/test_lora.py",

@@ -13,6 +13,10 @@ from vlm.train.objectives.table import make_objective
 DATA_KEYS = ("dataset.path=", "dataset.image_folder=", "dataset.eval_path=", "dataset.eval_image_folder=",
              "dataset.sources.")  # fmt: skip
 """How overrides begin that name records and images."""
+EXAMPLES = (
+    "vlm check -cn pretrain-smol dataset.path=captions.json dataset.image_folder=images",
+    "vlm check --plan GPUS=8xH100 --samples 558128 -cn pretrain-llava",
+)
 REFUSED_STATUS = 1
 """The exit status where the run would not come to its end."""
 
@@ -26,19 +30,27 @@ def without_data(words: Sequence[str], folder: Path) -> list[str]:
     return [*kept, f"dataset.path={records}", *([f"dataset.eval_path={records}"] if evaluates else [])]
 
 
+def make_parser() -> PresentableParser:
+    """Return the parser of `vlm check`, which leaves the words of the run."""
+    usage = "vlm check [options] -cn RUN dataset.path=… [key=value …]"
+    purpose = "Show what a run will do, in under a minute and without training: parts, data, memory, time, problems."
+    parser = PresentableParser("vlm check", usage, purpose, examples=EXAMPLES, allow_abbrev=False)
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="the page to write (default: outputs/preflight-RUN.html)"
+    )
+    parser.add_argument("--plan", metavar="GPUS=NxNAME", help="plan for these GPUs without loading weights")
+    samples = "with --plan: number of training samples (default: those of the data set)"
+    parser.add_argument("--samples", type=int, metavar="N", help=samples)
+    tokens = "with --plan: mean number of tokens per sample, including image tokens"
+    parser.add_argument("--tokens", type=int, metavar="N", help=tokens)
+    share = "with --plan: assumed share of the GPUs' peak (default: %(default)s)"
+    parser.add_argument("--mfu", type=float, default=0.4, metavar="SHARE", help=share)
+    return parser
+
+
 def main(words: Sequence[str]) -> None:
     """`vlm check [--output FILE] [--plan GPUS=NxNAME] -cn RUN …`."""
-    usage = "vlm check [options] -cn RUN dataset.path=… [key=value …]"
-    purpose = "What a run will do, in under a minute and without training: parts, data, memory, time, disk, problems."
-    parser = PresentableParser("vlm check", usage, purpose, allow_abbrev=False)
-    parser.add_argument("--output", type=Path, help="the page (outputs/preflight-RUN.html)")
-    parser.add_argument("--plan", metavar="GPUS=NxNAME", help="on paper, without weights: GPUS=8xH100")
-    parser.add_argument("--samples", type=int, help="with --plan: number of training samples (those of the data set)")
-    parser.add_argument("--tokens", type=int, help="with --plan: tokens of a mean sample, image tokens included")
-    parser.add_argument(
-        "--mfu", type=float, default=0.4, help="with --plan: assumed share of the GPUs' peak (%(default)s)"
-    )
-    args, rest = parser.parse_known_args(words)
+    args, rest = make_parser().parse_known_args(words)
     refused = False
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:

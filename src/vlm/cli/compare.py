@@ -12,20 +12,15 @@ from vlm.runs.comparison import RunComparison
 from vlm.runs.comparison_views import describe_comparison, make_comparison_page
 from vlm.runs.read import read_run
 
-EXAMPLES = """\
-examples:
-  vlm compare outputs/first outputs/second
-  vlm compare outputs/sweep/*/ --html comparison.html
-"""
+EXAMPLES = ("vlm compare outputs/first outputs/second", "vlm compare outputs/sweep/*/ --html comparison.html")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm compare`."""
     parser = PresentableParser(
-        "vlm compare",
-        description="Compare runs: settings that differ, metrics with intervals, curves, sample answers. The first run "
-        "is the one that the others are compared with.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "vlm compare", "vlm compare RUN RUN … [options]",
+        "Compare runs: settings that differ, metrics with intervals, curves, sample answers. The others are compared "
+        "with the first run.", examples=EXAMPLES,
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory; two at least")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all curves and images too")

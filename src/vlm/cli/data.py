@@ -22,15 +22,15 @@ examples:
   vlm data show -cn finetune-smol dataset.path=train.json dataset.image_folder=images
   vlm data clean train.json clean.jsonl --image-folder images
 """
-SHOW_EXAMPLES = """\
-  vlm data show -cn finetune-smol dataset.path=train.json dataset.image_folder=images
-  vlm data show -cn finetune-smol dataset.path=train.json --records 3,17 --output records.html
-  vlm data show -cn finetune-smol dataset.path=train.json --html gallery.html --number 500
-"""
-STATS_EXAMPLES = """\
-  vlm data stats -cn finetune-smol dataset.path=train.json dataset.image_folder=images
-  vlm data stats -cn finetune-smol dataset.path=train.json dataset.eval_path=val.json trainer.eval_strategy=epoch
-"""
+SHOW_EXAMPLES = (
+    "vlm data show -cn finetune-smol dataset.path=train.json dataset.image_folder=images",
+    "vlm data show -cn finetune-smol dataset.path=train.json --records 3,17 --output records.html",
+    "vlm data show -cn finetune-smol dataset.path=train.json --html gallery.html --number 500",
+)
+STATS_EXAMPLES = (
+    "vlm data stats -cn finetune-smol dataset.path=train.json dataset.image_folder=images",
+    "vlm data stats -cn finetune-smol dataset.path=train.json dataset.eval_path=val.json trainer.eval_strategy=epoch",
+)
 GALLERY_RECORDS = 500
 """Records of each source on a gallery, unless `--number` says otherwise."""
 
@@ -133,12 +133,9 @@ def stats(words: Sequence[str]) -> None:
     with_config(rest, action, make_objective)
 
 
-def _make_run_parser(tool: str, purpose: str, examples: str) -> argparse.ArgumentParser:
+def _make_run_parser(tool: str, purpose: str, examples: Sequence[str]) -> PresentableParser:
     usage = f"vlm data {tool} [options] -cn RUN dataset.path=… [key=value …]"
-    return PresentableParser(
-        f"vlm data {tool}", usage, purpose, f"examples:\n{examples}", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    return PresentableParser(f"vlm data {tool}", usage, purpose, examples=examples, allow_abbrev=False)
 
 
 def _make_sample_encoder(config: RunConfig, overrides: list[str]) -> "SampleEncoder":

@@ -8,18 +8,14 @@ from vlm.config.shown import PresentableParser, printable
 from vlm.runs.read import read_run
 from vlm.runs.report import write_report
 
-EXAMPLES = """\
-examples:
-  vlm report outputs/smol-finetune
-  vlm report outputs/sweep/*/
-"""
+EXAMPLES = ("vlm report outputs/smol-finetune", "vlm report outputs/sweep/*/")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm report`."""
     parser = PresentableParser(
-        "vlm report", description="Write report.html into a run directory: one file that tells the whole run.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "vlm report", "vlm report RUN … [options]",
+        "Write report.html into a run directory: one file with everything about the run.", examples=EXAMPLES,
     )  # fmt: skip
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     return parser

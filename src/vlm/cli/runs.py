@@ -11,24 +11,23 @@ from vlm.config.shown import PresentableParser, printable
 from vlm.runs.listing import DEFAULT_COLUMNS, Filter, RunTable
 from vlm.runs.read import find_runs
 
-EXAMPLES = """\
-examples:
-  vlm runs                                            the runs below outputs/, the newest first
-  vlm runs outputs/sweep --sort eval_loss             the best first
-  vlm runs --filter state=done --filter 'eval_loss<1.2'
-  vlm runs --columns name,eval_loss,trainer.seed,connector_learning_rate
-  vlm runs --json | jq '.[] | select(.step > 100)'
-"""
+EXAMPLES = (
+    "vlm runs outputs/sweep --sort eval_loss",
+    "vlm runs --filter state=done --filter 'eval_loss<1.2'",
+    "vlm runs --columns name,eval_loss,trainer.seed,connector_learning_rate",
+)
 JSON_COLUMNS = ("path", "recipe", "started", "max_steps", *DEFAULT_COLUMNS)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm runs`."""
     parser = PresentableParser(
-        "vlm runs", description="List runs: their state, losses, speed, and what differs between them.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "vlm runs", "vlm runs [FOLDER] [options]",
+        "List runs: their state, losses, speed, and what differs between them.", examples=EXAMPLES,
     )  # fmt: skip
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs"), help="where to look (outputs)")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, default=Path("outputs"), metavar="FOLDER", help="where to look (outputs)"
+    )
     key = (
         "a field (name, state, step, duration, started), a logged metric (eval_loss) or a setting (trainer.seed, seed)"
     )

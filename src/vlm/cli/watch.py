@@ -10,14 +10,7 @@ from pathlib import Path
 from vlm.config.shown import PresentableParser
 from vlm.runs.watch import LiveRun, read_live_run, render, summarize
 
-EPILOG = """\
-examples:
-  vlm watch outputs/smol-finetune            until the run ends
-  vlm watch outputs/smol-finetune --once     print what there is, and end
-
-It reads files alone, so the run may train on another machine whose disk is mounted here. Exit code: 1 where the run
-failed, else 0. Ctrl-C ends the watching, never the run.
-"""
+EXAMPLES = ("vlm watch outputs/smol-finetune", "vlm watch outputs/smol-finetune --once")
 HOME, CLEAR_LINE, CLEAR_BELOW, CLEAR_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[2J"
 
 
@@ -35,8 +28,10 @@ def main(argv: Sequence[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm watch`."""
     parser = PresentableParser(
-        "vlm watch", description="Show a run while it trains: progress, loss, speed, last evaluation, log.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "vlm watch", "vlm watch RUN [options]",
+        "Show a run while it trains, from its files: progress, loss, speed, last evaluation, log. The run may be on "
+        "another machine whose disk is mounted here. Ctrl-C stops watching, never the run. The exit code is 1 if the "
+        "run failed.", examples=EXAMPLES,
     )  # fmt: skip
     parser.add_argument("run", type=Path, metavar="RUN", help="the run directory")
     parser.add_argument("--once", action="store_true", help="print once and end")

@@ -50,13 +50,13 @@ def make_requests(
     ]
 
 
-EXAMPLE = "example: vlm data chair labelled.jsonl requests.jsonl --max-images 500"
+EXAMPLE = "vlm data chair labelled.jsonl requests.jsonl --max-images 500"
 
 
 def main(words: Sequence[str]) -> None:
     """`vlm data chair RECORDS OUTPUT`."""
     purpose = "Write caption requests for images with labelled objects, to count objects that a model makes up (CHAIR)."
-    parser = PresentableParser("vlm data chair", description=purpose, epilog=EXAMPLE)
+    parser = PresentableParser("vlm data chair", description=purpose, examples=(EXAMPLE,))
     parser.add_argument("records", help="records with an image and its labelled objects")
     parser.add_argument("output", type=Path, help="the file to write: NAME.jsonl")
     add_object_options(parser)

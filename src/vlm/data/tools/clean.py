@@ -28,14 +28,11 @@ from vlm.data.vision.images import IMAGE_ERRORS, open_lazily
 from vlm.data.vision.similarity import ImageSketch, SketchIndex
 
 DUPLICATES = ("record", "image", "keep")
-EXAMPLES = """\
-examples:
-  vlm data clean train.json clean.jsonl --image-folder images
-  vlm data clean train.json clean.jsonl --image-folder images --near-duplicates --dry-run
-  vlm data clean captions.csv clean.jsonl --format caption --duplicates image --min-side 64
-
-If it is stopped, the same command continues from OUTPUT.journal.jsonl. Delete that file to check every record again.
-"""
+EXAMPLES = (
+    "vlm data clean train.json clean.jsonl --image-folder images",
+    "vlm data clean train.json clean.jsonl --image-folder images --near-duplicates --dry-run",
+    "vlm data clean captions.csv clean.jsonl --format caption --duplicates image --min-side 64",
+)
 FORMER_NAMES = {"picture": "image"}
 """Former names of `DUPLICATES`, which commands that people have written may have."""
 
@@ -335,9 +332,9 @@ def main(arguments: Sequence[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = PresentableParser(
         "vlm data clean",
-        description="Remove records that cannot be used, and duplicates.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Remove records that cannot be used, and duplicates. If it is stopped, the same command continues "
+        "from OUTPUT.journal.jsonl; delete that file to check every record again.",
+        examples=EXAMPLES,
     )
     add = parser.add_argument
     add("input", metavar="INPUT", help=".json, .jsonl, .parquet …, whatever dataset.path takes")

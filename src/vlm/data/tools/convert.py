@@ -324,13 +324,12 @@ OPTIONS = {
 """Options of conversions that have a flag -> its metavar and help."""
 
 
-EXAMPLES = """\
-examples:
-  vlm data convert captions_val2017.json records.jsonl --from coco-captions --image-folder val2017
-  vlm data convert questions.json records.jsonl --from vqa --annotations answers.json \\
-      --image-pattern 'COCO_train2014_{image_id:012d}.jpg'
-  vlm data convert records.jsonl shards/ --shard-size 1000
-"""
+EXAMPLES = (
+    "vlm data convert captions_val2017.json records.jsonl --from coco-captions --image-folder val2017",
+    "vlm data convert questions.json records.jsonl --from vqa --annotations answers.json "
+    "--image-pattern 'COCO_train2014_{image_id:012d}.jpg'",
+    "vlm data convert records.jsonl shards/ --shard-size 1000",
+)
 
 
 def option_flag(name: str) -> str:
@@ -362,7 +361,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = PresentableParser(
         "vlm data convert",
         description="Convert annotations and records to a format that training reads.",
-        epilog=f"{fill(kinds, 100, break_on_hyphens=False)}\n\n{EXAMPLES}",
+        epilog=fill(kinds, 100, break_on_hyphens=False),
+        examples=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

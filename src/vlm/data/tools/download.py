@@ -8,7 +8,6 @@ by the same command; `OUT/download.json` tells the table that the folder belongs
 `table` reads the table, `fetch` fetches and checks images.
 """
 
-import argparse
 import fcntl
 import json
 import os
@@ -52,14 +51,10 @@ ADVICE = {
 """Reason of a failure -> the option that allows it."""
 
 
-EXAMPLES = """\
-examples:
-  vlm data download Train_GCC-training.tsv captions
-  vlm data download photos.csv photos --url-column link --caption-column title --limit 1000
-
-If it is stopped, the same command continues. FOLDER/records.jsonl and FOLDER/images are what training reads;
-FOLDER/failures.jsonl lists what failed and why.
-"""
+EXAMPLES = (
+    "vlm data download Train_GCC-training.tsv captions",
+    "vlm data download photos.csv photos --url-column link --caption-column title --limit 1000",
+)
 
 
 def flag(default: object, text: str) -> Any:  # as `dataclasses.field`
@@ -137,11 +132,16 @@ class Outcome:
 def main(arguments: Sequence[str]) -> None:
     """`vlm data download TABLE OUT`."""
     parser = PresentableParser(
-        "vlm data download", description="Download the images of a table of URLs and captions.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "vlm data download",
+        description="Download the images of a table of URLs and captions. If it is stopped, the same command "
+        "continues. FOLDER/records.jsonl and FOLDER/images are what training reads; FOLDER/failures.jsonl lists what "
+        "failed and why.",
+        examples=EXAMPLES,
     )  # fmt: skip
     parser.add_argument("table", type=Path, help=f"URLs and captions: {', '.join(TABLE_KINDS)}")
-    parser.add_argument("output", type=Path, help="the folder to write; name the same one again to continue")
+    parser.add_argument(
+        "output", type=Path, metavar="FOLDER", help="the folder to write; name the same one again to continue"
+    )
     for option in fields(Options):
         name, default = option.name, option.default
         style: dict[str, Any] = {"action": "store_true"}

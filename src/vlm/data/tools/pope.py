@@ -109,7 +109,7 @@ def make_questions(
     return records
 
 
-EXAMPLE = "example: vlm data pope labelled.jsonl questions --max-images 500"
+EXAMPLE = "vlm data pope labelled.jsonl questions --max-images 500"
 
 
 def with_article(label: str) -> str:
@@ -120,7 +120,7 @@ def with_article(label: str) -> str:
 def main(words: Sequence[str]) -> None:
     """`vlm data pope RECORDS FOLDER`."""
     purpose = "Write yes/no questions about objects that are, and are not, in an image (POPE), from labelled objects."
-    parser = PresentableParser("vlm data pope", description=purpose, epilog=EXAMPLE)
+    parser = PresentableParser("vlm data pope", description=purpose, examples=(EXAMPLE,))
     parser.add_argument("records", help="records with an image and its labelled objects")
     folder = f"where {', '.join(f'{name}.jsonl' for name in STRATEGIES)} go"
     parser.add_argument("folder", type=Path, help=folder)

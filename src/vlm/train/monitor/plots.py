@@ -66,6 +66,8 @@ def draw_speed(metrics: Sequence[Metrics], path: Path) -> None:
 
 def _draw_curves(axes: "Axes", metrics: Sequence[Metrics], curves: dict[str, str]) -> None:
     """Draw metrics, by name -> label, over the steps; samples a second only where there are no tokens a second."""
+    from matplotlib.ticker import MaxNLocator
+
     for key, label in curves.items():
         points = [(line["step"], line[key]) for line in metrics if line.get(key) is not None]
         if points and (key != "samples_per_second" or not axes.lines):
@@ -73,7 +75,7 @@ def _draw_curves(axes: "Axes", metrics: Sequence[Metrics], curves: dict[str, str
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if is_short else "")
     if axes.lines:
         axes.legend()
-    axes.xaxis.get_major_locator().set_params(integer=True)  # there are no halves of steps
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there are no halves of steps
     axes.grid(alpha=0.3)
 
 
