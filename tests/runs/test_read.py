@@ -56,20 +56,21 @@ def test_files_full_of_nonsense_are_named_and_nothing_raises(tmp_path: Path):
     [
         (None, None, True, "done"),
         (None, None, False, "not finished"),
-        (None, os.getpid(), False, "training"),
-        ("evaluating", os.getpid(), False, "evaluating"),
+        (None, "this", False, "training"),
+        ("evaluating", "this", False, "evaluating"),
         ("training", None, False, "failed"),
-        ("training", 2**22 + 1, False, "failed"),
+        ("training", "none", False, "failed"),
         ("stopped", None, False, "stopped"),
         ("nonsense", None, True, "done"),
     ],
 )
-def test_the_state_of_a_run(tmp_path: Path, status: str | None, holder: int | None, is_done: bool, state: str):
+def test_the_state_of_a_run(tmp_path: Path, status: str | None, holder: str | None, is_done: bool, state: str):
     folder = write_run(tmp_path / "run", is_done=is_done)
     if status is not None:
         (folder / "status.json").write_text(json.dumps({"state": status, "step": 12, "max_steps": 24}))
     if holder is not None:
-        (folder / "run.lock.json").write_text(json.dumps({"host": socket.gethostname(), "pid": holder, "since": 0.0}))
+        number = os.getpid() if holder == "this" else 2**22 + 1  # more than any process has
+        (folder / "run.lock.json").write_text(json.dumps({"host": socket.gethostname(), "pid": number, "since": 0.0}))
     run = read_run(folder)
     assert run.state == state
     assert run.progress == (1.0 if state == "done" else 0.5 if status else None)
