@@ -282,12 +282,14 @@ def test_what_the_original_has_no_place_for(parts: Parts, tmp_path: Path):
 
 def test_what_is_no_checkpoint_of_ours(parts: Parts, tmp_path: Path):
     other = str(parts.language_model("llama"))
-    assert "is a llama checkpoint, which others load as it is" in refusal("export", other, "out", "--format", "llava")
+    assert "is a llama checkpoint, which other programs load as it is" in refusal(
+        "export", other, "out", "--format", "llava"
+    )
     assert "its folder `final`" in refusal("export", str(tmp_path), "out", "--format", "llava")
     saved(parts, tmp_path / "ours", "clip", "llama", layer=-2, template="v1")
     words = ["export", str(tmp_path / "ours")]
     assert "exists already" in refusal(*words, str(tmp_path), "--format", "llava")
-    assert "--format llava-original alone" in refusal(*words, "out", "--format", "llava", "--vision-tower", "x")
+    assert "by --format llava-original only" in refusal(*words, "out", "--format", "llava", "--vision-tower", "x")
 
 
 def test_an_adapter_is_to_be_merged_first(tmp_path: Path):

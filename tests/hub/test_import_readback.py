@@ -37,5 +37,5 @@ def test_a_comparison_for_which_memory_is_short_is_said(
     write_original(tmp_path / "theirs", parts, transformers_llava(parts))
     monkeypatch.setattr(readback, "read_available_memory", lambda: 1000)
     import_checkpoint(str(tmp_path / "theirs"), tmp_path / "ours")
-    assert "was not compared with what was written: the weights need 0 GB of memory, and 0 GB are free" in caplog.text
+    assert "was not compared with what was written: the weights need 0 GB of memory, but 0 GB are free" in caplog.text
     assert (tmp_path / "ours" / "config.json").is_file()

@@ -258,7 +258,7 @@ def test_something_else_does_not_go_on_with_it(
     if "records" in change:
         change_record(records, 0, **change["records"])
         change = {}
-    with pytest.raises(ValueError, match="begun with another checkpoint, other records or other options"):
+    with pytest.raises(ValueError, match="started with another checkpoint, other records or other options"):
         generate_rows(ours, records, **{**options, **change})
     assert len(generate_rows(ours, records, **{**options, **change}, overwrite=True)) == NUMBER
 

@@ -74,7 +74,7 @@ def test_each_source_has_its_own_factor(parts: Parts, tmp_path: Path):
     ("run", "patterns", "message"),
     [
         ("finetune-smol", {"a": 0}, r"loss_patterns\.a=0: a number above 0 is needed"),
-        ("finetune-smol", {"(": 2}, r"\( is no regular expression"),
+        ("finetune-smol", {"(": 2}, r"\( is not a regular expression"),
         ("embed-smol", {"a": 2}, "does not weigh losses"),
     ],
 )

@@ -340,7 +340,7 @@ def test_families_learn_from_a_teacher(name: str, train_whole: Callable[..., Pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], r"trainer.distillation.teacher=null: name a checkpoint"),
+        ([], r"trainer.distillation.teacher=null: name the checkpoint to learn from"),
         ([f"{KEY}.teacher=no/such/folder"], r"trainer.distillation.teacher=no/such/folder: no such folder"),
         ([f"{KEY}.teacher=a/b", f"{KEY}.label_weight=1"], r"label_weight=1: nothing is learned from the teacher"),
         ([f"{KEY}.teacher=a/b", f"{KEY}.top_k=8", f"{KEY}.hidden_states_weight=1"],

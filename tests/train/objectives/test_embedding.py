@@ -60,7 +60,7 @@ def test_the_final_model_embeds_and_does_not_predict(finished: Path):
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     queries = embedder.embed(["red of level 1"], side="query")
     assert not np.allclose(queries[0], vectors[0]), "queries have a system turn"
-    with pytest.raises(ValueError, match="has a head that embeds"):
+    with pytest.raises(ValueError, match="has an embedding head"):
         Predictor.load(finished / "final")
 
 
@@ -92,11 +92,11 @@ def test_a_run_goes_on_from_a_checkpoint_with_its_head(
         (["model.head.loss_options.width_weights=[1]"], "a number above 0 for each"),
         (["+model.head.prompts.passage=x"], "allowed are query, document"),
         (["trainer/lora=none", "trainer/unfreeze=head"], "it has nothing to train"),
-        (["dataset.over_length=truncate"], "what is compared is never cut"),
+        (["dataset.over_length=truncate"], "embedded records are never cut"),
         (["dataset.system_prompt=Hi"], "set model.head.prompts.query"),
         (["dataset.folds=3"], "vectors are measured on held-out records"),
-        (["model.head.generation_weight=1"], "vectors are learned by themselves"),
-        (["trainer.packing=true"], "a vector is read of one row"),
+        (["model.head.generation_weight=1"], "an embedding head trains alone"),
+        (["trainer.packing=true"], "embeddings cannot be packed"),
         (["trainer.keep_best=recall@2"], "no evaluation measures it"),
         (["trainer.objective=prediction"], "it trains alone, with trainer.objective=embedding"),
     ],

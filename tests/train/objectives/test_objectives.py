@@ -177,7 +177,7 @@ def test_a_head_without_an_objective_is_trained():
         ("pretrain-smol", ["trainer.objective=json:JSONDecoder"],
          r"trainer.objective=json:JSONDecoder: a subclass of vlm.train.objectives.base:Objective is needed"),
         ("pretrain-smol", ["trainer.objective=prediction"],
-         r"trainer.objective=prediction: there is no head \(model.head"),
+         r"trainer.objective=prediction: there is no head; choose one"),
         ("head-binary", ["trainer.objective=generation"],
          r"model.head.task=binary: trainer.objective=generation trains no head; leave one of them out"),
     ],

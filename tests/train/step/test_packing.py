@@ -220,7 +220,7 @@ def test_what_does_not_go_with_packing_is_refused(common: list[str], word: str |
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("trainer.max_tokens_per_batch=64", r"only trainer\.packing=true fills batches by tokens"),
+        ("trainer.max_tokens_per_batch=64", r"it needs trainer\.packing=true"),
         ("trainer.packing_strategy=best_fit", r"without trainer\.packing=true it has no effect"),
     ],
 )

@@ -52,7 +52,7 @@ SAFE = (
             "dataloader_prefetch_factor dataloader_multiprocessing_context remove_unused_columns label_names "
             "length_column_name torch_empty_cache_steps use_cache ddp_timeout do_train do_eval do_predict local_rank")
     | _keys("dataset", "path sources.*.path allow_pipe follow_links sources.*.follow_links cache_dir num_workers "
-            "cache_limit_gb on_bad_sample max_skipped check_samples")
+            "cache_limit_gb on_bad_sample max_skipped check_samples overlap")
     | _keys("inference", "temperature top_p num_beams max_new_tokens cache_implementation thinking")
     | _keys("model", "trust_remote_code unproved visual_encoder.trust_remote_code language_model.trust_remote_code "
             "connector.name head.threshold_by")
