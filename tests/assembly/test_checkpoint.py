@@ -93,7 +93,9 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(composed: Path, tmp_pa
     for name in ("/no/such", "./a/b", "nothing"):
         with pytest.raises(ValueError, match=rf"^{name}: no such folder \(seen from .*\), nor a name on the Hub$"):
             open_checkpoint(name)
-    with pytest.raises(ValueError, match=rf"^key={tmp_path} holds no config.json; a run's complete model is its"):
+    with pytest.raises(
+        ValueError, match=rf"^key={tmp_path} holds no config.json; the complete model of a run is in its"
+    ):
         open_checkpoint(tmp_path, key="key")
     (tmp_path / "final").mkdir()
     with pytest.raises(ValueError, match=rf"it is a run's directory, whose model is {tmp_path / 'final'}$"):

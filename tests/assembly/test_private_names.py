@@ -19,7 +19,7 @@ from vlm.train.run import run
 NAMES = [name for library in PRIVATE_NAMES.values() for name in library]
 LISTED = {name.name for name in (*NAMES, *PRIVATE_HOOKS)}
 
-NOT_PRIVATE = {"_exit", "_replace", "_asdict", "_run_exitfuncs"}
+NOT_PRIVATE = {"_actions", "_asdict", "_exit", "_open", "_replace", "_run_exitfuncs"}
 """Names with an underscore that their library documents, or that every Python has had for long."""
 
 SOURCE = Path(vlm.__file__).parent

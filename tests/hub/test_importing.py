@@ -206,7 +206,7 @@ EXPECTED_REFUSALS = {
     "mm_vision_select_feature": "imported are patch, cls_patch",
     "mm_vision_tower": "name its folder with --vision-tower FOLDER",
     "mm_resampler_type": "have no matching connector",
-    "model_type": "has model_type=llava_mpt; imported are",
+    "model_type": "has model_type=llava_mpt; only the original",
 }
 
 
@@ -238,7 +238,9 @@ def test_missing_shapes_and_surplus_are_named(parts: Parts, tmp_path: Path):
     norm = "language_model.model.norm.weight"
     assert f"the source lacks 1 weights, such as {norm}" in refusal_message(model__norm__weight=None)
     assert f"{norm} has the shape (3,), but (32,) is needed" in refusal_message(model__norm__weight=torch.ones(3))
-    assert "no place: 1 weights, such as image_newline.weight" in refusal_message(model__image_newline=torch.ones(32))
+    assert "no place for these weights: 1 weights, such as image_newline.weight" in refusal_message(
+        model__image_newline=torch.ones(32)
+    )
 
 
 def test_flags_that_are_missing_or_have_no_place(parts: Parts, tmp_path: Path):

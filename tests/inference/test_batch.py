@@ -90,6 +90,6 @@ def test_rows_of_another_form_are_not_gone_on_with(tmp_path: Path):
     table = ResumableTable(tmp_path / "a.jsonl", [], "f")
     table.metadata.write_text(json.dumps({"fingerprint": "f"}))
     table.partial.write_text('{"name": "a"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl\.partial was begun with another checkpoint"):
+    with pytest.raises(ValueError, match=r"a\.jsonl\.partial was started with another checkpoint"):
         table.begin_or_resume(overwrite=False)
     assert table.begin_or_resume(overwrite=True) == set()

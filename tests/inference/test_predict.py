@@ -237,7 +237,7 @@ def test_what_was_begun_with_something_else_is_refused(checkpoint: Callable[...,
     words = ["predict", str(checkpoint("kind")), "--input", str(records), "--output", str(output)]
     assert "was started with another checkpoint, other records or other options" in refusal(*words)
     main([*words, "--overwrite", "--num-workers", "0"])
-    assert f"{output} exists; name another output" in refusal(*words)
+    assert f"{output} exists; choose another --output" in refusal(*words)
     assert len(read_rows(output)) == 9
 
 

@@ -119,6 +119,12 @@ PRIVATE_NAMES = {
         PrivateName(
             "torch.storage:UntypedStorage", "_new_shared", "data workers share the memory of batches", ("size",)
         ),
+        PrivateName(
+            "torch.storage:UntypedStorage.share_memory_", "_cdata", "the memory of a step is counted once per storage"
+        ),
+        PrivateName(
+            "torch.nn:Module.register_forward_hook", "_forward_hooks", "a copy of a model is counted without its hooks"
+        ),
         PrivateName("torch.nn.modules.dropout", "_DropoutNd", "modules with dropout encode equal images one by one"),
         PrivateName(
             "torch.nn.modules.batchnorm", "_NormBase", "modules with batch norm encode equal images one by one"
