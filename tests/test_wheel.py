@@ -42,7 +42,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path):
     held = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
         str(file.relative_to(SOURCE))
-        for pattern in ("*.py", "*.yaml", "*.jinja", "*.json", "*.css", "*.sh", "py.typed")
+        for pattern in ("*.py", "*.yaml", "*.jinja", "*.json", "*.css", "*.sh", "*.bash", "*.zsh", "*.fish", "py.typed")
         for file in SOURCE.rglob(pattern)
     }
     assert {"vlm/config/base.yaml", "vlm/data/templates/v1.jinja", "vlm/models/modeling_vlm.py"} <= wanted

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ def write_run(folder: Path, state: str | None = "training", **status: Any) -> Pa
 
 def test_a_run_is_shown_from_its_files(tmp_path: Path):
     text = render(read_live_run(write_run(tmp_path / "run"), 2), 100)
-    assert "training on elsewhere, 0 s ago" in text.splitlines()[0]
+    assert re.search(r"training on elsewhere, \d+ s ago", text)
     assert " 50%" in text
     assert "step 18/36  loss 2.4" in text
     assert "⠉" in text or "⠑" in text, "the loss is plotted"

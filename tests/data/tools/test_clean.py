@@ -602,7 +602,7 @@ WORDS = {
     "workers": (["--workers", "0"], "'0': a whole number of at least 1 is needed"),
     "side": (["--min-side", "-3"], "'-3': a whole number of at least 1 is needed"),
     "aspect": (["--max-aspect", "0.5"], "--max-aspect 0.5: it is the longer side"),
-    "duplicates": (["--duplicates", "some"], "choose from"),
+    "duplicates": (["--duplicates", "some"], "allowed are record, image, keep"),
 }
 
 

@@ -52,7 +52,13 @@ def test_both_sides_of_a_preference_are_shown(common: list[str], tmp_path: Path,
     picture().save(tmp_path / "a.png")
     record = {"image": "a.png", "question": "what?", "chosen": "a red square", "rejected": "no <b>"}
     (tmp_path / "pairs.json").write_text(json.dumps([record]))
-    words = [*common, "dataset.path=pairs.json", "dataset.image_folder=.", "dataset.template=chatml"]
+    words = [
+        *common,
+        "trainer.unfreeze.train_connector=true",
+        "dataset.path=pairs.json",
+        "dataset.image_folder=.",
+        "dataset.template=chatml",
+    ]
     main(["data", "show", "--output", "a.html", "-cn", "preference-smol", *words])
     said = capsys.readouterr().out
     assert "   chosen:\n" in said.partition("   rejected:\n")[0]
@@ -134,7 +140,7 @@ def test_the_prompts_and_labels_of_a_head(words, tmp_path: Path, capsys):
     (tmp_path / "records.json").write_text(
         json.dumps([{**one, "label": index % 2} for index, one in enumerate(records)])
     )
-    words = ["-cn", "head-binary", "model=composed", *words[2:]]
+    words = ["-cn", "head-binary", "model=composed", *words[2:], "trainer.unfreeze.train_connector=true"]
     main(["data", "show", "--records", "1", "--output", "a.html", *words])
     said = capsys.readouterr().out
     assert "tokens, label 1; 30×21" in said

@@ -51,7 +51,7 @@ class PromptEncoder(SampleEncoder):
         sample = self.with_thinking(sample)
         turns = prompt_turns(sample)
         if not turns:
-            raise BadSample(sample.id, "nothing stands before its reply")
+            raise BadSample(sample.id, "there is nothing before its reply")
         prompt = encode_prompt(self.processor, turns, sizes, sample.id, sample.tools)
         if not prompt:
             raise BadSample(sample.id, "its template leaves nothing of its prompt")
