@@ -204,8 +204,8 @@ def test_what_cannot_be_measured_is_refused_before_a_model_loads(checkpoint: Pat
     assert "--retrieval-candidates cannot be used with --tasks" in get_refusal(
         "--tasks", "mme", "--retrieval-candidates", "3"
     )
-    assert "--limit does not go with --data" in get_refusal("--data", records, "--limit", "3")
-    assert "--temperature does not go with --tasks" in get_refusal("--tasks", "mme", "--temperature", "1")
+    assert "--limit cannot be used with --data" in get_refusal("--data", records, "--limit", "3")
+    assert "--temperature cannot be used with --tasks" in get_refusal("--tasks", "mme", "--temperature", "1")
     assert "--limit 0: a number above 0" in get_refusal("--tasks", "mme", "--limit", "0")
     assert "--lmms-eval-python nowhere: no such file" in get_refusal("--tasks", "mme", "--lmms-eval-python", "nowhere")
     for name, content, reason in (
@@ -309,7 +309,7 @@ def test_a_python_without_lmms_eval_is_refused(checkpoint: Path, tmp_path: Path)
         "eval", str(checkpoint), "--tasks", "gqa", "--lmms-eval-python", sys.executable, "--output",
         str(tmp_path / "out"),
     )  # fmt: skip
-    assert "lmms_eval is missing there; make install-eval" in said
+    assert "lmms_eval is missing there; `make install-eval`" in said
 
 
 def test_names_that_lmms_eval_would_misread_are_refused():

@@ -69,6 +69,8 @@ def check_command(command: Command, place: Place) -> None:
 def check_vlm(words: Sequence[str], place: Place) -> None:
     """Check what stands behind `vlm`: a subcommand by its parser, a run by its composition and its early checks."""
     words = place.provide(words)
+    if importlib.util.find_spec("optuna") is None:  # of an extra that not everybody has
+        words = [word for word in words if not re.search(r"^hydra[/.]sweeper|=.*\binterval\(", word)]
     if words[:1] == ["launch"]:
         check_launch(words[1:], place)
         return

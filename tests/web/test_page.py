@@ -429,8 +429,16 @@ def test_a_run_that_has_ended_can_be_asked(served: Served, visit: Callable[..., 
     shutil.copytree(served.chat, run / "final")
     page.get_by_role("tab", name="Predict", exact=True).click()
     page.get_by_role("tab", name="Chat", exact=True).click()
-    page.locator("#chat-checkpoint input").click()
-    page.get_by_role("option", name=str(run / "final")).wait_for()
+    field, choice = page.locator("#chat-checkpoint input"), page.get_by_role("option", name=str(run / "final"))
+
+    def is_offered() -> bool:
+        """Open the list again: it may have been opened before the page had the new run."""
+        field.blur()
+        field.click()
+        page.wait_for_timeout(300)
+        return choice.is_visible()
+
+    wait_until(is_offered, page)
 
 
 # Compare, Evaluate, Export

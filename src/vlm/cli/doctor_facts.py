@@ -24,7 +24,10 @@ EXTRAS = {
     "liger": (("liger_kernel",), "trainer.use_liger_kernel=true, on Linux with GPUs"),
     "quant": (("bitsandbytes",), "4-bit and 8-bit models (QLoRA)"),
     "serve": (("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance"), "vlm serve"),
+    "mlflow": (("mlflow",), "trainer.report_to=mlflow"),
+    "sweep": (("hydra_plugins", "optuna"), "searches: hydra/sweeper=optuna"),
     "track": (("wandb",), "trainer.report_to=wandb"),
+    "trackio": (("trackio",), "trainer.report_to=trackio"),
     "video": (("av",), "records with videos"),
     "web": (("gradio",), "vlm web"),
 }
