@@ -22,7 +22,7 @@ def test_the_start_is_told():
 def test_parts_data_and_first_batch_are_those_of_the_run(findings: Findings):
     assert "visual_encoder" in findings.parts
     assert len(findings.data.lengths) == 24
-    assert findings.data.forms == ["records.json: read with dataset.format=llava; as they look"]
+    assert findings.data.forms == ["records.json: read with dataset.format=llava, which fits them"]
     assert "【" in findings.first_sample
     assert "<mark>" in findings.first_batch
     assert 'src="data:image/png;base64,' in findings.first_batch

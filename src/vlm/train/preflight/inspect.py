@@ -146,8 +146,8 @@ def inspect_data(data: RunData, config: RunConfig) -> DataFindings:
         guess = guess_form(record)
         looks = "no form that is known" if guess is None else guess.what
         agrees = guess is not None and guess.format == source.config.format
-        verdict = "as they look" if agrees else f"they look like {looks}"
-        forms.append(f"{source.name}: read with dataset.format={source.config.format}; {verdict}")
+        verdict = "which fits them" if agrees else f"but they look like {looks}"
+        forms.append(f"{source.name}: read with dataset.format={source.config.format}, {verdict}")
     longest = train.sources[0].encoder.longest if train.sources else 0
     reasons = group_reasons(train.skipped)
     return DataFindings(contribution_table(train.contributions), forms, train.lengths.tolist(), longest, reasons)
