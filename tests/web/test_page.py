@@ -179,6 +179,20 @@ def choose(page: Any, field: str, value: str) -> None:
     box.press("Tab")
 
 
+def wait_for_choice(page: Any, field: str, value: str) -> Any:
+    """Open a list until it offers a choice, and return that: it may have been opened before the page had it."""
+    box, choice = page.locator(f"#{field} input").first, page.get_by_role("option", name=value, exact=True).first
+
+    def is_offered() -> bool:
+        box.blur()
+        box.click()
+        page.wait_for_timeout(300)
+        return choice.is_visible()
+
+    wait_until(is_offered, page)
+    return choice
+
+
 def send(page: Any, text: str) -> None:
     """Ask a question once. Gradio passes over Enter while the answer before is ending: it is pressed until the page
     posts the question. On a busy machine an answer may be complete before it is looked for: pressed again then, Enter
@@ -429,16 +443,7 @@ def test_a_run_that_has_ended_can_be_asked(served: Served, visit: Callable[..., 
     shutil.copytree(served.chat, run / "final")
     page.get_by_role("tab", name="Predict", exact=True).click()
     page.get_by_role("tab", name="Chat", exact=True).click()
-    field, choice = page.locator("#chat-checkpoint input"), page.get_by_role("option", name=str(run / "final"))
-
-    def is_offered() -> bool:
-        """Open the list again: it may have been opened before the page had the new run."""
-        field.blur()
-        field.click()
-        page.wait_for_timeout(300)
-        return choice.is_visible()
-
-    wait_until(is_offered, page)
+    wait_for_choice(page, "chat-checkpoint", str(run / "final"))
 
 
 # Compare, Evaluate, Export
@@ -449,7 +454,7 @@ def test_runs_stand_side_by_side(served: Served, visit: Callable[..., Any]):
         write_run(served.outputs / name, {"step": 1, "loss": 2.0 + number}, {"step": 2, "loss": 1.5 + number})
     page = visit("Compare")
     for name in ("left", "right"):
-        choose(page, "compare-runs", name)
+        wait_for_choice(page, "compare-runs", name).click()
     page.locator("#compare-shown svg.chart").first.wait_for()
     shown = page.locator("#compare-shown").inner_text()
     assert "1.5" in shown

@@ -25,7 +25,7 @@ def build(outputs: Path, tab: gr.Tab) -> None:
     )  # fmt: skip
     shown = gr.HTML(note_html(EMPTY_TEXT), elem_id="compare-shown")
     chosen.change(lambda names: compare(outputs, names), chosen, shown, **QUIET)
-    tab.select(lambda: gr.update(choices=_names(outputs)), None, chosen, **QUIET)
+    tab.select(lambda: gr.update(choices=_names(outputs)), None, chosen, trigger_mode="always_last", **QUIET)
 
 
 def compare(outputs: Path, names: Sequence[str] | None) -> str:

@@ -88,7 +88,8 @@ def _refresh_choices(
         now = find_checkpoints()
         return (gr.skip() if now == earlier else gr.update(choices=now)), now  # an open list is not redrawn
 
-    gr.on([page.load, tab.select], refresh, known, [field, known], **QUIET)
+    # always_last: a tab that is opened while the page still loads is refreshed after that, not passed over
+    gr.on([page.load, tab.select], refresh, known, [field, known], trigger_mode="always_last", **QUIET)
 
 
 def serve(page: gr.Blocks, settings: PageSettings) -> str:
