@@ -71,7 +71,13 @@ def run_forked(
 
 
 def run_ranks(module: str, words: list[str], number: int = 2) -> list[Ended]:
-    """Run a module on so many ranks of this machine's CPU, as `deepspeed --num_gpus N --module` does."""
+    """Run a module on so many ranks of this machine's CPU, as `deepspeed --num_gpus N --module` does.
+
+    The rate of the connector that all small runs have (`tests.fixtures.brief`) is left out where that is frozen: on the
+    command line it is refused.
+    """
+    if {"preference-smol", "embed-smol"} & set(words) and "trainer.unfreeze.train_connector=true" not in words:
+        words = [word for word in words if not word.startswith("trainer.learning_rate.connector_learning_rate=")]
     commands = [["-m", module, f"--local_rank={rank}", *words] for rank in range(number)]
     return run_forked(*commands, environments=rank_environments(number))
 
