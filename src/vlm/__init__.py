@@ -2,7 +2,7 @@
 
 >>> from vlm import load
 >>> model = load("outputs/run/final")  # doctest: +SKIP
->>> model.generate("What is in this picture?", ["cat.png"])  # doctest: +SKIP
+>>> model.generate("What is in this image?", ["cat.png"])  # doctest: +SKIP
 """
 
 import logging

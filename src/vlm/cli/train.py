@@ -3,7 +3,6 @@
 Refuses what it can before importing torch; then hands a plain `RunConfig` to `vlm.train.run`.
 """
 
-import atexit
 import os
 import re
 import sys
@@ -93,7 +92,6 @@ def is_lower_better(trainer: TrainerOptions) -> bool:
 def train(config: RunConfig, name: str, overrides: list[str]) -> None:
     """Train on this rank, together with every other rank, to the end even if nobody reads the log any more."""
     outlive_pipes()
-    atexit.register(end_quietly)
     with RunLog() as run_log:
         _train(config, name, overrides, run_log)
 
@@ -113,14 +111,6 @@ def _train(config: RunConfig, name: str, overrides: list[str], run_log: RunLog) 
         close_process_group()
         raise
     close_process_group()
-
-
-def end_quietly() -> None:
-    """Drop what libraries print while the interpreter ends: nanobind lists what triton leaks."""
-    sys.stderr.flush()
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
 
 
 def listen_to_signals() -> AbstractContextManager[object]:

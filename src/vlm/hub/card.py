@@ -28,7 +28,7 @@ CHAT = """\
 messages = [
     {"role": "user", "content": [
         {"type": "image", "path": "picture.png"},
-        {"type": "text", "text": "What is in this picture?"},
+        {"type": "text", "text": "What is in this image?"},
     ]}
 ]
 """

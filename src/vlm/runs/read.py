@@ -28,9 +28,10 @@ from vlm.runs.files import (
 from vlm.runs.holder import is_held
 from vlm.runs.metrics import METRICS_FILE, Metrics, read_last_metrics, read_metrics
 from vlm.runs.samples import Answer, read_samples
+from vlm.runs.status_line import ACTIVE_STATES, DONE, ENDED_STATES, FAILED, STATUS_FILE, STOPPED, TRAINING
 
 CONFIG_FILE, COMMAND_FILE, VERSIONS_FILE, DATA_FILE = "config.yaml", "command.txt", "versions.json", "data.json"
-STATUS_FILE, PARTS_FILE, REPORT_FILE = "status.json", "parts.json", "report.html"
+PARTS_FILE, REPORT_FILE = "parts.json", "report.html"
 FINAL_FOLDER, BEST_FOLDER = "final", "best"
 RUN_FILES = (COMMAND_FILE, CONFIG_FILE, METRICS_FILE)
 """Files of which a run has at least two; a folder of the user's may have one of them by chance."""
@@ -38,9 +39,8 @@ RUN_FILES = (COMMAND_FILE, CONFIG_FILE, METRICS_FILE)
 MAX_RUN_DEPTH = 4
 """How deep below a folder runs are looked for: a sweep's are in a folder of their own."""
 
-ACTIVE_STATES = ("starting", "training", "evaluating", "saving")
-DONE, STOPPED, FAILED, UNFINISHED = "done", "stopped", "failed", "not finished"
-STATES = (*ACTIVE_STATES, DONE, STOPPED, FAILED, UNFINISHED)
+UNFINISHED = "not finished"
+STATES = (*ACTIVE_STATES, *ENDED_STATES, UNFINISHED)
 """What a run may be; `not finished` is one of an earlier version that ended without a word, or runs elsewhere."""
 
 
@@ -177,7 +177,7 @@ class RunDirectory:
         """One of `STATES`."""
         told = self.status.get("state")
         if self.is_alive:
-            return told if isinstance(told, str) and told in ACTIVE_STATES else "training"
+            return told if isinstance(told, str) and told in ACTIVE_STATES else TRAINING
         if told in (DONE, STOPPED, FAILED):
             return str(told)
         if self.final is not None:

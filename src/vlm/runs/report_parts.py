@@ -14,7 +14,8 @@ from vlm.runs.charts import Curve, draw_figure
 from vlm.runs.files import JsonObject, as_number, get, list_at, mapping_at, number_at, text_at
 from vlm.runs.html import ImageBudget, details, table, text
 from vlm.runs.listing import format_number
-from vlm.runs.read import FAILED, STOPPED, UNFINISHED, RunDirectory
+from vlm.runs.read import UNFINISHED, RunDirectory
+from vlm.runs.status_line import FAILED, STOPPED
 
 LOSSES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
 FINGERPRINT_LENGTH = 12

@@ -7,8 +7,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import linear_regression, pvariance
 
 STATUS_FILE = "status.json"
+ACTIVE_STATES = STARTING, TRAINING, EVALUATING, SAVING = "starting", "training", "evaluating", "saving"
+ENDED_STATES = DONE, STOPPED, FAILED = "done", "stopped", "failed"
 TREND_LOGS = 20
 """The number of last logs whose losses the trend is of."""
 MIN_TREND_LOGS = 5
@@ -33,11 +36,9 @@ def find_trend(steps: Sequence[int], losses: Sequence[float]) -> str | None:
     x, y = list(steps)[-TREND_LOGS:], list(losses)[-TREND_LOGS:]
     if len(y) < MIN_TREND_LOGS or not all(map(math.isfinite, y)):
         return None
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((step - mean_x) ** 2 for step in x)
-    slope = sum((step - mean_x) * (loss - mean_y) for step, loss in zip(x, y, strict=True)) / spread
-    rest = sum((loss - mean_y - slope * (step - mean_x)) ** 2 for step, loss in zip(x, y, strict=True))
-    error = math.sqrt(rest / (len(x) - 2) / spread)
+    slope, intercept = linear_regression(x, y)
+    rest = sum((loss - intercept - slope * step) ** 2 for step, loss in zip(x, y, strict=True))
+    error = math.sqrt(rest / (len(x) - 2) / (pvariance(x) * len(x)))
     if abs(slope) <= TREND_ERRORS * error:
         return "flat"
     return "falling" if slope < 0 else "rising"

@@ -15,11 +15,17 @@ from itertools import pairwise
 from pathlib import Path
 
 from vlm.config.shown import printable
-from vlm.runs.status_line import format_evaluation, format_line, format_seconds, read_status
+from vlm.runs.metrics import METRICS_FILE
+from vlm.runs.status_line import (
+    ACTIVE_STATES,
+    ENDED_STATES,
+    format_evaluation,
+    format_line,
+    format_seconds,
+    read_status,
+)
 
-METRICS_FILE, LOG_FILE = "metrics.jsonl", "run.log"
-ACTIVE = ("starting", "training", "evaluating", "saving")
-ENDED = ("done", "stopped", "failed")
+LOG_FILE = "run.log"
 GONE = "gone"
 """The state of a run whose process on this machine is no longer there, although its files say that it is active."""
 STALE_SECONDS = 120.0
@@ -57,14 +63,14 @@ class LiveRun:
     def state(self) -> str:
         """What the run does: a state of `status.json`, `gone`, or `unknown`."""
         state = self.status.get("state")
-        if not isinstance(state, str) or state not in (*ACTIVE, *ENDED):
+        if not isinstance(state, str) or state not in (*ACTIVE_STATES, *ENDED_STATES):
             return "unknown"
-        return GONE if state in ACTIVE and self._has_gone() else state
+        return GONE if state in ACTIVE_STATES and self._has_gone() else state
 
     @property
     def has_ended(self) -> bool:
         """Whether nothing more will come."""
-        return self.state in (*ENDED, GONE)
+        return self.state in (*ENDED_STATES, GONE)
 
     @property
     def age(self) -> float | None:
@@ -185,7 +191,7 @@ def describe_state(run: LiveRun) -> str:
         return f"ended without a word: its process{where} is gone; run.log has its last lines"
     if state == "unknown":
         return "state unknown: it has no status.json"
-    if state in ENDED or age is None:
+    if state in ENDED_STATES or age is None:
         return state
     if age > STALE_SECONDS:
         return f"{state}{where}, but it has said nothing for {format_seconds(age)}"

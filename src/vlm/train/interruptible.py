@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from torch import nn
 from torch.utils.data import DataLoader
 
+from vlm.runs.status_line import SAVING
 from vlm.train.guards.trainer import GuardedTrainer
-from vlm.train.monitor.status import SAVING, RunStatus
+from vlm.train.monitor.status import RunStatus
 from vlm.train.resume.optimizer_settings import apply_settings
 from vlm.train.stop_on_signal import EvaluationInterrupted, StopOnSignal
 

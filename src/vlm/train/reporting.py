@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm.clusters.processes import GUARD_EXIT_CODE
-from vlm.runs.read import DONE, FAILED, PARTS_FILE, STOPPED
+from vlm.runs.read import PARTS_FILE
 from vlm.runs.report import try_to_write_report
+from vlm.runs.status_line import DONE, FAILED, STOPPED
 from vlm.train.parts import Part, describe
 from vlm.train.run_directory import CONFIG_FILE, write_json
 

@@ -17,6 +17,7 @@ from vlm.data.counted_later import CountedLater, when_counted
 from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
 from vlm.data.progress import shows_bars
+from vlm.runs.status_line import SAVING
 from vlm.train.arguments import training_arguments
 from vlm.train.checkpoints.world import World
 from vlm.train.extension_locks import extensions_folder, release_stale_locks
@@ -26,7 +27,7 @@ from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.monitor.recording import quiet_bars, record_run
 from vlm.train.monitor.run_log import RunLog, logged
-from vlm.train.monitor.status import SAVING, RunStatus
+from vlm.train.monitor.status import RunStatus
 from vlm.train.next_steps import describe_next_steps, sample_image
 from vlm.train.objectives.base import Objective, PreparedRun, RunData
 from vlm.train.objectives.table import make_objective

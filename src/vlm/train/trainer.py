@@ -23,6 +23,7 @@ from vlm.assembly.packed_attention import use_packed_attention
 from vlm.data.batching.packing import KEY_INDEX
 from vlm.data.batching.step_layout import MORE_ROWS, get_rows
 from vlm.data.dataset import Skipped
+from vlm.runs.status_line import EVALUATING
 from vlm.train.batches import BatchTrainer, NumItems
 from vlm.train.checkpoints.best import BestModel
 from vlm.train.checkpoints.saving import FinishSaving
@@ -32,7 +33,6 @@ from vlm.train.monitor.part_updates import PartUpdates
 from vlm.train.monitor.progress_line import ProgressLine
 from vlm.train.monitor.source_losses import make_source_losses
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter
-from vlm.train.monitor.status import EVALUATING
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer, read_learning_rates
 from vlm.train.random_state import separate_random_state

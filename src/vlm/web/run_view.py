@@ -11,6 +11,8 @@ from gradio.blocks import Block
 from vlm.config.secrets import mask
 from vlm.config.shown import printable
 from vlm.runs.charts import draw_figure
+from vlm.runs.read import UNFINISHED
+from vlm.runs.status_line import FAILED, STOPPED
 from vlm.web import jobs
 from vlm.web.components import QUIET
 from vlm.web.html import error_html, log_html, note_html, run_table_html, samples_html, status_html
@@ -140,13 +142,13 @@ def _resume_advice(run: Run) -> str:
     """Return how to resume a run that did not finish."""
     if run.state == "ending":
         return note_html("Stopping. It finishes its step and saves a checkpoint first.")
-    if run.state not in ("stopped", "failed", "not finished"):
+    if run.state not in (STOPPED, FAILED, UNFINISHED):
         return ""
     same = "run the same command, or fill in the same fields here"
     again = f"{same} and add trainer.output_dir={run.folder} to the overrides"
     steps = saved_steps(run.folder)
     if not steps:
-        why = " The log says why it ended." if run.state == "failed" else ""
+        why = " The log says why it ended." if run.state == FAILED else ""
         return note_html(f"It saved no checkpoint.{why} To start over, {again}.")
     return note_html(f"The last checkpoint is checkpoint-{max(steps)}. To resume, {again}.")
 

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm.data.progress import shows_bars
-from vlm.runs.status_line import TREND_LOGS, find_trend, format_evaluation, format_line
+from vlm.runs.status_line import TRAINING, TREND_LOGS, find_trend, format_evaluation, format_line
 from vlm.train.monitor.plots import Metrics
 from vlm.train.monitor.run_log import IN_PLACE
-from vlm.train.monitor.status import TRAINING, RunStatus
+from vlm.train.monitor.status import RunStatus
 
 log = logging.getLogger(__name__)
 

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 
 from vlm.clusters.processes import SAVED_EXIT_CODE
+from vlm.runs.status_line import DONE, FAILED, STARTING, STOPPED
 from vlm.train.guards.errors import GuardStop
 from vlm.train.monitor.alerts import send_alert
 from vlm.train.monitor.run_log import RunLog
-from vlm.train.monitor.status import DONE, FAILED, STARTING, STOPPED, RunStatus
+from vlm.train.monitor.status import RunStatus
 
 DIVERGED, STUCK = "diverged", "stuck"
 """Events of an alert besides the last states of a run: a guard ended it, or no rank got anything done."""

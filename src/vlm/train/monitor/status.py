@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vlm.runs.status_line import STATUS_FILE
+from vlm.runs.status_line import STARTING, STATUS_FILE
 
-STARTING, TRAINING, EVALUATING, SAVING = "starting", "training", "evaluating", "saving"
-DONE, STOPPED, FAILED = "done", "stopped", "failed"
 RENEWAL_SECONDS = 5.0
 """How old the file may get while steps are done, in seconds."""
 
