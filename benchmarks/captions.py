@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 
 from vlm import VisionLanguageModel
-from vlm.config.schema import InferenceConfig, SourceConfig
+from vlm.config.dataset_schema import SourceConfig
+from vlm.config.schema import InferenceConfig
 from vlm.data.vision.images import open_media
 from vlm.evaluation.bootstrap import scores_to_json
 from vlm.evaluation.loss import last_reply_text

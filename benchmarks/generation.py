@@ -24,7 +24,8 @@ from benchmarks.report import Row, compared, report
 from benchmarks.shapes import SHAPES, compose_model, write_parts
 from benchmarks.sizes import make_parser, make_size
 from benchmarks.variants import SEED, silence_libraries
-from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig
+from vlm.config.dataset_schema import DatasetConfig, SourceConfig
+from vlm.config.schema import InferenceConfig
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.generate_file import generate_file
 

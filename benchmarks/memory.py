@@ -86,7 +86,7 @@ def measure_padded(size: Size, folder: Path) -> None:
 
 def encoded_samples(folder: Path, processor: Any) -> list[dict[str, Any]]:
     """Return the records, encoded as in a run, with normalised pixels."""
-    from vlm.config.schema import DatasetConfig
+    from vlm.config.dataset_schema import DatasetConfig
     from vlm.data.dataset import load_dataset
     from vlm.data.encoding.sample_encoder import SampleEncoder
 

@@ -69,7 +69,7 @@ def measure_empty(folder: Path) -> dict[str, float]:
 
 def dataset(folder: Path, name: str, processor: Any) -> Any:
     """Open a set of records as training does."""
-    from vlm.config.schema import DatasetConfig
+    from vlm.config.dataset_schema import DatasetConfig
     from vlm.data.dataset import load_dataset
     from vlm.data.encoding.sample_encoder import SampleEncoder
 

@@ -11,14 +11,14 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 from vlm.checks.surface import iter_reach
-from vlm.config import distillation_schema, model_schema, preference_schema, schema, serving_schema
+from vlm.config import dataset_schema, distillation_schema, model_schema, preference_schema, schema, serving_schema
 from vlm.config.rules import Choices, get_rule
 
 CLASSES = {
     module.__name__: {
         node.name: node.body for node in ast.parse(inspect.getsource(module)).body if isinstance(node, ast.ClassDef)
     }
-    for module in (schema, model_schema, distillation_schema, preference_schema, serving_schema)
+    for module in (schema, model_schema, dataset_schema, distillation_schema, preference_schema, serving_schema)
 }
 """Module -> class -> the statements of its body."""
 PAGE = Path(__file__).parent / "configuration.md"
@@ -65,7 +65,7 @@ def reaching_keys() -> Iterator[tuple[str, str]]:
     """Yield the keys of which some values are taken on the command line only, with what these do."""
     config = schema.RunConfig()
     inner = {
-        "dataset.sources.NAME": schema.MixtureSourceConfig(),
+        "dataset.sources.NAME": dataset_schema.MixtureSourceConfig(),
         "model.head.extra_heads.NAME": model_schema.HeadConfig(),
         "model.visual_encoder.extra_encoders.N": model_schema.EncoderConfig(),
     }

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import load_dataset
 from vlm.data.encoding.labels import IGNORE_INDEX

@@ -53,6 +53,7 @@ TESTED_ELSEWHERE = {
     "cli/record_options.py": "cli/test_evaluate.py",
     "cli/watch.py": "runs/test_watch.py",
     "cli/web.py": "web/test_plan.py",
+    "config/dataset_schema.py": "config/test_schema.py",
     "config/derived.py": "config/test_recipes.py",
     "config/named.py": "checks/test_surface.py",
     "config/rules.py": "checks/test_run.py",

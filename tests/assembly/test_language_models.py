@@ -38,7 +38,8 @@ from tests.small_language_models import small_config
 from tests.tiny_parts import WIDTH, Parts, byte_tokenizer, picture
 from vlm.assembly.compose import build_model, compose
 from vlm.assembly.language_models import check_language_model, check_writes, max_positions
-from vlm.config.schema import DatasetConfig, InferenceConfig
+from vlm.config.dataset_schema import DatasetConfig
+from vlm.config.schema import InferenceConfig
 from vlm.data.encoding.sample_encoder import NO_LIMIT
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.prompts import user_turn

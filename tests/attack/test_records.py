@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.tiny_parts import Parts, picture
-from vlm.config.schema import SourceConfig
+from vlm.config.dataset_schema import SourceConfig
 from vlm.config.shown import presentable
 from vlm.data.dataset import Skipped, encode_sample
 from vlm.data.encoding.preference import PreferenceEncoder

@@ -20,9 +20,10 @@ from tests.tiny_parts import Parts
 from vlm.checks.fields import ConfigError
 from vlm.checks.surface import check_surface
 from vlm.cli.main import main
+from vlm.config.dataset_schema import MixtureSourceConfig
 from vlm.config.model_schema import EncoderConfig, HeadConfig
 from vlm.config.rules import get_reach
-from vlm.config.schema import MixtureSourceConfig, RunConfig
+from vlm.config.schema import RunConfig
 from vlm.data.records.open import stream_records
 from vlm.web.plan import Plan
 

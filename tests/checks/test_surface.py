@@ -16,11 +16,12 @@ from vlm.checks.fields import ConfigError
 from vlm.checks.run import check
 from vlm.checks.surface import check_plain_values, check_surface, find_reaching, named_by_user
 from vlm.config import named
+from vlm.config.dataset_schema import MixtureSourceConfig
 from vlm.config.model_schema import EncoderConfig, HeadConfig
 from vlm.config.named import import_named, permit_names
 from vlm.config.packaged import run_names
 from vlm.config.rules import get_reach
-from vlm.config.schema import MixtureSourceConfig, RunConfig
+from vlm.config.schema import RunConfig
 from vlm.train.objectives.table import make_objective
 
 CANARY = "canary_of_the_schema:Thing"

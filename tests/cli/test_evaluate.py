@@ -17,7 +17,7 @@ from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts
 from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
 from vlm.cli.main import main
-from vlm.config.schema import SourceConfig
+from vlm.config.dataset_schema import SourceConfig
 from vlm.data.blank_images import make_blank_image
 from vlm.data.dataset import BlankImageDataset
 from vlm.evaluation.lmms_run import format_model_args, make_environment

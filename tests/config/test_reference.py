@@ -9,7 +9,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from tests.fixtures import compose_config
-from vlm.config.schema import OWN_TRAINER_FIELDS, TRAINING_ARGUMENT_FIELDS, DatasetConfig, TrainerConfig
+from vlm.config.dataset_schema import DatasetConfig
+from vlm.config.schema import OWN_TRAINER_FIELDS, TRAINING_ARGUMENT_FIELDS, TrainerConfig
 from vlm.config.serving_schema import ServingConfig
 
 DOCS = Path(__file__).parent.parent.parent / "docs"

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.constants import HF_HOME
 
 from tests.tiny_parts import IGNORE_INDEX, Parts, picture
-from vlm.config.schema import DatasetConfig, MixtureSourceConfig
+from vlm.config.dataset_schema import DatasetConfig, MixtureSourceConfig
 from vlm.data import token_counts as counts
 from vlm.data.dataset import BlankImageDataset, SampleDataset, Skipped, load_dataset
 from vlm.data.encoding.labels import encode

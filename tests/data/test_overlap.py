@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.vision.test_similarity import scene
 from tests.tiny_parts import Parts
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data import overlap as module
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.overlap import check_overlap, find_near_copies, find_overlap, scan, text_digests

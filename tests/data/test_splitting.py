@@ -11,7 +11,7 @@ import pytest
 
 from tests.fixtures import losses
 from tests.tiny_parts import Parts, picture, runs
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.holdout import split_off_eval

@@ -10,7 +10,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from tests.tiny_parts import Parts
-from vlm.config.schema import DatasetConfig, MixtureSourceConfig
+from vlm.config.dataset_schema import DatasetConfig, MixtureSourceConfig
 from vlm.data.dataset import Skipped
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.stream import SampleStream, open_stream

@@ -7,7 +7,7 @@ import pytest
 
 from tests.data.records.test_broken import BROKEN, FILES, talk
 from tests.tiny_parts import Parts, picture
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.dataset import load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import BadSample, Sample, Turn

@@ -9,7 +9,7 @@ import torch
 
 from tests.logits import supervised_losses
 from tests.tiny_parts import IGNORE_INDEX, Parts, picture
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder

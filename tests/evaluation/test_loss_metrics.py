@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.evaluation.test_retrieval import make_record
 from tests.tiny_parts import Parts, picture
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.logits import supervised_losses
 from tests.tiny_parts import Parts, picture
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import SampleDataset, encode_sample, load_dataset
 from vlm.data.encoding.labels import IGNORE_INDEX

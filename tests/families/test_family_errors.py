@@ -10,7 +10,8 @@ from PIL import Image
 from tests.families.tiny_families import TINY, save_family
 from tests.tiny_parts import picture
 from vlm.assembly.family import load_family_config, load_family_model
-from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig
+from vlm.config.dataset_schema import DatasetConfig, SourceConfig
+from vlm.config.schema import InferenceConfig
 from vlm.data.dataset import Skipped, load_dataset, model_inputs
 from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder

@@ -10,7 +10,7 @@ import torch
 from tests.families.test_families import folders, load, make_images, name, processor
 from tests.families.tiny_families import TINY
 from tests.logits import supervised_losses
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import encode_sample, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder

@@ -17,7 +17,7 @@ from tests.fixtures import losses
 from tests.logits import supervised_losses
 from tests.tiny_parts import picture, runs
 from tests.train.test_distributed_runs import WHOLE, launch
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image, dummy_video
 from vlm.data.dataset import BlankImageDataset, encode_sample, load_dataset, model_inputs

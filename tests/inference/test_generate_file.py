@@ -15,7 +15,8 @@ from tests.command_line import refusal
 from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts, picture
 from vlm.cli.main import main
-from vlm.config.schema import InferenceConfig, SourceConfig
+from vlm.config.dataset_schema import SourceConfig
+from vlm.config.schema import InferenceConfig
 from vlm.data.sample import ImageRef, Turn
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.generate_file import generate_file, question_text

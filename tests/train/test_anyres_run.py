@@ -16,8 +16,8 @@ from tests.fixtures import losses
 from tests.tiny_parts import Parts, picture
 from tests.train.test_distributed_runs import launch
 from vlm.assembly.compose import build_model, compose
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.model_schema import AnyResConfig
-from vlm.config.schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image
 from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset

@@ -14,7 +14,7 @@ from tests.fixtures import losses
 from tests.tiny_parts import NATIVE_ENCODERS, Parts, picture
 from tests.train.step.test_packing import gradients
 from vlm.assembly.packed_attention import use_packed_attention
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
 from vlm.data.blank_images import dummy_image

@@ -11,7 +11,7 @@ from tests.fixtures import check_config, compose_config
 from tests.train.test_distributed_runs import launch
 from vlm import VisionLanguageModel
 from vlm.checks.fields import ConfigError
-from vlm.config.schema import SourceConfig
+from vlm.config.dataset_schema import SourceConfig
 from vlm.evaluation.records import InferenceLosses, load_supervised_dataset, prepare_loss_metrics
 from vlm.train import run as run_module
 from vlm.train.monitor.callbacks import read_metrics

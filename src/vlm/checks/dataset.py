@@ -10,9 +10,10 @@ from pathlib import Path
 
 from vlm.checks.fields import ConfigError
 from vlm.config.choices import GROUPED_STRATEGIES
+from vlm.config.dataset_schema import DatasetConfig, SourceConfig
 from vlm.config.named import is_custom_name
 from vlm.config.packaged import packaged_names
-from vlm.config.schema import DatasetConfig, RunConfig, SourceConfig
+from vlm.config.schema import RunConfig
 from vlm.config.suggestions import suggest_value
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.paths import is_tar_path, path_problem

@@ -9,9 +9,10 @@ from vlm.checks.feature_cache import UNUSED_LIMIT
 from vlm.checks.fields import format_value
 from vlm.checks.heads import VECTOR_TASK, before_after_problems, head_problems, single_head_problems
 from vlm.config import choices
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.derived import embedding_row_keys, training_keys
 from vlm.config.model_schema import HeadConfig
-from vlm.config.schema import DatasetConfig, RunConfig
+from vlm.config.schema import RunConfig
 
 
 def problems_of_any_head(config: RunConfig) -> Iterator[str]:

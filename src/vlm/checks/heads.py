@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from vlm.checks.fields import format_value
 from vlm.config import choices
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.derived import caches_features, embedding_row_keys, find_body_changes, head_key, training_keys
 from vlm.config.model_schema import HeadConfig, HeadsConfig
-from vlm.config.schema import DatasetConfig, RunConfig
+from vlm.config.schema import RunConfig
 
 VECTOR_TASK = "embedding"
 """The task whose outputs are a vector; it has an objective of its own."""

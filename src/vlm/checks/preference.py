@@ -6,9 +6,10 @@ from dataclasses import fields
 from vlm.checks.feature_cache import UNUSED_LIMIT
 from vlm.checks.fields import format_value
 from vlm.config.choices import BEST_FIT, REFERENCE_FREE_LOSSES
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.derived import shards_weights, training_keys
 from vlm.config.preference_schema import PreferenceOptions
-from vlm.config.schema import DatasetConfig, RunConfig, TrainerOptions
+from vlm.config.schema import RunConfig, TrainerOptions
 
 KEY = "trainer.preference"
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from vlm.cli.model_options import add_loading_options, load_model
 from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
 from vlm.config.choices import ANSWER_METRICS
+from vlm.config.dataset_schema import SourceConfig
 from vlm.config.named import permit_names
-from vlm.config.schema import InferenceConfig, SourceConfig
+from vlm.config.schema import InferenceConfig
 from vlm.config.shown import PresentableParser, printable
 from vlm.evaluation.output import check_references, resolve_output_folder
 from vlm.evaluation.probe.write import NUM_QUESTIONS, write_probe

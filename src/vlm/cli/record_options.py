@@ -9,8 +9,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from vlm.config.dataset_schema import DatasetConfig, SourceConfig
 from vlm.config.named import permit_names
-from vlm.config.schema import DatasetConfig, SourceConfig
 from vlm.inference.resumable_table import SUFFIXES, check_output
 
 

@@ -117,6 +117,10 @@ def never(value: object) -> bool:
     return False
 
 
+FOLDER = reads_outside("writes to any folder", never)
+"""The metadata of each folder that is written into."""
+
+
 def at_least(lower: int, text: str | None = None) -> Metadata:
     """Return the metadata of a field that takes a number from `lower` on."""
     return {"rule": Bounds(text or (f"at least {lower}" if lower else "0 or more"), lower)}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.secrets import mask
 from vlm.config.shown import shorten
 from vlm.data.blank_images import make_blank_medium

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.cache import create_once, json_digest
 from vlm.data.processes import num_cores
 from vlm.data.sample import BadSample, ImageRef, Sample

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
-from vlm.config.schema import DatasetConfig, SourceConfig
+from vlm.config.dataset_schema import DatasetConfig, SourceConfig
 from vlm.config.secrets import mask
 from vlm.data.cache import json_digest, resolve_cache_folder
 from vlm.data.coordinates.writing import write_objects

@@ -13,7 +13,7 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.block_shuffle import BlockPosition, BlockShuffle
 from vlm.data.dataset import SAMPLE_REF, SampleRef, Skipped, encode_sample
 from vlm.data.encoding.sample_encoder import SampleEncoder

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from vlm.assembly.language_models import max_positions
-from vlm.config.schema import SourceConfig
+from vlm.config.dataset_schema import SourceConfig
 from vlm.data.cache import json_digest
 from vlm.data.sample import BadSample, Sample
 from vlm.evaluation.predict_file import hash_heads

@@ -17,7 +17,8 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from vlm.config.schema import DatasetConfig, InferenceConfig
+from vlm.config.dataset_schema import DatasetConfig
+from vlm.config.schema import InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import encode

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlm.config.choices import LOSS_METRICS
-from vlm.config.schema import SourceConfig
+from vlm.config.dataset_schema import SourceConfig
 from vlm.config.secrets import mask_settings
 from vlm.data.sample import BadSample, Sample
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm.config.schema import SourceConfig
+from vlm.config.dataset_schema import SourceConfig
 from vlm.data.cache import json_digest
 from vlm.data.heads.labels import HeadLabels
 from vlm.data.sample import BadSample, Sample

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vlm.config.schema import DatasetConfig, InferenceConfig, SourceConfig, TrainerOptions
+from vlm.config.dataset_schema import DatasetConfig, SourceConfig
+from vlm.config.schema import InferenceConfig, TrainerOptions
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder

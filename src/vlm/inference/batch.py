@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from vlm.assembly.language_models import max_positions
-from vlm.config.schema import SourceConfig
+from vlm.config.dataset_schema import SourceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.cache import json_digest
 from vlm.data.dataset import encode_blank_sample, encode_sample

@@ -7,7 +7,8 @@ from itertools import chain
 from PIL import Image
 from torch import Tensor
 
-from vlm.config.schema import DatasetConfig, InferenceConfig
+from vlm.config.dataset_schema import DatasetConfig
+from vlm.config.schema import InferenceConfig
 from vlm.data.coordinates.answers import parse_answer_to_images
 from vlm.data.coordinates.drawing import draw_objects, objects_of_image
 from vlm.data.sample import Turn

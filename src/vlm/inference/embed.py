@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.pairs.encoder import DOCUMENT, QUERY, add_prompt
 from vlm.data.processor import Processor
 from vlm.data.records.members import choose_member

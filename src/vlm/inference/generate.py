@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, StoppingCriteria, TextIteratorStreamer
 
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.language_models import max_positions
-from vlm.config.schema import DatasetConfig, InferenceConfig
+from vlm.config.dataset_schema import DatasetConfig
+from vlm.config.schema import InferenceConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.coordinates.answers import decode_answer
 from vlm.data.dataset import model_inputs

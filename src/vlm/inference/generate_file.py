@@ -5,7 +5,8 @@ from functools import partial
 from itertools import dropwhile
 from pathlib import Path
 
-from vlm.config.schema import InferenceConfig, SourceConfig
+from vlm.config.dataset_schema import SourceConfig
+from vlm.config.schema import InferenceConfig
 from vlm.data.cache import json_digest
 from vlm.data.coordinates.answers import parse_answer_to_sample, true_objects_of_reply
 from vlm.data.encoding.prompts import prompt_turns

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from vlm.assembly.checkpoint import open_checkpoint
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.processor import Processor
 from vlm.data.sample import Turn
 from vlm.inference.feature_cache import ImageFeatureCache

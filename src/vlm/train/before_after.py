@@ -15,7 +15,8 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm.config.choices import ANSWER_METRICS
-from vlm.config.schema import RunConfig, SourceConfig
+from vlm.config.dataset_schema import SourceConfig
+from vlm.config.schema import RunConfig
 from vlm.data.cache import resolve_cache_folder
 from vlm.data.dataset import SampleDataset, draw_records
 from vlm.data.progress import show_progress

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.assembly.language_models import max_positions
 from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
-from vlm.config.schema import DatasetConfig, InferenceConfig, RunConfig
+from vlm.config.dataset_schema import DatasetConfig
+from vlm.config.schema import InferenceConfig, RunConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.samplers import ModalityBlockSampler, ModalityLengthSampler
 from vlm.data.blank_images import dummy_image, dummy_video

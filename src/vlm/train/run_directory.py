@@ -19,7 +19,8 @@ from tabulate import tabulate
 from transformers.utils import is_torchvision_available
 
 from vlm.checks.sweep import is_sweep, words_of_run
-from vlm.config.schema import DatasetConfig, RunConfig
+from vlm.config.dataset_schema import DatasetConfig
+from vlm.config.schema import RunConfig
 from vlm.config.secrets import mask_settings, mask_words
 from vlm.data.dataset import Contribution, SampleDataset, Skipped, check_skipped_share
 from vlm.data.stream import SampleStream

@@ -21,8 +21,9 @@ from vlm.config.choices import (
     LOSS_METRICS,
     OBJECT_METRICS,
 )
+from vlm.config.dataset_schema import SourceConfig
 from vlm.config.derived import BASE_FILE
-from vlm.config.schema import InferenceConfig, SourceConfig
+from vlm.config.schema import InferenceConfig
 from vlm.runs.files import is_inside
 from vlm.web.tasks import EVALUATION, EXPORT, Task
 

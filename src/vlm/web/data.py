@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.packaged import packaged_names, run_names
-from vlm.config.schema import DatasetConfig
 from vlm.train.objectives.table import make_objective
 from vlm.web.components import PRIVATE, heading
 from vlm.web.html import error_html, note_html

@@ -9,7 +9,7 @@ from tests.fixtures import compose_config
 from tests.tiny_parts import Parts
 from vlm.checks.fields import ConfigError
 from vlm.checks.run import check
-from vlm.config.schema import DatasetConfig, MixtureSourceConfig
+from vlm.config.dataset_schema import DatasetConfig, MixtureSourceConfig
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.encoding.loss_weights import LossWeights
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder

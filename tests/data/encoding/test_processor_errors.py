@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.tiny_parts import Parts, picture
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.dataset import Skipped, encode_sample, load_dataset
 from vlm.data.encoding.labels import encode, encode_prompt, render
 from vlm.data.encoding.processor_errors import describe_error, is_refusal, processor_errors

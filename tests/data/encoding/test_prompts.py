@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.tiny_parts import CHAT_TEMPLATES, IGNORE_INDEX, Parts, picture
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.dataset import load_dataset
 from vlm.data.encoding.labels import Encoded, encode, encode_prompt
 from vlm.data.encoding.prompts import PromptEncoder

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.tiny_parts import IGNORE_INDEX, Parts, picture
-from vlm.config.schema import DatasetConfig, MixtureSourceConfig
+from vlm.config.dataset_schema import DatasetConfig, MixtureSourceConfig
 from vlm.data import token_counts as counts
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
 from vlm.data.dataset import SampleDataset, Skipped, load_dataset

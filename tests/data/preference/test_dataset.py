@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.tiny_parts import Parts
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY, Collator
 from vlm.data.dataset import Skipped, load_dataset

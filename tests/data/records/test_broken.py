@@ -12,7 +12,7 @@ import pytest
 
 from tests.data.vision.test_jpeg import KINDS
 from tests.tiny_parts import Parts, picture
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 

@@ -8,7 +8,7 @@ import pytest
 from tests.data.test_overlap import record
 from tests.data.vision.test_similarity import scene
 from tests.tiny_parts import Parts
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.tools.copies import describe_copies
 

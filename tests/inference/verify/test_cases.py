@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from tests.inference.verify.conftest import Served
-from vlm.config.schema import SourceConfig
+from vlm.config.dataset_schema import SourceConfig
 from vlm.data.sample import ImageRef, Turn
 from vlm.inference.batch import prompt_source
 from vlm.inference.verify.cases import Case, make_cases, read_cases

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from tests.tiny_parts import Parts
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.preference_schema import PreferenceOptions
-from vlm.config.schema import DatasetConfig, LoraConfig, LoraPartConfig
+from vlm.config.schema import LoraConfig, LoraPartConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import Skipped, load_dataset
 from vlm.data.encoding.labels import IGNORE_INDEX

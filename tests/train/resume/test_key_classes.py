@@ -7,7 +7,8 @@ from itertools import combinations
 import pytest
 
 from tests.fixtures import compose_config
-from vlm.config.schema import MixtureSourceConfig, RunConfig
+from vlm.config.dataset_schema import MixtureSourceConfig
+from vlm.config.schema import RunConfig
 from vlm.train.resume.key_classes import CHANGES_RUN, CLASSES, IMPOSSIBLE, SAFE, START, KeyClass, class_of
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.shown import presentable
 from vlm.data.dataset import draw_records
 from vlm.data.encoding.sample_encoder import SampleEncoder

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.shown import presentable
 from vlm.data.coordinates.drawing import describe_objects, draw_objects, objects_of_image
 from vlm.data.dataset import draw_records

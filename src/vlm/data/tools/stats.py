@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tabulate import tabulate
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.dataset import draw_records
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
 from vlm.data.sample import BadSample, group_reasons

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.collator import Collator
 from vlm.data.dataset import BlankImageDataset, SampleDataset, Skipped

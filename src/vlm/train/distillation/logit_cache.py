@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.distillation_schema import DistillationConfig
-from vlm.config.schema import DatasetConfig
 from vlm.data.cache import json_digest, resolve_cache_folder
 from vlm.data.dataset import SampleDataset, Skipped
 from vlm.data.feature_cache.store import FeatureFormat, FeatureStore, Pack, PackPlan

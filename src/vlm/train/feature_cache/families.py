@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image
 from vlm.data.cache import json_digest, resolve_cache_folder

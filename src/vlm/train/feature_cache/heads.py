@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from vlm.assembly.checkpoint import is_prediction_model
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.cache import json_digest, resolve_cache_folder
 from vlm.data.dataset import Skipped
 from vlm.data.feature_cache.heads import HeadFeatureDataset, pack_name

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, TrainingArguments
 
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image, make_blank_image
 from vlm.data.cache import json_digest, resolve_cache_folder

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from vlm.checks.fields import RunFailed
 from vlm.clusters.processes import GUARD_EXIT_CODE
-from vlm.config.schema import DatasetConfig, RunConfig
+from vlm.config.dataset_schema import DatasetConfig
+from vlm.config.schema import RunConfig
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from vlm.assembly.heads import suffix_ids
-from vlm.config.schema import DatasetConfig, RunConfig
+from vlm.config.dataset_schema import DatasetConfig
+from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset, Skipped, load_dataset
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.heads.dataset import HeadCollator, HeadDataset, fold_by_label, split_by_label, values_per_head

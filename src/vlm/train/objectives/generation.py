@@ -12,8 +12,8 @@ from vlm.checks.heads import unused_head_problems
 from vlm.checks.preference import unused_preference_problems
 from vlm.checks.run import evaluation_problems
 from vlm.config.choices import EVAL_METRICS, EVALUATION_LOSSES, LOSS_METRICS
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.derived import training_keys
-from vlm.config.schema import DatasetConfig
 from vlm.evaluation.text_metrics import check_metrics
 from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
 
