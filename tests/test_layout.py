@@ -77,6 +77,7 @@ TESTED_ELSEWHERE = {
     "data/objects.py": "data/records/test_objects.py",
     "data/pairs/encoder.py": "data/pairs/test_dataset.py",
     "data/records/answers.py": "data/records/test_formats.py",
+    "data/records/fields.py": "data/records/test_keys.py",
     "data/records/files.py": "data/records/test_layout.py",
     "data/records/paths.py": "data/records/test_open.py",
     "data/records/http.py": "data/records/test_tar.py",

@@ -13,14 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any
 
-from vlm.config.choices import (
-    CACHE_IMPLEMENTATIONS,
-    EVAL_METRICS,
-    FSDP2,
-    MUON,
-    PACKING_STRATEGIES,
-    SAMPLING_STRATEGIES,
-)
+from vlm.config.choices import CACHE_IMPLEMENTATIONS, EVAL_METRICS, FSDP2, MUON, PACKING_STRATEGIES, SAMPLING_STRATEGIES
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.distillation_schema import DistillationConfig
 from vlm.config.model_schema import ModelConfig

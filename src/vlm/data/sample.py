@@ -1,12 +1,12 @@
 """The one in-memory form of a record: a `Sample` of `Turn`s, whatever file it came from.
 
 Texts that no encoding can write are refused here, where records and prompts alike come in. Imports `vlm.config.shown`
-and its sibling `objects`.
+and its siblings `objects` and `surrogates`.
 """
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from vlm.config.shown import shorten
 from vlm.data.objects import MarkedObject
+from vlm.data.surrogates import HALF_PAIR, escape_surrogates, find_surrogate, has_surrogate
 
 Record = dict[str, Any]
 """A record as its file holds it: values of JSON, and bytes of images."""
@@ -47,47 +48,9 @@ class Clip:
     times: tuple[float, ...] | None = None
 
 
-def has_surrogate(text: str) -> bool:
-    """Return whether a text has half of a surrogate pair, such as of an emoji cut in two: no encoding writes it."""
-    return not text.isascii() and SURROGATE.search(text) is not None
-
-
-def escape_surrogates(text: str) -> str:
-    r"""Return a text with each half of a surrogate pair written as its escape, such as `\ud83d`."""
-    return text.encode("utf-8", "backslashreplace").decode() if has_surrogate(text) else text
-
-
-def find_surrogate(value: object, place: str = "") -> str | None:
-    """Return the place of a text, or of a key, with half of a surrogate pair within nested values; None: there is none.
-
-    Args:
-        value: a value of JSON.
-        place: what stands before the place, such as the name of the value.
-    """
-    if isinstance(value, str):
-        return place if has_surrogate(value) else None
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            inner = f"{place}.{key}" if place else str(key)
-            if has_surrogate(str(key)):
-                return escape_surrogates(inner)
-            if (found := find_surrogate(item, inner)) is not None:
-                return found
-    elif isinstance(value, list | tuple):
-        for number, item in enumerate(value):
-            if (found := find_surrogate(item, f"{place}[{number}]")) is not None:
-                return found
-    return None
-
-
-SURROGATE = re.compile("[\ud800-\udfff]")
-HALF_PAIR = "has half of a surrogate pair, as of an emoji cut in two or of bytes that are not UTF-8; fix that text"
-"""What is wrong with a text that no encoding can write."""
-
 MediaSize = tuple[int, int] | Clip | None
 """Height and width of an image, or the clip that is read of a video; None for a frame of a video, where the processor
 encodes all frames alike."""
-
 
 MEMORY_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+>")
 """The end of the text that Python shows for an object."""

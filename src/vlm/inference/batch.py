@@ -21,8 +21,9 @@ from vlm.data.dataset import encode_blank_sample, encode_sample
 from vlm.data.encoding.labels import Encoded
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.processor import Processor, SampleInputs
-from vlm.data.sample import BadSample, MediaSize, Sample, find_surrogate
+from vlm.data.sample import BadSample, MediaSize, Sample
 from vlm.data.sources import Source
+from vlm.data.surrogates import find_surrogate
 from vlm.inference.generate import check_length, on_device
 from vlm.inference.resumable_table import ResumableTable
 

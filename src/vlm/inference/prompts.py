@@ -9,16 +9,8 @@ from typing import Any
 from PIL import Image
 
 from vlm.data.records.marks import MarkError, Slot, join_texts, split_at_marks
-from vlm.data.sample import (
-    HALF_PAIR,
-    PLACEHOLDER,
-    VIDEO_PLACEHOLDER,
-    BadSample,
-    ContentPart,
-    ImageRef,
-    Turn,
-    has_surrogate,
-)
+from vlm.data.sample import PLACEHOLDER, VIDEO_PLACEHOLDER, BadSample, ContentPart, ImageRef, Turn
+from vlm.data.surrogates import HALF_PAIR, has_surrogate
 from vlm.data.vision.images import open_image
 from vlm.data.vision.video import num_frames
 

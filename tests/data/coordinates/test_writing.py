@@ -16,7 +16,7 @@ from vlm.data.coordinates.table import CONVENTIONS, get_convention, use_conventi
 from vlm.data.coordinates.writing import view_for, write_objects
 from vlm.data.objects import BOX, POINT, MarkedObject, turn_upright
 from vlm.data.processor import Processor
-from vlm.data.records.formats import read_llava
+from vlm.data.records.conversations import read_llava
 from vlm.data.sample import BadSample, ImageRef, Sample, Turn
 
 TOKENS = [

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor
 
 from vlm.data.encoding.labels import encode, read_template
-from vlm.data.records.formats import read_llava
+from vlm.data.records.conversations import read_llava
 from vlm.models import VLMProcessor
 
 BOS, EOS, IMAGE, IGNORE_INDEX = 1, 2, -1, -100

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from tests.tiny_parts import IGNORE_INDEX, Parts, picture, runs, save_sentencepiece
 from vlm.data.encoding.labels import encode, encode_prompt
-from vlm.data.records.formats import read_llava
+from vlm.data.records.conversations import read_llava
 from vlm.data.sample import ImageRef, Sample, Turn
 from vlm.models import VLMProcessor
 

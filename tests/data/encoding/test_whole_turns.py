@@ -9,7 +9,7 @@ import pytest
 from tests.tiny_parts import CHAT_TEMPLATES, IGNORE_INDEX, runs
 from tests.tool_templates import HERMES, QWEN3, WEATHER, make_processor, make_processors
 from vlm.data.encoding.labels import encode, encode_prompt
-from vlm.data.records.formats import read_messages
+from vlm.data.records.conversations import read_messages
 from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn, ToolResultTurn, Turn
 from vlm.models import VLMProcessor
 

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from tests.tiny_parts import picture
+from vlm.data.records.conversations import read_messages
 from vlm.data.records.extracted_frames import is_frame
-from vlm.data.records.formats import FORMATS, read_messages
+from vlm.data.records.formats import FORMATS
 from vlm.data.sample import BadSample, ImageRef, VideoRef
 
 

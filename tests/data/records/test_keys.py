@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from tests.tiny_parts import picture
-from vlm.data.records.formats import FORMATS, read_llava, read_messages, read_question
-from vlm.data.records.keys import is_empty, unread_keys
+from vlm.data.records.conversations import read_llava, read_messages
+from vlm.data.records.fields import is_empty
+from vlm.data.records.formats import FORMATS, read_question
+from vlm.data.records.keys import unread_keys
 from vlm.data.sample import BadSample, ImageRef, Sample, Turn, VideoRef
 
 

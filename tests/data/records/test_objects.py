@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from vlm.data.objects import MarkedObject, turn_upright
-from vlm.data.records.formats import get_reader, read_llava, read_messages
+from vlm.data.records.conversations import read_llava, read_messages
+from vlm.data.records.formats import get_reader
 from vlm.data.sample import BadSample, Sample
 
 

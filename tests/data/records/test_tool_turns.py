@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.tiny_parts import picture
-from vlm.data.records.formats import read_llava, read_messages
+from vlm.data.records.conversations import read_llava, read_messages
 from vlm.data.sample import BadSample, ImageRef, Sample, ToolCallTurn, ToolResultTurn, Turn
 from vlm.data.tools.forms import FORMS
 

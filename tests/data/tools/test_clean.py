@@ -288,7 +288,7 @@ def test_the_former_name_of_a_criterion_is_known(folder: Path):
 
 def read_either(record: Any, folder: Path) -> Sample:
     """Captions and messages in one file."""
-    from vlm.data.records.formats import read_messages
+    from vlm.data.records.conversations import read_messages
 
     return (read_messages if "messages" in record else read_caption)(record, folder)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlm.data.records.formats import read_llava
+from vlm.data.records.conversations import read_llava
 from vlm.data.records.open import open_records
 from vlm.data.tools.convert import main
 

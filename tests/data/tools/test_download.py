@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.data.tools.test_fetch import Site, drip, picture, send
 from tests.waiting import HANG, wait_until
-from vlm.data.records.formats import read_llava
+from vlm.data.records.conversations import read_llava
 from vlm.data.tools import download as module
 from vlm.data.tools import fetch
 from vlm.data.tools.download import DownloadSummary, DownloadWorkers, Options, download, main

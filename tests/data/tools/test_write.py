@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vlm.data.records.formats import FORMATS, read_llava, read_messages
+from vlm.data.records.conversations import read_llava, read_messages
+from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import open_records, stream_records
 from vlm.data.sample import BadSample, ImageRef, Sample, ToolResultTurn, Turn, VideoRef
 from vlm.data.tools import write

@@ -26,7 +26,8 @@ from vlm.data.encoding.markers import (
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.encoding.whole_turns import needs_whole_turns, render_whole_turns
 from vlm.data.processor import Processor
-from vlm.data.sample import HALF_PAIR, BadSample, Clip, MediaSize, OverLong, Sample, Turn, has_surrogate
+from vlm.data.sample import BadSample, Clip, MediaSize, OverLong, Sample, Turn
+from vlm.data.surrogates import HALF_PAIR, has_surrogate
 
 IGNORE_INDEX = -100
 """The label of a token that is not supervised."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from vlm.data.records.keys import is_empty
+from vlm.data.records.fields import is_empty
 from vlm.data.sample import BadSample, Record
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vlm.data.records import extracted_frames
 from vlm.data.records.embedded import decode_base64, is_base64_image
-from vlm.data.records.keys import first_present, is_empty
+from vlm.data.records.fields import first_present, is_empty
 from vlm.data.records.marks import (
     BOX_MARKS,
     MEDIA_NAMES,

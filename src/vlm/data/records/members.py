@@ -9,7 +9,7 @@ from hashlib import blake2b
 from itertools import groupby
 from pathlib import Path
 
-from vlm.data.records.keys import first_present, is_empty
+from vlm.data.records.fields import first_present, is_empty
 from vlm.data.records.media import MediaPlacer
 from vlm.data.records.text import text_from_value
 from vlm.data.sample import BadSample, ContentPart, ImageRef, Record, Sample, ToolCallTurn, ToolResultTurn, Turn

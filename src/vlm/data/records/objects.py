@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from vlm.data.objects import BOX, NAME, NUM_VALUES, PIXELS, POINT, SHARE, SPAN, THOUSANDTHS, MarkedObject
-from vlm.data.records.keys import is_empty
+from vlm.data.records.fields import is_empty
 from vlm.data.sample import BadSample, ImageRef, Record, ToolCallTurn, Turn, VideoRef
 
 LABEL_MARK, PLACE_MARK, LIST_MARK = "ref-object", "bbox", "objects"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vlm.data.records.keys import first_present, is_empty
+from vlm.data.records.fields import first_present, is_empty
 from vlm.data.records.rewrites import with_media_first
 from vlm.data.records.text import text_from_value
 from vlm.data.records.tool_turns import MESSAGE_ROLES

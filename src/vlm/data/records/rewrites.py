@@ -1,4 +1,4 @@
-"""Records of other tools, rewritten as chat messages, which `formats.read_messages` reads.
+"""Records of other tools, rewritten as chat messages, which `conversations.read_messages` reads.
 
 Imports siblings and the standard library only. Keys that are not rewritten stay. Each function raises `BadSample` for a
 record of another form.

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from vlm.data.records.keys import first_present, is_empty
+from vlm.data.records.fields import first_present, is_empty
 from vlm.data.records.text import text_from_value
 from vlm.data.sample import BadSample, ContentPart, Record, ToolCallTurn, ToolResultTurn, Turn
 

@@ -29,7 +29,8 @@ from vlm.data.records.layout import find_layout
 from vlm.data.records.links import check_links
 from vlm.data.records.open import stream_records
 from vlm.data.records.paths import JSON_SUFFIXES, split_suffix
-from vlm.data.sample import HALF_PAIR, BadSample, Record, Sample, find_surrogate
+from vlm.data.sample import BadSample, Record, Sample
+from vlm.data.surrogates import HALF_PAIR, find_surrogate
 from vlm.data.tools.corpora import SHORT_ANSWER, coco_captions, conceptual_captions, decode_json_file, vqa
 from vlm.data.tools.detections import (
     DETECTION_PROMPT,

@@ -18,7 +18,7 @@ LLAVA_ROLE_NAMES = {"user": "human", "assistant": "gpt", "system": "system", "to
 
 
 def to_llava(sample: Sample, image_folder: Path) -> Record:
-    """Write a sample as a record of LLaVA's form, which `formats.read_llava` reads.
+    """Write a sample as a record of LLaVA's form, which `conversations.read_llava` reads.
 
     `read_llava` moves the only image of a turn to its start; where no turn is changed by that (see
     `is_image_moved_by_llava`), the sample is read back as it was.
@@ -38,7 +38,7 @@ def to_llava(sample: Sample, image_folder: Path) -> Record:
 
 
 def to_messages(sample: Sample, image_folder: Path) -> Record:
-    """Write a sample as chat messages, which `formats.read_messages` reads: lists of items in the order of the turn.
+    """Write a sample as chat messages, which `conversations.read_messages` reads: lists of items in their order.
 
     Raises:
         BadSample: an image has no file.
