@@ -82,6 +82,7 @@ TESTED_ELSEWHERE = {
     "data/records/paths.py": "data/records/test_open.py",
     "data/records/http.py": "data/records/test_tar.py",
     "data/records/positions.py": "data/records/test_tar.py",
+    "data/skipped.py": "data/test_dataset.py",
     "data/sources.py": "data/test_dataset.py",
     "data/tools/chair.py": "data/tools/test_pope.py",
     "data/tools/labelled_images.py": "data/tools/test_pope.py",

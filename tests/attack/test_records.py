@@ -21,7 +21,7 @@ import pytest
 from tests.tiny_parts import Parts, picture
 from vlm.config.dataset_schema import SourceConfig
 from vlm.config.shown import presentable
-from vlm.data.dataset import Skipped, encode_sample
+from vlm.data.dataset import encode_sample
 from vlm.data.encoding.preference import PreferenceEncoder
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.encoding.sample_encoder import SampleEncoder
@@ -29,6 +29,7 @@ from vlm.data.pairs.encoder import PairEncoder
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import stream_records
 from vlm.data.sample import BadSample
+from vlm.data.skipped import Skipped
 from vlm.data.sources import Source
 
 SEED = 2311

@@ -16,10 +16,11 @@ from huggingface_hub.constants import HF_HOME
 from tests.tiny_parts import IGNORE_INDEX, Parts, picture
 from vlm.config.dataset_schema import DatasetConfig, MixtureSourceConfig
 from vlm.data import token_counts as counts
-from vlm.data.dataset import BlankImageDataset, SampleDataset, Skipped, load_dataset
+from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
 from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.holdout import split_off_eval
+from vlm.data.skipped import Skipped
 from vlm.data.vision.images import open_media
 from vlm.models import VLMProcessor
 

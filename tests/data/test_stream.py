@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from tests.tiny_parts import Parts
 from vlm.config.dataset_schema import DatasetConfig, MixtureSourceConfig
-from vlm.data.dataset import Skipped
 from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.skipped import Skipped
 from vlm.data.stream import SampleStream, open_stream
 
 NUMBER = 24

@@ -12,11 +12,12 @@ from tests.tiny_parts import picture
 from vlm.assembly.family import load_family_config, load_family_model
 from vlm.config.dataset_schema import DatasetConfig, SourceConfig
 from vlm.config.schema import InferenceConfig
-from vlm.data.dataset import Skipped, load_dataset, model_inputs
+from vlm.data.dataset import load_dataset, model_inputs
 from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.records.positions import value_or_bad_sample
 from vlm.data.sample import BadSample, Clip, ImageRef, MediaSize, Sample, Turn, VideoRef
+from vlm.data.skipped import Skipped
 from vlm.data.sources import make_sources
 from vlm.data.token_counts import TokenCounter, count_record
 from vlm.data.tools.show import load_shown_records

@@ -15,11 +15,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.block_shuffle import BlockPosition, BlockShuffle
-from vlm.data.dataset import SAMPLE_REF, SampleRef, Skipped, encode_sample
+from vlm.data.dataset import SAMPLE_REF, SampleRef, encode_sample
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.records.positions import Position, value_or_bad_sample
 from vlm.data.sample import BadSample, Sample
+from vlm.data.skipped import Skipped
 from vlm.data.sources import Source, make_sources
 from vlm.data.vision.images import read_media_sizes
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.dataset import SampleDataset
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded, get_media_token_ids, limit_length
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, ImageRef, Sample, VideoRef
+from vlm.data.skipped import Skipped
 from vlm.data.vision.images import read_media_sizes
 from vlm.evaluation.loss import last_reply_text, replace_reply, row_losses
 from vlm.evaluation.text_metrics import normalize_answer

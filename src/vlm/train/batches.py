@@ -16,8 +16,9 @@ from vlm.data.batching.best_fit import PackSampler
 from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY
 from vlm.data.batching.stats import BATCH_STATS, BatchStats
 from vlm.data.batching.step_layout import get_rows
-from vlm.data.dataset import LOSS_WEIGHTS, Skipped
+from vlm.data.dataset import LOSS_WEIGHTS
 from vlm.data.processor import Processor
+from vlm.data.skipped import Skipped
 from vlm.data.stream import PositionedCollator, PositionedStream, SampleStream
 from vlm.train.arguments import loader_options, sampler_seed
 from vlm.train.data import make_grouped_sampler

@@ -22,7 +22,8 @@ from vlm.checks.sweep import is_sweep, words_of_run
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.schema import RunConfig
 from vlm.config.secrets import mask_settings, mask_words
-from vlm.data.dataset import Contribution, SampleDataset, Skipped, check_skipped_share
+from vlm.data.dataset import Contribution, SampleDataset
+from vlm.data.skipped import Skipped, check_skipped_share
 from vlm.data.stream import SampleStream
 from vlm.runs.read import REPORT_FILE
 from vlm.train.checkpoints.files import write_text_whole

@@ -22,7 +22,7 @@ from vlm.assembly.adapter_base import make_base
 from vlm.assembly.packed_attention import use_packed_attention
 from vlm.data.batching.packing import KEY_INDEX
 from vlm.data.batching.step_layout import MORE_ROWS, get_rows
-from vlm.data.dataset import Skipped
+from vlm.data.skipped import Skipped
 from vlm.runs.status_line import EVALUATING
 from vlm.train.batches import BatchTrainer, NumItems
 from vlm.train.checkpoints.best import BestModel

@@ -8,7 +8,7 @@ import torch
 from tests.tiny_parts import IGNORE_INDEX, Parts, picture
 from vlm.data.batching.collator import IMAGE_INDEX, SKIPPED_KEY, Collator
 from vlm.data.blank_images import dummy_image, make_blank_image
-from vlm.data.dataset import Skipped
+from vlm.data.skipped import Skipped
 from vlm.models import VLMForConditionalGeneration, VLMProcessor
 from vlm.models.anyres import AnyRes, ImageNewline
 

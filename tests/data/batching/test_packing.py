@@ -7,8 +7,8 @@ import torch
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
 from vlm.data.batching.packing import BRANCHES, KEY_INDEX, Branches, PackingCollator
 from vlm.data.batching.stats import BATCH_STATS
-from vlm.data.dataset import Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.skipped import Skipped
 
 
 def item(*ids: int, supervised: int = 1, pixels: int = 0) -> dict:

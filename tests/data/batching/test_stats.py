@@ -7,8 +7,8 @@ import torch
 
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.stats import BATCH_STATS, BatchStats, compute_batch_stats, num_images
-from vlm.data.dataset import Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.skipped import Skipped
 
 DUMMY = ([7, 8], {"pixel_values": torch.ones(1, 3, 2, 2)})
 

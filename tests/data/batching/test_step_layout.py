@@ -20,7 +20,7 @@ from vlm.data.batching.step_layout import (
     get_rows,
     lay_out_step,
 )
-from vlm.data.dataset import Skipped
+from vlm.data.skipped import Skipped
 
 COSTS = SampleCosts(token=6.0 * 576, pair=1.0)
 GONE = Skipped(1, "x", "no image", None, "file")

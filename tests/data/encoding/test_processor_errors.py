@@ -8,11 +8,12 @@ import pytest
 
 from tests.tiny_parts import Parts, picture
 from vlm.config.dataset_schema import DatasetConfig
-from vlm.data.dataset import Skipped, encode_sample, load_dataset
+from vlm.data.dataset import encode_sample, load_dataset
 from vlm.data.encoding.labels import encode, encode_prompt, render
 from vlm.data.encoding.processor_errors import describe_error, is_refusal, processor_errors
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import BadSample, ImageRef, Sample, Turn
+from vlm.data.skipped import Skipped
 from vlm.data.stream import open_stream
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models import VLMProcessor

@@ -14,7 +14,6 @@ import torch
 from filelock import FileLock, Timeout
 
 from tests.waiting import wait_until
-from vlm.data.dataset import Skipped
 from vlm.data.feature_cache import store as feature_store
 from vlm.data.feature_cache.store import (
     FEATURES_FILE,
@@ -27,6 +26,7 @@ from vlm.data.feature_cache.store import (
     PackPlan,
     remove_stale_packs,
 )
+from vlm.data.skipped import Skipped
 
 ROW_FORMAT = FeatureFormat("bfloat16", 2, 3, stride=20)
 """Rows that do not touch: 12 bytes, 20 apart."""

@@ -15,7 +15,7 @@ from tests.tiny_parts import IGNORE_INDEX, Parts, picture
 from vlm.config.dataset_schema import DatasetConfig, MixtureSourceConfig
 from vlm.data import token_counts as counts
 from vlm.data.batching.collator import SKIPPED_KEY, Collator
-from vlm.data.dataset import SampleDataset, Skipped, load_dataset
+from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.heads.dataset import (
@@ -27,6 +27,7 @@ from vlm.data.heads.dataset import (
     values_per_head,
 )
 from vlm.data.heads.labels import HeadLabels, resolve_labels, strata
+from vlm.data.skipped import Skipped
 from vlm.models import VLMProcessor
 
 KIND = HeadLabels("kind", "multiclass", ("cat", "dog"))

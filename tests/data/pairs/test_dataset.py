@@ -11,11 +11,12 @@ from PIL import Image
 from tests.tiny_parts import Parts
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY, Collator
-from vlm.data.dataset import Skipped, load_dataset
+from vlm.data.dataset import load_dataset
 from vlm.data.encoding.labels import encode_prompt
 from vlm.data.pairs.dataset import MemberDataset, PairCollator, PairDataset, find_members
 from vlm.data.pairs.encoder import PairEncoder
 from vlm.data.sample import Turn
+from vlm.data.skipped import Skipped
 
 RECORDS: list[dict[str, Any]] = [
     {"query": {"image": "0.png"}, "positive": "a red square", "negatives": ["a blue one", "a circle"]},

@@ -13,13 +13,14 @@ from tests.tiny_parts import Parts
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY, Collator
-from vlm.data.dataset import Skipped, load_dataset
+from vlm.data.dataset import load_dataset
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.encoding.preference import CHOSEN, MISMATCHED, REJECTED, PreferenceEncoder
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.preference.collator import RECORD_INDEX, RECORDS, ROLES, PreferenceCollator
 from vlm.data.preference.dataset import PreferenceDataset, PreferenceItem
 from vlm.data.sample import BadSample
+from vlm.data.skipped import Skipped
 
 RECORDS_OF_PAIRS: list[dict[str, Any]] = [
     {"image": "0.png", "question": "which?", "chosen": "a red square", "rejected": "a circle of another colour"},

@@ -11,11 +11,11 @@ from vlm.data.batching.packing import KEY_INDEX
 from vlm.data.batching.shared_prompt import BranchMerger
 from vlm.data.batching.step_layout import SampleCosts, get_rows
 from vlm.data.blank_images import dummy_image
-from vlm.data.dataset import Skipped
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.preference.collator import RECORD_INDEX, RECORDS, ROLES, SEQUENCES
 from vlm.data.preference.dataset import PreferenceDataset
 from vlm.data.preference.packing import PackedPreferenceCollator, check_records_fit
+from vlm.data.skipped import Skipped
 
 load = test_dataset.load
 """A fixture."""

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import Skipped
 from vlm.data.sample import BadSample
+from vlm.data.skipped import Skipped
 from vlm.train.distillation.data import (
     TEACHER_INPUTS,
     TEACHER_ROWS,

@@ -15,11 +15,12 @@ from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.preference_schema import PreferenceOptions
 from vlm.config.schema import LoraConfig, LoraPartConfig
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import Skipped, load_dataset
+from vlm.data.dataset import load_dataset
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.encoding.preference import CHOSEN, REJECTED, PreferenceEncoder
 from vlm.data.preference.collator import PREFERENCE_KEYS, PreferenceCollator
 from vlm.data.preference.dataset import PreferenceDataset
+from vlm.data.skipped import Skipped
 from vlm.models.text_loss import SupervisedScores
 from vlm.train.lora import add_adapter
 from vlm.train.preference.losses import record_losses

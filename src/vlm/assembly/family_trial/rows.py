@@ -16,9 +16,10 @@ from vlm.assembly.packed_attention import use_packed_attention
 from vlm.assembly.packed_rows import add_grid_positions
 from vlm.data.batching.packing import PackingCollator
 from vlm.data.batching.shared_prompt import BranchMerger
-from vlm.data.dataset import Skipped, model_inputs
+from vlm.data.dataset import model_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX, Encoded
 from vlm.data.processor import SampleInputs
+from vlm.data.skipped import Skipped
 
 SAME = 1e-3
 """The largest difference of logits that are the same but for arithmetic in another order, over their norm."""

@@ -5,7 +5,8 @@ from typing import Required, TypedDict
 from torch import Tensor
 
 from vlm.data.batching.stats import BatchStats
-from vlm.data.dataset import SampleRef, Skipped
+from vlm.data.dataset import SampleRef
+from vlm.data.skipped import Skipped
 
 
 class BatchInputs(TypedDict, total=False):

@@ -15,9 +15,10 @@ from torch.utils.data import get_worker_info
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.row_indices import shift_indices
 from vlm.data.batching.stats import BATCH_STATS, compute_batch_stats
-from vlm.data.dataset import LOSS_WEIGHTS, SAMPLE_REF, Skipped
+from vlm.data.dataset import LOSS_WEIGHTS, SAMPLE_REF
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import Processor, RowIndex, SampleInputs
+from vlm.data.skipped import Skipped
 
 SKIPPED_KEY: Final = "skipped"
 """The key of the records that were left out of a batch; the training loop takes them out."""

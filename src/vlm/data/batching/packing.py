@@ -15,9 +15,10 @@ import torch
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.stats import BATCH_STATS
-from vlm.data.dataset import LOSS_WEIGHTS, Skipped
+from vlm.data.dataset import LOSS_WEIGHTS
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import SampleInputs
+from vlm.data.skipped import Skipped
 
 SEQUENCE_STARTS: Final = "cu_seq_lens_q"
 """The key of packed batches that holds where each sample starts, and where the last one ends."""

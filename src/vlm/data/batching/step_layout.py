@@ -18,8 +18,9 @@ from vlm.data.batching.batch import Batch
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
 from vlm.data.batching.stats import num_images
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.dataset import SampleDataset
 from vlm.data.processor import SampleInputs
+from vlm.data.skipped import Skipped
 
 MICRO_BATCH: Final = "micro_batch"
 """The key of packed batches that says, for each token, which micro-batch of the step its sample belongs to."""

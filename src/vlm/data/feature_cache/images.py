@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlm.data.dataset import SAMPLE_REF, SampleDataset, SampleRef, Skipped, join_inputs
+from vlm.data.dataset import SAMPLE_REF, SampleDataset, SampleRef, join_inputs
 from vlm.data.feature_cache.store import Pack
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, MediaSize, Sample
+from vlm.data.skipped import Skipped
 from vlm.data.vision.images import wrap_image_errors
 
 BLANK_SIZE = (64, 64)

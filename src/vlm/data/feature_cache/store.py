@@ -26,7 +26,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
-from vlm.data.dataset import Skipped
+from vlm.data.skipped import Skipped
 
 FEATURES_FILE, INDEX_FILE, FORMAT_FILE, LOCK_FILE = "features.bin", "index.npz", "format.json", "used"
 """The files of a pack: rows, where each item's are, what all rows are; the last is locked, and dates the last use."""

@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 
 from vlm.data.batching.batch import HeadBatch
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import BlankImageDataset, SampleDataset, Skipped
+from vlm.data.dataset import BlankImageDataset, SampleDataset
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.heads.labels import HeadLabels, check_values, make_folds, split
 from vlm.data.holdout import hold_out, unique_records
 from vlm.data.processor import SampleInputs
+from vlm.data.skipped import Skipped
 
 NO_GROUP = -1
 """The group of rows that have none."""

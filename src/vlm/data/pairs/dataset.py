@@ -11,11 +11,12 @@ from torch.utils.data import Dataset
 from vlm.data.batching.batch import BatchInputs, HeadBatch
 from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY, Collator
 from vlm.data.blank_images import make_blank_medium
-from vlm.data.dataset import SampleDataset, SampleRef, Skipped, encode_sample, model_inputs
+from vlm.data.dataset import SampleDataset, SampleRef, encode_sample, model_inputs
 from vlm.data.pairs.encoder import PairEncoder
 from vlm.data.processor import SampleInputs
 from vlm.data.records.members import member_key
 from vlm.data.sample import BadSample, Sample
+from vlm.data.skipped import Skipped
 from vlm.data.sources import Source
 from vlm.data.vision.images import read_media_sizes
 from vlm.models.contrastive import NEGATIVE, NO_ROLE, POSITIVE, QUERY

@@ -9,10 +9,10 @@ import torch
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY, Collator
 from vlm.data.batching.stats import BATCH_STATS
-from vlm.data.dataset import Skipped
 from vlm.data.encoding.preference import CHOSEN, MISMATCHED, REJECTED
 from vlm.data.preference.dataset import PreferenceItem
 from vlm.data.processor import SampleInputs
+from vlm.data.skipped import Skipped
 
 ROLES: Final = "roles"
 """The key of the role of each row: `(rows,)`, int64."""

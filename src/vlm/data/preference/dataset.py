@@ -7,12 +7,13 @@ from typing import TypedDict, cast
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vlm.data.dataset import SampleDataset, SampleRef, Skipped, join_inputs
+from vlm.data.dataset import SampleDataset, SampleRef, join_inputs
 from vlm.data.encoding.preference import MISMATCHED, REJECTED, PreferenceEncoder, has_own_media, split_media
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.preference.images import SAME, perturb_media
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, Turn, VideoRef
+from vlm.data.skipped import Skipped
 from vlm.data.sources import Source
 from vlm.data.vision.images import Medium, media_sizes_from_opened
 from vlm.data.vision.jpeg import decode_sample_images

@@ -16,10 +16,10 @@ from vlm.data.batching.packing import BRANCHES, PackingCollator, check_row_capac
 from vlm.data.batching.shared_prompt import BranchMerger
 from vlm.data.batching.stats import BATCH_STATS, num_images
 from vlm.data.batching.step_layout import MORE_ROWS, SampleCosts, fill_rows
-from vlm.data.dataset import Skipped
 from vlm.data.preference.collator import RECORD_INDEX, RECORDS, ROLES, SEQUENCES
 from vlm.data.preference.dataset import PreferenceDataset, PreferenceItem
 from vlm.data.processor import SampleInputs
+from vlm.data.skipped import Skipped
 
 
 def check_records_fit(dataset: PreferenceDataset, max_tokens: int) -> None:

@@ -16,12 +16,13 @@ from torch.utils.data import Dataset
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.batch import Batch
 from vlm.data.batching.collator import Collator
-from vlm.data.dataset import BlankImageDataset, SampleDataset, Skipped
+from vlm.data.dataset import BlankImageDataset, SampleDataset
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.feature_cache.store import Pack
 from vlm.data.processor import SampleInputs
 from vlm.data.sample import BadSample, MediaSize, Sample
+from vlm.data.skipped import Skipped
 from vlm.data.vision.images import read_media_sizes
 from vlm.train.distillation.teacher import Teacher
 

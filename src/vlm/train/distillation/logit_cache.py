@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.distillation_schema import DistillationConfig
 from vlm.data.cache import json_digest, resolve_cache_folder
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.dataset import SampleDataset
 from vlm.data.feature_cache.store import FeatureFormat, FeatureStore, Pack, PackPlan
 from vlm.data.progress import show_progress
 from vlm.data.sample import BadSample
+from vlm.data.skipped import Skipped
 from vlm.models import text_loss
 from vlm.train.distillation import divergences
 from vlm.train.distillation.data import TeacherDataset, encode_labels, supervised_ids

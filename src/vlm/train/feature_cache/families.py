@@ -21,7 +21,7 @@ from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image
 from vlm.data.cache import json_digest, resolve_cache_folder
-from vlm.data.dataset import SampleDataset, Skipped, join_inputs
+from vlm.data.dataset import SampleDataset, join_inputs
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.feature_cache.families import (
@@ -37,6 +37,7 @@ from vlm.data.feature_cache.store import FeatureFormat, FeatureStore, Pack, Pack
 from vlm.data.processor import Processor, SampleInputs
 from vlm.data.progress import show_progress
 from vlm.data.sample import BadSample, MediaSize, Sample
+from vlm.data.skipped import Skipped
 from vlm.data.vision.images import read_media_sizes
 from vlm.families.parts import get_part_names
 from vlm.models.text_loss import SupervisedScores

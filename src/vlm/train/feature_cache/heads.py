@@ -18,10 +18,10 @@ from transformers import TrainingArguments
 from vlm.assembly.checkpoint import is_prediction_model
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.cache import json_digest, resolve_cache_folder
-from vlm.data.dataset import Skipped
 from vlm.data.feature_cache.heads import HeadFeatureDataset, pack_name
 from vlm.data.feature_cache.store import FeatureFormat, FeatureStore, Pack, PackPlan
 from vlm.data.heads.dataset import BlankHeadDataset, HeadCollator, HeadDataset
+from vlm.data.skipped import Skipped
 from vlm.models import VLMForPrediction
 from vlm.models.poolings import EVERY_TOKEN_POOLINGS
 from vlm.train.feature_cache.fingerprints import body_digest, code_digest, records_digest

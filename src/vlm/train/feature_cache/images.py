@@ -17,7 +17,7 @@ from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.batching.collator import Collator
 from vlm.data.blank_images import dummy_image, make_blank_image
 from vlm.data.cache import json_digest, resolve_cache_folder
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.dataset import SampleDataset
 from vlm.data.feature_cache.images import (
     BLANK_SIZE,
     FRAME_VIEW,
@@ -33,6 +33,7 @@ from vlm.data.feature_cache.images import (
 from vlm.data.feature_cache.store import FeatureStore, Pack, PackPlan
 from vlm.data.progress import show_progress
 from vlm.data.sample import BadSample, ImageRef
+from vlm.data.skipped import Skipped
 from vlm.data.sources import Source
 from vlm.data.vision.images import read_image_size
 from vlm.models import VLMForConditionalGeneration, VLMProcessor

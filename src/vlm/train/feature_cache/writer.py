@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from vlm.data.dataset import Skipped
 from vlm.data.feature_cache.store import FeatureStore, Item, Pack, PackPlan
 from vlm.data.progress import show_progress
+from vlm.data.skipped import Skipped
 from vlm.train.distributed import all_gather_objects, barrier, broadcast_from_rank0, rank0_lock
 
 Batch = TypeVar("Batch")

@@ -12,12 +12,13 @@ from transformers import PreTrainedConfig
 from vlm.assembly.heads import suffix_ids
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.schema import RunConfig
-from vlm.data.dataset import SampleDataset, Skipped, load_dataset
+from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.prompts import PromptEncoder
 from vlm.data.heads.dataset import HeadCollator, HeadDataset, fold_by_label, split_by_label, values_per_head
 from vlm.data.heads.labels import HeadLabels, resolve_labels, strata
 from vlm.data.overlap import check_overlap
 from vlm.data.processor import Processor
+from vlm.data.skipped import Skipped
 from vlm.train.data import load_other_file, max_sample_length
 from vlm.train.monitor.plots import write_first_batch
 from vlm.train.objectives.base import Inputs

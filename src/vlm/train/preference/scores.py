@@ -15,10 +15,11 @@ from transformers.utils import ModelOutput
 
 from vlm.assembly.packed_attention import use_packed_attention
 from vlm.data.batching.packing import KEY_INDEX
-from vlm.data.dataset import SampleRef, Skipped
+from vlm.data.dataset import SampleRef
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.preference.collator import PREFERENCE_KEYS, RECORD_INDEX, RECORDS, ROLES, SEQUENCES
 from vlm.data.preference.dataset import PreferenceDataset, PreferenceItem
+from vlm.data.skipped import Skipped
 from vlm.models.text_loss import SupervisedScores
 from vlm.train.objectives.base import Inputs, ObjectiveTrainer
 from vlm.train.preference.losses import NUM_ROLES, SideScores

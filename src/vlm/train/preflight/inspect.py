@@ -20,10 +20,11 @@ from vlm.config.derived import embedding_row_keys
 from vlm.config.schema import RunConfig
 from vlm.data.blank_images import dummy_image
 from vlm.data.counted_later import CountedLater
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.dataset import SampleDataset
 from vlm.data.pages import tokens_as_text
 from vlm.data.records.guess import guess_form
 from vlm.data.sample import group_reasons
+from vlm.data.skipped import Skipped
 from vlm.train.family_trial import check_family, check_videos
 from vlm.train.model import compute_dtype
 from vlm.train.objectives.base import PreparedRun, RunData

@@ -9,9 +9,10 @@ from transformers import TrainingArguments
 from vlm.data.batching.best_fit import PackSampler, pack_lengths, resolve_pack_capacity
 from vlm.data.batching.collator import Collator
 from vlm.data.batching.packing import PackingCollator
-from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.dataset import SampleDataset
 from vlm.data.processor import SampleInputs
 from vlm.data.sample import BadSample
+from vlm.data.skipped import Skipped
 from vlm.data.stream import Draw, Positioned, PositionedCollator, ReaderPosition, SampleStream
 from vlm.data.vision.images import read_media_sizes
 from vlm.train.arguments import loader_options, sampler_seed
