@@ -87,6 +87,7 @@ TESTED_ELSEWHERE = {
     "data/tools/chair.py": "data/tools/test_pope.py",
     "data/tools/labelled_images.py": "data/tools/test_pope.py",
     "data/tools/corpora.py": "data/tools/test_convert.py",
+    "data/tools/download_ledger.py": "data/tools/test_download.py",
     "data/tools/exports.py": "data/tools/test_convert.py",
     "data/tools/forms.py": "data/tools/test_write.py",
     "data/tools/stats.py": "data/tools/test_show.py",

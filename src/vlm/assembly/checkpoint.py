@@ -1,8 +1,6 @@
 """Opening a checkpoint: what it is, its configuration, its processor and its weights.
 
 `open_checkpoint` reads the configuration alone; `Checkpoint.load_processor` and `Checkpoint.load_model` do the rest.
-The functions at the end tell kinds of configurations and models apart: only this file and `vlm.hub` ask which class a
-model has.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,6 +26,13 @@ from vlm.assembly.foreign_config import check_reference
 from vlm.assembly.heads import get_num_embeddings, grow_rows
 from vlm.assembly.image_budget import limit_image_tokens
 from vlm.assembly.loading import check_weights, load_complete
+from vlm.assembly.model_kinds import (
+    get_body,
+    get_body_config,
+    is_composed_config,
+    is_prediction_config,
+    is_prediction_model,
+)
 from vlm.assembly.opening import opening
 from vlm.assembly.processor_trial import check_composed_processor, check_vocabulary, load_tried
 from vlm.assembly.quantization import make_checkpoint_quantization
@@ -40,7 +45,7 @@ from vlm.families.parts import get_part_names
 from vlm.families.processing import load_family_processor
 from vlm.families.row_by_row import keep_apart
 from vlm.families.table import get_family
-from vlm.models import VLMConfig, VLMForConditionalGeneration, VLMForPrediction, VLMPredictionConfig, VLMProcessor
+from vlm.models import VLMForConditionalGeneration, VLMForPrediction, VLMProcessor
 from vlm.models.connectors import CONNECTORS, connector_class
 from vlm.models.heads import HEADS, head_class
 
@@ -375,42 +380,3 @@ def _with_recorded_config(model: PreTrainedModel, config: PreTrainedConfig) -> P
     for head in config.settings:
         head_class(head.type)
     return VLMForPrediction(config, body)
-
-
-# Kinds of configurations and models
-
-
-def is_composed_config(config: PreTrainedConfig) -> TypeGuard[VLMConfig]:
-    """Return whether a configuration is that of a model composed of parts."""
-    return isinstance(config, VLMConfig)
-
-
-def is_prediction_config(config: PreTrainedConfig) -> TypeGuard[VLMPredictionConfig]:
-    """Return whether a configuration is that of a model with prediction heads."""
-    return isinstance(config, VLMPredictionConfig)
-
-
-def get_body_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the configuration of the vision-language model under prediction heads; another one as it is."""
-    return config.body_config if is_prediction_config(config) else config
-
-
-def is_composed_model(model: object) -> TypeGuard[VLMForConditionalGeneration]:
-    """Return whether a model is composed of parts, and has no prediction heads on it."""
-    return isinstance(model, VLMForConditionalGeneration)
-
-
-def is_prediction_model(model: object) -> TypeGuard[VLMForPrediction]:
-    """Return whether a model has prediction heads."""
-    return isinstance(model, VLMForPrediction)
-
-
-def get_body(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the vision-language model under prediction heads; another model as it is."""
-    return model.body if is_prediction_model(model) else model
-
-
-def get_language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a composed model's language model; of a family, whose own code joins the parts, the whole model."""
-    body = get_body(model)
-    return body.language_model if is_composed_model(body) else body

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 class TrainableModel(Protocol):
     """The interface between a model and what trains it: parts, adapters, objectives and the trainer.
 
-    `vlm.assembly.checkpoint` tells kinds apart (`is_composed_model`, `is_prediction_model`) and gives the
+    `vlm.assembly.model_kinds` tells kinds apart (`is_composed_model`, `is_prediction_model`) and gives the
     vision-language model under prediction heads (`get_body`).
     """
 

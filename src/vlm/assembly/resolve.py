@@ -8,13 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlm.assembly.adapter_folder import is_adapter_checkpoint
 from vlm.assembly.anyres import resolve_anyres
-from vlm.assembly.checkpoint import (
-    Checkpoint,
-    CheckpointKind,
-    is_composed_config,
-    is_prediction_config,
-    open_checkpoint,
-)
+from vlm.assembly.checkpoint import Checkpoint, CheckpointKind, open_checkpoint
 from vlm.assembly.checkpoint_heads import resolve_checkpoint_heads
 from vlm.assembly.compose import build_model, compose, recipe_differences, register_connector_class
 from vlm.assembly.encoders import image_size
@@ -22,6 +16,7 @@ from vlm.assembly.family import load_family_config
 from vlm.assembly.heads import add_tokens, grow_embeddings
 from vlm.assembly.image_budget import limit_image_tokens
 from vlm.assembly.language_models import set_balance_loss
+from vlm.assembly.model_kinds import is_composed_config, is_prediction_config
 from vlm.assembly.opening import opening
 from vlm.assembly.processor_options import apply_processor_options, check_no_processor_options
 from vlm.assembly.quantization import quantized_parts

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from vlm.assembly.checkpoint import is_composed_model, is_prediction_model
+from vlm.assembly.model_kinds import is_composed_model, is_prediction_model
 from vlm.data.encoding.labels import reply_ending
 from vlm.data.processor import Processor
 

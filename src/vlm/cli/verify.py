@@ -122,8 +122,8 @@ def _load(args: argparse.Namespace, checkpoint: Path) -> "VisionLanguageModel":
 
 def _questions(args: argparse.Namespace, model: "VisionLanguageModel") -> list["Case"]:
     """Return the questions: those of the user first, then made ones up to the number that is asked for."""
-    from vlm.assembly.checkpoint import is_composed_model
     from vlm.assembly.encoders import image_size
+    from vlm.assembly.model_kinds import is_composed_model
     from vlm.data.cache import resolve_cache_folder
     from vlm.inference.batch import prompt_source
     from vlm.inference.verify.cases import SIZES, make_cases, read_cases

@@ -11,7 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from vlm.assembly.checkpoint import is_composed_model, open_checkpoint
+from vlm.assembly.checkpoint import open_checkpoint
+from vlm.assembly.model_kinds import is_composed_model
 from vlm.assembly.round_trip import quiet_loading
 from vlm.assembly.saving import reply_end_settings
 from vlm.hub.folders import create_folder, read_json, write_json

@@ -23,8 +23,8 @@ def find_former_names(checkpoint: Path) -> dict[str, str]:
 
     import torch
 
-    from vlm.assembly.checkpoint import is_composed_config, is_prediction_config
     from vlm.assembly.family import read_config
+    from vlm.assembly.model_kinds import is_composed_config, is_prediction_config
     from vlm.models import VLMForConditionalGeneration, VLMForPrediction
 
     config = read_config(str(checkpoint), str(checkpoint))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from vlm.assembly.checkpoint import is_composed_model, open_checkpoint
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.foreign_config import load_config
+from vlm.assembly.model_kinds import is_composed_model
 from vlm.assembly.round_trip import quiet_loading
 from vlm.hub.folders import read_json, resolve_folder
 from vlm.hub.readback import (

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from vlm.assembly.adapter_folder import is_adapter_checkpoint
-from vlm.assembly.checkpoint import is_composed_config, open_checkpoint
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.family import read_config
+from vlm.assembly.model_kinds import is_composed_config
 from vlm.assembly.round_trip import saved_tensors
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.hub.folders import JsonObject, resolve_folder

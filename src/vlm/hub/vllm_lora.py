@@ -16,8 +16,9 @@ from transformers import AutoModelForImageTextToText
 
 from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, is_adapter_checkpoint
 from vlm.assembly.adapter_merge import merge
-from vlm.assembly.checkpoint import is_composed_config, is_composed_model, open_checkpoint
+from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.family import read_config
+from vlm.assembly.model_kinds import is_composed_config, is_composed_model
 from vlm.assembly.round_trip import quiet_loading
 from vlm.checks.checkpoint import checkpoint_problem
 from vlm.hub.adapters import PEFT_PREFIX, LoraDelta, read_adapter

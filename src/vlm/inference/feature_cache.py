@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlm.assembly.checkpoint import get_body, is_composed_model
+from vlm.assembly.model_kinds import get_body, is_composed_model
 from vlm.models import VLMForConditionalGeneration
 
 MAX_BYTES = 2**28

@@ -9,9 +9,9 @@ from tabulate import tabulate
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlm.assembly.checkpoint import is_prediction_model
 from vlm.assembly.encoders import encoder_sources
 from vlm.assembly.model_interface import TrainableModel
+from vlm.assembly.model_kinds import is_prediction_model
 from vlm.config.model_schema import ConnectorConfig, ModelConfig
 from vlm.config.packaged import packaged_connectors
 from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, TrainerOptions

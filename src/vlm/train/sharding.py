@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-from vlm.assembly.checkpoint import is_composed_config, is_prediction_config, is_prediction_model
+from vlm.assembly.model_kinds import is_composed_config, is_prediction_config, is_prediction_model
 from vlm.assembly.native import encodes_sizes_together
 from vlm.train.model import compute_dtype
 from vlm.train.parts import Part

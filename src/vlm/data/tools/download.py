@@ -5,11 +5,9 @@
 the order in which they came. A line is written when its row is done, so a run may be killed at any time and is resumed
 by the same command; `OUT/download.json` tells the table that the folder belongs to.
 
-`table` reads the table, `fetch` fetches and checks images.
+`table` reads the table, `fetch` fetches and checks images, `download_ledger` keeps the files above.
 """
 
-import fcntl
-import json
 import os
 import shutil
 import sys
@@ -22,14 +20,14 @@ from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from queue import Queue, SimpleQueue
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import httpx2
 from PIL import Image
 from tqdm import tqdm
 
 from vlm.config.shown import PresentableParser, presentable, printable
-from vlm.data.sample import PLACEHOLDER, Record
+from vlm.data.tools.download_ledger import DownloadLedger, Outcome, claim_output_folder
 from vlm.data.tools.fetch import Fetcher, FetchError, FetchStopped, check_image_suffix
 from vlm.data.tools.table import FOLDER_SIZE, TABLE_KINDS, Row, Table
 
@@ -38,18 +36,12 @@ SHUTDOWN_TIMEOUT = 2.0
 MAX_WORKERS = 256
 """Each worker may have three files open, and processes are often limited to 1024."""
 
-
-OPTION_BEHIND = {
-    "private address": "allow_private", "too large": "max_bytes", "too small": "min_size", "timed out": "timeout",
-}  # fmt: skip
-"""Reason of a failure -> the option that decided it: with another value, the row is fetched again."""
 ADVICE = {
     "private address": "--allow-private fetches from this machine and private networks, for tables that you trust",
     "too large": "--max-bytes N allows larger files",
     "too small": "--min-size N allows smaller images",
 }
 """Reason of a failure -> the option that allows it."""
-
 
 EXAMPLES = (
     "vlm data download Train_GCC-training.tsv captions",
@@ -119,16 +111,6 @@ class DownloadSummary:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """The result for a row: the image's path within the folder of images, or the reason why there is none."""
-
-    row: Row
-    image: str | None = None
-    reason: str = ""
-    detail: str = ""
-
-
 def main(arguments: Sequence[str]) -> None:
     """`vlm data download TABLE OUT`."""
     parser = PresentableParser(
@@ -179,7 +161,7 @@ def download(table: Path, output: Path, options: Options) -> DownloadSummary:
     source = Table(table, options.url_column, options.caption_column)
     claim_output_folder(output, source)
     with (
-        DownloadLedger(output, options) as ledger, DownloadWorkers(output, options) as workers,
+        DownloadLedger(output, vars(options)) as ledger, DownloadWorkers(output, options) as workers,
         warnings.catch_warnings(),
     ):  # fmt: skip
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
@@ -193,137 +175,6 @@ def download(table: Path, output: Path, options: Options) -> DownloadSummary:
                 bar.set_postfix(got=ledger.got, failed=ledger.failed.total(), refresh=False)
                 bar.update()
     return DownloadSummary(output, ledger.got, dict(ledger.failed))
-
-
-def claim_output_folder(output: Path, table: Table) -> None:
-    """Mark the folder as this table's; ValueError where it is another's."""
-    output.mkdir(parents=True, exist_ok=True)
-    file = output / "download.json"
-    identity = table.identity()
-    if not file.exists():
-        if taken := [name for name in ("images", "records.jsonl", "failures.jsonl") if (output / name).exists()]:
-            raise ValueError(
-                f"{output} has {taken[0]} but no download.json, so it is no download; choose another folder"
-            )
-        partial = output / "download.json.partial"
-        partial.write_text(json.dumps({"table": table.path.name, **identity}, indent=2), encoding="utf-8")
-        partial.replace(file)
-        return
-    existing = json.loads(file.read_text(encoding="utf-8"))
-    if changed := [f"{k} {existing.get(k)} there, {v} here" for k, v in identity.items() if existing.get(k) != v]:
-        other = f"another table, {existing.get('table')}, or of other columns ({'; '.join(changed)})"
-        raise ValueError(f"{output} holds images of {other}: choose another folder")
-
-
-class DownloadLedger:
-    """The records and failures of a folder, which only one process may write: which rows are done.
-
-    Raises:
-        ValueError: another process writes to the folder, or a file is broken.
-    """
-
-    def __init__(self, output: Path, options: Options):
-        self.got = 0
-        self._options = options
-        self.failed: Counter[str] = Counter()
-        self._done = bytearray()  # a byte a row
-        self._records = (output / "records.jsonl").open("a+b")
-        self._failures = (output / "failures.jsonl").open("a+b")
-        try:
-            fcntl.flock(self._records, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
-        except BlockingIOError as error:
-            raise ValueError(f"another download writes to {output}: wait for it, or stop it") from error
-        for number, _ in read_complete_lines(self._records, "id"):
-            self._mark_done(number)
-            self.got += 1
-        failures = list(read_complete_lines(self._failures, "row"))
-        final = [failure for _, failure in failures if not self._is_allowed_now(failure)]
-        if len(final) < len(failures):
-            self._failures.truncate(0)
-        for failure in final:
-            if len(final) < len(failures):
-                append_line(self._failures, failure)
-            self._mark_done(int(failure["row"]))
-            self.failed[failure["reason"]] += 1
-
-    def __enter__(self) -> Self:
-        """Return the ledger."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Close the files."""
-        self._records.close()
-        self._failures.close()
-
-    @property
-    def num_done(self) -> int:
-        """The number of rows that need no fetching."""
-        return self.got + self.failed.total()
-
-    def is_done(self, number: int) -> bool:
-        """Return whether a row was fetched, or failed."""
-        return number < len(self._done) and self._done[number] == 1
-
-    def clear_failures(self) -> None:
-        """Remove the failures, so that their rows are fetched again."""
-        for number, _ in read_complete_lines(self._failures, "row"):
-            self._done[number] = 0
-        self._failures.truncate(0)
-        self.failed.clear()
-
-    def _is_allowed_now(self, failure: Record) -> bool:
-        """Return whether the option that a row failed by has another value now."""
-        option = OPTION_BEHIND.get(failure["reason"])
-        if option is None:
-            return False
-        before = failure.get(option, False if option == "allow_private" else None)  # None: of a version without it
-        return before is not None and before != getattr(self._options, option)
-
-    def add(self, outcome: Outcome) -> None:
-        """Write the outcome of a row."""
-        row = outcome.row
-        if outcome.image is None:
-            failure = {"row": row.number, "url": row.url, "reason": outcome.reason, "detail": outcome.detail}
-            if option := OPTION_BEHIND.get(outcome.reason):
-                failure[option] = getattr(self._options, option)
-            append_line(self._failures, failure)
-            self.failed[outcome.reason] += 1
-        else:
-            turns = [{"from": "human", "value": PLACEHOLDER}, {"from": "gpt", "value": row.caption}]
-            append_line(self._records, {"id": f"{row.number:09d}", "image": outcome.image, "conversations": turns})
-            self.got += 1
-        self._mark_done(row.number)
-
-    def _mark_done(self, number: int) -> None:
-        self._done.extend(bytes(max(0, number + 1 - len(self._done))))
-        self._done[number] = 1
-
-
-def append_line(file: BinaryIO, line: Record) -> None:
-    """Append a line, which outlives the process from then on."""
-    file.write(json.dumps(line).encode() + b"\n")
-    file.flush()
-
-
-def read_complete_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, Record]]:
-    """Iterate over the lines of a file, with the numbers of their rows; an incomplete last line is removed.
-
-    Raises:
-        ValueError: a line before the end is broken.
-    """
-    end = 0
-    file.seek(0)
-    for line in file:
-        try:
-            record = json.loads(line if line.endswith(b"\n") else b"")
-            number = int(record[key])
-        except (ValueError, KeyError, TypeError) as error:
-            if file.read(1):
-                raise ValueError(f"{file.name}: the line at byte {end} is broken; fix or remove it") from error
-            file.truncate(end)
-            return
-        end += len(line)
-        yield number, record
 
 
 class DownloadWorkers:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vlm.assembly.checkpoint import is_composed_model, open_checkpoint
+from vlm.assembly.checkpoint import open_checkpoint
+from vlm.assembly.model_kinds import is_composed_model
 from vlm.assembly.numbers import bound_infinite
 from vlm.assembly.round_trip import quiet_loading
 from vlm.hub.folders import create_folder

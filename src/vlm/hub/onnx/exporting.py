@@ -9,7 +9,8 @@ import onnxruntime  # noqa: F401  # the export is refused before anything is wri
 import onnxscript  # noqa: F401
 import torch
 
-from vlm.assembly.checkpoint import is_composed_model, open_checkpoint
+from vlm.assembly.checkpoint import open_checkpoint
+from vlm.assembly.model_kinds import is_composed_model
 from vlm.assembly.round_trip import quiet_loading
 from vlm.assembly.saving import reply_end_settings
 from vlm.hub.folders import JsonObject, create_folder, read_json, write_json

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import AutoConfig, AutoProcessor
 
-from vlm.assembly.checkpoint import is_composed_config
 from vlm.assembly.family import read_config
+from vlm.assembly.model_kinds import is_composed_config
 from vlm.hub.folders import JsonObject, read_json
 from vlm.hub.readback import NATIVE, ORIGINAL, Readback
 from vlm.hub.shards import read_meta_tensors, weight_files

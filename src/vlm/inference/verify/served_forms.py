@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from vlm.assembly.checkpoint import is_composed_config
 from vlm.assembly.family import read_config
+from vlm.assembly.model_kinds import is_composed_config
 from vlm.hub.exporting import export_checkpoint
 from vlm.hub.folders import read_json
 from vlm.hub.publishing import get_custom_classes, prepare_upload

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from vlm.assembly.checkpoint import is_composed_model
+from vlm.assembly.model_kinds import is_composed_model
 from vlm.hub.certificates import Certificate, ComparedStage, fingerprint_files
 from vlm.inference.generate import VisionLanguageModel
 from vlm.inference.verify.cases import Case

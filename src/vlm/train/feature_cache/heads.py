@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from vlm.assembly.checkpoint import is_prediction_model
+from vlm.assembly.model_kinds import is_prediction_model
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.data.cache import json_digest, resolve_cache_folder
 from vlm.data.feature_cache.heads import HeadFeatureDataset, pack_name

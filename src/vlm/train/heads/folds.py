@@ -8,7 +8,7 @@ from functools import partial
 
 from torch.utils.data import Dataset
 
-from vlm.assembly.checkpoint import is_prediction_model
+from vlm.assembly.model_kinds import is_prediction_model
 from vlm.data.heads.dataset import HeadDataset
 from vlm.train.heads.model import reset_heads
 from vlm.train.heads.outputs import HeadOutputs, collect_outputs, concatenate_outputs

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vlm.assembly.checkpoint import is_prediction_model
 from vlm.assembly.heads import with_checkpoint_scales
+from vlm.assembly.model_kinds import is_prediction_model
 from vlm.config.model_schema import HeadsConfig
 from vlm.evaluation.calibration import calibrate
 from vlm.models import VLMForPrediction, VLMPredictionConfig

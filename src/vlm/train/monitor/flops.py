@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from vlm.assembly.checkpoint import is_composed_model, is_prediction_model
+from vlm.assembly.model_kinds import is_composed_model, is_prediction_model
 from vlm.data.batching.stats import BatchStats, ModelInputs, num_images
 from vlm.models import VLMForConditionalGeneration
 from vlm.models.vocabulary import find_vocabulary_head

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from vlm.assembly.checkpoint import is_composed_model
+from vlm.assembly.model_kinds import is_composed_model
 from vlm.data.batching.stats import BatchStats, num_encoded_and_connected
 from vlm.data.blank_images import dummy_image
 from vlm.train.model import compute_dtype

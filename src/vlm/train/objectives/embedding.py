@@ -102,8 +102,8 @@ class Embedding(Objective):
 
     def on_train_begin(self, trainer: ObjectiveTrainer) -> None:
         """Prove that the body reads padded batches."""
-        from vlm.assembly.checkpoint import get_body
         from vlm.assembly.logit_proofs import check_padding, model_label
+        from vlm.assembly.model_kinds import get_body
 
         check_padding(get_body(trainer.model), trainer.processor, model_label(self.config))
 

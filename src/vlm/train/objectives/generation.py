@@ -112,7 +112,7 @@ class Generation(Objective):
 
     def before_training(self, run: PreparedRun) -> None:
         """Compute the features of images where they are cached; choose the records that metrics of answers are of."""
-        from vlm.assembly.checkpoint import is_composed_model
+        from vlm.assembly.model_kinds import is_composed_model
         from vlm.train.feature_cache.families import replace_family_images
         from vlm.train.feature_cache.images import replace_images_with_features
         from vlm.train.sample_generation import make_answer_metrics

@@ -144,8 +144,8 @@ class Prediction(Objective):
 
         Where its hidden states are cached, the body takes no part in training, and nothing is proved.
         """
-        from vlm.assembly.checkpoint import get_body
         from vlm.assembly.logit_proofs import check_causal, check_padding, model_label, prove_scores
+        from vlm.assembly.model_kinds import get_body
 
         if caches_features(self.config):
             return

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm.assembly.checkpoint import is_composed_model, is_prediction_model
+from vlm.assembly.model_kinds import is_composed_model, is_prediction_model
 from vlm.data.batching.stats import ModelInputs
 from vlm.models.text_loss import chunked_scores, mean_loss
 from vlm.models.vocabulary import find_vocabulary_head

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from vlm.assembly.checkpoint import is_composed_config
+from vlm.assembly.model_kinds import is_composed_config
 from vlm.assembly.resolve import resolve_model
 from vlm.checks.disk import format_bytes
 from vlm.checks.start import start_problem

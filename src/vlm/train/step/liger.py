@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
-from vlm.assembly.checkpoint import get_language_model
+from vlm.assembly.model_kinds import get_language_model
 
 
 def apply_liger_kernels(model: PreTrainedModel, options: Mapping[str, bool] | None) -> list[str]:
