@@ -117,9 +117,9 @@ def test_a_prompt_has_the_ids_of_the_familys_own_processor(processor: FamilyProc
     shown = make_images(number)
     asked = [*({"type": "image", "image": one} for one in shown), {"type": "text", "text": "what is it?"}]
     conversation = [{"role": "user", "content": asked}]
-    if not processor._own_template_takes_lists:
+    if not processor.family_template.takes_lists:
         conversation = [{"role": "user", "content": processor.image_token * number + "what is it?"}]
-    options = {} if processor._own_template_takes_lists else {"processor_kwargs": {"images": shown}}
+    options = {} if processor.family_template.takes_lists else {"processor_kwargs": {"images": shown}}
     theirs = processor.native.apply_chat_template(
         conversation, tokenize=True, return_dict=True, add_generation_prompt=True, return_tensors="pt", **options
     )

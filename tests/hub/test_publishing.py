@@ -29,8 +29,8 @@ from vlm.train.run import run
 HUB_FILES = {
     "anyres.py", "configuration_vlm.py", "connector_parts.py", "connectors.py", "encoders.py", "grid_connectors.py",
     "image_inputs.py", "language_inputs.py", "modeling_vlm.py", "native.py", "native_encoders.py", "pixels.py",
-    "processing_messages.py", "processing_vlm.py", "query_connectors.py", "text_loss.py", "text_processing.py",
-    "vocabulary.py", "wrapper.py",
+    "processing_messages.py", "processing_vlm.py", "query_connectors.py", "text_loss.py", "text_pieces.py",
+    "text_processing.py", "vocabulary.py", "wrapper.py",
 }  # fmt: skip
 
 

@@ -34,7 +34,8 @@ from vlm.assembly.compose import compose
 from vlm.models import VLMProcessor
 from vlm.models.configuration_vlm import FEATURE_STRATEGIES
 from vlm.models.pixels import as_rgb, pad_to_square
-from vlm.models.processing_vlm import FIXED_DATE, IMAGE_MODES, images_in_conversation
+from vlm.models.processing_messages import FIXED_DATE, images_in_conversation
+from vlm.models.processing_vlm import IMAGE_MODES
 from vlm.models.text_processing import read_prepend_scheme
 
 POINTWISE = ("identity", "linear", "mlp")

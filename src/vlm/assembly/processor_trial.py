@@ -26,7 +26,8 @@ from vlm.assembly.opening import opening, shorten
 from vlm.checks.checkpoint_files import MEGABYTE, read_object, shown
 from vlm.data.processor import Processor
 from vlm.models.connectors import CONNECTORS, count_tokens
-from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE, VLMProcessor
+from vlm.models.processing_messages import FIXED_CLOCK, FIXED_DATE
+from vlm.models.processing_vlm import VLMProcessor
 
 P = TypeVar("P", bound=Processor)
 

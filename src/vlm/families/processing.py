@@ -5,11 +5,10 @@ be supervised.
 """
 
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
-from itertools import accumulate, pairwise
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +23,9 @@ from vlm.data.processor import Tools
 from vlm.data.sample import Clip, MediaSize
 from vlm.data.vision.images import Medium
 from vlm.data.vision.video import DecodedVideo
+from vlm.families.chat_template import FamilyTemplate, get_own_template, render_template
 from vlm.families.derive_inputs import SIDE, WORDS, DerivedInputs, derive_inputs
+from vlm.families.expanded_text import ExpandedText, expand_text
 from vlm.families.native import (
     NativeProcessor,
     ProcessorMismatchError,
@@ -37,18 +38,10 @@ from vlm.families.token_inputs import MASK_OF_IMAGES
 from vlm.families.token_spans import check_spans, encode_with_spans
 from vlm.families.videos import FamilyVideos, joined
 from vlm.models.pixels import as_rgb
-from vlm.models.processing_messages import thinks
-from vlm.models.processing_vlm import (
-    FIXED_CLOCK,
-    FIXED_DATE,
-    MediaMismatchError,
-    Message,
-)
-from vlm.models.text_processing import bounded_template, span_finder, special_token_pattern
+from vlm.models.processing_messages import MediaMismatchError, Message
+from vlm.models.text_processing import span_finder, special_token_pattern
 
 Size = tuple[int, int]
-Replacements = list[tuple[int, int, str]]
-"""(start, end, replacement) of each token of an image or video in a text."""
 
 
 class FamilyProcessor:
@@ -81,11 +74,12 @@ class FamilyProcessor:
             raise ProcessorMismatchError(f"{family.name}: {type(native).__name__} has no image_processor")
         check_spans(self.tokenizer)
         self.image_processor = native.image_processor
-        self.own_template = _get_own_template(native) or family.template
+        self.own_template = get_own_template(native) or family.template
         self.chat_template = chat_template or self.own_template
         if self.chat_template is None:
             raise ValueError(f"{family.name}: its processor has no chat template. Set one with dataset.template.")
-        self.image_token, form = find_call_form(native, self._render_own if self.own_template else None)
+        render_own = partial(render_template, self.tokenizer, self.own_template) if self.own_template else None
+        self.image_token, form = find_call_form(native, render_own)
         self.calls = NativeProcessor(native, self.image_token, form if inputs is None else inputs.form)
         is_new = inputs is None
         self.inputs = inputs = inputs or derive_inputs(self.calls, family)
@@ -94,9 +88,10 @@ class FamilyProcessor:
         self.sees_media_together = family.sees_media_together
         self.videos = None
         if inputs.min_frames:
-            text = find_video_text(native.video_token, self._render_own if self.own_template else None)
+            text = find_video_text(native.video_token, render_own)
             self.videos = FamilyVideos(native, inputs.min_frames, equal_num_frames=inputs.equal_num_frames, text=text)
         self.video_token = None if self.videos is None else self.videos.token
+        self.family_template = FamilyTemplate(self.tokenizer, family, self.own_template, self.image_token, self.video_token)
         self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
         self.special_tokens = special_token_pattern(self.tokenizer, *self.media_tokens)
         self.single_tokens = special_token_pattern(self.tokenizer)  # what stands for an image may be several
@@ -152,51 +147,11 @@ class FamilyProcessor:
 
         Contents may be strings with such tokens; the template gets them as lists of text, images and videos.
         """
-        template = self.chat_template
-        assert template is not None
-        messages = [dict(turn) for turn in conversation]
-        if template == self.own_template:
-            with_items = [{**turn, "content": self._to_items(turn["content"])} for turn in conversation]
-            kinds = (item["type"] for turn in with_items for item in turn["content"])
-            if self.family.video_template and "video" in kinds:
-                template = self.family.video_template
-            if self._own_template_takes_lists:
-                messages = with_items
-        if "strftime_now" in template:
-            template = FIXED_CLOCK + template
-        return self._render(messages, template, add_generation_prompt, tools, enable_thinking)
-
-    @cached_property
-    def _own_template_takes_lists(self) -> bool:
-        """Whether the family's template takes lists of text and images; a few take strings with image tokens."""
-        question = [{"type": "image"}, {"type": "text", "text": "a question"}]
-        try:
-            rendered = self._render([{"role": "user", "content": question}], str(self.own_template), False)
-        except Exception:  # a template may do anything with a list that it does not expect
-            return False
-        return self.image_token in rendered and "'type'" not in rendered
-
-    def _render_own(self, messages: list[Message]) -> str:
-        return self._render(messages, str(self.own_template), False)
-
-    def _render(
-        self, messages: list[Message], template: str, add_generation_prompt: bool, tools: Tools | None = None,
-        enable_thinking: bool | None = None,
-    ) -> str:  # fmt: skip
-        with bounded_template():
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=template, add_generation_prompt=add_generation_prompt,
-                tokenize=False, date_string=FIXED_DATE, enable_thinking=thinks(self.tokenizer, enable_thinking),
-            )  # fmt: skip
-
-    def _to_items(self, content: str | list[Message]) -> list[Message]:
-        if not isinstance(content, str):
-            return content
-        kinds = {self.image_token: "image", self.video_token: "video"}
-        pieces = re.split(f"({'|'.join(map(re.escape, self.media_tokens))})", content)
-        return [
-            {"type": kinds[piece]} if piece in kinds else {"type": "text", "text": piece} for piece in pieces if piece
-        ]
+        assert self.chat_template is not None
+        return self.family_template.render(
+            conversation, self.chat_template, add_generation_prompt=add_generation_prompt, tools=tools,
+            enable_thinking=enable_thinking,
+        )  # fmt: skip
 
     # --- text -------------------------------------------------------------------------------------------------------
 
@@ -213,15 +168,15 @@ class FamilyProcessor:
             MediaMismatchError: the text has more or fewer such tokens than there are images and videos, or in another
                 order where the model reads both by the same inputs.
         """
-        expanded, replaced, cuts = self._expand_media_tokens(text, user_spans, sizes)
+        expanded = self._expand_media_tokens(text, user_spans, sizes)
         bos = self.tokenizer.bos_token
         has_bos = bool(bos) and bos in text[: user_spans[0][0] if user_spans else None]  # the template wrote it already
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        for start, end in pairwise([0, *cuts, len(expanded)]):
+        for start, end in pairwise([0, *expanded.cuts, len(expanded.text)]):
             continues_text = start > 0
             lead = self._lead if continues_text else ""  # tokenizers begin no new word behind a token
-            piece = lead + expanded[start:end]
+            piece = lead + expanded.text[start:end]
             adds_bos = not continues_text and not has_bos and self.inputs.form.adds_special_tokens
             new, offsets = encode_with_spans(self.tokenizer, piece, add_special_tokens=adds_bos)
             origin = start - len(lead)
@@ -231,12 +186,12 @@ class FamilyProcessor:
             ids, spans = [self.tokenizer.bos_token_id, *ids], [(0, 0), *spans]
         if sizes and not self.inputs.form.replaces_tokens:
             self._check_ids(text, user_spans, sizes, ids)
-        return ids, _map_to_original(spans, replaced)
+        return ids, expanded.map_to_rendered(spans)
 
     def _expand_media_tokens(
         self, text: str, user_spans: Sequence[tuple[int, int]], sizes: Sequence[Size | Clip]
-    ) -> tuple[str, Replacements, list[int]]:
-        """Return the text with expanded media tokens, the replacements, and where spelled special tokens are split."""
+    ) -> ExpandedText:
+        """Return the text with expanded media tokens, which knows where spelled special tokens are split."""
         places, cuts, coordinates = [], [], self.coordinate_tokens
         is_spelled = span_finder(user_spans)
         for match in self.special_tokens.finditer(text):
@@ -246,16 +201,7 @@ class FamilyProcessor:
             elif match.group() in self.media_tokens:
                 places.append(match.span())
         expansions = self._get_expansions([text[start:end] for start, end in places], sizes)
-        expansions = self.calls.join(expansions, text, places)
-        replaced = [(start, end, new) for (start, end), new in zip(places, expansions, strict=True)]
-        ends = [end for _, end, _ in replaced]
-        shifts = [0, *accumulate(len(new) - (end - start) for start, end, new in replaced)]
-        moved = [cut + shifts[bisect_right(ends, cut)] for cut in cuts]
-        pieces, last = [], 0
-        for start, end, new in replaced:
-            pieces += [text[last:start], new]
-            last = end
-        return "".join([*pieces, text[last:]]), replaced, moved
+        return expand_text(text, places, self.calls.join(expansions, text, places), cuts)
 
     def _get_expansions(self, tokens: list[str], sizes: Sequence[Size | Clip]) -> list[str]:
         """Return the expansion of each image and video, in the order of their tokens in the text."""
@@ -428,34 +374,6 @@ def load_family_processor(
     return FamilyProcessor(native, family)
 
 
-def _get_own_template(native: ProcessorMixin) -> str | None:
-    """Return the chat template that came with a processor or its tokenizer; of several, the default one."""
-    for owner in (native, native.tokenizer):
-        template = getattr(owner, "chat_template", None)
-        if isinstance(template, dict):
-            template = template.get("default")
-        if isinstance(template, str):
-            return template
-    return None
-
-
 def make_blanks(sizes: Sequence[Size]) -> list[Image.Image]:
     """Return black images of these heights and widths."""
     return [Image.new("RGB", (width, height)) for height, width in sizes]
-
-
-def _map_to_original(spans: list[tuple[int, int]], replaced: Replacements) -> list[tuple[int, int]]:
-    """Map spans of the expanded text to the rendered one; those within an expansion become its token's span."""
-    mapped = []
-    remaining = iter([*replaced, None])
-    image = next(remaining)
-    shift = 0
-    for a, b in spans:
-        while image is not None and a - shift >= image[0] + len(image[2]):
-            shift += len(image[2]) - (image[1] - image[0])
-            image = next(remaining)
-        if image is not None and b - shift > image[0]:
-            mapped.append((min(a - shift, image[0]), image[1]))
-        else:
-            mapped.append((a - shift, b - shift))
-    return mapped

@@ -6,7 +6,7 @@ inference, evaluation and other people's programs all read the same ids.
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import islice, pairwise, repeat
+from itertools import islice, repeat
 from types import MappingProxyType
 from typing import Any
 
@@ -41,14 +41,10 @@ from .processing_messages import (
     join_spelled,
     thinks,
 )
-from .processing_messages import (
-    Message as Message,
-)
-from .text_processing import bounded_template, encode_text, read_prepend_scheme, span_finder, special_token_pattern
+from .text_pieces import TextSplitter
+from .text_processing import bounded_template, encode_text, read_prepend_scheme, special_token_pattern
 
 IMAGE_MODES = ("square", "pad", "native")
-BLANKS = " ", "▁"
-"""What SentencePiece reads as the start of a word."""
 
 
 class VLMProcessor(ProcessorMixin):
@@ -135,6 +131,7 @@ class VLMProcessor(ProcessorMixin):
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids(image_token)
         self.special_tokens = special_token_pattern(tokenizer, image_token)
         self.prepend_scheme = read_prepend_scheme(tokenizer)
+        self.splitter = TextSplitter(tokenizer, image_token, self.special_tokens, self.prepend_scheme)
         if (legacy := getattr(tokenizer, "legacy", None)) is not None:
             tokenizer.init_kwargs["legacy"] = legacy  # transformers would not save it, and give other ids from then on
 
@@ -208,7 +205,7 @@ class VLMProcessor(ProcessorMixin):
         """
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        pieces = self._split_text(text, user_spans)
+        pieces = self.splitter.split(text, user_spans, self.coordinate_tokens)
         counts = repeat(self.tokens_per_image)
         if self.needs_image_sizes:
             number = sum(text[start:end] == self.image_token for start, end, _ in pieces)
@@ -223,7 +220,7 @@ class VLMProcessor(ProcessorMixin):
                 ids += new
                 spans += [(start, end)] * len(new)
             else:
-                lead = self._lead(piece, continues_text)
+                lead = self.splitter.lead(piece, continues_text)
                 new, offsets = encode_text(self.tokenizer, lead + piece)
                 ids += new[continues_text:]
                 if lead or (0, 0) in offsets:
@@ -239,40 +236,6 @@ class VLMProcessor(ProcessorMixin):
             return native.image_tokens([size for size in sizes if size is not None])  # frames of videos have sizes too
         assert self.tiling is not None
         return self.tiling.image_tokens(sizes)
-
-    def _lead(self, piece: str, continues_text: bool) -> str:
-        """Return what a piece of text is tokenised behind, so that a word starts before it or does not.
-
-        No word starts behind a token, which a piece that continues a text gets. Where the tokenizer starts one by
-        itself, it leaves that out before a blank, and SentencePiece does not: such a piece gets a blank more.
-        """
-        if continues_text:
-            return self.image_token
-        return " " if self.prepend_scheme != "never" and piece.startswith(BLANKS) else ""
-
-    def _split_text(self, text: str, user_spans: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
-        """Split at images, after BOS and within spelled special tokens: (start, end, whether it continues a text).
-
-        Where a word starts behind every special token, also at blanks that follow one.
-        """
-        starts, coordinates = [(0, False)], self.coordinate_tokens
-        is_spelled = span_finder(user_spans)
-        for match in self.special_tokens.finditer(text):
-            start, end = match.span()
-            if is_spelled(start, end) and not (coordinates and coordinates.fullmatch(match.group())):
-                starts.append((start + 1, True))  # neither half is a special token
-            elif match.group() == self.image_token:
-                starts += [(start, False), (end, False)]
-            elif (start == 0 and match.group() == self.tokenizer.bos_token) or self._starts_word(text, match):
-                starts.append((end, False))
-        pairs = pairwise([*starts, (len(text), False)])
-        return [(start, end, continues_text) for (start, continues_text), (end, _) in pairs if start < end]
-
-    def _starts_word(self, text: str, token: re.Match[str]) -> bool:
-        """Return whether a word starts behind a special token, where the tokenizer would leave that out at a blank."""
-        if self.prepend_scheme != "always" or not text.startswith(BLANKS, token.end()):
-            return False
-        return not self.tokenizer.added_tokens_decoder[self.tokenizer.convert_tokens_to_ids(token.group())].rstrip
 
     def image_inputs(self, images: Sequence[ImageOrTensor], sizes: Sequence[Size | None] = ()) -> dict[str, Tensor]:
         """Return the model's inputs for a sample's images, before `normalise`; empty without any.

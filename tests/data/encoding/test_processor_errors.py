@@ -17,7 +17,7 @@ from vlm.data.skipped import Skipped
 from vlm.data.stream import open_stream
 from vlm.inference.generate import VisionLanguageModel
 from vlm.models import VLMProcessor
-from vlm.models.processing_vlm import MediaMismatchError
+from vlm.models.processing_messages import MediaMismatchError
 
 ASKED = Sample("7", (Turn("user", ("what?",)), Turn("assistant", ("a thing",))))
 

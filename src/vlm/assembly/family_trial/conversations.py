@@ -25,7 +25,7 @@ from vlm.data.vision.video import DecodedVideo
 from vlm.families.native import call_options
 from vlm.families.processing import FamilyProcessor
 from vlm.families.videos import make_metadata
-from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE
+from vlm.models.processing_messages import FIXED_CLOCK, FIXED_DATE
 
 SIZES = ((64, 96), (160, 64), (64, 64))
 """Heights and widths of the images: wide, tall and square, so that tiles and grids differ."""

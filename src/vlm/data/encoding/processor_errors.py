@@ -58,7 +58,9 @@ def is_refusal(error: Exception) -> bool:
     A library raised it if the innermost frame outside the standard library is not in this package. A missing library
     says nothing about the data.
     """
-    from vlm.models.processing_vlm import MediaMismatchError  # torch comes with it, and is there with any processor
+    from vlm.models.processing_messages import (
+        MediaMismatchError,  # torch comes with it, and is there with any processor
+    )
 
     if isinstance(error, (MediaMismatchError, ProcessorRefusalError)):
         return True
