@@ -91,7 +91,9 @@ class FamilyProcessor:
             text = find_video_text(native.video_token, render_own)
             self.videos = FamilyVideos(native, inputs.min_frames, equal_num_frames=inputs.equal_num_frames, text=text)
         self.video_token = None if self.videos is None else self.videos.token
-        self.family_template = FamilyTemplate(self.tokenizer, family, self.own_template, self.image_token, self.video_token)
+        self.family_template = FamilyTemplate(
+            self.tokenizer, family, self.own_template, self.image_token, self.video_token
+        )
         self.media_tokens = [token for token in (self.image_token, self.video_token) if token is not None]
         self.special_tokens = special_token_pattern(self.tokenizer, *self.media_tokens)
         self.single_tokens = special_token_pattern(self.tokenizer)  # what stands for an image may be several
