@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -42,6 +42,15 @@ MASK_DIMENSIONS = 4
 TORCH_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 ModelClass = type[_BaseAutoModelClass] | type[PreTrainedModel]
+
+
+class LoadingInfo(TypedDict):
+    """What transformers says of loading: names of weights, and of those of another shape both shapes."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, torch.Size, torch.Size]]
+    error_msgs: list[str]
 
 
 def inspect_checkpoint(name: str, revision: str | None = None) -> Path | None:
@@ -214,7 +223,7 @@ class _Rules:
     num_layers: int | None = None
     key_mapping: Mapping[str, str] | None = None
 
-    def check(self, kind: str, info: Mapping[str, Any], model: nn.Module) -> None:
+    def check(self, kind: str, info: LoadingInfo, model: nn.Module) -> None:
         """Raise ValueError where the checkpoint is not that of the model, by what transformers says of loading it."""
         if misshapen := sorted(info["mismatched_keys"], key=str):
             tensor, saved, needed = misshapen[0]

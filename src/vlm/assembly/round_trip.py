@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from vlm.assembly.loading import LoadingInfo
 from vlm.assembly.opening import quiet_loading
 from vlm.assembly.saving import use_canonical_names
 from vlm.families.meta_model import without_zero3
@@ -98,10 +99,10 @@ def mark_of(place: int, dtype: torch.dtype) -> int:
     return place % NUM_MARKS + 1 if dtype in MARKED else 1
 
 
-def _loading_problems(info: Mapping[str, Any]) -> Iterator[str]:
+def _loading_problems(info: LoadingInfo) -> Iterator[str]:
     """Yield what transformers says of loading."""
-    for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for")):
-        if names := sorted(info[key]):
+    for found, problem in ((info["missing_keys"], "lacks"), (info["unexpected_keys"], "has no place for")):
+        if names := sorted(found):
             yield f"it {problem} {_shorten(names)}"
     if mismatched := sorted(info["mismatched_keys"], key=str):
         name, saved, needed = mismatched[0]

@@ -10,7 +10,7 @@ only.
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass
 from math import inf
-from typing import Any, get_args
+from typing import get_args
 
 from vlm.config.named import is_custom_name
 
@@ -48,7 +48,7 @@ class Bounds:
     is_open_below: bool = False
     is_open_above: bool = False
 
-    def allows(self, value: Any) -> bool:
+    def allows(self, value: float) -> bool:
         """Return whether a number is in the range."""
         above = value > self.lower if self.is_open_below else value >= self.lower
         return above and (value < self.upper if self.is_open_above else value <= self.upper)
@@ -69,7 +69,7 @@ class Reach:
     """
 
     effect: str
-    is_harmless: Callable[[Any], bool]
+    is_harmless: Callable[[object], bool]
     runs_code: bool
 
 
@@ -79,17 +79,17 @@ def choices(names: Iterable[str], custom: str | None = None) -> Metadata:
     return {"rule": rule} if custom is None else {"rule": rule} | imports_unless(rule.names.__contains__)
 
 
-def runs_code(effect: str, is_harmless: Callable[[Any], bool]) -> Metadata:
+def runs_code(effect: str, is_harmless: Callable[[object], bool]) -> Metadata:
     """Return the metadata of a field whose values run code, but harmless ones; see `Reach`."""
     return {"reach": Reach(effect, is_harmless, runs_code=True)}
 
 
-def reads_outside(effect: str, is_harmless: Callable[[Any], bool]) -> Metadata:
+def reads_outside(effect: str, is_harmless: Callable[[object], bool]) -> Metadata:
     """Return the metadata of a field whose values read or write elsewhere, but harmless ones; see `Reach`."""
     return {"reach": Reach(effect, is_harmless, runs_code=False)}
 
 
-def imports_unless(is_harmless: Callable[[Any], bool]) -> Metadata:
+def imports_unless(is_harmless: Callable[[object], bool]) -> Metadata:
     """Return the metadata of a field that takes `package.module:attribute` besides harmless values."""
     return runs_code("imports a module, which runs code", is_harmless)
 

@@ -87,12 +87,12 @@ def is_secret_key(path: str) -> bool:
     return _KEY.fullmatch(name) is not None
 
 
-def mask_settings(settings: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def mask_settings(settings: Mapping[str, object], path: str = "") -> dict[str, Any]:
     """Return nested settings with the values of keys that name secrets masked, and secrets within other texts."""
     return {name: _mask_value(value, f"{path}.{name}" if path else str(name)) for name, value in settings.items()}
 
 
-def _mask_value(value: Any, path: str) -> Any:
+def _mask_value(value: object, path: str) -> object:
     if isinstance(value, Mapping):
         return mask_settings(value, path)
     if isinstance(value, list | tuple):

@@ -202,7 +202,7 @@ class Turn:
             return False
         return not any(isinstance(part, str) and part and not part.isspace() for part in self.content)
 
-    def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, Any]:
+    def as_message(self, image_token: str, video_token: str | None = None) -> Record:
         """Return the turn as chat templates read it, with a token for each image and video."""
         tokens = {ImageRef: image_token, VideoRef: video_token or image_token}
         parts = [part if isinstance(part, str) else tokens[type(part)] for part in self.content]
@@ -219,14 +219,14 @@ class ToolCallTurn(Turn):
             "arguments"}}`.
     """
 
-    tool_calls: tuple[dict[str, Any], ...] = ()
+    tool_calls: tuple[Record, ...] = ()
 
     @property
     def is_blank(self) -> bool:
         """False: a call is a reply."""
         return False
 
-    def as_message(self, image_token: str, video_token: str | None = None) -> dict[str, Any]:
+    def as_message(self, image_token: str, video_token: str | None = None) -> Record:
         """Return the turn as chat templates read it, with its calls."""
         return {**super().as_message(image_token, video_token), "tool_calls": list(self.tool_calls)}
 

@@ -47,7 +47,7 @@ class LossSource(Protocol):
         """Return the number of rows of a batch."""
         ...
 
-    def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[SampleInputs]:
+    def batches(self, dataset: Dataset[object], title: str, collate: Collate | None = None) -> Iterator[SampleInputs]:
         """Yield this rank's batches on the device, with a progress bar.
 
         With `collate`, each batch is what it makes of one item: model inputs by name, or groups of them.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from tabulate import tabulate
 from torch import Tensor
@@ -215,7 +215,7 @@ class InferenceLosses:
         """Make what computes the losses."""
         self.compute_losses = SupervisedScores(self.ready.model)
 
-    def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[SampleInputs]:
+    def batches(self, dataset: Dataset[object], title: str, collate: Collate | None = None) -> Iterator[SampleInputs]:
         """Yield batches on the model's device; see `LossSource`."""
         size, collate_fn = (self.batch_size, Collator.of(self.ready.processor)) if collate is None else (1, collate)
         loader = DataLoader(dataset, size, collate_fn=collate_fn, num_workers=self.num_workers)

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from vlm.assembly.loading import LoadingInfo
 from vlm.assembly.numbers import bound_infinite
 from vlm.assembly.round_trip import quiet_loading
 from vlm.hub.folders import JsonObject, read_json
@@ -127,16 +128,14 @@ def _loading_problems(model_class: Any, config: PreTrainedConfig, state: State) 
     """Yield what a class of transformers lacks, has no place for, or needs in another shape."""
     _, info = load_state(model_class, config, state, device_map="meta")
     name = model_class.__name__
-    for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for")):
-        if names := sorted(info[key]):
+    for found, problem in ((info["missing_keys"], "lacks"), (info["unexpected_keys"], "has no place for")):
+        if names := sorted(found):
             yield f"{name} {problem} {len(names)} weights, such as {', '.join(names[:3])}"
     for weight, given, needed in sorted(info["mismatched_keys"], key=str):
         yield f"{name} needs {weight} as {tuple(needed)}, not {tuple(given)}"
 
 
-def load_state(
-    model_class: Any, config: PreTrainedConfig, state: State, **options: object
-) -> tuple[Any, dict[str, Any]]:
+def load_state(model_class: Any, config: PreTrainedConfig, state: State, **options: object) -> tuple[Any, LoadingInfo]:
     """Return a model of a class with a state under the names of files, and what transformers says of loading it."""
     with quiet_loading():
         return model_class.from_pretrained(

@@ -18,7 +18,7 @@ COLUMNS = ("state", "step", "loss", "eval_loss", "tokens_per_second", "duration"
 TITLES = ("run", "state", "step", "loss", "eval loss", "tokens/s", "duration")
 MAX_SAMPLES_SHOWN, MAX_SAMPLES = 3, 24
 """Samples that a terminal and a page show."""
-MAX_VALUE, MAX_ANSWER = 60, 100
+MAX_VALUE = 60
 """Characters of a setting and of an answer that a terminal shows."""
 MAX_IMAGE_BYTES = 8 << 20
 CURVES = ("loss", "eval_loss")
@@ -72,10 +72,6 @@ def _setting_rows(comparison: RunComparison) -> list[tuple[str, ...]]:
 def _settings_text(comparison: RunComparison) -> str:
     rows = [tuple(_cut(cell) for cell in row) for row in _setting_rows(comparison)]
     return _plain([("", *comparison.labels), *rows]) if rows else "none"
-
-
-def _cut_end(answer: str) -> str:
-    return answer if len(answer) <= MAX_ANSWER else f"{answer[:MAX_ANSWER]}…"
 
 
 def _cut(cell: str) -> str:

@@ -1,6 +1,6 @@
 """A `Trainer` that makes the batches of a run: the loader and its order, packed rows, and what is counted in a step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -26,7 +26,7 @@ from vlm.train.distributed import broadcast_from_rank0
 from vlm.train.evaluation_batches import iterate_batches
 from vlm.train.interruptible import InterruptibleTrainer
 from vlm.train.monitor.speed import SpeedMeter, count_images
-from vlm.train.objectives.base import Inputs, Objective, PreparedRun
+from vlm.train.objectives.base import Collate, Inputs, Objective, PreparedRun
 from vlm.train.random_state import with_own_generator
 from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.step.best_fit_loader import make_best_fit_loader
@@ -172,7 +172,7 @@ class BatchTrainer(InterruptibleTrainer):
             super()._track_num_input_tokens(row)
 
     def evaluation_batches(
-        self, dataset: Dataset[object], title: str, collate: Callable[[Sequence[Any]], Any] | None = None
+        self, dataset: Dataset[object], title: str, collate: Collate | None = None
     ) -> Iterator[Inputs]:
         """Yield the batches of a data set as the model takes them; the model is set to evaluate."""
         self.model.eval()

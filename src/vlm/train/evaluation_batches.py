@@ -1,6 +1,6 @@
 """Batches of evaluation records in the order of the data set, none left out; each evaluation has its own loader."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset
@@ -10,7 +10,7 @@ from vlm.data.batching.collator import SAMPLE_REFS, SKIPPED_KEY
 from vlm.data.batching.stats import BATCH_STATS
 from vlm.data.progress import show_progress
 from vlm.train.arguments import loader_options
-from vlm.train.objectives.base import Inputs
+from vlm.train.objectives.base import Collate, Inputs
 from vlm.train.signals import ignore_signals_in_workers
 from vlm.train.stop_on_signal import StopOnSignal
 
@@ -27,7 +27,7 @@ class EvaluatingTrainer(Protocol):
 
 
 def iterate_batches(
-    trainer: EvaluatingTrainer, dataset: Dataset[Any], title: str, collate: Callable[[Sequence[Any]], Any] | None
+    trainer: EvaluatingTrainer, dataset: Dataset[object], title: str, collate: Collate | None
 ) -> Iterator[Inputs]:
     """Yield this rank's batches on the device, with a progress bar; see `ObjectiveTrainer.evaluation_batches`.
 

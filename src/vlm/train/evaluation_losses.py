@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -29,7 +28,7 @@ class TrainerLosses:
         """The number of rows of a batch on each rank."""
         return self.trainer.args.per_device_eval_batch_size
 
-    def batches(self, dataset: Dataset[Any], title: str, collate: Collate | None = None) -> Iterator[Inputs]:
+    def batches(self, dataset: Dataset[object], title: str, collate: Collate | None = None) -> Iterator[Inputs]:
         """Yield this rank's batches; see `LossSource`."""
         return self.trainer.evaluation_batches(dataset, title, collate)
 

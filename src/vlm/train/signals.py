@@ -43,6 +43,9 @@ log = logging.getLogger(__name__)
 SIGNALS = FORWARDED
 """Signals that end a run after a checkpoint."""
 
+Handler = Callable[[int, FrameType | None], object] | int | None
+"""What `signal.signal` takes and returns."""
+
 LAUNCHER_POLL_MS = 1000
 FLUSH_SECONDS = 1.0
 
@@ -70,7 +73,7 @@ class SignalListener:
         self._is_saving = False
         self._lock = threading.RLock()  # the phase does not change while the listener decides what to do
         self._launchers = find_launchers()
-        self._previous: dict[Signals, Any] = {}
+        self._previous: dict[Signals, Handler] = {}
 
     def __enter__(self) -> "SignalListener":
         """Install the handlers and start the thread."""

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from vlm.data.block_shuffle import BlockPosition
+from vlm.data.processor import SampleInputs
 from vlm.data.stream import READER_POSITION, ReaderPosition, SampleStream
 
 
@@ -27,7 +28,7 @@ class StreamPositions:
         self.last_reader = -1
         args.ignore_data_skip = True  # `Trainer` would read everything again
 
-    def take(self, batches: Sequence[dict[str, Any]]) -> None:
+    def take(self, batches: Sequence[SampleInputs]) -> None:
         """Take the positions out of the batches of a step, which is trained before the next checkpoint."""
         for batch in batches:
             position: ReaderPosition = batch.pop(READER_POSITION)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from math import ceil
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import numpy as np
 import torch
@@ -200,6 +200,6 @@ class MicroBatchCollator:
         return self.collate(rows)
 
 
-def get_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
+def get_rows(batch: SampleInputs) -> list[SampleInputs]:
     """Return the rows of an accumulation step, each a batch; a batch that is not packed is its only one."""
     return [batch, *batch.get(MORE_ROWS, ())]

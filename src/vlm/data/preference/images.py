@@ -13,8 +13,8 @@ from vlm.data.processor import Processor
 from vlm.data.vision.images import Medium, upright_size
 from vlm.data.vision.video import DecodedVideo
 
-SAME, BLANK, CROPPED = "same", "blank", "cropped"
-"""Values of `trainer.preference.rejected_image`."""
+SAME, BLANK = "same", "blank"
+"""Values of `trainer.preference.rejected_image`, besides `cropped`."""
 
 MAX_AREA = 0.2
 """The largest share of an image's area that a crop keeps."""

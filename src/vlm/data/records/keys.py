@@ -8,10 +8,10 @@ name than `image`. Imports the standard library, `fields` and `sample` only.
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from typing import Any
+from pathlib import Path
 
 from vlm.data.records.fields import SUPERVISION_KEYS, SYSTEM_KEYS, is_empty, read_id
 from vlm.data.sample import BadSample, OptionNeeded, Record, Sample
@@ -149,7 +149,9 @@ def reads(
         renames_image = "image_key" not in defaults
 
         @wraps(reader)
-        def checked(record: Any, image_folder: Any, *, ignore_keys: Sequence[str] = (), **options: Any) -> Sample:
+        def checked(
+            record: Record, image_folder: Path, *, ignore_keys: Sequence[str] = (), **options: object
+        ) -> Sample:
             """Read a record, unless it has unread keys that change what is learned and are not in `ignore_keys`."""
             sample_id = read_id(record)
             ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
@@ -254,7 +256,7 @@ def _advice(key: str) -> str:
 
 
 def _levels_with_unread(
-    record: Record, declared: DeclaredKeys, defaults: dict[str, Any], options: dict[str, Any]
+    record: Record, declared: DeclaredKeys, defaults: dict[str, object], options: dict[str, object]
 ) -> Iterator[_Level]:
     """Yield the record, its turns and their items, of those that have a key that is not read.
 
@@ -289,7 +291,7 @@ def _levels_of_turns(turns: object, key: str, declared: DeclaredKeys) -> Iterato
                 yield _Level(f"{place}.content[].", item, declared.item, ITEM_KEYS)
 
 
-def unread_keys(reader: Reader, record: object, options: dict[str, Any]) -> list[str]:
+def unread_keys(reader: Reader, record: object, options: Mapping[str, object]) -> list[str]:
     """Return the keys of a record that its reader does not read, with those of its turns and items; each once.
 
     There are none for a reader that declares no keys, such as a user's own.

@@ -31,9 +31,6 @@ MAX_FLAT_ELEMENTS = 2**20
 GROUP_NORMS = ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload")
 """Methods of DeepSpeed's sharding optimisers that compute the norm of a group of parameters, in each step."""
 
-Tensors = Mapping[str, Sequence[Tensor]]
-"""Part -> its tensors on this rank."""
-
 
 class UpdatingTrainer(Protocol):
     """What is asked of the run's `VLMTrainer`."""

@@ -99,7 +99,7 @@ class ObjectiveTrainer(Protocol):
     state: TrainerState
 
     def evaluation_batches(
-        self, dataset: Dataset[object], title: str, collate: Callable[[Sequence[Any]], Any] | None = None
+        self, dataset: Dataset[object], title: str, collate: Collate | None = None
     ) -> Iterator[Inputs]:
         """Yield this rank's batches of a data set on the device; the model is in evaluation mode then.
 

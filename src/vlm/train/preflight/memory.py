@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from vlm.config.schema import RunConfig
 from vlm.data.batching.stats import ModelInputs
 from vlm.train.optimizers import make_optimizer
-from vlm.train.parts import Part, make_parts
+from vlm.train.parts import make_parts
 from vlm.train.preflight.fake_step import BatchShape, StepBytes, copy_to_fake, count_step_bytes
 from vlm.train.preflight.live_bytes import LiveBytes
 
@@ -163,16 +163,6 @@ def predict_sharded(
         yield "fsdp2", held // ranks + gathered + bare, 0
     yield "zero2 + offload", weights + gradients // ranks + bare, master // ranks
     yield "zero3 + offload", gathered + gradients // ranks + bare, (weights + master) // ranks
-
-
-def describe_parts(parts: Sequence[Part]) -> list[tuple[str, str, int, int, float | None]]:
-    """Return name, source, parameters, trained parameters and rate of each part."""
-    rows = []
-    for part in parts:
-        counts = [(_num_elements(parameter), parameter.requires_grad) for parameter in part.parameters.values()]
-        trained = sum(count for count, trains in counts if trains)
-        rows.append((part.name, part.source, sum(count for count, _ in counts), trained, part.learning_rate))
-    return rows
 
 
 def _bytes(tensor: Tensor) -> int:
