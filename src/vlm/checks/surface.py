@@ -31,9 +31,9 @@ class Reaching:
         return f"{self.key}={value}: it {self.reach.effect}, so it is taken on the command line only"
 
 
-def find_reaching(config: object, prefix: str = "") -> Iterator[Reaching]:
+def find_reaching(config: object) -> Iterator[Reaching]:
     """Yield the keys of a configuration, a dataclass of the schema, whose values reach beyond the run."""
-    for key, value, reach in iter_reach(config, prefix):
+    for key, value, reach in iter_reach(config, ""):
         items = value if isinstance(value, list) else [value]
         if any(item is not None and not reach.is_harmless(item) for item in items):
             yield Reaching(key, value, reach)

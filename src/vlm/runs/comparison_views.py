@@ -19,7 +19,7 @@ TITLES = ("run", "state", "step", "loss", "eval loss", "tokens/s", "duration")
 MAX_SAMPLES_SHOWN, MAX_SAMPLES = 3, 24
 """Samples that a terminal and a page show."""
 MAX_VALUE = 60
-"""Characters of a setting and of an answer that a terminal shows."""
+"""Characters of a setting that a terminal shows."""
 MAX_IMAGE_BYTES = 8 << 20
 CURVES = ("loss", "eval_loss")
 MORE_CURVES = ("grad_norm", "tokens_per_second")

@@ -356,11 +356,11 @@ def read_run(folder: Path, name: str | None = None) -> RunDirectory:
     raise ValueError(f"{folder}: this is no run directory; {hint}")
 
 
-def find_runs(parent: Path, depth: int = MAX_RUN_DEPTH) -> list[RunDirectory]:
+def find_runs(parent: Path) -> list[RunDirectory]:
     """Return the runs below a folder, the newest first; the folder's own where it is a run directory."""
     if is_run_directory(parent):
         return [RunDirectory(parent)]
-    folders = find_run_folders(parent, depth)
+    folders = find_run_folders(parent)
     runs = [RunDirectory(folder, folder.relative_to(parent).as_posix()) for folder in folders]
     return sorted(runs, key=lambda run: run.started or 0.0, reverse=True)
 

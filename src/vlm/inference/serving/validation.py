@@ -147,7 +147,7 @@ def check_texts(request: ChatRequest, config: ServingConfig) -> None:
         refuse_characters("tools", config.max_characters)
 
 
-def check_messages(messages: Sequence[Message], config: ServingConfig, param: str = "messages") -> None:
+def check_messages(messages: Sequence[Message], config: ServingConfig) -> None:
     """Refuse a conversation with more characters or images than allowed."""
     characters = images = 0
     for message in messages:
@@ -160,9 +160,9 @@ def check_messages(messages: Sequence[Message], config: ServingConfig, param: st
             characters += len(message.refusal or "")
             characters += sum(len(call.function.arguments) for call in message.tool_calls or ())
     if characters > config.max_characters:
-        refuse_characters(param, config.max_characters)
+        refuse_characters("messages", config.max_characters)
     if images > config.max_images:
-        refuse_beyond(param, f"{images} images", "max_images", config.max_images)
+        refuse_beyond("messages", f"{images} images", "max_images", config.max_images)
 
 
 def count_characters(value: object) -> int:

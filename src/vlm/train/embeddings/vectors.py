@@ -84,9 +84,9 @@ def mean_loss(vectors: Tensor, members: Members, options: Mapping[str, object]) 
     return total
 
 
-def evaluation_metrics(vectors: Vectors, num_resamples: int = 0) -> dict[str, float]:
+def evaluation_metrics(vectors: Vectors) -> dict[str, float]:
     """Return loss and metrics of vectors, as evaluations log them."""
-    scores = embedding_scores(vectors.vectors, vectors.members, num_resamples=num_resamples)
+    scores = embedding_scores(vectors.vectors, vectors.members, num_resamples=0)
     values = {name: score.value for name, score in scores.items() if score.value is not None}
     return {"loss": vectors.loss, **values}
 
