@@ -3,13 +3,22 @@
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import ProcessorMixin
 
 from vlm.data.processor import Tools
 from vlm.families.table import Family
-from vlm.models.processing_messages import FIXED_CLOCK, FIXED_DATE, Message, thinks
+from vlm.models.processing_messages import FIXED_CLOCK, FIXED_DATE, HasSettings, Message, thinks
 from vlm.models.text_processing import bounded_template
+
+
+class TemplateTokenizer(HasSettings, Protocol):
+    """A tokenizer, as far as it renders chat templates."""
+
+    def apply_chat_template(self, conversation: list[Message], **options: object) -> str:
+        """Return a conversation as text, where `tokenize` is false."""
+        ...
 
 
 class FamilyTemplate:
@@ -25,7 +34,7 @@ class FamilyTemplate:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: TemplateTokenizer,
         family: Family,
         own: str | None,
         image_token: str,
@@ -83,7 +92,7 @@ class FamilyTemplate:
 
 
 def render_template(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[Message], *, add_generation_prompt: bool = False,
+    tokenizer: TemplateTokenizer, template: str, messages: list[Message], *, add_generation_prompt: bool = False,
     tools: Tools | None = None, enable_thinking: bool | None = None,
 ) -> str:  # fmt: skip
     """Return messages as text, with the same date every day; a template that loops is ended."""

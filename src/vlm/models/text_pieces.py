@@ -74,4 +74,6 @@ class TextSplitter:
         """Return whether a word starts behind a special token, where the tokenizer would leave that out at a blank."""
         if self.prepend_scheme != "always" or not text.startswith(BLANKS, token.end()):
             return False
-        return not self.tokenizer.added_tokens_decoder[self.tokenizer.convert_tokens_to_ids(token.group())].rstrip
+        number = self.tokenizer.convert_tokens_to_ids(token.group())
+        assert isinstance(number, int)
+        return not self.tokenizer.added_tokens_decoder[number].rstrip

@@ -119,7 +119,7 @@ class DownloadLedger:
         """Write the outcome of a row."""
         row = outcome.row
         if outcome.image is None:
-            failure = {"row": row.number, "url": row.url, "reason": outcome.reason, "detail": outcome.detail}
+            failure: Record = {"row": row.number, "url": row.url, "reason": outcome.reason, "detail": outcome.detail}
             if option := OPTION_BEHIND.get(outcome.reason):
                 failure[option] = self._options[option]
             append_line(self._failures, failure)
