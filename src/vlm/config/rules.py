@@ -10,7 +10,7 @@ only.
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass
 from math import inf
-from typing import get_args
+from typing import Any, get_args
 
 from vlm.config.named import is_custom_name
 
@@ -48,7 +48,7 @@ class Bounds:
     is_open_below: bool = False
     is_open_above: bool = False
 
-    def allows(self, value: float) -> bool:
+    def allows(self, value: Any) -> bool:
         """Return whether a number is in the range."""
         above = value > self.lower if self.is_open_below else value >= self.lower
         return above and (value < self.upper if self.is_open_above else value <= self.upper)
