@@ -2,8 +2,8 @@
 
 The tests need no network, no GPU and no trained weights. `world` is one composition with its records, for runs;
 `parts` has every kind of part, for contract tests. Runs leave out what costs a tiny one more than its steps do:
-plots, unless a test asks for them, waiting until the disk has a file, and counting equal models' operations again, or
-proving again that they are loaded as they are saved.
+plots and the report, unless a test asks for them, waiting until the disk has a file, and counting equal models'
+operations again, or proving again that they are loaded as they are saved.
 """
 
 import copy
@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ from vlm.config.named import permit_names
 from vlm.config.packaged import group_names
 from vlm.config.schema import RunConfig
 from vlm.data.encoding.labels import read_template
+from vlm.train import reporting
 from vlm.train import run as run_module
 from vlm.train.checkpoints.find import find_whole_checkpoint
 from vlm.train.checkpoints.manifest import MANIFEST, Manifest, hash_file, list_files, read_manifest
@@ -268,9 +269,17 @@ def quick_report(*, plots: bool = False) -> Iterator[None]:
 
 
 def run_lightly(config: RunConfig, name: str, overrides: list[str], *, plots: bool = False) -> Path:
-    """Run a configuration to its end, as the command line would; plots are drawn where `plots` is set."""
-    with plots_drawn() if plots else nullcontext():
+    """Run a configuration to its end, as the command line would; plots and report are made where `plots` is set."""
+    with plots_drawn() if plots else no_report():
         return run(config, name, [word.split("=")[0].replace("/", ".") for word in overrides])
+
+
+@contextmanager
+def no_report() -> Iterator[None]:
+    """Write no `report.html` at the end of a run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "try_to_write_report", lambda folder, state: None)
+        yield
 
 
 @contextmanager
