@@ -24,7 +24,7 @@ def packing_problems(config: RunConfig, *, takes_loss_weights: bool = True) -> I
         yield from _best_fit_problems(config)
     elif trainer.loss_average == "micro_batch" and not takes_loss_weights:
         yield (
-            f"trainer.loss_average=micro_batch: trainer.objective={trainer.objective} does not weigh the losses of "
+            f"trainer.loss_average=micro_batch: trainer.objective={trainer.objective} does not weight the losses of "
             "packed rows, in which micro-batches share rows (Objective.takes_loss_weights). Choose token, or "
             "trainer.packing=false"
         )

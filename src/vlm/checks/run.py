@@ -89,7 +89,7 @@ def _problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
 def _loss_weight_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
     """Yield keys that weigh losses where the objective does not."""
     for key in () if objective.takes_loss_weights else loss_weight_keys(config.dataset):
-        yield f"{key}: this run's objective does not weigh losses (Objective.takes_loss_weights); leave it out"
+        yield f"{key}: this run's objective does not weight losses (Objective.takes_loss_weights); leave it out"
 
 
 def _path_problems(config: RunConfig) -> Iterator[str]:

@@ -84,7 +84,7 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said_to_be_unchecked(
 def test_a_named_checkpoint_has_to_be_whole(run: Path):
     assert require_whole_checkpoint(run / "checkpoint-4") == run / "checkpoint-4"
     (run / "checkpoint-4" / "weights").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint-4: weights has 0 bytes in place of 100\. Name another one"):
+    with pytest.raises(ValueError, match=r"checkpoint-4: weights has 0 bytes instead of 100\. Name another checkpoint"):
         require_whole_checkpoint(run / "checkpoint-4")
     assert (run / "checkpoint-4").is_dir()
 
@@ -113,7 +113,7 @@ def test_one_that_cannot_be_removed_stays(run: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(find, "remove_folder", fails)
     remove_old_checkpoints(run, 2)
-    assert "checkpoint-2 could not be removed ([Errno 28] No space left on device), so it stays" in caplog.text
+    assert "checkpoint-2 could not be removed ([Errno 28] No space left on device)" in caplog.text
 
 
 def test_the_best_one_stays_besides(run: Path):
@@ -137,7 +137,7 @@ def test_pickles_of_others_are_not_read(tmp_path: Path, place: str):
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "link").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
     require_own_checkpoint(tmp_path / "run" / "checkpoint-1", tmp_path / "run")
-    with pytest.raises(ValueError, match="read checkpoints of their own directory alone"):
+    with pytest.raises(ValueError, match="only read checkpoints in their own directory"):
         require_own_checkpoint(tmp_path / place, tmp_path / "run")
 
 
@@ -157,5 +157,5 @@ def test_a_checkpoint_of_its_own_does_not_lead_elsewhere(tmp_path: Path, way: st
     else:
         content = {"latest": "../../theirs", "root": str(tmp_path / "theirs"), "nothing": ""}[way]
         (checkpoint / "latest").write_text(content)
-    with pytest.raises(ValueError, match="such runs read checkpoints of their own directory alone"):
+    with pytest.raises(ValueError, match="such runs only read checkpoints in their own directory"):
         require_own_checkpoint(checkpoint, tmp_path / "run")

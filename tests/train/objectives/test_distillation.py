@@ -312,7 +312,7 @@ def test_other_supervised_tokens_are_refused(distil: Callable[..., Path]):
 
 def test_packed_rows_of_another_processor_are_refused(distil: Callable[..., Path], parts: Parts):
     words = [f"model.visual_encoder.hf_name={parts.encoder('dinov2')}", "trainer.packing=true"]
-    with pytest.raises(ValueError, match=r"it reads other ids, pixels or positions .* keep its logits"):
+    with pytest.raises(ValueError, match=r"its ids, pixels or positions differ .* cache its logits"):
         distil("run", *words)
 
 

@@ -131,7 +131,7 @@ def puts(column: str, value: Any, place: int = 5) -> Callable[[int, dict], None]
 
 
 REFUSED: dict[str, tuple[str, str, Callable[[int, dict], None], list[str], str]] = {
-    "no label": ("head-classification", "colour", drops_label, [], r"1 of 48 train records have no label, the"),
+    "no label": ("head-classification", "colour", drops_label, [], r"1 of 48 train records have no label; the"),
     "unknown": ("head-classification", "colour", puts("colour", "pink"), ["model.head.labels=[red,green,blue]"],
                 r"'pink' is not one of its labels"),
     "absent": ("head-classification", "colour", puts("id", "5"), ["model.head.labels=[red,green,blue,pink]"],

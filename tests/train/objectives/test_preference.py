@@ -212,7 +212,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(train: Train, pairs: list
     assert logged(resumed, "kl")[-2:] == logged(whole, "kl")[-2:]
     shutil.rmtree(cache / reference.FOLDER)  # the resumed run has put it there again
     shutil.rmtree(tmp_path / "lost" / reference.FOLDER)
-    with pytest.raises(ValueError, match="the model is trained by now"):
+    with pytest.raises(ValueError, match="the model has since been trained"):
         train("preference-smol", tmp_path / "lost", *words)
 
 

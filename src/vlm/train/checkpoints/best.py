@@ -81,7 +81,7 @@ class BestModel:
                 log.info("%s is undefined at step %d, so trainer.keep_best ignores it", self.name, step)
                 return False
             known = ", ".join(sorted(metrics))
-            raise ValueError(f"trainer.keep_best={self.name}: no evaluation measures it; they measure {known}")
+            raise ValueError(f"trainer.keep_best={self.name}: no evaluation measures it; allowed are {known}")
         if math.isnan(value) or (self.best is not None and self.sign * value <= self.sign * self.best.value):
             return False
         self.best, self.before = BestEvaluation(value, step), self.best

@@ -43,8 +43,9 @@ class SavedParameters(Mapping[str, SavedParameter]):
         for key, value in saved.states.items():
             if value.ndim and (value.shape != saved.weight.shape or not value.is_floating_point()):
                 raise ValueError(
-                    f"trainer.optim: its state {key} of {name} is {tuple(value.shape)} {value.dtype}, which another "
-                    "world cannot share out as it does the weight. Resume in the world that wrote the checkpoint"
+                    f"trainer.optim: its state {key} of {name} is {tuple(value.shape)} {value.dtype}, which cannot be "
+                    "sharded like the weight. Resume with the number of ranks and the sharding that wrote the "
+                    "checkpoint"
                 )
         return saved
 

@@ -54,8 +54,8 @@ def open_deepspeed(checkpoint: Path, names: Sequence[str], trained: Collection[s
         return SavedParameters(whole | buffers, (whole | buffers).__getitem__)
     if len(optimizer_files) != (number := model_state["dp_world_size"]):
         raise ValueError(
-            f"{folder}: it has the shards of {len(optimizer_files)} of {number} ranks, and another world needs all. "
-            "Bring those of all nodes together, or resume in the world that wrote it"
+            f"{folder}: it has the shards of {len(optimizer_files)} of {number} ranks, and all are needed to change "
+            "ranks. Copy the shards of all nodes into it, or resume with the ranks and the sharding that wrote it"
         )
     ranks = [
         torch.load(file, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
@@ -164,8 +164,9 @@ def put_into_engine(engine: Any, saved: Mapping[str, SavedParameter], checkpoint
     zero = engine.optimizer
     if getattr(zero, "swap_optimizer", False):
         raise ValueError(
-            f"{checkpoint}: it is read parameter by parameter, which does not reach optimiser states on disks "
-            "(trainer.deepspeed.zero_optimization.offload_optimizer.device=nvme). Resume in the world that wrote it"
+            f"{checkpoint}: optimiser states that are offloaded to a disk cannot be resharded "
+            "(trainer.deepspeed.zero_optimization.offload_optimizer.device=nvme). Resume with the ranks and the "
+            "sharding that wrote it"
         )
     names = engine.param_names
     on_device = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)

@@ -69,8 +69,8 @@ def require_whole_checkpoint(checkpoint: Path) -> Path:
     """
     if problems := find_problems_together(checkpoint):
         raise ValueError(
-            f"trainer.resume_from_checkpoint={checkpoint}: {'; '.join(problems)}. Name another one, or `auto` "
-            "for the newest of trainer.output_dir that is whole"
+            f"trainer.resume_from_checkpoint={checkpoint}: {'; '.join(problems)}. Name another checkpoint, or `auto` "
+            "for the newest complete one in trainer.output_dir"
         )
     return checkpoint
 
@@ -85,7 +85,7 @@ def require_own_checkpoint(checkpoint: Path, run_directory: Path) -> None:
     if real.parent != run_directory.resolve() or any(_leads_out(real)):
         raise ValueError(
             f"trainer.resume_from_checkpoint={checkpoint}: files of sharded runs (trainer.deepspeed, trainer.sharding) "
-            "can run code when they are read, so such runs read checkpoints of their own directory alone, "
+            "can run code when they are read, so such runs only read checkpoints in their own directory, "
             f"trainer.output_dir={run_directory}. If you trust this checkpoint, copy its folder there"
         )
 
@@ -122,7 +122,9 @@ def find_problems_together(checkpoint: Path) -> list[str]:
     problems += find_file_problems(checkpoint, {name: files[name] for name in share})
     gathered = list(dict.fromkeys(chain(*all_gather_objects(problems))))
     if legacy and not gathered and rank_and_world_size()[0] == 0:
-        log.warning("%s is of an earlier version and has no manifest, so its files were not checked", checkpoint)
+        log.warning(
+            "%s was written by an earlier version and has no manifest, so its files were not checked", checkpoint
+        )
     more = [f"and {len(gathered) - MAX_PROBLEMS} more files"] if len(gathered) > MAX_PROBLEMS else []
     return gathered[:MAX_PROBLEMS] + more
 
@@ -140,7 +142,7 @@ def set_aside(checkpoint: Path, ending: str, reason: str) -> None:
     except OSError as error:
         failure = error
     if rank_and_world_size()[0] == 0:
-        outcome = f"it is {target.name} now" if failure is None else f"it could not be renamed ({failure})"
+        outcome = f"it was renamed to {target.name}" if failure is None else f"it could not be renamed ({failure})"
         log.warning("%s %s; %s", checkpoint, reason, outcome)
     barrier()
 
@@ -153,7 +155,7 @@ def set_aside_later(checkpoint: Path, run_directory: Path) -> None:
     for step in sorted(set(chain(*all_gather_objects(list(list_checkpoints(run_directory)))))):
         if first is not None and step > first:
             folder = run_directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            set_aside(folder, SUPERSEDED, f"is later than {checkpoint.name}, from which the run goes on")
+            set_aside(folder, SUPERSEDED, f"is later than {checkpoint.name}, from which the run resumes")
 
 
 def remove_old_checkpoints(run_directory: Path, limit: int | None, best_step: int | None = None) -> None:
@@ -165,7 +167,7 @@ def remove_old_checkpoints(run_directory: Path, limit: int | None, best_step: in
         try:
             remove_folder(checkpoint)
         except OSError as error:  # the new one is whole all the same
-            log.warning("%s could not be removed (%s), so it stays", checkpoint, error)
+            log.warning("%s could not be removed (%s)", checkpoint, error)
 
 
 def _whole_checkpoints(run_directory: Path, best_step: int | None) -> Iterator[Path]:

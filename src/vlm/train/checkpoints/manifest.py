@@ -60,11 +60,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         content = json.loads(text)["content"]
     except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing: it was not written to its end") from None
+        raise ValueError(f"{MANIFEST} is missing: the checkpoint is not complete") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
     if text != _with_hash(content):
-        raise ValueError(f"{MANIFEST} does not hold what was written: its hash differs")
+        raise ValueError(f"{MANIFEST} has changed since it was written: its hash differs")
     if content["format"] != FORMAT:
         raise ValueError(f"{MANIFEST} has format {content['format']}; this version of vlm reads {FORMAT}")
     files = {name: FileRecord(**record) for name, record in content["files"].items()}
@@ -100,9 +100,9 @@ def find_file_problems(checkpoint: Path, files: dict[str, FileRecord], *, hashes
         try:
             size = (checkpoint / name).stat().st_size
             if size != expected.size:
-                problems.append(f"{name} has {size:,} bytes in place of {expected.size:,}")
+                problems.append(f"{name} has {size:,} bytes instead of {expected.size:,}")
             elif hashes and hash_file(checkpoint / name) != expected:
-                problems.append(f"{name} does not hold what was written: its hash differs")
+                problems.append(f"{name} has changed since it was written: its hash differs")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
         except OSError as error:

@@ -203,7 +203,7 @@ class SavingTrainer(Trainer):
         except SaveError:
             best.revert()  # the folder has the best model before this one
             raise
-        log.info("%s holds the model of %s", folder, best.describe())
+        log.info("%s now has the model of %s", folder, best.describe())
 
     def _begin_checkpoint(self, checkpoint: Path, model: torch.nn.Module, trial: None) -> None:
         """Write a checkpoint but for what makes it one: its manifest and its name."""

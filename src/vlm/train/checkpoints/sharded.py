@@ -69,7 +69,7 @@ def _make_state(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str
             if value.numel() > 1 and value.shape != tensor.shape:
                 raise ValueError(
                     f"trainer.optim: the state {key} of {name} has the shape {tuple(value.shape)}, and the weight "
-                    f"{tuple(tensor.shape)}. Under trainer.sharding=fsdp2, states need the shapes of their weights"
+                    f"{tuple(tensor.shape)}. With trainer.sharding=fsdp2, a state must have the shape of its weight"
                 )
             state[f"state:{name}:{key}"] = value
     return state
@@ -119,8 +119,8 @@ def saved_names(checkpoint: Path) -> set[str]:
 def _read_metadata(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     if not (checkpoint / FOLDER).is_dir():
         raise ValueError(
-            f"{checkpoint}: no folder {FOLDER} in it, which a run with trainer.sharding=fsdp2 would have written; "
-            "resume with the trainer.deepspeed or trainer.sharding that it was made with"
+            f"{checkpoint}: it has no folder {FOLDER}, so it was not written with trainer.sharding=fsdp2; "
+            "resume with its own trainer.deepspeed or trainer.sharding"
         )
     return dcp.FileSystemReader(checkpoint / FOLDER).read_metadata().state_dict_metadata  # pyright: ignore[reportReturnType]
 

@@ -35,16 +35,16 @@ class CheckpointTrainer(SavingTrainer):
         path = Path(resume_from_checkpoint, TRAINED_WEIGHTS)
         if not path.is_file():
             raise ValueError(
-                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: no {TRAINED_WEIGHTS} in it; a checkpoint "
-                "written under DeepSpeed is resumed with the same trainer.deepspeed."
+                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it has no {TRAINED_WEIGHTS}; a checkpoint "
+                "that DeepSpeed wrote must be resumed with the same trainer.deepspeed."
             )
         state = load_file(path)
         self._check_trains_the_same(path.parent, state.keys())
         trained = trained_tensors(self.model, self.parts)
         if different := [name for name in sorted(state) if state[name].shape != trained[name].shape]:
             raise ValueError(
-                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: its weights have other shapes than those of "
-                f"this run, for example {different[:3]}. Resume with the model and trainer.lora that it was made with."
+                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: the shapes of its weights differ from "
+                f"those of this run, for example {different[:3]}. Resume with its own model and trainer.lora."
             )
         self.model.load_state_dict(state, strict=False)
 
@@ -81,8 +81,8 @@ class CheckpointTrainer(SavingTrainer):
             loaded, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             if loaded is None:
                 raise ValueError(
-                    f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it was not written under DeepSpeed, and "
-                    "this run trains with it. Resume with the trainer.deepspeed that it was made with."
+                    f"trainer.resume_from_checkpoint={resume_from_checkpoint}: DeepSpeed did not write it, and "
+                    "this run uses DeepSpeed. Resume with the trainer.deepspeed of the checkpoint."
                 )
         self._load_schedule(checkpoint)
         return prepared
@@ -120,6 +120,6 @@ class CheckpointTrainer(SavingTrainer):
         trained = trained_tensors(self.model, self.parts).keys()
         if different := sorted(trained ^ set(saved)):
             raise ValueError(
-                f"trainer.resume_from_checkpoint={checkpoint}: it does not train what this run does, for example "
-                f"{different[:3]}. Resume with the trainer.unfreeze and trainer.lora that it was made with."
+                f"trainer.resume_from_checkpoint={checkpoint}: it has other trained parameters than this run, for "
+                f"example {different[:3]}. Resume with its own trainer.unfreeze and trainer.lora."
             )

@@ -98,9 +98,9 @@ def find_world_problem(checkpoint: Path, present: World, *, accepts_other_steps:
     wrote += f" (sharding: {present.sharding})"
     if saved.layout != present.layout:
         if "fp16" in (saved.precision, present.precision):
-            return f"{wrote}; the scale of fp16 gradients is not carried over. Resume in the world that wrote it"
+            return f"{wrote}; the loss scale of fp16 cannot be carried over. Resume with the same ranks and sharding"
         if saved.is_half_zero0 or present.is_half_zero0:
-            return f"{wrote}; zero0 in half precision is not converted. Resume in the world that wrote it, or use zero1"
+            return f"{wrote}; zero0 in half precision cannot be converted. Keep the ranks and sharding, or use zero1"
     if saved.samples != present.samples and not accepts_other_steps:
         return f"{wrote}; {_batch_advice(saved, present)}"
     differs = saved.loss_average == "micro_batch" and saved.batch_size != present.batch_size
@@ -113,15 +113,15 @@ def find_world_problem(checkpoint: Path, present: World, *, accepts_other_steps:
         return f"{wrote}; each rank reads a share of a stream (dataset.streaming=true). Resume on {saved.ranks} rank(s)"
     if saved.ranks != present.ranks and (saved.packs_best_fit or present.packs_best_fit):
         return (
-            f"{wrote}; trainer.packing_strategy=best_fit fills rows for a number of ranks. Resume on {saved.ranks} "
-            "rank(s); packing_strategy=step has no such limit"
+            f"{wrote}; trainer.packing_strategy=best_fit fills rows for a given number of ranks. Resume on "
+            f"{saved.ranks} rank(s); packing_strategy=step has no such limit"
         )
     return None
 
 
 def _batch_advice(saved: World, present: World) -> str:
     """Return how a step gets as many samples as it had."""
-    had = f"a step had {saved.samples} samples, and would have {present.samples}"
+    had = f"a step had {saved.samples} samples and would now have {present.samples}"
     if saved.samples % (present.ranks * present.batch_size) == 0:
         needed = saved.samples // (present.ranks * present.batch_size)
         return f"{had}. Set trainer.gradient_accumulation_steps={needed}"

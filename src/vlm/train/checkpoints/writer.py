@@ -235,7 +235,7 @@ class FolderWriter:
             while not path.exists():
                 if time.monotonic() > deadline:
                     raise SaveError(
-                        f"{path} was written by another rank, and {socket.gethostname()} does not see it. Choose a "
+                        f"{path} was written by another rank, and {socket.gethostname()} cannot read it. Choose a "
                         "trainer.output_dir that all nodes share, or set trainer.save_on_each_node=true"
                     )
                 time.sleep(0.1)
@@ -258,9 +258,9 @@ class FolderWriter:
         folder = self.target.parent
         free = free_bytes(folder)
         if getattr(error, "errno", None) not in FULL_ERRORS and free >= self.num_bytes:
-            return f"{self.target} could not be saved: {error}. What was saved before is as it was"
-        quota = ", or a quota is used up" if free >= self.num_bytes else ""
+            return f"{self.target} could not be saved: {error}. Earlier checkpoints are unchanged"
+        quota = ", so a quota may be used up" if free >= self.num_bytes else ""
         return (
             f"{self.target} could not be saved: the disk {mount_point(folder)} is full. {format_bytes(self.num_bytes)} "
-            f"are needed and {format_bytes(free)} are free{quota}. Free some space; what was saved before is as it was"
+            f"are needed and {format_bytes(free)} are free{quota}. Free some space. Earlier checkpoints are unchanged"
         )

@@ -68,20 +68,20 @@ def describe_worker_death(reason: str, config: RunConfig) -> str:
     trainer = config.trainer
     workers = f"trainer.dataloader_num_workers (now {trainer.dataloader_num_workers})"
     if "Bus error" in reason or "shared memory" in reason:
-        cause = "there was no room left in shared memory (/dev/shm)"
+        cause = "shared memory (/dev/shm) is full"
         advice = f"Make it larger (docker run --shm-size=16g), or lower {workers}."
     elif "signal: Killed" in reason or "exited unexpectedly" in reason:
-        cause = "most likely the system killed it because memory ran out (dmesg says so)"
+        cause = "the system has probably killed it because memory ran out (see dmesg)"
         advice = f"Lower {workers}{_smaller_buffers(config.dataset, trainer.dataloader_prefetch_factor)}."
     else:
         cause = reason.split("\n")[0].rstrip(".")
-        advice = "trainer.dataloader_num_workers=0 reads records in the run's own process, where the error shows."
-    again = "The same command goes on from the newest checkpoint."
+        advice = "With trainer.dataloader_num_workers=0, the run reads records in its own process and shows the error."
+    again = "The same command resumes from the newest checkpoint."
     return f"A data worker died (process {pids}): {cause}. {advice} {again}"
 
 
 def _smaller_buffers(data: DatasetConfig, prefetch: int | None) -> str:
     """Return what else holds memory in data workers."""
-    keys = f", or trainer.dataloader_prefetch_factor (now {prefetch or 2} batches a worker)"
-    buffer = f", or dataset.shuffle_buffer (now {data.shuffle_buffer:,} records a worker)"
+    keys = f", or trainer.dataloader_prefetch_factor (now {prefetch or 2} batches per worker)"
+    buffer = f", or dataset.shuffle_buffer (now {data.shuffle_buffer:,} records per worker)"
     return f"{keys}{buffer}" if data.streaming else keys

@@ -48,7 +48,7 @@ def explain_out_of_memory(trainer: MemoryHolder, config: RunConfig) -> Iterator[
         held = describe_held(measure_held(trainer), trainer.args.device)
         keys = "; ".join(list_remedies(config))
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OutOfMemory(f"Memory ran out: {reason}\n{held}\nWhat lowers it, in order: {keys}.") from error
+        raise OutOfMemory(f"Memory ran out: {reason}\n{held}\nTry in this order: {keys}.") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -100,8 +100,8 @@ def describe_held(held: dict[str, int], device: torch.device) -> str:
     rest = max(total - sum(gib.values()), 0.0)
     parts = ", ".join(f"{name} {size:.2f} GiB" for name, size in gib.items())
     where = "the device" if device.type != "cpu" else "this process"
-    others = f"activations of the batch and the rest {rest:.2f} GiB ({total:.2f} GiB in all at most)"
-    return f"What held it on {where}: {parts}, {others}."
+    others = f"activations and everything else {rest:.2f} GiB ({total:.2f} GiB in all at most)"
+    return f"It was used on {where} by: {parts}, {others}."
 
 
 def list_remedies(config: RunConfig) -> list[str]:
@@ -125,7 +125,7 @@ def list_remedies(config: RunConfig) -> list[str]:
     if data.max_length is None or data.max_length > 512:
         remedies.append(f"dataset.max_length (now {data.max_length})")
     if trainer.unfreeze.train_language_model or trainer.unfreeze.train_vision_model:
-        remedies.append("adapters in place of whole parts (trainer.lora)")
+        remedies.append("adapters instead of whole parts (trainer.lora)")
     if data.streaming or trainer.dataloader_num_workers:
         workers = f"trainer.dataloader_num_workers (now {trainer.dataloader_num_workers})"
         remedies.append(f"for the memory of the machine, {workers}")

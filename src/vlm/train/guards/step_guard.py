@@ -151,26 +151,27 @@ class StepGuard:
         """Act on what was found at a step, as the options say; return whether its update is applied all the same."""
         self._write_step(action, found)
         where = f"Step {self.step.number}: {found}"
-        listed = f"Its samples are in {self.folder / GUARD_FILE}"
+        listed = f"{self.folder / GUARD_FILE} lists its samples"
         if action == WARN:
             if self.is_writer:
                 log.warning("%s. %s.", where, listed)
             return True
         if action == STOP:
             self.stop(
-                f"{where}. Its update was not applied. {listed}, those of this step on its last line. Checkpoints in "
+                f"{where}. Its update was not applied. {listed} on its last line. Checkpoints in "
                 f"{self.folder} are of earlier steps, and their weights are finite. Lower the learning rate, train "
-                "in bf16 or fp32 instead of fp16, or look at the samples; trainer.on_nonfinite=skip leaves such out."
+                "in bf16 or fp32 instead of fp16, or look at the samples; trainer.on_nonfinite=skip skips such steps."
             )
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.options.max_skipped_steps:
             self.stop(
-                f"{where}. Updates left out in a row: {self.skipped_in_a_row}, and at most trainer.max_skipped_steps="
-                f"{self.options.max_skipped_steps} may be. {listed}. Lower the learning rate, or look at the samples."
+                f"{where}. {self.skipped_in_a_row} updates in a row were skipped; allowed are "
+                f"trainer.max_skipped_steps={self.options.max_skipped_steps}. {listed}. Lower the learning rate, or "
+                "look at the samples."
             )
         if self.is_writer:
-            log.warning("%s. Its update is left out (%d so far). %s.", where, self.skipped, listed)
+            log.warning("%s. Its update is skipped (%d so far). %s.", where, self.skipped, listed)
         return False
 
     def stop(self, message: str) -> None:

@@ -52,7 +52,7 @@ class GuardedUpdate:
             )
         if self.guard.skips_spikes and engine.fp16_enabled():
             raise ValueError(
-                "trainer.spike_action=skip: under DeepSpeed in fp16 it would lower the loss scale; train in bf16, "
+                "trainer.spike_action=skip: with DeepSpeed and fp16 it would lower the loss scale; train in bf16, "
                 "leave trainer.deepspeed out, or trainer.spike_action=warn"
             )
         if stage == 3 and self.guard.skips_spikes:
@@ -63,8 +63,8 @@ class GuardedUpdate:
             self._judge_plain_optimizer(engine)
         elif stage == 0 and self.guard.skips_spikes:
             raise ValueError(
-                "trainer.spike_action=skip: with trainer.deepspeed=zero0 in half precision DeepSpeed has no place for "
-                "it; choose zero2, leave trainer.deepspeed out, or trainer.spike_action=warn"
+                "trainer.spike_action=skip: DeepSpeed cannot skip an update with trainer.deepspeed=zero0 in half "
+                "precision; choose zero2, leave trainer.deepspeed out, or trainer.spike_action=warn"
             )
 
     def finish(self, model: nn.Module, norm: Tensor | float | None) -> bool:

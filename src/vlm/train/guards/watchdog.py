@@ -107,7 +107,7 @@ class Watchdog:
                 if self._has_progress():
                     self._progress_at = time.monotonic()
                 elif time.monotonic() - self._progress_at > self.stuck_after:
-                    self._end(f"no rank got anything done for trainer.stuck_after={self.stuck_after:g} seconds")
+                    self._end(f"no rank has made progress for trainer.stuck_after={self.stuck_after:g} seconds")
             except OSError as error:  # a disk that is full or away for a while
                 log.warning("The watchdog could not read or write %s: %s", self.heartbeats, error)
 
@@ -144,7 +144,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
         faulthandler.dump_traceback(STDERR, all_threads=True)
         self.on_end(reason)
-        log.error("Rank %d is stuck and ends: %s. The stacks of each rank are in %s.", self.rank, reason, self.stacks)
+        log.error("Rank %d is stuck and ends: %s. The stacks of all ranks are in %s.", self.rank, reason, self.stacks)
         ranks = range(self.world_size)
         deadline = time.monotonic() + 2 * self.interval + 1
         while time.monotonic() < deadline and not all(self._stack_file(rank).exists() for rank in ranks):
@@ -165,7 +165,7 @@ class Watchdog:
         except (OSError, ValueError):
             return
         if beat["host"] == socket.gethostname() and beat["pid"] != os.getpid() and psutil.pid_exists(beat["pid"]):
-            log.error("Rank %d (process %d) does not answer, as a stopped process, and is killed", rank, beat["pid"])
+            log.error("Rank %d (process %d) does not answer and is killed", rank, beat["pid"])
             os.kill(beat["pid"], signal.SIGKILL)
 
     def _file(self, rank: int) -> Path:

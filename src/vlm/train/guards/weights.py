@@ -37,6 +37,6 @@ def describe_nonfinite(names: list[str], what: str) -> str:
     """Return the message for weights that are not saved; `what` is what they would have been saved as."""
     others = f" and {len(names) - 3} others" if len(names) > 3 else ""
     return (
-        f"{what} is not written: weights are NaN or infinite ({', '.join(names[:3])}{others}), although the gradients "
-        "were finite, so an update made them so. Lower the learning rate; go on from an earlier checkpoint."
+        f"{what} is not written: weights are NaN or infinite ({', '.join(names[:3])}{others}). The gradients were "
+        "finite, so an update did this. Lower the learning rate, and resume from an earlier checkpoint."
     )

@@ -73,7 +73,7 @@ def count_flops(model: PreTrainedModel, image: ModelInputs) -> StepFlops:
     kind = model.config.model_type
     composed = is_composed_model(model)
     if is_prediction_model(model):
-        raise FlopsNotCountable(f"model_type={kind} does not learn to write alone")
+        raise FlopsNotCountable("it has prediction heads")
     if not composed and kind not in FIXED_IMAGE_SIZE_FAMILIES:
         raise FlopsNotCountable(f"the cost of an image is not the same for all in model_type={kind}")
     try:
@@ -83,7 +83,7 @@ def count_flops(model: PreTrainedModel, image: ModelInputs) -> StepFlops:
     except FlopsNotCountable:
         raise
     except Exception as error:  # any language model may come here, and no run should end for a figure in its log
-        raise FlopsNotCountable(f"without data, it does not run: {type(error).__name__}: {error}") from error
+        raise FlopsNotCountable(f"it does not run on meta tensors: {type(error).__name__}: {error}") from error
 
 
 def copy_to_meta_device(model: nn.Module) -> Any:
@@ -95,7 +95,7 @@ def copy_to_meta_device(model: nn.Module) -> Any:
         blank = torch.empty(shape, dtype=dtype, device="meta")
         if isinstance(tensor, nn.Parameter):
             if getattr(tensor, "quant_state", None) is not None or not tensor.is_floating_point():
-                raise FlopsNotCountable("it has matrices that are stored in 4 or 8 bits")
+                raise FlopsNotCountable("it has matrices in 4 or 8 bits")
             blank = nn.Parameter(blank, requires_grad=tensor.requires_grad)
         replaced[id(tensor)] = blank
     meta_model = copy.deepcopy(model, replaced)
@@ -142,7 +142,7 @@ def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
     token = (base - square * BASE_LENGTH**2) / BASE_LENGTH
     predicted = token * 3 * BASE_LENGTH + square * 9 * BASE_LENGTH**2 + supervised
     if not math.isclose(text(3 * BASE_LENGTH, 1), predicted, rel_tol=1e-9):
-        raise FlopsNotCountable("the cost of its language model is no square function of the length")
+        raise FlopsNotCountable("the cost of its language model is not a quadratic function of the length")
     return StepFlops(token, square, supervised, images.encoded, images.connected, images.batch)
 
 
@@ -166,7 +166,7 @@ def _count_active_experts(decoder: nn.Module) -> None:
         arguments = list(inspect.signature(module.forward).parameters)[: len(EXPERT_ARGUMENTS)]
         if arguments != EXPERT_ARGUMENTS or any(matrix.ndim != 3 for matrix in matrices):
             raise FlopsNotCountable(
-                "its language model has convolutions, or experts of its own kind, whose cost the lengths do not tell"
+                "its language model has convolutions or special experts, whose cost does not follow from the lengths"
             )
         module.forward = partial(_multiply_active_experts, matrices)
 

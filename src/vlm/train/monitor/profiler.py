@@ -80,7 +80,7 @@ class ProfilerCallback(TrainerCallback):
         """Write what there is of a shorter run."""
         self._stop()
         if not self.written:
-            message = "trainer.profile=true: this run had %d steps; the first %d are not in a profile, so there is none"
+            message = "trainer.profile=true: nothing was profiled: the run had %d steps, and the first %d are left out"
             log.warning(message, self.steps, SKIPPED_STEPS + WARMUP_STEPS)
 
     def _stop(self) -> None:

@@ -223,7 +223,7 @@ class SpeedMeter:
         if self.folder is None:
             return
         if not metrics:
-            log.info("Speed was not measured: the first step is left out, and there was no other")
+            log.info("Speed was not measured: the run had only one step, and the first one does not count")
             return
         steps = round(self.total_counts.steps)
         seconds = self.total_counts.seconds / self.num_ranks
@@ -234,7 +234,7 @@ class SpeedMeter:
             log.info("Operations were not counted: %s", self.note)
         elif self.peak is not None and self.flops is not None and "mfu" not in metrics:
             log.info(
-                "MFU is left out: the run is faster than the peak that was measured (%.3g TFLOP/s, busy machine). "
+                "MFU is left out: the run is faster than the measured peak (%.3g TFLOP/s; was the machine busy?). "
                 "Set trainer.peak_tflops", self.peak.tflops
             )  # fmt: skip
         summary = {

@@ -127,7 +127,7 @@ def list_changes(changes: Sequence[Change]) -> str:
 
 
 ANEW = (
-    "choose another trainer.output_dir, or begin anew in this one with trainer.resume_from_checkpoint=never, which "
+    "choose another trainer.output_dir, or start over in this one with trainer.resume_from_checkpoint=never, which "
     "sets the earlier run aside"
 )
 """What to do where a run cannot go on."""
@@ -146,14 +146,14 @@ def refuse_changes(changes: Sequence[Change], checkpoint: Path, *, accepts: bool
     """
     if impossible := [change for change in changes if change.kind is KeyClass.IMPOSSIBLE]:
         raise ValueError(
-            f"{checkpoint} cannot go on with other values of these keys:\n{list_changes(impossible)}\n"
-            f"Give them their earlier values, {ANEW}; a new stage begins with trainer.from_pretrained=…/final"
+            f"{checkpoint} cannot be resumed with other values of these keys:\n{list_changes(impossible)}\n"
+            f"Restore their earlier values, {ANEW}; to begin a new stage, set trainer.from_pretrained=…/final"
         )
     changing = [change for change in changes if change.kind is KeyClass.CHANGES_RUN]
     if changing and not accepts:
         raise ValueError(
-            f"{checkpoint} is of a run with other settings:\n{list_changes(changing)}\n"
-            f"Give them their earlier values, or take the new ones from here on with trainer.resume_changes=accept, or "
+            f"{checkpoint} belongs to a run with other settings:\n{list_changes(changing)}\n"
+            f"Restore their earlier values, or accept the new ones from here on with trainer.resume_changes=accept, or "
             f"{ANEW}"
         )
 
@@ -166,6 +166,6 @@ def refuse_changes_of_done(changes: Sequence[Change], final: Path) -> None:
     """
     if changing := [change for change in changes if change.kind is not KeyClass.SAFE]:
         raise ValueError(
-            f"{final} is of a run that is done, and had other settings:\n{list_changes(changing)}\n"
+            f"{final} belongs to a run that is done and had other settings:\n{list_changes(changing)}\n"
             f"Nothing is left to train with the new ones: {ANEW}"
         )

@@ -46,4 +46,4 @@ def set_aside_later_final(folder: Path, step: int) -> None:
         return progress is not None and progress.step > step
 
     if on_rank0(is_later):
-        set_aside(folder / FINAL, SUPERSEDED, f"is of a later step than {step}, from which the run goes on")
+        set_aside(folder / FINAL, SUPERSEDED, f"is of a later step than {step}, from which the run resumes")

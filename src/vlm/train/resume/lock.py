@@ -104,8 +104,8 @@ class RunLock:
     def _refusal(self) -> str:
         holder = read_holder(self.folder) or "another process"
         return (
-            f"trainer.output_dir={self.folder}: another run trains in it ({holder}). Wait for its end, stop it, or "
-            "choose another directory; several ranks of one run need a launcher (torchrun, deepspeed)"
+            f"trainer.output_dir={self.folder}: another run is training in it ({holder}). Wait until it ends, stop "
+            "it, or choose another directory; several ranks of one run need a launcher (torchrun, deepspeed)"
         )
 
     def _wait_for_silence(self, holder: Holder) -> None:

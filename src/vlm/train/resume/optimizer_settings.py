@@ -42,8 +42,8 @@ def apply_settings(
     if not isinstance(scheduler, LambdaLR):
         if changed:
             raise ValueError(
-                f"{changed[0]}: it cannot change in a run whose trainer.lr_scheduler_type follows what was measured; "
-                "give it its earlier value"
+                f"{changed[0]}: it cannot change in a run whose trainer.lr_scheduler_type depends on measured metrics; "
+                "restore its earlier value"
             )
         return
     if any(key.startswith("trainer.learning_rate.") for key in changed_keys):

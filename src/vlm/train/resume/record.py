@@ -136,7 +136,7 @@ def _read_run_directory(folder: Path) -> RunRecord:
     try:
         config: Facts = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: it is damaged ({error}); remove it, and nothing is compared with it") from error
+        raise ValueError(f"{file}: it is damaged ({error}); remove it to resume without comparing settings") from error
     known: Facts = {}
     if (folder / VERSIONS_FILE).is_file():
         known = json.loads((folder / VERSIONS_FILE).read_text(encoding="utf-8"))

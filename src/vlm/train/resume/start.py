@@ -68,7 +68,9 @@ def set_aside(folder: Path) -> None:
         return
     key = f"trainer.resume_from_checkpoint=never: trainer.output_dir={folder}"
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise ValueError(f"{key} holds a run and the working directory, so it is not renamed; choose another")
+        raise ValueError(
+            f"{key} contains a run and the working directory, so it cannot be renamed; choose another directory"
+        )
     lock = RunLock(folder)
     lock.acquire()
     number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
@@ -77,7 +79,7 @@ def set_aside(folder: Path) -> None:
         lock.move(target)
     except OSError as error:
         lock.release()
-        raise ValueError(f"{key} holds a run and cannot be renamed ({error.strerror or error})") from error
+        raise ValueError(f"{key} contains a run and cannot be renamed ({error.strerror or error})") from error
     log.info("trainer.resume_from_checkpoint=never: moved the earlier run from %s to %s", folder, target)
 
 
@@ -138,8 +140,8 @@ def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, no
     newest_step = None if newest is None else checkpoint_step(newest)
     if newest is None or newest_step is None or (progress is not None and newest_step < progress.step):
         raise ValueError(
-            f"trainer.output_dir={folder}: its run is done, and it has no checkpoint of its last step to go on from. "
-            f"Choose another directory, and trainer.from_pretrained={folder / FINAL} to begin with its model"
+            f"trainer.output_dir={folder}: its run is done, and there is no checkpoint of its last step to resume "
+            f"from. Choose another directory, and start from its model with trainer.from_pretrained={folder / FINAL}"
         )
     return _resume(config, folder, newest, now, world)
 
@@ -181,7 +183,7 @@ def describe_start(start: Start, folder: Path) -> str:
     if start.is_done:
         steps = f" after {start.progress.step:,} steps" if start.progress is not None else ""
         return (
-            f"The run in {folder} is done{steps}: nothing is left to do. Its model is {folder / FINAL}. To train "
+            f"The run in {folder} is done{steps}. Its model is {folder / FINAL}. To train "
             "longer, raise trainer.num_train_epochs or trainer.max_steps; to start over, set "
             "trainer.resume_from_checkpoint=never, which moves it aside"
         )
