@@ -404,7 +404,7 @@ REFUSED = {
     ),
     "unequal features": (
         {"encoder": "dinov2", "image_size": 24, "strategy": "cls+patch", "extra_encoders": {"siglip": {}}},
-        r"equally many features: .*dinov2 \(model.visual_encoder.image_size=24\) 10 features, .*siglip .* 9 features",
+        r"same number of features: .*dinov2 \(model.visual_encoder.image_size=24\) 10 features, .*siglip .* 9 features",
     ),
     "different parts of a picture": (
         {"encoder": "clip", "extra_encoders": {"siglip": {}}},
@@ -414,7 +414,7 @@ REFUSED = {
     ),
     "a size that it does not take": (
         {"encoder": "clip", "image_size": 32},
-        r"model.visual_encoder.image_size=32: .*clip does not take images of that size: Input image size \(32\*32\)",
+        r"model.visual_encoder.image_size=32: .*clip does not accept images of this size: Input image size \(32\*32\)",
     ),
     "a layer of one beside": (
         {"encoder": "clip", "image_size": 24, "extra_encoders": {"siglip": {"feature_layer": [-1, 9]}}},

@@ -83,7 +83,9 @@ def test_a_batch_that_is_not_its_rows_is_refused(parts: Parts):
         "padding that is read": lambda logits, mask: logits + (1 - mask).sum(1)[:, None, None],
     }
     for fault in faults.values():
-        with pytest.raises(ValueError, match=r"^model.language_model.hf_name=x: a sample's logits in a padded batch"):
+        with pytest.raises(
+            ValueError, match=r"^model.language_model.hf_name=x: the logits of a sample in a padded batch"
+        ):
             check_padding(faulty(model, fault), processor, LABEL)
 
 

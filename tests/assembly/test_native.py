@@ -17,7 +17,7 @@ from vlm.train.sharding import check_same_calls
             "dinov2",
             {"connector": "ldp"},
             "native",
-            r"model.connector.type=ldp: .* connectors that can are identity",
+            r"model.connector.type=ldp: .* allowed are identity",
         ),
         ("dinov2", {"connector": "pooling", "options": {"output_side": 1}}, "native", "model.connector.type=pooling"),
         ("dinov2", {"connector": "c_abstractor", "options": {"num_queries": 4}}, "native", "type=c_abstractor"),

@@ -83,5 +83,5 @@ def test_what_has_no_rows_and_columns_is_refused(parts: Parts, language_model: P
         build(parts, parts.language_model("llama"), "mrope", "siglip")
     queries = {"connector": "resampler", "options": {"num_queries": 4, "num_heads": 2}}
     for encoder in ("siglip", "siglip2_naflex"):
-        with pytest.raises(ValueError, match=r"positions=mrope: the tokens of an image are no grid"):
+        with pytest.raises(ValueError, match=r"positions=mrope: the tokens of an image form no grid"):
             build(parts, language_model, "mrope", encoder, **queries)

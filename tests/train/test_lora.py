@@ -312,7 +312,9 @@ def test_an_adapter_is_asked_like_a_complete_model(on_parts: Path, tmp_path: Pat
     main(["merge-lora", str(final), str(tmp_path / "whole")])
     main(["generate", str(tmp_path / "whole"), *ask])
     assert capsys.readouterr().out.strip().endswith(said)
-    assert refusal("generate", str(tmp_path / "whole"), "--base", str(final), "--prompt", "a").endswith("it needs none")
+    assert refusal("generate", str(tmp_path / "whole"), "--base", str(final), "--prompt", "a").endswith(
+        "it needs no base"
+    )
 
 
 def test_training_goes_on_from_an_adapter(on_parts: Path, train: Callable[..., Path], tmp_path: Path):
@@ -345,8 +347,8 @@ def copied(on_checkpoint: Path, pretrained: Path, tmp_path: Path) -> tuple[Path,
 def test_a_base_that_moved_is_asked_for(copied: tuple[Path, Path], tmp_path: Path):
     adapter, base_paths = copied
     said = refusal("generate", str(adapter), "--prompt", "a")
-    assert said.startswith(f"vlm generate: {adapter} needs what it was trained on, /no/such/base, which is no longer")
-    assert said.endswith("Say where it is now, to vlm generate or vlm merge-lora: --base PATH")
+    assert said.startswith(f"vlm generate: {adapter} is an adapter on /no/such/base, which is not on this")
+    assert said.endswith("Give its new path, to vlm generate or vlm merge-lora: --base PATH")
     assert refusal("merge-lora", str(adapter), str(tmp_path / "out")).endswith("--base PATH")
     assert not adapted(open_checkpoint(adapter).load_model(base_paths=[str(base_paths)]))
 
@@ -359,7 +361,7 @@ def test_the_options_that_llavas_users_know_work(copied: tuple[Path, Path], tmp_
     assert not (out / "adapter_config.json").exists()
     assert (out / "processor_config.json").is_file()
     said = refusal("merge-lora", "--base", str(base_paths), str(adapter), str(out))
-    assert said == f"vlm merge-lora: {out} is there already; name a new folder"
+    assert said == f"vlm merge-lora: {out} exists already; name a new folder"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "moved", "out"]
 
 
@@ -389,7 +391,7 @@ def test_another_training_of_the_base_is_refused(
 
 def test_a_complete_model_is_not_merged(pretrained: Path, on_parts: Path, tmp_path: Path):
     said = refusal("merge-lora", str(pretrained), str(tmp_path / "out"))
-    assert said == f"vlm merge-lora: {pretrained}: no {BASE_FILE} there, so it is no adapter on a base"
+    assert said == f"vlm merge-lora: {pretrained}: it has no {BASE_FILE}, so it is not an adapter on a base"
     assert refusal("merge-lora", str(on_parts), str(tmp_path / "out")).endswith(f"whose model is {on_parts / 'final'}")
 
 

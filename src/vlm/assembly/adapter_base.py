@@ -174,8 +174,8 @@ def _check_same_weights(folder: Path, part: str, source: Source) -> None:
     if not Path(source.name).is_dir():
         if source.revision is None:  # a folder then: commits of names on the Hub are known
             raise ValueError(
-                f"{folder} needs what it was trained on, {source.name}, which is no longer there (or not on this "
-                f"machine). Say where it is now, to vlm generate or vlm merge-lora: {option}"
+                f"{folder} is an adapter on {source.name}, which is not on this machine, or has moved. "
+                f"Give its new path, to vlm generate or vlm merge-lora: {option}"
             )
         return  # a commit does not change
     actual = fingerprint(Path(source.name))

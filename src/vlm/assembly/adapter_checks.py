@@ -35,7 +35,8 @@ def check_adapter_settings(
         raise ValueError(f"{file}: target_modules={shown(targets)}; a list of the names of layers is needed")
     if unknown := sorted(set(targets) - set(layers)):
         raise ValueError(
-            f"{folder}: its adapter is on {shown(unknown[0])}, which its base does not have: it is another model"
+            f"{folder}: its adapter changes {shown(unknown[0])}, which its base does not have: the base is another "
+            "model"
         )
     ranks = {header.shape[0] for name, header in headers.items() if "lora_A" in name and header.shape}
     patterns = {key: cast(dict[str, object], settings.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
@@ -84,10 +85,12 @@ def check_trained_tensors(
         if target is None or not fits:
             has = "no such weight" if target is None else tuple(target.shape)
             raise ValueError(
-                f"{folder}: {shown(name)} is {tuple(tensor.shape)}, but its base has {has}: it is another model"
+                f"{folder}: {shown(name)} is {tuple(tensor.shape)}, but its base has {has}: the base is another model"
             )
         if tensor.is_floating_point() and not target.is_floating_point():
-            raise ValueError(f"{folder}: {name} was trained, and cannot be quantised here; merge first: vlm merge-lora")
+            raise ValueError(
+                f"{folder}: {name} was trained and cannot be quantised; merge the adapter first: vlm merge-lora"
+            )
         if tensor.is_floating_point() != target.is_floating_point():
             raise ValueError(f"{folder}: {name} is of type {tensor.dtype}; {target.dtype} is needed")
     check_finite_tensors(folder, state)
@@ -97,7 +100,7 @@ def check_finite_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Raise ValueError where a weight of an adapter's folder holds NaN or infinity."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{folder}: {shown(name)} is NaN or infinite; such a model answers nothing of sense")
+            raise ValueError(f"{folder}: {shown(name)} is NaN or infinite; the weights are damaged")
 
 
 def check_adapter_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_r
         ValueError: there is no adapter, its base is not found, or `out` holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already; name a new folder")
+        raise ValueError(f"{out} exists already; name a new folder")
     from transformers.utils.logging import disable_progress_bar
 
     if problem := checkpoint_problem(checkpoint):
@@ -38,7 +38,7 @@ def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_r
     disable_progress_bar()
     opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     if opened.kind is not CheckpointKind.ADAPTER:
-        raise ValueError(f"{checkpoint}: no {BASE_FILE} there, so it is no adapter on a base")
+        raise ValueError(f"{checkpoint}: it has no {BASE_FILE}, so it is not an adapter on a base")
     model = opened.load_model(base_paths=base_paths)
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -129,8 +129,8 @@ class Checkpoint:
         if image_mode is not None:
             if image_mode != processor.image_mode and "native" in (image_mode, processor.image_mode):
                 raise ValueError(
-                    f"dataset.image_mode={image_mode}: {self.name} is made for {processor.image_mode} images; null "
-                    "leaves them so"
+                    f"dataset.image_mode={image_mode}: {self.name} was trained on {processor.image_mode} images; set "
+                    "it to null to keep this"
                 )
             processor.image_mode = image_mode
         check_views(processor)
@@ -174,7 +174,7 @@ class Checkpoint:
             needed = [name for name, _ in model.named_parameters() if part_of(name) in new_parts]
             return add_trained_weights(model, folder, merge=merge and not quantization, needed=needed)
         if base_paths:
-            raise ValueError(f"base={base_paths[0]}: {self.name} is complete, it needs none")
+            raise ValueError(f"base={base_paths[0]}: {self.name} is a complete model; it needs no base")
         if self.kind is CheckpointKind.PREDICTION:
             if quantization:
                 raise ValueError(
@@ -280,7 +280,7 @@ class Checkpoint:
         if quantization is None:
             return model.to(place).eval(), processor  # pyright: ignore[reportArgumentType] - a decorator's signature
         if device is not None and torch.device(device).type != model.device.type:
-            raise ValueError(f"device={device}: quantised weights lie on {model.device.type} already")
+            raise ValueError(f"device={device}: quantised weights are on {model.device.type} and cannot be moved")
         return model.eval(), processor
 
     def _register_remote_classes(self) -> None:

@@ -92,8 +92,8 @@ def _check_bounds_unused(model: ModelConfig, image_mode: str | None) -> None:
     """Raise ValueError where bounds of native resolution are given without it."""
     if model.native != NativeConfig():
         raise ValueError(
-            f"model.native: dataset.image_mode={image_mode or 'square'} makes all images one size; "
-            "dataset.image_mode=native reads each in its own"
+            f"model.native: dataset.image_mode={image_mode or 'square'} makes all images the same size; "
+            "dataset.image_mode=native keeps the size of each"
         )
 
 
@@ -170,9 +170,7 @@ def choose_template(name: str, own_template: object, source: str) -> str:
     if name != "tokenizer":
         return read_template(name)
     if not isinstance(own_template, str):
-        raise ValueError(
-            f"dataset.template=tokenizer: {source} brings no chat template. Name one, such as plain or v1."
-        )
+        raise ValueError(f"dataset.template=tokenizer: {source} has no chat template. Name one, such as plain or v1.")
     return own_template
 
 

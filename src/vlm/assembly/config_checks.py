@@ -39,7 +39,7 @@ def check_config(config: PreTrainedConfig, label: str) -> None:
         ValueError: with the key, its value and what is needed.
     """
     for key, value, needed in _problems(config):
-        raise ValueError(f"{label}: config.json has {key}={shown(value)}; needed is {needed}")
+        raise ValueError(f"{label}: config.json has {key}={shown(value)}; needed: {needed}")
 
 
 def _problems(config: PreTrainedConfig) -> Iterator[Problem]:
@@ -116,7 +116,9 @@ def check_generation_config(settings: GenerationConfig, num_tokens: int, name: s
             else key not in READ_KEYS or key in OTHER_KEYS or key.startswith(("output_", "return_dict", "_"))
         )  # fmt: skip
         if not is_fine:
-            raise ValueError(f"{name}: generation_config.json has {key}={shown(value)}, which is not taken; remove it")
+            raise ValueError(
+                f"{name}: generation_config.json has {key}={shown(value)}, which is not allowed; remove it"
+            )
 
 
 def _are_words(value: object, num_tokens: int) -> bool:

@@ -87,7 +87,7 @@ def _check_equal(sources: dict[str, EncoderConfig], outputs: Sequence[str]) -> N
         for (part, source), output in zip(sources.items(), outputs, strict=True)
     )
     raise ValueError(
-        "model.visual_encoder: encoders side by side need images of one size and give equally many features: "
+        "model.visual_encoder: several encoders need images of the same size and the same number of features: "
         f"{listing}. Set the image_size of one that takes several sizes, such as DINOv2, and the same feature_strategy"
     )
 
@@ -128,7 +128,7 @@ def image_size(image_processor: ImageProcessor) -> tuple[int, int]:
     """Return height and width of the pixels that an image processor returns."""
     size = image_processor.crop_size if getattr(image_processor, "do_center_crop", None) else image_processor.size
     if "height" not in size:
-        raise ValueError(f"the visual encoder's image processor gives images of no fixed size: {size}")
+        raise ValueError(f"the visual encoder's image processor has no fixed image size: {size}")
     return size["height"], size["width"]
 
 
@@ -144,8 +144,9 @@ def load_image_processor(part: str, source: EncoderConfig, model_type: str) -> I
             )
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"model.{part}.hf_name={source.hf_name}: no image processor loads from there; a visual encoder needs a "
-                "preprocessor_config.json beside its weights. Save it with image_processor.save_pretrained(FOLDER)"
+                f"model.{part}.hf_name={source.hf_name}: no image processor can be loaded from it; a visual encoder "
+                "needs a preprocessor_config.json next to its weights. Save it with "
+                "image_processor.save_pretrained(FOLDER)"
             ) from error
     if source.image_size is None:
         return processor
@@ -193,7 +194,7 @@ def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig,
     if len({state.shape[1] for state in tokens}) > 1:
         raise ValueError(
             f"model.{part}.feature_layer={source.feature_layer}: these layers of {source.hf_name} have "
-            f"{', '.join(str(state.shape[1]) for state in tokens)} features; choose layers that have equally many"
+            f"{', '.join(str(state.shape[1]) for state in tokens)} features; choose layers with the same number"
         )
     features = torch.cat(tokens, dim=2)  # (1, tokens, width)
     prefix = 0 if states[0].ndim == 4 else _prefix_tokens(encoder, features.shape[1], size)
@@ -243,7 +244,7 @@ def _dry_run(
             if source.image_size is None:
                 raise
             raise ValueError(
-                f"model.{part}.image_size={source.image_size}: {source.hf_name} does not take images of that size: "
+                f"model.{part}.image_size={source.image_size}: {source.hf_name} does not accept images of this size: "
                 f"{str(error).splitlines()[0]}"
             ) from error
 

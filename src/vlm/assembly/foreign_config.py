@@ -70,9 +70,9 @@ def _problems(node: object, path: str) -> Iterator[tuple[str, object, str]]:
         if str(name).lstrip("_").removesuffix("_internal") in ATTENTION_KEYS:
             implementations = value.values() if isinstance(value, Mapping) else [value]
             if any(item is not None and item not in PLAIN_IMPLEMENTATIONS for item in implementations):
-                yield f"{path}{name}", value, "which would load a kernel, and so run code, from elsewhere"
+                yield f"{path}{name}", value, "which would load a kernel, and so run code, from another place"
         elif str(name).lstrip("_") in KERNEL_KEYS and value:
-            yield f"{path}{name}", value, "which would load kernels, and so run code, from elsewhere"
+            yield f"{path}{name}", value, "which would load kernels, and so run code, from another place"
         if node.get("model_type") in TIMM_TYPES or name == "timm_backbone":
             yield from _timm_problems(str(name), value, path)
         yield from _problems(value, f"{path}{name}.")
@@ -81,7 +81,7 @@ def _problems(node: object, path: str) -> Iterator[tuple[str, object, str]]:
 def _timm_problems(name: str, value: object, path: str) -> Iterator[tuple[str, object, str]]:
     """Yield what would make timm read another place than the checkpoint."""
     if name in TIMM_NAMES and isinstance(value, str) and (":" in value or "/" in value):
-        yield f"{path}{name}", value, "which names no architecture of timm but another place"
+        yield f"{path}{name}", value, "which is not an architecture of timm but another place"
     if name in TIMM_ARGUMENTS and isinstance(value, Mapping):
         for argument, setting in value.items():
             if any(word in str(argument) for word in FORBIDDEN_WORDS) or isinstance(setting, Mapping):
@@ -108,7 +108,7 @@ def check_reference(reference: str, label: str) -> str:
         ForeignCodeError: it names the code of another repository (`owner/name--file.Class`), or another folder.
     """
     if not reference.replace(".", "").replace("_", "").isalnum():
-        raise ForeignCodeError(f"{label}: {reference[:80]} is not a class of a file that travels with the checkpoint")
+        raise ForeignCodeError(f"{label}: {reference[:80]} is not a class of a file that is saved with the checkpoint")
     return reference
 
 
@@ -134,4 +134,6 @@ def check_adapter_values(values: Mapping[str, object], defaults: Mapping[str, ob
     """
     for key, value in values.items():
         if key not in PLAIN_ADAPTER_KEYS and value and value != defaults.get(key):
-            raise ForeignCodeError(f"{label}: its adapter_config.json has {key}={str(value)[:80]}, which is not taken")
+            raise ForeignCodeError(
+                f"{label}: its adapter_config.json has {key}={str(value)[:80]}, which is not allowed"
+            )

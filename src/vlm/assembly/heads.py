@@ -82,7 +82,7 @@ def resolve_vector_head(model: ModelConfig, body_config: PreTrainedConfig, proce
     """
     head, width = model.head, model.head.dim or body_config.get_text_config().hidden_size
     if wrong := [size for size in head.loss_options.get("widths") or [] if size > width]:
-        raise ValueError(f"model.head.loss_options.widths: {wrong} are wider than vectors, which have {width} numbers")
+        raise ValueError(f"model.head.loss_options.widths: {wrong} are larger than the width of vectors, {width}")
     no_targets = {head.name: np.empty((0, 1))}
     return resolve_heads(model, body_config, processor, [HeadLabels(head.name, str(head.task))], no_targets)
 
@@ -94,7 +94,7 @@ def _make_head_settings(
     """Return the settings of one head; `key` is its place in the configuration."""
     assert head.task is not None
     if hasattr(nn.ModuleDict(), labels.name):
-        raise ValueError(f"{key}: torch gives modules something of the name {labels.name}; choose another one")
+        raise ValueError(f"{key}: torch modules already have an attribute {labels.name}; choose another name")
     register_head_class(head.type, f"{key}.type")
     if head.layer is not None and not -text.num_hidden_layers - 1 <= head.layer <= text.num_hidden_layers:
         raise ValueError(
@@ -156,7 +156,10 @@ def _class_weights(key: str, head: HeadConfig, targets: np.ndarray, num_labels: 
     if head.task == "multilabel":
         with_label = known.sum(axis=0)
         if everywhere := np.flatnonzero(with_label == len(known)).tolist():
-            raise ValueError(f"{key}.class_weights=balanced: every record has label number {everywhere[0]}")
+            raise ValueError(
+                f"{key}.class_weights=balanced: every record has the label number {everywhere[0]}, so its weight is "
+                "undefined"
+            )
         return ((len(known) - with_label) / with_label).tolist()
     counts = np.bincount(known[:, 0].astype(int), minlength=num_labels)
     return (len(known) / (num_labels * counts)).tolist()

@@ -52,8 +52,8 @@ def limit_image_tokens(processor: Processor, config: PreTrainedConfig, budget: i
         changes = _limit_composed(cast(VLMProcessor, processor), cast(VLMConfig, config), budget)
     if changes and name is not None:
         raise ValueError(
-            f"{KEY}={budget}: it changes {', '.join(changes)}, and {name} is an adapter on its base, which keeps how "
-            "it sees images; merge them first (vlm merge-lora)"
+            f"{KEY}={budget}: it changes {', '.join(changes)}, but {name} is an adapter, which keeps the image "
+            "settings of its base; merge it first (vlm merge-lora)"
         )
 
 
@@ -124,7 +124,7 @@ def most_tile_tokens(tiling: AnyRes, grid: Iterable[int]) -> int:
 
 def _refusal(budget: int, least: int, subject: str) -> ValueError:
     needed = f"give {least} or more, or null"
-    return ValueError(f"{KEY}={budget}: {subject} makes at least {least} tokens of an image; {needed}")
+    return ValueError(f"{KEY}={budget}: {subject} needs at least {least} tokens per image; {needed}")
 
 
 def _report(budget: int, before: Settings, after: Settings, kind: str = "") -> None:

@@ -219,7 +219,7 @@ class _Rules:
         if misshapen := sorted(info["mismatched_keys"], key=str):
             tensor, saved, needed = misshapen[0]
             raise ValueError(
-                f"{self.name}: {shown(tensor)} has the shape {tuple(saved)}, and {kind} needs {tuple(needed)} by "
+                f"{self.name}: {shown(tensor)} has the shape {tuple(saved)}, but {kind} needs {tuple(needed)} by "
                 f"config.json{_more(misshapen)}"
             )
         if missing := sorted(info["missing_keys"] - self.new):
@@ -227,8 +227,8 @@ class _Rules:
             raise ValueError(f"{self.name} lacks {len(missing)} of the weights that {kind} needs: {names}")
         if unexpected := sorted(filter(self._is_unexpected(model), info["unexpected_keys"] - self.unused)):
             raise ValueError(
-                f"{self.name} holds {shown(unexpected[0])}, for which {kind} has no place by config.json"
-                f"{_more(unexpected)}: it is another model's, or config.json is"
+                f"{self.name} has {shown(unexpected[0])}, which {kind} does not have by config.json"
+                f"{_more(unexpected)}: the weights and config.json belong to different models"
             )
         if errors := info.get("error_msgs"):
             raise ValueError(f"{self.name}: {shorten(str(next(iter(errors))))}")
@@ -269,4 +269,4 @@ def check_finite(name: str | Path, model: nn.Module) -> None:
             continue
         flat = tensor.reshape(-1)
         if not torch.isfinite(flat[:: max(1, len(flat) // NUM_CHECKED)]).all():
-            raise ValueError(f"{name}: {shown(tensor_name)} is NaN or infinite; such a model answers nothing of sense")
+            raise ValueError(f"{name}: {shown(tensor_name)} is NaN or infinite; the weights are damaged")

@@ -78,10 +78,10 @@ def check_causal(model: TrainableModel, processor: Processor, label: str) -> Non
         return
     text = model.config.get_text_config()
     raise ValueError(
-        f"{label}: its tokens see later tokens (model_type={text.model_type}, attention {text._attn_implementation}): "
-        f"changing the last {SUFFIX} of {PREFIX + SUFFIX} tokens changes logits before them by {early:.2g}, where it "
-        f"changes their own by {later:.2g}. Such a model, an encoder for example, would be shown each token that it "
-        "learns to predict. Choose a causal language model, or another model.attn_implementation"
+        f"{label}: its tokens attend to later tokens (model_type={text.model_type}, attention "
+        f"{text._attn_implementation}): changing the last {SUFFIX} of {PREFIX + SUFFIX} tokens changes earlier logits "
+        f"by {early:.2g}, and their own by {later:.2g}. Such a model, for example an encoder, would see each token "
+        "that it should predict. Choose a causal language model, or another model.attn_implementation"
     )
 
 
@@ -102,8 +102,8 @@ def check_padding(model: TrainableModel, processor: Processor, label: str) -> No
         return
     text = model.config.get_text_config()
     raise ValueError(
-        f"{label}: a sample's logits in a padded batch differ by {difference:.2g} of their norm from those that it has "
-        f"alone (model_type={text.model_type}, attention {text._attn_implementation}). Try another "
+        f"{label}: the logits of a sample in a padded batch differ by {difference:.2g} of their norm from those "
+        f"without padding (model_type={text.model_type}, attention {text._attn_implementation}). Try another "
         "model.attn_implementation, or train with trainer.per_device_train_batch_size=1"
     )
 
@@ -128,8 +128,8 @@ def prove_scores(scores: SupervisedScores, processor: Processor, label: str) -> 
             scores.in_head = float((losses - whole).norm()) <= LOSS_TOLERANCE[is_half(model)] * float(whole.norm())
     if not scores.in_head:
         log.info(
-            "%s (model_type=%s) changes its logits behind its vocabulary head: those at all supervised positions of a "
-            "batch are in memory at once",
+            "%s (model_type=%s) changes its logits after its vocabulary head, so the logits at all supervised "
+            "positions of a batch are in memory at once",
             *(label, model.config.get_text_config().model_type),
         )
 

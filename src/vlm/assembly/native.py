@@ -50,8 +50,8 @@ def check_image_mode(config: PreTrainedConfig, visual_encoder: VisualEncoderConf
     needs_it = encodes_sizes_together(config)
     if needs_it and image_mode not in (None, NATIVE):
         raise ValueError(
-            f"dataset.image_mode={image_mode}: {label} (model_type={config.model_type}) reads images in their own size "
-            "alone; dataset.image_mode=native, or null, is needed"
+            f"dataset.image_mode={image_mode}: {label} (model_type={config.model_type}) reads images only at native "
+            "resolution; dataset.image_mode=native, or null, is needed"
         )
     return needs_it or image_mode == NATIVE
 
@@ -81,8 +81,8 @@ def resolve_native(
     if side is None:
         able = [name for name, kind in CONNECTORS.items() if kind.map_native is not Connector.map_native]
         raise ValueError(
-            f"model.connector.type={model.connector.type}: with these options it reads squares of one size alone, and "
-            f"images at native resolution have many; connectors that can are {', '.join(able)}"
+            f"model.connector.type={model.connector.type}: with these options it reads squares of one size only, but "
+            f"images at native resolution differ in size; allowed are {', '.join(able)}"
         )
     if config.model_type in ("siglip_vision_model", "siglip2_vision_model"):
         config.vision_use_head = False  # nothing reads its pooled output
@@ -119,8 +119,8 @@ def _check_keys(model: ModelConfig) -> None:
     for key, is_problem in problems.items():
         if is_problem:
             raise ValueError(
-                f"{key}: one encoder reads the patches of images at native resolution "
-                "(dataset.image_mode=native), each image in a size of its own; leave it out"
+                f"{key}: at native resolution (dataset.image_mode=native), a single encoder reads the "
+                "patches of an image; leave it out"
             )
 
 
@@ -158,7 +158,7 @@ def _inspect(
     prefixes = [state.shape[1] - math.prod(grid) for state, grid in zip(states, grids, strict=True)]
     if len(set(prefixes)) > 1 or prefixes[0] < 0:
         raise ValueError(
-            f"model.visual_encoder.hf_name={source.hf_name}: dataset.image_mode=native needs one feature a "
+            f"model.visual_encoder.hf_name={source.hf_name}: dataset.image_mode=native needs one feature per "
             f"patch, but images of {grids} patches have {[state.shape[1] for state in states]}"
         )
     named = dict(encoder.named_parameters())

@@ -40,14 +40,14 @@ def packed_attention(
     sizes = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
     if any(size is None for size in sizes) or attention_mask is not None:
         raise ValueError(
-            f"trainer.packing=true: {type(module).__name__} does not tell its attention where samples begin; choose "
+            f"trainer.packing=true: {type(module).__name__} does not tell its attention where samples start; choose "
             "model.attn_implementation=eager, or trainer.packing=false"
         )
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"trainer.packing=true: {type(module).__name__} has {name}, which only model.attn_implementation=eager "
-                "or flash_attention_2 compute"
+                "and flash_attention_2 support"
             )
     sizes = cast(Sizes, sizes)
     _check_window(module, sliding_window, sizes[-1])
@@ -87,9 +87,9 @@ def _check_window(module: nn.Module, window: int | None, max_length: int) -> Non
         window_length = getattr(config, name, None)
         if isinstance(window_length, int) and window_length < max_length:
             raise ValueError(
-                f"trainer.packing=true: {type(module).__name__} sees {window_length} tokens ({name}), which only its "
-                f"masks say, and a sample has {max_length}; choose model.attn_implementation=eager, or lower "
-                "dataset.max_length"
+                f"trainer.packing=true: {type(module).__name__} attends to {window_length} tokens ({name}), which "
+                f"only its masks limit, and a sample may have {max_length}; choose model.attn_implementation=eager, "
+                "or lower dataset.max_length"
             )
 
 

@@ -110,9 +110,9 @@ def _compare_packed(model: TrainableModel, kind: str, other: str, packed: Sequen
     first, second, alone = map(bound_infinite, (*packed, alone))
     tolerance *= float(alone.abs().max())
     if not float((first - second).abs().max()) <= tolerance * 1e-2:
-        problem = f"{kind}'s logits depend on {other}"
+        problem = f"the logits of {kind} depend on {other}"
     elif not float((first - alone).abs().max()) <= tolerance:
-        problem = f"{kind}'s logits are not those that it has alone"
+        problem = f"the logits of {kind} differ from those without packing"
     else:
         return
     text = model.config.get_text_config()

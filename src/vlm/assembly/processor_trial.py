@@ -105,7 +105,7 @@ def _ask(request: dict[str, object], does: str) -> str:
     said = ended.stderr.decode(errors="replace").strip().splitlines()
     if ended.returncode > 0 and said and "memory" not in said[-1].lower():
         return f"does not work: {shorten(said[-1])}"
-    return f"takes more than {MAX_SECONDS} s of processor time, or {MAX_MEMORY // MEGABYTE:,} MB, where it {does}"
+    return f"takes more than {MAX_SECONDS} s of processor time, or {MAX_MEMORY // MEGABYTE:,} MB, when it {does}"
 
 
 def try_tokenizer_file(name: str, revision: str | None = None) -> None:
@@ -175,11 +175,14 @@ def try_processor(processor: Processor, name: str) -> None:
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
     number = sum(tensor.numel() for tensor in tensors)
     if not 0 < number <= MAX_PIXEL_VALUES:
-        raise ValueError(f"{name}: its image processor makes {number:,} numbers of an image of 32 x 32 pixels")
+        raise ValueError(
+            f"{name}: its image processor turns an image of 32 x 32 pixels into {number:,} numbers; allowed are "
+            f"1 to {MAX_PIXEL_VALUES:,}"
+        )
     if "pixel_values" in inputs:
         tensors.append(processor.normalise(inputs["pixel_values"]))
     if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()):
-        raise ValueError(f"{name}: its image processor makes NaN or infinity of an image; see image_std")
+        raise ValueError(f"{name}: its image processor turns an image into NaN or infinity; check image_std")
 
 
 def check_composed_processor(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> None:
@@ -224,7 +227,7 @@ def _check_fit(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> 
     if processor.tokens_per_image != needed:
         raise ValueError(
             f"{name}: processor_config.json has tokens_per_image={shown(processor.tokens_per_image)}, but the model "
-            f"makes {needed} of an image"
+            f"makes {needed} per image"
         )
 
 

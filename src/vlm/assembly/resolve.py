@@ -67,7 +67,8 @@ def _resolve_model(config: RunConfig, overrides: Sequence[str]) -> tuple[PreTrai
     model, name = config.model, config.trainer.from_pretrained
     if name and model.hf_name is not None and {"model", "model.hf_name", "model.revision"} & set(overrides):
         raise ValueError(
-            f"trainer.from_pretrained={name} and model.hf_name={model.hf_name}: both say what to begin with; choose one"
+            f"trainer.from_pretrained={name} and model.hf_name={model.hf_name}: both name the model to start from; "
+            "choose one"
         )
     if name and {"connector", "connector.type"} & set(overridden_keys):
         register_connector_class(model.connector.type)
@@ -136,8 +137,8 @@ def _resolve_family(
     changes = apply_processor_options(processor, checkpoint.body_config, model.processor)
     if changes and checkpoint.kind is CheckpointKind.ADAPTER:
         raise ValueError(
-            f"model.processor.{changes[0]}: {name} is an adapter on its base, which keeps how it sees images; merge "
-            "them first (vlm merge-lora)"
+            f"model.processor.{changes[0]}: {name} is an adapter, which keeps the image settings of its base; merge "
+            "it first (vlm merge-lora)"
         )
     add_tokens(model, processor.tokenizer)
     config.model = replace(
@@ -165,7 +166,7 @@ def _resolve_composed(
     processor = checkpoint.load_composed_processor(config.dataset.template, config.dataset.image_mode)
     if checkpoint.kind is CheckpointKind.ADAPTER and requested.anyres.grids is not None:
         raise ValueError(
-            f"model.anyres.grids: {name} is an adapter on its base, which keeps how it sees images; merge them first, "
+            f"model.anyres.grids: {name} is an adapter, which keeps the image settings of its base; merge it first, "
             "or leave model.anyres.grids=null"
         )
     resolve_anyres(model_config, processor, requested.anyres, image_size(processor.image_processor))

@@ -57,8 +57,8 @@ def check_round_trip(model: PreTrainedModel) -> None:
         saved = saved_tensors(model, stand_ins)
     except RuntimeError as error:
         raise ValueError(
-            f"{kind} cannot be saved: {str(error).splitlines()[0]} Declare what is tied (_tied_weights_keys), or copy "
-            "the tensor"
+            f"{kind} cannot be saved: {str(error).splitlines()[0]} Declare tied tensors in _tied_weights_keys, or copy "
+            "them"
         ) from error
     try:
         with quiet_loading(), without_zero3(), torch.random.fork_rng(devices=[]):  # leaves the run's random state
@@ -73,8 +73,8 @@ def check_round_trip(model: PreTrainedModel) -> None:
     if problems:
         raise ValueError(
             f"{kind} does not load what it saves, so the trained model would be lost: {'; '.join(problems[:3])}. A "
-            "connector or head of your own should register all that it keeps as parameters or persistent buffers, and "
-            "draw nothing anew when it is loaded"
+            "connector or head of your own must register its state as parameters or persistent buffers, and "
+            "must not initialise it again when it is loaded"
         )
 
 
@@ -105,7 +105,7 @@ def _loading_problems(info: Mapping[str, Any]) -> Iterator[str]:
             yield f"it {problem} {_shorten(names)}"
     if mismatched := sorted(info["mismatched_keys"], key=str):
         name, saved, needed = mismatched[0]
-        yield f"{name} was saved as {tuple(saved)} and is needed as {tuple(needed)}"
+        yield f"{name} was saved with the shape {tuple(saved)}, but {tuple(needed)} is needed"
 
 
 def _changed_tensors(model: PreTrainedModel, stand_ins: Mapping[str, Tensor], loaded: PreTrainedModel) -> Iterator[str]:
@@ -116,11 +116,11 @@ def _changed_tensors(model: PreTrainedModel, stand_ins: Mapping[str, Tensor], lo
         mark = mark_of(places.setdefault(id(stand_in), len(places)), stand_in.dtype)
         tensor = state.get(name)
         if tensor is None or tensor.shape != stand_in.shape or not _has_mark(tensor, mark):
-            yield f"{name} comes back as something else"
+            yield f"{name} has other values after loading"
     buffers = dict(loaded.named_buffers())
     for name, buffer in model.named_buffers():
         if name not in stand_ins and not is_equal(buffer, buffers.get(name)):
-            yield f"the buffer {name}, which is not saved, is computed differently when the model is loaded"
+            yield f"the buffer {name}, which is not saved, has other values after loading"
 
 
 def _has_mark(tensor: Tensor, mark: int) -> bool:

@@ -51,7 +51,7 @@ def render(template: str, conversations: list[list[dict[str, object]]], variable
     try:
         compiled = environment.from_string(template)
     except (TemplateError, SyntaxError, RecursionError) as error:
-        return f"is no template: {type(error).__name__}: {error}"
+        return f"is not a template: {type(error).__name__}: {error}"
     refusal, rendered = "", False
     for messages in conversations:
         for opened in (False, True):
@@ -65,7 +65,7 @@ def render(template: str, conversations: list[list[dict[str, object]]], variable
             except MemoryError:
                 raise
             except Exception as error:  # it refuses this conversation, which a template may
-                refusal = refusal or f"renders no conversation: {type(error).__name__}: {error}"
+                refusal = refusal or f"does not render a conversation: {type(error).__name__}: {error}"
     return "" if rendered else refusal
 
 
@@ -83,7 +83,7 @@ def encode(settings: dict[str, object], expressions: list[str]) -> str:
     except MemoryError:
         raise
     except BaseException as error:  # a panic derives from BaseException
-        return f"is no tokenizer: {error}"
+        return f"is not a tokenizer: {error}"
     letters = sorted(set("a 0.\n" + "".join(expressions)))
     for letter in letters:
         tokenizer.encode(letter * REPEATS + "\0")

@@ -31,8 +31,8 @@ def checkpoint_problem(name: str, key: str | None = None) -> str | None:
     if not folder.exists():
         return None if is_hub_name(name) and not _is_beside_runs(folder) else missing_folder(label)
     if (final := folder / "final").is_dir():
-        return f"{label} holds no config.json: it is a run's directory, whose model is {final}"
-    return f"{label} holds no config.json; the complete model of a run is in its folder `final`"
+        return f"{label} has no config.json: it is a run directory, and its model is {final}"
+    return f"{label} has no config.json; the complete model of a run is in its folder `final`"
 
 
 def _is_beside_runs(folder: Path) -> bool:

@@ -132,7 +132,7 @@ def check_regular(file: Path, max_bytes: int | None = None) -> int:
         kind = next((name for test, name in kinds if test(status.st_mode)), "device")
         raise ValueError(f"{file} is a {kind}; a regular file is needed")
     if max_bytes is not None and status.st_size > max_bytes:
-        raise ValueError(f"{file} has {status.st_size:,} bytes; such a file has at most {max_bytes:,}")
+        raise ValueError(f"{file} has {status.st_size:,} bytes; at most {max_bytes:,} are allowed")
     if not os.access(file, os.R_OK):
         raise ValueError(f"{file} cannot be opened: Permission denied")
     return status.st_size
@@ -149,11 +149,11 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes().decode("utf-8"), parse_constant=_refuse_nan if is_setting else float)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no JSON: it is not in UTF-8 (byte {error.start:,})") from error
+        raise ValueError(f"{file} is not JSON: it is not in UTF-8 (byte {error.start:,})") from error
     except RecursionError as error:
         raise ValueError(f"{file} is nested too deeply: at most {MAX_DEPTH} levels are allowed") from error
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {str(error)[:MAX_SHOWN]}") from error
+        raise ValueError(f"{file} is not JSON: {str(error)[:MAX_SHOWN]}") from error
     if not isinstance(content, dict) and file.name not in LISTS:
         raise ValueError(f"{file} holds {_kind(content)}; a JSON object is needed")
     _check_depth(file, content)
@@ -210,7 +210,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
     for name, listed in shards.items():
         held = read_header(folder / name)
         if lacking := sorted(listed - held.keys()):
-            raise ValueError(f"{index} says that {shown(lacking[0])} is in {shown(name)}, which does not hold it")
+            raise ValueError(f"{index} says that {shown(lacking[0])} is in {shown(name)}, which does not contain it")
         if twice := sorted(held.keys() & headers.keys()):
             raise ValueError(f"{folder}: {shown(twice[0])} is in two of the files that {INDEX} names")
         headers |= held
@@ -235,7 +235,7 @@ def _indexed_files(index: Path, suffix: str) -> dict[str, set[str]]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(suffix):
             raise ValueError(
-                f"{index} names {shown(name)} for {shown(tensor)}; a {suffix} file beside the index is needed"
+                f"{index} names {shown(name)} for {shown(tensor)}; a {suffix} file next to the index is needed"
             )
         files.setdefault(name, set()).add(tensor)
     for name in files:
@@ -261,9 +261,9 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
         ) from error
     for name, header in headers.items():
         if not name.isprintable():
-            raise ValueError(f"{file} has a tensor named {shown(name)}; names are printable text")
+            raise ValueError(f"{file} has a tensor named {shown(name)}; a printable name is needed")
         if header.dtype not in BITS:
-            raise ValueError(f"{file}: {shown(name)} is of type {shown(header.dtype)}, which no weight has")
+            raise ValueError(f"{file}: {shown(name)} is of type {shown(header.dtype)}, which is not a type of weights")
     return headers
 
 

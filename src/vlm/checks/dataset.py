@@ -100,7 +100,10 @@ def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Ite
         yield "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path"
     if config.dataset.overlap != "allow":
         overlap = config.dataset.overlap
-        yield f"dataset.overlap={overlap}: a stream is not compared before it is read; choose allow, or no streaming"
+        yield (
+            f"dataset.overlap={overlap}: a stream cannot be compared before it is read; choose allow, or "
+            "streaming=false"
+        )
     sampling = config.trainer.train_sampling_strategy
     if sampling in GROUPED_STRATEGIES:
         yield f"trainer.train_sampling_strategy={sampling}: a stream cannot be grouped; choose random"

@@ -28,11 +28,11 @@ def head_problems(config: RunConfig) -> Iterator[str]:
         if settings.task == VECTOR_TASK:
             yield f"{key}.task={VECTOR_TASK}: it trains alone, with trainer.objective=embedding; leave it out"
     if head.weight != 1 and not head.extra_heads and not head.generation_weight:
-        yield f"model.head.weight={head.weight}: there is no other loss to weigh it against; leave it out"
+        yield f"model.head.weight={head.weight}: there is no other loss; leave it out"
     for key in ("profile", "peak_tflops"):
         if value := getattr(config.trainer, key):
             setting = f"trainer.{key}={format_value(value)}"
-            yield f"{setting}: runs of heads are neither profiled nor counted; leave it out"
+            yield f"{setting}: runs that train heads are neither profiled nor counted; leave it out"
     yield from before_after_problems(config)
     yield from _generation_problems(config)
     yield from _data_problems(config)
@@ -51,10 +51,13 @@ def _generation_problems(config: RunConfig) -> Iterator[str]:
         return
     key = f"model.head.generation_weight={head.generation_weight}"
     if any(settings.pooling == "query" for settings in head.by_name.values()):
-        behind = "with pooling=query a token stands behind the prompt, where the reply would begin"
+        behind = "pooling=query puts a token after the prompt, where the reply would begin"
         yield f"{key}: {behind}; choose another pooling"
     if not training_keys(config.trainer) and not embedding_row_keys(config):
-        yield f"{key}: no part that writes replies trains; unfreeze one (trainer.unfreeze), or adapt one (trainer.lora)"
+        yield (
+            f"{key}: no part that generates replies trains; unfreeze one (trainer.unfreeze), or train an adapter "
+            "(trainer.lora)"
+        )
 
 
 def unused_head_problems(config: RunConfig) -> Iterator[str]:
@@ -77,7 +80,10 @@ def single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
     if (head.pooling == "token") != (head.token is not None):
         yield f"{key}.pooling={head.pooling}, {key}.token={head.token}: each needs the other"
     if task != VECTOR_TASK and head.type == "identity":
-        yield f"{key}.type=identity: hidden states are not a score; it is for task={VECTOR_TASK}, choose linear or mlp"
+        yield (
+            f"{key}.type=identity: hidden states are not scores; choose linear or mlp (identity is for "
+            f"task={VECTOR_TASK})"
+        )
     if task != VECTOR_TASK and (head.dim is not None or head.prompts):
         yield f"{key}.dim={head.dim}, {key}.prompts={head.prompts}: these are for task={VECTOR_TASK}; leave them out"
     losses = choices.LOSSES[task]
@@ -125,9 +131,9 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with how a head's records are held out and kept."""
     data = config.dataset
     if data.streaming:
-        yield "dataset.streaming=true: a head's records are counted and split before it trains; leave it out"
+        yield "dataset.streaming=true: records are counted and split before a head trains; leave it out"
     if data.over_length in ("truncate", "split"):
-        problem = "a prompt is never cut, its end is what is read; choose skip or error"
+        problem = "a head reads the end of a prompt, so prompts are never cut; choose skip or error"
         yield f"dataset.over_length={data.over_length}: {problem}"
     if data.test_path is not None and data.test_split:
         yield "dataset.test_path and dataset.test_split: choose one"
@@ -135,8 +141,8 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
         yield f"dataset.test_image_folder={data.test_image_folder}: it has no effect without dataset.test_path"
     if data.eval_split == 0 and data.eval_path is None and data.folds is None:
         yield (
-            f"dataset.eval_split={data.eval_split}: temperature and threshold are chosen on evaluation records; give a "
-            "share, dataset.eval_path or dataset.folds"
+            f"dataset.eval_split={data.eval_split}: temperature and threshold are chosen on evaluation records; set it "
+            "above 0, or give dataset.eval_path or dataset.folds"
         )
     if data.folds is not None:
         for key in ("eval_path", "eval_split", "max_eval_samples"):
@@ -145,8 +151,8 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     strategy = config.trainer.train_sampling_strategy
     if caches_features(config) and strategy in choices.GROUPED_STRATEGIES:
         yield (
-            f"trainer.train_sampling_strategy={strategy}: hidden states are computed once here, and there is nothing "
-            "to group; choose random, or dataset.cache_features=false"
+            f"trainer.train_sampling_strategy={strategy}: hidden states are computed once in this run, so there is "
+            "nothing to group; choose random, or dataset.cache_features=false"
         )
     if (data.cache_features or data.folds is not None) and not caches_features(config):
         reason = "dataset.cache_features=true" if data.folds is None else f"dataset.folds={data.folds}"

@@ -33,11 +33,11 @@ SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) 
 """How Hydra's message about an override with several values begins."""
 
 NO_BASE_MESSAGE = (
-    "the run's YAML has no base: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
+    "the run's YAML has no base: begin it with `defaults: [base, _self_]`, or name a packaged run instead of base"
 )
 
 
-NOT_COMPOSED = "the configuration cannot be composed of these overrides; leave some out to find which one it is"
+NOT_COMPOSED = "the configuration cannot be composed with these overrides; leave some out to find the wrong one"
 KEY_VALUE_NEEDED = "key=value is needed; vlm --help has examples"
 ALL_KEYS_HINT = "vlm -cn RUN --cfg job shows all."
 

@@ -25,13 +25,13 @@ def packing_problems(config: RunConfig, *, takes_loss_weights: bool = True) -> I
     elif trainer.loss_average == "micro_batch" and not takes_loss_weights:
         yield (
             f"trainer.loss_average=micro_batch: trainer.objective={trainer.objective} does not weight the losses of "
-            "packed rows, in which micro-batches share rows (Objective.takes_loss_weights). Choose token, or "
+            "packed rows, which several micro-batches share (Objective.takes_loss_weights). Choose token, or "
             "trainer.packing=false"
         )
     longest = config.dataset.max_length
     if config.dataset.streaming and most is not None and longest is not None and most < longest:
         yield (
-            f"trainer.max_tokens_per_batch={most}: the lengths of a stream are not known before; at least "
+            f"trainer.max_tokens_per_batch={most}: the lengths of a stream are not known in advance; at least "
             f"dataset.max_length={longest} is needed"
         )
 
@@ -44,7 +44,7 @@ def _auto_batch_problems(config: RunConfig) -> Iterator[str]:
             yield f"trainer.auto_batch_memory_gb={limit:g}: it has no effect without trainer.auto_batch=true"
     elif not trainer.packing or trainer.packing_strategy == BEST_FIT:
         yield (
-            "trainer.auto_batch=true: it chooses how long the rows of a packed step are; it needs "
+            "trainer.auto_batch=true: it chooses the length of packed rows; it needs "
             "trainer.packing=true and trainer.packing_strategy=step, which keep the samples of a step"
         )
     elif trainer.max_tokens_per_batch is not None:
@@ -57,8 +57,8 @@ def _best_fit_problems(config: RunConfig) -> Iterator[str]:
     if trainer.train_sampling_strategy != "random":
         yield (
             f"trainer.packing_strategy={BEST_FIT} and trainer.train_sampling_strategy="
-            f"{trainer.train_sampling_strategy}: {BEST_FIT} decides itself which samples share a row, and the order of "
-            "rows; choose random, or trainer.packing_strategy=step"
+            f"{trainer.train_sampling_strategy}: {BEST_FIT} chooses the samples of a row and the order of rows; "
+            "choose random, or trainer.packing_strategy=step"
         )
     if trainer.dataloader_drop_last:
         yield "trainer.dataloader_drop_last=true: packs split evenly, so there is no last batch to drop; leave it out"

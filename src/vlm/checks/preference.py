@@ -60,7 +60,7 @@ def _loss_problems(options: PreferenceOptions) -> Iterator[str]:
     for name, own in (("simpo_gamma", "simpo"), ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
         value = getattr(options, name)
         if value != getattr(PreferenceOptions(), name) and loss != own:
-            yield f"{KEY}.{name}={value}: it is for {KEY}.loss={own}, here it is {loss}; leave it out"
+            yield f"{KEY}.{name}={value}: it is for {KEY}.loss={own}, but the loss is {loss}; leave it out"
 
 
 def _reference_problems(config: RunConfig) -> Iterator[str]:
@@ -80,9 +80,9 @@ def _reference_problems(config: RunConfig) -> Iterator[str]:
             return  # another check says that nothing trains
         others = [value for value in keys.values() if not value.startswith("trainer.lora.")]
         if others:
-            yield f"{key}: {others[0]} changes more than adapters; choose cached"
+            yield f"{key}: {others[0]} trains more than adapters; choose cached"
     if reference == "copy" and shards_weights(trainer):
-        yield f"{key}: each rank would hold a whole copy beside its share of the weights; choose cached"
+        yield f"{key}: each rank would hold a whole copy of the model in addition to its shard; choose cached"
 
 
 def _data_problems(data: DatasetConfig) -> Iterator[str]:

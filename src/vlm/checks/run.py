@@ -130,11 +130,11 @@ def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterato
     for part, reason in training.items():
         key = f"trainer.learning_rate.{part}_learning_rate"
         if (rate := get_value(config, key)) is None or rate <= 0:
-            yield f"{key}={format_value(rate)}: a positive number is needed, since {reason}"
+            yield f"{key}={format_value(rate)}: a positive number is needed, because {reason}"
     if trainer.bf16 and trainer.fp16:
         yield "trainer.bf16=true and trainer.fp16=true: choose one"
     if not trainer.average_tokens_across_devices:
-        yield "trainer.average_tokens_across_devices=false: trainer.loss_average says how losses average"
+        yield "trainer.average_tokens_across_devices=false: set trainer.loss_average instead"
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if (value := getattr(trainer, name)) is not None:
             new = name.replace("gradient", "activation")
@@ -176,15 +176,15 @@ def check_overridden_rates(config: RunConfig, objective: ObjectiveChecks, overri
 
 UNSUPPORTED = {
     "fsdp": "FSDP2 is trainer.sharding=fsdp2 here",
-    "fsdp_config": "trainer.sharding=fsdp2 chooses its units and its precision itself",
-    "parallelism_config": "ranks share out samples, never the tokens of one: DeepSpeed's Ulysses would split pixels "
-    "along their channels, and replace the attention of visual encoders too. For long rows choose "
+    "fsdp_config": "trainer.sharding=fsdp2 has no further settings",
+    "parallelism_config": "ranks split samples, never the tokens of a sample: DeepSpeed's Ulysses would split pixels "
+    "along their channels, and replace the attention of visual encoders too. For long sequences choose "
     "trainer.sharding=fsdp2 and trainer.activation_checkpointing=true",
-    "push_to_hub": "after training, publish the run's folder final with vlm push-to-hub",
+    "push_to_hub": "after training, publish the run's folder `final` with vlm push-to-hub",
     "auto_find_batch_size": "it would change the number of steps; set trainer.per_device_train_batch_size instead",
     "label_smoothing_factor": "it needs logits at every position, which are not computed",
-    "load_best_model_at_end": "trainer.keep_best=METRIC keeps the best model here",
-    "save_only_model": "checkpoints are for resuming; the complete model is the run's folder final",
+    "load_best_model_at_end": "set trainer.keep_best=METRIC instead",
+    "save_only_model": "checkpoints are for resuming; the complete model is in the run's folder `final`",
 }
 """Keys of `TrainingArguments` that would do something else here than they promise, and what to do."""
 

@@ -15,7 +15,7 @@ def start_problem(config: RunConfig, name: str) -> str | None:
     return (
         f"{name} starts from a model that {trainer.starts_from} trained, but trainer.from_pretrained is null: its "
         f"connector would be random. Give trainer.from_pretrained=outputs/…/final of {trainer.starts_from}, or "
-        "trainer.starts_from=null to train from a random connector on purpose"
+        "trainer.starts_from=null to train a random connector on purpose"
     )
 
 

@@ -29,8 +29,8 @@ def optimizer_problems(config: RunConfig) -> Iterator[str]:
     yield from _layer_decay_problems(config)
     if (decay := config.trainer.average_decay) is not None and shards_weights(config.trainer):
         yield (
-            f"trainer.average_decay={decay:g}: no rank has whole weights to average under ZeRO-3 and FSDP2; leave it "
-            "out, or choose trainer/deepspeed=zero2"
+            f"trainer.average_decay={decay:g}: under ZeRO-3 and FSDP2, no rank has the whole weights to average; "
+            "leave it out, or choose trainer/deepspeed=zero2"
         )
 
 

@@ -28,7 +28,7 @@ class Reaching:
     def __str__(self) -> str:
         """Return the refusal."""
         value = MASK if is_secret_key(self.key) else mask(format_value(self.value))
-        return f"{self.key}={value}: it {self.reach.effect}, so it is taken on the command line only"
+        return f"{self.key}={value}: it {self.reach.effect}, so it can be set on the command line only"
 
 
 def find_reaching(config: object, prefix: str = "") -> Iterator[Reaching]:

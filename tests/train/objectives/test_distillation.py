@@ -340,9 +340,9 @@ def test_families_learn_from_a_teacher(name: str, train_whole: Callable[..., Pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], r"trainer.distillation.teacher=null: name the checkpoint to learn from"),
+        ([], r"trainer.distillation.teacher=null: name the checkpoint to distil"),
         ([f"{KEY}.teacher=no/such/folder"], r"trainer.distillation.teacher=no/such/folder: no such folder"),
-        ([f"{KEY}.teacher=a/b", f"{KEY}.label_weight=1"], r"label_weight=1: nothing is learned from the teacher"),
+        ([f"{KEY}.teacher=a/b", f"{KEY}.label_weight=1"], r"label_weight=1: the teacher would have no effect"),
         ([f"{KEY}.teacher=a/b", f"{KEY}.top_k=8", f"{KEY}.hidden_states_weight=1"],
          r"top_k=8: states of the teacher are not kept"),
         ([f"{KEY}.teacher=a/b", "dataset.cache_features=true"], r"the teacher reads images in every step"),

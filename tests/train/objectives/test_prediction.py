@@ -156,12 +156,12 @@ REFUSED: dict[str, tuple[str, str, Callable[[int, dict], None], list[str], str]]
     "dropout": ("head-binary", "bright", puts("id", "5"), ["model.head.options.dropout=2"],
                 r"model.head.options=\{'dropout': 2\}: linear does not take them: dropout probability"),
     "name": ("head-binary", "bright", puts("id", "5"), ["model.head.name=values"],
-             r"model.head: torch gives modules something of the name values; choose another one"),
+             r"model.head: torch modules already have an attribute values; choose another name"),
     "weights": ("head-classification", "colour", puts("id", "5"), ["model.head.class_weights=[1,2]"],
                 r"model.head.class_weights=\[1, 2\]: one for each of 3 labels is needed"),
     "one label everywhere": ("head-classification", "all", lambda index, record: record.update(
         all=["a", *["b"] * (index % 2)]), ["model/head=multilabel", "model.head.class_weights=balanced"],
-        r"class_weights=balanced: every record has label number 0"),
+        r"class_weights=balanced: every record has the label number 0"),
 }  # fmt: skip
 """Run, column, what is done to the records, overrides, and what is said."""
 

@@ -91,7 +91,7 @@ def test_a_further_run_reads_what_the_reference_said(
         ),
         (["trainer.preference.reference=none"], "loss=dpo needs a reference model"),
         (["trainer.preference.loss=simpo", "trainer.preference.reference=copy"], "uses no reference model"),
-        ([*WHOLE, "trainer.preference.reference=adapter"], "changes more than adapters; choose cached"),
+        ([*WHOLE, "trainer.preference.reference=adapter"], "trains more than adapters; choose cached"),
         (["trainer.preference.reference=copy", "trainer.deepspeed=zero3"], "choose cached"),
         (["trainer.objective=generation"], "it is for trainer.objective=preference"),
         (["trainer.keep_best=recall@1"], "no evaluation measures it"),

@@ -92,7 +92,7 @@ def number_on(layout: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (let_replies_see_each_other, "a reply's logits depend on the chosen one beside it"),
+        (let_replies_see_each_other, "the logits of a reply depend on the chosen one beside it"),
         (number_on, "a reply's logits are not those that it has alone"),
     ],
 )

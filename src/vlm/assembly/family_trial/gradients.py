@@ -107,7 +107,7 @@ def prove_part(subject: Subject, part: str, own: Sequence[str]) -> list[str]:
     if partly := [name for name in missed if get_form(name) in reached_forms]:
         raise DisprovedError(
             f"with the {part} trained alone, no gradient reaches {list_names(partly)}, but others of the same name in "
-            "other layers; what no reply depends on has to be declared as unused"
+            "other layers; parameters that no reply depends on have to be declared as unused"
         )
     if missed and not are_idle(subject, missed, tried):
         raise DisprovedError(f"{told}, although logits change with them")
