@@ -61,8 +61,8 @@ BRANDS = {
     "hevx": HEIC,
     "mif1": HEIC,
     "msf1": HEIC,
-    "avif": f"AVIF, which this Pillow does not read, or is torn: {CONVERT_IMAGE}",
-    "avis": f"AVIF, which this Pillow does not read, or is torn: {CONVERT_IMAGE}",
+    "avif": f"AVIF, damaged or of a kind that this Pillow does not read: {CONVERT_IMAGE}",
+    "avis": f"AVIF, damaged or of a kind that this Pillow does not read: {CONVERT_IMAGE}",
     "crx ": f"a camera's raw file: {CONVERT_IMAGE}",
     "M4A ": "sound (AAC)",
 }

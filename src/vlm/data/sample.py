@@ -377,12 +377,12 @@ class Sample:
         """Why there is no reply to learn from; None where there is one."""
         given = [turn for turn in self.turns if turn.role == "assistant"]
         if not given:
-            return "no reply to learn from"
+            return "no reply to train on"
         if self.replies:
             return None
         if all(turn.is_blank for turn in given):
-            return "no reply to learn from: its replies are blank"
-        return "no reply to learn from: those that are not blank have weight 0 or loss false"
+            return "no reply to train on: its replies are blank"
+        return "no reply to train on: those that are not blank have weight 0 or loss false"
 
     @property
     def learns_between_media(self) -> bool:

@@ -24,8 +24,8 @@ MAX_IMAGE_BYTES = 8 << 20
 CURVES = ("loss", "eval_loss")
 MORE_CURVES = ("grad_norm", "tokens_per_second")
 INDEPENDENT = (
-    "Differences are against the first run, with 95% intervals. Paired ones are of the same records; others take the "
-    "runs for independent, which is too wide where both were evaluated on the same records."
+    "Differences are relative to the first run, with 95% intervals. Paired intervals compare the same records; the "
+    "others treat the runs as independent, which makes them too wide if both were evaluated on the same records."
 )
 MORE_STYLE = """\
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:.4rem 1rem}
@@ -114,7 +114,7 @@ def _metrics_text(comparison: RunComparison) -> str:
 
 def _notes(comparison: RunComparison) -> str:
     """Return what has to be known to read the metrics."""
-    others = "The runs were evaluated on different records while they trained. " if comparison.has_other_records else ""
+    others = "The runs were evaluated on different records during training. " if comparison.has_other_records else ""
     return others + INDEPENDENT
 
 

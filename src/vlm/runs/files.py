@@ -96,7 +96,7 @@ class Folder:
         try:
             return _as_object(msgspec.json.decode(self._read(name, 0, MAX_JSON_BYTES)))
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            self.damaged[name] = f"no JSON object: {error}"
+            self.damaged[name] = f"not a JSON object: {error}"
             return {}
 
     def yaml(self, name: str) -> JsonObject:
@@ -113,7 +113,7 @@ class Folder:
                 raise ValueError("it has aliases")  # of a few bytes they make gigabytes
             return _as_object(yaml.load(text, SAFE_LOADER))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            self.damaged[name] = f"no YAML mapping: {error}".splitlines()[0]
+            self.damaged[name] = f"not a YAML mapping: {error}".splitlines()[0]
             return {}
 
     def json_lines(self, name: str, most: int = MAX_TEXT_BYTES) -> list[JsonObject]:
@@ -124,7 +124,7 @@ class Folder:
         *lines, _ = self.text(name, most).split("\n")
         objects = [found for line in lines if (found := parse_line(line)) is not None]
         if lost := sum(bool(line.strip()) for line in lines) - len(objects):
-            self.damaged[name] = f"{lost:,} of {len(lines):,} lines are no JSON objects"
+            self.damaged[name] = f"{lost:,} of {len(lines):,} lines are not JSON objects"
         return objects
 
     def files(self, pattern: str, most: int = 1000) -> Iterator[Path]:
@@ -149,7 +149,7 @@ def parse_line(line: str) -> JsonObject | None:
 
 def _as_object(value: object) -> JsonObject:
     if not isinstance(value, dict):
-        raise ValueError("its top is no mapping")
+        raise ValueError("its top level is not a mapping")
     _check_depth(value, MAX_DEPTH)
     return {str(key): item for key, item in value.items()}
 

@@ -107,7 +107,7 @@ class RunTable:
                 continue
             ending = [name for name in settings if name.endswith(f".{key}")]
             if len(ending) > 1:
-                raise ValueError(f"{key}: several settings end so, {', '.join(ending[:4])}; write one whole")
+                raise ValueError(f"{key}: several settings end with it, {', '.join(ending[:4])}; write the whole key")
             if ending:
                 continue
             names = sorted(known | {name.rpartition(".")[2] for name in known})

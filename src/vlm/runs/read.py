@@ -353,7 +353,7 @@ def read_run(folder: Path, name: str | None = None) -> RunDirectory:
         raise ValueError(f"{folder}: no such folder; vlm runs lists the runs below outputs/")
     inside = next(find_run_folders(folder), None)
     hint = f"runs are in it, such as {inside}" if inside else "a run directory has config.yaml and metrics.jsonl"
-    raise ValueError(f"{folder}: this is no run directory; {hint}")
+    raise ValueError(f"{folder}: this is not a run directory; {hint}")
 
 
 def find_runs(parent: Path, depth: int = MAX_RUN_DEPTH) -> list[RunDirectory]:

@@ -48,7 +48,7 @@ def _find_warnings(run: RunDirectory) -> Iterator[str]:
         yield f"The run failed at step {run.step:,}."
     elif run.state in (STOPPED, UNFINISHED):
         saved = f"; its newest checkpoint is of step {run.checkpoints[-1]:,}" if run.checkpoints else ""
-        yield f"The run did not reach its end: it was at step {run.step:,}{saved}."
+        yield f"The run did not finish: it was at step {run.step:,}{saved}."
     for name in ("loss", "grad_norm"):
         if (column := run.metrics.get(name)) is not None and column.num_undefined:
             yield f"{name} was infinite or undefined {column.num_undefined:,} times."
@@ -63,9 +63,12 @@ def _find_warnings(run: RunDirectory) -> Iterator[str]:
 
 def _find_hints(run: RunDirectory) -> Iterator[str]:
     if run.state != FAILED and run.step and "eval_loss" not in run.metrics:
-        yield "Nothing was evaluated while it trained: dataset.eval_split=0.05 trainer.eval_strategy=epoch does."
+        yield (
+            "Nothing was evaluated during training; dataset.eval_split=0.05 trainer.eval_strategy=epoch would change "
+            "that."
+        )
     if run.versions.get("git_changes"):
-        yield "The source had changes that git did not know; its revision alone does not repeat the run."
+        yield "The source had uncommitted changes, so its git revision alone does not reproduce the run."
 
 
 # What was trained from what
@@ -213,7 +216,7 @@ def _throughput(run: RunDirectory) -> str:
         lines = [Curve("samples", run.metrics["samples_per_second"].points())]
     shares = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "MFU"}
     below = [Curve(name, run.metrics[key].points()) for key, name in shares.items() if key in run.metrics]
-    return draw_figure("Throughput, a second", lines, from_zero=True, log_scale=False) + draw_figure(
+    return draw_figure("Throughput per second", lines, from_zero=True, log_scale=False) + draw_figure(
         "Shares of padding and waiting, and MFU", below, from_zero=True, log_scale=False
     )
 

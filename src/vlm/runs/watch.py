@@ -100,7 +100,7 @@ def read_live_run(folder: Path, num_log_lines: int = 8) -> LiveRun:
     status, lines = read_status(folder), list(_read_metrics(folder / METRICS_FILE))
     if not status and not lines and not (folder / "config.yaml").is_file():
         raise ValueError(
-            f"{folder} holds no run: neither status.json, nor metrics.jsonl, nor config.yaml. Give the run directory, "
+            f"{folder} has no run: status.json, metrics.jsonl and config.yaml are missing. Give the run directory, "
             "which a run prints when it begins"
         )
     return LiveRun(folder, status, lines, _read_tail(folder / LOG_FILE, num_log_lines), time.time())
@@ -188,13 +188,13 @@ def describe_state(run: LiveRun) -> str:
     host = run.status.get("host")
     where = f" on {printable(host, single_line=True)}" if isinstance(host, str) else ""
     if state == GONE:
-        return f"ended without a word: its process{where} is gone; run.log has its last lines"
+        return f"ended without reporting why: its process{where} no longer exists; run.log has its last lines"
     if state == "unknown":
         return "state unknown: it has no status.json"
     if state in ENDED_STATES or age is None:
         return state
     if age > STALE_SECONDS:
-        return f"{state}{where}, but it has said nothing for {format_seconds(age)}"
+        return f"{state}{where}, but it has written nothing for {format_seconds(age)}"
     return f"{state}{where}, {format_seconds(age)} ago"
 
 

@@ -142,9 +142,9 @@ UNSETTLED: dict[str, tuple[str, list[Any] | None, list[Any], str]] = {
     "no label": ("binary", None, [None, None], "head h: no training record has a label. It is looked for in `label` of "
                  "each record; dataset.format=labelled with dataset.options.label_key reads it from elsewhere"),
     "no record": ("regression", None, [], "head h: no training record has a label"),
-    "an unknown pair": ("binary", None, ["spam", "ham"], "head h: it cannot be told which of 'ham' and 'spam' is "
-                        "positive; model.head.labels=[negative, positive] decides"),
-    "another pair of numbers": ("binary", None, [1, 2], "it cannot be told which of 1 and 2 is positive"),
+    "an unknown pair": ("binary", None, ["spam", "ham"], "head h: which of 'ham' and 'spam' is the positive "
+                        "label is unknown; set model.head.labels=[negative, positive]"),
+    "another pair of numbers": ("binary", None, [1, 2], "which of 1 and 2 is the positive label is unknown"),
     "one label": ("binary", None, [1, 1], "head h: binary needs exactly 2 labels, the training records have 1: 1"),
     "three labels": ("binary", None, ["no", "yes", "Yes"],
                      "head h: binary needs exactly 2 labels, the training records have 3: 'Yes', 'no', 'yes'"),
@@ -154,20 +154,21 @@ UNSETTLED: dict[str, tuple[str, list[Any] | None, list[Any], str]] = {
     "no set": ("multilabel", None, [[], []],
                "head h: multilabel needs at least 1 label, the training records have 0: none"),
     "text for sets": ("multilabel", None, ["a", ["b"]], "head h: multilabel needs a list of labels, got 'a'"),
-    "kinds": ("multiclass", None, [1, "a"], "head h: its labels are numbers and texts, one kind is needed: 1, 'a'"),
-    "truth and numbers": ("multiclass", None, [True, 0], "its labels are numbers and truth values, one kind is needed"),
-    "kinds given": ("multiclass", ["a", 1], ["a"], "head h: its labels are numbers and texts, one kind is needed"),
+    "kinds": ("multiclass", None, [1, "a"], "head h: its labels are numbers and texts, but one kind is needed: 1, 'a'"),
+    "truth and "
+    "numbers": ("multiclass", None, [True, 0], "its labels are numbers and truth values, but one kind is needed"),
+    "kinds given": ("multiclass", ["a", 1], ["a"], "head h: its labels are numbers and texts, but one kind is needed"),
     "a list": ("multiclass", None, [["a"]], "head h: a label is a text, a finite number, true or false, got ['a']"),
     "nan": ("multiclass", None, [1, NAN], "head h: a label is a text, a finite number, true or false, got nan"),
     "a mapping": ("multilabel", None, [[{"a": 1}]], "head h: a label is a text, a finite number, true or false, got {"),
-    "grades of text": ("ordinal", None, ["low", "high"], "head h: the order is unknown of 'high', 'low'; "
-                       "model.head.labels=[lowest, …, highest] says it"),
+    "grades of text": ("ordinal", None, ["low", "high"], "head h: the order of the labels 'high', 'low' is unknown; "
+                       "set model.head.labels=[lowest, …, highest]"),
     "an unknown label": ("multiclass", ["a", "b"], ["a", "b", "c", "c"],
                          "training records: head h: 'c' is not one of its labels, which are 'a', 'b' (2 of 4 records)"),
     "unknown labels": ("multiclass", ["a", "b"], ["d", "c", "c"], "(2 of 3 records; 1 have other wrong values)"),
     "an absent label": ("multiclass", ["a", "b", "c", "d"], ["a", "b"],
-                        "head h: model.head.labels has 'c', 'd', a class absent from training: no training record"),
-    "an absent one of sets": ("multilabel", ["a", "b"], [["a"], []], "model.head.labels has 'b', a class absent from"),
+                        "head h: model.head.labels has 'c', 'd', but no training record"),
+    "an absent one of sets": ("multilabel", ["a", "b"], [["a"], []], "model.head.labels has 'b', but no training"),
     "twice": ("multiclass", ["a", "b", "a"], ["a"], "head h: the label 'a' is there twice"),
     "twice as a number": ("multiclass", [1, 1.0], [1], "head h: the label 1 is there twice"),
     "labels of numbers": ("regression", [1, 2], [1, 2],
@@ -277,13 +278,13 @@ LETTERS = ("a", "b")
         ([0, 0, 2], 0.5, None, "number 2 has 1"),
         ([0], 0.5, None, "dataset.eval_split=0.5: at least two records are needed, got 1"),
         ([], 0.5, None, "at least two records are needed, got 0"),
-        ([0] * 9 + [1] * 9, 0.05, None, "dataset.eval_split=0.05 gives 1 of 18 records, and leaves 17: 1 cannot have "
-                                        "one of each of 2 labels"),
-        ([0] * 9 + [1] * 9, 0.99, None, "gives 18 of 18 records, and leaves 0: 0 cannot have one of each of 2 labels"),
+        ([0] * 9 + [1] * 9, 0.05, None, "dataset.eval_split=0.05 holds out 1 of 18 records and leaves 17: 1 "
+                                        "cannot have one record for each of 2 labels"),
+        ([0] * 9 + [1] * 9, 0.99, None, "18 of 18 records and leaves 0: 0 cannot have one record for each of 2"),
         ([0, 0], 0.0, None, "dataset.eval_split=0.0: a share between 0 and 1 is needed"),
         ([0, 0], 1.0, None, "dataset.eval_split=1.0: a share between 0 and 1 is needed"),
-        ([0, 0], 0.5, [3, 3], "dataset.eval_split=0.5: a group stays together, and 1 of 1 leave none for training"),
-        ([0, 0], 0.9, [3, 4], "dataset.eval_split=0.9: a group stays together, and 2 of 2 leave none for training"),
+        ([0, 0], 0.5, [3, 3], "dataset.eval_split=0.5: groups are not split, and holding out 1 of 1 leaves none"),
+        ([0, 0], 0.9, [3, 4], "dataset.eval_split=0.9: groups are not split, and holding out 2 of 2 leaves none"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_split_says_why(of: list[int], share: float, groups: list[int] | None, said: str):
@@ -301,9 +302,9 @@ def test_what_cannot_be_split_says_why(of: list[int], share: float, groups: list
             None,
             "5 folds: one for each, so at least 5 records of each label are needed; 'b' has 4",
         ),
-        ([0] * 3, 5, None, "5 folds: as many records are needed, got 3"),
+        ([0] * 3, 5, None, "5 folds: at least as many records are needed, got 3"),
         ([0] * 3, 1, None, "at least 2 folds are needed, got 1"),
-        ([0] * 6, 3, [1, 1, 1, 2, 2, 2], "3 folds: as many groups are needed, got 2; a group stays together"),
+        ([0] * 6, 3, [1, 1, 1, 2, 2, 2], "3 folds: at least as many groups are needed, got 2; groups are not split"),
     ],
 )
 def test_what_cannot_be_folded_says_why(of: list[int], number: int, groups: list[int] | None, said: str):

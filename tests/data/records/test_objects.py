@@ -95,7 +95,7 @@ def test_swifts_form(folder: Path):
         ([{**CAT, "units": "cm"}], "<bbox>", "allowed are pixels, share, thousandths"),
         ([{**CAT, "upright": "no"}], "<bbox>", "must be true or false"),
         ([{**CAT, "image": 1}], "<bbox>", "objects[0] is of image 1, but the record shows 1 image, counted from 0"),
-        ([{**CAT, "image": -1}], "<bbox>", "must count from 0, got -1"),
+        ([{**CAT, "image": -1}], "<bbox>", "must be a whole number from 0, got -1"),
         ([{"span": [1, 2]}], "<bbox>", "is of video 0, but the record shows no videos"),
         ([{"box": [1, 2, 3]}], "<bbox>", "must be [x1, y1, x2, y2], got [1, 2, 3]"),
         ([{"box": [1, 2, 3, "4"]}], "<bbox>", "must be [x1, y1, x2, y2]"),

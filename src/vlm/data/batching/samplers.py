@@ -55,7 +55,9 @@ def order_by_modality_and_length(
         ValueError: `batch` is no multiple of `num_chunks`.
     """
     if batch % num_chunks:
-        raise ValueError(f"batch={batch}, num_chunks={num_chunks}: a step has equally many samples in each micro-batch")
+        raise ValueError(
+            f"batch={batch}, num_chunks={num_chunks}: all micro-batches of a step must have the same number of samples"
+        )
     length_array = np.asarray(lengths, dtype=np.int64)
     is_multimodal = np.asarray(num_images) > 0
     modalities = [group for group in (np.flatnonzero(is_multimodal), np.flatnonzero(~is_multimodal)) if len(group)]

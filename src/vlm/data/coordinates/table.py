@@ -60,7 +60,7 @@ def _import_convention(name: str) -> type[Convention]:
         raise ValueError(f"{KEY}={name}: allowed are {allowed}, or package.module:Class for your own")
     kind = import_named(name, KEY)
     if not (isinstance(kind, type) and issubclass(kind, Convention)):
-        raise ValueError(f"{KEY}={name}: it is no subclass of vlm.data.coordinates.convention.Convention")
+        raise ValueError(f"{KEY}={name}: it is not a subclass of vlm.data.coordinates.convention.Convention")
     return kind
 
 

@@ -237,7 +237,8 @@ def encode(
     if processor.sees_media_together and sample.learns_between_media:
         raise BadSample(
             sample.id,
-            "has a learned reply between images, and this model's earlier images see later ones: put all images before "
+            "has a trained reply between images, but in this model earlier images attend to later ones: put all "
+            "images before "
             'it, or set "loss": false on it',
         )
     if needs_whole_turns(sample.turns, sample.tools):

@@ -47,7 +47,7 @@ class PreferenceEncoder(SampleEncoder):
                 raise BadSample(sample.id, problem)
             return [(CHOSEN if sample.label else REJECTED, sample)]
         if sample.label is not None:
-            problem = "it has a label in place of a rejected reply, which trainer.preference.loss=kto is for"
+            problem = "it has a label instead of a rejected reply; trainer.preference.loss=kto reads labels"
             raise BadSample(sample.id, problem)
         if self.rejects_image and sample.media:
             return [(CHOSEN, sample), (REJECTED, sample)]

@@ -33,12 +33,13 @@ class PromptEncoder(SampleEncoder):
         """Raise ValueError for settings that contradict each other."""
         if self.truncate:
             raise ValueError(
-                "dataset.over_length=truncate: what a head reads stands at the end of a prompt, which is never cut; "
+                "dataset.over_length=truncate: a head reads the end of a prompt, so prompts are never cut; "
                 "choose error or skip"
             )
         if self.answers and self.suffix:
             raise ValueError(
-                f"suffix={self.suffix}, answers=True: a reply follows its prompt, nothing can stand between them"
+                f"suffix={self.suffix}, answers=True: a reply follows its prompt directly, so no suffix can come "
+                "between them"
             )
 
     def encode(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
@@ -54,19 +55,21 @@ class PromptEncoder(SampleEncoder):
             raise BadSample(sample.id, "there is nothing before its reply")
         prompt = encode_prompt(self.processor, turns, sizes, sample.id, sample.tools)
         if not prompt:
-            raise BadSample(sample.id, "its template leaves nothing of its prompt")
+            raise BadSample(sample.id, "its template drops the whole prompt")
         last = sample.turns[-1]
         if not self.answers or last.role != "assistant" or not last.supervised:
             return Encoded([*prompt, *self.suffix], [IGNORE_INDEX] * (len(prompt) + len(self.suffix)))
         if any(turn.weight != 1 for turn in sample.replies):
             raise BadSample(
-                sample.id, "a reply has a weight; beside a prediction head replies are learned or not (0, 1)"
+                sample.id, "a reply has a weight; with a prediction head, only the weights 0 and 1 are allowed"
             )
         whole = encode(self.processor, sample, sizes)
         length = len(prompt)
         # A head reads the end of the prompt: the reply must be supervised from its first token on.
         if whole.input_ids[:length] != prompt or whole.labels[length : length + 1] in ([], [IGNORE_INDEX]):
-            problem = "its template renders a prompt otherwise once it is answered, as some with thinking blocks do"
+            problem = (
+                "its template renders a prompt differently once it is answered, as some templates with thinking do"
+            )
             raise BadSample(sample.id, f"{problem}; dataset.template names another")
         return Encoded(whole.input_ids, [*[IGNORE_INDEX] * length, *whole.labels[length:]])
 

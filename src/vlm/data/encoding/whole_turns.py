@@ -163,7 +163,9 @@ def _check_texts(processor: Processor, sample: Sample) -> None:
         function = {key: value for key, value in tool["function"].items() if key not in DESCRIBED}
         if spelled := processor.special_tokens.search(repr_json(function)):
             name = tool["function"]["name"]
-            raise BadSample(sample.id, f"the parameters of its tool {name} spell {spelled[0]}, a mark of the model's")
+            raise BadSample(
+                sample.id, f"the parameters of its tool {name} spell {spelled[0]}, a special token of the model"
+            )
 
 
 def repr_json(value: object) -> str:
@@ -187,7 +189,7 @@ def _check_complete(
         place = "" if turn is None else f" (turn {turn + 1})"
         if turn is not None and name in ("a text", "a reply"):
             raise BadSample(sample_id, f"its template drops {name}{place}")
-        advice = "a template that writes tools is needed (dataset.template), or records without them"
+        advice = "choose a template that renders tools (dataset.template), or records without them"
         raise BadSample(sample_id, f"its template leaves out {name}{place}; {advice}")
 
 
@@ -200,8 +202,8 @@ def _check_thinking(
         if thought and thought not in text[start:end]:
             raise BadSample(
                 sample_id,
-                f"its template drops the thinking of turn {index + 1}; dataset.thinking=template learns what it keeps, "
-                "or end the record with that reply",
+                f"its template drops the thinking of turn {index + 1}; dataset.thinking=template trains on what it "
+                "keeps; or end the record with this reply",
             )
 
 
@@ -292,7 +294,7 @@ class _ReplyFinder:
                 return end
         if isinstance(turn, ToolCallTurn):
             written = self.text[last : last + 40]
-            problem = f"its template ends a call with {written!r}, and not with {ending!r} as it ends a reply"
+            problem = f"its template ends a call with {written!r}, but a reply with {ending!r}"
             raise BadSample(self.sample.id, f"{problem}; calls of this form cannot be trained on")
         return last
 

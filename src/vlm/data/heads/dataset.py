@@ -140,8 +140,7 @@ def values_per_head(labels: Sequence[object], names: Sequence[str]) -> dict[str,
     for label in labels:
         if label is not None and not isinstance(label, Mapping) and len(names) > 1:
             raise ValueError(
-                f"label {label!r:.60}: there are the heads {', '.join(names)}, so a mapping from their names to values "
-                "is needed"
+                f"label {label!r:.60}: a mapping from the names of the heads, {', '.join(names)}, to values is needed"
             )
     return {name: [label.get(name) if isinstance(label, Mapping) else label for label in labels] for name in names}
 

@@ -71,7 +71,9 @@ def with_item_times(item: Record, file: object, sample_id: str) -> object:
     if isinstance(file, list):
         return {"frames": file, "fps": _first(item, RATE_KEYS), "times": _first(item, TIME_KEYS)}
     if given:
-        reason = "it is of lists of extracted frames; of a video file, dataset.fps and dataset.max_frames choose frames"
+        reason = (
+            "it is for lists of extracted frames; for a video file, dataset.fps and dataset.max_frames choose frames"
+        )
         raise BadSample(sample_id, f"`messages[].content[].{given[0]}` is not read: {reason}")
     return file
 

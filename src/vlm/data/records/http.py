@@ -108,7 +108,7 @@ class HttpFile(io.RawIOBase):
         length = response.headers.get("Content-Length")
         self._size = int(length) if length is not None else None
         if self.offset:
-            log.warning("%s: its server knows no ranges; %s bytes are read again", self.url, f"{self.offset:,}")
+            log.warning("%s: the server does not support ranges; %s bytes are read again", self.url, f"{self.offset:,}")
             _discard(response, self.offset)
 
     def _check_version(self, response: http.client.HTTPResponse) -> None:
@@ -123,7 +123,7 @@ class HttpFile(io.RawIOBase):
             raise OSError(f"{self.url}: {error}") from error
         self._failures += 1
         if self._failures >= MAX_FAILURES:
-            raise OSError(f"{self.url}: failed {self._failures} times in a row, at last with: {error}") from error
+            raise OSError(f"{self.url}: failed {self._failures} times in a row, the last time with: {error}") from error
         wait = min(2.0 ** (self._failures - 1), LONGEST_WAIT)
         log.warning("%s: %s; read on from byte %s in %.0f s", self.url, error, f"{self.offset:,}", wait)
         time.sleep(wait)

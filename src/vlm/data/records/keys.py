@@ -18,21 +18,21 @@ from vlm.data.sample import BadSample, OptionNeeded, Record, Sample, Turn
 
 Reader = Callable[..., Sample]
 
-TOOLS = "calls of tools are read in the forms messages and llava"
-SOUND = "sound is not trained on"
-BOXES = "boxes stand in the record's `objects`, and <bbox> in the texts where they are written"
+TOOLS = "tool calls are read in the formats messages and llava"
+SOUND = "audio is not supported"
+BOXES = "list boxes in the record's `objects`, and write <bbox> in its texts where they go"
 THINKING = "it is part of a reply; write it into the reply's text"
 FRAMES = "sizes and frames follow from the model and dataset.max_frames"
-PLACED = "images and videos of a turn are listed by the record, or are items of its content"
-WEIGHTS = "records have no weights; a turn has `weight` or `loss`, a source `dataset.sources.….loss_weight`"
-REFUSALS = "it is a reply in place of another; write it as the reply's text"
+PLACED = "list images and videos in the record, or as items of the content of a turn"
+WEIGHTS = "records have no weights; give a turn `weight` or `loss`, or a source `dataset.sources.….loss_weight`"
+REFUSALS = "it is an alternative reply; write it as the text of the reply"
 
 RECORD_KEYS = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), TOOLS),
     **dict.fromkeys(("audio", "audios"), SOUND),
     **dict.fromkeys(("objects", "bbox", "bboxes", "boxes"), BOXES),
     **dict.fromkeys(("weight", "loss", "loss_scale", "sample_weight"), WEIGHTS),
-    "history": "earlier turns are not read in this form",
+    "history": "earlier turns are not read in this format",
 }
 """Keys of a record that change what is learned -> why they are not read."""
 TURN_KEYS = {
@@ -42,7 +42,7 @@ TURN_KEYS = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), THINKING),
     "refusal": REFUSALS,
     **dict.fromkeys(("image", "images", "video", "videos"), PLACED),
-    **dict.fromkeys(("train_detail", "training_detail"), "parts of a reply cannot be trained on by themselves"),
+    **dict.fromkeys(("train_detail", "training_detail"), "a run cannot train on parts of a reply"),
 }
 """Keys of a turn of a conversation, likewise."""
 ITEM_KEYS = {

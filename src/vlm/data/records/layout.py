@@ -84,7 +84,7 @@ def _find_wrapped_list(path: Path, *, is_named_lines: bool) -> Layout:
             return Layout(lines=True)  # broken lines, each of them a record's own trouble
         raise ValueError(
             f"{path}: not JSON ({error}); a list of records is needed, or one record on each line. jq -c . OLD > "
-            "NEW.jsonl fixes values that only follow one another"
+            "NEW.jsonl fixes JSON values that follow one another"
         ) from None
     if known := describe_collection(first_items):
         raise ValueError(f"{path}: {known.format(path=path)}")

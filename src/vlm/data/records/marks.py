@@ -30,9 +30,9 @@ class MarkError(ValueError):
     """
 
     def __init__(self, mark: str, found: int, name: str, number: int):
-        advice = f"write one {mark} for each, on a line of its own where the text has the word {mark} too"
+        advice = f"write one {mark} for each, on a line of its own if the text also has the word {mark}"
         if not number:
-            advice = f"name the {name} in the record, or write {mark} within a sentence where it is a word"
+            advice = f"name the {name} in the record, or write {mark} within a sentence if it is a word"
         plural = "" if number == 1 else "s"
         super().__init__(
             f"its text has {found or 'no'} {mark}, but the record has {number or 'no'} {name}{plural}: {advice}"

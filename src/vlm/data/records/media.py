@@ -117,7 +117,7 @@ def _decode_image_text(text: str, sample_id: str) -> bytes:
     try:
         return decode_base64(text)
     except ValueError as error:
-        raise BadSample(sample_id, f"an image in base64 does not decode: {error}") from None
+        raise BadSample(sample_id, f"an image in base64 cannot be decoded: {error}") from None
 
 
 def _decode_data_url(address: str, sample_id: str) -> bytes:
@@ -128,7 +128,7 @@ def _decode_data_url(address: str, sample_id: str) -> bytes:
             raise binascii.Error("only base64 is read")
         return base64.b64decode(body, validate=True)
     except ValueError as error:  # binascii.Error is one; letters beyond ASCII raise a plain one
-        raise BadSample(sample_id, f"an image in a data: address does not decode: {error}") from None
+        raise BadSample(sample_id, f"an image in a data: address cannot be decoded: {error}") from None
 
 
 class MediaPlacer:
@@ -258,7 +258,7 @@ class MediaPlacer:
         if not any(isinstance(piece, Slot) for piece in chain(*pieces)):
             for text in texts:
                 if mark := find_other_mark(text, has_media=self.has_media):
-                    advice = f"name the file in the record, and write {PLACEHOLDER} or {VIDEO_PLACEHOLDER} in its place"
+                    advice = f"name the file in the record, and write {PLACEHOLDER} or {VIDEO_PLACEHOLDER} instead"
                     raise BadSample(self.sample_id, f"its text has {mark}, a mark of another tool; {advice}")
         return pieces, leading
 
@@ -276,7 +276,7 @@ class MediaPlacer:
             number, indexed = len(self.media[kind]), self._indexed[kind]
             if unused := number - len(indexed) if indexed else number - self._placed[kind]:
                 raise BadSample(
-                    self.sample_id, f"{unused} of the {number} {name}s that it lists are not placed in its text"
+                    self.sample_id, f"{unused} of the {number} {name}s that it lists do not occur in its text"
                 )
         parts = [part for turn in turns for part in turn.content]
         texts = [part for part in parts if isinstance(part, str)]

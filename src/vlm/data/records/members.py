@@ -65,7 +65,7 @@ def split_members(sample: Sample) -> list[Sample]:
     *before, last = sample.turns
     if last.role != "assistant" or last.is_blank or not any(turn.role == "user" for turn in before):
         raise BadSample(
-            sample.id, "it has no query with its positive: a record of the format pair has both, one of another "
+            sample.id, "it has no query and positive: a record of the format pair needs both, and a record of another "
             "format needs a reply behind its question or image"
         )  # fmt: skip
     return [replace(sample, turns=turns, label=None) for turns in (tuple(before), (Turn("user", last.content),))]
@@ -109,7 +109,7 @@ def read_members(record: Record, folder: Path, sample_id: str, read_chat: ReadCh
         if not is_empty(record.get(key)) and not (key == "images" and "positive_messages" in record):
             member = "as `instruction` of that member" if key.startswith("system") else "within that member"
             raise BadSample(
-                sample_id, f"`{key}` stands beside query and positive, and is of neither; write it {member}"
+                sample_id, f"`{key}` is next to query and positive but belongs to neither; write it {member}"
             )
     if "qry" in record or "qry_image_path" in record:
         values = _mmeb_values(record)
@@ -128,7 +128,7 @@ def read_members(record: Record, folder: Path, sample_id: str, read_chat: ReadCh
                 raise BadSample(sample_id, f"`{name}`: calls of tools are not compared; write them as text")
             turns.append(MemberTurn(turn.role, turn.content, turn.supervised, turn.weight, turn.thinking, number))
     if 1 not in {turn.member for turn in turns if isinstance(turn, MemberTurn)}:
-        raise BadSample(sample_id, "it has no positive, which its query should find")
+        raise BadSample(sample_id, "it has no positive, which its query should match")
     return tuple(turns)
 
 
@@ -198,7 +198,9 @@ def _read_member(value: object, folder: Path, sample_id: str, name: str, read_ch
     if own.get("messages") is not None:
         turns = list(read_chat(own | {"id": sample_id}, folder).turns)
         if turns[-1].role == "assistant":
-            raise BadSample(sample_id, f"`{name}`: its messages end with a reply; what is compared ends with the user")
+            raise BadSample(
+                sample_id, f"`{name}`: its messages end with a reply; they must end with a turn of the user"
+            )
     else:
         turns = [Turn("user", _read_content(own, folder, sample_id, name))]
     return [Turn("system", (str(system),)), *turns] if not is_empty(system) else turns

@@ -92,7 +92,9 @@ def _read_index(value: object, where: str, sample_id: str) -> int:
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise BadSample(sample_id, f"`{where}`: the number of its image must count from 0, got {value!r:.40}")
+        raise BadSample(
+            sample_id, f"`{where}`: the number of its image must be a whole number from 0, got {value!r:.40}"
+        )
     return value
 
 
@@ -103,7 +105,9 @@ def _read_swift_objects(value: Record, sample_id: str) -> tuple[list[MarkedObjec
     """Read `{"ref": […], "bbox": [[…], …], "bbox_type", "image_id"}`: its boxes and points, and its names."""
     if unknown := [key for key in value if key not in SWIFT_KEYS and not is_empty(value[key])]:
         listing = ", ".join(SWIFT_KEYS)
-        raise BadSample(sample_id, f"`objects.{unknown[0]}`: as a mapping, `objects` has {listing}; else it is a list")
+        raise BadSample(
+            sample_id, f"`objects.{unknown[0]}`: as a mapping, `objects` has {listing}; otherwise it must be a list"
+        )
     boxes, names = value.get("bbox") or [], value.get("ref") or []
     kind_of_box = value.get("bbox_type") or "real"
     images = value.get("image_id") or [0] * len(boxes)
@@ -233,7 +237,9 @@ def _check_calls(turns: Sequence[Turn], sample_id: str) -> None:
     """Raise BadSample for a mark in an argument of a call, which is no text that the model writes word by word."""
     for turn in turns:
         if isinstance(turn, ToolCallTurn) and (match := OBJECT_MARK.search(str(turn.tool_calls))):
-            problem = f"{match[0]} stands in an argument of a call; write its numbers there as the model counts them"
+            problem = (
+                f"{match[0]} is in an argument of a call; write the numbers there, in the coordinates of the model"
+            )
             raise BadSample(sample_id, problem)
 
 

@@ -59,7 +59,7 @@ def path_problem(path: str) -> str | None:
     if _is_tar_address(path):
         return None
     if is_address(path):
-        return "of addresses only http(s)://….tar is read; hf://owner/name is a data set on the Hub"
+        return "the only web addresses that are read are http(s)://….tar; hf://owner/name is a data set on the Hub"
     if Path(path).is_dir() or names_records(path):
         return None
     names = ", *".join(RECORD_SUFFIXES)

@@ -162,7 +162,7 @@ def guess_dialect(path: Path) -> Dialect:
     encoding = next(marks, "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in head:
         raise ValueError(
-            f"{path}: not UTF-8 (it has zero bytes): iconv -f UTF-16LE -t UTF-8 {path} > NEW, if it is that"
+            f"{path}: not UTF-8 (it has zero bytes): if it is UTF-16: iconv -f UTF-16LE -t UTF-8 {path} > NEW"
         )
     suffix, _ = split_suffix(str(path))
     with open_text(path, encoding) as file:
@@ -231,8 +231,8 @@ def _iter_chunks(path: Path, dialect: Dialect, *, refuses_joined_rows: bool = Fa
                 yield rows
         except csv.Error as error:
             raise TableError(
-                f"line {reader.line_num + dialect.num_skipped}: {error}. A text that begins with a quotation mark has "
-                "to stand in quotation marks, with its own doubled"
+                f"line {reader.line_num + dialect.num_skipped}: {error}. If a text begins with a quotation mark, "
+                "enclose it in quotation marks and double its own"
             ) from None
         except UnicodeError as error:
             raise ValueError(describe_encoding(path, error)) from None
@@ -259,7 +259,7 @@ def _check_not_joined(rows: Rows, dialect: Dialect, first: int) -> None:
     for row in rows:
         lines = dialect.separator.join(row).splitlines()
         if len(lines) > 1 < len(row) and all(text.count(dialect.separator) == len(row) - 1 for text in lines):
-            raise TableError(f"line {first} or later: a quotation mark joins lines that are rows by themselves")
+            raise TableError(f"line {first} or later: a quotation mark joins several rows into one")
 
 
 def _is_enclosed(cell: str) -> bool:
@@ -270,7 +270,7 @@ def _name_columns(path: Path, header: Sequence[str]) -> list[str]:
     """Return the names of the columns; those without a name get a number."""
     names = [name.strip() or f"column {number}" for number, name in enumerate(header, start=1)]
     if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-        raise ValueError(f"{path}: the first line has to name the columns, and names {twice[0]!r:.60} twice")
+        raise ValueError(f"{path}: the first line must name the columns, but names {twice[0]!r:.60} twice")
     return names
 
 
@@ -327,8 +327,8 @@ def describe_encoding(path: Path, error: UnicodeError) -> str:
     if isinstance(error, UnicodeDecodeError) and error.start < len(error.object):
         around = bytes(error.object[max(error.start - 20, 0) : error.start + 20])
         western = around.decode("cp1252", "replace")
-        detail = f"; if {western!r} is what it should say, it is Windows-1252 (Latin-1)"
+        detail = f"; if {western!r} is the right text, the file is in Windows-1252 (Latin-1)"
     return (
-        f"{path}: not UTF-8{detail}: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW converts it, with the name of another "
-        "encoding where it is in that"
+        f"{path}: not UTF-8{detail}: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW converts it; name another encoding "
+        "if it has one"
     )

@@ -85,7 +85,7 @@ class OutputFiles:
             raise ValueError(f"OUTPUT {self.output}: that would overwrite the input {source}; choose another file")
         if folder == input_path or input_path in folder.parents:
             raise ValueError(
-                f"OUTPUT {self.output} lies in the input {source}, which must not change; choose another folder"
+                f"OUTPUT {self.output} is inside the input {source}, which must not change; choose another folder"
             )
         if self.output.exists() and not force:
             raise ValueError(f"OUTPUT {self.output} exists; choose another file, or replace it with --force")

@@ -203,7 +203,8 @@ def claim_output_folder(output: Path, table: Table) -> None:
     if not file.exists():
         if taken := [name for name in ("images", "records.jsonl", "failures.jsonl") if (output / name).exists()]:
             raise ValueError(
-                f"{output} has {taken[0]} but no download.json, so it is no download; choose another folder"
+                f"{output} has {taken[0]} but no download.json, so it was not made by this command; choose another "
+                "folder"
             )
         partial = output / "download.json.partial"
         partial.write_text(json.dumps({"table": table.path.name, **identity}, indent=2), encoding="utf-8")
@@ -211,8 +212,8 @@ def claim_output_folder(output: Path, table: Table) -> None:
         return
     existing = json.loads(file.read_text(encoding="utf-8"))
     if changed := [f"{k} {existing.get(k)} there, {v} here" for k, v in identity.items() if existing.get(k) != v]:
-        other = f"another table, {existing.get('table')}, or of other columns ({'; '.join(changed)})"
-        raise ValueError(f"{output} holds images of {other}: choose another folder")
+        other = f"another table, {existing.get('table')}, or other columns ({'; '.join(changed)})"
+        raise ValueError(f"{output} has the images of {other}: choose another folder")
 
 
 class DownloadLedger:

@@ -134,7 +134,7 @@ def ubiai(
         ValueError: both labels are the same.
     """
     if question_label == answer_label:
-        raise ValueError(f"--question-label and --answer-label are both {answer_label}; links could not be told")
+        raise ValueError(f"--question-label and --answer-label are both {answer_label}; choose two labels")
     labels = (question_label, answer_label)
 
     def make_record(value: object) -> Record | None:
@@ -184,7 +184,7 @@ def _entities_by_address(relations: list[Relation], entities: list[Entity], name
         if references <= places.keys():
             return places
     named, known = sorted(map(str, references)), ", ".join(ENTITY_ADDRESSES)
-    raise BadSample(name, f"relations name {named}, which no entities have as {known}")
+    raise BadSample(name, f"relations refer to {named}, but no entity has this {known}")
 
 
 def _entity_text(entity: Entity, document: Document) -> str:
@@ -255,7 +255,7 @@ def label_studio(
         ValueError: `prompt` and `question_field` are both given or both missing, or several controls have answers.
     """
     if (question_field is None) == (prompt is None):
-        raise ValueError("label-studio needs the question: either --prompt or --question-field (a field of `data`)")
+        raise ValueError("label-studio needs a question: give --prompt, or --question-field (a field of `data`)")
     controls = set() if from_name is None else {from_name}
     fields = frozenset((*JSON_MIN_FIELDS, image_field, question_field)) - controls
 

@@ -153,5 +153,5 @@ def _check_marks(sample: Sample) -> None:
     if not is_same:
         raise BadSample(
             sample.id,
-            f"its text holds {word[0]}, which LLaVA's form takes for an image or video; write messages (--to messages)",
+            f"its text has {word[0]}, which LLaVA's format reads as an image or video; write messages (--to messages)",
         )

@@ -61,7 +61,7 @@ def read_synonyms(file: Path | None) -> dict[str, list[str]]:
         names = [name for part in line.split(",") if (name := _normalise(part))]
         for name in names:
             if known.setdefault(name, names[0]) != names[0]:
-                raise ValueError(f"{file}: {name!r} stands for {known[name]!r} and for {names[0]!r}; leave one out")
+                raise ValueError(f"{file}: {name!r} is a synonym of {known[name]!r} and of {names[0]!r}; leave one out")
         if names:
             groups[names[0]] = names[1:]
     return groups

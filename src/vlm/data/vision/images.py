@@ -252,5 +252,5 @@ def _describe_non_image(image_ref: ImageRef) -> str:
     if kind is None:
         return f"{show_start(head)}, not an image that is read here; save it as PNG or JPEG"
     if kind.startswith(("a PNG", "a JPEG", "a GIF", "a WebP", "a TIFF")):
-        return f"{kind} that is broken or truncated"
+        return f"{kind} that is damaged or truncated"
     return f"{kind}, not an image" if kind.startswith("it is text") else kind

@@ -134,7 +134,7 @@ def probe_video(path: Path, sample_id: str) -> tuple[Timeline, tuple[int, int]]:
         ]
         unit = stream.time_base
     if not packets:
-        raise BadSample(sample_id, f"video {path} has no frame", str(path))
+        raise BadSample(sample_id, f"video {path} has no frames", str(path))
     stamps = [stamp for stamp, _ in packets]
     if unit is None or None in stamps or len(set(stamps)) < len(stamps):  # no times, or not those of frames
         return make_timeline(None, len(packets), fps), size
@@ -173,11 +173,13 @@ def _open_container(path: Path, sample_id: str, step: str) -> Iterator[Any]:  # 
         # `file:`, since a name may look like an address; titles may be in any encoding.
         with av.open(f"file:{path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
             if not container.streams.video:
-                raise BadSample(sample_id, f"{path} holds no video", str(path))
+                raise BadSample(sample_id, f"{path} contains no video", str(path))
             codec = container.streams.video[0].codec_context
             if codec.width * codec.height > MAX_FRAME_PIXELS:
                 size = f"{codec.width} × {codec.height}"
-                raise BadSample(sample_id, f"video {path} has frames of {size} pixels, too large to decode", str(path))
+                raise BadSample(
+                    sample_id, f"video {path} has frames of {size} pixels, which are too large to decode", str(path)
+                )
             codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # frames may be larger than the file states
             action = step
             yield container
