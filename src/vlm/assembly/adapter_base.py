@@ -59,7 +59,7 @@ class Base:
 
 
 def make_base(config: RunConfig) -> Base | None:
-    """Return the base that a run's result is written on top of; None where it is written whole."""
+    """Return the base that a run's result is written on top of; None if it is written whole."""
     model, start_checkpoint = config.model, config.trainer.from_pretrained
     if all(getattr(config.trainer.lora, part).r is None for part in PARTS) and not quantized_parts(model):
         return None
@@ -169,7 +169,7 @@ def _read_sources(file: Path) -> tuple[dict[str, Source], Recipe | None]:
 
 
 def _check_same_weights(folder: Path, part: str, source: Source) -> None:
-    """Raise ValueError where a source that is a folder is gone or holds other weights."""
+    """Raise ValueError if a source that is a folder is gone or holds other weights."""
     option = "--base " + ("PATH" if part == WHOLE_CHECKPOINT else f"{part}=PATH")
     if not Path(source.name).is_dir():
         if source.revision is None:  # a folder then: commits of names on the Hub are known

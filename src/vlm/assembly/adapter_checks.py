@@ -54,7 +54,7 @@ def check_adapter_settings(
 
 
 def _plain(pattern: str) -> str:
-    """Return the name that a pattern of peft spells out with escapes, behind `^`."""
+    """Return the name that a pattern of peft spells out with escapes, after `^`."""
     return re.sub(r"\\(.)", r"\1", pattern.removeprefix("^").removesuffix("$"))
 
 
@@ -97,14 +97,14 @@ def check_trained_tensors(
 
 
 def check_finite_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a weight of an adapter's folder holds NaN or infinity."""
+    """Raise ValueError if a weight of an adapter's folder holds NaN or infinity."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{folder}: {shown(name)} is NaN or infinite; the weights are damaged")
 
 
 def check_adapter_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a weight of an adapter is no floating-point number, or holds NaN or infinity."""
+    """Raise ValueError if a weight of an adapter is no floating-point number, or holds NaN or infinity."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{folder}: {shown(name)} is of type {tensor.dtype}; floating-point numbers are needed")

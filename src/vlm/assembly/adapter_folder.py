@@ -33,7 +33,7 @@ NON_LORA_WEIGHTS = "non_lora_trainables.safetensors"
 """Weights that are new besides the adapter: of trained parts, and those that no base holds. The name is LLaVA's."""
 
 HAS_ADAPTER = "has_adapter"
-"""In the metadata of that file: whether an adapter belongs beside it. Folders of earlier versions do not say."""
+"""In the metadata of that file: whether an adapter belongs next to it. Folders of earlier versions do not say."""
 
 PEFT_PREFIX = "base_model.model."
 """The prefix of names in peft's files."""
@@ -210,7 +210,7 @@ def _overwrite_tensors(model: PreTrainedModel, state: dict[str, Tensor], folder:
 
 
 def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
-    """Return the model with the folder's adapter, merged into its weights or beside them."""
+    """Return the model with the folder's adapter, merged into its weights or next to them."""
     from peft import LoraConfig, set_peft_model_state_dict  # slow to import, and only models with an adapter need it
     from peft.tuners.lora import LoraModel
 

@@ -31,7 +31,7 @@ def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyRes
 def _anyres_fields(
     config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]
 ) -> dict[str, object]:
-    """Return the fields of `AnyRes`; raises ValueError where the parts do not allow tiles."""
+    """Return the fields of `AnyRes`; raises ValueError if the parts do not allow tiles."""
     if config.native is not None:
         raise ValueError(
             "model.anyres.grids: images are read at native resolution (dataset.image_mode=native), not in tiles"

@@ -92,7 +92,7 @@ class Checkpoint:
         return is_prediction_config(self.config)
 
     def check_heads(self, *, expected: bool) -> None:
-        """Raise ValueError where the model has prediction heads against expectation, or lacks them."""
+        """Raise ValueError if the model has prediction heads against expectation, or lacks them."""
         if self.has_heads and not expected:
             raise ValueError(f"{self.name} has prediction heads: ask it with vlm predict, or vlm.Predictor")
         if expected and not self.has_heads:
@@ -191,7 +191,7 @@ class Checkpoint:
         return self._load_text_model(dtype, attn_implementation, quantization)
 
     def check_weights(self) -> None:
-        """Raise ValueError where the files do not hold the model's weights; their headers alone are read.
+        """Raise ValueError if the files do not hold the model's weights; their headers alone are read.
 
         Those of an adapter are compared where it is put on its base.
         """
@@ -339,7 +339,7 @@ def open_checkpoint(
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError where there is no such device."""
+    """Raise ValueError if there is no such device."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it

@@ -1,4 +1,4 @@
-"""The heads of a checkpoint that a run trains on: which of their options the run may choose anew."""
+"""The heads of a checkpoint that a run trains on: which of their options the run may choose again."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -48,7 +48,7 @@ def _check_same_heads(
     requested: HeadsConfig, recorded: HeadsConfig, labels: Mapping[str, list[object] | None], checkpoint: str,
     overridden_keys: Sequence[str],
 ) -> None:  # fmt: skip
-    """Raise ValueError where a run asks for a head that the checkpoint lacks, or has with other options."""
+    """Raise ValueError if a run asks for a head that the checkpoint lacks, or has with other options."""
     pairs: list[tuple[str, str, HeadConfig, HeadConfig]] = [("", recorded.name, requested, recorded)]
     for name, head in requested.extra_heads.items():
         if name not in recorded.extra_heads:
@@ -80,7 +80,7 @@ def _fixed_heads_error(checkpoint: str, key: str, requested: object, recorded: o
 
 
 def _changeable_options(requested: HeadConfig, recorded: HeadConfig) -> dict[str, object]:
-    """Return the options of a recorded head that a run may choose anew, as the run has them."""
+    """Return the options of a recorded head that a run may choose again, as the run has them."""
     return {key: getattr(requested, key) for key in CHANGEABLE_HEAD_KEYS if hasattr(recorded, key)}
 
 

@@ -89,7 +89,7 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
 
 
 def _check_bounds_unused(model: ModelConfig, image_mode: str | None) -> None:
-    """Raise ValueError where bounds of native resolution are given without it."""
+    """Raise ValueError if bounds of native resolution are given without it."""
     if model.native != NativeConfig():
         raise ValueError(
             f"model.native: dataset.image_mode={image_mode or 'square'} makes all images the same size; "
@@ -238,7 +238,7 @@ def _load_part(
 
 
 FREE_KEYS = ("attn_implementation", "connector.name", "language_model.new_tokens", "language_model.balance_loss")
-"""Keys of `model` that a run may choose anew for a checkpoint, besides sections."""
+"""Keys of `model` that a run may choose again for a checkpoint, besides sections."""
 
 
 def recipe_differences(

@@ -209,7 +209,7 @@ def _is_grid(grid: object) -> bool:
 
 def _head_problems(config: PreTrainedConfig) -> Iterator[Problem]:
     text = config.get_text_config()
-    # the ids of media are only compared, and Llama 3.2 Vision's is behind its vocabulary
+    # the ids of media are only compared, and Llama 3.2 Vision's is after its vocabulary
     for key, number in (("media_token_ids", MAX_TOKENS), ("suffix_ids", text.vocab_size)):
         if not all(_is_int(token_id, 0, number - 1) for token_id in getattr(config, key)):
             yield key, getattr(config, key), f"ids of {number:,} tokens"

@@ -33,7 +33,7 @@ class EncoderInfo:
 
 
 def check_is_encoder(config: PreTrainedConfig, label: str) -> None:
-    """Raise ValueError where a configuration is that of a language model, which reads no images."""
+    """Raise ValueError if a configuration is that of a language model, which reads no images."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{label}: model_type={config.model_type} is a language model, which reads no images. Choose an encoder, "
@@ -79,7 +79,7 @@ def resolve_encoders(
 
 
 def _check_equal(sources: dict[str, EncoderConfig], outputs: Sequence[str]) -> None:
-    """Raise ValueError where encoders give unequal outputs, whose features cannot be concatenated."""
+    """Raise ValueError if encoders give unequal outputs, whose features cannot be concatenated."""
     if len(set(outputs)) == 1:
         return
     listing = ", ".join(
@@ -221,7 +221,7 @@ def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig,
 
 
 def resolve_layers(part: str, source: EncoderConfig, count: int) -> Iterator[int]:
-    """Yield the feature layers, counted from the front; raises ValueError where there is no such layer."""
+    """Yield the feature layers, counted from the front; raises ValueError if there is no such layer."""
     layers = source.feature_layer if isinstance(source.feature_layer, list) else [source.feature_layer]
     for layer in layers:
         if not -count <= layer < count:

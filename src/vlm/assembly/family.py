@@ -32,7 +32,7 @@ def read_config(
 
 
 def check_is_family(config: PreTrainedConfig, label: str) -> None:
-    """Raise ValueError where a configuration is of no vision-language model whose parts can be told apart.
+    """Raise ValueError if a configuration is of no vision-language model whose parts can be told apart.
 
     Its model is built on the meta device for that, once for each configuration.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 ATTENTION_KEYS = ("attn_implementation", "experts_implementation")
-"""Keys, also with `_` before or `_internal` behind them, whose values choose functions by name."""
+"""Keys, also with `_` before or `_internal` after them, whose values choose functions by name."""
 PLAIN_IMPLEMENTATIONS = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "grouped_mm",
     "batched_mm", "auto",

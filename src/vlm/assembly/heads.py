@@ -59,7 +59,7 @@ def resolve_heads(
 ) -> VLMPredictionConfig:  # fmt: skip
     """Return the configuration of a model with the heads that a run asks for, on the model of `body_config`.
 
-    `targets` has for each head `(N, width)`, the training records' targets, NaN where a record has none.
+    `targets` has for each head `(N, width)`, the training records' targets, NaN if a record has none.
     """
     text, tokenizer = body_config.get_text_config(), processor.tokenizer
     heads = []
@@ -129,7 +129,7 @@ def _drop_nulls(options: Mapping[str, object]) -> dict[str, object]:
 
 
 def _token_id(key: str, name: str, head: HeadConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the token at which a head reads; None where its pooling reads at no token."""
+    """Return the id of the token at which a head reads; None if its pooling reads at no token."""
     token = query_token(name) if head.pooling == "query" else head.token
     if token is None:
         return None

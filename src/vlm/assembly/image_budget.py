@@ -159,7 +159,7 @@ class ImageMeter:
         return getattr(self.processor.native, self.attribute)
 
     def __call__(self, settings: Settings, size: Size, device: str | None = None) -> int | None:
-        """Return the tokens of a blank image; None where the processor takes the settings or the size not."""
+        """Return the tokens of a blank image; None if the processor does not accept the settings or the size."""
         native, before = self.processor.native, self._template
         try:
             if self._made[0] is not settings:

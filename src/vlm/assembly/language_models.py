@@ -60,7 +60,7 @@ def max_positions(config: PreTrainedConfig) -> int:
 
 
 def check_language_model(config: PreTrainedConfig, label: str) -> None:
-    """Raise ValueError where a language model cannot be part of a composed model.
+    """Raise ValueError if a language model cannot be part of a composed model.
 
     Args:
         config: the language model's configuration.
@@ -70,7 +70,7 @@ def check_language_model(config: PreTrainedConfig, label: str) -> None:
 
 
 def check_writes(model_config: PreTrainedConfig) -> None:
-    """Raise ValueError where the language model of a composed model cannot learn to write, by its configuration.
+    """Raise ValueError if the language model of a composed model cannot learn to write, by its configuration.
 
     `model_config` is that of a composed model, or of a family, whose language models all can.
     """
@@ -102,7 +102,7 @@ def set_balance_loss(config: PreTrainedConfig, coefficient: float | None, label:
 
 
 def check_positions(config: VLMConfig, label: str) -> None:
-    """Raise ValueError where a composition has positions in rows and columns that its parts do not allow.
+    """Raise ValueError if a composition has positions in rows and columns that its parts do not allow.
 
     Args:
         config: the composition.
@@ -182,7 +182,7 @@ def _takes_lookups(config: PreTrainedConfig) -> bool:
 
 
 def _try_embeddings(config: PreTrainedConfig) -> str | None:
-    """Return why a language model fails on embeddings, by running it without weights; None where it does not.
+    """Return why a language model fails on embeddings, by running it without weights; None if it does not.
 
     What fails on ids of tokens too says nothing of embeddings: not all code runs without numbers.
     """

@@ -75,7 +75,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> Path | None:
 
 
 def read_weight_headers(name: str, revision: str | None = None) -> dict[str, TensorHeader] | None:
-    """Return the headers of a model's weights, which are fetched from the Hub; None where they are no safetensors."""
+    """Return the headers of a model's weights, which are fetched from the Hub; None if they are no safetensors."""
     if Path(name).is_dir():
         return read_headers(Path(name))
     options: dict[str, object] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
@@ -124,9 +124,9 @@ def load_complete(
 
 
 def _find_part(kind: ModelClass, config: PreTrainedConfig, name: str, revision: str | None) -> str | None:
-    """Return what stands before the names of a part's weights in the checkpoint of a whole model, such as `visual.`.
+    """Return what is before the names of a part's weights in the checkpoint of a whole model, such as `visual.`.
 
-    None where the part is loaded by its own names, or by the prefix that its class has for whole models.
+    None if the part is loaded by its own names, or by the prefix that its class has for whole models.
     """
     model_class = _model_class(kind, config)
     headers = read_weight_headers(name, revision)
@@ -153,7 +153,7 @@ def _model_class(kind: ModelClass, config: PreTrainedConfig) -> type[PreTrainedM
 
 
 def check_weights(kind: ModelClass, name: str, config: PreTrainedConfig, revision: str | None = None) -> None:
-    """Raise ValueError where a checkpoint does not hold a model's weights, by the headers of its files alone."""
+    """Raise ValueError if a checkpoint does not hold a model's weights, by the headers of its files alone."""
     with opening(name, "its weights"):
         _check_headers(kind, config, _Rules(name), {"revision": revision})
 
@@ -172,7 +172,7 @@ def _is_quantized(config: PreTrainedConfig, options: Mapping[str, object]) -> bo
 
 
 def _check_types(name: str, headers: Mapping[str, TensorHeader]) -> None:
-    """Raise ValueError where a weight is no floating-point number; masks that GPT-2 and its kin name `bias` may be."""
+    """Raise ValueError if a weight is no floating-point number; masks that GPT-2 and its kin name `bias` may be."""
     for tensor, header in headers.items():
         is_weight = tensor.endswith(".weight") or (tensor.endswith(".bias") and len(header.shape) < MASK_DIMENSIONS)
         if is_weight and not header.is_floating:
@@ -215,7 +215,7 @@ class _Rules:
     key_mapping: Mapping[str, str] | None = None
 
     def check(self, kind: str, info: Mapping[str, Any], model: nn.Module) -> None:
-        """Raise ValueError where the checkpoint is not that of the model, by what transformers says of loading it."""
+        """Raise ValueError if the checkpoint is not that of the model, by what transformers says of loading it."""
         if misshapen := sorted(info["mismatched_keys"], key=str):
             tensor, saved, needed = misshapen[0]
             raise ValueError(
@@ -258,7 +258,7 @@ def _more(names: Collection[object]) -> str:
 
 @torch.no_grad()
 def check_finite(name: str | Path, model: nn.Module) -> None:
-    """Raise ValueError where a weight is NaN or infinite, by some of its numbers, evenly spread.
+    """Raise ValueError if a weight is NaN or infinite, by some of its numbers, evenly spread.
 
     Weights that a run shards, or that lie nowhere yet, are not looked at.
     """

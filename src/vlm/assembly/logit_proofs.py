@@ -28,7 +28,7 @@ from vlm.models.text_loss import SupervisedScores
 log = logging.getLogger(__name__)
 
 PREFIX, SUFFIX = 5, 4
-"""Number of tokens of a row that stay the same, and of those behind them that change."""
+"""Number of tokens of a row that stay the same, and of those after them that change."""
 
 WORDS = "one red dog runs over the green hill while two small birds sing in a tall blue tree"
 
@@ -87,7 +87,7 @@ def check_causal(model: TrainableModel, processor: Processor, label: str) -> Non
 
 @torch.no_grad()
 def check_padding(model: TrainableModel, processor: Processor, label: str) -> None:
-    """Check that a row has the same logits in a padded batch as alone; arguments as of `check_causal`.
+    """Check that a row has the same logits in a padded batch as alone; arguments as in `check_causal`.
 
     Raises:
         ValueError: its logits differ.

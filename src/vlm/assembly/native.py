@@ -127,7 +127,7 @@ def _check_keys(model: ModelConfig) -> None:
 def _native_fields(
     bounds: NativeConfig, patch: int, multiple: int, side: int, num_queries: int | None
 ) -> dict[str, object]:
-    """Return the fields of `NativeResolution`; raises ValueError where the bounds are none."""
+    """Return the fields of `NativeResolution`; raises ValueError if the bounds are none."""
     if bounds.min_tokens > bounds.max_tokens:
         raise ValueError(
             f"model.native.min_tokens={bounds.min_tokens}: at most max_tokens={bounds.max_tokens} is needed"

@@ -117,7 +117,7 @@ def _varlen_attention(
 def _sample_mask(length: int, num_keys: int, window: int | None, like: Tensor) -> Tensor | None:
     """Return a sample's mask `(1, 1, T, keys)`, of whose keys the last T are its own tokens'.
 
-    None where tokens see all before them, in a sample that has no other keys: kernels compute that without a mask.
+    None if tokens see all before them, in a sample that has no other keys: kernels compute that without a mask.
     """
     is_whole = window is None or num_keys <= window
     if is_whole and num_keys == length:

@@ -29,7 +29,7 @@ def add_grid_positions(model: Any, batch: SampleInputs) -> SampleInputs:
     """Return a packed batch with the positions that its model uses: in some families four per token, `(4, 1, T)`.
 
     The first of the four is the position in the text, which keeps samples apart; the model's own code computes the
-    others, or all four, sample by sample. Those of a sample behind a shared prompt go on from where the prompt ends.
+    others, or all four, sample by sample. Those of a sample after a shared prompt resume from where the prompt ends.
     """
     if not has_grid_positions(model):
         return batch
@@ -50,9 +50,9 @@ def add_grid_positions(model: Any, batch: SampleInputs) -> SampleInputs:
 
 
 def _find_prompt_ends(batch: SampleInputs, positions: Tensor) -> Tensor:
-    """Return for each sample the positions behind the prompt that it shares, 0 where it shares none: `(axes, samples)`.
+    """Return for each sample the positions after the prompt that it shares, 0 if it shares none: `(axes, samples)`.
 
-    The last sample before it that shares none has the prompt, and goes on there.
+    The last sample before it that shares none has the prompt, and continues there.
     """
     starts = batch[SEQUENCE_STARTS].long()
     shared = batch["cu_seq_lens_k"].long().diff() - starts.diff()
@@ -79,9 +79,9 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
 
 @torch.no_grad()
 def check_shared_prompts(model: TrainableModel, processor: Processor) -> None:
-    """Check on a few tokens that a rejected reply behind a shared prompt sees the prompt, and not the chosen reply.
+    """Check on a few tokens that a rejected reply after a shared prompt sees the prompt, and not the chosen reply.
 
-    Its logits have to be those behind a prompt of its own; two pairs stand in a row.
+    Its logits have to be those after a prompt of its own; two pairs are in a row.
 
     Raises:
         ValueError: the model does not keep replies apart.

@@ -1,6 +1,6 @@
 """Private names of libraries that this package relies on, each with the reason.
 
-A release may rename or drop a private name, and where nothing calls it any more, nothing says so: a run would go on
+A release may rename or drop a private name, and where nothing calls it any more, nothing says so: a run would continue
 without what depended on it. `check_private_names` refuses instead. `vlm.train.hooks` has the list for `Trainer`.
 A name that an import statement mentions needs no entry: the import fails by itself. Imports none of those libraries.
 """

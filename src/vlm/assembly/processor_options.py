@@ -29,7 +29,7 @@ CALL_OPTIONS = {
     "data_format", "input_data_format", "device", "return_tensors", "disable_grouping", "default_to_square",
     "video_metadata", "return_metadata", "do_sample_frames",
 }  # fmt: skip
-"""What a call of a processor takes besides settings: how its inputs lie in memory, and what it returns."""
+"""What a call of a processor takes besides settings: how its inputs are in memory, and what it returns."""
 FRAME_OPTIONS = {"fps", "num_frames", "min_frames", "max_frames", "max_duration", "initial_shift"}
 """Options that choose frames of a video, which `dataset.max_frames` does here."""
 SHAPE_OPTIONS = {
@@ -42,7 +42,7 @@ SHAPE_OPTIONS_OF = {("Mllama", "max_image_tiles")}
 """Those of single classes, by the beginning of their names: Llama 3.2 Vision numbers its aspect ratios by this option,
 and has an embedding for each of them."""
 SHAPE_SIZES = frozenset({"size.height", "size.width", "max_image_size.longest_edge"})
-"""Entries of options that do, too; `size.shortest_edge` does where there is no `size.longest_edge`."""
+"""Entries of options that do, too; `size.shortest_edge` does if there is no `size.longest_edge`."""
 SWITCHES = {
     "max_patches": "crop_to_patches", "min_patches": "crop_to_patches", "max_tiles": "do_image_splitting",
     "min_tiles": "do_image_splitting", "use_thumbnail": "do_image_splitting", "max_slice_nums": "slice_mode",
@@ -120,7 +120,7 @@ def apply_processor_options(
 
 
 def check_no_processor_options(options: Mapping[str, object]) -> None:
-    """Raise ValueError where a composed model is given options of a family's processor, with the keys that it has."""
+    """Raise ValueError if a composed model is given options of a family's processor, with the keys that it has."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(

@@ -44,7 +44,7 @@ MAX_PIXEL_VALUES = 10**8
 
 
 def try_template(template: str, image_token: str, name: str) -> None:
-    """Raise ValueError where a chat template takes for ever, or writes without end; refusing a conversation is allowed.
+    """Raise ValueError if a chat template takes for ever, or writes without end; refusing a conversation is allowed.
 
     Args:
         template: its text.
@@ -109,7 +109,7 @@ def _ask(request: dict[str, object], does: str) -> str:
 
 
 def try_tokenizer_file(name: str, revision: str | None = None) -> None:
-    """Raise ValueError where a checkpoint's `tokenizer.json` takes for ever on a short text, or lets it grow."""
+    """Raise ValueError if a checkpoint's `tokenizer.json` takes for ever on a short text, or lets it grow."""
     folder = Path(name)
     found = folder / "tokenizer.json" if folder.is_dir() else cached_file(
         name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False,
@@ -232,7 +232,7 @@ def _check_fit(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> 
 
 
 def check_vocabulary(processor: Processor, model: PreTrainedModel, name: str) -> None:
-    """Raise ValueError where a tokenizer knows tokens that a model has no embedding for."""
+    """Raise ValueError if a tokenizer knows tokens that a model has no embedding for."""
     embeddings = cast(nn.Embedding, model.get_input_embeddings())  # declared as a module of any kind
     token, token_id = max(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
     if token_id >= embeddings.num_embeddings:

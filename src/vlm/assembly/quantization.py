@@ -33,7 +33,7 @@ def make_quantization_config(kind: str, skipped: Collection[str] | None = None) 
 
 
 def check_bitsandbytes(kind: str) -> None:
-    """Raise ValueError where bitsandbytes cannot quantise here."""
+    """Raise ValueError if bitsandbytes cannot quantise here."""
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"quantization {kind}: bitsandbytes is not installed: pip install 'small-vlm[quant]'")
     from bitsandbytes import supported_torch_devices  # slow to import, and only some runs need it

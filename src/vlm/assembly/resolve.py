@@ -87,7 +87,7 @@ def _resolve_model(config: RunConfig, overrides: Sequence[str]) -> tuple[PreTrai
 
 
 def _open_start(config: RunConfig) -> Checkpoint | None:
-    """Return the checkpoint that a run begins with; None where it composes its model from parts."""
+    """Return the checkpoint that a run begins with; None if it composes its model from parts."""
     model, name = config.model, config.trainer.from_pretrained
     if name:
         checkpoint = open_checkpoint(name, key="trainer.from_pretrained")
@@ -152,7 +152,7 @@ def _resolve_family(
 def _resolve_composed(
     config: RunConfig, checkpoint: Checkpoint, model_config: VLMConfig, overridden_keys: Sequence[str]
 ) -> tuple[VLMConfig, Processor]:
-    """Resolve a composed model; `config.model` becomes its recipe with what a run may choose anew."""
+    """Resolve a composed model; `config.model` becomes its recipe with what a run may choose again."""
     name, requested = checkpoint.name, config.model
     check_no_processor_options(requested.processor)
     with opening(name, "the recipe in its config.json"):

@@ -44,7 +44,7 @@ def check_round_trip(model: PreTrainedModel) -> None:
     """Refuse a model that would not be loaded as it was saved; quantised ones, saved on top of their base, pass.
 
     Raises:
-        ValueError: the model cannot be saved, or loading it misses a weight, mixes weights up, draws one anew, or
+        ValueError: the model cannot be saved, or loading it misses a weight, mixes weights up, draws one again, or
             computes an unsaved buffer differently.
     """
     if any(getattr(module, "is_quantized", False) for module in model.modules()):

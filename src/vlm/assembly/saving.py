@@ -108,7 +108,7 @@ def reply_end_settings(
     Args:
         eos_token_id: the ids that were there: the base's.
         pad_token_id: the id that was there.
-        processor: its tokenizer has an EOS and perhaps a padding token, its template a special token behind replies.
+        processor: its tokenizer has an EOS and perhaps a padding token, its template a special token after replies.
 
     Returns:
         `eos_token_id`, a sorted list of all of these, and `pad_token_id`, the tokenizer's where it has one.

@@ -19,7 +19,7 @@ Size = tuple[int, int]
 Path = tuple[str, ...]
 """The place of an option among settings."""
 Measure = Callable[[Settings, Size], int | None]
-"""Returns the tokens of a blank image under some settings; None where they, or the size, are refused."""
+"""Returns the tokens of a blank image under some settings; None if they, or the size, are refused."""
 
 SPLITTING = ("do_image_splitting", "split_image", "crop_to_patches", "slice_mode", "do_pan_and_scan", "use_thumbnail")
 """Switches of which an image becomes one view, or fewer."""
@@ -88,7 +88,7 @@ class BudgetSearch:
             self.sizes = [*exceeding, *self.sizes]
 
     def most(self, settings: Settings) -> int | None:
-        """Return the most tokens that a size takes; None where the processor does not take the settings."""
+        """Return the most tokens that a size takes; None if the processor does not take the settings."""
         counts = [self.measure(settings, size) for size in self.sizes]
         return None if None in counts else max(cast(list[int], counts), default=0)
 

@@ -2,7 +2,7 @@
 
 `processor_trial` starts this file as a program. It imports Jinja and tokenizers only, so that it starts at once, and
 its memory and processor time are bounded: what loops or grows without end ends this process, and nothing else. The
-sandbox is set up as transformers' is. A request is read as JSON, and the answer is empty where nothing was wrong.
+sandbox is set up as transformers' is. A request is read as JSON, and the answer is empty if nothing was wrong.
 """
 
 import json
@@ -14,7 +14,7 @@ MEGABYTE = 1 << 20
 MAX_OUTPUT = 4 * MEGABYTE
 """Characters of a rendered conversation of a few words."""
 REPEATS = 60
-"""How often each character of an expression stands in the texts that it is tried on."""
+"""How often each character of an expression is in the texts that it is tried on."""
 
 
 def render(template: str, conversations: list[list[dict[str, object]]], variables: dict[str, object]) -> str:

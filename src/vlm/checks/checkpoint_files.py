@@ -1,7 +1,7 @@
 """A checkpoint's files, looked at before a library opens any of them: no pipe, no endless file, no half one.
 
 `inspect_folder` refuses, with the file's name: what is no regular file; JSON that is no object, too large or too deep;
-an index that does not name the files beside it, or not what they hold; safetensors files that are not whole. It reads
+an index that does not name the files next to it, or not what they hold; safetensors files that are not whole. It reads
 headers and no weights, and imports no torch. To have another file looked at, add it to `MAX_JSON_BYTES`.
 """
 
@@ -106,7 +106,7 @@ def _inspect_once(folder: Path, state: tuple[tuple[str, int, int, int], ...]) ->
 
 
 def _check_adapter(folder: Path) -> None:
-    """Raise ValueError where a folder has an adapter's settings or weights, and not the other."""
+    """Raise ValueError if a folder has an adapter's settings or weights, and not the other."""
     settings, weights = (os.path.lexists(folder / name) for name in ("adapter_config.json", ADAPTER_WEIGHTS))
     if weights and not settings:
         raise ValueError(f"{folder} has {ADAPTER_WEIGHTS}, but adapter_config.json is missing")
@@ -179,7 +179,7 @@ def _kind(value: object) -> str:
 
 
 def _check_depth(file: Path, content: object) -> None:
-    """Raise ValueError where JSON is nested deeper than libraries that walk through it can bear."""
+    """Raise ValueError if JSON is nested deeper than libraries that walk through it can bear."""
     level = [content] if isinstance(content, dict | list) else []
     depth = 0
     while level:
@@ -194,7 +194,7 @@ def _check_depth(file: Path, content: object) -> None:
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
-    """Return the headers of all tensors of a model's safetensors files; None where the folder has no such files.
+    """Return the headers of all tensors of a model's safetensors files; None if the folder has no such files.
 
     Raises:
         ValueError: a file is missing or not whole, or the index does not fit the files.

@@ -54,7 +54,7 @@ def check_numbers(file: Path, config: Mapping[str, object], headers: Mapping[str
     Args:
         file: the configuration's, for messages.
         config: its content.
-        headers: those of all weights; None where they are elsewhere, or no safetensors.
+        headers: those of all weights; None if they are elsewhere, or no safetensors.
 
     Raises:
         ValueError: with the key, its value and what is allowed.
@@ -92,7 +92,7 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_p
 MAX_SIDE = 16384
 """Pixels of a side to which images are resized."""
 MAX_AREA = 1 << 25
-"""Pixels of an image, where a processor bounds those in place of its sides."""
+"""Pixels of an image, where a processor bounds those instead of its sides."""
 MAX_COUNT = 10**6
 NUM_CHANNELS = 3
 
@@ -124,7 +124,7 @@ def check_processor_numbers(file: Path, settings: Mapping[str, object]) -> None:
 
 
 def _check_channels(file: Path, key: str, value: object) -> None:
-    """Raise ValueError where a mean or standard deviation is neither a number nor one for each of three channels."""
+    """Raise ValueError if a mean or standard deviation is neither a number nor one for each of three channels."""
     numbers = value if isinstance(value, list) else [value] * NUM_CHANNELS
     above = 0 if key.endswith("std") else -float("inf")
     if value is not None and not (

@@ -51,7 +51,7 @@ NEEDED_CONTAINERS = {dict: DictConfig, list: ListConfig}
 
 
 class RunError(ConfigError):
-    """A run refused to go on after it had begun, on this rank."""
+    """A run refused to continue after it had begun, on this rank."""
 
 
 def with_config(
@@ -180,7 +180,7 @@ def _check_options(words: Sequence[str]) -> None:
 
 @contextmanager
 def _masked_listing(words: Sequence[str]) -> Iterator[None]:
-    """Mask secrets in what Hydra prints in place of a run: `--cfg job` shows the whole configuration."""
+    """Mask secrets in what Hydra prints instead of a run: `--cfg job` shows the whole configuration."""
     if not any(re.match(r"--cfg|-c(?!n|p|d)|--info|-i", word) for word in words):
         yield
         return
@@ -238,7 +238,7 @@ def compose_overrides(name: str, words: list[str]) -> DictConfig:
 
 
 def _require_run(composed: DictConfig) -> str:
-    """Return the name of a configuration; refuse it where none was named, or where it does not build on ours."""
+    """Return the name of a configuration; refuse it where none was named, or if it does not build on ours."""
     name = HydraConfig.get().job.config_name or "base"
     if name in NON_RUN_CONFIGS:
         listing = format_columns(run_names())
@@ -259,7 +259,7 @@ def check_known_keys(node: DictConfig, path: str = "") -> None:
         if name not in names:
             raise ConfigError(describe_unknown_key(key, names))
         if OmegaConf.is_interpolation(node, name) and key_names(key):
-            raise ConfigError(describe_scalar_section(key))  # what stands there would be another section
+            raise ConfigError(describe_scalar_section(key))  # what is there would be another section
         if OmegaConf.is_missing(node, name):
             continue
         if OmegaConf.is_interpolation(node, name) or isinstance(node[name], Container):

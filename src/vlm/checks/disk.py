@@ -33,13 +33,13 @@ def nearest_folder(path: Path) -> Path:
 
 
 def mount_point(path: Path) -> Path:
-    """Return where the disk that a path lies on is mounted."""
+    """Return where the disk that a path is on is mounted."""
     folder = nearest_folder(path).resolve()
     return next(parent for parent in (folder, *folder.parents) if parent.is_mount())
 
 
 def free_bytes(path: Path) -> int:
-    """Return how many bytes can be written to the disk that a path lies on; quotas are not known."""
+    """Return how many bytes can be written to the disk that a path is on; quotas are not known."""
     return shutil.disk_usage(nearest_folder(path)).free
 
 
@@ -61,7 +61,7 @@ def is_write_error(error: BaseException) -> bool:
 
 
 def describe_disk_error(error: OSError, folders: Iterable[Path] = ()) -> str | None:
-    """Return which disk is full or cannot be written to, and what to do; None where the error is another one.
+    """Return which disk is full or cannot be written to, and what to do; None if the error is another one.
 
     Errors of single writes name no file: then every disk that is full is named, of `folders` and of temporary files.
     """

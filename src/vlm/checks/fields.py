@@ -31,7 +31,7 @@ def check_fields(node: object, prefix: str = "") -> None:
 
     Args:
         node: the dataclass.
-        prefix: what stands before the keys where the user wrote them: `inference.`.
+        prefix: what is before the keys where the user wrote them: `inference.`.
 
     Raises:
         ConfigError: with the key, the value and what is allowed.

@@ -77,7 +77,7 @@ def anyres_problems(config: RunConfig) -> Iterator[str]:
 
 
 def check_no_image_mode(image_mode: str | None, name: str) -> None:
-    """Raise ValueError where a whole model is told how to prepare images."""
+    """Raise ValueError if a whole model is told how to prepare images."""
     if image_mode is not None:
         raise ValueError(
             f"dataset.image_mode={image_mode}: {name} prepares images itself; leave dataset.image_mode=null"

@@ -105,7 +105,7 @@ def _path_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _resume_problems(trainer: TrainerOptions) -> Iterator[str]:
-    """Yield what is wrong with where a run shall go on; what the directory holds, `vlm.train.resume` looks at."""
+    """Yield what is wrong with where a run shall continue; what the directory holds, `vlm.train.resume` looks at."""
     key, requested = "trainer.resume_from_checkpoint", trainer.resume_from_checkpoint
     word = requested.lower()
     if word == "true" and trainer.output_dir is None:

@@ -54,7 +54,7 @@ def is_sweep() -> bool:
 
 
 def place_run(composed: DictConfig) -> None:
-    """Give a run of a sweep its folder as `trainer.output_dir`, and mask secrets in what Hydra wrote beside it.
+    """Give a run of a sweep its folder as `trainer.output_dir`, and mask secrets in what Hydra wrote next to it.
 
     Raises:
         ConfigError: there are several ranks, each of which would name the folder of the sweep by a time of its own.
@@ -73,7 +73,7 @@ def place_run(composed: DictConfig) -> None:
 def words_of_run(words: Iterable[str]) -> list[str]:
     """Return the command line that repeats one run of a sweep, of the words of the whole sweep's.
 
-    Options of the sweep and of its sweeper are left out; what the run sets stands behind the others.
+    Options of the sweep and of its sweeper are left out; what the run sets is after the others.
     """
     options = [word for word in words if word not in ("-m", "--multirun") and ("=" not in word or word[0] == "-")]
     own = [word for word in HydraConfig.get().overrides.task if not word.startswith("trainer.output_dir=")]

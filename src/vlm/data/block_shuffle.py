@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vlm.data.records.positions import START, Position
 
 OpenEpoch = Callable[[int, Position], Iterator[tuple[object, Position]]]
-"""Opens the records of an epoch from a position on; each comes with the position behind it."""
+"""Opens the records of an epoch from a position on; each comes with the position after it."""
 
 
 class BlockPosition(NamedTuple):
@@ -46,7 +46,7 @@ class BlockShuffle:
         open_epoch: opens the records.
         size: number of records of a block; 1 or less: the order stays as it is.
         seed: of the order in blocks.
-        position: where to go on; defaults to the first record.
+        position: where to continue; defaults to the first record.
 
     Attributes:
         position: where the next record is.

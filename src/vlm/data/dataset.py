@@ -110,8 +110,8 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         has_thinking: whether any sample has thinking that is read.
         skipped: the records that were left out.
         contributions: what each source contributes.
-        labels: the label of each sample, see `Sample.label`; None where samples have none.
-        groups: the group of each sample, see `Sample.group`; None where samples have none.
+        labels: the label of each sample, see `Sample.label`; None if samples have none.
+        groups: the group of each sample, see `Sample.group`; None if samples have none.
     """
 
     def __init__(
@@ -370,7 +370,7 @@ def load_sources(
 
 
 def skip_or_raise(source: Source, config: DatasetConfig, record: int, error: BadSample) -> Skipped:
-    """Return the entry for a record that is left out; raise ValueError where the policy is `error`."""
+    """Return the entry for a record that is left out; raise ValueError if the policy is `error`."""
     skipped = Skipped.from_error(error, source, record)
     if getattr(config, skipped.policy) in ("error", "split"):  # one that cannot be split
         raise skipped.as_error()
@@ -402,7 +402,7 @@ def find_unusable(source: Source, counts: Counts, config: DatasetConfig, split: 
 
 
 def check_skipped_share(path: str, bad: Sequence[BadSample | Skipped], total: int, share: float) -> None:
-    """Raise ValueError where more records cannot be used than `dataset.max_skipped` allows."""
+    """Raise ValueError if more records cannot be used than `dataset.max_skipped` allows."""
     if len(bad) > share * total:
         reasons = group_reasons(bad)[:3]
         listing = "; ".join(f"{reason} ({number})" if number > 1 else reason for reason, number in reasons)
@@ -413,7 +413,7 @@ def check_skipped_share(path: str, bad: Sequence[BadSample | Skipped], total: in
 
 
 def draw_records(number: int, max_samples: int | None, seed: int) -> np.ndarray:
-    """Return the indices of `max_samples` of `number` records at random, in order; of all where there are no more."""
+    """Return the indices of `max_samples` of `number` records at random, in order; of all if there are no more."""
     if max_samples is None or max_samples >= number:
         return np.arange(number)
     return np.sort(np.random.default_rng(seed).choice(number, max_samples, replace=False))

@@ -66,12 +66,12 @@ BRANDS = {
     "crx ": f"a camera's raw file: {CONVERT_IMAGE}",
     "M4A ": "sound (AAC)",
 }
-"""The brand of a file of ISO's base format, at its fourth byte behind `ftyp` -> what it is; others are videos."""
+"""The brand of a file of ISO's base format, at its fourth byte after `ftyp` -> what it is; others are videos."""
 RIFF_KINDS = {b"WAVE": "sound (WAV)", b"AVI ": "a video (AVI)", b"WEBP": "a WebP image"}
 
 
 def describe_bytes(head: bytes) -> str | None:
-    """Describe a file by its first `NUM_HEAD_BYTES` bytes, with what to do about it; None where it is not known."""
+    """Describe a file by its first `NUM_HEAD_BYTES` bytes, with what to do about it; None if it is not known."""
     if not head:
         return "the file is empty"
     for place, signature, kind in SIGNATURES:

@@ -35,7 +35,7 @@ class Clip:
         height: of each frame, in pixels.
         width: of each frame, in pixels.
         fps: frames of the video per second, on average where their times are known.
-        times: seconds of each frame that is read, from the first frame of the video; None where the rate is constant,
+        times: seconds of each frame that is read, from the first frame of the video; None if the rate is constant,
             so that frame `n` is shown at `n / fps`.
     """
 
@@ -62,7 +62,7 @@ def find_surrogate(value: object, place: str = "") -> str | None:
 
     Args:
         value: a value of JSON.
-        place: what stands before the place, such as the name of the value.
+        place: what is before the place, such as the name of the value.
     """
     if isinstance(value, str):
         return place if has_surrogate(value) else None
@@ -221,8 +221,8 @@ class Turn:
     Attributes:
         role: one of `ROLES`; `tool` is the result of a call.
         content: texts, images and videos in order.
-        supervised: whether a reply is learned; one that is not is only read. Without meaning for other roles.
-        weight: how much the loss of each token of a reply counts, above 0; without meaning where it is not learned.
+        supervised: whether a reply is trained on; one that is not is only read. Without meaning for other roles.
+        weight: how much the loss of each token of a reply counts, above 0; without meaning if it is not learned.
         thinking: what the assistant thinks before its reply, where the record has it apart from the reply's text.
     """
 
@@ -299,7 +299,7 @@ class Sample:
         group: a ranking compares samples of the same group.
         references: the texts that an answer is compared with, where they are not just the last reply.
         tools: the tools that the assistant may call, in OpenAI's form, as chat templates read them.
-        objects: its boxes, points and time spans, for which marks stand in its texts until they are written as the
+        objects: its boxes, points and time spans, for which marks are in its texts until they are written as the
             model writes them (`coordinates.writing`).
         rejected: the conversation that a model should prefer this one to, see `records.preferences`; None: there is
             none.
@@ -353,7 +353,7 @@ class Sample:
 
     @property
     def media(self) -> list[ImageRef | VideoRef]:
-        """All images and videos, in the order of the text; behind them those of `rejected`, where it has others."""
+        """All images and videos, in the order of the text; after them those of `rejected`, where it has others."""
         return vars(self)["_media"]
 
     @property
@@ -369,12 +369,12 @@ class Sample:
 
     @property
     def replies(self) -> list[Turn]:
-        """The replies that are learned, in order."""
+        """The replies that are trained on, in order."""
         return [turn for turn in self.turns if turn.role == "assistant" and turn.supervised]
 
     @property
     def reply_problem(self) -> str | None:
-        """Why there is no reply to learn from; None where there is one."""
+        """Why there is no reply to learn from; None if there is one."""
         given = [turn for turn in self.turns if turn.role == "assistant"]
         if not given:
             return "no reply to train on"
@@ -386,7 +386,7 @@ class Sample:
 
     @property
     def learns_between_media(self) -> bool:
-        """Whether a learned reply stands behind an image or video and before another one."""
+        """Whether a trained reply is after an image or video and before another one."""
         has_media = [any(not isinstance(part, str) for part in turn.content) for turn in self.turns]
         return any(
             turn.role == "assistant" and turn.supervised and any(has_media[:place]) and any(has_media[place + 1 :])

@@ -1,6 +1,6 @@
 """Curves as inline SVG, for pages without scripts: light and dark, linear and logarithmic.
 
-Colours are variables of the page, see `STYLE`; a figure holds both scales, and a box beside its title switches them.
+Colours are variables of the page, see `STYLE`; a figure holds both scales, and a box next to its title switches them.
 """
 
 import math
@@ -31,7 +31,7 @@ figcaption label{font-weight:400;color:var(--muted);font-size:.85rem;margin-left
 list-style:none}.legend svg{width:22px;height:10px;margin-right:.35rem;vertical-align:middle}
 figure:has(.scale:checked) .linear,figure:not(:has(.scale:checked)) .log{display:none}
 """
-"""What a page with charts has beside the style of all pages."""
+"""The style of pages with charts, in addition to that of all pages."""
 
 Point = tuple[float, float]
 
@@ -47,7 +47,7 @@ class Curve:
 
 def draw_figure(title: str, curves: Sequence[Curve], *, x_title: str = "step", from_zero: bool = False,
                 log_scale: bool = True, note: str = "") -> str:  # fmt: skip
-    """Return a figure with its curves and a legend, as HTML; empty where no curve has a point.
+    """Return a figure with its curves and a legend, as HTML; empty if no curve has a point.
 
     Args:
         title: plain text above it.
@@ -79,7 +79,7 @@ def draw_figure(title: str, curves: Sequence[Curve], *, x_title: str = "step", f
 
 
 def _merge_equal(curves: Sequence[Curve]) -> list[Curve]:
-    """Return the curves, those that lie on each other as one with all their names."""
+    """Return the curves, those that are on each other as one with all their names."""
     merged: dict[tuple[Point, ...], Curve] = {}
     for curve in curves:
         points = tuple(curve.points)
@@ -99,7 +99,7 @@ def _stroke(number: int) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Where values lie on the vertical axis: `place` gives 0 at its lower end and 1 at its upper one."""
+    """Where values are on the vertical axis: `place` gives 0 at its lower end and 1 at its upper one."""
 
     place: Callable[[float], float]
     ticks: Sequence[float]

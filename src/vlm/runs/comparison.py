@@ -1,4 +1,4 @@
-"""Two runs or more beside each other: what differs in their configurations, metrics and answers.
+"""Two runs or more next to each other: what differs in their configurations, metrics and answers.
 
 Where two runs answered the same records (`vlm eval` on the same data), the difference of a metric is paired, record by
 record; otherwise each run has the interval that was written of it.
@@ -38,8 +38,8 @@ class MetricRow:
     Attributes:
         place: where it was measured: `training`, or an evaluation's or a set's name.
         metric: its name.
-        scores: its value in each run with its interval; None where a run does not have it.
-        differences: for each run but the first, its value minus the first run's, with its interval; None where either
+        scores: its value in each run with its interval; None if a run does not have it.
+        differences: for each run but the first, its value minus the first run's, with its interval; None if either
             lacks it.
         is_paired: whether the differences are of the same records.
     """
@@ -51,7 +51,7 @@ class MetricRow:
     is_paired: bool = False
 
     def verdict(self, number: int) -> str:
-        """Return whether a run is better than the first: `better`, `worse`, `within noise`, empty where unknown."""
+        """Return whether a run is better than the first: `better`, `worse`, `within noise`, empty if unknown."""
         difference = self.differences[number]
         if (
             "blank" in self.metric
@@ -214,7 +214,7 @@ class _PairedAnswers:
         return bool(self.tables) and self.values(metric) is not None
 
     def values(self, metric: str) -> list[np.ndarray] | None:
-        """Return a metric of each answer, `(records,)` for each run; None where it has no value for each."""
+        """Return a metric of each answer, `(records,)` for each run; None if it has no value for each."""
         if metric not in METRICS:
             return None
         columns = []
@@ -233,7 +233,7 @@ class _PairedAnswers:
         return columns
 
     def differences(self, metric: str) -> list[Score | None] | None:
-        """Return each run's metric minus the first one's, paired; None where it cannot be paired."""
+        """Return each run's metric minus the first one's, paired; None if it cannot be paired."""
         columns = self.values(metric) if self.tables else None
         if columns is None:
             return None

@@ -20,7 +20,7 @@ MOST, MIN_FOR_MOST = 2 / 3, 4
 
 
 def differing_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
-    """Return key -> its value in each run, for the settings that differ; None where a run does not have the key.
+    """Return key -> its value in each run, for the settings that differ; None if a run does not have the key.
 
     Where they are runs of the same recipe with the same version of this package, these are the keys that were set.
     """
@@ -32,7 +32,7 @@ def differing_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
 def varied_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
     """Return key -> its value in each run, for what commands set to different values; else as `differing_settings`.
 
-    A setting that follows from another one, as those of a group do, is not named beside it.
+    A setting that follows from another one, as those of a group do, is not named in addition.
     """
     keys = dict.fromkeys(key for run in runs for key in run.overrides if key not in PLACES)
     values = {key: [setting_of(run, key) for run in runs] for key in keys}
@@ -72,7 +72,7 @@ def setting_of(run: RunDirectory, key: str) -> object:
 
 
 def _usual_value(values: Sequence[object]) -> object:
-    """Return the value that all, or most of many, have; a new object, which equals nothing, where there is none."""
+    """Return the value that all, or most of many, have; a new object, which equals nothing, if there is none."""
     value, count = Counter(map(repr, values)).most_common(1)[0]
     if count == len(values) or (len(values) >= MIN_FOR_MOST and count > MOST * len(values)):
         return next(found for found in values if repr(found) == value)

@@ -52,7 +52,7 @@ class Folder:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def modified(self, name: str) -> float | None:
-        """Return when a file was last written, in seconds since 1970; None where it is missing."""
+        """Return when a file was last written, in seconds since 1970; None if it is missing."""
         try:
             return (self.path / name).stat().st_mtime
         except OSError:
@@ -69,7 +69,7 @@ class Folder:
             return b""
 
     def text(self, name: str, most: int = MAX_TEXT_BYTES) -> str:
-        """Return the text of a file, its first `most` bytes; empty where there is none."""
+        """Return the text of a file, its first `most` bytes; empty if there is none."""
         size = self._size(name)
         if size is None:
             return ""
@@ -78,7 +78,7 @@ class Folder:
         return self._read(name, 0, most).decode("utf-8", errors="replace")
 
     def tail(self, name: str, most: int = TAIL_BYTES) -> str:
-        """Return the last whole lines of a file, and a last one without end; empty where there is none."""
+        """Return the last whole lines of a file, and a last one without end; empty if there is none."""
         size = self._size(name)
         if size is None:
             return ""
@@ -86,7 +86,7 @@ class Folder:
         return text if size <= most else text.partition("\n")[2]  # the first line is incomplete
 
     def json(self, name: str) -> JsonObject:
-        """Return the JSON object of a file; empty where it is missing, or damaged, which is noted."""
+        """Return the JSON object of a file; empty if it is missing, or damaged, which is noted."""
         size = self._size(name)
         if size is None:
             return {}
@@ -100,7 +100,7 @@ class Folder:
             return {}
 
     def yaml(self, name: str) -> JsonObject:
-        """Return the mapping of a YAML file of plain values; empty where it is missing, or damaged, which is noted."""
+        """Return the mapping of a YAML file of plain values; empty if it is missing, or damaged, which is noted."""
         size = self._size(name)
         if size is None:
             return {}
@@ -165,31 +165,31 @@ def _check_depth(value: object, left: int) -> None:
 
 
 def get(value: object, *path: str) -> object:
-    """Return what stands at a path of nested mappings; None where nothing does."""
+    """Return the value at a path of nested mappings; None if there is none."""
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
 
 def mapping_at(value: object, *path: str) -> JsonObject:
-    """Return the mapping at a path of nested mappings; empty where there is none."""
+    """Return the mapping at a path of nested mappings; empty if there is none."""
     found = get(value, *path)
     return {str(key): item for key, item in found.items()} if isinstance(found, Mapping) else {}
 
 
 def list_at(value: object, *path: str) -> list[object]:
-    """Return the list at a path of nested mappings; empty where there is none."""
+    """Return the list at a path of nested mappings; empty if there is none."""
     found = get(value, *path)
     return found if isinstance(found, list) else []
 
 
 def number_at(value: object, *path: str) -> float | None:
-    """Return the number at a path of nested mappings; None where there is none, and for infinity and NaN."""
+    """Return the number at a path of nested mappings; None if there is none, and for infinity and NaN."""
     return as_number(get(value, *path))
 
 
 def text_at(value: object, *path: str) -> str:
-    """Return what stands at a path of nested mappings as text; empty where nothing does."""
+    """Return the value at a path of nested mappings as text; empty if there is none."""
     found = get(value, *path)
     return "" if found is None else str(found)
 

@@ -29,7 +29,7 @@ class Holder:
 
 
 def read_holder(folder: Path) -> Holder | None:
-    """Return the process that holds, or last held, a run directory; None where none is recorded."""
+    """Return the process that holds, or last held, a run directory; None if none is recorded."""
     file = folder / HOLDER_FILE
     try:
         return Holder(**json.loads(file.read_text(encoding="utf-8")))
@@ -51,7 +51,7 @@ def has_ended(holder: Holder | None) -> bool:
 
 
 def touched(file: Path) -> float | None:
-    """Return when a file was last touched; None where it is gone. It is opened: network file systems look then."""
+    """Return when a file was last touched; None if it is gone. It is opened: network file systems look then."""
     try:
         with file.open("rb") as opened:
             return os.fstat(opened.fileno()).st_mtime

@@ -38,7 +38,7 @@ table{overflow-wrap:normal}td{max-width:34rem;overflow-wrap:break-word}h2+table,
 .hint{border-color:var(--line);color:var(--muted)}pre{white-space:pre-wrap}
 """
 )
-"""What pages about runs have beside the style of all pages."""
+"""The style of pages about runs, in addition to that of all pages."""
 
 
 def text(value: object, most: int = MAX_TEXT) -> str:
@@ -75,7 +75,7 @@ def details(summary: str, body: str) -> str:
 
 
 def embed_image(file: Path, side: int | None = None) -> str:
-    """Return an image file as a `data:` address, at most `side` pixels wide and high; empty where it does not open."""
+    """Return an image file as a `data:` address, at most `side` pixels wide and high; empty if it does not open."""
     from PIL import Image
 
     try:
@@ -107,7 +107,7 @@ class ImageBudget:
         self.left, self.num_left_out = most, 0
 
     def embed(self, file: Path, side: int | None = None) -> str:
-        """Return an image as a `data:` address, see `embed_image`; empty where it does not open or does not fit."""
+        """Return an image as a `data:` address, see `embed_image`; empty if it does not open or does not fit."""
         image = embed_image(file, side)
         if len(image) > self.left:
             self.num_left_out += 1

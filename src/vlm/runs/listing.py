@@ -83,7 +83,7 @@ class RunTable:
         self._differs = dict(zip(map(id, self.runs), unusual_settings(self.runs), strict=True))
 
     def value(self, run: RunDirectory, key: str) -> Value:
-        """Return the value of a column for a run; None where the run has none."""
+        """Return the value of a column for a run; None if the run has none."""
         if key == "differs":
             return describe_values(self._differs[id(run)])
         if key in FIELDS:
@@ -172,7 +172,7 @@ def _plain(value: object) -> Value:
 
 
 def format_value(column: str, value: Value) -> str:
-    """Return a value for a table; empty where there is none."""
+    """Return a value for a table; empty if there is none."""
     if value is None:
         return ""
     if isinstance(value, str):

@@ -28,7 +28,7 @@ class Column:
 
     @property
     def last(self) -> float | None:
-        """The last value; None where there is none."""
+        """The last value; None if there is none."""
         return self.values[-1] if self.values else None
 
     def points(self) -> list[tuple[int, float]]:
@@ -74,7 +74,7 @@ class Metrics(Mapping[str, Column]):
         return len(self._columns)
 
     def last(self, name: str) -> float | None:
-        """Return the last value of a metric; None where it has none."""
+        """Return the last value of a metric; None if it has none."""
         column = self._columns.get(name)
         return column.last if column is not None else None
 
@@ -102,7 +102,7 @@ def read_last_metrics(folder: Folder) -> Metrics:
 
 
 def _find_last(folder: Folder, word: bytes) -> JsonObject | None:
-    """Return the last line of the log with a word in it; None where there is none."""
+    """Return the last line of the log with a word in it; None if there is none."""
     try:
         with (
             (folder.path / METRICS_FILE).open("rb") as file,

@@ -26,7 +26,7 @@ class Outcome:
     Attributes:
         value: the metric, of the best evaluation where the run keeps that, else of the last.
         step: when it was measured.
-        half_width: half the width of its 95% interval over records; None where it was not logged.
+        half_width: half the width of its 95% interval over records; None if it was not logged.
     """
 
     value: float
@@ -45,7 +45,7 @@ def metric_of(runs: Sequence[RunDirectory]) -> str:
 
 
 def sign_of(metric: str, runs: Sequence[RunDirectory] = ()) -> int:
-    """Return 1 where more of a metric is better, -1 where less is; `trainer.greater_is_better` of a run decides."""
+    """Return 1 if more of a metric is better, -1 if less is; `trainer.greater_is_better` of a run decides."""
     for run in runs:
         kept, greater = run.settings.get("trainer.keep_best"), run.settings.get("trainer.greater_is_better")
         if isinstance(greater, bool) and isinstance(kept, str) and metric == f"eval_{kept.removeprefix('eval_')}":
@@ -54,7 +54,7 @@ def sign_of(metric: str, runs: Sequence[RunDirectory] = ()) -> int:
 
 
 def outcome_of(run: RunDirectory, metric: str) -> Outcome | None:
-    """Return a run's value of a metric; None where it has none."""
+    """Return a run's value of a metric; None if it has none."""
     column = run.metrics.get(metric)
     if column is None or not column.values:
         return None
@@ -108,7 +108,7 @@ class Gap:
     Attributes:
         setting: the setting.
         difference: the best one's mean minus its mean.
-        half_width: half the width of the difference's 95% interval; None where nothing is known of the noise.
+        half_width: half the width of the difference's 95% interval; None if nothing is known of the noise.
     """
 
     setting: Setting
@@ -117,7 +117,7 @@ class Gap:
 
     @property
     def is_clear(self) -> bool | None:
-        """Whether the difference is more than noise; None where that cannot be told."""
+        """Whether the difference is more than noise; None if that cannot be told."""
         return None if self.half_width is None else abs(self.difference) > self.half_width
 
 
@@ -139,7 +139,7 @@ def rank(settings: Sequence[Setting], sign: int) -> tuple[Setting | None, list[G
 
     Args:
         settings: the settings; those without an outcome are left out.
-        sign: 1 where more is better.
+        sign: 1 if more is better.
     """
     measured = sorted((one for one in settings if one.outcomes), key=lambda one: -sign * one.mean)
     if not measured:
@@ -209,7 +209,7 @@ def _describe_mean(setting: Setting) -> str:
 
 
 def numeric_axis(settings: Sequence[Setting]) -> tuple[str, list[float]] | None:
-    """Return the one key that differs between settings and its numbers; None where several do, or it has none."""
+    """Return the one key that differs between settings and its numbers; None if several do, or it has none."""
     keys: Mapping[str, object] = settings[0].values if settings else {}
     if len(keys) != 1:
         return None

@@ -67,7 +67,7 @@ class Evaluation:
         name: the folder's path below `eval/`, mostly the name of the data.
         folder: where its `results.json` and its answers are.
         results: its `results.json`.
-        scores: metric -> its value and the ends of its 95% interval, None where there are none.
+        scores: metric -> its value and the ends of its 95% interval, None if there are none.
     """
 
     name: str
@@ -206,7 +206,7 @@ class RunDirectory:
 
     @cached_property
     def progress(self) -> float | None:
-        """The completed share of the run, from 0 to 1; None where it is unknown."""
+        """The completed share of the run, from 0 to 1; None if it is unknown."""
         if self.state == DONE:
             return 1.0
         if self.max_steps is not None:
@@ -259,13 +259,13 @@ class RunDirectory:
 
     @cached_property
     def final(self) -> Path | None:
-        """The folder of the finished model; None where the run has none."""
+        """The folder of the finished model; None if the run has none."""
         folder = self.path / FINAL_FOLDER
         return folder if is_checkpoint(folder) else None
 
     @cached_property
     def best(self) -> Path | None:
-        """The folder of the model of the best evaluation; None where the run has none."""
+        """The folder of the model of the best evaluation; None if the run has none."""
         folder = self.path / BEST_FOLDER
         return folder if is_checkpoint(folder) else None
 

@@ -1,6 +1,6 @@
 """`report.html` of a run directory: everything that a run tells of itself, as one file that needs no network.
 
-Each function of `report_parts` and `report_outcomes` makes one section, or nothing where the run has nothing to say. A
+Each function of `report_parts` and `report_outcomes` makes one section, or nothing if the run has nothing to say. A
 run may have been someone else's: texts are escaped and bounded, images re-encoded, what is damaged is named at the top.
 """
 

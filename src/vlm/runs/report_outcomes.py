@@ -1,6 +1,6 @@
 """Sections of a run's report: what came out, with intervals, answers and plots, and which records were left out.
 
-Each function returns HTML, empty where a run has nothing to say.
+Each function returns HTML, empty if a run has nothing to say.
 """
 
 import re
@@ -70,7 +70,7 @@ def _last_evaluation(run: RunDirectory) -> str:
 
 
 def heads(run: RunDirectory, images: ImageBudget) -> str:
-    """Return the measures of prediction heads with intervals, beside the baseline, and their plots."""
+    """Return the measures of prediction heads with intervals and the baseline, and their plots."""
     parts = []
     for records in run.heads:
         for head in mapping_at(run.heads, records):

@@ -1,6 +1,6 @@
 """Sections of a run's report: what was trained from what, how it went, and how to repeat it.
 
-Each function returns HTML, empty where a run has nothing to say.
+Each function returns HTML, empty if a run has nothing to say.
 """
 
 from collections.abc import Iterator, Mapping

@@ -28,7 +28,7 @@ NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "ima
 
 
 def find_trend(steps: Sequence[int], losses: Sequence[float]) -> str | None:
-    """Return whether losses are `falling`, `flat` or `rising`; None where they are too few.
+    """Return whether losses are `falling`, `flat` or `rising`; None if they are too few.
 
     It is the slope of the least-squares line through the last `TREND_LOGS` losses; `flat` where it is at most
     `TREND_ERRORS` of its standard errors from 0.
@@ -137,7 +137,7 @@ def format_evaluation(step: int, metrics: Mapping[str, float]) -> str:
 
 
 def read_status(folder: Path) -> dict[str, object]:
-    """Return the `status.json` of a run directory; empty where there is none that can be read."""
+    """Return the `status.json` of a run directory; empty if there is none that can be read."""
     try:
         status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -31,7 +31,7 @@ class SweepSummary:
         folder: the folder of the sweep.
         runs: its runs.
         metric: what they are compared by.
-        sign: 1 where more of it is better, -1 where less is.
+        sign: 1 if more of it is better, -1 if less is.
         settings: the settings, the best first; those without an outcome last.
         gaps: setting -> how far it is behind the best, by the setting's text.
     """
@@ -85,7 +85,7 @@ def _describe_gap(gap: Gap | None) -> str:
 
 
 def write_sweep(folder: Path) -> SweepSummary | None:
-    """Write the plot and the page of a sweep into its folder; return its summary, None where it has no runs."""
+    """Write the plot and the page of a sweep into its folder; return its summary, None if it has no runs."""
     runs = [RunDirectory(path, path.relative_to(folder).as_posix()) for path in find_run_folders(folder)]
     if not runs:
         return None

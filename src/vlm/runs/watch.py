@@ -122,7 +122,7 @@ def _read_metrics(file: Path) -> Iterator[dict[str, float]]:
 
 
 def _read_tail(file: Path, number: int) -> list[str]:
-    """Return the last lines of a log, printable; none where there is no log."""
+    """Return the last lines of a log, printable; none if there is no log."""
     try:
         with file.open("rb") as opened:
             opened.seek(max(0, opened.seek(0, os.SEEK_END) - LOG_BYTES))
@@ -134,7 +134,7 @@ def _read_tail(file: Path, number: int) -> list[str]:
 
 
 def _shorten(line: str) -> str:
-    """Return a line of a log with the time of day alone before its text, and its level where it is no note."""
+    """Return a line of a log with the time of day alone before its text, and its level if it is no note."""
     found = LOG_RECORD.match(line)
     if found is None:
         return line

@@ -123,7 +123,7 @@ def _batch_makers(subject: Subject) -> Iterator[Callable[[], Batch]]:
 
 
 def _make_video(subject: Subject) -> Batch | None:
-    """Return a batch with a video; None where the family takes none, or fails on them, which another proof tells."""
+    """Return a batch with a video; None if the family takes none, or fails on them, which another proof tells."""
     if subject.processor.videos is None:
         return None
     try:

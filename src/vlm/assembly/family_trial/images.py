@@ -198,7 +198,7 @@ def check_refused(subject: Subject, conversation: Conversation) -> None:
     """Check that training leaves out a conversation whose first reply would depend on a later image.
 
     Raises:
-        DisprovedError: it would be learned.
+        DisprovedError: it would be trained on.
     """
     try:
         subject.make_row(conversation)
@@ -208,7 +208,7 @@ def check_refused(subject: Subject, conversation: Conversation) -> None:
 
 
 def check_order_in_turn(subject: Subject) -> None:
-    """Check, where images stand in one question only, that two of them are told apart.
+    """Check, where images are in one question only, that two of them are told apart.
 
     Raises:
         DisprovedError: the logits are the same when they change places.

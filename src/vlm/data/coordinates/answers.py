@@ -23,7 +23,7 @@ def parse_answer(text: str, convention: str, views: Sequence[ImageView], image: 
         convention: the name of the model's convention.
         views: what the model sees of each image. Without any, only time spans are read, and where the convention counts
             pixels that the model sees, and their number is not known.
-        image: the number of the image that the answer is about, where it does not tell that itself.
+        image: the number of the image that the answer is about, if it does not tell that itself.
     """
     kind = get_convention(convention)
     seen = {number: view_for(kind, view) for number, view in enumerate(views) if not is_unsized(kind, view)}

@@ -26,9 +26,9 @@ class Place:
     Attributes:
         kind: `box`, `point` or `span`.
         values: shares of the sides of what the model sees, `x1, y1, x2, y2` or `x, y`; of a span, seconds.
-        label: what the object is; None where nothing says so.
+        label: what the object is; None if nothing says so.
         seen_size: width and height of what the model sees, in pixels.
-        medium: the number of its image, from 0; None where an answer does not tell it.
+        medium: the number of its image, from 0; None if an answer does not tell it.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Convention(ABC):
         steps: what a side of the image is divided into; None: into the pixels that the model sees.
         highest: the largest number; None: that of `steps`, or of pixels.
         decimals: of a number.
-        is_y_first: whether `y` stands before `x`.
+        is_y_first: whether `y` is before `x`.
         sees_stored_image: whether pixels are those of the stored image, whatever the model sees of it.
         token_pattern: matches the tokens that it writes; None: it writes text alone.
         required_tokens: tokens without which a tokenizer cannot write it.
@@ -65,7 +65,7 @@ class Convention(ABC):
 
     @abstractmethod
     def write_place(self, place: Place) -> str:
-        """Return the text of one box or point, without its label; ValueError where there is none for its kind."""
+        """Return the text of one box or point, without its label; ValueError if there is none for its kind."""
 
     @abstractmethod
     def write_list(self, places: Sequence[Place]) -> str:
@@ -87,7 +87,7 @@ class Convention(ABC):
         return f"{start:.1f} - {end:.1f} seconds"
 
     def write_all(self, places: Sequence[Place]) -> str:
-        """Return the text of several places with their labels; time spans stand on lines of their own."""
+        """Return the text of several places with their labels; time spans are on lines of their own."""
         shown, spans = ([place for place in places if (place.kind == SPAN) == is_span] for is_span in (False, True))
         lines = [*([self.write_list(shown)] if shown else []), *map(self._labelled_line, spans)]
         return "\n".join(lines)
@@ -133,7 +133,7 @@ class Convention(ABC):
     ) -> Place | None:
         """Return the place of coordinates as the convention counts them, within the image.
 
-        None where they are no box and no point, or a box that ends before it begins.
+        None if they are no box and no point, or a box that ends before it begins.
         """
         values = [float(number) for number in numbers]
         kind = {NUM_VALUES[BOX]: BOX, NUM_VALUES[POINT]: POINT}.get(len(values))
@@ -153,7 +153,7 @@ def swap_axes(numbers: Sequence[Number]) -> list[Number]:
 
 
 def label_before(text: str, start: int) -> str | None:
-    """Return the label of a place on a line `label: place`, by the start of the place; None where there is none."""
+    """Return the label of a place on a line `label: place`, by the start of the place; None if there is none."""
     line = text[text.rfind("\n", 0, start) + 1 : start]
     match = LABEL_BEFORE.search(line)
     return match[1].strip() if match else None

@@ -154,7 +154,7 @@ def _plain_view(image_processor: ImageProcessor, size: Size, *, pads: bool) -> I
 
 
 def _side(sides: Mapping[str, int] | object, name: str) -> int | None:
-    """Return one of the numbers of a processor's size, a mapping or a `SizeDict`; None where it has none."""
+    """Return one of the numbers of a processor's size, a mapping or a `SizeDict`; None if it has none."""
     value = sides.get(name) if isinstance(sides, Mapping) else getattr(sides, name, None)
     return value if isinstance(value, int) else None
 

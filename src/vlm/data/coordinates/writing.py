@@ -76,7 +76,7 @@ class _Writer:
     sample_id: str
 
     def write_marks(self, text: str) -> str:
-        """Return a text with what the model writes in place of its marks."""
+        """Return a text with what the model writes instead of its marks."""
         return OBJECT_MARK.sub(self._write, text) if "<" in text else text
 
     def _write(self, match: re.Match[str]) -> str:
@@ -138,7 +138,7 @@ def _shown(values: Sequence[float]) -> str:
 
 
 def _numbers_of_answer(turns: Sequence[Turn]) -> set[int]:
-    """Return the numbers of the objects whose places the last turn tells, where it is a reply, behind its thinking."""
+    """Return the numbers of the objects whose places the last turn tells, where it is a reply, after its thinking."""
     if not turns or turns[-1].role != "assistant":
         return set()
     text = without_thinking("".join(part for part in turns[-1].content if isinstance(part, str)))

@@ -3,7 +3,7 @@
 `encode` is where labels are made. `render` renders the conversation with the chat template, with markers (characters
 that never occur in text) around every text. They give the character spans of the replies, so that no habit of a
 template (dropping thinking blocks, moving system turns, trimming text) can shift the mask. The rendered text is
-tokenised once, and a label is the id where a token lies in the span of a reply or of its end.
+tokenised once, and a label is the id where a token is in the span of a reply or of its end.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +41,7 @@ class Encoded:
     Attributes:
         input_ids: the ids.
         labels: the id at each token that is supervised, -100 elsewhere.
-        weights: how much the loss of each label counts; None where all count 1.
+        weights: how much the loss of each label counts; None if all count 1.
     """
 
     input_ids: list[int]
@@ -91,7 +91,7 @@ def render(
         if role == "assistant":
             if number not in spans:
                 raise BadSample(sample_id, f"its template drops the reply {part[:60]!r}")
-            own = len(part) - len(part.lstrip()), len(part) - len(part.rstrip())  # not that of the reply beside it
+            own = len(part) - len(part.lstrip()), len(part) - len(part.rstrip())  # not that of the reply next to it
             before, after = map(min, own, whitespace.get(number, (0, 0)))
             if learned[number].supervised:
                 replies.append((spans[number][0] - before, spans[number][1] + after))
@@ -112,7 +112,7 @@ def render_marked(
     processor: Processor, turns: Sequence[Turn], sample_id: str, *, prompt: bool = False, tools: Sequence[Tool] = (),
     thinking: bool | None = None,
 ) -> str:  # fmt: skip
-    """Render with markers around each text; `thinking` as of `render`.
+    """Render with markers around each text; `thinking` as in `render`.
 
     Raises:
         BadSample: the template refuses the turns.
@@ -158,7 +158,7 @@ def _span_gaps(text: str, spans: dict[int, Span]) -> dict[int, tuple[int, int]]:
 
 
 def reply_ending(processor: Processor) -> str:
-    """Return what the chat template writes behind a reply, without blanks before it: a special token or white space.
+    """Return what the chat template writes after a reply, without blanks before it: a special token or white space.
 
     Raises:
         ValueError: neither follows, see `reply_end`, or the template refuses a question with its answer.
@@ -199,7 +199,7 @@ def _iter_reply_tokens(processor: Processor, rendered: Rendered, spans: Sequence
 def weigh_labels(
     processor: Processor, rendered: Rendered, spans: Sequence[Span], factors: LossWeights = ALL_ONE
 ) -> list[float] | None:
-    """Return the weight of each token's loss, that of its reply times `factors`, 1 elsewhere; None where all are 1."""
+    """Return the weight of each token's loss, that of its reply times `factors`, 1 elsewhere; None if all are 1."""
     if not rendered.weights and factors.is_one:
         return None
     weights = [1.0] * len(spans)
@@ -225,7 +225,7 @@ def encode(
     """Return the ids of a whole conversation, and its labels, which `label` makes; `render` renders it.
 
     A reply that is not `supervised` has no labels. Conversations with tools or thinking are rendered by `whole_turns`;
-    with `keep_thinking`, a template that drops thinking of a learned reply is refused. `factors` multiply weights.
+    with `keep_thinking`, a template that drops thinking of a trained reply is refused. `factors` multiply weights.
 
     Sizes are those of its images and videos, where the processor needs them (`vision.images.media_sizes_from_opened`).
 
@@ -272,7 +272,7 @@ def encode_prompt(
 def tokenize(
     processor: Processor, rendered: Rendered, sample: Sample, sizes: Sequence[MediaSize] = ()
 ) -> tuple[list[int], list[Span]]:
-    """Return the ids of a rendered sample, and the characters that each comes from; arguments as of `encode`.
+    """Return the ids of a rendered sample, and the characters that each comes from; arguments as in `encode`.
 
     Raises:
         BadSample: the processor refuses the text, or the size of an image or video.
@@ -299,7 +299,7 @@ def limit_length(
     """Return the sample if it has at most `longest` tokens; with `truncate`, its beginning.
 
     The beginning ends within a reply or with one: the start of an unanswered question is cut too, unless an image
-    stands in it. `media` are the ids of images and videos; `hint` says what may be done.
+    is in it. `media` are the ids of images and videos; `hint` says what may be done.
 
     Raises:
         OverLong: it is longer, or cutting it would cut an image or every reply.

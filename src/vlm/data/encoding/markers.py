@@ -1,4 +1,4 @@
-"""Markers around the texts of turns, which tell where they stand in a rendered conversation.
+"""Markers around the texts of turns, which tell where they are in a rendered conversation.
 
 Markers are characters that never occur in text. They are put around every text before a template renders it, and taken
 out of what it writes. So no habit of a template (dropping thinking, moving system turns, trimming) can shift a span.
@@ -29,8 +29,8 @@ class Rendered:
     Attributes:
         text: the conversation as the template writes it.
         spoken: the spans of the texts of all turns, in order.
-        replies: the spans of the assistant's texts that are learned, in order.
-        weights: of each of these, how much the loss of its tokens counts; empty where all count 1.
+        replies: the spans of the assistant's texts that are trained on, in order.
+        weights: of each of these, how much the loss of its tokens counts; empty if all count 1.
     """
 
     text: str
@@ -40,7 +40,7 @@ class Rendered:
 
 
 def add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
-    """Put markers around a text, and one more behind its thinking, which some templates drop.
+    """Put markers around a text, and one more after its thinking, which some templates drop.
 
     White space at the ends stays outside, where a template may trim it. A token of an image or video that a user
     spelled is broken up by a marker, so that a template does not take it for an image or video.
@@ -81,7 +81,7 @@ def strip_markers(marked: str) -> MarkedText:
 
 
 def reply_end(processor: Processor, text: str, end: int) -> int:
-    """Return the end of a reply's last token: behind the special token that follows it, else behind white space.
+    """Return the end of a reply's last token: after the special token that follows it, else after white space.
 
     Raises:
         ValueError: neither follows; the template needs a token that the tokenizer does not know.

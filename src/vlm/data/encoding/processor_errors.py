@@ -82,7 +82,7 @@ def describe_error(error: Exception) -> str:
 def _first_refused(
     media: Sequence[ImageRef | VideoRef], process_one: Callable[[int], object]
 ) -> ImageRef | VideoRef | None:
-    """Return the first image or video that is refused by itself; None where each is taken, so that it is the text."""
+    """Return the first image or video that is refused by itself; None if each is taken, so that it is the text."""
     for index, medium in enumerate(media):
         try:
             process_one(index)

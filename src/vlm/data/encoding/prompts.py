@@ -16,11 +16,11 @@ class PromptEncoder(SampleEncoder):
     """Encodes prompts for one run, which learns their labels: conversations without their last reply.
 
     Attributes:
-        suffix: ids behind every prompt, such as those of a token at which a head reads.
+        suffix: ids after every prompt, such as those of a token at which a head reads.
         answers: whether the last reply, where there is one, follows the prompt and is supervised.
 
     Raises:
-        ValueError: prompts would be cut, or replies would stand behind a suffix.
+        ValueError: prompts would be cut, or replies would be after a suffix.
     """
 
     encodes_labels: ClassVar[bool] = True

@@ -19,7 +19,7 @@ from vlm.data.processor import Processor
 from vlm.data.sample import MediaSize, Sample
 
 NO_LIMIT = 2**31 - 1
-"""The most tokens of a sample where nothing bounds them: the largest number that counts of tokens hold."""
+"""The maximum number of tokens of a sample where nothing bounds them: the largest number that counts of tokens hold."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class SampleEncoder:
         return max(first + 1, behind_media)
 
     def label_and_group(self, sample: Sample) -> tuple[str | None, str | None]:
-        """Return the label of a sample as JSON, and its group; nothing where only replies are learned."""
+        """Return the label of a sample as JSON, and its group; nothing if only replies are trained on."""
         return None, None
 
     @property

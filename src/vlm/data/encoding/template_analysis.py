@@ -19,7 +19,7 @@ TEXT_TESTS = ("defined", "undefined", "none", "string", "mapping", "iterable", "
 """Tests whose answer is the same for all texts."""
 UNKNOWN_NAMES = ("self", "super", "varargs", "kwargs", "caller", "lipsum")
 UNKNOWN_FILTERS = ("random", "attr")
-"""Filters whose result differs from call to call, or is any attribute, such as a message beside this one."""
+"""Filters whose result differs from call to call, or is any attribute, such as a message next to this one."""
 NEIGHBOURS = ("previtem", "nextitem")
 """Attributes of `loop` that hold messages."""
 MEDIA_TOKEN = "image_token"
@@ -33,7 +33,7 @@ class _NotOnlyCopiedError(Exception):
 
 @lru_cache(256)
 def copied_unless(template: str) -> frozenset[str] | None:
-    """Return the strings that texts must not contain for a template only to copy them; None where it does more."""
+    """Return the strings that texts must not contain for a template only to copy them; None if it does more."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     try:
         return _Analysis(environment.parse(template)).conditions
@@ -86,7 +86,7 @@ class _Analysis:
                 raise _NotOnlyCopiedError
 
     def assign(self, target: nodes.Node, kind: str) -> None:
-        """Give a name a kind, beside the one that it has."""
+        """Give a name a kind, in addition to the one that it has."""
         match target:
             case nodes.Name():
                 name = target.name

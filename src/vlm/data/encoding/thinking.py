@@ -25,13 +25,13 @@ def _leading_text(turn: Turn) -> str:
 
 
 def find_thinking(turn: Turn) -> str:
-    """Return the thinking of a reply, without white space at its ends; empty where it has none."""
+    """Return the thinking of a reply, without white space at its ends; empty if it has none."""
     match = THINKING.match(_leading_text(turn)) if turn.role == "assistant" else None
     return (turn.thinking or (match[1] if match else "")).strip()
 
 
 def is_thinking_asked(turns: Sequence[Turn]) -> bool:
-    """Return whether a reply behind the last question has thinking: what templates call `enable_thinking`."""
+    """Return whether a reply after the last question has thinking: what templates call `enable_thinking`."""
     last = max((place for place, turn in enumerate(turns) if turn.role == "user"), default=-1)
     return any(map(find_thinking, turns[last + 1 :]))
 

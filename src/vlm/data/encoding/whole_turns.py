@@ -1,7 +1,7 @@
 """Conversations with tools or thinking: rendered with proof that the template writes them, and whole replies found.
 
 A reply with a call of a tool is more than its text: what the template writes around the call's name and arguments is
-learned too, and so are the marks around thinking. A reply begins where a prompt ends: what stands before it is compared
+learned too, and so are the marks around thinking. A reply begins where a prompt ends: what is before it is compared
 with what the template writes before an answer that is asked for. It ends at the token that ends every reply. So an
 empty thinking block is supervised where the template leaves it to the model, and not where the prompt has it already.
 """
@@ -106,8 +106,8 @@ def render_whole_turns(
         sample: the conversation, and its tools.
         prompt: whether to add the text that precedes an answer; no reply is then looked for.
         thinking: what the template reads as `enable_thinking`; None: for a prompt the processor's own setting, else
-            whether a reply behind the last question has thinking.
-        keep: whether a template that drops the thinking of a learned reply is refused.
+            whether a reply after the last question has thinking.
+        keep: whether a template that drops the thinking of a trained reply is refused.
 
     Raises:
         BadSample: the template refuses the conversation, or leaves out a tool, a call, a result or a reply.
@@ -182,7 +182,7 @@ def repr_json(value: object) -> str:
 def _check_complete(
     text: str, spans: Mapping[int, Span], owners: Mapping[int, tuple[int | None, str]], sample_id: str
 ) -> None:
-    """Raise BadSample where the template leaves out more than thinking."""
+    """Raise BadSample if the template leaves out more than thinking."""
     for number, (turn, name) in owners.items():
         if number in spans or name == "thinking":
             continue
@@ -196,7 +196,7 @@ def _check_complete(
 def _check_thinking(
     text: str, turns: Sequence[Turn], learned: Sequence[int], replies: Sequence[Span], sample_id: str
 ) -> None:
-    """Raise BadSample where the thinking of a learned reply is not part of it."""
+    """Raise BadSample if the thinking of a trained reply is not part of it."""
     for index, (start, end) in zip(learned, replies, strict=True):
         thought = find_thinking(turns[index])
         if thought and thought not in text[start:end]:
@@ -219,7 +219,7 @@ def _spans_of_turns(spans: Mapping[int, Span], owners: Mapping[int, tuple[int | 
 
 
 def _cut_at_thinking(prompt_end: str) -> str:
-    """Return the end of a prompt up to the mark of thinking in it; all of it where there is none."""
+    """Return the end of a prompt up to the mark of thinking in it; all of it if there is none."""
     place = prompt_end.lower().find("think")
     start = max((prompt_end.rfind(mark, 0, place) for mark in "<[◁"), default=-1) if place >= 0 else -1
     return prompt_end if start < 0 else prompt_end[:start]
@@ -267,7 +267,7 @@ class _ReplyFinder:
         return before + len(asked), self._find_end(index, last, self._next_start[span])
 
     def _prompt_end(self, index: int) -> str:
-        """Return what the template writes behind the last text of a prompt that ends before a turn.
+        """Return what the template writes after the last text of a prompt that ends before a turn.
 
         It renders the turns before it from the last question, reply or call on, so that all replies together take as
         long as the conversation.

@@ -56,7 +56,7 @@ class HeadFeatureBatch(TypedDict, total=False):
 
 
 class HeadFeatureDataset(Dataset[HeadFeatureItem]):
-    """A `HeadDataset` with features in place of images and prompts.
+    """A `HeadDataset` with features instead of images and prompts.
 
     Args:
         dataset: the samples.

@@ -34,7 +34,7 @@ class CachedImage(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width in pixels; None where no token depends on them."""
+        """Height and width in pixels; None if no token depends on them."""
         _, height, width = self.pack.details[self.item].tolist()
         return (height, width) if height else None
 
@@ -102,7 +102,7 @@ def blank_image_cache_key(size: tuple[int, int], kind: str) -> bytes:
 
 
 class CachedDataset(SampleDataset):
-    """A `SampleDataset` of the same samples, whose `media_inputs` reads features of images in place of the images.
+    """A `SampleDataset` of the same samples, whose `media_inputs` reads features of images instead of the images.
 
     Args:
         dataset: the samples.
@@ -131,7 +131,7 @@ class CachedDataset(SampleDataset):
 
 
 class CachedFeatureDataset(CachedDataset):
-    """Samples of a composed model with `image_features` in place of `pixel_values`.
+    """Samples of a composed model with `image_features` instead of `pixel_values`.
 
     Args:
         dataset: the samples.
@@ -161,7 +161,7 @@ class CachedFeatureDataset(CachedDataset):
 
 
 def make_feature_inputs(images: Sequence[CachedImage], processor: Processor) -> dict[str, Tensor]:
-    """Return the model's inputs for images; none where there are none."""
+    """Return the model's inputs for images; none if there are none."""
     if not images:
         return {}
     inputs = {"image_features": torch.cat([image.pack.read(image.item) for image in images])}

@@ -171,13 +171,13 @@ class PackPlan(Generic[Item]):
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """A folder of packs, beside the stores of other computations in a root that is bounded as a whole.
+    """A folder of packs, next to the stores of other computations in a root that is bounded as a whole.
 
     Attributes:
         folder: the store; its parent is the root.
         limit_gb: most that all packs of the root may take, in 10^9 bytes; None: half of what they and the free disk
             are; infinite: the disk alone bounds them, and nothing is removed to make room.
-        content: what the packs hold, for the refusal where there is no room.
+        content: what the packs hold, for the refusal if there is no room.
         advice: what the user can do then.
     """
 

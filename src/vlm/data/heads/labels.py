@@ -58,7 +58,7 @@ class HeadLabels:
         """Return what the loss compares the head's outputs for a record with: `width` numbers.
 
         They are the index of the record's label; for `multilabel`, 0 or 1 for each label; for `regression` and
-        `pairwise` the value; all NaN where the value is None, as the head does not learn from the record then. A number
+        `pairwise` the value; all NaN if the value is None, as the head does not learn from the record then. A number
         or truth value may be given as the text that it has in a table.
 
         Raises:
@@ -78,7 +78,7 @@ class HeadLabels:
         return [float(index in present) for index in range(self.width)]
 
     def class_index(self, label: object) -> int:
-        """Return the index of a label; ValueError where it is none of them."""
+        """Return the index of a label; ValueError if it is none of them."""
         for key in (_label_key(label), *_other_label_keys(label)):
             if (index := self._class_indices.get(key)) is not None:
                 return index
@@ -125,7 +125,7 @@ def resolve_labels(name: str, task: str, given: Sequence[object] | None, values:
 
 
 def check_values(head: HeadLabels, values: Sequence[object], source: str) -> None:
-    """Raise ValueError where a head cannot learn one of the labels of a source; None is no label."""
+    """Raise ValueError if a head cannot learn one of the labels of a source; None is no label."""
     wrong: Counter[str] = Counter()
     for value in values:
         try:
@@ -174,7 +174,7 @@ def _labels_from_records(name: str, task: str, present: Sequence[object]) -> tup
 
 
 def _check_num_labels(head: HeadLabels, *, from_config: bool) -> None:
-    """Raise ValueError where a task cannot have so many labels."""
+    """Raise ValueError if a task cannot have so many labels."""
     number, shown = len(head.labels), ", ".join(map(repr, head.labels[:10]))
     fewest, most = {"binary": (2, 2), "multilabel": (1, sys.maxsize)}.get(head.task, (2, sys.maxsize))
     if not fewest <= number <= most:
@@ -189,7 +189,7 @@ def _flatten_labels(name: str, task: str, values: Sequence[object]) -> list[obje
 
 
 def _label_list(name: str, value: object) -> Sequence[object]:
-    """Return the labels of a record that may have several; raise ValueError where they are no list."""
+    """Return the labels of a record that may have several; raise ValueError if they are no list."""
     if not isinstance(value, (list, tuple)):
         raise ValueError(
             f"head {name}: multilabel needs a list of labels, got {value!r:.60}; dataset.format=labelled with "
@@ -241,7 +241,7 @@ def _writes_number(label: object) -> bool:
 
 
 def _number_from_text(text: str) -> float | None:
-    """Return the number that a text writes; None where it writes none."""
+    """Return the number that a text writes; None if it writes none."""
     return float(text) if NUMBER_TEXT.fullmatch(text) else None
 
 
@@ -396,7 +396,7 @@ def make_folds(
 
 
 def _check_stratum_sizes(strata: np.ndarray, least: int, names: Sequence[object], why: str) -> None:
-    """Raise ValueError where a stratum has fewer than `least` records."""
+    """Raise ValueError if a stratum has fewer than `least` records."""
     numbers, counts = np.unique(strata, return_counts=True)
     if counts.min() < least:
         number = int(numbers[counts.argmin()])

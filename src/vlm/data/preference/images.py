@@ -66,7 +66,7 @@ def _crop_tensor(image: Tensor, place: tuple[float, float, float]) -> Tensor:
 
 
 def _box(height: int, width: int, place: tuple[float, float, float]) -> tuple[int, int, int, int]:
-    """Return the first row and column of a part, and those behind it."""
+    """Return the first row and column of a part, and those after it."""
     share, down, right = place
     rows, columns = max(round(height * share**0.5), 1), max(round(width * share**0.5), 1)
     top, left = round((height - rows) * down), round((width - columns) * right)

@@ -28,7 +28,7 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
     """Open a file for reading, decompressed where its name ends in `.gz`.
 
     Raises:
-        ValueError: within the statement, where it does not decompress.
+        ValueError: within the statement, if it does not decompress.
     """
     if not split_suffix(str(path))[1]:
         with path.open("rb") as file:
@@ -69,7 +69,7 @@ def uncompressed_file(path: Path) -> Iterator[Path]:
 
 
 def check_is_records(path: Path) -> None:
-    """Raise ValueError where a file of records is empty, or by its first bytes something else: say an LFS pointer."""
+    """Raise ValueError if a file of records is empty, or by its first bytes something else: say an LFS pointer."""
     suffix, is_compressed = split_suffix(str(path))
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")

@@ -56,7 +56,7 @@ def read_llava(record: Record, image_folder: Path, *, key: str = "conversations"
     """Read LLaVA's form: `{"id", "image": path or list or absent, "conversations": [{"from", "value"}, …]}`.
 
     `<image>` in the human's texts stands for the images in order (see `marks`). The only one of a turn is moved to its
-    start. A number in place of a text is read as it is written. A turn with `weight` 0 or `loss` false is not learned.
+    start. A number instead of a text is read as it is written. A turn with `weight` 0 or `loss` false is not learned.
     ShareGPT's turns from `function_call` and `observation` are calls of `tools` and their results, see `tool_turns`.
 
     Args:
@@ -342,7 +342,7 @@ def read_pair(
 def read_preference(record: Record, image_folder: Path) -> Sample:
     """Read a chosen and a rejected reply, or one reply with `label: true` or `false`; see `preferences.read_sides`.
 
-    Behind `prompt`, `question`, `messages` or `conversations`, with the images of the record: `{"chosen", "rejected"}`,
+    After `prompt`, `question`, `messages` or `conversations`, with the images of the record: `{"chosen", "rejected"}`,
     each a text, a turn, a list of turns, or a whole conversation; ms-swift's `rejected_response`, `rejected_messages`
     and `rejected_images`; TRL's `{"completion", "label"}`; RLHF-V's `text`, and LLaVA-RLHF's `output_1`, `output_2` and
     `preference`.
@@ -392,7 +392,7 @@ def _as_text(content: object) -> object:
 
 
 def _has_marks(message: Record, media: MediaPlacer) -> bool:
-    """Return whether marks are looked for in a message: a text of the user's, or a result beside images or videos."""
+    """Return whether marks are looked for in a message: a text of the user's, or a result next to images or videos."""
     role = MESSAGE_ROLES[message["role"]]
     return (role == "user" or (role == "tool" and media.has_media)) and isinstance(message.get("content"), str)
 

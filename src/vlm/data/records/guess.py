@@ -60,7 +60,7 @@ class Guess:
 
     Attributes:
         what: the form, in words.
-        format: the name of `formats.FORMATS` that reads it; None where none does.
+        format: the name of `formats.FORMATS` that reads it; None if none does.
         options: of that format.
         advice: what to do where no format reads it.
     """
@@ -183,7 +183,7 @@ FORMS: tuple[Callable[[Mapping[str, object]], Guess | None], ...] = (
 
 
 def guess_form(record: object) -> Guess | None:
-    """Return what a record seems to be; None where nothing is recognised."""
+    """Return what a record seems to be; None if nothing is recognised."""
     if not isinstance(record, dict):
         return None
     return next((guess for recognise in FORMS if (guess := recognise(record)) is not None), None)
@@ -212,7 +212,7 @@ def with_hint(
 
 
 def describe_collection(first_items: Mapping[str, Mapping[str, object]]) -> str | None:
-    """Describe a file that is a mapping with lists, by the first item of each list; None where it is not known.
+    """Describe a file that is a mapping with lists, by the first item of each list; None if it is not known.
 
     `{path}` in the description stands for the file.
     """

@@ -95,7 +95,7 @@ def _to_binary_column(records: Sequence[bytes | memoryview]) -> pa.Array:
 
 
 def read_lines(file: Path, start: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Iterate over the lines of a file that are not empty, each with the byte behind it.
+    """Iterate over the lines of a file that are not empty, each with the byte after it.
 
     Args:
         file: the file; of one that is compressed, bytes are those of its content, which is decompressed from the start.

@@ -1,4 +1,4 @@
-"""Keys of records: each reader declares those that it reads; keys that change what is learned are never ignored.
+"""Keys of records: each reader declares those that it reads; keys that change what is trained on are never ignored.
 
 A record is refused if it has a key that its reader does not read, that is in one of the tables below, and whose value
 is not empty; the option `ignore_keys` of every reader allows such a key. Other keys are ignored, and `vlm data stats`
@@ -34,7 +34,7 @@ RECORD_KEYS = {
     **dict.fromkeys(("weight", "loss", "loss_scale", "sample_weight"), WEIGHTS),
     "history": "earlier turns are not read in this format",
 }
-"""Keys of a record that change what is learned -> why they are not read."""
+"""Keys of a record that change what is trained on -> why they are not read."""
 TURN_KEYS = {
     **dict.fromkeys(("tools", "tool_calls", "function_call", "tool_call_id"), TOOLS),
     **dict.fromkeys(("audio", "audios"), SOUND),
@@ -75,7 +75,7 @@ LOST_MEDIA_KEYS = (
 """Keys that name an image or a video in records of other forms."""
 NEUTRAL_TEXTS = ("", "[]", "{}")
 SUPERVISION_KEYS = ("weight", "loss", "loss_scale", "train", "training")
-"""Keys of a turn that say whether its reply is learned: of OpenAI's files, ms-swift's and axolotl's."""
+"""Keys of a turn that say whether its reply is trained on: of OpenAI's files, ms-swift's and axolotl's."""
 SUPERVISION_KEY_SET = frozenset(SUPERVISION_KEYS)
 SYSTEM_KEYS = ("system", "system_prompt")
 COMMON_KEYS = (
@@ -136,7 +136,7 @@ def reads(
 ) -> Callable[[Reader], Reader]:
     """Declare the keys that a reader reads, see `DeclaredKeys`; it gets the option `ignore_keys`.
 
-    The reader then refuses records with other keys that change what is learned.
+    The reader then refuses records with other keys that change what is trained on.
     """
     declared = DeclaredKeys(
         frozenset((*COMMON_KEYS, *keys, *more_turns)),
@@ -155,7 +155,7 @@ def reads(
 
         @wraps(reader)
         def checked(record: Any, image_folder: Any, *, ignore_keys: Sequence[str] = (), **options: Any) -> Sample:
-            """Read a record, unless it has unread keys that change what is learned and are not in `ignore_keys`."""
+            """Read a record, unless it has unread keys that change what is trained on and are not in `ignore_keys`."""
             sample_id = read_id(record)
             ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
             if renames_image and (image_key := options.pop("image_key", None)) is not None:
@@ -208,14 +208,14 @@ class _Level:
         yield from (key for key, value in self.values.items() if key not in self.read and not is_empty(value))
 
     def check(self, ignored: set[str], sample_id: str) -> None:
-        """Raise BadSample for a key that is not read and changes what is learned."""
+        """Raise BadSample for a key that is not read and changes what is trained on."""
         for key in self.unread():
             is_neutral = self.refused.get(key) is WEIGHTS and self.values[key] in (1, [1])
             if key in self.refused and key not in ignored and not is_neutral:
                 raise BadSample(sample_id, f"`{self.prefix}{key}` is not read: {self.refused[key]}. {_advice(key)}")
 
     def check_lost_media(self, ignored: set[str], sample_id: str) -> None:
-        """Raise BadSample for a key that names an image which the record would be learned without."""
+        """Raise BadSample for a key that names an image which the record would be trained on without."""
         for key in self.unread():
             is_lost = key in LOST_MEDIA_KEYS or _names_image(self.values[key])
             if is_lost and key not in ignored:
@@ -233,7 +233,7 @@ def _names_image(value: object) -> bool:
 
 
 def _without_ignored(record: Record, turns_keys: Sequence[str], ignored: set[str]) -> Record:
-    """Return a record without ignored keys that change what is learned: of its own, of its turns and of their items."""
+    """Return a record without ignored keys that change what is trained on, in its turns and their items, too."""
     kept = _without(record, RECORD_KEYS, ignored)
     for key in turns_keys:
         if isinstance(turns := kept.get(key), list):
@@ -318,7 +318,7 @@ def is_empty(value: object) -> bool:
 
 
 def first_present(record: Record, *keys: str) -> Any:
-    """Return the first value of a record's keys that is not None; None where there is none."""
+    """Return the first value of a record's keys that is not None; None if there is none."""
     for key in keys:
         if (value := record.get(key)) is not None:
             return value
@@ -348,12 +348,12 @@ def read_turn_list(record: Record, key: str, sample_id: str, kind: str) -> list[
 
 
 def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> tuple[bool, float]:
-    """Read whether a turn is learned, and how much its loss counts: by default it is, and counts 1.
+    """Read whether a turn is trained on, and how much its loss counts: by default it is, and counts 1.
 
     The value of one of `SUPERVISION_KEYS` is true or false, or a number from 0 on; 0 and false are the same.
 
     Raises:
-        BadSample: a value is neither, the values contradict each other, or a turn that is no reply is to be learned.
+        BadSample: a value is neither, the values contradict each other, or a turn that is no reply is to be trained on.
     """
     if SUPERVISION_KEY_SET.isdisjoint(turn):
         return True, 1.0
@@ -373,7 +373,7 @@ def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> tup
 
 
 def add_system_turn(record: Record, turns: Sequence[Turn], sample_id: str) -> list[Turn]:
-    """Return turns behind the system turn that a record has beside them, as `system` or `system_prompt`.
+    """Return turns after the system turn that a record has next to them, as `system` or `system_prompt`.
 
     Raises:
         BadSample: it is no text, or there is another system turn.
@@ -392,7 +392,7 @@ def add_system_turn(record: Record, turns: Sequence[Turn], sample_id: str) -> li
 
 
 def check_question_first(turns: Sequence[Turn], sample_id: str) -> None:
-    """Raise BadSample where a conversation begins with the assistant."""
+    """Raise BadSample if a conversation begins with the assistant."""
     first = next((turn for turn in turns if turn.role != "system"), None)
     if first is not None and first.role == "assistant":
         raise BadSample(sample_id, "it begins with the assistant; a question must come before the first reply")

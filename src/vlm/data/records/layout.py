@@ -28,7 +28,7 @@ class Layout:
 
     Attributes:
         lines: whether each line is one.
-        key: of the list in a mapping; None where the file is the list.
+        key: of the list in a mapping; None if the file is the list.
     """
 
     lines: bool
@@ -74,7 +74,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _find_wrapped_list(path: Path, *, is_named_lines: bool) -> Layout:
-    """Return the layout of a file that begins as a mapping, which goes on beyond its first line or is the only one."""
+    """Return the layout of a file that begins as a mapping longer than its first line, or with no other record."""
     try:
         with uncompressed_file(path) as plain:
             members = decode_members(plain)

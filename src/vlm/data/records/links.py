@@ -27,7 +27,7 @@ def _resolve(folder: str) -> str:
 
 @lru_cache(maxsize=1 << 10)
 def find_root(folder: str) -> str:
-    """Return the real folder that files of a folder have to lie in.
+    """Return the real folder that files of a folder have to be in.
 
     It is the folder itself; for one of the Hub's cache, whose files are links to `blobs`, that of the whole repository.
     """
@@ -45,7 +45,7 @@ def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
 
 
 def check_links(sample: Sample, folder: Path) -> None:
-    """Raise BadSample where an image or video of a sample lies in the image folder by its name only."""
+    """Raise BadSample if an image or video of a sample is in the image folder by its name only."""
     paths = [image.path for image in sample.images if image.content is None]
     paths += [frame.path for video in sample.videos for frame in video.frames if frame.content is None]
     for path in [*paths, *(video.path for video in sample.videos if not video.frames)]:

@@ -234,7 +234,7 @@ class MediaPlacer:
         return self._split(texts, numbers)[0] if texts else []
 
     def place_or_prepend(self, text: str) -> tuple[ContentPart, ...]:
-        """Return a question with its media in place of their marks; without marks, they come first."""
+        """Return a question with its media instead of their marks; without marks, they come first."""
         numbers = {kind: len(media) for kind, media in self.media.items()}
         (pieces,), leading = self._split([text], numbers, lead=True)
         first = [
@@ -267,7 +267,7 @@ class MediaPlacer:
         return tuple(join_texts([self.next(piece.kind) if isinstance(piece, Slot) else piece for piece in pieces]))
 
     def check_all_placed(self, turns: Sequence[Turn]) -> None:
-        """Check that every image and video is placed, and that no text has marks of boxes beside them.
+        """Check that every image and video is placed, and that no text has marks of boxes next to them.
 
         Raises:
             BadSample: it is not so.
@@ -302,7 +302,7 @@ def _names_file(item: Record) -> bool:
 
 
 def _listed(record: Record, key: str, sample_id: str) -> object:
-    """Return what a record lists as `key` or its plural; raise BadSample where both are there and differ."""
+    """Return what a record lists as `key` or its plural; raise BadSample if both are there and differ."""
     value, values = record.get(key), record.get(f"{key}s")
     if values is None or is_empty(values) or values in (value, [value]):
         return values if value is None else value

@@ -31,7 +31,7 @@ PAIR_KEYS = (
 )  # fmt: skip
 """Keys of records that the format `pair` reads."""
 OWN_KEYS = ("image", "images", "video", "videos", "system", "system_prompt")
-"""Keys of other forms, which stand in members here; of ms-swift's records, `images` are the query's."""
+"""Keys of other forms, which are in members here; of ms-swift's records, `images` are the query's."""
 MMEB_MARK = "<|image_1|>"
 
 ReadChat = Callable[[Record, Path], Sample]
@@ -52,7 +52,7 @@ class MemberTurn(Turn):
 def split_members(sample: Sample) -> list[Sample]:
     """Return the query, the positive and the negatives of a record, each as a sample that waits for a reply.
 
-    Of a record without members, such as an image with its caption, the query is what stands before the last reply, and
+    Of a record without members, such as an image with its caption, the query is what is before the last reply, and
     that reply is the positive.
 
     Raises:

@@ -1,6 +1,6 @@
 """Boxes, points and time spans of a record: its key `objects`, and the marks in its texts that they stand for.
 
-`docs/coordinates.md` states the forms. Where an object stands in an image, and how a model writes that, is decided by
+`docs/coordinates.md` states the forms. Where an object is in an image, and how a model writes that, is decided by
 `vlm.data.coordinates`. Imports `sample`, `objects` and siblings of the standard library only.
 """
 
@@ -216,14 +216,14 @@ class _MarkNumbers:
         return [number]
 
     def check_all_used(self) -> None:
-        """Raise BadSample where an object stands nowhere."""
+        """Raise BadSample if an object stands nowhere."""
         if unused := [number for number in range(len(self.objects)) if number not in self.used]:
             advice = f"write <{PLACE_MARK}> for each, or <{LIST_MARK}> for all of them"
             raise BadSample(self.sample_id, f"objects[{unused[0]}] does not occur in its text; {advice}")
 
 
 def _check_media(objects: Sequence[MarkedObject], turns: Sequence[Turn], sample_id: str) -> None:
-    """Raise BadSample where an object is of an image or video that the record does not show."""
+    """Raise BadSample if an object is of an image or video that the record does not show."""
     parts = [part for turn in turns for part in turn.content]
     for number, marked in enumerate(objects):
         kind, name = (VideoRef, "video") if marked.kind == SPAN else (ImageRef, "image")

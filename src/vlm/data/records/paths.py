@@ -15,11 +15,11 @@ TABLE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 """Suffix of a table -> the builder of `datasets` that opens it."""
 RECORD_SUFFIXES = (*JSON_SUFFIXES, *TEXT_TABLE_SUFFIXES, *TABLE_BUILDERS, ".tar")
 COMPRESSED_SUFFIXES = (*JSON_SUFFIXES, *TEXT_TABLE_SUFFIXES)
-"""Suffixes of files that may be compressed, with `.gz` behind."""
+"""Suffixes of files that may be compressed, with `.gz` after."""
 
 
 def split_suffix(path: str) -> tuple[str, bool]:
-    """Return the suffix of a file's name in lower case, and whether it is compressed (`.gz` behind the suffix)."""
+    """Return the suffix of a file's name in lower case, and whether it is compressed (`.gz` after the suffix)."""
     name = Path(path).name.lower()
     is_compressed = name.endswith(".gz")
     return Path(name.removesuffix(".gz")).suffix, is_compressed
@@ -39,7 +39,7 @@ def is_tar_path(path: str) -> bool:
 
 
 def _is_tar_address(path: str) -> bool:
-    """Return whether a path is the address of a tar file, behind which parameters may stand."""
+    """Return whether a path is the address of a tar file, after which parameters may follow."""
     return path.startswith(("http://", "https://")) and path.partition("?")[0].endswith(".tar") and "::" not in path
 
 
@@ -53,7 +53,7 @@ def is_address(path: str) -> bool:
 
 
 def path_problem(path: str) -> str | None:
-    """Return why a path can name no records, or None where it can."""
+    """Return why a path can name no records, or None if it can."""
     if path.startswith(PIPE_PREFIX) or HUB_PATTERN.fullmatch(path):
         return None
     if _is_tar_address(path):

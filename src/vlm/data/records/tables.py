@@ -84,7 +84,7 @@ class TableRecords:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Record:
-        """Return a row as a record; raise IndexError where there is none."""
+        """Return a row as a record; raise IndexError if there is none."""
         return self._table.slice(range(len(self))[index], 1).to_pylist()[0]
 
     def __getstate__(self) -> Path:
@@ -191,7 +191,7 @@ def _fits(lines: Sequence[str], separator: str) -> bool:
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
         csv.field_size_limit(sys.maxsize)
         rows = [row for row in csv.reader(lines, delimiter=separator, quoting=quoting) if row]
-        whole = rows[: -1 if len(lines) == SAMPLED_LINES else None]  # the last one may go on
+        whole = rows[: -1 if len(lines) == SAMPLED_LINES else None]  # the last one may continue
         if whole and len(whole[0]) > 1 and {len(row) for row in whole} == {len(whole[0])}:
             return True
     return False
@@ -255,7 +255,7 @@ def _check_rows(chunk: Rows, names: Sequence[str], dialect: Dialect, first: int,
 
 
 def _check_not_joined(rows: Rows, dialect: Dialect, first: int) -> None:
-    """Raise TableError where a row of several lines could as well be several rows."""
+    """Raise TableError if a row of several lines could as well be several rows."""
     for row in rows:
         lines = dialect.separator.join(row).splitlines()
         if len(lines) > 1 < len(row) and all(text.count(dialect.separator) == len(row) - 1 for text in lines):

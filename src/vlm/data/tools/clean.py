@@ -1,6 +1,6 @@
 """`vlm data clean`: leave out the records that cannot be used, and duplicates.
 
-Every record is checked once, in parallel (`verdicts`), and its verdict is appended to a journal beside the output, so
+Every record is checked once, in parallel (`verdicts`), and its verdict is appended to a journal next to the output, so
 that a run that was stopped in any way resumes there. Duplicates are found from the verdicts in their order.
 """
 
@@ -75,7 +75,7 @@ class OutputFiles:
         self.lock = output.with_name(f"{output.name}.lock")
 
     def check(self, source: str, *, force: bool) -> None:
-        """Raise ValueError where something would be overwritten; tells the file and what to do."""
+        """Raise ValueError if something would be overwritten; tells the file and what to do."""
         if self.output.suffix != ".jsonl":
             raise ValueError(f"OUTPUT {self.output}: the name must end in .jsonl, since one record is written per line")
         if not self.output.parent.is_dir():
@@ -226,7 +226,7 @@ class NearDuplicateFinder(DuplicateFinder):
         return replace(marked, reason="near", detail=f"{marked.detail}: {'; '.join(copies)}")
 
     def _find(self, digest: str, sketch: str | None) -> int | None:
-        """Return the index of the image of a kept record that an image is, or looks like; None where there is none."""
+        """Return the index of the image of a kept record that an image is, or looks like; None if there is none."""
         if sketch is None:
             return None
         if (known := self._known.get(digest)) is not None:

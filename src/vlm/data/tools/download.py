@@ -196,7 +196,7 @@ def download(table: Path, output: Path, options: Options) -> DownloadSummary:
 
 
 def claim_output_folder(output: Path, table: Table) -> None:
-    """Mark the folder as this table's; ValueError where it is another's."""
+    """Mark the folder as this table's; ValueError if it is another's."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / "download.json"
     identity = table.identity()

@@ -124,7 +124,7 @@ def ubiai(
 ) -> Iterator[object]:
     """Convert documents of a UBIAI export (JSON): `{"documentName", "document", "tokens", "relations"}`.
 
-    `documentName` is the image's file; where it is no image's name (a PDF's, say), the image of that stem is
+    `documentName` is the image's file; if it is no image's name (a PDF's, say), the image of that stem is
     taken. `tokens` (in some exports `entities`) are the marked spans: `text` (else cut out of `document`), `start` and
     `end` in characters, `token_start` and `token_end`, and the label as `entityLabel`, `entity_label` or `label`. A
     relation links two of them as `head` and `child`, either way round, each given as in `ENTITY_ADDRESSES`; what the
@@ -138,7 +138,7 @@ def ubiai(
     labels = (question_label, answer_label)
 
     def make_record(value: object) -> Record | None:
-        """Make the record of a document; None where it has no answered question."""
+        """Make the record of a document; None if it has no answered question."""
         document = convert_record(value, Document)
         entities = document.entities or document.tokens or []
         questions = [entity for entity in entities if entity.label == question_label]
@@ -260,7 +260,7 @@ def label_studio(
     fields = frozenset((*JSON_MIN_FIELDS, image_field, question_field)) - controls
 
     def make_record(value: object) -> Record | None:
-        """Make the record of a task; None where the task is left out."""
+        """Make the record of a task; None if the task is left out."""
         if isinstance(value, dict) and "data" not in value:
             task = convert_record({"data": value, "id": value.get("id", "?")}, LabelStudioTask)
             results = None if value.get("was_cancelled") else [item for item in value.items() if item[0] not in fields]

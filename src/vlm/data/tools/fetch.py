@@ -42,7 +42,7 @@ MAX_RETRY_WAIT = 30.0
 """Seconds before the first retry (each one waits twice as long as the one before), and before any."""
 
 SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
-"""Pillow's name of a format -> suffix of its files. An MPO is a JPEG with more behind it, and opened as one."""
+"""Pillow's name of a format -> suffix of its files. An MPO is a JPEG with more after it, and opened as one."""
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -78,7 +78,7 @@ class Deadline:
         self._deadline = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Return the seconds that are left; raise TimeoutError where none are, and FetchStopped if `stop` was set."""
+        """Return the seconds that are left; raise TimeoutError if none are, and FetchStopped if `stop` was set."""
         if self.stop.is_set():
             raise FetchStopped
         seconds = self._deadline - time.monotonic()
@@ -250,7 +250,7 @@ class DeadlineStream(httpcore2.NetworkStream):
 
 
 def parse_url(url: str | httpx2.URL) -> httpx2.URL:
-    """Parse a URL; raise FetchError where it is invalid, or neither http nor https."""
+    """Parse a URL; raise FetchError if it is invalid, or neither http nor https."""
     parts = httpx2.URL(url)
     if parts.scheme not in ("http", "https"):
         raise FetchError("not http or https", parts.scheme or "a URL without a scheme")

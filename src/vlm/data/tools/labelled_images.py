@@ -53,7 +53,7 @@ def read_synonyms(file: Path | None) -> dict[str, list[str]]:
     """Return label -> its synonyms, from lines such as `dog, puppy, hound`; nothing without a file.
 
     Raises:
-        ValueError: a word stands in two lines.
+        ValueError: a word is in two lines.
     """
     groups: dict[str, list[str]] = {}
     known: dict[str, str] = {}
@@ -108,7 +108,7 @@ def _read_labels(record: Record, key: str, where: str) -> list[str]:
 
 
 def _read_label(item: object) -> str | None:
-    """Return the label of an object; None where it has none."""
+    """Return the label of an object; None if it has none."""
     if isinstance(item, dict):
         item = next((item[key] for key in LABEL_KEYS if item.get(key) is not None), None)
     return item if isinstance(item, str) and item.strip() else None

@@ -70,7 +70,7 @@ class SourceStats:
 
 @dataclass(frozen=True)
 class ReadingStats:
-    """What records hold beside replies that are learned.
+    """What records hold in addition to replies that are trained on.
 
     Attributes:
         records: the number of records that were looked at.

@@ -93,7 +93,7 @@ class CleanTask:
         return open_records(self.source, self.cache, **where, follow_links=self.follow_links)
 
     def reader(self) -> partial[Sample]:
-        """Return the reader of the format with its options; ValueError where there is none, or no such option."""
+        """Return the reader of the format with its options; ValueError if there is none, or no such option."""
         permit_names([self.format])  # in each process: it is the command's --format
         read = get_reader(self.format)
         options = dict(map(parse_option, self.options))
@@ -114,7 +114,7 @@ class RecordVerdict:
         detail: what exactly is wrong.
         file: the file at fault.
         digest: of text and images, 32 hexadecimal digits.
-        pictures: the digest of each image and video.
+        images: the digest of each image and video.
         uniform: number of images of one colour throughout.
         text: the digest of the text alone, where images are sketched.
         sketches: of each image, see `vision.similarity`, where images are sketched; None for a video.

@@ -43,7 +43,7 @@ class Timeline:
     Attributes:
         total_frames: the number of frames.
         fps: frames per second, on average where the rate varies.
-        times: seconds of each frame from the first one, ascending; None where the rate is constant.
+        times: seconds of each frame from the first one, ascending; None if the rate is constant.
         duration: seconds from the first frame to the end of the last one.
     """
 
@@ -83,10 +83,10 @@ def make_timeline(stamps: Sequence[float] | None, number: int, fps: float, last_
     states, or the one that the stamps have on average.
 
     Args:
-        stamps: seconds of each frame, in any order; None where the file has none.
+        stamps: seconds of each frame, in any order; None if the file has none.
         number: of frames.
         fps: frames per second that the file states.
-        last_duration: seconds that the last frame is shown; 0 where the file does not tell.
+        last_duration: seconds that the last frame is shown; 0 if the file does not tell.
     """
     if stamps is None or number < 2:
         return Timeline(number, fps, None, number / fps)

@@ -96,13 +96,13 @@ class BestModel:
         return f"{self.name}={self.best.value:.4g} at step {self.best.step}" if self.best else f"no {self.name} yet"
 
     def save_to(self, checkpoint: Path) -> None:
-        """Write which evaluation was the best, into a checkpoint or beside its model."""
+        """Write which evaluation was the best, into a checkpoint or next to its model."""
         if self.is_writer and self.best is not None:
             content = {"metric": self.name, **asdict(self.best)}
             (checkpoint / BEST_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def load_from(self, checkpoint: Path) -> None:
-        """Read it; a run that is resumed with another metric begins to compare anew."""
+        """Read it; a run that is resumed with another metric begins to compare again."""
         file = checkpoint / BEST_FILE
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if content.pop("metric", None) == self.name:

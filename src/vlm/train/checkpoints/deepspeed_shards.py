@@ -1,7 +1,7 @@
 """DeepSpeed's checkpoints, parameter by parameter: read from the shards of any number of ranks, put into a new engine.
 
-ZeRO-1 and 2 lay the parameters of a group one behind the other, and a rank has an equal share of the whole. ZeRO-3 cuts
-each parameter into equal shares, and a rank has its share of each, one behind the other. DeepSpeed's universal
+ZeRO-1 and 2 lay the parameters of a group one after the other, and a rank has an equal share of the whole. ZeRO-3 cuts
+each parameter into equal shares, and a rank has its share of each, one after the other. DeepSpeed's universal
 checkpoint (`ds_to_universal`) knows the states of Adam alone, and would have to be asked for when a checkpoint is
 saved.
 """

@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run goes on from: the newest that holds what was written. Called on every rank."""
+"""Finds the checkpoint that a run resumes from: the newest that holds what was written. Called on every rank."""
 
 import logging
 import re
@@ -79,7 +79,7 @@ def require_own_checkpoint(checkpoint: Path, run_directory: Path) -> None:
     """Refuse pickles of others, which run code when they are read; files of DeepSpeed and FSDP2 are pickles.
 
     Raises:
-        ValueError: the checkpoint, or a file of it, does not lie in the run directory.
+        ValueError: the checkpoint, or one of its files, is not in the run directory.
     """
     real = checkpoint.resolve()
     if real.parent != run_directory.resolve() or any(_leads_out(real)):
@@ -148,7 +148,7 @@ def set_aside(checkpoint: Path, ending: str, reason: str) -> None:
 
 
 def set_aside_later(checkpoint: Path, run_directory: Path) -> None:
-    """Rename the checkpoints of a run that are later than the one it goes on from: another history wrote them."""
+    """Rename the checkpoints of a run that are later than the one it resumes from: another history wrote them."""
     if checkpoint.resolve().parent != run_directory.resolve():
         return
     first = checkpoint_step(checkpoint)

@@ -43,7 +43,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def group_by_leaders(*, is_leader: bool) -> RankGroup:
-    """Return the group of this rank: a leader and the ranks behind it, up to the next leader."""
+    """Return the group of this rank: a leader and the ranks after it, up to the next leader."""
     rank, world_size = rank_and_world_size()
     leaders = [number for number, leads in enumerate(all_gather_objects(is_leader)) if leads]
     first = max((leader for leader in leaders if leader <= rank), default=0)

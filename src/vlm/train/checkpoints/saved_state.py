@@ -5,7 +5,8 @@ from typing import Protocol
 
 
 class SavedWithCheckpoint(Protocol):
-    """What a run needs to go on exactly, such as the position of a stream; `VLMTrainer.saved_with_checkpoint` has all.
+    """What a run needs to continue exactly, such as the position of a stream; `VLMTrainer.saved_with_checkpoint` has
+    all.
 
     Both methods are called on every rank; a rank that has something of its own names its file with its rank.
     """

@@ -75,7 +75,7 @@ class SavingTrainer(Trainer):
     processor: Processor
     parts: list[Part]
     options: TrainerOptions
-    saved_with_checkpoint: list[SavedWithCheckpoint]  # what a run needs to go on besides what `Trainer` saves
+    saved_with_checkpoint: list[SavedWithCheckpoint]  # what a run needs to continue besides what `Trainer` saves
     world: World
     is_sharded: bool  # by FSDP2
     best_model: BestModel | None  # which evaluation was the best; None: it is not kept
@@ -158,7 +158,7 @@ class SavingTrainer(Trainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         """Save a checkpoint, and only then remove older ones; before it, the model of the best evaluation.
 
-        With `trainer.async_save`, its large files are written while the run goes on, until `finish_saving`.
+        With `trainer.async_save`, its large files are written while the run continues, until `finish_saving`.
 
         Raises:
             SaveError: it could not be written, and `trainer.on_save_error` is `stop`.
@@ -210,7 +210,7 @@ class SavingTrainer(Trainer):
         self.writer = writer = self._make_writer(checkpoint, in_background=self.options.async_save)
         try:
             writer.begin(self._checkpoint_bytes(checkpoint.parent))
-            with writer.recording():  # behind the first file that cannot be written, ranks wait for each other no more
+            with writer.recording():  # after the first file that cannot be written, ranks wait for each other no more
                 super()._save_checkpoint(model, trial)
             for state in self.saved_with_checkpoint:
                 with writer.recording():

@@ -1,6 +1,6 @@
 """Checkpoints of a model that FSDP2 shards: each rank writes its slices, and any number of ranks reads them.
 
-PyTorch's distributed checkpoint lies in the folder `distributed`: `weight:<name>` of what trains, and
+PyTorch's distributed checkpoint is in the folder `distributed`: `weight:<name>` of what trains, and
 `state:<name>:<key>` of the optimiser. Names of parameters hold no colon.
 """
 
@@ -38,7 +38,7 @@ def save_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Opt
 def save_sharded_in_background(
     checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer, group: dist.ProcessGroup | None
 ) -> Callable[[], object]:
-    """Copy what `save_sharded` writes into the host's memory, and write it while the run goes on.
+    """Copy what `save_sharded` writes into the host's memory, and write it while the run continues.
 
     Args:
         checkpoint: as `save_sharded`, with `tensors` and `optimizer`.

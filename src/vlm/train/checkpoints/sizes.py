@@ -16,7 +16,7 @@ OTHER_BYTES = 1 << 16
 
 
 def previous_checkpoint_bytes(run_directory: Path) -> int | None:
-    """Return the size of a run's newest checkpoint; None where there is none by as many ranks."""
+    """Return the size of a run's newest checkpoint; None if there is none by as many ranks."""
     for checkpoint in list_checkpoints(run_directory).values():
         try:
             manifest = read_manifest(checkpoint)

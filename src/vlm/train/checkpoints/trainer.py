@@ -1,4 +1,4 @@
-"""Reads the checkpoints that a run goes on from; `saving.py` writes them.
+"""Reads the checkpoints that a run resumes from; `saving.py` writes them.
 
 One that another world wrote, with more ranks or otherwise sharded, is read parameter by parameter, see `reshard`.
 """
@@ -21,7 +21,7 @@ from vlm.train.sharding import shard_model
 
 
 class CheckpointTrainer(SavingTrainer):
-    """A `Trainer` that goes on from its checkpoints, also from those of another world."""
+    """A `Trainer` that resumes from its checkpoints, also from those of another world."""
 
     optimized_names: list[str]  # full names of the optimiser's parameters, in its order
 

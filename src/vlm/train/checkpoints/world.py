@@ -1,7 +1,7 @@
 """The world of a run: how many ranks train it, how they share it, and how many samples a step has.
 
-A checkpoint has the world that wrote it in `world.json`. `find_world_problem` says which other worlds can go on from it
-in the same order of data. Imports no torch.
+A checkpoint has the world that wrote it in `world.json`. `find_world_problem` says which other worlds can resume from
+it in the same order of data. Imports no torch.
 """
 
 import json
@@ -79,13 +79,13 @@ class World:
 
 
 def read_world(checkpoint: Path) -> World | None:
-    """Return the world that wrote a checkpoint; None where it does not say, as those of earlier versions."""
+    """Return the world that wrote a checkpoint; None if it does not say, as those of earlier versions."""
     file = checkpoint / WORLD_FILE
     return World(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def find_world_problem(checkpoint: Path, present: World, *, accepts_other_steps: bool = False) -> str | None:
-    """Return why a run cannot go on from a checkpoint that another world wrote; None: it can, or nothing is known.
+    """Return why a run cannot resume from a checkpoint that another world wrote; None: it can, or nothing is known.
 
     With the same ranks, sharding and layout, this says nothing of the batch: that is no question of worlds. With
     `accepts_other_steps`, steps and micro-batches may have another number of samples.

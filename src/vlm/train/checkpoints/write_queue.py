@@ -1,4 +1,4 @@
-"""Writes files one after the other: at once, or in a thread of its own while the run goes on."""
+"""Writes files one after the other: at once, or in a thread of its own while the run continues."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,14 +22,14 @@ class WriteQueue:
         self._thread: ThreadPoolExecutor | None = None
 
     def hold(self, state: T) -> T:
-        """Return a state that stays as it is while the run goes on."""
+        """Return a state that stays as it is while the run continues."""
         if not self.in_background:
             return state
         copied: Any = copy_to_host(state)
         return copied
 
     def add(self, write: Callable[[], None]) -> None:
-        """Call `write`, which raises no errors of writing, now or behind those that were added before it."""
+        """Call `write`, which raises no errors of writing, now or after those that were added before it."""
         if not self.in_background:
             write()
             return

@@ -35,7 +35,7 @@ class SaveError(OSError):
 
 
 class OutOfStepError(ValueError):
-    """A rank failed within a library's own exchange with the others, who wait there: the run cannot go on."""
+    """A rank failed within a library's own exchange with the others, who wait there: the run cannot continue."""
 
 
 class HashedFile:
@@ -143,7 +143,7 @@ class FolderWriter:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep an error of writing instead of raising it, so that all ranks go on to make the same calls."""
+        """Keep an error of writing instead of raising it, so that all ranks continue to make the same calls."""
         try:
             yield
         except BaseException as error:  # torch's distributed checkpoint derives its error from nothing narrower
@@ -166,7 +166,7 @@ class FolderWriter:
     def write(self, write: Callable[[], object], files: str) -> None:
         """Write with `write` the files of this rank that match a pattern within `folder`; after an error, do nothing.
 
-        What it writes must not change while the run goes on, see `WriteQueue.hold`.
+        What it writes must not change while the run continues, see `WriteQueue.hold`.
         """
 
         def write_and_hash() -> None:

@@ -28,7 +28,7 @@ class SpikeDetector:
         self.history: dict[str, deque[float]] = {}
 
     def find(self, numbers: dict[str, float]) -> str | None:
-        """Return which number of a step is a spike, in words; None where none is. The step counts from now on."""
+        """Return which number of a step is a spike, in words; None if none is. The step counts from now on."""
         spikes = [words for name, value in numbers.items() if (words := self._describe(name, value)) is not None]
         for name, value in numbers.items():
             self.history.setdefault(name, deque(maxlen=self.window)).append(value)

@@ -60,7 +60,7 @@ class Step:
 
 
 class StepGuard:
-    """Says of each step whether its update is applied, and ends the run where it must not go on.
+    """Says of each step whether its update is applied, and ends the run where it must not continue.
 
     Args:
         options: `on_nonfinite`, `max_skipped_steps`, and what is done about spikes.
@@ -95,7 +95,7 @@ class StepGuard:
         self.step = Step(number, [list(row) for row in rows], [])
 
     def watch_loss(self, loss: Tensor, *, is_share: bool) -> Tensor:
-        """Return a loss as it is or, where it is not finite, so that the gradient is NaN on every rank.
+        """Return a loss as it is or, if it is not finite, so that the gradient is NaN on every rank.
 
         A constant that is NaN has no gradient of its own. Nothing waits for the device.
         """

@@ -31,7 +31,7 @@ class GuardedUpdate:
 
     @property
     def engine(self) -> Any:
-        """DeepSpeed's engine; None where training is without it."""
+        """DeepSpeed's engine; None if training is without it."""
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         return self.accelerator.deepspeed_engine_wrapped.engine if is_deepspeed else None
 

@@ -1,7 +1,7 @@
 """Tells the user how a run ended, by a command of the user's own (`trainer.alert_command`).
 
 The command is started without a shell, on rank 0, with the event as JSON on its standard input and in the environment.
-It gets `ALERT_SECONDS`, and whatever becomes of it, the run goes on. Imports the standard library only.
+It gets `ALERT_SECONDS`, and whatever becomes of it, the run continues. Imports the standard library only.
 """
 
 import json

@@ -34,7 +34,7 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **kwargs: object
     ):
-        """Append a line: the step, the epoch and what was logged, null in place of NaN and infinity."""
+        """Append a line: the step, the epoch and what was logged, null instead of NaN and infinity."""
         if state.is_world_process_zero and logs:
             values = {key: value if math.isfinite(value) else None for key, value in logs.items()}  # JSON has no NaN
             with self.path.open("a", encoding="utf-8") as file:
@@ -52,7 +52,7 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """Return the lines of a `metrics.jsonl`; none where there is no such file.
+    """Return the lines of a `metrics.jsonl`; none if there is no such file.
 
     Lines that are not whole are left out: a run may be killed, or find the disk full, in the middle of one.
     """

@@ -25,9 +25,9 @@ from vlm.train.guards.weights import held_here
 from vlm.train.parts import Part
 
 MAX_ELEMENTS = 8192
-"""The most elements of a tensor that an update is measured on."""
+"""The maximum number of elements of a tensor that an update is measured on."""
 MAX_FLAT_ELEMENTS = 2**20
-"""The most elements of a shard that DeepSpeed lays many tensors in."""
+"""The maximum number of elements of a shard that DeepSpeed lays many tensors in."""
 GROUP_NORMS = ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload")
 """Methods of DeepSpeed's sharding optimisers that compute the norm of a group of parameters, in each step."""
 
@@ -141,7 +141,7 @@ class PartUpdates(TrainerCallback):
         self._before, self._is_measuring = {}, False
 
     def pop_metrics(self) -> dict[str, float]:
-        """Return what was measured since the last call; nothing where no step was due, or its update was left out."""
+        """Return what was measured since the last call; nothing if no step was due, or its update was left out."""
         metrics: dict[str, float] = {}
         if self._norms:
             clipped = torch.stack([norm.cpu() for norm in self._norms.values()]).norm()
@@ -217,7 +217,7 @@ class PartUpdates(TrainerCallback):
         return names if len(names) == len(optimizer.bit16_groups) else []
 
     def _shards(self, optimizer: DeepSpeedOptimizer, stage: int) -> dict[str, list[Tensor]]:
-        """Return part -> what this rank holds of its weights in full precision; nothing where a disk has it."""
+        """Return part -> what this rank holds of its weights in full precision; nothing if a disk has it."""
         flat = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
         shards: dict[str, list[Tensor]] = {}
         if any(tensor.numel() == 0 for tensor in flat):

@@ -75,7 +75,7 @@ def get_peak_tflops(device: torch.device, dtype: torch.dtype, override: float | 
 
 
 def data_sheet_tflops(name: str) -> float | None:
-    """Return the table's entry for a GPU by its name; None where there is none, or the device is part of a GPU."""
+    """Return the table's entry for a GPU by its name; None if there is none, or the device is part of a GPU."""
     words = f" {name.upper().replace('-', ' ')} "
     if REDUCED_DEVICE_WORDS.intersection(words.split()):
         return None

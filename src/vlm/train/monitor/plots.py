@@ -37,7 +37,7 @@ SHARE_CURVES = {"padding_share": "padding", "data_wait_share": "waiting for data
 
 
 MAX_MARKED = 20
-"""The most points of a curve that are marked: without marks, a single one would not be seen."""
+"""The maximum number of points of a curve that are marked: without marks, a single one would not be seen."""
 
 
 def draw_loss(metrics: Sequence[Metrics], path: Path, label: str = "loss") -> None:
@@ -65,7 +65,7 @@ def draw_speed(metrics: Sequence[Metrics], path: Path) -> None:
 
 
 def _draw_curves(axes: "Axes", metrics: Sequence[Metrics], curves: dict[str, str]) -> None:
-    """Draw metrics, by name -> label, over the steps; samples a second only where there are no tokens a second."""
+    """Draw metrics, by name -> label, over the steps; samples a second only if there are no tokens a second."""
     from matplotlib.ticker import MaxNLocator
 
     for key, label in curves.items():
@@ -92,7 +92,7 @@ def write_first_batch(batch: dict[str, Tensor], processor: Processor, folder: Pa
         rows.append("".join(f'<img src="{name}" alt="">' for name in waiting))
     for ids, labels, mask in _iterate_rows(batch):
         images = ""
-        if names and not processor.needs_image_sizes:  # none where features were read in place of images
+        if names and not processor.needs_image_sizes:  # none where features were read instead of images
             number = int((ids == processor.image_token_id).sum()) // cast(VLMProcessor, processor).tokens_per_image
             images = "".join(f'<img src="{next(waiting)}" alt="">' for _ in range(number))
         length, supervised = int(mask.sum()), int((labels != IGNORE_INDEX).sum())

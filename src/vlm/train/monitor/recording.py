@@ -1,4 +1,4 @@
-"""What a run leaves behind of its own course: `run.log`, and how it ended in `status.json`."""
+"""Records the course of a run: its `run.log`, and how it ended in `status.json`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -27,7 +27,7 @@ OWN = "vlm"
 IN_PLACE = "in_place"
 """The attribute of a record that a terminal shows in a line of its own, so that the console leaves it out."""
 MAX_KEPT = 100_000
-"""The most records that are kept before the run directory is known."""
+"""The maximum number of records that are kept before the run directory is known."""
 STANDARD_STREAMS = ("<stdout>", "<stderr>")
 
 

@@ -62,7 +62,7 @@ def count_supervised(inputs: Inputs) -> Tensor:
 def make_source_losses(
     dataset: object, get_refs: Callable[[], Sequence[SampleRef]], device: torch.device
 ) -> SourceLosses | None:
-    """Return what adds up the losses of a data set by source; None where it has one alone, or they share a path."""
+    """Return what adds up the losses of a data set by source; None if it has one alone, or they share a path."""
     if not isinstance(dataset, SampleDataset | SampleStream):
         return None
     names = {source.shown_path: source.name for source in dataset.sources}

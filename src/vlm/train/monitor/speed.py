@@ -198,7 +198,7 @@ class SpeedMeter:
         return {**metrics, "peak_memory_gib": self.memory}
 
     def _compute_mfu(self, tflops: float) -> float | None:
-        """Return the share of the peak; None where it is unknown.
+        """Return the share of the peak; None if it is unknown.
 
         A measured peak that the run exceeds was measured while the machine was busy. It is measured once more; where
         the run exceeds that one too, there is no share.

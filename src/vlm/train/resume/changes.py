@@ -1,4 +1,4 @@
-"""What changed between the run that was saved and the run that goes on: a difference of keys, and what it means."""
+"""What changed between the run that was saved and the run that continues: a difference of keys, and what it means."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +37,7 @@ class Change:
     kind: KeyClass
 
     def values(self) -> list[object]:
-        """Return both values as JSON can hold them: null where there is none."""
+        """Return both values as JSON can hold them: null if there is none."""
         return [None if value is MISSING else value for value in (self.before, self.now)]
 
     def __str__(self) -> str:
@@ -130,15 +130,15 @@ ANEW = (
     "choose another trainer.output_dir, or start over in this one with trainer.resume_from_checkpoint=never, which "
     "sets the earlier run aside"
 )
-"""What to do where a run cannot go on."""
+"""What to do where a run cannot continue."""
 
 
 def refuse_changes(changes: Sequence[Change], checkpoint: Path, *, accepts: bool) -> None:
-    """Refuse changes that a run cannot go on with, or that nobody has accepted.
+    """Refuse changes that a run cannot continue with, or that nobody has accepted.
 
     Args:
         changes: what changed.
-        checkpoint: what the run would go on from.
+        checkpoint: what the run would resume from.
         accepts: whether changes that make another run of it are accepted.
 
     Raises:

@@ -32,7 +32,7 @@ class RunStart:
     Attributes:
         folder: the run directory.
         record: what the run is; its data are known from `begin` on.
-        changed_keys: the keys that are other than at the checkpoint that the run goes on from.
+        changed_keys: the keys that are other than at the checkpoint that the run resumes from.
     """
 
     def __init__(self, config: RunConfig, folder: Path, record: RunRecord, start: Start):
@@ -53,7 +53,7 @@ class RunStart:
 
     @property
     def checkpoint(self) -> str | None:
-        """The checkpoint that the run goes on from; None: it begins."""
+        """The checkpoint that the run resumes from; None: it begins."""
         return None if self._start.checkpoint is None else str(self._start.checkpoint)
 
     def begin(self, records: Mapping[str, SampleDataset | SampleStream]) -> None:
@@ -85,12 +85,12 @@ def open_run_directory(config: RunConfig, folder: Path, world: World) -> Iterato
     """Lock a run directory for as long as the run lives, and decide how the run starts; every rank calls this.
 
     Raises:
-        ValueError: another run trains in it, or it holds a run that this one cannot go on with.
+        ValueError: another run trains in it, or it holds a run that this one cannot continue with.
     """
     with ExitStack() as held:
 
         def lock() -> None:
-            """Lock the run directory; set an earlier run aside first where one begins anew."""
+            """Lock the run directory; set an earlier run aside first where one begins again."""
             if config.trainer.resume_from_checkpoint.lower() in ANEW_WORDS:
                 set_aside(folder)
             held.enter_context(RunLock(folder))

@@ -23,10 +23,10 @@ class SavingTrainer(Protocol):
 
 
 def write_final(trainer: SavingTrainer, folder: Path, record: RunRecord, progress: Progress) -> Path:
-    """Write the model of a run that is done into `final` of its directory, in place of an earlier one; every rank."""
+    """Write the model of a run that is done into `final` of its directory, instead of an earlier one; every rank."""
 
     def write_more(unfinished: Path) -> None:
-        """Write the record of the run beside its weights."""
+        """Write the record of the run next to its weights."""
         if trainer.args.should_save:
             write_record(unfinished, record, progress)
 

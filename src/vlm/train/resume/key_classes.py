@@ -1,4 +1,4 @@
-"""What a change of each key means to a run that goes on: it is safe, it changes the run, or it is impossible.
+"""What a change of each key means to a run that is resumed: it is safe, it changes the run, or it is impossible.
 
 Every key of the schema is named here, and a test walks the schema; a key that the installed transformers has besides
 counts as one that changes the run. Imports the schema only.
@@ -12,7 +12,7 @@ from vlm.config.schema import RunConfig
 
 
 class KeyClass(Enum):
-    """What a change of a key means to a run that goes on."""
+    """What a change of a key means to a run that is resumed."""
 
     START = "start"
     """The key is about one start of the run; it is not compared."""

@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had not been stopped, besides weights, optimiser, schedule and random numbers."""
+"""The progress that a run needs to continue exactly, besides weights, optimiser, schedule and random numbers."""
 
 import json
 import os
@@ -92,7 +92,7 @@ class RunProgress(TrainerCallback):
             self.trainer.end_epoch()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Take note that an epoch goes on."""
+        """Take note that an epoch continues."""
         self.epoch_ended = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):

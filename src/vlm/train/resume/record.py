@@ -111,7 +111,7 @@ def read_record(folder: Path) -> tuple[RunRecord, Progress | None]:
     """Return what the run of a checkpoint or of a `final` was, and how far it had come.
 
     Those of earlier versions have no `run.json`: what their run directory knows stands in for it, and `Progress` is
-    None where nothing says it.
+    None if nothing says it.
 
     Raises:
         ValueError: `run.json` does not parse.
@@ -199,7 +199,7 @@ def _describe_data(dataset: SampleDataset | SampleStream) -> Facts:
 
 
 def digest_stream(path: str) -> str:
-    """Return a digest of the names and sizes of a stream's files; of the path, where it names no files."""
+    """Return a digest of the names and sizes of a stream's files; of the path, if it names no files."""
     if is_tar_path(path) and not path.startswith("pipe:"):
         files = list(map(Path, expand_shards(path, follow_links=True)))
     else:

@@ -1,7 +1,7 @@
-"""How a run starts: anew, from a checkpoint of it, or not at all, because it is done.
+"""How a run starts: as a new run, from one of its checkpoints, or not at all, because it is done.
 
-`trainer.resume_from_checkpoint=auto` goes on from the newest whole checkpoint of the run directory and begins where
-there is none, so that one command starts a run, goes on with it after whatever ended it, and leaves it alone once it
+`trainer.resume_from_checkpoint=auto` resumes from the newest whole checkpoint of the run directory and begins if
+there is none, so that one command starts a run, continues it after whatever ended it, and leaves it alone once it
 is done. Rank 0 decides.
 """
 
@@ -45,7 +45,7 @@ class Start:
     """How a run starts.
 
     Attributes:
-        checkpoint: what it goes on from; None: it begins, or it is done.
+        checkpoint: what it resumes from; None: it begins, or it is done.
         is_done: whether nothing is left to do.
         before: what the run of the checkpoint was, and how far it had come.
         changes: the changed settings that are taken.
@@ -147,7 +147,7 @@ def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, no
 
 
 def _exceeds(trainer: TrainerOptions, before: RunRecord, progress: Progress) -> str | None:
-    """Return the key that asks for fewer steps or epochs than were trained; None where none does."""
+    """Return the key that asks for fewer steps or epochs than were trained; None if none does."""
     if trainer.max_steps > 0:
         return f"trainer.max_steps={trainer.max_steps}" if progress.step > trainer.max_steps else None
     was = before.config.get("trainer", {}).get("num_train_epochs", trainer.num_train_epochs)
