@@ -31,13 +31,13 @@ class BestEvaluation:
 
 
 class BestModel:
-    """Knows the best evaluation of a run, and keeps it with checkpoints; a `SavedWithCheckpoint`.
+    """Tracks the best evaluation of a run and saves it with checkpoints; a `SavedWithCheckpoint`.
 
     Args:
         metric: the name of a metric of evaluations, with `eval_` or without.
         greater_is_better: which of two values is better; None: by the metric's name.
         is_writer: whether this rank writes.
-        is_defined_at_times: whether evaluations may lack the metric, since it is undefined for some outputs.
+        is_defined_at_times: whether evaluations may lack the metric, because it is undefined for some outputs.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class BestModel:
 
     @classmethod
     def of_run(cls, options: TrainerOptions, known_metrics: Collection[str] | None, *, is_writer: bool) -> Self | None:
-        """Return what `trainer.keep_best` asks for; None: nothing.
+        """Return the `BestModel` that `trainer.keep_best` asks for, or None if it is not set.
 
-        A metric among `known_metrics` may be undefined for some outputs; None: nothing is known of them.
+        A metric among `known_metrics` may be undefined for some outputs; None: the metrics are not known.
         """
         if options.keep_best is None:
             return None
@@ -88,7 +88,7 @@ class BestModel:
         return True
 
     def revert(self) -> None:
-        """Take the best evaluation before this one for the best again, since its model could not be written."""
+        """Restore the previous best evaluation, because the model of this one could not be written."""
         self.best = self.before
 
     def describe(self) -> str:
@@ -102,7 +102,7 @@ class BestModel:
             (checkpoint / BEST_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def load_from(self, checkpoint: Path) -> None:
-        """Read it; a run that is resumed with another metric begins to compare again."""
+        """Read the best evaluation; a run that is resumed with another metric starts comparing from scratch."""
         file = checkpoint / BEST_FILE
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if content.pop("metric", None) == self.name:

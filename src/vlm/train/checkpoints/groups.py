@@ -1,4 +1,4 @@
-"""Which ranks share a folder: all of them, or where each node has a disk of its own those of a node."""
+"""Which ranks share a folder: all of them, or those of a node if each node has its own disk."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class RankGroup:
         return [other for rank, other in enumerate(all_gather_objects(value)) if rank in self.members]
 
     def take_share(self, items: Sequence[T]) -> list[T]:
-        """Return this rank's share of what the group does together."""
+        """Return this rank's share of the items that the group works through."""
         return list(items[self.index :: len(self.members)])
 
 

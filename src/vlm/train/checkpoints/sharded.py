@@ -22,7 +22,7 @@ FOLDER = "distributed"
 
 
 def save_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-    """Write what trains and its optimiser states; every rank calls this.
+    """Write trained parameters and their optimiser states; every rank calls this.
 
     Args:
         checkpoint: the folder of the checkpoint.
@@ -38,13 +38,13 @@ def save_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Opt
 def save_sharded_in_background(
     checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer, group: dist.ProcessGroup | None
 ) -> Callable[[], object]:
-    """Copy what `save_sharded` writes into the host's memory, and write it while the run continues.
+    """Copy what `save_sharded` writes into host memory, and write it while the run continues.
 
     Args:
         checkpoint: as `save_sharded`, with `tensors` and `optimizer`.
         tensors: see there.
         optimizer: see there.
-        group: the ranks, in a group that nothing else uses meanwhile and that exchanges on the CPU; None: there is one.
+        group: a process group of all ranks on the CPU that nothing else uses meanwhile; None for a single rank.
 
     Returns:
         A function that waits until this rank has written its files, and raises what went wrong.
@@ -76,7 +76,7 @@ def _make_state(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str
 
 
 def load_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-    """Read what `save_sharded` wrote on any number of ranks into what trains now; arguments as there."""
+    """Load what `save_sharded` wrote, on any number of ranks, into the trained parameters; same arguments."""
     saved = _read_metadata(checkpoint)
     state: dict[str, Any] = {f"weight:{name}": tensor.detach() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -96,7 +96,7 @@ def load_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Opt
 
 
 def open_sharded(checkpoint: Path) -> SavedParameters:
-    """Return what such a checkpoint has of each parameter, for a run that is not sharded by FSDP2."""
+    """Return the saved state of each parameter of such a checkpoint, for a run without FSDP2."""
     saved = _read_metadata(checkpoint)
 
     def read(name: str) -> SavedParameter:
@@ -112,7 +112,7 @@ def open_sharded(checkpoint: Path) -> SavedParameters:
 
 
 def saved_names(checkpoint: Path) -> set[str]:
-    """Return the full names of what trained in a checkpoint."""
+    """Return the full names of the trained parameters of a checkpoint."""
     return set(open_sharded(checkpoint))
 
 

@@ -1,6 +1,6 @@
 """Reads the checkpoints that a run resumes from; `saving.py` writes them.
 
-One that another world wrote, with more ranks or otherwise sharded, is read parameter by parameter, see `reshard`.
+A checkpoint of another world, with other ranks or other sharding, is read parameter by parameter, see `reshard`.
 """
 
 from collections.abc import Collection
@@ -26,9 +26,9 @@ class CheckpointTrainer(SavingTrainer):
     optimized_names: list[str]  # full names of the optimiser's parameters, in its order
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: None = None) -> None:
-        """Put a checkpoint's trained weights over those that the run began with; both must train the same.
+        """Load a checkpoint's trained weights; the run must train the same parameters.
 
-        Those of another layout, and of FSDP2, are read once the model is prepared.
+        Checkpoints of another layout, and of FSDP2, are read once the model is prepared.
         """
         if self.is_sharded or self._has_other_layout(Path(resume_from_checkpoint)):
             return
@@ -88,7 +88,7 @@ class CheckpointTrainer(SavingTrainer):
         return prepared
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As usual; with another number of ranks, the random numbers of all of them stay those of the seed."""
+        """As usual; with another number of ranks, the random numbers of all ranks start from the seed."""
         saved = None if checkpoint is None else read_world(Path(checkpoint))
         if saved is None or saved.ranks == self.world.ranks:
             super()._load_rng_state(checkpoint)
@@ -96,12 +96,12 @@ class CheckpointTrainer(SavingTrainer):
     # --- another world ------------------------------------------------------------------------------------------
 
     def _has_other_layout(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint's files are those of another number of ranks, or of another sharding."""
+        """Return whether a checkpoint was written with another number of ranks or other sharding."""
         saved = read_world(checkpoint)
         return saved is not None and saved.layout != self.world.layout
 
     def _load_other_layout(self, checkpoint: Path) -> None:
-        """Put what trained in another world into the prepared model and its optimiser."""
+        """Load the trained parameters of another world into the prepared model and its optimiser."""
         trained = trained_tensors(self.model, self.parts)
         saved = open_parameters(checkpoint, self.optimized_names, trained)
         self._check_trains_the_same(checkpoint, saved.keys())

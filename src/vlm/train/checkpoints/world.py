@@ -1,4 +1,4 @@
-"""The world of a run: how many ranks train it, how they share it, and how many samples a step has.
+"""The world of a run: its number of ranks, its sharding, and its samples per step.
 
 A checkpoint has the world that wrote it in `world.json`. `find_world_problem` says which other worlds can resume from
 it in the same order of data. Imports no torch.
@@ -19,7 +19,7 @@ UNSHARDED = "none"
 
 @dataclass(frozen=True)
 class World:
-    """What another number of ranks, or another way to share a model, changes in a run.
+    """The settings of a run that depend on the number of ranks and on sharding.
 
     Attributes:
         ranks: number of ranks.
@@ -28,8 +28,8 @@ class World:
         accumulation: `trainer.gradient_accumulation_steps`.
         loss_average: `token`, or `micro_batch`, for which the samples of a micro-batch matter.
         precision: `float32`, `bf16` or `fp16`.
-        streams: whether records are read from a stream, of which each rank has a share of its own.
-        packs_best_fit: whether rows are packed in an order that the number of ranks decides.
+        streams: whether records are read from a stream, of which each rank reads its own share.
+        packs_best_fit: whether rows are packed in an order that depends on the number of ranks.
     """
 
     ranks: int
@@ -43,7 +43,7 @@ class World:
 
     @classmethod
     def of(cls, config: RunConfig, ranks: int, loss_average: str) -> Self:
-        """Return the world of a run on so many ranks; `loss_average` is that of its objective."""
+        """Return the world of a run on this many ranks; `loss_average` is that of its objective."""
         trainer = config.trainer
         sharding = trainer.sharding or (f"zero{zero_stage(trainer.deepspeed)}" if trainer.deepspeed else UNSHARDED)
         return cls(
@@ -64,7 +64,7 @@ class World:
 
     @property
     def layout(self) -> tuple[str, int]:
-        """What the files of a checkpoint depend on: those of another layout are read parameter by parameter."""
+        """The layout of a checkpoint's files; those of another layout are read parameter by parameter."""
         depends_on_ranks = self.sharding in ("zero1", "zero2", "zero3") or self.is_half_zero0
         return self.sharding, self.ranks if depends_on_ranks else 0
 
@@ -87,8 +87,8 @@ def read_world(checkpoint: Path) -> World | None:
 def find_world_problem(checkpoint: Path, present: World, *, accepts_other_steps: bool = False) -> str | None:
     """Return why a run cannot resume from a checkpoint that another world wrote; None: it can, or nothing is known.
 
-    With the same ranks, sharding and layout, this says nothing of the batch: that is no question of worlds. With
-    `accepts_other_steps`, steps and micro-batches may have another number of samples.
+    With the same ranks, sharding and layout, the batch is not compared here. With `accepts_other_steps`, steps and
+    micro-batches may have another number of samples.
     """
     saved = read_world(checkpoint)
     is_same = saved is not None and (saved.ranks, saved.sharding) == (present.ranks, present.sharding)
@@ -120,7 +120,7 @@ def find_world_problem(checkpoint: Path, present: World, *, accepts_other_steps:
 
 
 def _batch_advice(saved: World, present: World) -> str:
-    """Return how a step gets as many samples as it had."""
+    """Return the settings with which a step has as many samples as before."""
     had = f"a step had {saved.samples} samples and would now have {present.samples}"
     if saved.samples % (present.ranks * present.batch_size) == 0:
         needed = saved.samples // (present.ranks * present.batch_size)

@@ -1,4 +1,4 @@
-"""What held the memory where it ran out, and which keys lower it, in the order in which they cost least."""
+"""Explains a lack of memory: what used it, and which keys lower it, with the cheapest first."""
 
 import errno
 from collections.abc import Iterable, Iterator
@@ -18,15 +18,15 @@ MESSAGES = (
     "can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
 )  # fmt: skip
-"""Parts of what is said where memory ran out that PyTorch's own allocator does not ask for."""
+"""Parts of error messages about a lack of memory that do not come from PyTorch's own allocator."""
 
 
 class OutOfMemory(RunFailed):
-    """Memory ran out; the message says what held it, and what to do."""
+    """Memory ran out; the message says what used it, and what to do."""
 
 
 class MemoryHolder(Protocol):
-    """What is asked of the run's `VLMTrainer`."""
+    """The attributes of the run's `VLMTrainer` that are used here."""
 
     model: nn.Module
     optimizer: Any
@@ -35,7 +35,7 @@ class MemoryHolder(Protocol):
 
 @contextmanager
 def explain_out_of_memory(trainer: MemoryHolder, config: RunConfig) -> Iterator[None]:
-    """Within, memory that runs out ends the run with what held it, and which keys lower it.
+    """Context in which a lack of memory ends the run with a message on what used it, and which keys lower it.
 
     Raises:
         OutOfMemory: memory ran out.
@@ -52,14 +52,14 @@ def explain_out_of_memory(trainer: MemoryHolder, config: RunConfig) -> Iterator[
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, of a device or of the machine."""
+    """Return whether an error says that the memory of a device or of the machine ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return getattr(error, "errno", None) == errno.ENOMEM or any(text in str(error) for text in MESSAGES)
 
 
 def measure_held(trainer: MemoryHolder) -> dict[str, int]:
-    """Return the bytes that parameters, gradients and optimiser states hold on this rank."""
+    """Return the bytes of parameters, gradients and optimiser states on this rank."""
     model: nn.Module = trainer.model
     parameters = [held_here(parameter) for parameter in model.parameters()]
     gradients = [held_here(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
@@ -94,7 +94,7 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def describe_held(held: dict[str, int], device: torch.device) -> str:
-    """Return what held memory, in words; what else was used at most is counted to the activations."""
+    """Return what used memory, in words; the rest of the peak counts as activations."""
     gib = {name: number / 2**30 for name, number in held.items()}
     total = peak_memory(device)
     rest = max(total - sum(gib.values()), 0.0)
@@ -105,7 +105,7 @@ def describe_held(held: dict[str, int], device: torch.device) -> str:
 
 
 def list_remedies(config: RunConfig) -> list[str]:
-    """Return the keys that lower the memory of a run, those that change least first; only those that have an effect."""
+    """Return the keys that would lower the memory of this run, starting with those that change least."""
     trainer, data = config.trainer, config.dataset
     size, accumulation = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
     remedies = []
