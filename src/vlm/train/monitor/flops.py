@@ -2,8 +2,7 @@
 
 A copy of the model on the meta device runs under PyTorch's own counter, with the same adapters and frozen parameters.
 A multiplication and an addition are two operations; only matrix products and convolutions count, as is usual, and no
-recomputation by activation checkpointing. In a mixture of experts, each token counts in the experts that it goes
-through, not in all.
+recomputation by activation checkpointing. In a mixture of experts, each token counts only in its active experts.
 """
 
 import copy
@@ -48,7 +47,7 @@ class StepFlops:
     """Operations of training, forward and backward: of one token, one pair of tokens, one image and so on."""
 
     token: float  # a token in the language model, attention aside
-    pair: float  # a token and one that it attends to: itself or one before it
+    pair: float  # a token and one that it attends to: itself or an earlier one
     supervised: float  # a supervised token in the vocabulary head
     encoded: float  # an image in the visual encoder; in family models, in the connector too
     connected: float  # an image in the connector
@@ -67,8 +66,8 @@ class StepFlops:
 def count_flops(model: PreTrainedModel, image: ModelInputs) -> StepFlops:
     """Count the operations of a model that is ready to train, with its adapters and its frozen parameters.
 
-    DeepSpeed or a compiler must not have wrapped it yet. It is not changed, and no weight is copied. `image` holds its
-    inputs for an image, as the processor returns them.
+    It must not be wrapped by DeepSpeed or a compiler yet. It is not changed, and no weight is copied. `image` holds its
+    inputs for one image, as the processor returns them.
     """
     kind = model.config.model_type
     composed = is_composed_model(model)
@@ -151,10 +150,10 @@ EXPERT_ARGUMENTS = ["hidden_states", "top_k_index", "top_k_weights"]
 
 
 def _count_active_experts(decoder: nn.Module) -> None:
-    """Let modules of experts of a model on the meta device compute what `num_experts_per_tok` of them compute.
+    """Make expert modules of a model on the meta device compute only what `num_experts_per_tok` experts compute.
 
-    Which experts a token goes through depends on numbers, but how many do not. Each of an expert's matrices is
-    multiplied with as many rows as tokens go through it.
+    Which experts a token uses depends on its values, but the number of experts does not. Each matrix of an expert is
+    multiplied with one row for each token that uses the expert.
 
     Raises:
         FlopsNotCountable: there are experts of another kind, or convolutions.
@@ -174,7 +173,7 @@ def _count_active_experts(decoder: nn.Module) -> None:
 def _multiply_active_experts(
     matrices: list[nn.Parameter], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Return something of the shape `(tokens, width)` that costs what active experts cost, forward and backward."""
+    """Return a tensor `(tokens, width)` whose forward and backward cost is that of the active experts."""
     number = top_k_index.shape[-1]
     rows = hidden_states.sum(-1).flatten()[:, None].repeat(number, 1)  # (active * tokens, 1)
     products = [rows.expand(-1, matrix.shape[1]) @ matrix[0] for matrix in matrices]
