@@ -64,7 +64,7 @@ REFUSALS = {
                                     "unfreeze"),
     "stream": (["dataset.streaming=true", "trainer.max_steps=3"],
                "dataset.streaming=true: records are counted and split before a head trains"),
-    "truncate": (["dataset.over_length=truncate"], "dataset.over_length=truncate: a prompt is never cut"),
+    "truncate": (["dataset.over_length=truncate"], "dataset.over_length=truncate: a head reads the end of a prompt"),
     "two tests": (["dataset.test_path=x.json", "dataset.test_split=0.1"], "dataset.test_path and dataset.test_split: "),
     "test split": (["dataset.test_split=1"], "dataset.test_split=1.0: a share from 0 to below 1 is needed"),
     "pictures of no test": (["dataset.test_image_folder=."], "dataset.test_image_folder=.: it has no effect without "
@@ -101,16 +101,16 @@ REFUSALS = {
                            "trainer.deepspeed=zero3 does not allow that"),
     "grouping what is computed": ([f"trainer.train_sampling_strategy={GROUP_BY_MODALITY_LENGTH}"],
                                   f"trainer.train_sampling_strategy={GROUP_BY_MODALITY_LENGTH}: hidden states are "
-                                  "computed once here"),
+                                  "computed once in this run"),
     "no rate": (["trainer.learning_rate.head_learning_rate=null"], "trainer.learning_rate.head_learning_rate=null: a "
-                "positive number is needed, since model.head.task=binary"),
+                "positive number is needed, because model.head.task=binary"),
     "no rate of a query": (["model.head.pooling=query", "trainer.learning_rate.language_model_learning_rate=null"],
                            "trainer.learning_rate.language_model_learning_rate=null: a positive number is needed, "
-                           "since model.head.pooling=query"),
+                           "because model.head.pooling=query"),
     "no rate of new tokens": (["model.language_model.new_tokens=[MARK]",
                                "trainer.learning_rate.language_model_learning_rate=0"],
                               "trainer.learning_rate.language_model_learning_rate=0.0: a positive number is needed, "
-                              "since model.language_model.new_tokens=['MARK']"),
+                              "because model.language_model.new_tokens=['MARK']"),
 }  # fmt: skip
 """Overrides -> how the message begins."""
 

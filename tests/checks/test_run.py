@@ -121,7 +121,7 @@ REFUSALS = {
     ),
     "an address": (
         ["dataset.path=https://example.com/a.json"],
-        "dataset.path=https://example.com/a.json: the only web addresses that are read are http(s)://….tar is read",
+        "dataset.path=https://example.com/a.json: the only web addresses that are read are http(s)://….tar",
     ),
     "a shell": (
         ['dataset.path="pipe:cat a.tar"'],

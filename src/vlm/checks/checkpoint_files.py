@@ -1,8 +1,8 @@
-"""A checkpoint's files, looked at before a library opens any of them: no pipe, no endless file, no half one.
+"""Inspects the files of a checkpoint before a library opens them: no pipes, no endless files, no incomplete ones.
 
-`inspect_folder` refuses, with the file's name: what is no regular file; JSON that is no object, too large or too deep;
-an index that does not name the files next to it, or not what they hold; safetensors files that are not whole. It reads
-headers and no weights, and imports no torch. To have another file looked at, add it to `MAX_JSON_BYTES`.
+`inspect_folder` refuses, with the file's name: anything but regular files; JSON that is no object, too large or too
+deep; an index that does not match the files next to it; incomplete safetensors files. It reads headers but no weights,
+and imports no torch. To inspect another file, add it to `MAX_JSON_BYTES`.
 """
 
 import json
@@ -23,17 +23,17 @@ MAX_JSON_BYTES = {
     "tokenizer_config.json": 64 * MEGABYTE, "added_tokens.json": 64 * MEGABYTE,
     "model.safetensors.index.json": 256 * MEGABYTE, "pytorch_model.bin.index.json": 256 * MEGABYTE,
 }  # fmt: skip
-"""JSON files that opening a checkpoint reads -> the most bytes that one may have."""
+"""JSON files of a checkpoint -> their maximum size in bytes."""
 MAX_BYTES = {"chat_template.jinja": MEGABYTE, **dict.fromkeys(
     ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"), 256 * MEGABYTE
 )}  # fmt: skip
-"""Other files that it reads -> the most bytes that one may have."""
+"""Other files of a checkpoint -> their maximum size in bytes."""
 LISTS = ("chat_template.json",)
 """JSON files that need not be objects."""
 MAX_DEPTH = 64
-"""Levels of nesting of a JSON file; those of models have fewer than ten."""
+"""Maximum nesting depth of a JSON file; those of models have fewer than ten levels."""
 MAX_SHOWN = 80
-"""Characters of a name or value out of a file that a message shows."""
+"""Maximum number of characters that a message shows of a name or value from a file."""
 
 SAFETENSORS = "model.safetensors"
 INDEX = f"{SAFETENSORS}.index.json"
@@ -57,7 +57,7 @@ class TensorHeader:
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -67,9 +67,9 @@ class TensorHeader:
 
 
 def inspect_folder(folder: Path) -> None:
-    """Refuse a folder whose files cannot be those of a whole checkpoint; see the top of this file.
+    """Refuse a folder whose files cannot be those of a complete checkpoint; see the top of this file.
 
-    A folder that has not changed since it was looked at is not looked at again.
+    A folder that has not changed since the last inspection is not inspected again.
 
     Raises:
         ValueError: with the name of the file, and what is wrong with it.
@@ -78,7 +78,7 @@ def inspect_folder(folder: Path) -> None:
 
 
 def _state_of(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Return name, number, size and time of each file of a folder; links are followed where they lead anywhere."""
+    """Return name, inode, size and time of each file of a folder; links are followed unless they are dead."""
     states = []
     for entry in os.scandir(folder):
         try:
@@ -91,7 +91,7 @@ def _state_of(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
 
 @lru_cache(64)
 def _inspect_once(folder: Path, state: tuple[tuple[str, int, int, int], ...]) -> None:
-    """Look at a folder's files; `state` is `_state_of` it, and makes a changed folder another argument."""
+    """Inspect a folder's files; `state` is its `_state_of`, so that a changed folder is inspected again."""
     for name in MAX_JSON_BYTES:
         if os.path.lexists(folder / name):
             read_object(folder / name)
@@ -118,7 +118,7 @@ def _check_adapter(folder: Path) -> None:
 
 
 def check_regular(file: Path, max_bytes: int | None = None) -> int:
-    """Return a file's size; refuse what is no regular file, so that opening it neither waits nor never ends.
+    """Return the size of a file; refuse anything but regular files, which might block or never end.
 
     Raises:
         ValueError: it is a folder, pipe, device or dead link, may not be read, or is larger than `max_bytes`.
@@ -161,13 +161,13 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def shown(text: object) -> str:
-    """Return a name or value out of a file as a message shows it: short, without control characters."""
+    """Return a name or value from a file for a message: short, without control characters."""
     printed = text if isinstance(text, str) and text.isprintable() else ascii(text)
     return printed if len(printed) <= MAX_SHOWN else f"{printed[:MAX_SHOWN]}…"
 
 
 def _refuse_nan(name: str) -> float:
-    """Return an infinite number, which some configurations have; a number that is none is refused."""
+    """Return an infinite number, which some configurations have; refuse NaN."""
     if name == "NaN":
         raise ValueError("a value is NaN")
     return float(name)
@@ -179,7 +179,7 @@ def _kind(value: object) -> str:
 
 
 def _check_depth(file: Path, content: object) -> None:
-    """Raise ValueError if JSON is nested deeper than libraries that walk through it can bear."""
+    """Raise ValueError if JSON is nested too deeply for libraries that walk through it recursively."""
     level = [content] if isinstance(content, dict | list) else []
     depth = 0
     while level:
@@ -218,7 +218,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
 
 
 def _check_pickles(folder: Path) -> None:
-    """Check the files of a model that is stored in PyTorch's own format, of which transformers reads tensors alone."""
+    """Check the files of a model in PyTorch's own format, from which transformers reads only tensors."""
     if os.path.lexists(folder / PICKLE):
         check_regular(folder / PICKLE)
     elif os.path.lexists(folder / f"{PICKLE}.index.json"):
@@ -245,7 +245,7 @@ def _indexed_files(index: Path, suffix: str) -> dict[str, set[str]]:
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:
-    """Return the tensors of a safetensors file as its header describes them; refuses files that are not whole."""
+    """Return the tensors of a safetensors file as its header describes them; refuses incomplete files."""
     from safetensors import SafetensorError, safe_open  # only checkpoints need it
 
     if check_regular(file) == 0:
@@ -268,7 +268,7 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
 
 
 def nested_objects(content: Mapping[str, Any], skip: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield dotted key and content of each JSON object within another, and `""` and that one itself."""
+    """Yield dotted key and content of a JSON object (with the key `""`) and of each object nested in it."""
     waiting: list[tuple[str, Any]] = [("", dict(content))]
     while waiting:
         path, value = waiting.pop()

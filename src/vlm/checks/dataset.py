@@ -1,4 +1,4 @@
-"""What is wrong with the records of a run: sources, formats, templates, streams.
+"""Checks the settings of a run's records: sources, formats, templates, streams.
 
 Imports the schema and the table of formats, which needs the standard library only.
 """
@@ -46,7 +46,7 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
 
 
 def loss_weight_keys(data: DatasetConfig) -> Iterator[str]:
-    """Yield the keys that weigh losses, with their values."""
+    """Yield the keys that weight losses, with their values."""
     for name, source in data.sources.items():
         if source.loss_weight != 1:
             yield f"dataset.sources.{name}.loss_weight={source.loss_weight:g}"
@@ -91,7 +91,7 @@ def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Ite
 
 
 def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Iterator[str]:
-    """Yield what a stream, which has no length and no order but its own, cannot do."""
+    """Yield settings that do not work with a stream, which has no length and only its own order."""
     if config.trainer.max_steps < 1:
         yield "dataset.streaming=true: a stream has no end; set trainer.max_steps"
     if config.dataset.over_length == "split":

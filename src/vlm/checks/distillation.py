@@ -1,4 +1,4 @@
-"""What is wrong with `trainer.distillation`, and what does not go with it; imports the schema only."""
+"""Checks `trainer.distillation` and the settings that do not work with it; imports the schema only."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ STATE_WEIGHTS = ("hidden_states_weight", "image_features_weight")
 
 
 def distillation_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with a run that learns from a teacher."""
+    """Yield what is wrong with the settings of a distillation run."""
     options, data = config.trainer.distillation, config.dataset
     if not options.teacher:
         yield f"{KEY}.teacher=null: name the checkpoint to distil, such as outputs/…/final"
@@ -40,7 +40,7 @@ def distillation_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _cache_problems(config: RunConfig, weights: list[str]) -> Iterator[str]:
-    """Yield what is wrong with a run that keeps its teacher's logits."""
+    """Yield what is wrong with the settings of a run that caches its teacher's logits."""
     key = f"{KEY}.top_k={config.trainer.distillation.top_k}"
     if weights:
         yield f"{key}: states of the teacher are not cached; set {KEY}.{weights[0]}=0, or {KEY}.top_k=0"

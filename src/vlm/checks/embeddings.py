@@ -15,12 +15,12 @@ from vlm.config.schema import DatasetConfig, RunConfig
 
 
 def problems_of_any_head(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with the heads of a run, of either kind: those of a checkpoint may be of the other one."""
+    """Yield what is wrong with the heads of a run, of either kind; a checkpoint's heads may be of the other kind."""
     yield from (embedding_problems if config.model.head.task == VECTOR_TASK else head_problems)(config)
 
 
 def embedding_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with a run that learns vectors."""
+    """Yield what is wrong with the settings of a run that trains embeddings."""
     head = config.model.head
     if head.task != VECTOR_TASK:
         yield (
@@ -61,7 +61,7 @@ def has_parameters(head: HeadConfig) -> bool:
 
 
 def _head_problems(head: HeadConfig) -> Iterator[str]:
-    """Yield what is wrong with what makes vectors."""
+    """Yield what is wrong with the head that makes vectors."""
     if head.type == "identity" and head.dim is not None:
         yield (
             f"model.head.dim={head.dim}: model.head.type=identity keeps the width of hidden states; choose "

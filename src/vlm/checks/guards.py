@@ -10,7 +10,7 @@ DEFAULTS = {field.name: field.default for field in fields(TrainerOptions)}
 
 
 def guard_problems(config: RunConfig) -> Iterator[str]:
-    """Yield keys that say how often updates are left out, or what a spike is, where that is never asked."""
+    """Yield keys on skipped updates or spikes that have no effect because the run never skips or detects them."""
     trainer = config.trainer
     skips = "skip" in (trainer.on_nonfinite, trainer.spike_action)
     unused = [] if skips else [("max_skipped_steps", "no update is skipped")]

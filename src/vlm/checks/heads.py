@@ -39,13 +39,13 @@ def head_problems(config: RunConfig) -> Iterator[str]:
 
 
 def before_after_problems(config: RunConfig) -> Iterator[str]:
-    """Yield that answers are compared, where a run has heads."""
+    """Yield `trainer.before_after`, which compares answers, if a run trains heads."""
     if config.trainer.before_after:
         yield "trainer.before_after=true: it compares answers, and this run trains a head; leave it out"
 
 
 def _generation_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with a run that learns replies together with its heads."""
+    """Yield what is wrong with the settings of a run that trains on replies together with its heads."""
     head = config.model.head
     if not head.generation_weight:
         return
@@ -99,7 +99,7 @@ def single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
 
 
 def _label_problems(key: str, task: str, head: HeadConfig) -> Iterator[str]:
-    """Yield what is wrong with a head's labels and with what weighs them."""
+    """Yield what is wrong with a head's labels and their weights."""
     labels, weights = head.labels, head.class_weights
     if isinstance(labels, list) and len(labels) < (1 if task == "multilabel" else 2):
         yield f"{key}.labels={labels}: at least two are needed, or null for those of the training records"
@@ -117,7 +117,7 @@ def _label_problems(key: str, task: str, head: HeadConfig) -> Iterator[str]:
 
 
 def _unknown_options(key: str, options: Mapping[str, object], allowed: Sequence[str], owner: str) -> Iterator[str]:
-    """Yield the options that their owner, a head or a loss, does not take."""
+    """Yield the options that their owner, a head or a loss, does not have."""
     for name, value in options.items():
         if value is not None and name not in allowed:
             yield f"{key}.{name}={value}: {owner} does not take it; allowed are {', '.join(allowed) or 'none'}"
@@ -128,7 +128,7 @@ def _is_list_of_positive_numbers(value: object) -> bool:
 
 
 def _data_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with how a head's records are held out and kept."""
+    """Yield what is wrong with holding out and caching a head's records."""
     data = config.dataset
     if data.streaming:
         yield "dataset.streaming=true: records are counted and split before a head trains; leave it out"

@@ -1,6 +1,6 @@
 """What is wrong with the parts of a composed model: its encoders, its connector, its tiles.
 
-Whether several encoders fit together needs their configurations, and is found out by `vlm.assembly.encoders`. Imports
+`vlm.assembly.encoders`, which has the encoders' configurations, checks whether several encoders fit together. Imports
 the schema only.
 """
 
@@ -49,7 +49,7 @@ def connector_problems(config: RunConfig) -> Iterator[str]:
 
 
 def unproved_problems(config: RunConfig) -> Iterator[str]:
-    """Yield where `model.unproved` has no effect."""
+    """Yield `model.unproved` if it has no effect."""
     if config.model.unproved and config.model.hf_name is None and not config.trainer.from_pretrained:
         yield (
             "model.unproved=true: it is for whole models (model.hf_name), which are tried on a small model first; "

@@ -7,7 +7,7 @@ from vlm.config.schema import RunConfig
 
 
 def packing_problems(config: RunConfig, *, takes_loss_weights: bool = True) -> Iterator[str]:
-    """Yield why a run cannot pack its batches as it says; each with the key and what to do.
+    """Yield why a run cannot pack its batches as requested, each with the key and what to do.
 
     `takes_loss_weights` is the objective's, see `vlm.train.objectives.base.Objective`.
     """
@@ -37,7 +37,7 @@ def packing_problems(config: RunConfig, *, takes_loss_weights: bool = True) -> I
 
 
 def _auto_batch_problems(config: RunConfig) -> Iterator[str]:
-    """Yield why the most tokens of a row cannot be found, or settings of that without an effect."""
+    """Yield why the maximum tokens of a row cannot be found, or settings of `auto_batch` without effect."""
     trainer = config.trainer
     if not trainer.auto_batch:
         if (limit := trainer.auto_batch_memory_gb) is not None:
@@ -52,7 +52,7 @@ def _auto_batch_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _best_fit_problems(config: RunConfig) -> Iterator[str]:
-    """Yield settings of order and of the last batch, which have no effect where rows are filled from all samples."""
+    """Yield settings of order and of the last batch, which have no effect if rows are filled from all samples."""
     trainer = config.trainer
     if trainer.train_sampling_strategy != "random":
         yield (

@@ -1,4 +1,4 @@
-"""What is wrong with a run that learns preferences (`trainer.preference`); imports the schema and other checks only."""
+"""Checks the settings of a preference run (`trainer.preference`); imports the schema and other checks only."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -21,7 +21,7 @@ def unused_preference_problems(config: RunConfig) -> Iterator[str]:
 
 
 def preference_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what contradicts itself in a run that learns preferences."""
+    """Yield what is wrong with the settings of a preference run."""
     yield from _loss_problems(config.trainer.preference)
     yield from _reference_problems(config)
     yield from _data_problems(config.dataset)
@@ -35,7 +35,7 @@ def preference_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _packing_problems(trainer: TrainerOptions) -> Iterator[str]:
-    """Yield how preferences are not packed."""
+    """Yield settings of packing that do not work with preferences."""
     if not trainer.packing:
         return
     if trainer.packing_strategy == BEST_FIT:
@@ -48,7 +48,7 @@ def _packing_problems(trainer: TrainerOptions) -> Iterator[str]:
 
 
 def _loss_problems(options: PreferenceOptions) -> Iterator[str]:
-    """Yield options that the loss does not read."""
+    """Yield options that the loss does not use."""
     loss = options.loss
     if options.label_smoothing:
         if loss not in ("dpo", "simpo", "robust"):

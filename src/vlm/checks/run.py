@@ -1,6 +1,6 @@
-"""What a run is refused for before torch is imported: checks between fields and against the file system.
+"""Checks of a run before torch is imported: between fields and against the file system.
 
-A value that is needed in one place only is checked there instead.
+A value that is used in one place only is checked there instead.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +25,10 @@ from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, RunConfig, TrainerOption
 
 
 class ObjectiveChecks(Protocol):
-    """What the checks ask of a run's objective; `vlm.train.objectives.base.Objective` is one.
+    """The part of an objective that the checks use; `vlm.train.objectives.base.Objective` has it.
 
     Attributes:
-        takes_loss_weights: whether the loss at each position is multiplied with its weight, where there are weights.
+        takes_loss_weights: whether the loss at each position is multiplied by its weight, if there are weights.
     """
 
     takes_loss_weights: ClassVar[bool]
@@ -38,11 +38,11 @@ class ObjectiveChecks(Protocol):
         ...
 
     def training_keys(self) -> dict[str, str]:
-        """Return what trains besides the parts: part -> the `key=value` that says so."""
+        """Return what trains in addition to the parts: part -> the `key=value` that says so."""
         ...
 
     def metric_names(self) -> frozenset[str] | None:
-        """Return the names of the metrics of evaluations; None: they are not known before."""
+        """Return the names of the metrics of evaluations, or None if they are not known in advance."""
         ...
 
 
@@ -87,13 +87,13 @@ def _problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
 
 
 def _loss_weight_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
-    """Yield keys that weigh losses where the objective does not."""
+    """Yield keys that weight losses if the objective does not support this."""
     for key in () if objective.takes_loss_weights else loss_weight_keys(config.dataset):
         yield f"{key}: this run's objective does not weight losses (Objective.takes_loss_weights); leave it out"
 
 
 def _path_problems(config: RunConfig) -> Iterator[str]:
-    """Yield the keys that name a file or folder of this machine which does not exist, or which another run has."""
+    """Yield the keys that name a file or folder that does not exist, or that belongs to another run."""
     trainer = config.trainer
     for part in ("visual_encoder", "language_model"):
         name = get_value(config, f"model.{part}.hf_name")
@@ -105,7 +105,7 @@ def _path_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _resume_problems(trainer: TrainerOptions) -> Iterator[str]:
-    """Yield what is wrong with where a run shall continue; what the directory holds, `vlm.train.resume` looks at."""
+    """Yield what is wrong with the settings of resuming; `vlm.train.resume` checks the content of the directory."""
     key, requested = "trainer.resume_from_checkpoint", trainer.resume_from_checkpoint
     word = requested.lower()
     if word == "true" and trainer.output_dir is None:
@@ -186,11 +186,11 @@ UNSUPPORTED = {
     "load_best_model_at_end": "set trainer.keep_best=METRIC instead",
     "save_only_model": "checkpoints are for resuming; the complete model is in the run's folder `final`",
 }
-"""Keys of `TrainingArguments` that would do something else here than they promise, and what to do."""
+"""Keys of `TrainingArguments` that would not do here what they promise -> what to do instead."""
 
 
 def _evaluation_setting_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong where evaluation data are given twice, or metrics of answers without an evaluation."""
+    """Yield evaluation data that are given twice, and metrics of answers without an evaluation."""
     data, metrics = config.dataset, config.trainer.eval_metrics
     if data.eval_path and data.eval_split:
         yield "dataset.eval_path and dataset.eval_split: choose one"
@@ -201,7 +201,7 @@ def _evaluation_setting_problems(config: RunConfig) -> Iterator[str]:
 
 
 def evaluation_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong where evaluations have no data but those that the configuration names."""
+    """Yield evaluations without data, and evaluation data without evaluations."""
     data, strategy = config.dataset, config.trainer.eval_strategy
     if strategy != "no" and not (data.eval_path or data.eval_split):
         yield f"trainer.eval_strategy={strategy}: give dataset.eval_path or dataset.eval_split"

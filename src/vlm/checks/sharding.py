@@ -1,4 +1,4 @@
-"""What does not go with `trainer.sharding=fsdp2`. Imports the schema only."""
+"""Settings that do not work with `trainer.sharding=fsdp2`. Imports the schema only."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What is wrong with the keys of how a step is computed: checkpointing of activations, the optimiser."""
+"""Checks the keys of how a step is computed: activation checkpointing, the optimiser."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def step_problems(config: RunConfig) -> Iterator[str]:
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what the optimiser, decay of learning rates over layers and averages of weights do not go with.
+    """Yield settings that do not work with the optimiser, with layer decay, or with averages of weights.
 
     Muon orthogonalises whole matrices, which DeepSpeed flattens.
     """

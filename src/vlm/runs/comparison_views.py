@@ -17,9 +17,9 @@ from vlm.runs.report_outcomes import THUMBNAIL, show_score
 COLUMNS = ("state", "step", "loss", "eval_loss", "tokens_per_second", "duration")
 TITLES = ("run", "state", "step", "loss", "eval loss", "tokens/s", "duration")
 MAX_SAMPLES_SHOWN, MAX_SAMPLES = 3, 24
-"""Samples that a terminal and a page show."""
+"""Number of samples that a terminal and a page show."""
 MAX_VALUE, MAX_ANSWER = 60, 100
-"""Characters of a setting and of an answer that a terminal shows."""
+"""Number of characters of a setting and of an answer that a terminal shows."""
 MAX_IMAGE_BYTES = 8 << 20
 CURVES = ("loss", "eval_loss")
 MORE_CURVES = ("grad_norm", "tokens_per_second")
@@ -113,7 +113,7 @@ def _metrics_text(comparison: RunComparison) -> str:
 
 
 def _notes(comparison: RunComparison) -> str:
-    """Return what has to be known to read the metrics."""
+    """Return the notes that explain the metrics."""
     others = "The runs were evaluated on different records during training. " if comparison.has_other_records else ""
     return others + INDEPENDENT
 

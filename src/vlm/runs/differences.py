@@ -13,16 +13,16 @@ PLACES = frozenset(
 """Settings that say where a run is and how it is started, not what it does."""
 
 SEED_KEYS = ("trainer.seed", "trainer.data_seed")
-"""Settings that change nothing but chance."""
+"""Settings that change only random numbers."""
 
 MOST, MIN_FOR_MOST = 2 / 3, 4
-"""The share of runs, of at least so many, whose value counts as the usual one."""
+"""The share of runs whose value counts as the usual one, and the minimum number of runs for this."""
 
 
 def differing_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
     """Return key -> its value in each run, for the settings that differ; None if a run does not have the key.
 
-    Where they are runs of the same recipe with the same version of this package, these are the keys that were set.
+    For runs of the same recipe with the same version of this package, these are the keys that were set.
     """
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in PLACES)
     values = {key: [run.settings.get(key) for run in runs] for key in keys}
@@ -30,7 +30,7 @@ def differing_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
 
 
 def varied_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
-    """Return key -> its value in each run, for what commands set to different values; else as `differing_settings`.
+    """Return key -> its value in each run, for keys that commands set differently, or else as `differing_settings`.
 
     A setting that follows from another one, as those of a group do, is not named in addition.
     """
@@ -46,9 +46,10 @@ def _differ(one: object, other: object) -> bool:
 
 
 def unusual_settings(runs: Sequence[RunDirectory]) -> list[dict[str, object]]:
-    """Return for each run the settings in which it differs from most runs of its recipe, of those that a command set.
+    """Return for each run the settings, among those that a command set, in which it differs from most runs of its
+    recipe.
 
-    Where no value is that of most, all runs have theirs.
+    If no value is that of most runs, all values are returned.
     """
     by_recipe: dict[str | None, list[RunDirectory]] = {}
     for run in runs:

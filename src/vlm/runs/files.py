@@ -1,7 +1,7 @@
-"""The files of one folder, read within bounds: what is missing is empty, what is damaged is named and left out.
+"""Reads the files of a folder within bounds: missing files are empty; damaged ones are named and left out.
 
-A run directory may come from someone else, be written to at this moment, or be torn by a full disk: nothing here
-raises for its content. Only regular files are read. Imports no torch.
+A run directory may come from someone else, be written to at the moment, or be truncated by a full disk. So nothing here
+raises because of its content. Only regular files are read. Imports no torch.
 """
 
 import stat
@@ -16,16 +16,16 @@ JsonObject = dict[str, object]
 
 MEGABYTE = 1 << 20
 MAX_TEXT_BYTES = 64 * MEGABYTE
-"""The longest text, log or table that is read; of a longer one, its beginning or its end."""
+"""The longest text, log or table that is read, in bytes; of a longer one, its beginning or end is read."""
 MAX_JSON_BYTES = 16 * MEGABYTE
 MAX_YAML_BYTES = MEGABYTE
 TAIL_BYTES = 64 * 1024
 """How much of a file's end `tail` returns."""
 MAX_DEPTH = 32
-"""Levels of nesting of a JSON or YAML file that is kept."""
+"""Maximum nesting depth of a JSON or YAML file."""
 
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The loader in C, ten times as fast, where PyYAML was built with it."""
+"""The loader in C, which is ten times as fast, if PyYAML was built with it."""
 
 
 class Folder:
@@ -33,7 +33,7 @@ class Folder:
 
     Attributes:
         path: the folder.
-        damaged: name of a file that is there and could not be read as what it should be -> why.
+        damaged: name of an existing file that could not be parsed -> the reason.
     """
 
     def __init__(self, path: Path):
@@ -59,7 +59,7 @@ class Folder:
             return None
 
     def _read(self, name: str, start: int, length: int) -> bytes:
-        """Return bytes of a file; none where it cannot be read, which is noted."""
+        """Return bytes of a file; empty if it cannot be read, which is noted."""
         try:
             with (self.path / name).open("rb") as file:
                 file.seek(start)
@@ -119,7 +119,7 @@ class Folder:
     def json_lines(self, name: str, most: int = MAX_TEXT_BYTES) -> list[JsonObject]:
         """Return the JSON objects of a file with one on each line; lines that are damaged are counted and left out.
 
-        A last line without its end is being written, and is no damage.
+        An incomplete last line is being written and does not count as damage.
         """
         *lines, _ = self.text(name, most).split("\n")
         objects = [found for line in lines if (found := parse_line(line)) is not None]
@@ -195,7 +195,7 @@ def text_at(value: object, *path: str) -> str:
 
 
 def as_number(value: object) -> float | None:
-    """Return a finite number, whole numbers as they are; None for anything else."""
+    """Return a finite number, keeping whole numbers as such; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if abs(value) < float("inf") else None

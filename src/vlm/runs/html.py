@@ -14,7 +14,7 @@ MAX_IMAGE_BYTES = 32 << 20
 MAX_IMAGE_PIXELS = 64_000_000
 """The largest image file that a page embeds a small copy of."""
 MAX_TEXT = 2000
-"""Characters of a text of strangers that a page shows."""
+"""Maximum number of characters of a foreign text that a page shows."""
 
 STYLE = (
     CHART_STYLE
@@ -42,13 +42,13 @@ table{overflow-wrap:normal}td{max-width:34rem;overflow-wrap:break-word}h2+table,
 
 
 def text(value: object, most: int = MAX_TEXT) -> str:
-    """Return a text as HTML: escaped, without secrets, what hides or turns letters written out, and not too long."""
+    """Return a text as HTML: escaped, without secrets or invisible control characters, and of limited length."""
     shown = mask(str(value))
     return escape(printable(shown if len(shown) <= most else f"{shown[:most]}…"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: Sequence[int] = ()) -> str:
-    """Return a table of texts; columns of the places `numeric` are aligned to the right."""
+    """Return a table of texts; the columns with the indices `numeric` are aligned to the right."""
 
     def cell(tag: str, place: int, value: object) -> str:
         kind = ' class="number"' if place in numeric else ""
@@ -100,7 +100,7 @@ class ImageBudget:
 
     Attributes:
         left: bytes that are left for further images.
-        num_left_out: number of images for which nothing was left.
+        num_left_out: number of images that did not fit.
     """
 
     def __init__(self, most: int):

@@ -1,4 +1,4 @@
-"""Sections of a run's report: what was trained from what, how it went, and how to repeat it.
+"""Sections of a run's report on the model and its start, on the course of the run, and on how to repeat it.
 
 Each function returns HTML, empty if a run has nothing to say.
 """
@@ -20,9 +20,9 @@ from vlm.runs.status_line import FAILED, STOPPED
 LOSSES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
 FINGERPRINT_LENGTH = 12
 MAX_FIGURES = 12
-"""Figures of further metrics of evaluations."""
+"""Maximum number of figures of further metrics of evaluations."""
 OF_NO_FIGURE = ("loss", "blank_loss", "runtime", "samples_per_second", "steps_per_second")
-"""What an evaluation logs besides metrics, or what another figure has; without `eval_`."""
+"""Logged values of an evaluation that are no metrics, or are in another figure; without `eval_`."""
 SPEED_LABELS = {
     "device": "device", "ranks": "ranks", "tokens_per_second": "tokens a second, all ranks",
     "supervised_tokens_per_second": "supervised tokens a second", "samples_per_second": "samples a second",
@@ -34,7 +34,7 @@ SHARES = ("padding_share", "data_wait_share", "mfu")
 
 
 def warnings(run: RunDirectory, images: ImageBudget) -> str:
-    """Return what a reader should know first: how the run ended, steps that were stopped, files that are damaged."""
+    """Return what a reader should know first: how the run ended, steps that a guard found, damaged files."""
     found, hints = list(_find_warnings(run)), list(_find_hints(run))
     found += [f"{name} is damaged and was left out: {why}" for name, why in list(run.files.damaged.items())[:20]]
     if images.num_left_out:
@@ -75,7 +75,7 @@ def _find_hints(run: RunDirectory) -> Iterator[str]:
 
 
 def model(run: RunDirectory) -> str:
-    """Return what the model was composed of, what it started from, and what trained at which rate."""
+    """Return the parts of the model, what it started from, and what trained at which learning rate."""
     settings = run.settings
     if not settings:
         return ""
@@ -239,7 +239,7 @@ def speed(run: RunDirectory) -> str:
 
 
 def resumes(run: RunDirectory) -> str:
-    """Return what was other at later starts."""
+    """Return what changed at later starts."""
     rows = [
         (f"{change.step:,}", change.time, key, show_value(before), show_value(now))
         for change in run.changes

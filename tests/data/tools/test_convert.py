@@ -611,7 +611,7 @@ def test_nothing_but_bad_records(folder: Path, capsys: pytest.CaptureFixture[str
         ),
         (("in.jsonl", "out.jsonl", "--from", "vqa"), "--from vqa needs --annotations, --image-pattern"),
         (("in.jsonl", "out.jsonl", "--option", "kye=chat"), "has no option kye"),
-        (("in.jsonl", "out.jsonl", "--embed-images"), "--embed-images: only .parquet"),
+        (("in.jsonl", "out.jsonl", "--embed-images"), "--embed-images: it is for .parquet"),
         (("in.jsonl", "out.jsonl", "--from", "coco-captions"), "in.jsonl: not what is converted here"),
         (("in.jsonl", "out.jsonl", "--from", "messages"), "record 0 ('1'): it has no `messages`"),
     ],

@@ -32,7 +32,7 @@ def test_near_copies_and_overlap_are_told_with_examples(config: DatasetConfig, p
     assert "copy.jpg looks like" in told
     evaluation, test = told.partition("── overlap with dataset.eval_path")[2].split("── overlap with dataset.test_path")
     assert "of 1 evaluation records, 1 share an image with the training data" in evaluation
-    assert "val.json, record 0 (val) has the image" in evaluation
+    assert "val.json, record 0 (val) shares the image" in evaluation
     assert "of 1 evaluation records, 0 share an image with the training data, 0 have a near copy" in test
     assert "(--compare N)" not in told
 

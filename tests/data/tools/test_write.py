@@ -299,7 +299,7 @@ def test_no_records_make_no_file(name: str, folder: Path, tmp_path: Path):
     [
         ("out.txt", {}, r"out\.txt: allowed are NAME\.jsonl"),
         ("images", {}, "allowed are NAME"),
-        ("out.jsonl", {"embed_images": True}, "--embed-images: only .parquet"),
+        ("out.jsonl", {"embed_images": True}, "--embed-images: it is for .parquet"),
         ("out.json", {"shard_size": 5}, "--shard-size: only FOLDER/"),
         ("one.tar", {"shard_size": 5}, "--shard-size: only FOLDER/"),
         ("shards/", {"shard_size": 0}, "--shard-size=0: it must be at least 1"),

@@ -83,7 +83,7 @@ def test_a_further_run_reads_what_the_reference_said(
         (["trainer.preference.beta=0"], "a number above 0"),
         (["trainer.preference.label_smoothing=0.5"], "below 0.5"),
         (["trainer.preference.loss=ipo", "trainer.preference.label_smoothing=0.1"], "loss=ipo does not use it"),
-        (["trainer.preference.simpo_gamma=2"], "it is for trainer.preference.loss=simpo, here it is dpo"),
+        (["trainer.preference.simpo_gamma=2"], "it is for trainer.preference.loss=simpo, but the loss is dpo"),
         (["trainer.preference.desirable_weight=2"], "it is for trainer.preference.loss=kto"),
         (
             ["trainer.preference.loss=kto", "trainer.preference.rejected_image=blank"],

@@ -134,7 +134,7 @@ def check_values(head: HeadLabels, values: Sequence[object], source: str) -> Non
             wrong[str(error)] += 1
     if wrong:
         message, number = wrong.most_common(1)[0]
-        others = f"; {wrong.total() - number} records have other wrong values" if len(wrong) > 1 else ""
+        others = f"; {wrong.total() - number} more with other wrong values" if len(wrong) > 1 else ""
         raise ValueError(f"{source}: {message} ({number} of {len(values)} records{others})")
 
 
