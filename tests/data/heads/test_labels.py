@@ -155,11 +155,9 @@ UNSETTLED: dict[str, tuple[str, list[Any] | None, list[Any], str]] = {
                "head h: multilabel needs at least 1 label, the training records have 0: none"),
     "text for sets": ("multilabel", None, ["a", ["b"]], "head h: multilabel needs a list of labels, got 'a'"),
     "kinds": ("multiclass", None, [1, "a"], "head h: its labels are numbers and texts, but one kind is needed: 1, 'a'"),
-    "truth and "
-    "numbers": ("multiclass", None, [True, 0], "its labels are numbers and truth values, but one kind is needed"),
+    "truth and numbers": ("multiclass", None, [True, 0], "its labels are numbers and truth values, but one"),
     "kinds given": ("multiclass", ["a", 1], ["a"], "head h: its labels are numbers and texts, but one kind is needed"),
-    "a "
-    "list": ("multiclass", None, [["a"]], "head h: a label must be a text, a finite number, true or false, got ['a']"),
+    "a list": ("multiclass", None, [["a"]], "a label must be a text, a finite number, true or false, got ['a']"),
     "nan": ("multiclass", None, [1, NAN], "head h: a label must be a text, a finite number, true or false, got nan"),
     "a mapping": ("multilabel", None, [[{"a": 1}]], "a label must be a text, a finite number, true or false, got {"),
     "grades of text": ("ordinal", None, ["low", "high"], "head h: the order of the labels 'high', 'low' is unknown; "

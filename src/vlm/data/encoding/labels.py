@@ -1,6 +1,6 @@
-"""Make labels: from a conversation to ids, where exactly the replies are supervised, each with the token that ends it.
+"""Encodes a conversation as ids and labels: exactly the replies are supervised, each with the token that ends it.
 
-`encode` is where labels are made. `render` renders the conversation with the chat template, with markers (characters
+`encode` makes the labels. `render` renders the conversation with the chat template, with markers (characters
 that never occur in text) around every text. They give the character spans of the replies, so that no habit of a
 template (dropping thinking blocks, moving system turns, trimming text) can shift the mask. The rendered text is
 tokenised once, and a label is the id where a token is in the span of a reply or of its end.
@@ -68,8 +68,8 @@ def render(
 ) -> Rendered:  # fmt: skip
     """Render turns with the processor's template; `prompt` adds the text that precedes an answer.
 
-    `tools` are those that the model may call, for templates that list them. `thinking` is what such a template reads of
-    a prompt as `enable_thinking`; None: the processor's own setting.
+    `tools` are those that the model may call, for templates that list them. `thinking` is the value of
+    `enable_thinking` for templates that read it; None: the processor's own setting.
 
     A template may drop a reply's text up to its last `</think>`; the reply is then the text after that.
 
@@ -173,7 +173,7 @@ Labeller = Callable[[Processor, Rendered, Sequence[int], Sequence[Span]], list[i
 
 
 def label_replies(processor: Processor, rendered: Rendered, ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
-    """Return the id within replies and their ends, -100 elsewhere."""
+    """Return labels: the id within replies and their ends, -100 elsewhere."""
     labels = [IGNORE_INDEX] * len(ids)
     for position, _ in _iter_reply_tokens(processor, rendered, spans):
         labels[position] = ids[position]
@@ -222,12 +222,12 @@ def encode(
     keep_thinking: bool = False,
     factors: LossWeights = ALL_ONE,
 ) -> Encoded:
-    """Return the ids of a whole conversation, and its labels, which `label` makes; `render` renders it.
+    """Return ids and labels of a whole conversation. `render` renders it, and `label` makes the labels.
 
     A reply that is not `supervised` has no labels. Conversations with tools or thinking are rendered by `whole_turns`;
     with `keep_thinking`, a template that drops thinking of a trained reply is refused. `factors` multiply weights.
 
-    Sizes are those of its images and videos, where the processor needs them (`vision.images.media_sizes_from_opened`).
+    `sizes` are those of its images and videos, if the processor needs them (`vision.images.media_sizes_from_opened`).
 
     Raises:
         BadSample: there is no reply, the template refuses the turns or drops one, or nothing would be supervised.
@@ -238,8 +238,7 @@ def encode(
         raise BadSample(
             sample.id,
             "has a trained reply between images, but in this model earlier images attend to later ones: put all "
-            "images before "
-            'it, or set "loss": false on it',
+            'images before it, or set "loss": false on it',
         )
     if needs_whole_turns(sample.turns, sample.tools):
         rendered = render_whole_turns(processor, sample, keep=keep_thinking)
@@ -258,8 +257,8 @@ def encode_prompt(
 ) -> list[int]:  # fmt: skip
     """Return the ids of a conversation that waits for an answer.
 
-    `tools` are those that the model may call; `thinking` says whether it is to think before, for templates that ask;
-    None: as the processor is set.
+    `tools` are those that the model may call; `thinking` says whether it should think before its answer, for templates
+    that support it; None: the processor's own setting.
     """
     sample = Sample(sample_id, tuple(turns), tools=tuple(map(dict, tools)))
     if needs_whole_turns(turns, tools):
@@ -279,7 +278,7 @@ def tokenize(
     """
 
     def tokenize_one(index: int) -> object:
-        """Tokenize the placeholder of one medium, to find out which of them the processor refuses."""
+        """Tokenize the placeholder of one medium, to find the medium that the processor refuses."""
         token = processor.video_token if isinstance(sizes[index], Clip) else processor.image_token
         return processor.tokenize(str(token), (), sizes[index : index + 1])
 
@@ -290,7 +289,7 @@ def tokenize(
 
 
 SMALLER_IMAGES = "; dataset.max_image_tokens bounds the tokens of an image"
-"""What may be done about a sample with images that is too long, where their tokens depend on their sizes."""
+"""A hint for samples with images that are too long, if the tokens of images depend on their sizes."""
 
 
 def limit_length(

@@ -13,14 +13,14 @@ from vlm.models.processing_messages import thinks
 
 @dataclass(frozen=True)
 class PromptEncoder(SampleEncoder):
-    """Encodes prompts for one run, which learns their labels: conversations without their last reply.
+    """Encodes prompts, conversations without their last reply, for a run that trains on their labels.
 
     Attributes:
-        suffix: ids after every prompt, such as those of a token at which a head reads.
-        answers: whether the last reply, where there is one, follows the prompt and is supervised.
+        suffix: ids after every prompt, such as that of a token whose hidden state a head reads.
+        answers: whether the last reply, if there is one, follows the prompt and is supervised.
 
     Raises:
-        ValueError: prompts would be cut, or replies would be after a suffix.
+        ValueError: prompts would be truncated, or replies would follow a suffix.
     """
 
     encodes_labels: ClassVar[bool] = True
@@ -46,8 +46,7 @@ class PromptEncoder(SampleEncoder):
         """Return the ids of a prompt, with `answers` also of its reply; labels are the reply's ids, -100 elsewhere.
 
         Raises:
-            BadSample: the template refuses the prompt or leaves nothing of it, or renders it otherwise once it is
-                answered.
+            BadSample: the template refuses or drops the prompt, or renders it differently once it is answered.
         """
         sample = self.with_thinking(sample)
         turns = prompt_turns(sample)
@@ -91,10 +90,10 @@ class PromptEncoder(SampleEncoder):
 
     @property
     def fingerprint_fields(self) -> tuple[object, ...]:
-        """The settings that ids and labels depend on, besides the processor."""
+        """The settings that ids and labels depend on, in addition to the processor."""
         return (*super().fingerprint_fields, self.suffix, self.answers, thinks(self.processor.tokenizer))
 
 
 def prompt_turns(sample: Sample) -> tuple[Turn, ...]:
-    """Return the conversation without its last turn where that is a reply."""
+    """Return the conversation without its last turn if that is a reply."""
     return sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns

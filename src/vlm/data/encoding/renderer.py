@@ -1,7 +1,7 @@
-"""Rendering many conversations: a template that only copies texts is run twice for all conversations of a structure.
+"""Renders many conversations: a template that only copies texts runs twice for all conversations of a structure.
 
-The structure of a conversation is its roles, its images, and the blanks around its texts. `labels.render` is what a
-rendering is, and what any conversation gets that has a text which the template might see (`template_analysis`).
+The structure of a conversation is its roles, its images, and the blanks around its texts. `labels.render` defines the
+result, and renders every conversation with a text that the template might look at (`template_analysis`).
 """
 
 from bisect import bisect_left
@@ -27,11 +27,11 @@ class Skeleton:
     """A rendered conversation without its texts.
 
     Attributes:
-        literals: what the template writes before, between and after the texts.
+        literals: the text that the template writes before, between and after the texts.
         order: the numbers of the texts, as they follow one another; one may be left out.
         replies: of each reply that is trained on, the number of its text, and how many blanks before and after it has.
-        weights: as those of `Rendered`.
-        is_confirmed: whether it gave the same as a full rendering of a second conversation.
+        weights: as in `Rendered`.
+        is_confirmed: whether it gave the same result as a full rendering of a second conversation.
     """
 
     literals: list[str]

@@ -1,9 +1,9 @@
-"""Conversations with tools or thinking: rendered with proof that the template writes them, and whole replies found.
+"""Renders conversations with tools or thinking, checks that the template writes them, and finds whole replies.
 
-A reply with a call of a tool is more than its text: what the template writes around the call's name and arguments is
-learned too, and so are the marks around thinking. A reply begins where a prompt ends: what is before it is compared
-with what the template writes before an answer that is asked for. It ends at the token that ends every reply. So an
-empty thinking block is supervised where the template leaves it to the model, and not where the prompt has it already.
+A reply with a tool call is more than its text: what the template writes around the call's name and arguments is also
+trained on, and so are the marks around thinking. A reply begins where a prompt ends: the text before it is compared
+with what the template writes before a requested answer. It ends at the token that ends every reply. So an empty
+thinking block is supervised if the template leaves it to the model, and not if the prompt already contains it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,10 +36,10 @@ def needs_whole_turns(turns: Sequence[Turn], tools: Sequence[object]) -> bool:
 
 
 class _MarkedMessages:
-    """Messages with numbered markers around every text of them, and whose each number is.
+    """Messages with numbered markers around all of their texts, and the owner of each number.
 
     Attributes:
-        messages: what the template gets.
+        messages: the messages for the template.
         owners: number -> (the index of the turn, None for a tool; what the text is, in words).
     """
 
@@ -133,10 +133,10 @@ def render_whole_turns(
 def _render(
     processor: Processor, turns: Sequence[Turn], sample: Sample, *, prompt: bool, thinking: bool | None
 ) -> tuple[str, dict[int, Span], dict[int, tuple[int | None, str]]]:
-    """Return the conversation, the span of each marked text, and whose it is.
+    """Return the conversation, the span of each marked text, and its owner.
 
     Raises:
-        BadSample: the template refuses it, or writes something else around marked texts than around others.
+        BadSample: the template refuses it, or treats marked texts differently from others.
     """
     marked = _MarkedMessages(processor, turns, sample.tools)
     plain = _MarkedMessages(processor, turns, sample.tools, numbered=False)
@@ -154,7 +154,7 @@ def _render(
 
 
 def _check_texts(processor: Processor, sample: Sample) -> None:
-    """Raise BadSample for markers in texts, and for special tokens where no markers can tell that they are words."""
+    """Raise BadSample for markers in texts, and for special tokens in texts that cannot have markers."""
     calls = [turn.tool_calls for turn in sample.turns if isinstance(turn, ToolCallTurn)]
     texts = [part for turn in sample.turns for part in (*turn.content, turn.thinking) if isinstance(part, str)]
     if any(marker in text for text in [*texts, *map(repr_json, (*calls, *sample.tools))] for marker in MARKERS):
@@ -219,7 +219,7 @@ def _spans_of_turns(spans: Mapping[int, Span], owners: Mapping[int, tuple[int | 
 
 
 def _cut_at_thinking(prompt_end: str) -> str:
-    """Return the end of a prompt up to the mark of thinking in it; all of it if there is none."""
+    """Return the end of a prompt up to its thinking mark, or all of it if there is none."""
     place = prompt_end.lower().find("think")
     start = max((prompt_end.rfind(mark, 0, place) for mark in "<[◁"), default=-1) if place >= 0 else -1
     return prompt_end if start < 0 else prompt_end[:start]
@@ -269,8 +269,8 @@ class _ReplyFinder:
     def _prompt_end(self, index: int) -> str:
         """Return what the template writes after the last text of a prompt that ends before a turn.
 
-        It renders the turns before it from the last question, reply or call on, so that all replies together take as
-        long as the conversation.
+        It renders the turns before it only from the last question, reply or call on, so that all replies together take
+        linear time.
         """
         first = index - 1
         while first > 0 and (self.turns[first].role == "tool" or not self._has_text(self.turns[first])):
