@@ -399,7 +399,7 @@ def test_tiles_are_cut_for_each_encoder(parts: Parts):
 REFUSED = {
     "pictures of two sizes": (
         {"encoder": "dinov2", "extra_encoders": {"siglip": {}}},
-        r"need images of one size.*dinov2 \(model.visual_encoder.image_size=null\) 16 x 16 pixels, .*siglip "
+        r"need images of the same size.*dinov2 \(model.visual_encoder.image_size=null\) 16 x 16 pixels, .*siglip "
         r"\(model.visual_encoder.extra_encoders.0.image_size=null\) 24 x 24 pixels. Set the image_size of one",
     ),
     "unequal features": (
@@ -423,7 +423,7 @@ REFUSED = {
     ),
     "maps of several sizes": (
         {"encoder": "timm_convnet", "layer": [-1, 0]},
-        r"model.visual_encoder.feature_layer=\[-1, 0\]: these layers of .* have 1, 256 features; choose layers that",
+        r"model.visual_encoder.feature_layer=\[-1, 0\]: these layers of .* have 1, 256 features; choose layers with",
     ),
     "no CLS token beside": (
         {

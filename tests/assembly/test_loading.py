@@ -73,7 +73,7 @@ def test_unexpected_weights_are_refused_and_buffers_that_are_computed_are_not(ll
     change(llama, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     load(llama)
     change(llama, **{"other.weight": torch.ones(2)})
-    with pytest.raises(ValueError, match=r"holds other.weight, which LlamaForCausalLM does not have by config.json"):
+    with pytest.raises(ValueError, match=r"has other.weight, which LlamaForCausalLM does not have by config.json"):
         load(llama)
 
 

@@ -76,7 +76,7 @@ MISTAKES = {
     "-cn pretrain-smol dataset.path=records.jsn": ["records.jsn: no such file", "seen from"],
     f"{RUN} dataset.image_folder=picures": ["no such folder"],
     f"{RUN} dataset.image_folder=~/images": ["~ is not expanded here", "$HOME/images"],
-    f"{RUN} trainer.from_pretrained=run": ["whose model is run/final"],
+    f"{RUN} trainer.from_pretrained=run": ["it is a run directory, and its model is run/final"],
     f"{RUN} trainer.max_steps": ["key=value is needed"],
 }  # fmt: skip
 """Command line -> words of the answer."""

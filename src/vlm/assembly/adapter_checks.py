@@ -1,4 +1,4 @@
-"""Whether the files of an adapter's folder are those of its base: ranks, layers, names, shapes and finite numbers."""
+"""Checks whether the files of an adapter's folder fit its base: ranks, layers, names, shapes and finite numbers."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm.checks.checkpoint_files import TensorHeader, shown
 
 INITS = (True, False, "gaussian", "orthogonal")
-"""Values of `init_lora_weights` that leave the base as it is; others would change it when the adapter is put on."""
+"""Values of `init_lora_weights` that do not change the base; others would change it when the adapter is added."""
 
 
 def check_adapter_settings(
@@ -54,7 +54,7 @@ def check_adapter_settings(
 
 
 def _plain(pattern: str) -> str:
-    """Return the name that a pattern of peft spells out with escapes, after `^`."""
+    """Return the plain name in one of peft's patterns, which is escaped, and may follow `^`."""
     return re.sub(r"\\(.)", r"\1", pattern.removeprefix("^").removesuffix("$"))
 
 
@@ -62,14 +62,14 @@ def check_trained_tensors(
     folder: Path, state: Mapping[str, Tensor], current: Mapping[str, Tensor], *, needed: Collection[str],
     growing: Collection[str],
 ) -> None:  # fmt: skip
-    """Refuse weights of an adapter's folder that its base has no place for, and a folder that lacks what is new.
+    """Refuse weights of an adapter's folder that the base does not have, and a folder that lacks new weights.
 
     Args:
         folder: the adapter's.
-        state: its weights besides the adapter.
-        current: the base's.
-        needed: names that the base was given no weights for.
-        growing: names of embeddings, of which the folder may hold the last rows alone.
+        state: its weights other than the adapter.
+        current: the weights of the base.
+        needed: names of weights that the base does not have.
+        growing: names of embeddings of which the folder may have only the last rows.
 
     Raises:
         ValueError: with the name of the weight.

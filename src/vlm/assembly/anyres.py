@@ -1,4 +1,4 @@
-"""From `model.anyres` to a composition that reads images in tiles: whether its parts allow it, and what is recorded."""
+"""Makes a composed model read images in tiles (`model.anyres`): checks its parts, and records the settings."""
 
 import math
 from dataclasses import asdict
@@ -12,7 +12,8 @@ from vlm.models.processing_vlm import VLMProcessor
 
 
 def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]) -> None:
-    """Write into a composition's configuration and processor how images are tiled; nothing changes without grids.
+    """Write the settings of tiles into the configuration and the processor of a composed model; do nothing without
+    grids.
 
     `size` is the height and width of the pixels that the visual encoder reads.
     """

@@ -1,8 +1,8 @@
-"""`dataset.max_image_tokens`: a budget in tokens an image, as options of the processor that prepares the images.
+"""`dataset.max_image_tokens`: a maximum number of tokens per image, enforced by options of the image processor.
 
-The options are saved with the processor, so that evaluation, inference and other programs see the images that training
-saw. The tokens of an image are all that the processor writes in its place: features, and the marks of rows, tiles,
-start and end among them. Marks that a chat template writes around images come on top.
+The options are saved with the processor, so that evaluation, inference and other programs see the same images as
+training. The tokens of an image are everything that the processor writes for it, including marks of rows, tiles, start
+and end. Marks that a chat template writes around images are not included.
 """
 
 import logging
@@ -31,7 +31,7 @@ REAL_SIDE = 1_500
 
 
 def limit_image_tokens(processor: Processor, config: PreTrainedConfig, budget: int, name: str | None = None) -> None:
-    """Let no image take more than `budget` tokens: large ones become smaller, or fewer tiles.
+    """Limit every image to `budget` tokens: large images become smaller, or get fewer tiles.
 
     Args:
         processor: its options change, and are saved with it.

@@ -1,7 +1,7 @@
-"""From a visual encoder to a composition that reads images at native resolution: whether the parts allow it, and how.
+"""Makes a composed model read images at native resolution, if its parts support this.
 
-Some encoders read nothing else (SigLIP 2 with NaFlex, Qwen's vision towers); others (DINOv2, DINOv3, CLIP, SigLIP) do
-where `dataset.image_mode=native` asks for it.
+Some encoders always do (SigLIP 2 with NaFlex, Qwen's vision towers); others (DINOv2, DINOv3, CLIP, SigLIP) do with
+`dataset.image_mode=native`.
 """
 
 import math
@@ -26,7 +26,7 @@ NATIVE = "native"
 NATIVE_ARGUMENTS = {"spatial_shapes", "grid_thw"}
 """Arguments of encoders that read images of different sizes in one call, and nothing else."""
 TRIED_SQUARES = ((2, 3), (3, 1))
-"""Rows and columns of merged squares of two images that an encoder is tried on without weights."""
+"""Rows and columns of merged squares of two images on which an encoder is tried without weights."""
 
 
 def check_image_mode(config: PreTrainedConfig, visual_encoder: VisualEncoderConfig, image_mode: str | None) -> bool:
@@ -34,11 +34,12 @@ def check_image_mode(config: PreTrainedConfig, visual_encoder: VisualEncoderConf
 
     Args:
         config: the visual encoder's configuration.
-        visual_encoder: where it comes from.
-        image_mode: that of `DatasetConfig`; None leaves it to the encoder.
+        visual_encoder: the source of the encoder.
+        image_mode: that of `DatasetConfig`; None leaves the choice to the encoder.
 
     Raises:
-        ValueError: the encoder reads nothing else, and another mode is asked for; or transformers has no such encoder.
+        ValueError: the encoder supports only native resolution, and another mode is requested; or transformers has no
+            such encoder.
     """
     label = f"model.visual_encoder.hf_name={visual_encoder.hf_name}"
     encoder = AutoModel._model_mapping.get(type(config), None)
@@ -203,7 +204,7 @@ def _try_grid(
 
 
 def _plain_processor(processor: ImageProcessor, side: int) -> ImageProcessor:
-    """Return an image processor that resizes and normalises as the encoder's own, which has other outputs."""
+    """Return an image processor that resizes and normalises like the encoder's own, which has other outputs."""
     plain = CLIPImageProcessor(
         size={"height": side, "width": side},
         do_center_crop=False,

@@ -1,4 +1,4 @@
-"""Packed rows and the model: the positions that it uses, and the proof that the samples of a row stay apart."""
+"""Positions for packed rows, and the proof that the samples of a row do not affect each other."""
 
 import inspect
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from vlm.data.processor import Processor, SampleInputs
 from vlm.families.grid_positions import NUM_AXES, TYPES_INPUT, has_grid_positions
 
 PACKING_KEY = "trainer.packing=true:"
-"""How a message begins that says why samples cannot be packed."""
+"""The beginning of messages on why samples cannot be packed."""
 
 
 def add_grid_positions(model: Any, batch: SampleInputs) -> SampleInputs:
@@ -62,10 +62,10 @@ def _find_prompt_ends(batch: SampleInputs, positions: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_packing(model: TrainableModel, processor: Processor) -> None:
-    """Check on a few tokens in packed rows that no sample sees another, and that each sees what it sees alone.
+    """Check on a few tokens in packed rows that samples do not affect each other, and have the same logits as alone.
 
     Raises:
-        ValueError: the model does not keep samples apart.
+        ValueError: samples affect each other.
     """
     tokenizer = processor.tokenizer
     words = [tokenizer(text, add_special_tokens=False).input_ids[:4] for text in ("one two", "red blue", "a dog runs")]
@@ -79,12 +79,12 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
 
 @torch.no_grad()
 def check_shared_prompts(model: TrainableModel, processor: Processor) -> None:
-    """Check on a few tokens that a rejected reply after a shared prompt sees the prompt, and not the chosen reply.
+    """Check on a few tokens that a rejected reply after a shared prompt sees the prompt, but not the chosen reply.
 
-    Its logits have to be those after a prompt of its own; two pairs are in a row.
+    Its logits must equal those after a prompt of its own; the row has two pairs.
 
     Raises:
-        ValueError: the model does not keep replies apart.
+        ValueError: replies affect each other.
     """
     ids = choose_tokens(processor, 13)
     prompt, chosen, rejected = ids[:4], ids[4:7], ids[7:9]

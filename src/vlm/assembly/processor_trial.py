@@ -1,7 +1,7 @@
-"""Whether a checkpoint's processor works at all: its chat template ends, its tokenizer too, and an image comes through.
+"""Checks that a checkpoint's processor works: its chat template and tokenizer terminate, and it can prepare an image.
 
-What a stranger wrote to be run, templates and regular expressions, is first tried in a process of its own, with bounded
-processor time and memory (`trial_process`), each text once per process. Packaged templates are not tried.
+Foreign templates and regular expressions are first tried in a separate process with limited processor time and memory
+(`trial_process`), each once per process. Packaged templates are not tried.
 """
 
 import json
@@ -31,24 +31,24 @@ from vlm.models.processing_vlm import FIXED_CLOCK, FIXED_DATE, VLMProcessor
 P = TypeVar("P", bound=Processor)
 
 MAX_SECONDS = 2
-"""Processor time in which a template has rendered a few short conversations, or a tokenizer split a few short texts."""
+"""Maximum processor time for a template to render, or a tokenizer to split, a few short texts, in seconds."""
 MAX_MEMORY = 1024 * MEGABYTE
 HANG = 600
-"""Seconds after which the process is taken to wait for something."""
+"""Seconds after which the process counts as blocked."""
 TRIED_STEPS = ("normalizer", "pre_tokenizer", "decoder")
-"""Parts of a tokenizer that replace texts, or split them by expressions."""
+"""Parts of a tokenizer that replace texts, or split them by regular expressions."""
 TRIAL_SIDE = 32
-"""Height and width in pixels of the image that a processor is tried with."""
+"""Height and width in pixels of the trial image."""
 MAX_PIXEL_VALUES = 10**8
-"""Numbers that one small image may become: those of 160 tiles of 448 x 448 pixels."""
+"""Maximum number of values for one small image: those of 160 tiles of 448 x 448 pixels."""
 
 
 def try_template(template: str, image_token: str, name: str) -> None:
-    """Raise ValueError if a chat template takes for ever, or writes without end; refusing a conversation is allowed.
+    """Raise ValueError if a chat template does not terminate, or writes too much; it may refuse a conversation.
 
     Args:
-        template: its text.
-        image_token: what stands for an image.
+        template: the text of the template.
+        image_token: the placeholder of an image.
         name: the checkpoint, for messages.
     """
     if template not in _packaged_templates() and (problem := _try_template_once(template, image_token)):
@@ -93,7 +93,7 @@ def _conversations(image_token: str) -> Iterator[list[dict[str, object]]]:
 
 
 def _ask(request: dict[str, object], does: str) -> str:
-    """Return what a process of its own finds wrong; empty: nothing."""
+    """Return the problem that the separate process finds, or an empty text."""
     request |= {"bytes": MAX_MEMORY, "seconds": MAX_SECONDS}
     command = [sys.executable, "-P", str(Path(trial_process.__file__))]
     ended = subprocess.run(
@@ -109,7 +109,7 @@ def _ask(request: dict[str, object], does: str) -> str:
 
 
 def try_tokenizer_file(name: str, revision: str | None = None) -> None:
-    """Raise ValueError if a checkpoint's `tokenizer.json` takes for ever on a short text, or lets it grow."""
+    """Raise ValueError if a checkpoint's `tokenizer.json` does not terminate on a short text, or makes it grow."""
     folder = Path(name)
     found = folder / "tokenizer.json" if folder.is_dir() else cached_file(
         name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False,
@@ -163,7 +163,7 @@ def try_processor(processor: Processor, name: str) -> None:
     """Refuse a processor that cannot prepare a conversation with a small image.
 
     Raises:
-        ValueError: its template takes for ever, it has no padding token, or the image does not come through.
+        ValueError: its template does not terminate, it has no padding token, or the image cannot be prepared.
     """
     for template in {processor.chat_template, processor.own_template} - {None}:
         try_template(str(template), processor.image_token, name)

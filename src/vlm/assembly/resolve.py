@@ -40,8 +40,8 @@ from vlm.models.heads import head_class
 def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[PreTrainedConfig, Processor]:
     """Return configuration and processor of a run's model, from parts or from a checkpoint, without weights.
 
-    With `trainer.from_pretrained`, `config.model` becomes what the checkpoint was built with; a head that the run asks
-    for stays, and where the checkpoint has heads the run continues with those.
+    With `trainer.from_pretrained`, `config.model` becomes the checkpoint's recipe. The run keeps its own head, unless
+    the checkpoint has heads, which it then trains further.
 
     Args:
         config: the run's configuration.
@@ -62,7 +62,7 @@ def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Pre
 
 
 def _resolve_model(config: RunConfig, overrides: Sequence[str]) -> tuple[PreTrainedConfig, Processor]:
-    """Resolve a model, see `resolve_model`; what `dataset` says of pixels and coordinates is left to it."""
+    """Resolve a model without the settings of `dataset` for pixels and coordinates, which `resolve_model` applies."""
     overridden_keys = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
     model, name = config.model, config.trainer.from_pretrained
     if name and model.hf_name is not None and {"model", "model.hf_name", "model.revision"} & set(overrides):
@@ -107,7 +107,7 @@ def _open_start(config: RunConfig) -> Checkpoint | None:
 def _resolve_heads(config: RunConfig, checkpoint: Checkpoint, overridden_keys: Sequence[str]) -> None:
     """Make the heads of a checkpoint those of the run.
 
-    A class that the checkpoint alone names is refused: code is imported only where the run names it.
+    A class that only the checkpoint names is refused: code is imported only if the run names it.
     """
     assert is_prediction_config(checkpoint.config)
     head_keys = [key.removeprefix("head.") for key in overridden_keys]
@@ -128,7 +128,7 @@ def _resolve_heads(config: RunConfig, checkpoint: Checkpoint, overridden_keys: S
 def _resolve_family(
     config: RunConfig, checkpoint: Checkpoint, overridden_keys: Sequence[str]
 ) -> tuple[PreTrainedConfig, Processor]:
-    """Resolve a whole model; the parts of `config.model` then say where they come from."""
+    """Resolve a whole model; the parts of `config.model` then name their sources."""
     key = "trainer.from_pretrained" if config.trainer.from_pretrained else "model.hf_name"
     check_no_part_overrides(overridden_keys, f"{key}={checkpoint.name}")
     processor = checkpoint.load_processor(config.dataset.template, config.dataset.image_mode)
@@ -152,7 +152,7 @@ def _resolve_family(
 def _resolve_composed(
     config: RunConfig, checkpoint: Checkpoint, model_config: VLMConfig, overridden_keys: Sequence[str]
 ) -> tuple[VLMConfig, Processor]:
-    """Resolve a composed model; `config.model` becomes its recipe with what a run may choose again."""
+    """Resolve a composed model; `config.model` becomes its recipe with the run's allowed changes."""
     name, requested = checkpoint.name, config.model
     check_no_processor_options(requested.processor)
     with opening(name, "the recipe in its config.json"):
@@ -198,8 +198,8 @@ def load_weights(
 ) -> PreTrainedModel:
     """Return the model of a run that `resolve_model` resolved, with its weights and an embedding row for each token.
 
-    `dtype` is the precision under DeepSpeed; without it, weights are float32 until `cast` narrows frozen parts. The
-    first weights of a new connector are drawn from `seed`.
+    `dtype` is the precision under DeepSpeed; without DeepSpeed, weights are float32 until `cast` converts frozen parts.
+    The initial weights of a new connector are drawn with `seed`.
     """
     dtype = dtype if config.trainer.deepspeed else torch.float32
     checkpoint = _open_start(config)

@@ -1,8 +1,8 @@
-"""The proof that a model loads what it saves: names, shapes and computed buffers, before hours are spent on training.
+"""Proves before training that a model loads what it saves: names, shapes and computed buffers.
 
-The model is saved into memory and loaded from there, with stand-ins for its tensors that take no memory. Each stand-in
-holds one number in all its places, by which it is recognised after loading. Where transformers joins and splits tensors
-(experts), that would take as much memory as the model: there, stand-ins have shapes alone.
+The model is saved to memory and loaded from there, with stand-ins for its tensors that take no memory. Each stand-in is
+filled with one number, by which it is recognised after loading. If transformers joins and splits tensors (experts),
+this would take as much memory as the model; then stand-ins have only shapes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,16 +20,17 @@ from vlm.assembly.saving import use_canonical_names
 from vlm.families.meta_model import without_zero3
 
 NUM_MARKS = 251
-"""Stand-ins are told apart by so many numbers; bfloat16 holds each exactly."""
+"""The number of different values of stand-ins, each of which bfloat16 represents exactly."""
 
 ROUNDING = 0.02
-"""The largest difference of buffers, relative to their numbers, that counts as rounding."""
+"""The largest relative difference of buffers that counts as rounding."""
 
 MARKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def saved_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what `save_complete` writes of a model with this state: name on disk -> tensor, tied ones once.
+    """Return the tensors that `save_complete` writes for a model with this state: name on disk -> tensor, tied ones
+    once.
 
     Raises:
         RuntimeError: parameters are one tensor without being declared as tied.
@@ -41,11 +42,11 @@ def saved_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[s
 
 
 def check_round_trip(model: PreTrainedModel) -> None:
-    """Refuse a model that would not be loaded as it was saved; quantised ones, saved on top of their base, pass.
+    """Refuse a model that would not be loaded as it was saved; quantised models, which are saved on a base, pass.
 
     Raises:
-        ValueError: the model cannot be saved, or loading it misses a weight, mixes weights up, draws one again, or
-            computes an unsaved buffer differently.
+        ValueError: the model cannot be saved, or loading it misses a weight, mixes up weights, initialises one again,
+            or computes an unsaved buffer differently.
     """
     if any(getattr(module, "is_quantized", False) for module in model.modules()):
         return
@@ -99,7 +100,7 @@ def mark_of(place: int, dtype: torch.dtype) -> int:
 
 
 def _loading_problems(info: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what transformers says of loading."""
+    """Yield the problems that transformers reports on loading."""
     for key, problem in (("missing_keys", "lacks"), ("unexpected_keys", "has no place for")):
         if names := sorted(info[key]):
             yield f"it {problem} {_shorten(names)}"

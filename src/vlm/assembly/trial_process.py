@@ -1,8 +1,8 @@
-"""A process of its own that tries what a stranger wrote: chat templates and a tokenizer's expressions.
+"""A separate process that tries foreign chat templates and the regular expressions of tokenizers.
 
-`processor_trial` starts this file as a program. It imports Jinja and tokenizers only, so that it starts at once, and
-its memory and processor time are bounded: what loops or grows without end ends this process, and nothing else. The
-sandbox is set up as transformers' is. A request is read as JSON, and the answer is empty if nothing was wrong.
+`processor_trial` starts this file as a program. It imports only Jinja and tokenizers, so that it starts at once. Its
+memory and processor time are limited: endless loops or growth end this process, and nothing else. The sandbox is the
+same as in transformers. The request is read as JSON, and the answer is empty if nothing was wrong.
 """
 
 import json
@@ -12,15 +12,15 @@ from typing import Any
 
 MEGABYTE = 1 << 20
 MAX_OUTPUT = 4 * MEGABYTE
-"""Characters of a rendered conversation of a few words."""
+"""Maximum number of characters of a rendered conversation of a few words."""
 REPEATS = 60
-"""How often each character of an expression is in the texts that it is tried on."""
+"""How often each character of an expression occurs in the texts on which it is tried."""
 
 
 def render(template: str, conversations: list[list[dict[str, object]]], variables: dict[str, object]) -> str:
-    """Render conversations, with and without an opened reply; return what is wrong, in words.
+    """Render conversations, with and without the start of a reply; return the problem in words.
 
-    A template may refuse a conversation, but not all of them, take for ever, or write without end.
+    A template may refuse some conversations, but not all of them, and it must terminate and not write too much.
     """
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
@@ -70,7 +70,7 @@ def render(template: str, conversations: list[list[dict[str, object]]], variable
 
 
 def encode(settings: dict[str, object], expressions: list[str]) -> str:
-    """Use a tokenizer's steps, without its vocabulary, on texts that it may be slow on; return what is wrong."""
+    """Run a tokenizer's steps, without its vocabulary, on texts that may be slow; return the problem in words."""
     from tokenizers import Tokenizer
 
     kept = {key: settings.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
