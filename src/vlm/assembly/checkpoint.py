@@ -291,6 +291,7 @@ class Checkpoint:
         config, body = self.config, self.body_config
 
         def load(reference: str) -> Any:
+            """Return the class that the checkpoint's code defines under this reference."""
             return get_class_from_dynamic_module(
                 check_reference(reference, self.name), self.name, revision=self.revision
             )

@@ -129,6 +129,7 @@ def _refusal(budget: int, least: int, subject: str) -> ValueError:
 
 def _report(budget: int, before: Settings, after: Settings, kind: str = "") -> None:
     def shown(value: object) -> object:
+        """Return a value as the log names it: grids by their number."""
         return f"{len(value)} grids" if isinstance(value, list) else value
 
     changes = changed_options(before, after).items()

@@ -240,6 +240,7 @@ class _Rules:
         stacks = {_without_numbers(name) for name in model.state_dict()}
 
         def is_further_layer(name: str) -> bool:
+            """Return whether a name belongs to a layer beyond those that the configuration has."""
             numbers = [int(number) for number in re.findall(r"\.(\d+)\.", name)]
             if RECOMPUTED.search(name) or not numbers or _without_numbers(name) not in stacks:
                 return False

@@ -38,9 +38,11 @@ def render(template: str, conversations: list[list[dict[str, object]]], variable
             return nodes.Scope(body).set_lineno(line)
 
     def raise_exception(message: str) -> None:
+        """End the template with an error, as transformers' function of this name does."""
         raise TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        """Write a value as JSON without escaping HTML, as transformers' filter of this name does."""
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(

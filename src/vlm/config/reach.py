@@ -56,6 +56,7 @@ def training_argument_reach(name: str, default: object) -> Metadata:
     effect, allowed = CLOSED_ARGUMENTS.get(name, ("may read, write or send more than the run's own files", ()))
 
     def is_harmless(value: object) -> bool:
+        """Return whether a value reaches nothing: it is allowed, the default or false."""
         return value in allowed or (value == default and type(value) is type(default)) or value is False
 
     return runs_code(effect, is_harmless) if "imports" in effect else reads_outside(effect, is_harmless)

@@ -167,6 +167,7 @@ def _write_parts(source: Source, records: np.ndarray, path: Path) -> None:
     """Write the parts of each record."""
 
     def fits(sample: Sample) -> bool:
+        """Return whether a sample has at most as many tokens as the encoder allows."""
         encoded = source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))
         return len(encoded.input_ids) <= source.encoder.longest
 

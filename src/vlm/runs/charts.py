@@ -153,9 +153,11 @@ def _draw_chart(curves: Sequence[Curve], x_title: str, label: str, kind: str, sc
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def x_of(x: float) -> float:
+        """Return where a step is in the chart, in pixels from the left."""
         return LEFT + inner_width * (x - first) / (last - first)
 
     def y_of(y: float) -> float:
+        """Return where a value is in the chart, in pixels from the top."""
         return TOP + inner_height * (1 - scale.place(y))
 
     parts = [f'<svg class="chart {kind}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(label)}">']

@@ -51,6 +51,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: S
     """Return a table of texts; the columns with the indices `numeric` are aligned to the right."""
 
     def cell(tag: str, place: int, value: object) -> str:
+        """Return a cell of the table as HTML."""
         kind = ' class="number"' if place in numeric else ""
         return f"<{tag}{kind}>{text(value)}</{tag}>"
 

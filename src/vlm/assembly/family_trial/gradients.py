@@ -172,6 +172,7 @@ def are_idle(subject: Subject, names: Iterable[str], batches: Iterable[Batch]) -
     generator = torch.Generator().manual_seed(0)
 
     def moved_logits(batch: Batch) -> Tensor:
+        """Return the logits after each parameter has moved a little, then move the parameters back."""
         kept = [parameter.clone() for parameter in idle]
         for parameter in filter(torch.is_floating_point, idle):
             parameter.mul_(1 + NUDGE * torch.randn(parameter.shape, generator=generator))

@@ -144,6 +144,7 @@ def _mmeb_values(record: Record) -> list[tuple[str, object]]:
     """Return the members of a record of MMEB: texts, and the path of an image, whose mark begins the text."""
 
     def member(text: object, image: object) -> dict[str, object]:
+        """Return a member with this text and image; if it has an image, the text has no mark."""
         unmarked = text.replace(MMEB_MARK, "").strip() if isinstance(text, str) and image else text
         return {"text": unmarked, "image": image or None}
 
