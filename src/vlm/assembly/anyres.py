@@ -12,8 +12,7 @@ from vlm.models.processing_vlm import VLMProcessor
 
 
 def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]) -> None:
-    """Write the settings of tiles into the configuration and the processor of a composed model; do nothing without
-    grids.
+    """Write the settings of tiles into a composed model's configuration and processor; do nothing without grids.
 
     `size` is the height and width of the pixels that the visual encoder reads.
     """

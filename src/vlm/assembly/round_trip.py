@@ -29,8 +29,7 @@ MARKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def saved_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors that `save_complete` writes for a model with this state: name on disk -> tensor, tied ones
-    once.
+    """Return the tensors that `save_complete` writes for this state: name on disk -> tensor, tied ones once.
 
     Raises:
         RuntimeError: parameters are one tensor without being declared as tied.

@@ -1,5 +1,4 @@
-"""The fields of the installed `transformers.TrainingArguments`, read from its source, because importing it takes
-seconds.
+"""Reads the fields of `transformers.TrainingArguments` from its source, because importing it takes seconds.
 
 Imports nothing of `vlm`.
 """

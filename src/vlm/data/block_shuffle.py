@@ -1,4 +1,4 @@
-"""Records in sequence, shuffled within blocks: where such a stream is takes five numbers to say.
+"""Records in sequence, shuffled within blocks, so that the position of a stream is five numbers.
 
 A buffer from which records are drawn one by one would have to be saved record by record. A block is read again from
 where it begins.
@@ -19,10 +19,10 @@ class BlockPosition(NamedTuple):
 
     Attributes:
         epoch: number of the epoch, from 0.
-        file: of the position at which the current block begins.
-        place: of that position.
+        file: the file of the position at which the current block begins.
+        place: the place of that position.
         block: number of the block in its epoch, from 0.
-        index: number of the block's records that are taken.
+        index: number of the block's records that have been taken.
     """
 
     epoch: int = 0

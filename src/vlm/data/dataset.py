@@ -36,7 +36,7 @@ LOSS_WEIGHTS: Final = "loss_weights"
 
 
 class SampleRef(NamedTuple):
-    """Names a sample for people: `record` is its index in the source, from 0, None in a stream; `id` its own name."""
+    """Names a sample in messages: `record` is its index in the source, from 0, None in a stream; `id` its own name."""
 
     source: str
     record: int | None
@@ -68,7 +68,7 @@ class Skipped:
         return cls(record, name or "", reason or "", file, source.shown_path, policy)
 
     def as_error(self) -> ValueError:
-        """Return the error to raise where such records are not left out."""
+        """Return the error to raise if such records are not left out."""
         place = self.source if self.record is None else f"{self.source}, record {self.record}"
         hint = f"dataset.{self.policy}=skip leaves such records out and lists them."
         name = "" if self.id in ("", "?") else f"record {self.id!r}: "
@@ -177,7 +177,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         sizes = media_sizes_from_opened(sample.media, media, processor)
 
         def process_one(index: int) -> object:
-            """Process one medium alone, to find out which of them the processor refuses."""
+            """Process one image or video alone, to find out which of them the processor refuses."""
             return processor.image_inputs(media[index : index + 1], sizes[index : index + 1])
 
         with processor_errors("the processor", sample.id, sample.media, process_one):
@@ -285,7 +285,7 @@ def model_inputs(
     """
 
     def process_one(index: int) -> object:
-        """Process one medium alone, to find out which of them the processor refuses."""
+        """Process one image or video alone, to find out which of them the processor refuses."""
         return processor.image_inputs(media[index : index + 1], sizes[index : index + 1])
 
     name, refs = ("?", []) if sample is None else (sample.id, sample.media)
@@ -324,7 +324,7 @@ def load_sources(
     sources: list[Source], config: DatasetConfig, encoder: SampleEncoder, *, seed: int, first: int | None = None,
     evaluates: bool = False,
 ) -> SampleDataset:  # fmt: skip
-    """Read, check and count the records of sources that are made already; see `load_dataset`."""
+    """Read, check and count the records of existing sources; see `load_dataset`."""
     places, lengths, images, skipped, contributions = [], [], [], [], []
     labels, groups = [], []
     has_videos = has_thinking = False

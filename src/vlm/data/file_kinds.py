@@ -85,7 +85,7 @@ def describe_bytes(head: bytes) -> str | None:
 
 
 def _describe_text(head: bytes) -> str | None:
-    """Describe markup and other text; None for what is no text."""
+    """Describe markup and other text; None for anything that is not text."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"<"):
         lower = start.lower()
@@ -122,5 +122,5 @@ def read_head(path: Path) -> bytes:
 
 
 def show_start(head: bytes) -> str:
-    """Show the first bytes of a file of which nothing is known."""
+    """Show the first bytes of a file of an unknown kind."""
     return f"a file of an unknown kind, which begins with the bytes {head[:8].hex(' ')}"

@@ -1,4 +1,4 @@
-"""The processor as all code but its own file sees it: it turns conversations into ids, and images into model inputs.
+"""The interface of processors, which turn conversations into ids, and images into model inputs.
 
 `models.processing_vlm.VLMProcessor` (composed models) and `families.processing.FamilyProcessor` (Hub families)
 satisfy the Protocol.

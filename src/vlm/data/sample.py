@@ -127,7 +127,7 @@ class OptionNeeded(BadSample):
 
 
 class Reasoned(Protocol):
-    """What has a reason, and the file at fault or None."""
+    """Anything that has a reason, and the file at fault or None."""
 
     @property
     def reason(self) -> str:
@@ -141,7 +141,7 @@ class Reasoned(Protocol):
 
 
 def group_reasons(problems: Iterable[Reasoned]) -> list[tuple[str, int]]:
-    """Count problems by what is wrong, the commonest first: (the reason, and how many there are).
+    """Count problems by reason, the commonest first; return pairs of the reason and the number.
 
     Reasons that differ in the file and in numbers only are one; the first of them stands for all, without its file
     where that is not the same for all.
@@ -362,7 +362,7 @@ class Sample:
         return self if self.rejected is None else replace(self, rejected=None)
 
     def map_sides(self, change: Callable[["Sample"], "Sample"]) -> "Sample":
-        """Return the sample changed, and so what it is preferred to, where it has such a conversation."""
+        """Return the sample with both its sides changed: its conversation, and the rejected one if there is one."""
         if self.rejected is None:
             return change(self)
         return replace(change(self.chosen), rejected=change(self.rejected))
@@ -374,7 +374,7 @@ class Sample:
 
     @property
     def reply_problem(self) -> str | None:
-        """Why there is no reply to learn from; None if there is one."""
+        """The reason why there is no reply to learn from; None if there is one."""
         given = [turn for turn in self.turns if turn.role == "assistant"]
         if not given:
             return "no reply to train on"

@@ -1,4 +1,4 @@
-"""Conversations that are too long, as several samples: `dataset.over_length=split`.
+"""Splits conversations that are too long into several samples: `dataset.over_length=split`.
 
 A conversation is cut in front of questions. Each trained reply is in exactly one part, with what is before
 it there: the system turn, and the turns that fit before it, whose replies are only read. A question without an image
@@ -88,12 +88,12 @@ class _Conversation:
         return Part((*range(self.num_leading), *turns), self.groups[start][0], number)
 
     def find_end(self, start: int) -> int:
-        """Return up to which group a part that begins at `start` fits; `start` where not even one does."""
+        """Return the group after the last one that fits into a part beginning at `start`; `start` if none fits."""
         ends = range(start + 1, len(self.groups) + 1)
         return start + bisect_left(ends, True, key=lambda end: not self._holds(start, start, end))
 
     def find_earliest(self, start: int, end: int) -> int:
-        """Return the first of the groups before a part that fit into it too; `start` where none does."""
+        """Return the first of the groups before a part that still fit into it; `start` if none does."""
         counts = range(1, start + 1)
         return start - bisect_left(counts, True, key=lambda count: not self._holds(start - count, start, end))
 

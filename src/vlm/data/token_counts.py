@@ -69,7 +69,7 @@ class Counts:
         uniform: number of its images, of those that were decoded, that are of one colour throughout.
         thinking: 1 if a reply after its last question has thinking that is read, else 0.
         labels: its label for prediction heads as JSON; null without one, or where labels are not read.
-        groups: the group within which a ranking compares it; null as labels.
+        groups: the group within which a ranking compares it; null under the same conditions.
         problems: place in these arrays -> why the record cannot be used.
         ids: the names that records give themselves.
     """
@@ -122,7 +122,7 @@ def count(
         records: the indices of the records, in order.
         decode: the number of records, from the first on, whose images are decoded; None for all.
         workers: number of processes; None for one a core.
-        on_problem: called for each record that cannot be used, as soon as it is found; where it raises, the counts up
+        on_problem: called for each record that cannot be used, as soon as it is found; if it raises, the counts up
             to there are kept.
     """
     path = counts_file(source, records, decode)
@@ -198,7 +198,7 @@ def _write_counts(
 
 
 def _collect_seldom(worker: int) -> None:
-    """Exempt from collection what a worker has from its parent, which walking would copy, and collect the rest seldom.
+    """Exempt the parent's objects from garbage collection, which would copy them, and collect the rest rarely.
 
     A worker makes a million objects a second, hardly any of them in cycles.
     """

@@ -46,8 +46,7 @@ def _differ(one: object, other: object) -> bool:
 
 
 def unusual_settings(runs: Sequence[RunDirectory]) -> list[dict[str, object]]:
-    """Return for each run the settings, among those that a command set, in which it differs from most runs of its
-    recipe.
+    """Return for each run the settings from commands in which it differs from most runs of its recipe.
 
     If no value is that of most runs, all values are returned.
     """

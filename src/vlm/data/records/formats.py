@@ -175,7 +175,7 @@ def read_caption(
         image_folder: what paths are relative to.
         image_key: the key of the image.
         caption_key: the key of the caption.
-        prompt: the question after the image; of a list, each record gets one, chosen by its caption. None for no
+        prompt: the question after the image; from a list, each record gets one, chosen by its caption. None for no
             question, as the template `plain` expects.
 
     Raises:
@@ -372,7 +372,7 @@ def read_minicpm(record: Record, image_folder: Path) -> Sample:
 
 
 def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample:
-    """Make a sample with what else its record has; all of its images and objects must be placed."""
+    """Make a sample from its turns and the other keys of its record; all images and objects must be placed."""
     media.check_all_placed(turns)
     turns, objects = read_objects(record, turns, media.sample_id)
     turns = add_system_turn(record, turns, media.sample_id)
@@ -392,7 +392,7 @@ def _as_text(content: object) -> object:
 
 
 def _has_marks(message: Record, media: MediaPlacer) -> bool:
-    """Return whether marks are looked for in a message: a text of the user's, or a result next to images or videos."""
+    """Return whether a message may have marks: a user's text, or a result of a record with images or videos."""
     role = MESSAGE_ROLES[message["role"]]
     return (role == "user" or (role == "tool" and media.has_media)) and isinstance(message.get("content"), str)
 

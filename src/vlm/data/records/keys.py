@@ -56,7 +56,7 @@ ITEM_KEYS = {
 READ_WHERE_PRESENT = ("objects",)
 """Keys of a record that nearly every reader reads, and that `ignore_keys` leaves out before it does."""
 IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
-"""What the name of an image ends in: under a key that is not read, it is taken for an image that would be lost."""
+"""Extensions of images; such a name under a key that is not read is taken for an image that would be lost."""
 MEDIA_KEYS = ("image", "images", "video", "videos")
 """Keys of a record that name its images and videos."""
 LOST_MEDIA_KEYS = (
@@ -122,7 +122,7 @@ class DeclaredKeys:
 
     @cached_property
     def record_and_turns(self) -> frozenset[str]:
-        """The keys of a record, with that of its turns where no option names another."""
+        """The keys of a record, and the key of its turns unless an option names another one."""
         return self.record if self.turns is None else self.record.union([self.turns])
 
 
@@ -196,7 +196,7 @@ def _rename_image(record: Record, key: str) -> Record:
 
 @dataclass(frozen=True)
 class _Level:
-    """A record, a turn or an item: where it is, its values, the keys that are read, and those that refuse it."""
+    """A record, turn or item: its place, its values, the keys that are read, and the keys for which it is refused."""
 
     prefix: str
     values: Record
@@ -215,7 +215,7 @@ class _Level:
                 raise BadSample(sample_id, f"`{self.prefix}{key}` is not read: {self.refused[key]}. {_advice(key)}")
 
     def check_lost_media(self, ignored: set[str], sample_id: str) -> None:
-        """Raise BadSample for a key that names an image which the record would be trained on without."""
+        """Raise BadSample for a key that names an image if the record would be trained on without that image."""
         for key in self.unread():
             is_lost = key in LOST_MEDIA_KEYS or _names_image(self.values[key])
             if is_lost and key not in ignored:
@@ -261,7 +261,7 @@ def _advice(key: str) -> str:
 def _levels_with_unread(
     record: Record, declared: DeclaredKeys, defaults: dict[str, Any], options: dict[str, Any]
 ) -> Iterator[_Level]:
-    """Yield the record, its turns and their items, of those that have a key that is not read.
+    """Yield each record, turn and item that has a key that is not read.
 
     `defaults` are those of the reader's parameters.
     """
@@ -281,7 +281,7 @@ def _levels_with_unread(
 
 
 def _levels_of_turns(turns: object, key: str, declared: DeclaredKeys) -> Iterator[_Level]:
-    """Yield the turns of a list, or a single one, and their items, of those that have a key that is not read."""
+    """Yield each turn, of a list or a single one, and each item of a turn that has a key that is not read."""
     place = key if isinstance(turns, dict) else f"{key}[]"
     for turn in turns if isinstance(turns, list) else [turns]:
         if not isinstance(turn, dict):
@@ -337,7 +337,7 @@ def read_turn_list(record: Record, key: str, sample_id: str, kind: str) -> list[
     """Return the turns of a record; `kind` is what messages call one of them.
 
     Raises:
-        BadSample: there are none, or the value is no list.
+        BadSample: there are none, or the value is not a list.
     """
     if key not in record:
         raise BadSample(sample_id, f"it has no `{key}`; its keys are {', '.join(map(str, record))}")
@@ -353,7 +353,8 @@ def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> tup
     The value of one of `SUPERVISION_KEYS` is true or false, or a number from 0 on; 0 and false are the same.
 
     Raises:
-        BadSample: a value is neither, the values contradict each other, or a turn that is no reply is to be trained on.
+        BadSample: a value is neither, the values contradict each other, or a turn that is not a reply is to be trained
+            on.
     """
     if SUPERVISION_KEY_SET.isdisjoint(turn):
         return True, 1.0
@@ -373,10 +374,10 @@ def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> tup
 
 
 def add_system_turn(record: Record, turns: Sequence[Turn], sample_id: str) -> list[Turn]:
-    """Return turns after the system turn that a record has next to them, as `system` or `system_prompt`.
+    """Return the turns, preceded by the system turn if the record has one as `system` or `system_prompt`.
 
     Raises:
-        BadSample: it is no text, or there is another system turn.
+        BadSample: it is not a text, or there is another system turn.
     """
     value = first_present(record, *SYSTEM_KEYS)
     if isinstance(value, list) and all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in value):

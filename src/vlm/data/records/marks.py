@@ -1,4 +1,4 @@
-"""Marks: `<image>` and `<video>` in the texts of records and prompts, where they stand for an image or a video.
+"""Marks: `<image>` and `<video>` in the texts of records and prompts, which stand for an image or a video.
 
 A mark is found by the media that there are, not by its spelling alone: without media, and in excess of media where it
 is within a sentence, it is text. `docs/data.md` states the rule. Imports the standard library and `sample` only.
@@ -191,7 +191,7 @@ def join_texts(parts: Sequence[Part]) -> list[Part]:
 # Marks of other tools
 
 BOX_MARKS = re.compile(r"<bbox>|<ref-object>")
-"""Marks in the place of boxes and the names of what is in them, as ms-swift writes them too (see `records.objects`)."""
+"""Marks that stand for boxes and for the names of objects; ms-swift uses the same ones (see `records.objects`)."""
 FILE_MARK = r"<img>(?=[^<>\s]*[./])[^<>\s]*</img>"  # the lookahead keeps it linear in the text
 OTHER_MARKS = re.compile(
     rf"{FILE_MARK}|<\|(?:image|video|audio|vision|img)\w*\|>|<ImageHere>|<IMG_CONTEXT>|<audio>"
@@ -203,7 +203,7 @@ OTHER_MARKS = re.compile(
 def find_other_mark(text: str, *, has_media: bool) -> str | None:
     """Return a mark of another tool in a text that has no marks of ours, None if there is none.
 
-    Beside media every one counts; without media one counts that names a file, begins the text or fills a line.
+    With media, every such mark counts; without media, only one that names a file, begins the text or fills a line.
     """
     if "<" not in text:  # each of them begins with it
         return None

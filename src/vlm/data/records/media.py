@@ -132,7 +132,7 @@ def _decode_data_url(address: str, sample_id: str) -> bytes:
 
 
 class MediaPlacer:
-    """Puts a record's images and videos in the places of the marks in its texts, in order.
+    """Replaces the marks in a record's texts with its images and videos, in order.
 
     They are listed as `image` or `images`, `video` or `videos`.
     """
@@ -166,7 +166,7 @@ class MediaPlacer:
         return media[number]
 
     def at(self, index: object, kind: str) -> ImageRef | VideoRef:
-        """Return the image or video of an index, from 0, as often as it is asked for.
+        """Return the image or video with an index, counted from 0; each may be used several times.
 
         Raises:
             BadSample: there is none of this index, or some were taken without an index.
@@ -210,7 +210,7 @@ class MediaPlacer:
         return read(file, self.folder, self.sample_id, item_type)
 
     def rest(self) -> tuple[ImageRef | VideoRef, ...]:
-        """Return all that are not placed yet, and place them: videos first, as they are longer."""
+        """Place all images and videos that are not placed yet, and return them: videos first, as they are longer."""
         return (*self._take_all(VIDEO_PLACEHOLDER), *self._take_all(PLACEHOLDER))
 
     def _take_all(self, kind: str) -> list[ImageRef | VideoRef]:
@@ -234,7 +234,7 @@ class MediaPlacer:
         return self._split(texts, numbers)[0] if texts else []
 
     def place_or_prepend(self, text: str) -> tuple[ContentPart, ...]:
-        """Return a question with its media instead of their marks; without marks, they come first."""
+        """Return a question with its media in the places of their marks; without marks, media come first."""
         numbers = {kind: len(media) for kind, media in self.media.items()}
         (pieces,), leading = self._split([text], numbers, lead=True)
         first = [
@@ -270,7 +270,7 @@ class MediaPlacer:
         """Check that every image and video is placed, and that no text has marks of boxes next to them.
 
         Raises:
-            BadSample: it is not so.
+            BadSample: an image or video is not placed, or a text has such marks.
         """
         for kind, name in MEDIA_NAMES.items() if self.has_media else ():
             number, indexed = len(self.media[kind]), self._indexed[kind]
@@ -312,7 +312,7 @@ def _listed(record: Record, key: str, sample_id: str) -> object:
 
 
 def _read_address(value: object) -> object:
-    """Return the address of an item's `image_url` or `video_url`, which may stand under `url`."""
+    """Return the address of an item's `image_url` or `video_url`, which may be a mapping with `url`."""
     return value.get("url") if isinstance(value, dict) else value
 
 

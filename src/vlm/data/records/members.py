@@ -1,4 +1,4 @@
-"""Records of what is compared: a query, what it should find, and what it should not find, as turns of one sample.
+"""Records for embeddings: a query, what it should find, and what it should not find, as turns of one sample.
 
 Imports `sample`, its siblings and the standard library only.
 """
@@ -52,11 +52,11 @@ class MemberTurn(Turn):
 def split_members(sample: Sample) -> list[Sample]:
     """Return the query, the positive and the negatives of a record, each as a sample that waits for a reply.
 
-    Of a record without members, such as an image with its caption, the query is what is before the last reply, and
+    In a record without members, such as an image with its caption, the query is what is before the last reply, and
     that reply is the positive.
 
     Raises:
-        BadSample: it is such a record, and has nothing before a reply, or no reply.
+        BadSample: it is such a record, but has no reply, or nothing before its reply.
     """
     if any(isinstance(turn, MemberTurn) for turn in sample.turns):
         numbered = [(turn.member if isinstance(turn, MemberTurn) else 0, turn) for turn in sample.turns]
@@ -72,7 +72,7 @@ def split_members(sample: Sample) -> list[Sample]:
 
 
 def choose_member(sample: Sample, *, is_query: bool) -> Sample:
-    """Return the query of a record, or its positive; a record that is neither a pair nor answered is one of them.
+    """Return the query of a record, or its positive; a record that is one of them, without a reply, is returned whole.
 
     Raises:
         BadSample: see `split_members`.

@@ -23,7 +23,7 @@ SWIFT_UNITS = {"real": PIXELS, "norm1": SHARE, "norm1000": THOUSANDTHS}
 
 
 def read_objects(record: Record, turns: Sequence[Turn], sample_id: str) -> tuple[list[Turn], tuple[MarkedObject, ...]]:
-    """Read the objects of a record; return its turns, in which every mark has the numbers of its objects, and these.
+    """Read the objects of a record; return its turns, with the numbers of objects in the marks, and the objects.
 
     Raises:
         BadSample: an object has another form, or marks and objects do not fit.
@@ -168,7 +168,7 @@ def _add_swift_labels(
 
 @dataclass
 class _MarkNumbers:
-    """Gives each mark the numbers of its objects: a label and a place the next one's, a list all that have a place."""
+    """Numbers marks: a label or place gets the next object's number, a list those of all objects with a place."""
 
     objects: Sequence[MarkedObject]
     sample_id: str
@@ -216,7 +216,7 @@ class _MarkNumbers:
         return [number]
 
     def check_all_used(self) -> None:
-        """Raise BadSample if an object stands nowhere."""
+        """Raise BadSample if an object has no mark."""
         if unused := [number for number in range(len(self.objects)) if number not in self.used]:
             advice = f"write <{PLACE_MARK}> for each, or <{LIST_MARK}> for all of them"
             raise BadSample(self.sample_id, f"objects[{unused[0]}] does not occur in its text; {advice}")
@@ -234,7 +234,7 @@ def _check_media(objects: Sequence[MarkedObject], turns: Sequence[Turn], sample_
 
 
 def _check_calls(turns: Sequence[Turn], sample_id: str) -> None:
-    """Raise BadSample for a mark in an argument of a call, which is no text that the model writes word by word."""
+    """Raise BadSample for a mark in an argument of a call: marks are replaced only in texts."""
     for turn in turns:
         if isinstance(turn, ToolCallTurn) and (match := OBJECT_MARK.search(str(turn.tool_calls))):
             problem = (
@@ -249,7 +249,7 @@ def _texts(turns: Sequence[Turn]) -> Iterator[str]:
 
 
 def map_texts(turn: Turn, change: Callable[[str], str]) -> Turn:
-    """Return a turn with its thinking and its texts changed, in this order, in which templates write them."""
+    """Return a turn with its thinking and then its texts changed, in the order in which templates write them."""
     thinking = None if turn.thinking is None else change(turn.thinking)
     content = tuple(change(part) if isinstance(part, str) else part for part in turn.content)
     return replace(turn, thinking=thinking, content=content)

@@ -141,7 +141,7 @@ def stream_with_positions(
 
 
 def _read_indices(records: Records) -> Callable[[object, int], Iterator[tuple[int, int]]]:
-    """Return what iterates over the indices of records, and where each ends."""
+    """Return a function that iterates over the indices of records, each with the place after it."""
     return lambda file, start: ((index, index + 1) for index in range(start, len(records)))
 
 

@@ -1,4 +1,4 @@
-"""What a path of records names, as its name tells. Standard library only: configurations are checked with it."""
+"""Tells what kind of records a path names. Standard library only, since configurations are checked with it."""
 
 import re
 from pathlib import Path
@@ -8,14 +8,14 @@ HUB_PATTERN = re.compile(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?"
 PIPE_PREFIX = "pipe:"
 """The prefix of a command whose output is a tar shard."""
 LINE_SUFFIXES = (".jsonl", ".ndjson")
-"""Suffixes of files with one record a line."""
+"""Suffixes of files with one record per line."""
 JSON_SUFFIXES = (".json", *LINE_SUFFIXES)
 TEXT_TABLE_SUFFIXES = (".csv", ".tsv")
 TABLE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 """Suffix of a table -> the builder of `datasets` that opens it."""
 RECORD_SUFFIXES = (*JSON_SUFFIXES, *TEXT_TABLE_SUFFIXES, *TABLE_BUILDERS, ".tar")
 COMPRESSED_SUFFIXES = (*JSON_SUFFIXES, *TEXT_TABLE_SUFFIXES)
-"""Suffixes of files that may be compressed, with `.gz` after."""
+"""Suffixes of files that may be compressed, followed by `.gz`."""
 
 
 def split_suffix(path: str) -> tuple[str, bool]:
@@ -53,7 +53,7 @@ def is_address(path: str) -> bool:
 
 
 def path_problem(path: str) -> str | None:
-    """Return why a path can name no records, or None if it can."""
+    """Return why a path cannot name records; None if it can."""
     if path.startswith(PIPE_PREFIX) or HUB_PATTERN.fullmatch(path):
         return None
     if _is_tar_address(path):

@@ -38,12 +38,12 @@ def read_shard(
     seed: int | None = None,
     start: Position = START,
 ) -> Iterator[tuple[object, Position]]:
-    """Read the records of a shard: of some of the files where there are enough of them, else some records of all.
+    """Read the records of a shard: some of the files if there are enough files, else some records of every file.
 
     Args:
         files: all files.
         read: iterates over what a file holds from a place on, each with the place after it.
-        parse: makes a record of it; what raises `BadSample` is a record too.
+        parse: makes a record of it; one that raises `BadSample` counts as a record, too.
         shard: the number of the shard, from 0.
         num_shards: number of shards.
         seed: shuffles the files; None: they are read in order.

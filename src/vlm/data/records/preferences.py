@@ -83,7 +83,7 @@ def read_sides(
 def pair(chosen: Sample, rejected: Sample) -> Sample:
     """Return a conversation with the one that it is preferred to; only replies in which they differ are trained on.
 
-    Where they differ in their images alone, the replies after the last question are.
+    If only their images differ, the replies after the last question are trained on.
 
     Raises:
         BadSample: they do not differ, or one of them has no reply of its own.
@@ -113,7 +113,7 @@ def _first_reply_place(sample: Sample) -> int:
 
 
 def _learn_from(sample: Sample, start: int) -> Sample:
-    """Return a sample whose replies before a place are only read."""
+    """Return a sample whose replies before a given place are read but not trained on."""
     turns = (
         replace(turn, supervised=False) if place < start and turn.role == "assistant" else turn
         for place, turn in enumerate(sample.turns)

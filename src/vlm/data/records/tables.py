@@ -2,7 +2,7 @@
 
 A cell is the text that the file has, whatever it looks like (`None`, `NA`, `007`, `2.50`, `True`); only an empty cell
 is missing. What such a file does not tell for certain (encoding, separator, whether quotation marks belong to the text)
-is taken where every row agrees with it; otherwise the file is refused with the line that does not.
+is assumed if every row agrees with it; otherwise the file is refused, naming the line that does not.
 """
 
 import csv
@@ -24,7 +24,7 @@ from vlm.data.records.paths import split_suffix
 from vlm.data.sample import Record
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-"""Suffix of a table -> what is expected between its cells."""
+"""Suffix of a table -> the separator that is expected between its cells."""
 SEPARATOR_NAMES = {"\t": "a tab", ",": "a comma", ";": "a semicolon", "|": "a vertical bar"}
 SAMPLED_LINES = 50
 """Number of lines that a separator has to fit before the whole file is checked with it."""
@@ -48,7 +48,7 @@ class Dialect:
     Attributes:
         encoding: as Python calls it.
         separator: the character between cells.
-        is_quoted: whether quotation marks around a cell are no part of its text.
+        is_quoted: whether quotation marks around a cell are removed.
         num_skipped: lines before the header.
     """
 
@@ -69,7 +69,7 @@ class TableRecords:
         fingerprint: of the file's content.
 
     Raises:
-        ValueError: the file is no such table; tells the line, and what to do.
+        ValueError: the file is not such a table; the message names the line and says what to do.
     """
 
     def __init__(self, path: Path, cache: Path):
@@ -132,7 +132,7 @@ def read_dialect(path: Path, cache: Path) -> Dialect:
 def try_dialects(path: Path, use: Callable[[Iterator[Rows]], object]) -> Dialect:
     """Call a function with the chunks of a table, see `_iter_chunks`; return the dialect that every row agrees with.
 
-    It is called again, from the start, where a row does not agree with the dialect that it was called with.
+    If a row does not agree with the dialect, the function is called again from the start with another one.
 
     Raises:
         ValueError: as `read_dialect`.

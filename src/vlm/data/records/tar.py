@@ -1,4 +1,4 @@
-"""Tar shards, read in sequence from any sample on: files of one name are one sample.
+"""Reads tar shards in sequence, starting at any sample; files with the same name are one sample.
 
 The `.json` is the record, the `.txt` its `caption`; images are bytes under `image` (several under `images`). The name
 is the `id` of a record without one.
@@ -42,7 +42,7 @@ COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 def expand_shards(path: str, *, allow_pipe: bool = False, follow_links: bool = False) -> list[Shard]:
     """Return the shards that a path with braces, a folder, an address or a command stands for.
 
-    Only what the user wrote as an address or a command is one; what a folder holds are files, whatever their names.
+    Only what the user wrote can be an address or a command; everything in a folder is a file, whatever its name.
 
     Raises:
         ValueError: a shard does not exist (addresses are not asked), a command is not allowed, or a link leads out of
@@ -62,7 +62,7 @@ def expand_shards(path: str, *, allow_pipe: bool = False, follow_links: bool = F
 
 
 def _expand_braces(path: str) -> list[str]:
-    """Return the names that a path with braces stands for; ValueError if they are too many."""
+    """Return the names that a path with braces stands for; raise ValueError if there are too many."""
     from braceexpand import braceexpand
 
     ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", path)  # looked at first: the library holds a whole range in memory
@@ -76,7 +76,7 @@ def _expand_braces(path: str) -> list[str]:
 def read_tar(url: Shard, start: int = 0) -> Iterator[tuple[Record | BadSample, int]]:
     """Iterate over the samples of a shard, as files by suffix, each with the byte after it.
 
-    What cannot be read any more is a `BadSample` with the place `END`.
+    If the rest cannot be read, the last item is a `BadSample` with the place `END`.
 
     Args:
         url: a file as a path; an address (`http:`, `https:`) or a command (`pipe:`) as text.
@@ -150,10 +150,10 @@ def _iter_files(stream: Any, base: int, url: Shard) -> Iterator[dict[str, Any]]:
 
 
 def make_tar_record(sample: Record) -> Record:
-    """Return the record that the files of a sample are.
+    """Return the record that the files of a sample make up.
 
     Raises:
-        BadSample: its `.json` holds none.
+        BadSample: its `.json` holds no record.
     """
     name = sample["__key__"]
     record = parse_record(sample["json"], name) if "json" in sample else {}

@@ -35,7 +35,7 @@ def make_requests(
         images: all images.
         synonyms: label -> its synonyms.
         max_images: the most images, drawn at random.
-        question: the request.
+        question: the text of the request.
         seed: draws the images.
     """
     shown = [image for image in images if image.labels]

@@ -140,7 +140,7 @@ def vqa(
         annotations: the file of answers.
         image_pattern: name of an image, with `{image_id}`.
         group: whether the questions about an image become one record.
-        instruction: a line after the first question of a record; empty: none.
+        instruction: a line after the first question of a record; empty for none.
 
     Raises:
         ValueError: a file has another form, or the pattern is invalid.

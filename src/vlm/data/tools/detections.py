@@ -1,6 +1,6 @@
 """Conversions of boxes: COCO's detections, RefCOCO, Label Studio's rectangles; generators as `convert` takes them.
 
-Each gives records with `objects` (docs/coordinates.md).
+They yield records with `objects` (docs/coordinates.md).
 """
 
 import json

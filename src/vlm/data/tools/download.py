@@ -2,8 +2,8 @@
 
 `OUT/images/00001/000012345.jpg` is the image of row 12345 (from 0, without the header), byte for byte.
 `OUT/records.jsonl` has a record in LLaVA's form for each image, `OUT/failures.jsonl` a line for each failure, both in
-the order in which they came. A line is written when its row is done, so a run may be killed at any time and is resumed
-by the same command; `OUT/download.json` tells the table that the folder belongs to.
+the order in which they came. A line is written when its row is done, so the command may be killed at any time and is
+resumed by starting it again; `OUT/download.json` names the table that the folder belongs to.
 
 `table` reads the table, `fetch` fetches and checks images.
 """
@@ -34,7 +34,7 @@ from vlm.data.tools.fetch import Fetcher, FetchError, FetchStopped, check_image_
 from vlm.data.tools.table import FOLDER_SIZE, TABLE_KINDS, Row, Table
 
 SHUTDOWN_TIMEOUT = 2.0
-"""Seconds that a stopped run waits for its threads."""
+"""Seconds that a stopped command waits for its threads."""
 MAX_WORKERS = 256
 """Each worker may have three files open, and processes are often limited to 1024."""
 
@@ -42,7 +42,7 @@ MAX_WORKERS = 256
 OPTION_BEHIND = {
     "private address": "allow_private", "too large": "max_bytes", "too small": "min_size", "timed out": "timeout",
 }  # fmt: skip
-"""Reason of a failure -> the option that decided it: with another value, the row is fetched again."""
+"""Reason of a failure -> the option that caused it: with another value, the row is fetched again."""
 ADVICE = {
     "private address": "--allow-private fetches from this machine and private networks, for tables that you trust",
     "too large": "--max-bytes N allows larger files",
@@ -273,7 +273,7 @@ class DownloadLedger:
         self.failed.clear()
 
     def _is_allowed_now(self, failure: Record) -> bool:
-        """Return whether the option that a row failed by has another value now."""
+        """Return whether the option that made a row fail has another value now."""
         option = OPTION_BEHIND.get(failure["reason"])
         if option is None:
             return False
@@ -301,7 +301,7 @@ class DownloadLedger:
 
 
 def append_line(file: BinaryIO, line: Record) -> None:
-    """Append a line, which outlives the process from then on."""
+    """Append a line so that it is kept even if the process is killed."""
     file.write(json.dumps(line).encode() + b"\n")
     file.flush()
 
@@ -328,7 +328,7 @@ def read_complete_lines(file: BinaryIO, key: str) -> Iterator[tuple[int, Record]
 
 
 class DownloadWorkers:
-    """Threads that fetch images. They are daemons, so that a run that is stopped does not wait for servers."""
+    """Threads that fetch images. They are daemons, so that a command that is stopped does not wait for servers."""
 
     def __init__(self, output: Path, options: Options):
         self._images, self._partial = output / "images", output / "partial"

@@ -33,7 +33,7 @@ class ConversionContext:
 
 
 def convert_record(value: object, kind: type[Kind]) -> Kind:
-    """Convert a record into a typed structure; raise BadSample, which tells where it differs, if it has another."""
+    """Convert a record into a typed structure; raise BadSample, which says where it differs, if it does not fit."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:

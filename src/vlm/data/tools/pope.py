@@ -114,7 +114,7 @@ EXAMPLE = "vlm data pope labelled.jsonl questions --max-images 500"
 
 
 def with_article(label: str) -> str:
-    """Return a label after `a` or `an`, as its first letter has it."""
+    """Return a label after `a` or `an`, depending on its first letter."""
     return f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
 
 

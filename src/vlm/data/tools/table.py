@@ -47,7 +47,7 @@ class Table:
     name or content. `num_rows` of a text file are its lines, of which a row may have several.
 
     Raises:
-        ValueError: the file is no such table, or its columns are not recognised.
+        ValueError: the file is not such a table, or its columns are not recognised.
     """
 
     def __init__(self, path: Path, url_column: str | None, caption_column: str | None):

@@ -1,4 +1,4 @@
-"""A verdict on each record: whether it can be used, and digests by which duplicates are found.
+"""The verdict on each record says whether it can be used, and has digests by which duplicates are found.
 
 Records are checked in parallel, in order; `clean` acts on the verdicts. To add a reason, add it to `REASONS` and
 return it in `RecordChecker`.
@@ -213,7 +213,7 @@ def image_pixel_digest(image: Image.Image) -> str:
 def video_file_digest(video: VideoRef, sample_id: str) -> str:
     """Return the digest of a video's file, which must have frames; decoding every frame would take too long.
 
-    Of frames that were extracted before, it is that of their pixels: each of them must decode.
+    For frames that were extracted beforehand, it is the digest of their pixels, so each of them must decode.
     """
     if video.frames:
         digests = [image_pixel_digest(open_image(frame, sample_id)) for frame in video.frames]

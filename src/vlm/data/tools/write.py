@@ -46,7 +46,7 @@ EMBEDDED_IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.s
 
 
 class RecordWriter(ABC):
-    """Writes records, in a `with` statement: the file appears at its end, unless that is an error.
+    """Writes records within a `with` statement; the file appears at its end, unless an error was raised.
 
     A record lists images as `image` or `images`, as `records.media.image_refs_from_value` takes them.
 
@@ -83,7 +83,7 @@ class RecordWriter(ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Close the file; it gets its name where no error was raised."""
+        """Close the file, and give it its name if no error was raised."""
         try:
             self.close(complete=kind is None)
             if kind is None:
@@ -97,7 +97,7 @@ class RecordWriter(ABC):
         """Write a record.
 
         Raises:
-            BadSample: the record cannot be written; nothing of it was, and others can follow.
+            BadSample: the record cannot be written. Nothing of it was written, and other records can follow.
             ValueError: the record does not fit those before it.
         """
         self.add(record)

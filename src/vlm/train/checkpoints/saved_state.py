@@ -5,8 +5,7 @@ from typing import Protocol
 
 
 class SavedWithCheckpoint(Protocol):
-    """What a run needs to continue exactly, such as the position of a stream; `VLMTrainer.saved_with_checkpoint` has
-    all.
+    """What a run needs to continue exactly, such as the position of a stream; see `VLMTrainer.saved_with_checkpoint`.
 
     Both methods are called on every rank; if ranks have different state, each puts its rank into its file's name.
     """

@@ -267,8 +267,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class SpeedCallback(TrainerCallback):
-    """Stops the clock while a run logs, evaluates or saves. It must be the last callback, since others may request
-    these.
+    """Stops the clock while a run logs, evaluates or saves. Must be the last callback, since others may request these.
 
     `VLMTrainer` starts the clock at the beginning of a step.
     """
