@@ -392,7 +392,9 @@ def test_another_training_of_the_base_is_refused(
 def test_a_complete_model_is_not_merged(pretrained: Path, on_parts: Path, tmp_path: Path):
     said = refusal("merge-lora", str(pretrained), str(tmp_path / "out"))
     assert said == f"vlm merge-lora: {pretrained}: it has no {BASE_FILE}, so it is not an adapter on a base"
-    assert refusal("merge-lora", str(on_parts), str(tmp_path / "out")).endswith(f"whose model is {on_parts / 'final'}")
+    assert refusal("merge-lora", str(on_parts), str(tmp_path / "out")).endswith(
+        f"it is a run directory, and its model is {on_parts / 'final'}"
+    )
 
 
 def test_what_breaks_leaves_nothing(on_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -35,7 +35,7 @@ class Outcome:
 
 
 def metric_of(runs: Sequence[RunDirectory]) -> str:
-    """Return the metric for comparing runs: that of `trainer.keep_best`, else the evaluation loss, else the training loss."""
+    """Return the metric for comparing runs: that of `trainer.keep_best`, else the loss of evaluation or training."""
     for run in runs:
         if isinstance(kept := run.settings.get("trainer.keep_best"), str):
             return f"eval_{kept.removeprefix('eval_')}"

@@ -1,4 +1,4 @@
-"""Packing: samples concatenated in a row without padding, and where each of them starts.
+"""Packing: samples are concatenated in a row without padding, with the place where each of them starts.
 
 Which samples share a row is decided in `step_layout.py`, or in `best_fit.py`. A sample may branch: several replies
 are after one prompt, see `shared_prompt.py`.

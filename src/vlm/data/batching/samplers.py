@@ -11,7 +11,7 @@ Item_co = TypeVar("Item_co", covariant=True)
 
 
 class EpochSampler(Sampler[Item_co]):
-    """An order that is another one each epoch; a resumed epoch repeats its order.
+    """An order that changes with each epoch; a resumed epoch repeats its order.
 
     Args:
         seed: determines the order, together with the epoch.

@@ -1,4 +1,4 @@
-"""Conversations that differ in their last replies as one sample: all replies after a prompt that is there once.
+"""Merges conversations that differ only in their last replies into one sample, with their prompt only once.
 
 Images of the prompt are encoded once, too. A packed row says which tokens each reply attends to (`packing.py`).
 """

@@ -79,7 +79,7 @@ def fill_rows(
 def _try_to_fill(
     lengths: Sequence[int], costs: Sequence[float], number: int, max_tokens: int | None
 ) -> list[list[int]] | None:
-    """Fill so many rows; None: a sample finds room in none of them."""
+    """Fill so many rows; return None if a sample does not fit into any of them."""
     rows: list[list[int]] = [[] for _ in range(number)]
     room = [float("inf") if max_tokens is None else max_tokens] * number
     cheapest = [(0.0, row) for row in range(number)]  # a heap

@@ -1,4 +1,4 @@
-"""Samples of a family's model of which no image is opened: what a frozen part gives for each sample's images is read.
+"""Samples of a family's model whose images are not opened: the outputs of a frozen part are read from the cache.
 
 The family's own code still needs the inputs of images: it gets those of blank images of the same sizes, with
 `CACHED_FEATURES`. In a pack an item is the images of a sample, since some families read several images otherwise than

@@ -1,4 +1,4 @@
-"""Samples of which no image is opened: the features that a frozen visual encoder gives for each are read from files.
+"""Samples whose images are not opened: the features from a frozen visual encoder are read from files.
 
 Of composed models alone. A pack of image features has one row a view, and as details of an image the number of its
 views as `AnyRes.num_views` counts them (0: a video's frame, of one row), its height and its width.
@@ -60,12 +60,12 @@ def require_image(packs: Sequence[Pack], key: bytes) -> CachedImage:
 
 
 def view_kind(num_views: int) -> str:
-    """Return how an image of which the encoder reads so many views is seen."""
+    """Return the kind of an image, given the number of its views that the encoder reads."""
     return {0: FRAME_VIEW, 1: SQUARE_VIEW}.get(num_views, TILED_VIEW)
 
 
 def view_kinds(sample: Sample, processor: Processor) -> list[str]:
-    """Return how each image of a sample is seen."""
+    """Return the kind of each image of a sample."""
     if (tiling := processor.tiling) is None:
         return [SQUARE_VIEW] * len(sample.images)
     side = (tiling.tile_size, tiling.tile_size)
@@ -74,7 +74,7 @@ def view_kinds(sample: Sample, processor: Processor) -> list[str]:
 
 
 def image_cache_keys(sample: Sample, processor: Processor) -> list[tuple[bytes, str]]:
-    """Return for each image of a sample a key for its content and how it is seen (16 bytes), and how it is seen.
+    """Return for each image of a sample a key for its content and its kind (16 bytes), and its kind.
 
     A file's path, size and time stand for its content.
 

@@ -196,7 +196,7 @@ class FeatureStore:
         return FileLock(self.root / "lock")
 
     def open_packs(self) -> list[Pack]:
-        """Return the whole packs."""
+        """Return the packs that are complete."""
         packs = []
         for file in sorted(self.folder.glob(f"*/{FORMAT_FILE}")):
             if not file.parent.name.endswith(PARTIAL_SUFFIX):
@@ -232,7 +232,7 @@ class FeatureStore:
         os.close(lock)
 
     def finalize_pack(self, plan: PackPlan[Item]) -> Path:
-        """Write the index of a pack whose rows are all there; return its folder, under which it is whole."""
+        """Write the index of a pack whose rows are all there; return the folder of the complete pack."""
         folder = self.folder / f"{plan.name}{PARTIAL_SUFFIX}"
         order = np.lexsort((plan.keys[:, 1], plan.keys[:, 0]))
         keys, starts, counts = plan.keys[order], plan.starts[order], plan.counts[order]
@@ -313,7 +313,7 @@ def _lock_pack(folder: Path, operation: int, *, create: bool = False) -> int:
 
 
 def _try_exclusive_lock(folder: Path) -> int | None:
-    """Hold a pack alone; None: somebody uses it, or it has just gone."""
+    """Lock a pack exclusively; return None if it is in use or has just been removed."""
     with suppress(FileNotFoundError, BlockingIOError):
         return _lock_pack(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return None

@@ -189,7 +189,7 @@ def _flatten_labels(name: str, task: str, values: Sequence[object]) -> list[obje
 
 
 def _label_list(name: str, value: object) -> Sequence[object]:
-    """Return the labels of a record that may have several; raise ValueError if they are no list."""
+    """Return the labels of a record that may have several; raise ValueError if they are not a list."""
     if not isinstance(value, (list, tuple)):
         raise ValueError(
             f"head {name}: multilabel needs a list of labels, got {value!r:.60}; dataset.format=labelled with "
@@ -215,7 +215,7 @@ def _check_same_type(name: str, labels: Iterable[object]) -> tuple[Label, ...]:
 
 
 def _merge_kinds(labels: Sequence[object], *, as_numbers: bool) -> list[object]:
-    """Return labels of one kind where texts among numbers or truth values are such themselves, as from a table.
+    """Return labels of one kind: texts next to numbers or truth values are converted if they write such values.
 
     With `as_numbers`, texts that are all numbers become numbers.
     """
@@ -265,7 +265,7 @@ def _checked_label_key(name: str, label: object) -> LabelKey:
 
 
 def _label_key(label: object) -> LabelKey | None:
-    """Return a label's key; None for what is no label."""
+    """Return a label's key; None if it is not a label."""
     if isinstance(label, (str, bool)):
         return ("texts" if isinstance(label, str) else "truth values"), label
     if _is_finite(label):

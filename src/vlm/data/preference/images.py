@@ -1,4 +1,4 @@
-"""Images of the rejected side that tell less than those of the record: blank ones, or small crops."""
+"""Images for the rejected side that show less than those of the record: blank ones, or small crops."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -23,7 +23,7 @@ MIN_AREA = 0.01
 
 
 def perturb_media(media: Sequence[Medium], how: str, processor: Processor, seed: str) -> list[Medium]:
-    """Return images and videos of the same sizes that tell less.
+    """Return images and videos of the same sizes that show less.
 
     Args:
         media: decoded images and videos.

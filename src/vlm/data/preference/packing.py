@@ -1,4 +1,4 @@
-"""Batches of preferences in packed rows: the replies of a record are after its prompt, which is there once.
+"""Batches of preferences in packed rows: the replies of a record follow its prompt, which is there only once.
 
 A micro-batch makes one row, or as many as `max_tokens` needs. All replies of a record are in one row.
 """

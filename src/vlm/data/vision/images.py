@@ -161,7 +161,7 @@ def count_tile_pixels(image: Image.Image) -> int:
 
 
 def is_uniform(rgb_image: Image.Image) -> bool:
-    """Return whether an image in RGB is of one colour throughout, as those are that lost levels or transparency."""
+    """Return whether an image in RGB is of one colour throughout, for example because its transparency was lost."""
     return all(low == high for low, high in rgb_image.getextrema())  # pyright: ignore[reportGeneralTypeIssues] - of RGB
 
 
@@ -242,7 +242,7 @@ def _describe_error(error: Exception, image_ref: ImageRef) -> str:
 
 
 def _describe_non_image(image_ref: ImageRef) -> str:
-    """Describe what is no image that Pillow reads."""
+    """Describe a file that Pillow does not read as an image."""
     if image_ref.content is not None:
         head = image_ref.content[:NUM_HEAD_BYTES]
     else:

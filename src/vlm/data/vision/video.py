@@ -159,7 +159,7 @@ def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image
 
 @contextmanager
 def _open_container(path: Path, sample_id: str, step: str) -> Iterator[Any]:  # PyAV declares no types of its streams
-    """Open a file that has a video stream; where a further step fails with an error of PyAV's, `step` names it.
+    """Open a file that has a video stream; if a later step fails with an error of PyAV, `step` names that step.
 
     Raises:
         ValueError: PyAV is not installed.
