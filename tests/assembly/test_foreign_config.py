@@ -91,5 +91,5 @@ def test_an_adapter_names_no_module():
         {"corda_config": {"cache_file": "/x"}}, {"something_new": "evil"},
     ]  # fmt: skip
     for values in hostile:
-        with pytest.raises(ForeignCodeError, match=r"adapter_config.json has \w+=.*, which is not taken"):
+        with pytest.raises(ForeignCodeError, match=r"adapter_config.json has \w+=.*, which is not allowed"):
             check_adapter_values({**defaults, **values}, defaults, "x")

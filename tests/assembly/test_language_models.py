@@ -139,7 +139,7 @@ def test_positions_are_read_under_any_name_or_have_no_limit():
         (T5Config(), "transformers has no causal language model"),
         (CpmAntConfig(), "model_type=cpmant takes no inputs_embeds"),
         (OPTConfig(hidden_size=64, word_embed_proj_dim=32), "word_embed_proj_dim=32"),
-        (small_config("deepseek_v4", vocab_size=64), "the code of model_type=deepseek_v4 needs the ids of tokens"),
+        (small_config("deepseek_v4", vocab_size=64), "the code of model_type=deepseek_v4 needs token ids"),
     ],
 )
 def test_what_cannot_read_images_is_refused_before_weights_load(config: PreTrainedConfig, words: str):

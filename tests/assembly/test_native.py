@@ -41,7 +41,7 @@ def test_bounds_are_checked_and_need_native_resolution(parts: Parts):
     with pytest.raises(ValueError, match=r"model.native.min_tokens=9: at most max_tokens=8 is needed"):
         compose(recipe, None, "native")
     recipe.native = NativeConfig(max_tokens=8)
-    with pytest.raises(ValueError, match=r"model.native: dataset.image_mode=square makes all images one size"):
+    with pytest.raises(ValueError, match=r"model.native: dataset.image_mode=square makes all images the same size"):
         compose(recipe, None, None)
     recipe.anyres = AnyResConfig([[1, 2]])
     with pytest.raises(ValueError, match=r"model.anyres.grids: .* a single encoder reads"):

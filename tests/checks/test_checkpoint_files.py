@@ -119,7 +119,7 @@ def test_an_index_names_files_beside_it(folder: Path, name: object):
 
 def test_an_index_that_does_not_fit_its_files_is_refused(folder: Path):
     write_index(folder, {"layer.1.weight": "2.safetensors"})
-    with pytest.raises(ValueError, match=r"says that layer.1.weight is in 2.safetensors, which does not hold it"):
+    with pytest.raises(ValueError, match=r"says that layer.1.weight is in 2.safetensors, which does not contain it"):
         inspect_folder(folder)
     write_index(folder, {"layer.1.weight": "3.safetensors"})
     with pytest.raises(ValueError, match=r"names 3.safetensors, which is missing: the download is not complete"):
@@ -129,7 +129,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(folder: Path):
         inspect_folder(folder)
     (folder / "2.safetensors").write_bytes((folder / "1.safetensors").read_bytes())
     write_index(folder, {"layer.1.weight": "1.safetensors", "layer.2.weight": "2.safetensors"})
-    with pytest.raises(ValueError, match=r"layer.2.weight is in 2.safetensors, which does not hold it"):
+    with pytest.raises(ValueError, match=r"layer.2.weight is in 2.safetensors, which does not contain it"):
         inspect_folder(folder)
 
 

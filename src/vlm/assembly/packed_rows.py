@@ -97,7 +97,7 @@ def check_shared_prompts(model: TrainableModel, processor: Processor) -> None:
         rows = [prompt + rejected, ids[9:], ids[9:12] + chosen]
         alone = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0] for row in rows]
     expected = torch.cat([alone[0][len(prompt) - 1 :], alone[1], alone[2][2:]])
-    _compare_packed(model, "a reply", "the chosen one beside it", [logits[start:] for logits in packed], expected)
+    _compare_packed(model, "a reply", "the chosen reply in its row", [logits[start:] for logits in packed], expected)
 
 
 def _compare_packed(model: TrainableModel, kind: str, other: str, packed: Sequence[Tensor], alone: Tensor) -> None:
@@ -117,7 +117,7 @@ def _compare_packed(model: TrainableModel, kind: str, other: str, packed: Sequen
         return
     text = model.config.get_text_config()
     raise ValueError(
-        f"{PACKING_KEY} {problem} in a packed row, with {text.model_type} and attention "
+        f"{PACKING_KEY} in a packed row, {problem}, with {text.model_type} and attention "
         f"{text._attn_implementation}. Try another model.attn_implementation, or trainer.packing=false"
     )
 

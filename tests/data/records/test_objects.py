@@ -167,7 +167,7 @@ def test_marks_in_thinking_and_in_calls(folder: Path):
     sample = read_agent([CAT, DOG], {"box": [1, 2, 3, 4]})
     assert [turn.thinking for turn in sample.turns] == [None, "It is at <bbox:0>.", None, "so: <bbox:1>"]
     assert texts(sample)[-1] == "<bbox:1>"
-    with pytest.raises(BadSample, match="<bbox> stands in an argument of a call"):
+    with pytest.raises(BadSample, match="<bbox> is in an argument of a call"):
         read_agent([CAT, DOG], {"box": "<bbox>"})
     turns = [{"role": "user", "content": "<image>Where?"},
              {"role": "assistant", "content": "there", "reasoning_content": "at <bbox>"}]  # fmt: skip

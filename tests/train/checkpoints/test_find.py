@@ -50,7 +50,7 @@ def test_damaged_ones_are_set_aside_and_the_one_before_is_taken(run: Path, caplo
     (run / "checkpoint-4.damaged").mkdir()
     assert find_whole_checkpoint(run) == run / "checkpoint-2"
     assert names(run) == ["checkpoint-10.damaged", "checkpoint-2", "checkpoint-4.damaged", "checkpoint-4.damaged-2"]
-    assert "checkpoint-10 is damaged: weights does not hold what was written: its hash differs" in caplog.text
+    assert "checkpoint-10 is damaged: weights has changed since it was written: its hash differs" in caplog.text
     assert "it is checkpoint-10.damaged now" in caplog.text
     (run / "checkpoint-2" / "weights").unlink()
     assert find_whole_checkpoint(run) is None
@@ -127,7 +127,7 @@ def test_later_ones_are_of_another_history(run: Path, tmp_path: Path, caplog: py
         assert names(run) == ["checkpoint-10", "checkpoint-2", "checkpoint-4"]
         set_aside_later(run / "checkpoint-4", run)
     assert names(run) == ["checkpoint-10.superseded", "checkpoint-2", "checkpoint-4"]
-    assert "checkpoint-10 is later than checkpoint-4, from which the run goes on" in caplog.text
+    assert "checkpoint-10 is later than checkpoint-4, from which the run resumes" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["elsewhere/checkpoint-1", "run/link"])

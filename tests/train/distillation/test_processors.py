@@ -43,5 +43,5 @@ def test_two_tokens_that_change_places_are_found(parts: Parts):
     first, second = copy.deepcopy(processor), copy.deepcopy(processor)
     first.tokenizer.add_tokens(["<a>", "<b>"])
     second.tokenizer.add_tokens(["<b>", "<a>"])
-    with pytest.raises(ValueError, match=r"is '<b>', for the model that trains '<a>' \(2 of"):
+    with pytest.raises(ValueError, match=r"is '<b>', and '<a>' in the model that trains \(2 of"):
         check_same_vocabulary(first, second, "x")

@@ -63,8 +63,8 @@ REFUSED = {
     ("qwen3-vl", "connector"): WITHIN,
     ("mllama", "connector"): "also returns features for samples without images",
     ("mllama", "language model"): "also returns features for samples without images",
-    ("phi4-multimodal", "connector"): "it names no visual encoder",
-    ("phi4-multimodal", "language model"): "it names no visual encoder",
+    ("phi4-multimodal", "connector"): "its class names no visual encoder",
+    ("phi4-multimodal", "language model"): "its class names no visual encoder",
 }
 """Family and what trains -> why features cannot be kept."""
 QUICK = ("llava-1.5", "llava-onevision", "qwen3-vl", "idefics3", "mllama")
