@@ -76,7 +76,7 @@ def test_flash_attention_is_left_to_the_caller(parts: Parts, tmp_path: Path):
 
 @pytest.mark.parametrize("reference", ["owner/name--file.Class", "../file.Class", "/etc/file.Class", "a--b.Class", ""])
 def test_a_class_of_another_repository_does_not_travel(reference: str):
-    with pytest.raises(ForeignCodeError, match="is not a class of a file that travels with the checkpoint"):
+    with pytest.raises(ForeignCodeError, match="is not a class of a file that is saved with the checkpoint"):
         check_reference(reference, "x")
     assert check_reference("user_connector.Mine", "x") == "user_connector.Mine"
 

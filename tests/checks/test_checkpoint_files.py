@@ -113,7 +113,9 @@ def test_a_file_without_end_is_refused_by_its_size(tmp_path: Path):
 )
 def test_an_index_names_files_beside_it(folder: Path, name: object):
     write_index(folder, {"layer.1.weight": name})
-    with pytest.raises(ValueError, match=rf"^{folder}/{INDEX} names .* for layer.1.weight; a .safetensors file beside"):
+    with pytest.raises(
+        ValueError, match=rf"^{folder}/{INDEX} names .* for layer.1.weight; a .safetensors file next to"
+    ):
         inspect_folder(folder)
 
 

@@ -51,7 +51,7 @@ def test_damaged_ones_are_set_aside_and_the_one_before_is_taken(run: Path, caplo
     assert find_whole_checkpoint(run) == run / "checkpoint-2"
     assert names(run) == ["checkpoint-10.damaged", "checkpoint-2", "checkpoint-4.damaged", "checkpoint-4.damaged-2"]
     assert "checkpoint-10 is damaged: weights has changed since it was written: its hash differs" in caplog.text
-    assert "it is checkpoint-10.damaged now" in caplog.text
+    assert "it was renamed to checkpoint-10.damaged" in caplog.text
     (run / "checkpoint-2" / "weights").unlink()
     assert find_whole_checkpoint(run) is None
 
