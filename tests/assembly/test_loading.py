@@ -89,7 +89,9 @@ def test_a_part_leaves_other_towers_and_heads_and_refuses_further_layers(llama: 
     change(llama, **{"text_tower.weight": torch.ones(2)})
     load(llama, is_part=True)
     change(llama, **{LAYER.replace("1", "2"): torch.ones(48, 32)})
-    with pytest.raises(ValueError, match=r"has model.layers.2.mlp.up_proj.weight, which LlamaForCausalLM does not have"):
+    with pytest.raises(
+        ValueError, match=r"has model.layers.2.mlp.up_proj.weight, which LlamaForCausalLM does not have"
+    ):
         load(llama, is_part=True)
     load(llama, is_part=True, num_layers=3)
 
