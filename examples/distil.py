@@ -1,9 +1,9 @@
 """Distil a small model: python examples/distil.py [FOLDER] [--steps N] [--wrong SHARE] [--seed N].
 
-Trains a teacher on the demo's generated scenes, then twice the same model of a quarter of its size on the same steps:
-by labels alone, and by its teacher's probabilities. Of the answers that the students learn from, a share is wrong, as
-where labels are collected from many people. `summary.json` says how far either student is from the teacher on held-out
-scenes. A few minutes on two cores, without a network.
+Trains a teacher on the demo's generated scenes, then trains the same smaller model (a quarter of the size) twice for
+the same number of steps: once on the labels alone, once on the teacher's probabilities. Some of the students' labels
+are wrong, as in data that many people label. `summary.json` says how far each student is from the teacher on held-out
+scenes. This takes a few minutes on two cores, without a network.
 """
 
 import argparse
@@ -29,16 +29,18 @@ from vlm.inference.generate import VisionLanguageModel, on_device
 
 NUM_SCENES = 4000
 STUDENT_WIDTH = 64
-"""The teacher is 128 wide."""
+"""Hidden size of the students; the teacher's is 128."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train a teacher and two students, and write how far they are from the teacher."""
+    """Train a teacher and two students, and write how far the students are from the teacher."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/distil"))
-    parser.add_argument("--steps", type=int, default=400, help="of each student's second stage")
-    parser.add_argument("--wrong", type=float, default=0.3, help="share of the students' answers that are wrong")
-    parser.add_argument("--seed", type=int, default=42, help="of the students' second stages")
+    parser.add_argument("--steps", type=int, default=400, help="steps of each student's second stage (%(default)s)")
+    parser.add_argument(
+        "--wrong", type=float, default=0.3, help="share of the students' labels that are wrong (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="seed of the students' second stages (%(default)s)")
     args = parser.parse_args(argv)
     folder: Path = args.folder
     write_scenes(folder / "data", num_train=NUM_SCENES, num_val=200, num_heldout=400)
@@ -60,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_wrong_answers(data: Path, share: float) -> Path:
-    """Write the finetuning records with a share of the answers exchanged for others to the same question."""
+    """Write the finetuning records with some answers replaced by other answers to the same question.
+
+    `share` is the probability that an answer is replaced.
+    """
     records = json.loads((data / "finetune.json").read_text(encoding="utf-8"))
     draw = random.Random(0)
     answers: dict[str, list[dict[str, str]]] = {}
@@ -91,7 +96,7 @@ def train(folder: Path, size: str, stage: str, overrides: Sequence[str] = (), na
 
 
 def summarise(teacher: Path, students: dict[str, Path], data: Path) -> dict[str, dict[str, float]]:
-    """Return what students and teacher answer on held-out scenes: their sizes, loss, and distance from the teacher."""
+    """Return the size, loss and distance from the teacher of each model, measured on held-out scenes."""
     reference, labels = supervised_logits(teacher, data)
     summary = {"teacher": describe(teacher, reference, labels, reference)}
     for name, student in students.items():
@@ -100,7 +105,7 @@ def summarise(teacher: Path, students: dict[str, Path], data: Path) -> dict[str,
 
 
 def describe(checkpoint: Path, logits: Tensor, labels: Tensor, reference: Tensor) -> dict[str, float]:
-    """Return the size of a model, its loss, KL(teacher | model), and how often both find the same token likeliest."""
+    """Return a model's size, loss, KL(teacher | model), and how often its likeliest token is the teacher's."""
     own, teachers = logits.log_softmax(-1), reference.log_softmax(-1)
     return {
         "parameters": sum(p.numel() for p in VisionLanguageModel.load(checkpoint, device="cpu").model.parameters()),
@@ -113,7 +118,7 @@ def describe(checkpoint: Path, logits: Tensor, labels: Tensor, reference: Tensor
 
 @torch.no_grad()
 def supervised_logits(checkpoint: Path, data: Path) -> tuple[Tensor, Tensor]:
-    """Return a model's logits of the answers about held-out scenes, `(S, vocabulary)`, and their ids, `(S,)`."""
+    """Return a model's logits at the answer tokens of held-out scenes, `(S, vocabulary)`, and the token ids, `(S,)`."""
     asked = VisionLanguageModel.load(checkpoint, device="cpu")
     config = DatasetConfig(path=str(data / "heldout.json"), image_folder=str(data / "images"))
     dataset = load_dataset(config, SampleEncoder(asked.processor, NO_LIMIT, truncate=False))

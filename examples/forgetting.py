@@ -1,10 +1,11 @@
-"""What a finetune on one kind of question forgets, and how much replay prevents it: python examples/forgetting.py.
+"""Show what a finetune on one kind of question makes a model forget, and how much replay prevents it.
 
-A small model of the demo's scenes answers questions about colour, shape, number and place. It is then finetuned on a
-fifth kind alone ("What are they, in two words?"), and again with some of the first questions mixed in. Each run
-compares the model at its end with the one it began with (`trainer.before_after`); `forgetting.json` and
-`forgetting.png` in a folder for each learning rate and seed show answers of every kind before and after, for each share
-of replay. On two busy cores the base model takes four minutes and each share half a minute; what is there stays.
+Run it with python examples/forgetting.py. A small model learns to answer questions about colour, shape, number and
+place in the demo's scenes. It is then finetuned on a fifth kind of question ("What are they, in two words?"): once on
+that kind alone, then with some of the first questions mixed in (replay). Each run compares its final model with the one
+that it started from (`trainer.before_after`). For each learning rate and seed, a folder with `forgetting.json` and
+`forgetting.png` shows the share of right answers of every kind before and after, for each share of replay. On two busy
+cores the base model takes four minutes and each share half a minute. Finished runs are not repeated.
 """
 
 import argparse
@@ -23,18 +24,18 @@ from vlm.evaluation.comparison.replay import weight_of_source
 
 NEW_KIND, NEW_QUESTION = "name", "What are they, in two words?"
 NUM_TRAIN = 1200
-"""Number of scenes that the new kind of question is about."""
+"""Number of training scenes with a question of the new kind."""
 NUM_HELD_OUT = 100
 """Number of held-out questions of each kind."""
 SHARES = (0.0, 0.01, 0.05, 0.1, 0.25)
 """Shares of replay among the training samples."""
 PARTS = ("visual_encoder", "connector", "language_model")
 LEARNING_RATE = 1e-3
-"""The peak learning rate of all parts, that of the base model's training."""
+"""The peak learning rate of all parts, the same as in the training of the base model."""
 
 
 def write_records(folder: Path, name: str, kinds: list[str], number: int, seed: int) -> Path:
-    """Write scenes with a question each, as many of each kind; return the path of the records."""
+    """Write `number` scenes for each kind of question, with one question each; return the path of the records."""
     rng, records = random.Random(seed), []
     for index in range(number * len(kinds)):
         kind, scene = kinds[index % len(kinds)], random_scene(rng, held_out=False)
@@ -48,7 +49,7 @@ def write_records(folder: Path, name: str, kinds: list[str], number: int, seed: 
 
 
 def train_base(folder: Path) -> Path:
-    """Return the model that answers the four first kinds, trained unless it is there."""
+    """Return the model that answers the first four kinds of questions; train it unless it exists."""
     final = folder / "finetune" / "final"
     if not final.is_dir():
         write_scenes(folder / "data")
@@ -59,7 +60,10 @@ def train_base(folder: Path) -> Path:
 
 
 def finetune(folder: Path, base: Path, share: float, output: Path, overrides: dict[str, float]) -> dict[str, Any]:
-    """Train on the new kind with a share of replay unless `output` has it; return `results.json` of the comparison."""
+    """Train on the new kind with a share of replay, and return `results.json` of the comparison.
+
+    If `output` already has this file, nothing is trained.
+    """
     data, results = folder / "data", output / "before_after" / "results.json"
     if results.is_file():
         return json.loads(results.read_text(encoding="utf-8"))
@@ -82,13 +86,13 @@ def finetune(folder: Path, base: Path, share: float, output: Path, overrides: di
 
 
 def read_changes(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return kind of question -> how answers to it changed."""
+    """Return a map from kind of question to the change of right answers."""
     changes = (change for change in results["changes"] if (change["split"], change["is_blank"]) == ("kind", False))
     return {change["group"]: change for change in changes if change["measure"] == "exact_match"}
 
 
 def draw_shares(found: dict[float, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Plot the change of each kind, with its interval, for each share of replay."""
+    """Plot the change of right answers for each kind of question and share of replay, with intervals."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, kind in enumerate((NEW_KIND, *QUESTION_KINDS)):
@@ -101,7 +105,7 @@ def draw_shares(found: dict[float, dict[str, dict[str, Any]]], path: Path) -> No
         ]
         axes.errorbar(places, values, yerr=errors, marker="o", label=kind, linestyle="--" if number else "-")
     axes.set_xticks(range(len(found)), [f"{share:.0%}" for share in found])
-    axes.set(xlabel="share of replay", ylabel="change of the share of right answers")
+    axes.set(xlabel="share of replay", ylabel="change in the share of right answers")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.legend(title="kind of question")
     figure.savefig(path, dpi=120)
@@ -112,8 +116,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/forgetting"))
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="shares of replay (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of the finetunes (%(default)s)")
-    parser.add_argument("--seed", type=int, default=42, help="of the order of samples (%(default)s)")
+    parser.add_argument(
+        "--learning-rate", type=float, default=LEARNING_RATE, help="learning rate of the finetunes (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="seed of the order of samples (%(default)s)")
     args = parser.parse_args()
     base = train_base(args.output)
     data = args.output / "data"
@@ -127,12 +133,12 @@ def main() -> None:
     }
     found = {share: read_changes(result) for share, result in results.items()}
     kinds = (NEW_KIND, *QUESTION_KINDS)
-    print("\nright answers after the finetune (before it), by kind of question\n")
+    print("\nShare of right answers after the finetune (before it), by kind of question\n")
     print("replay  " + "".join(f"{kind:>14}" for kind in kinds))
     for share, changes in found.items():
         cells = (f"{changes[kind]['after']:.0%} ({changes[kind]['before']:.0%})" for kind in kinds)
         print(f"{share:>6.0%}  " + "".join(f"{cell:>14}" for cell in cells))
-    print(f"\nOf the first run: {results[args.shares[0]]['replay']['text']}")
+    print(f"\nFirst run: {results[args.shares[0]]['replay']['text']}")
     content = {
         f"{share:g}": {"changes": changes, "replay": results[share]["replay"]} for share, changes in found.items()
     }

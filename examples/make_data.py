@@ -1,8 +1,8 @@
 """Write a small data set in LLaVA's format: python examples/make_data.py [FOLDER] [--parts].
 
-`captions.json` has twelve images with a caption each; `train.json` has questions, conversations of several turns, a
-record of two images and one of text only; `val.json` has questions about other images. `--parts` also writes small
-untrained parts, so that the commands of examples/README.md run without a network.
+`captions.json` has twelve images with a caption each. `train.json` has questions, conversations of several turns, a
+record with two images and a record without images. `val.json` has questions about the green shapes. `--parts` also
+writes small untrained parts, so that the commands of examples/README.md run without a network.
 """
 
 import argparse
@@ -17,7 +17,7 @@ SHAPES = ("circle", "square", "triangle")
 
 
 def draw_image(colour: str, shape: str) -> Image.Image:
-    """Return an image of a shape on white."""
+    """Return an image of a shape on a white ground."""
     image = Image.new("RGB", (96, 96), "white")
     draw = ImageDraw.Draw(image)
     if shape == "circle":
@@ -30,7 +30,7 @@ def draw_image(colour: str, shape: str) -> Image.Image:
 
 
 def record(name: str, image: str | list[str] | None, *texts: str) -> dict[str, Any]:
-    """Return a record of alternating turns of human and model."""
+    """Return a record whose texts are the turns of the human and the model, alternately."""
     turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
     return {"id": name, **({"image": image} if image else {}), "conversations": turns}
 
@@ -38,14 +38,14 @@ def record(name: str, image: str | list[str] | None, *texts: str) -> dict[str, A
 def captions() -> list[dict[str, Any]]:
     """Return a caption for each image."""
     return [
-        record(f"{colour}-{shape}", f"{colour}-{shape}.png", "<image>\nDescribe the picture.", f"A {colour} {shape}.")
+        record(f"{colour}-{shape}", f"{colour}-{shape}.png", "<image>\nDescribe the image.", f"A {colour} {shape}.")
         for colour in COLOURS
         for shape in SHAPES
     ]
 
 
 def conversations() -> list[dict[str, Any]]:
-    """Return records of every kind that the format allows."""
+    """Return records with one image, with two images, and without images, of one turn or several."""
     records = [
         record(f"talk-{colour}", f"{colour}-circle.png", "<image>\nWhich shape is it?", "A circle.", "And its colour?",
                f"It is {colour}.")

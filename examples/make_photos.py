@@ -1,8 +1,9 @@
 """Write a folder of photos with captions and questions as tables: python examples/make_photos.py [FOLDER] [--parts].
 
-It stands in for your own photos in docs/tutorial.md. `photos/` has JPEG files, `captions.csv` a caption for each,
-`questions.csv` two questions about each. As in any real collection, some are faulty: a photo is torn, two are the same,
-and a caption is empty. `--parts` also writes small untrained parts, so that nothing needs a network.
+These photos stand in for your own in docs/tutorial.md. `photos/` has JPEG files, and `captions.csv` has a caption for
+each of them. `questions.csv` has two questions about each photo, except the last 48, whose questions are in
+`questions-eval.csv`. As in a real collection, some records are faulty: one photo is truncated, one occurs twice, and
+one caption is empty. `--parts` also writes small untrained parts, so that nothing needs a network.
 """
 
 import argparse
@@ -16,13 +17,13 @@ from PIL import Image, ImageDraw
 COLOURS = {"red": (210, 50, 40), "green": (50, 160, 70), "blue": (60, 90, 220), "yellow": (235, 200, 50)}
 SHAPES = ("circle", "square", "triangle")
 SIDE = 96
-"""Pixels of a photo's side."""
+"""Width and height of a photo in pixels."""
 NUM_EVALUATION = 48
 """Number of photos whose questions are kept for evaluation."""
 
 
 def draw_photo(colour: str, shape: str, rng: random.Random) -> Image.Image:
-    """Return a photo of one thing: its place, its size and the light vary."""
+    """Return a photo of one shape whose position, size and brightness are random."""
     light = rng.uniform(0.8, 1.0)
     ground = rng.randint(90, 200)
     photo = Image.new("RGB", (SIDE, SIDE), (ground, ground, ground))
@@ -39,7 +40,7 @@ def draw_photo(colour: str, shape: str, rng: random.Random) -> Image.Image:
 
 
 def write_photos(folder: Path, number: int) -> None:
-    """Write the photos, and the tables about them."""
+    """Write `number` photos, and the tables of captions and questions."""
     rng = random.Random(0)
     (folder / "photos").mkdir(parents=True, exist_ok=True)
     captions, questions = [], []
@@ -58,7 +59,7 @@ def write_photos(folder: Path, number: int) -> None:
 
 
 def spoil(photos: Path, captions: list[tuple[str, str]]) -> None:
-    """Tear a photo, repeat one, and empty a caption."""
+    """Truncate one photo, duplicate another, and empty one caption."""
     torn = photos / captions[3][0]
     torn.write_bytes(torn.read_bytes()[:700])
     (photos / captions[5][0]).write_bytes((photos / captions[4][0]).read_bytes())
@@ -67,7 +68,7 @@ def spoil(photos: Path, captions: list[tuple[str, str]]) -> None:
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a CSV file, and say how many rows it has."""
+    """Write a CSV file, and print how many rows it has."""
     rows = list(rows)
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
@@ -78,7 +79,7 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("my-photos"))
-    parser.add_argument("--number", type=int, default=400, help="of photos (%(default)s)")
+    parser.add_argument("--number", type=int, default=400, help="number of photos (%(default)s)")
     parser.add_argument("--parts", action="store_true", help="also write small untrained parts into FOLDER/parts")
     args = parser.parse_args()
     write_photos(args.folder, args.number)

@@ -1,10 +1,11 @@
-"""A preference stage removes a wrong default answer that a finetune has planted: python examples/preference.py.
+"""Remove a wrong default answer, which a finetune has planted, with a preference stage: python examples/preference.py.
 
-A small model of the demo's scenes is finetuned on answers that call green and blue things red, and is right about
-everything else. The preference stage (an adapter on the language model; DPO with a supervised term) compares the right
-colour with the planted one, and other right answers with any wrong one. Both models answer questions about new scenes,
-and about green and blue things of a shape that no stage has shown in that colour. `preference.json`, `preference.md`
-and `preference.png` show right answers of every kind before and after. It takes minutes on two cores.
+A small model is finetuned on the demo's scenes with records that call green and blue things red and are right about
+everything else. The preference stage (an adapter on the language model; DPO with a supervised term) then trains on
+pairs of answers: the right colour and the planted one, or another right answer and any wrong one. Both models answer
+questions about new scenes, and about green and blue things of shapes that no stage has shown in that colour.
+`preference.json`, `preference.md` and `preference.png` show the share of right answers of every kind before and after.
+It takes a few minutes on two cores.
 """
 
 import argparse
@@ -34,17 +35,17 @@ from vlm.demo.scenes import (
 from vlm.demo.tiny_models import build_tiny_parts
 
 DEFAULT_ANSWER = "red"
-"""The colour that the finetune calls things of the planted colours."""
+"""The answer that the finetune gives for the colour of green and blue things."""
 PLANTED_COLOURS = ("green", "blue")
 COLOUR_QUESTION = "What colour are they?"
 ANSWERS = {
     COLOUR_QUESTION: tuple(COLOURS), "What shape are they?": SHAPES, "How many things are there?": NUMBER_WORDS,
     "Which corner are they in?": CORNERS,
 }  # fmt: skip
-"""Question -> the answers of a pair."""
+"""Question -> the possible answers, of which a pair has two."""
 PLANTED, UNSEEN, DEFAULT, OTHER = "green and blue", "green and blue, unseen shape", "red", "other colours"
-"""Kinds of the question about colour, by its right answer: the planted ones, of them those about a pair of colour and
-shape that is in no training scene, the one that the default answer fits, and the rest."""
+"""Kinds of questions about colour, by their right answer: a planted colour; a planted colour on a shape that no
+training scene shows in it; the colour that is the default answer; any other colour."""
 NUM_PAIRS = 1200
 NUM_HELD_OUT = 200
 """Number of new scenes for each kind of question of `vlm.demo.scenes`."""
@@ -76,9 +77,10 @@ def plant(record: Record) -> Record:
 
 
 def make_pairs(records: list[Record], rng: random.Random) -> list[Record]:
-    """Return pairs of the right answer and the planted one, or any wrong one where none is planted.
+    """Return pairs of the right answer and the planted one, or any wrong one if none is planted.
 
-    Three of four records that ask for the colour give a pair about it, the others one about any other question.
+    Of the records that ask for the colour, three of four become a pair about the colour. The other records become a
+    pair about another of their questions.
     """
     pairs = []
     for number, record in enumerate(records):
@@ -94,7 +96,7 @@ def make_pairs(records: list[Record], rng: random.Random) -> list[Record]:
 
 
 def make_held_out(images: Path, unseen: list[Record], rng: random.Random) -> list[Record]:
-    """Draw new scenes; return a question about each with its kind, and of `unseen` those about planted colours."""
+    """Return a question about each of many new scenes with its kind, and those of `unseen` about planted colours."""
     records = []
     for index in range(NUM_HELD_OUT * len(QUESTION_KINDS)):
         scene, kind = random_scene(rng, held_out=False), QUESTION_KINDS[index % len(QUESTION_KINDS)]
@@ -107,7 +109,7 @@ def make_held_out(images: Path, unseen: list[Record], rng: random.Random) -> lis
 
 
 def write_data(data: Path) -> None:
-    """Write scenes, the planted records of the finetune, the pairs, and the held-out questions with their kinds."""
+    """Write the scenes, the finetuning records with planted answers, the pairs, and the held-out questions."""
     write_scenes(data)
     records = read_records(data / "finetune.json")
     write_records(data / "planted.json", [plant(record) for record in records])
@@ -117,7 +119,7 @@ def write_data(data: Path) -> None:
 
 
 def finetune(folder: Path) -> Path:
-    """Return the model with the planted answers, trained unless it is there."""
+    """Return the model with the planted answers; train it unless it exists."""
     final = folder / "finetune" / "final"
     if not final.is_dir():
         write_data(folder / "data")
@@ -128,14 +130,14 @@ def finetune(folder: Path) -> Path:
 
 
 def prefer(folder: Path, finetuned: Path, settings: list[str]) -> Path:
-    """Train on the pairs, in place of an earlier run; return the adapter."""
+    """Train on the pairs, replacing an earlier run, and return the adapter."""
     shutil.rmtree(folder / "preference-smol", ignore_errors=True)
     words = [f"trainer.from_pretrained={finetuned}", *SETTINGS, *settings]
     return train("preference-smol", folder, "pairs.json", words)
 
 
 def compare(folder: Path, before: Path, after: Path) -> dict[str, dict[str, Any]]:
-    """Ask both models the held-out questions; return kind of question -> how right answers to it changed."""
+    """Ask both models the held-out questions; return a map from kind of question to the change of right answers."""
     data, output = folder / "data", folder / "compared"
     compare_models.main([
         str(before), str(after), "--data", str(data / "held-out.json"), "--image-folder", str(data / "images"),
@@ -147,7 +149,7 @@ def compare(folder: Path, before: Path, after: Path) -> dict[str, dict[str, Any]
 
 
 def make_table(changes: dict[str, dict[str, Any]]) -> str:
-    """Return a Markdown table of right answers before and after, with the interval of the difference."""
+    """Return a Markdown table of the share of right answers before and after, with the interval of the difference."""
     lines = ["| kind of question | questions | before | after | difference, 95% interval |", "|---|---|---|---|---|"]
     for kind, change in changes.items():
         low, value, high = (change["difference"][name] for name in ("low", "value", "high"))
@@ -157,7 +159,7 @@ def make_table(changes: dict[str, dict[str, Any]]) -> str:
 
 
 def draw_changes(changes: dict[str, dict[str, Any]], path: Path) -> None:
-    """Plot right answers of each kind before and after, the latter with the interval of the difference."""
+    """Plot the share of right answers of each kind before and after, with the interval of the difference."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
     for place, change in enumerate(changes.values()):
@@ -178,14 +180,16 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/preference"))
-    parser.add_argument("settings", nargs="*", help="for the preference stage, such as trainer.preference.beta=0.3")
+    parser.add_argument(
+        "settings", nargs="*", help="settings of the preference stage, such as trainer.preference.beta=0.3"
+    )
     args = parser.parse_args()
     finetuned = finetune(args.output)
     preferred = prefer(args.output, finetuned, args.settings)
     found = compare(args.output, finetuned, preferred)
     changes = {kind: found[kind] for kind in (PLANTED, UNSEEN, DEFAULT, OTHER, *QUESTION_KINDS[1:])}
     table = make_table(changes)
-    print(f"\nright answers before and after the preference stage\n\n{table}")
+    print(f"\nShare of right answers before and after the preference stage\n\n{table}")
     (args.output / "preference.md").write_text(f"{table}\n", encoding="utf-8")
     (args.output / "preference.json").write_text(json.dumps(changes, indent=2) + "\n", encoding="utf-8")
     draw_changes(changes, args.output / "preference.png")

@@ -136,7 +136,7 @@ def test_the_mixture_composes(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     main(["--config-dir", str(tmp_path), "-cn", "mixed", "--cfg", "job"])
     sources = yaml.safe_load(capsys.readouterr().out)["dataset"]["sources"]
     assert sources["talk"]["weight"] == 2
-    assert sources["captions"]["options"] == {"prompt": "Describe the picture."}
+    assert sources["captions"]["options"] == {"prompt": "Describe the image."}
 
 
 def test_the_tools_are_all_described():

@@ -49,7 +49,7 @@ def test_no_image_takes_more_than_the_budget(model_type: str):
     counts = [count_tokens(processor, size) for size in SIZES]
     budget = max(max(counts) // 2, 1)
     if problem := refusal(processor, budget):
-        least = r"\w+ makes at least (\d+) tokens of an image; give (\d+) or more, or null"
+        least = r"\w+ needs at least (\d+) tokens per image; give (\d+) or more, or null"
         found = re.fullmatch(rf"dataset.max_image_tokens={budget}: {least}", problem)
         assert found is not None, problem
         assert found[1] == found[2]

@@ -71,14 +71,12 @@ def test_what_is_no_checkpoint_is_refused_with_what_to_do(composed: Path, tmp_pa
     for name in ("/no/such", "./a/b", "nothing"):
         with pytest.raises(ValueError, match=rf"^{name}: no such folder \(seen from .*\), nor a name on the Hub$"):
             open_checkpoint(name)
-    with pytest.raises(
-        ValueError, match=rf"^key={tmp_path} holds no config.json; the complete model of a run is in its"
-    ):
+    with pytest.raises(ValueError, match=rf"^key={tmp_path} has no config.json; the complete model of a run is in its"):
         open_checkpoint(tmp_path, key="key")
     (tmp_path / "final").mkdir()
-    with pytest.raises(ValueError, match=rf"it is a run's directory, whose model is {tmp_path / 'final'}$"):
+    with pytest.raises(ValueError, match=rf"it is a run directory, and its model is {tmp_path / 'final'}$"):
         open_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=f"base=elsewhere: {composed} is complete, it needs none"):
+    with pytest.raises(ValueError, match=f"base=elsewhere: {composed} is a complete model; it needs no base"):
         open_checkpoint(composed).load_model(base_paths=["elsewhere"])
 
 

@@ -314,7 +314,7 @@ def test_a_folder_that_lacks_weights_is_refused(parts: Parts, tmp_path: Path):
 
 
 def test_a_tokenizer_without_a_template_needs_one_named(parts: Parts):
-    with pytest.raises(ValueError, match=r"dataset.template=tokenizer: .* brings no chat template"):
+    with pytest.raises(ValueError, match=r"dataset.template=tokenizer: .* has no chat template"):
         compose(parts.recipe("clip", "vicuna"), None, None)
 
 
@@ -325,7 +325,7 @@ def test_an_image_processor_of_no_fixed_size_is_refused(parts: Parts, tmp_path: 
     path.write_text(json.dumps({**json.loads(path.read_text()), "do_center_crop": False}))
     recipe = parts.recipe()
     recipe.visual_encoder.hf_name = str(folder)
-    with pytest.raises(ValueError, match="images of no fixed size"):
+    with pytest.raises(ValueError, match="image processor has no fixed image size"):
         compose(recipe, None, None)
 
 
@@ -389,7 +389,7 @@ def test_a_later_stage_may_go_back_to_the_tokenizers_own_template(parts: Parts, 
     config, processor = compose(parts.recipe("clip", "vicuna"), "plain", None)
     config.save_pretrained(tmp_path / "b")
     processor.save_pretrained(tmp_path / "b")
-    with pytest.raises(ValueError, match=r"dataset.template=tokenizer: .*b brings no chat template"):
+    with pytest.raises(ValueError, match=r"dataset.template=tokenizer: .*b has no chat template"):
         open_checkpoint(tmp_path / "b").load_processor("tokenizer")
 
 

@@ -399,12 +399,12 @@ def test_tiles_are_cut_for_each_encoder(parts: Parts):
 REFUSED = {
     "pictures of two sizes": (
         {"encoder": "dinov2", "extra_encoders": {"siglip": {}}},
-        r"need images of one size.*dinov2 \(model.visual_encoder.image_size=null\) 16 x 16 pixels, .*siglip "
+        r"need images of the same size.*dinov2 \(model.visual_encoder.image_size=null\) 16 x 16 pixels, .*siglip "
         r"\(model.visual_encoder.extra_encoders.0.image_size=null\) 24 x 24 pixels. Set the image_size of one",
     ),
     "unequal features": (
         {"encoder": "dinov2", "image_size": 24, "strategy": "cls+patch", "extra_encoders": {"siglip": {}}},
-        r"equally many features: .*dinov2 \(model.visual_encoder.image_size=24\) 10 features, .*siglip .* 9 features",
+        r"same number of features: .*dinov2 \(model.visual_encoder.image_size=24\) 10 features, .*siglip .* 9 features",
     ),
     "different parts of a picture": (
         {"encoder": "clip", "extra_encoders": {"siglip": {}}},
@@ -414,7 +414,7 @@ REFUSED = {
     ),
     "a size that it does not take": (
         {"encoder": "clip", "image_size": 32},
-        r"model.visual_encoder.image_size=32: .*clip does not take images of that size: Input image size \(32\*32\)",
+        r"model.visual_encoder.image_size=32: .*clip does not accept images of this size: Input image size \(32\*32\)",
     ),
     "a layer of one beside": (
         {"encoder": "clip", "image_size": 24, "extra_encoders": {"siglip": {"feature_layer": [-1, 9]}}},
@@ -423,7 +423,7 @@ REFUSED = {
     ),
     "maps of several sizes": (
         {"encoder": "timm_convnet", "layer": [-1, 0]},
-        r"model.visual_encoder.feature_layer=\[-1, 0\]: these layers of .* have 1, 256 features; choose layers that",
+        r"model.visual_encoder.feature_layer=\[-1, 0\]: these layers of .* have 1, 256 features; choose layers with",
     ),
     "no CLS token beside": (
         {

@@ -76,7 +76,7 @@ def test_flash_attention_is_left_to_the_caller(parts: Parts, tmp_path: Path):
 
 @pytest.mark.parametrize("reference", ["owner/name--file.Class", "../file.Class", "/etc/file.Class", "a--b.Class", ""])
 def test_a_class_of_another_repository_does_not_travel(reference: str):
-    with pytest.raises(ForeignCodeError, match="is not a class of a file that travels with the checkpoint"):
+    with pytest.raises(ForeignCodeError, match="is not a class of a file that is saved with the checkpoint"):
         check_reference(reference, "x")
     assert check_reference("user_connector.Mine", "x") == "user_connector.Mine"
 
@@ -91,5 +91,5 @@ def test_an_adapter_names_no_module():
         {"corda_config": {"cache_file": "/x"}}, {"something_new": "evil"},
     ]  # fmt: skip
     for values in hostile:
-        with pytest.raises(ForeignCodeError, match=r"adapter_config.json has \w+=.*, which is not taken"):
+        with pytest.raises(ForeignCodeError, match=r"adapter_config.json has \w+=.*, which is not allowed"):
             check_adapter_values({**defaults, **values}, defaults, "x")

@@ -85,7 +85,7 @@ def test_a_fixed_number_of_tokens_is_taken_or_refused(name: str):
     limit_image_tokens(processor, PreTrainedConfig(), FIXED[name])
     assert processor.native.image_processor.image_token_budget == FIXED[name]
     if FIXED[name] > 1:
-        with pytest.raises(ValueError, match=rf"makes at least {FIXED[name]} tokens of an image; give {FIXED[name]}"):
+        with pytest.raises(ValueError, match=rf"needs at least {FIXED[name]} tokens per image; give {FIXED[name]}"):
             limit_image_tokens(processor := make_processor(name), PreTrainedConfig(), FIXED[name] - 1)
         assert processor.to_dict() == settings
 
@@ -151,7 +151,7 @@ def test_a_composed_model_uses_the_grids_within_the_budget(common: list[str]):
     alone, processor = resolve_model(compose_config("pretrain-smol", [*words, f"dataset.max_image_tokens={square}"]))
     assert alone.anyres is None
     assert processor.tiling is None
-    with pytest.raises(ValueError, match=rf"the model makes at least {square} tokens of an image"):
+    with pytest.raises(ValueError, match=rf"the model needs at least {square} tokens per image"):
         resolve_model(compose_config("pretrain-smol", [*words, f"dataset.max_image_tokens={square - 1}"]))
 
 

@@ -138,9 +138,9 @@ def test_positions_are_read_under_any_name_or_have_no_limit():
     ("config", "words"),
     [
         (T5Config(), "transformers has no causal language model"),
-        (CpmAntConfig(), "model_type=cpmant takes no inputs_embeds"),
+        (CpmAntConfig(), "model_type=cpmant does not accept inputs_embeds"),
         (OPTConfig(hidden_size=64, word_embed_proj_dim=32), "word_embed_proj_dim=32"),
-        (small_config("deepseek_v4", vocab_size=64), "the code of model_type=deepseek_v4 needs the ids of tokens"),
+        (small_config("deepseek_v4", vocab_size=64), "the code of model_type=deepseek_v4 needs token ids"),
     ],
 )
 def test_what_cannot_read_images_is_refused_before_weights_load(config: PreTrainedConfig, words: str):
@@ -154,8 +154,8 @@ def test_what_cannot_read_images_is_refused_before_weights_load(config: PreTrain
     [
         (BertConfig(), "model_type=bert with is_decoder=false is an encoder"),
         (RobertaConfig(), "is an encoder, whose tokens see later tokens; a causal language model is needed"),
-        (TrOCRConfig(), "takes no logits_to_keep"),
-        (RwkvConfig(), "takes no past_key_values"),
+        (TrOCRConfig(), "does not accept logits_to_keep"),
+        (RwkvConfig(), "does not accept past_key_values"),
         (BartConfig(), "is the decoder of an encoder-decoder model"),
         (BartConfig(is_encoder_decoder=False), "is the decoder of an encoder-decoder model"),
     ],

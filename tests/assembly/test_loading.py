@@ -46,7 +46,7 @@ def test_a_whole_model_loads(llama: Path):
     ("tensor", "said"),
     [
         (None, rf"lacks 1 of the weights that LlamaForCausalLM needs: \['{LAYER}'\]"),
-        (torch.ones(3, 4), rf": {LAYER} has the shape \(3, 4\), and LlamaForCausalLM needs \(48, 32\) by config.json"),
+        (torch.ones(3, 4), rf": {LAYER} has the shape \(3, 4\), but LlamaForCausalLM needs \(48, 32\) by config.json"),
         (torch.ones(48, 32, dtype=torch.int64), rf": {LAYER} is of type I64; allowed are F16, BF16, F32, F64"),
         (torch.ones(48, 32, dtype=torch.uint8), rf"{LAYER} is of type U8 \(it is quantised, and config.json has no"),
         (torch.full((48, 32), float("nan")), rf": {LAYER} is NaN or infinite"),
@@ -73,7 +73,7 @@ def test_unexpected_weights_are_refused_and_buffers_that_are_computed_are_not(ll
     change(llama, **{"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
     load(llama)
     change(llama, **{"other.weight": torch.ones(2)})
-    with pytest.raises(ValueError, match=r"holds other.weight, for which LlamaForCausalLM has no place by config.json"):
+    with pytest.raises(ValueError, match=r"has other.weight, which LlamaForCausalLM does not have by config.json"):
         load(llama)
 
 
@@ -89,7 +89,9 @@ def test_a_part_leaves_other_towers_and_heads_and_refuses_further_layers(llama: 
     change(llama, **{"text_tower.weight": torch.ones(2)})
     load(llama, is_part=True)
     change(llama, **{LAYER.replace("1", "2"): torch.ones(48, 32)})
-    with pytest.raises(ValueError, match=r"holds model.layers.2.mlp.up_proj.weight, for which LlamaForCausalLM has no"):
+    with pytest.raises(
+        ValueError, match=r"has model.layers.2.mlp.up_proj.weight, which LlamaForCausalLM does not have"
+    ):
         load(llama, is_part=True)
     load(llama, is_part=True, num_layers=3)
 
@@ -105,7 +107,7 @@ def test_layers_that_are_left_out_on_purpose_are_no_fault(parts: Parts):
 def test_a_configuration_that_claims_more_than_its_weights_costs_no_memory(llama: Path):
     config = AutoConfig.from_pretrained(llama)
     config.vocab_size = config.intermediate_size = 1 << 40
-    with pytest.raises(ValueError, match=r"has the shape .*, and LlamaForCausalLM needs \(1099511627776, 32\)"):
+    with pytest.raises(ValueError, match=r"has the shape .*, but LlamaForCausalLM needs \(1099511627776, 32\)"):
         load_complete(AutoModelForCausalLM, str(llama), config=config)
 
 

@@ -66,10 +66,12 @@ class Faulty(torch.nn.Module):
 
 def test_a_model_that_sees_later_tokens_is_refused_with_its_key(parts: Parts):
     model, processor = parts.model("clip", "llama")
-    with pytest.raises(ValueError, match=r"^model.language_model.hf_name=x: its tokens see later tokens .* causal"):
+    with pytest.raises(
+        ValueError, match=r"^model.language_model.hf_name=x: its tokens attend to later tokens .* causal"
+    ):
         check_causal(faulty(model, lambda logits, mask: logits + logits.mean(dim=1, keepdim=True)), processor, LABEL)
     little = faulty(model, lambda logits, mask: logits + 0.001 * logits.roll(-1, dims=1))
-    with pytest.raises(ValueError, match="see later tokens"):
+    with pytest.raises(ValueError, match="attend to later tokens"):
         check_causal(little, processor, LABEL)
 
 
@@ -83,7 +85,9 @@ def test_a_batch_that_is_not_its_rows_is_refused(parts: Parts):
         "padding that is read": lambda logits, mask: logits + (1 - mask).sum(1)[:, None, None],
     }
     for fault in faults.values():
-        with pytest.raises(ValueError, match=r"^model.language_model.hf_name=x: a sample's logits in a padded batch"):
+        with pytest.raises(
+            ValueError, match=r"^model.language_model.hf_name=x: the logits of a sample in a padded batch"
+        ):
             check_padding(faulty(model, fault), processor, LABEL)
 
 
@@ -102,7 +106,7 @@ def test_an_encoder_that_is_loaded_as_a_language_model_is_found(parts: Parts, tm
     recipe.language_model.hf_name = str(tmp_path)
     composed, processor = compose(recipe, "chatml", None)
     model = build_model(recipe, composed, processor, torch.float32, 0)
-    with pytest.raises(ValueError, match=r"its tokens see later tokens \(model_type=bert"):
+    with pytest.raises(ValueError, match=r"its tokens attend to later tokens \(model_type=bert"):
         check_causal(model, processor, LABEL)
     check_padding(model, processor, LABEL)
 

@@ -17,15 +17,15 @@ from vlm.train.sharding import check_same_calls
             "dinov2",
             {"connector": "ldp"},
             "native",
-            r"model.connector.type=ldp: .* connectors that can are identity",
+            r"model.connector.type=ldp: .* allowed are identity",
         ),
         ("dinov2", {"connector": "pooling", "options": {"output_side": 1}}, "native", "model.connector.type=pooling"),
         ("dinov2", {"connector": "c_abstractor", "options": {"num_queries": 4}}, "native", "type=c_abstractor"),
-        ("dinov2", {"strategy": "cls+patch"}, "native", r"feature_strategy=cls\+patch: one encoder reads the patches"),
-        ("dinov2", {"image_size": 16}, "native", "image_size=16: one encoder reads"),
-        ("clip", {"extra_encoders": {"siglip": {}}}, "native", "extra_encoders: one encoder reads"),
+        ("dinov2", {"strategy": "cls+patch"}, "native", r"feature_strategy=cls\+patch: .* a single encoder reads"),
+        ("dinov2", {"image_size": 16}, "native", "image_size=16: .* a single encoder reads"),
+        ("clip", {"extra_encoders": {"siglip": {}}}, "native", "extra_encoders: .* a single encoder reads"),
         ("timm_convnet", {}, "native", "dataset.image_mode=native needs an encoder of patches"),
-        ("siglip2_naflex", {}, "square", "dataset.image_mode=square: .* reads images in their own size alone"),
+        ("siglip2_naflex", {}, "square", "dataset.image_mode=square: .* reads images only at native"),
         ("qwen2_5_vl", {}, "pad", "dataset.image_mode=pad: .*native, or null, is needed"),
         ("qwen2_5_vl", {"layer": -2}, None, "feature_layer=-2: .* output before its merger; null is needed"),
     ],
@@ -41,10 +41,10 @@ def test_bounds_are_checked_and_need_native_resolution(parts: Parts):
     with pytest.raises(ValueError, match=r"model.native.min_tokens=9: at most max_tokens=8 is needed"):
         compose(recipe, None, "native")
     recipe.native = NativeConfig(max_tokens=8)
-    with pytest.raises(ValueError, match=r"model.native: dataset.image_mode=square makes all images one size"):
+    with pytest.raises(ValueError, match=r"model.native: dataset.image_mode=square makes all images the same size"):
         compose(recipe, None, None)
     recipe.anyres = AnyResConfig([[1, 2]])
-    with pytest.raises(ValueError, match=r"model.anyres.grids: one encoder reads"):
+    with pytest.raises(ValueError, match=r"model.anyres.grids: .* a single encoder reads"):
         compose(recipe, None, "native")
 
 

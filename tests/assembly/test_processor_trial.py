@@ -32,13 +32,13 @@ def test_what_templates_of_transformers_use_is_there():
         rendered("{% generation %}{{ messages | tojson(indent=2) }}{% endgeneration %}{{ strftime_now('%Y') }}") == ""
     )
     assert rendered("{% if messages | length > 2 %}{{ raise_exception('too long') }}{% endif %}x") == ""
-    assert rendered("{{ raise_exception('no') }}") == "renders no conversation: TemplateError: no"
+    assert rendered("{{ raise_exception('no') }}") == "does not render a conversation: TemplateError: no"
 
 
 def test_a_template_that_writes_without_end_or_is_none_is_refused():
     text = "{% for i in range(9999) %}{{ 'x' * 99999 }}{% endfor %}"
     assert rendered(text).startswith("writes more than 4,194,304 characters")
-    assert rendered("{% for %}").startswith("is no template: TemplateSyntaxError")
+    assert rendered("{% for %}").startswith("is not a template: TemplateSyntaxError")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_expressions_that_backtrack_without_end_are_refused(tmp_path: Path):
     except ValueError as error:  # some engines give up by themselves
         assert str(error).startswith(f"{tmp_path}/tokenizer.json ")  # noqa: PT017
     split["pattern"] = {"Regex": "((("}
-    assert encode({"pre_tokenizer": split}, ["((("]).startswith("is no tokenizer: ")
+    assert encode({"pre_tokenizer": split}, ["((("]).startswith("is not a tokenizer: ")
     split["pattern"] = {"Regex": r"\p{L}+|\s+"}
     assert encode({"pre_tokenizer": split, "normalizer": None}, [r"\p{L}+|\s+"]) == ""
 
@@ -80,7 +80,7 @@ def test_a_processor_of_a_model_passes_and_one_of_another_does_not(parts: Parts)
     with pytest.raises(ValueError, match=r"^name: processor_config.json has tokens_per_image=\d+, but the model makes"):
         check_composed_processor(processor, model.config, "name")
     processor.image_processor.image_std = [0.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="makes NaN or infinity of an image; see image_std"):
+    with pytest.raises(ValueError, match="turns an image into NaN or infinity; check image_std"):
         try_processor(processor, "name")
     processor.tokenizer.pad_token = None
     with pytest.raises(ValueError, match="its tokenizer has no padding token; name one as pad_token"):

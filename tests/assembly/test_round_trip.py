@@ -89,7 +89,7 @@ class Redrawn(Base):
 
 
 LOSING: dict[str, tuple[type[nn.Module], str]] = {
-    "a buffer that is not saved": (Unsaved, "buffer connector.positions, which is not saved, is computed differently"),
+    "a buffer that is not saved": (Unsaved, "buffer connector.positions, which is not saved, has other values"),
     "tensors that are one, undeclared": (Tied, "cannot be saved: .*connector.other.weight"),
     "weights that are drawn anew": (Redrawn, "does not load what it saves"),
 }

@@ -62,8 +62,9 @@ def test_a_folder_that_has_changed_is_looked_at_again(folder: Path):
     ("text", "said"),
     [
         (b"[1]", "holds a list; a JSON object is needed"), (b"null", "holds null"),
-        (b"", "is no JSON: Expecting value"),
-        (b'{"a": "\xff"}', r"is no JSON: it is not in UTF-8 \(byte 7\)"), (b'{"a": NaN}', "is no JSON: a value is NaN"),
+        (b"", "is not JSON: Expecting value"),
+        (b'{"a": "\xff"}', r"is not JSON: it is not in UTF-8 \(byte 7\)"),
+        (b'{"a": NaN}', "is not JSON: a value is NaN"),
         (b'{"a":' * 100_000, "is nested too deeply"),
         (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), f"is nested too deeply: at most {MAX_DEPTH}"),
     ],
@@ -103,7 +104,7 @@ def test_what_is_no_regular_file_is_refused_without_opening_it(tmp_path: Path):
 def test_a_file_without_end_is_refused_by_its_size(tmp_path: Path):
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(MAX_JSON_BYTES["config.json"] + 1)
-    with pytest.raises(ValueError, match=r"config.json has 16,777,217 bytes; such a file has at most 16,777,216"):
+    with pytest.raises(ValueError, match=r"config.json has 16,777,217 bytes; at most 16,777,216 are allowed"):
         inspect_folder(tmp_path)
 
 
@@ -112,13 +113,15 @@ def test_a_file_without_end_is_refused_by_its_size(tmp_path: Path):
 )
 def test_an_index_names_files_beside_it(folder: Path, name: object):
     write_index(folder, {"layer.1.weight": name})
-    with pytest.raises(ValueError, match=rf"^{folder}/{INDEX} names .* for layer.1.weight; a .safetensors file beside"):
+    with pytest.raises(
+        ValueError, match=rf"^{folder}/{INDEX} names .* for layer.1.weight; a .safetensors file next to"
+    ):
         inspect_folder(folder)
 
 
 def test_an_index_that_does_not_fit_its_files_is_refused(folder: Path):
     write_index(folder, {"layer.1.weight": "2.safetensors"})
-    with pytest.raises(ValueError, match=r"says that layer.1.weight is in 2.safetensors, which does not hold it"):
+    with pytest.raises(ValueError, match=r"says that layer.1.weight is in 2.safetensors, which does not contain it"):
         inspect_folder(folder)
     write_index(folder, {"layer.1.weight": "3.safetensors"})
     with pytest.raises(ValueError, match=r"names 3.safetensors, which is missing: the download is not complete"):
@@ -128,7 +131,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(folder: Path):
         inspect_folder(folder)
     (folder / "2.safetensors").write_bytes((folder / "1.safetensors").read_bytes())
     write_index(folder, {"layer.1.weight": "1.safetensors", "layer.2.weight": "2.safetensors"})
-    with pytest.raises(ValueError, match=r"layer.2.weight is in 2.safetensors, which does not hold it"):
+    with pytest.raises(ValueError, match=r"layer.2.weight is in 2.safetensors, which does not contain it"):
         inspect_folder(folder)
 
 

@@ -20,7 +20,7 @@ REFUSALS = {
     ),
     "stream": (
         [CACHE, "dataset.streaming=true", "trainer.max_steps=3", "trainer.packing=false"],
-        f"{CACHE}: features of images are computed once, but dataset.streaming=true does not know its images",
+        f"{CACHE}: features of images are computed once, but the images of a stream are not known in advance",
     ),
     "limit alone": (
         ["dataset.cache_limit_gb=3"],
@@ -53,4 +53,4 @@ def test_features_of_whole_models_are_not_kept_beside_sharded_weights(tmp_path: 
     words = [f"dataset.path={tmp_path}", CACHE, "model.hf_name=some/model"]
     assert not list(cache_problems(compose_config("pretrain-smol", words)))
     (problem,) = cache_problems(compose_config("pretrain-smol", [*words, "trainer/sharding=fsdp2"]))
-    assert "of a whole model not with trainer.sharding=fsdp2" in problem
+    assert "not for a whole model with trainer.sharding=fsdp2" in problem

@@ -15,8 +15,8 @@ RUN = "head-binary"
 EXTRA = "model.head.extra_heads.quality"
 CONNECTOR = ["trainer.unfreeze.train_connector=true"]
 REFUSALS = {
-    "profile": (["trainer.profile=true"], "trainer.profile=true: runs of heads are neither profiled nor counted"),
-    "peak": (["trainer.peak_tflops=5"], "trainer.peak_tflops=5.0: runs of heads are neither profiled nor counted"),
+    "profile": (["trainer.profile=true"], "trainer.profile=true: runs that train heads are neither profiled"),
+    "peak": (["trainer.peak_tflops=5"], "trainer.peak_tflops=5.0: runs that train heads are neither profiled"),
     "task": (["model.head.task=rank"], "model.head.task=rank: allowed are null, binary, multiclass, multilabel, "
              "regression, ordinal, pairwise"),
     "name": (["model.head.name=a-b"], "model.head: 'a-b' is not a head's name; use letters, digits and _"),
@@ -44,7 +44,7 @@ REFUSALS = {
     "smoothing of a number": (["model.head.task=regression", "model.head.label_smoothing=0.1"],
                               "model.head.label_smoothing=0.1: task=regression has no labels to choose among"),
     "weight": (["model.head.weight=0"], "model.head.weight=0.0: a number above 0 is needed"),
-    "lonely weight": (["model.head.weight=2"], "model.head.weight=2.0: there is no other loss to weigh it against"),
+    "lonely weight": (["model.head.weight=2"], "model.head.weight=2.0: there is no other loss; leave it out"),
     "one label": (["model.head.task=multiclass", "model.head.labels=[a]"], "model.head.labels=['a']: at least two are"),
     "three labels of two": (["model.head.labels=[a,b,c]"], "model.head.labels=['a', 'b', 'c']: task=binary needs two"),
     "labels of a number": (["model.head.task=regression", "model.head.labels=[a,b]"],
@@ -58,12 +58,13 @@ REFUSALS = {
                                "model.head.class_weights=[1, 2, 3]: one for each of 2 labels is needed"),
     "generation below 0": (["model.head.generation_weight=-1"], "model.head.generation_weight=-1.0: 0 or more is"),
     "generation with a query": (["model.head.generation_weight=1", "model.head.pooling=query"],
-                                "model.head.generation_weight=1.0: with pooling=query a token stands behind the"),
+                                "model.head.generation_weight=1.0: pooling=query puts a token after the"),
     "generation of a frozen body": (["model.head.generation_weight=1"],
-                                    "model.head.generation_weight=1.0: no part that writes replies trains; unfreeze"),
+                                    "model.head.generation_weight=1.0: no part that generates replies trains; "
+                                    "unfreeze"),
     "stream": (["dataset.streaming=true", "trainer.max_steps=3"],
-               "dataset.streaming=true: a head's records are counted and split before it trains"),
-    "truncate": (["dataset.over_length=truncate"], "dataset.over_length=truncate: a prompt is never cut"),
+               "dataset.streaming=true: records are counted and split before a head trains"),
+    "truncate": (["dataset.over_length=truncate"], "dataset.over_length=truncate: a head reads the end of a prompt"),
     "two tests": (["dataset.test_path=x.json", "dataset.test_split=0.1"], "dataset.test_path and dataset.test_split: "),
     "test split": (["dataset.test_split=1"], "dataset.test_split=1.0: a share from 0 to below 1 is needed"),
     "pictures of no test": (["dataset.test_image_folder=."], "dataset.test_image_folder=.: it has no effect without "
@@ -100,16 +101,16 @@ REFUSALS = {
                            "trainer.deepspeed=zero3 does not allow that"),
     "grouping what is computed": ([f"trainer.train_sampling_strategy={GROUP_BY_MODALITY_LENGTH}"],
                                   f"trainer.train_sampling_strategy={GROUP_BY_MODALITY_LENGTH}: hidden states are "
-                                  "computed once here"),
+                                  "computed once in this run"),
     "no rate": (["trainer.learning_rate.head_learning_rate=null"], "trainer.learning_rate.head_learning_rate=null: a "
-                "positive number is needed, since model.head.task=binary"),
+                "positive number is needed, because model.head.task=binary"),
     "no rate of a query": (["model.head.pooling=query", "trainer.learning_rate.language_model_learning_rate=null"],
                            "trainer.learning_rate.language_model_learning_rate=null: a positive number is needed, "
-                           "since model.head.pooling=query"),
+                           "because model.head.pooling=query"),
     "no rate of new tokens": (["model.language_model.new_tokens=[MARK]",
                                "trainer.learning_rate.language_model_learning_rate=0"],
                               "trainer.learning_rate.language_model_learning_rate=0.0: a positive number is needed, "
-                              "since model.language_model.new_tokens=['MARK']"),
+                              "because model.language_model.new_tokens=['MARK']"),
 }  # fmt: skip
 """Overrides -> how the message begins."""
 

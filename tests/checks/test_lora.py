@@ -23,7 +23,7 @@ REFUSALS = {
     ),
     "no rate": (
         [R],
-        "trainer.learning_rate.language_model_learning_rate=null: a positive number is needed, since "
+        "trainer.learning_rate.language_model_learning_rate=null: a positive number is needed, because "
         "trainer.lora.language_model.r=8",
     ),
     "rank": (
@@ -44,7 +44,8 @@ REFUSALS = {
     ),
     "no targets": (
         [R, RATE, "trainer.lora.language_model.target_modules=[]"],
-        "trainer.lora.language_model.target_modules=[]: give name endings of layers, or null for all Linear layers",
+        "trainer.lora.language_model.target_modules=[]: give the endings of names of layers, or null for all Linear "
+        "layers",
     ),
     "dropout": (["trainer.lora.dropout=1"], "trainer.lora.dropout=1.0: a share from 0 to below 1 is needed"),
     "init": (["trainer.lora.init=pissa"], "trainer.lora.init=pissa: allowed are default, gaussian, orthogonal"),
@@ -65,7 +66,7 @@ REFUSALS = {
     ),
     "two kinds": (
         [f"{Q}=4bit", "model.visual_encoder.quantization=8bit"],
-        f"model.visual_encoder.quantization=8bit and {Q}=4bit: they have to be the same; choose one",
+        f"model.visual_encoder.quantization=8bit and {Q}=4bit: these must be equal; choose one",
     ),
 }
 """Overrides -> how the message begins."""

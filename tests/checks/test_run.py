@@ -30,7 +30,7 @@ CHOICES = {
 
 LINEAR = ["model/connector=linear"]
 EVAL_SPLIT = "a share from 0 to below 1, or null, is needed"
-NEEDS_RATE = "a positive number is needed, since trainer.unfreeze"
+NEEDS_RATE = "a positive number is needed, because trainer.unfreeze"
 REFUSALS = {
     "format": (
         ["dataset.format=lava"],
@@ -77,7 +77,7 @@ REFUSALS = {
     "a grid of tiles": (["model.anyres.grids=[[1,2],[3]]"], "model.anyres.grids: [3] is not a grid; [rows, columns]"),
     "tiles without grids": (
         ["model.anyres.max_tiles=9"],
-        "model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next",
+        "model.anyres: max_tiles and tile_several need grids, as in model/anyres=llava-next",
     ),
     "tiles, no number of them": (
         ["model/anyres=llava-next", "model.anyres.max_tiles=0"],
@@ -121,7 +121,7 @@ REFUSALS = {
     ),
     "an address": (
         ["dataset.path=https://example.com/a.json"],
-        "dataset.path=https://example.com/a.json: of addresses only http(s)://….tar is read",
+        "dataset.path=https://example.com/a.json: the only web addresses that are read are http(s)://….tar",
     ),
     "a shell": (
         ['dataset.path="pipe:cat a.tar"'],
@@ -141,7 +141,7 @@ REFUSALS = {
     ),
     "comparing a stream": (
         ["dataset.streaming=true", "trainer.max_steps=1", "dataset.overlap=warn"],
-        "dataset.overlap=warn: a stream is not compared before it is read; choose allow, or no streaming",
+        "dataset.overlap=warn: a stream cannot be compared before it is read; choose allow, or streaming=false",
     ),
     "grouping a stream": (
         [
@@ -220,11 +220,11 @@ REFUSALS = {
             "model.language_model.new_tokens=['<x>']",
             "trainer.learning_rate.language_model_learning_rate=1e-4",
         ],
-        "model.language_model.new_tokens=['<x>'] and trainer.sharding=fsdp2: rows of embeddings cannot train",
+        "model.language_model.new_tokens=['<x>'] and trainer.sharding=fsdp2: rows of an embedding cannot train",
     ),
     "sharded optimiser": (
         ["trainer.sharding=fsdp2", "trainer.optim=muon"],
-        "trainer.optim=muon and trainer.sharding=fsdp2: its states have other shapes than the weights, or need whole",
+        "trainer.optim=muon and trainer.sharding=fsdp2: its states differ in shape from the weights, or need whole",
     ),
     "rate of zero": (
         ["trainer.learning_rate.connector_learning_rate=0"],
@@ -236,7 +236,7 @@ REFUSALS = {
     ),
     "average": (
         ["trainer.average_tokens_across_devices=false"],
-        "trainer.average_tokens_across_devices=false: trainer.loss_average says how losses average",
+        "trainer.average_tokens_across_devices=false: set trainer.loss_average instead",
     ),
     "DeepSpeed": (
         ["trainer.deepspeed=zero9"],
@@ -351,7 +351,7 @@ def test_a_run_directory_given_for_its_model_gets_a_hint(records: Path, tmp_path
     (tmp_path / "run" / "final").mkdir(parents=True)
     (tmp_path / "run" / "final" / "config.json").write_text("{}")
     message = refused(records, f"trainer.from_pretrained={tmp_path / 'run'}")
-    assert message.endswith(f"it is a run's directory, whose model is {tmp_path / 'run' / 'final'}")
+    assert message.endswith(f"it is a run directory, and its model is {tmp_path / 'run' / 'final'}")
 
 
 def test_evaluation_records_and_a_share_contradict(records: Path):

@@ -186,7 +186,7 @@ REACHING = [
 
 @pytest.mark.parametrize("override", REACHING)
 def test_what_reaches_further_is_refused_by_its_value(override: str):
-    with pytest.raises(ConfigError, match=r"^[\w.]+=.* taken on the command line only$"):
+    with pytest.raises(ConfigError, match=r"^[\w.]+=.* set on the command line only$"):
         check_surface(compose_config("finetune-smol", ["dataset.path=a.json", override]))
 
 
@@ -235,7 +235,7 @@ def test_a_message_shows_little_of_a_value():
 
 def test_a_message_shows_no_secret():
     for override in ("trainer.hub_token=a-secret-of-mine", "dataset.path=https://me:a-secret-of-mine@host/a.tar"):
-        with pytest.raises(ConfigError, match=r"=.*\*\*\*.* taken on the command line only") as refused:
+        with pytest.raises(ConfigError, match=r"=.*\*\*\*.* set on the command line only") as refused:
             check_surface(compose_config("finetune-smol", ["dataset.path=a.json", override]))
         assert "a-secret-of-mine" not in str(refused.value)
 

@@ -110,7 +110,7 @@ def test_generate_hints_at_the_complete_model_of_a_run(tmp_path: Path, image: Pa
     with pytest.raises(SystemExit) as stopped:
         ask(tmp_path, "--prompt", "What?", "--image", image)
     assert str(stopped.value.code) == (
-        f"vlm generate: {tmp_path} holds no config.json; the complete model of a run is in its folder `final`"
+        f"vlm generate: {tmp_path} has no config.json; the complete model of a run is in its folder `final`"
     )
 
 

@@ -71,7 +71,7 @@ def test_what_rank_0_refuses_is_said_once(common: list[str], tmp_path: Path):
     with RunLock(tmp_path):
         done = waiting.run([sys.executable, "-m", "vlm", "launch", "--nproc", "2", "--", *words])
     assert done.returncode == 1, done.stderr
-    assert done.stderr.count("another run trains in it") == 1
+    assert done.stderr.count("another run is training in it") == 1
     assert "Traceback" not in done.stderr
 
 

@@ -26,7 +26,7 @@ MISTAKES = {
     "frobnicate": ["is not a command", "vlm --help lists the commands"],
     "generate": ["CHECKPOINT is missing", "usage: vlm generate CHECKPOINT", "--help"],
     "generate nowhere/at/all --prompt hi": ["nowhere/at/all: no such folder (seen from ", "nor a name on the Hub"],
-    "generate run --prompt hi": ["it is a run's directory, whose model is run/final"],
+    "generate run --prompt hi": ["it is a run directory, and its model is run/final"],
     "generate x --prompt hi --image https://a.org/cat.png": ["web addresses are not downloaded", "save the image"],
     "generate x": ["give --prompt for one question, or --input and --output"],
     "generate x --input records.json": ["--output is missing"],
@@ -76,7 +76,7 @@ MISTAKES = {
     "-cn pretrain-smol dataset.path=records.jsn": ["records.jsn: no such file", "seen from"],
     f"{RUN} dataset.image_folder=picures": ["no such folder"],
     f"{RUN} dataset.image_folder=~/images": ["~ is not expanded here", "$HOME/images"],
-    f"{RUN} trainer.from_pretrained=run": ["whose model is run/final"],
+    f"{RUN} trainer.from_pretrained=run": ["it is a run directory, and its model is run/final"],
     f"{RUN} trainer.max_steps": ["key=value is needed"],
 }  # fmt: skip
 """Command line -> words of the answer."""

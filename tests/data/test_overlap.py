@@ -68,10 +68,10 @@ def test_records_that_are_in_both_are_found(sources: tuple[Source, Source]):
     assert (found.evaluated, found.compared) == (6, 4)
     assert (found.same_image, found.near_image, found.same_text) == (1, 1, 2)
     told = "\n".join(found.examples)
-    assert "val.json, record 0 (same image) has the image" in told
+    assert "val.json, record 0 (same image) shares the image" in told
     assert "val.json, record 1 (near image) has a near copy of" in told
-    assert "val.json, record 2 (same reply) has a text of train.json, record 1 (t1)" in told
-    assert "val.json, record 3 (same conversation) has a text of train.json, record 2 (t2)" in told
+    assert "val.json, record 2 (same reply) shares a text with train.json, record 1 (t1)" in told
+    assert "val.json, record 3 (same conversation) shares a text with train.json, record 2 (t2)" in told
     assert "short reply" not in told
     assert "other text" not in told
 
@@ -82,7 +82,7 @@ def test_a_run_warns_or_is_refused_and_compares_once(sources: tuple[Source, Sour
     check_overlap(DatasetConfig(overlap="refuse"), training, None)
     assert not caplog.text
     check_overlap(DatasetConfig(overlap="warn"), training, evaluation)
-    assert "dataset.overlap=warn: of 6 evaluation records, 1 have an image of the training data" in caplog.text
+    assert "dataset.overlap=warn: of 6 evaluation records, 1 share an image with the training data" in caplog.text
     monkeypatch.setattr(module, "scan", None)  # the result is in the cache
     with pytest.raises(ValueError, match=r"dataset.overlap=refuse: of 6 .*; the first: val.json, record 0 .*=warn"):
         check_overlap(DatasetConfig(overlap="refuse"), training, evaluation)

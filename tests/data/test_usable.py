@@ -91,6 +91,6 @@ def test_an_error_of_a_reader_of_the_users_own_concerns_its_record_only():
 
 def test_a_reply_is_needed_where_replies_are_learned():
     sample = Sample("7", (Turn("user", ("what?",)),), label=1)
-    with pytest.raises(BadSample, match="no reply to learn from"):
+    with pytest.raises(BadSample, match="no reply to train on"):
         check_reply(sample, needed=True)
     check_reply(sample, needed=False)

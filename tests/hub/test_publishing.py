@@ -266,7 +266,7 @@ def test_a_class_of_the_users_own_has_to_be_there(tmp_path: Path):
 
 def test_a_run_directory_is_no_checkpoint(run_folder: Path):
     assert refusal("push-to-hub", str(run_folder), "--dry-run").endswith(
-        f"it is a run's directory, whose model is {run_folder / 'final'}"
+        f"it is a run directory, and its model is {run_folder / 'final'}"
     )
 
 

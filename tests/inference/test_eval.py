@@ -139,7 +139,7 @@ def test_a_precision(checkpoint: Path):
         ({"device_map": "balanced"}, "device_map=balanced: a model runs on one device"),
         ({"device_map": {"a": 0, "b": 1}}, "a model runs on one device"),
         ({"use_flash_attn": True}, "use_flash_attn: not taken"),
-        ({"model_base": "somewhere"}, "is complete, it needs none"),
+        ({"model_base": "somewhere"}, "is a complete model; it needs no base"),
     ],
 )
 def test_what_cannot_be_loaded_so(checkpoint: Path, options: dict[str, Any], said: str):
@@ -184,7 +184,7 @@ def test_a_base_that_moved_is_found_in_every_way(
 
 def test_a_base_that_is_gone_is_said(moved: tuple[Path, str, str]):
     adapter, _, _ = moved
-    needed = f"{adapter} needs what it was trained on, /no/such/base, which is no longer there"
+    needed = f"{adapter} is an adapter on /no/such/base, which is not on this machine"
     assert needed in refusal("chat", str(adapter))
-    with pytest.raises(ValueError, match="/no/such/base, which is no longer there"):
+    with pytest.raises(ValueError, match="/no/such/base, which is not on this machine, or has moved"):
         eval_model(make_args(adapter))

@@ -330,7 +330,7 @@ def test_a_saved_model_answers_as_before(ours: VisionLanguageModel, tmp_path: Pa
 
 
 def test_a_run_directory_is_no_checkpoint(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"holds no config.json; the complete model of a run is in its folder `final`"):
+    with pytest.raises(ValueError, match=r"has no config.json; the complete model of a run is in its folder `final`"):
         VisionLanguageModel.load(tmp_path)
 
 

@@ -322,7 +322,7 @@ def test_the_command_writes_what_the_function_does(
         (["--input", "RECORDS", "--output", "a.jsonl", "--format", "nope"], "--format nope: allowed are llava"),
         ([], "give --prompt for one question, or --input and --output for a file of records"),
         (["--prompt", "x", "--device", "nowhere"], "device=nowhere: "),
-        (["--prompt", "x", "--base", "/nowhere"], "is complete, it needs none"),
+        (["--prompt", "x", "--base", "/nowhere"], "is a complete model; it needs no base"),
         (["--prompt", "word " * 600], "tokens and its answer may have 128 (max_new_tokens), but the model reads at"),
     ],
 )

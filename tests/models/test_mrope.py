@@ -79,9 +79,9 @@ def test_logits_and_answers_are_those_of_the_positions(
 
 
 def test_what_has_no_rows_and_columns_is_refused(parts: Parts, language_model: Path):
-    with pytest.raises(ValueError, match=r"positions=mrope: .*\(model_type=llama\) counts positions in one dimension"):
+    with pytest.raises(ValueError, match=r"positions=mrope: .*\(model_type=llama\) has positions in one dimension"):
         build(parts, parts.language_model("llama"), "mrope", "siglip")
     queries = {"connector": "resampler", "options": {"num_queries": 4, "num_heads": 2}}
     for encoder in ("siglip", "siglip2_naflex"):
-        with pytest.raises(ValueError, match=r"positions=mrope: the tokens of an image are no grid"):
+        with pytest.raises(ValueError, match=r"positions=mrope: the tokens of an image form no grid"):
             build(parts, language_model, "mrope", encoder, **queries)

@@ -1,4 +1,4 @@
-"""Runs beside each other."""
+"""Comparing runs."""
 
 import json
 import re

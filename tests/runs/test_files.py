@@ -15,7 +15,7 @@ def test_what_is_no_json_object_is_empty_and_named(tmp_path: Path, content: str)
     (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
     folder = Folder(tmp_path)
     assert folder.json("a.json") == {}
-    assert "no JSON object" in folder.damaged["a.json"]
+    assert "not a JSON object" in folder.damaged["a.json"]
 
 
 @pytest.mark.parametrize("content", ["- 1", "a: [", "!!python/object/apply:os.system ['true']", "a: &a [1]\nb: *a"])
@@ -23,7 +23,7 @@ def test_what_is_no_plain_yaml_mapping_is_empty_and_named(tmp_path: Path, conten
     (tmp_path / "a.yaml").write_text(content)
     folder = Folder(tmp_path)
     assert folder.yaml("a.yaml") == {}
-    assert "no YAML mapping" in folder.damaged["a.yaml"]
+    assert "not a YAML mapping" in folder.damaged["a.yaml"]
 
 
 def test_missing_files_are_empty_and_no_damage(tmp_path: Path):

@@ -46,7 +46,7 @@ def test_runs_without_a_value_come_last_in_either_order(outputs: Path):
     [
         (["--filter", "eval_loss"], "write a key, one of"),
         (["--sort", "evalloss"], "similar: eval_loss"),
-        (["--columns", "format"], "several settings end so"),
+        (["--columns", "format"], "several settings end with it"),
         (["--columns", "name,sed"], "seed"),
     ],
 )

@@ -132,7 +132,7 @@ def test_an_empty_directory_has_a_page_too(tmp_path: Path):
 
 def test_the_state_that_a_run_ends_with_is_shown(run: Path):
     assert "The run failed at step 30" in write_report(run, "failed").read_text()
-    assert "The run did not reach its end" in write_report(run, "stopped").read_text()
+    assert "The run did not finish" in write_report(run, "stopped").read_text()
 
 
 def test_a_page_stays_small(run: Path, monkeypatch: pytest.MonkeyPatch):

@@ -57,7 +57,7 @@ def test_a_low_terminal_shows_less_of_the_log(tmp_path: Path):
 
 def test_old_news_are_said_to_be_old(tmp_path: Path):
     run = read_live_run(write_run(tmp_path / "run", updated_at=time.time() - 3600))
-    assert "training on elsewhere, but it has said nothing for 60 min" in render(run)
+    assert "training on elsewhere, but it has written nothing for 60 min" in render(run)
     assert not run.has_ended
 
 
@@ -100,7 +100,7 @@ def test_a_line_is_printed_for_each_change(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"holds no run: neither status.json.* Give the run directory"):
+    with pytest.raises(ValueError, match=r"has no run: status.json.* Give the run directory"):
         read_live_run(tmp_path)
 
 

@@ -267,7 +267,7 @@ def test_two_ranks_with_other_tiles_reach_the_single_process(
 @pytest.mark.parametrize(
     ("recipe", "image_mode", "message"),
     [
-        ({"connector": "resampler", "options": {"num_queries": 4}}, None, "resampler gives are no grid"),
+        ({"connector": "resampler", "options": {"num_queries": 4}}, None, "resampler makes form no grid"),
         ({"strategy": "cls+patch"}, None, "no grid"),
         ({}, "pad", "dataset.image_mode=square is needed"),
     ],

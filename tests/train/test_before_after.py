@@ -79,10 +79,10 @@ def test_the_figures_of_the_start_are_kept(
     assert [{**row, "media": ""} for row in read_lines(run / "before_after/after.jsonl")] == after
     for name in ("final", "checkpoint-2"):
         shutil.rmtree(run / name)
-    with pytest.raises(ValueError, match=r"is of other records; set trainer\.before_after_samples"):
+    with pytest.raises(ValueError, match=r"has answers to other records. Set trainer\.before_after_samples"):
         train("finetune-smol", run, *words, *steps, "trainer.before_after_samples=3")
     (run / "before_after/before.jsonl").unlink()
-    with pytest.raises(ValueError, match="is not there, since the run began without it"):
+    with pytest.raises(ValueError, match="does not exist, because the run began without this setting"):
         train("finetune-smol", run, *words, *steps)
 
 

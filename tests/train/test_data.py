@@ -260,7 +260,7 @@ def test_a_torn_picture_found_on_the_way_stops_a_run_that_skips_nothing(start, t
 def test_a_run_on_its_evaluation_records_is_refused_where_that_is_asked(start, tmp_path: Path):
     words = llava(tmp_path)
     same = words[0].replace("dataset.path", "dataset.eval_path")
-    with pytest.raises(SystemExit, match=r"dataset.overlap=refuse: of 12 evaluation records, 12 have an image of"):
+    with pytest.raises(SystemExit, match=r"dataset.overlap=refuse: of 12 evaluation records, 12 share an image with"):
         start(*words, same, "trainer.eval_strategy=epoch", "dataset.overlap=refuse", steps=1)
 
 

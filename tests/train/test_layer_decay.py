@@ -88,7 +88,7 @@ def test_a_run_has_a_group_for_each_layer_and_logs_the_parts_rate(made: Made):
     [
         (["trainer.learning_rate.visual_encoder_layer_decay=0.9"], "the visual_encoder does not train; leave it out"),
         (["trainer.learning_rate.language_model_layer_decay=0"], "a share above 0, at most 1"),
-        (["trainer.average_decay=0.9", "trainer/deepspeed=zero3"], "no rank has whole weights to average"),
+        (["trainer.average_decay=0.9", "trainer/deepspeed=zero3"], "no rank has the whole weights to average"),
         (["trainer.average_decay=1"], "a share from 0 to below 1"),
     ],
 )

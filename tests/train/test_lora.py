@@ -312,7 +312,9 @@ def test_an_adapter_is_asked_like_a_complete_model(on_parts: Path, tmp_path: Pat
     main(["merge-lora", str(final), str(tmp_path / "whole")])
     main(["generate", str(tmp_path / "whole"), *ask])
     assert capsys.readouterr().out.strip().endswith(said)
-    assert refusal("generate", str(tmp_path / "whole"), "--base", str(final), "--prompt", "a").endswith("it needs none")
+    assert refusal("generate", str(tmp_path / "whole"), "--base", str(final), "--prompt", "a").endswith(
+        "it needs no base"
+    )
 
 
 def test_training_goes_on_from_an_adapter(on_parts: Path, train: Callable[..., Path], tmp_path: Path):
@@ -345,8 +347,8 @@ def copied(on_checkpoint: Path, pretrained: Path, tmp_path: Path) -> tuple[Path,
 def test_a_base_that_moved_is_asked_for(copied: tuple[Path, Path], tmp_path: Path):
     adapter, base_paths = copied
     said = refusal("generate", str(adapter), "--prompt", "a")
-    assert said.startswith(f"vlm generate: {adapter} needs what it was trained on, /no/such/base, which is no longer")
-    assert said.endswith("Say where it is now, to vlm generate or vlm merge-lora: --base PATH")
+    assert said.startswith(f"vlm generate: {adapter} is an adapter on /no/such/base, which is not on this")
+    assert said.endswith("Give its new path, to vlm generate or vlm merge-lora: --base PATH")
     assert refusal("merge-lora", str(adapter), str(tmp_path / "out")).endswith("--base PATH")
     assert not adapted(open_checkpoint(adapter).load_model(base_paths=[str(base_paths)]))
 
@@ -359,7 +361,7 @@ def test_the_options_that_llavas_users_know_work(copied: tuple[Path, Path], tmp_
     assert not (out / "adapter_config.json").exists()
     assert (out / "processor_config.json").is_file()
     said = refusal("merge-lora", "--base", str(base_paths), str(adapter), str(out))
-    assert said == f"vlm merge-lora: {out} is there already; name a new folder"
+    assert said == f"vlm merge-lora: {out} exists already; name a new folder"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "moved", "out"]
 
 
@@ -367,7 +369,9 @@ def test_parts_that_moved_are_named(on_parts: Path, world: Path, tmp_path: Path)
     shutil.copytree(on_parts / "final", tmp_path / "adapter")
     file = tmp_path / "adapter" / BASE_FILE
     file.write_text(file.read_text().replace(str(world / "language_model"), "/no/such"))
-    with pytest.raises(ValueError, match=r"/no/such, which is no longer there .* --base language_model=PATH"):
+    with pytest.raises(
+        ValueError, match=r"/no/such, which is not on this machine, or has moved.* --base language_model=PATH"
+    ):
         open_checkpoint(tmp_path / "adapter").load_model()
     assert open_checkpoint(tmp_path / "adapter").load_model(base_paths=[f"language_model={world / 'language_model'}"])
     with pytest.raises(ValueError, match=r"give visual_encoder=PATH and language_model=PATH"):
@@ -389,8 +393,10 @@ def test_another_training_of_the_base_is_refused(
 
 def test_a_complete_model_is_not_merged(pretrained: Path, on_parts: Path, tmp_path: Path):
     said = refusal("merge-lora", str(pretrained), str(tmp_path / "out"))
-    assert said == f"vlm merge-lora: {pretrained}: no {BASE_FILE} there, so it is no adapter on a base"
-    assert refusal("merge-lora", str(on_parts), str(tmp_path / "out")).endswith(f"whose model is {on_parts / 'final'}")
+    assert said == f"vlm merge-lora: {pretrained}: it has no {BASE_FILE}, so it is not an adapter on a base"
+    assert refusal("merge-lora", str(on_parts), str(tmp_path / "out")).endswith(
+        f"it is a run directory, and its model is {on_parts / 'final'}"
+    )
 
 
 def test_what_breaks_leaves_nothing(on_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -169,7 +169,7 @@ def test_a_run_packs_evaluates_and_resumes(train: Callable[..., Path], parts: Pa
     second = train("finetune-smol", tmp_path / "second", *start, "trainer.max_steps=1", "trainer.num_samples=0",
                    "dataset.max_length=512", "trainer.learning_rate.visual_encoder_learning_rate=1e-4")  # fmt: skip
     assert json.loads((second / "final" / "config.json").read_text())["native"] == config["native"]
-    with pytest.raises(ValueError, match=r"dataset.image_mode=pad: .* is made for native images"):
+    with pytest.raises(ValueError, match=r"dataset.image_mode=pad: .* was trained on native images"):
         train("finetune-smol", tmp_path / "third", *start, "dataset.image_mode=pad")
     with pytest.raises(ValueError, match=r"dataset.cache_features=true: images at native resolution"):
         train("pretrain-smol", tmp_path / "fourth", *start, "dataset.cache_features=true")

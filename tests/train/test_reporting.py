@@ -14,7 +14,7 @@ from vlm.train.reporting import reporting
     ("code", "said"),
     [
         (None, '<span class="state done">done'),
-        (SAVED_EXIT_CODE, "did not reach its end"),
+        (SAVED_EXIT_CODE, "did not finish"),
         (GUARD_EXIT_CODE, "The run failed"),
         ("an error", "The run failed"),
     ],

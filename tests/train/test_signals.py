@@ -67,7 +67,7 @@ def test_before_the_first_step_a_run_ends_at_once(tmp_path: Path):
     process.terminate()
     status, said = end(process)
     assert status == 75
-    assert "The same command begins there again" in said
+    assert "The same command starts it again" in said
 
 
 def test_after_the_last_step_a_run_goes_on_to_its_end(tmp_path: Path):
@@ -76,7 +76,7 @@ def test_after_the_last_step_a_run_goes_on_to_its_end(tmp_path: Path):
     process.terminate()
     status, said = end(process)
     assert status == 0
-    assert "when the finished model is written" in said
+    assert "once the finished model is written" in said
     assert "final" in said
 
 
@@ -159,7 +159,7 @@ def test_a_rank_notices_that_its_launcher_has_gone(tmp_path: Path):
     wait_until(lambda: (tmp_path / "begun").exists(), launcher)
     launcher.kill()
     wait_until(lambda: (tmp_path / "saved").exists())
-    assert "The process that launched this run has gone" in end(launcher)[1]
+    assert "The process that launched this run has ended" in end(launcher)[1]
 
 
 def test_handlers_are_restored(tmp_path: Path):

@@ -117,13 +117,13 @@ def test_other_readers_are_refused(train: Callable[..., Path], sources: list[str
     again = [*words, "trainer.max_steps=3"]
     for change in ("trainer.dataloader_num_workers=1", "dataset.shuffle_buffer=6", "trainer.seed=1"):
         with pytest.raises(
-            ValueError, match=rf"cannot go on with other values of these keys:\n  {change.split('=')[0]}"
+            ValueError, match=rf"cannot be resumed with other values of these keys:\n  {change.split('=')[0]}"
         ):
             train("pretrain-smol", tmp_path, *again, change, "trainer.resume_changes=accept")
     checkpoint = newest_checkpoint(run)
     (checkpoint / "stream-0.json").unlink()
     reseal(checkpoint)
-    with pytest.raises(ValueError, match="does not say where the stream was"):
+    with pytest.raises(ValueError, match="does not record the position in the stream"):
         train("pretrain-smol", tmp_path, *again)
 
 

@@ -84,7 +84,7 @@ def test_a_deepspeed_configuration_is_packaged_or_a_json_file(tmp_path: Path):
 
 
 def test_deepspeed_shares_out_no_tokens_of_a_sample():
-    with pytest.raises(ValueError, match=r"trainer.deepspeed.sequence_parallel_size=2: ranks share out samples"):
+    with pytest.raises(ValueError, match=r"trainer.deepspeed.sequence_parallel_size=2: ranks split samples"):
         deepspeed_config({"sequence_parallel_size": 2})
 
 

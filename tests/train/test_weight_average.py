@@ -43,7 +43,7 @@ def test_the_average_of_each_step_is_that_of_the_formula(tmp_path: Path):
     average.on_train_end(None, state, None)  # pyright: ignore[reportArgumentType]
     torch.testing.assert_close(model.weight.detach(), expected)
     (tmp_path / AVERAGE_FILE).unlink()
-    with pytest.raises(ValueError, match=r"trainer.average_decay=0.5: .* does not have the weights that train"):
+    with pytest.raises(ValueError, match=r"trainer.average_decay=0.5: .* lacks weights that train"):
         other.load_from(tmp_path)
 
 

@@ -1,1 +1,1 @@
-"""Everything between a configuration or a checkpoint and a model with its processor."""
+"""Makes a model with its processor from a configuration or a checkpoint."""

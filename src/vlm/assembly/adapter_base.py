@@ -1,6 +1,6 @@
-"""The base that an adapter was trained on: a checkpoint, or the parts of a composition, recognised by fingerprints.
+"""The base of an adapter: a checkpoint, or the parts of a composed model, identified by fingerprints.
 
-`base.json` holds it. To let a run begin with another kind of base, add it to `make_base`.
+`base.json` records it. To let a run start from another kind of base, add it to `make_base`.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ WEIGHT_FILE_PATTERNS = (
     ("pytorch_model*.bin",),
     ("adapter_model.safetensors", "non_lora_trainables.safetensors"),
 )
-"""Patterns of the files that hold weights; the first line that any file fits counts."""
+"""Patterns of files with weights; the first line that matches a file counts."""
 
 NUM_FINGERPRINT_PIECES = 16
 FINGERPRINT_PIECE_BYTES = 1 << 18
@@ -46,8 +46,8 @@ class Source:
 class Base:
     """The model that an adapter was trained on.
 
-    `sources` are those of `checkpoint`, or of each part with weights of its own; `model` is the `model` section of the
-    run where the base was composed from parts.
+    `sources` are those of `checkpoint`, or of each part with its own weights; `model` is the `model` section of the run
+    if the base was composed of parts.
     """
 
     sources: dict[str, Source]
@@ -59,7 +59,7 @@ class Base:
 
 
 def make_base(config: RunConfig) -> Base | None:
-    """Return the base that a run's result is written on top of; None where it is written whole."""
+    """Return the base of a run's result, or None if the result is a complete model."""
     model, start_checkpoint = config.model, config.trainer.from_pretrained
     if all(getattr(config.trainer.lora, part).r is None for part in PARTS) and not quantized_parts(model):
         return None
@@ -78,7 +78,7 @@ def without_quantization(recipe: Mapping[str, object]) -> Recipe:
 
 
 def make_source(name: str, revision: str | None) -> Source:
-    """Return a source as it is now; a folder by its full path, so that it is found from anywhere."""
+    """Return a source in its present state; a folder by its full path, so that it can be found from anywhere."""
     if Path(name).is_dir():
         return Source(str(Path(name).resolve()), None, fingerprint(Path(name)))
     config_file = cached_file(name, "config.json", revision=revision)
@@ -90,8 +90,8 @@ def make_source(name: str, revision: str | None) -> Source:
 def fingerprint(folder: Path) -> str:
     """Return a hash of the sizes of the files with weights, and of pieces of each.
 
-    The hash is quick to compute, and another training run gives another one. Pieces are spread evenly; the first is at
-    the beginning, where composed models keep their connector.
+    The hash is fast to compute, and differs between training runs. Pieces are spread evenly; the first is at the
+    beginning, where composed models have their connector.
     """
     files: list[Path] = []
     for patterns in WEIGHT_FILE_PATTERNS:
@@ -108,14 +108,14 @@ def fingerprint(folder: Path) -> str:
 
 
 def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:
-    """Return the base of a checkpoint, where it lies now.
+    """Return the base of a checkpoint, at its present location.
 
     Args:
         folder: the checkpoint's folder.
-        base_paths: where sources lie now: `PATH` for a base that is one checkpoint, `PART=PATH` for a part.
+        base_paths: present locations: `PATH` for a base that is one checkpoint, `PART=PATH` for a part.
 
     Raises:
-        ValueError: a source is no longer there or not what it was, or `base_paths` names none of them.
+        ValueError: a source is missing or has changed, or `base_paths` names none of the sources.
     """
     sources, recipe = _read_sources(folder / BASE_FILE)
     for word in base_paths:
@@ -138,7 +138,7 @@ def _read_sources(file: Path) -> tuple[dict[str, Source], Recipe | None]:
     """Return the sources that a `base.json` names, and the recipe of a base of parts.
 
     Raises:
-        ValueError: it is none that `Base.write` wrote.
+        ValueError: `Base.write` did not write it.
     """
     content = read_object(file)
     sources, recipe = content.get("sources"), content.get("model")
@@ -169,13 +169,13 @@ def _read_sources(file: Path) -> tuple[dict[str, Source], Recipe | None]:
 
 
 def _check_same_weights(folder: Path, part: str, source: Source) -> None:
-    """Raise ValueError where a source that is a folder is gone or holds other weights."""
+    """Raise ValueError if a source that is a folder is missing or has other weights."""
     option = "--base " + ("PATH" if part == WHOLE_CHECKPOINT else f"{part}=PATH")
     if not Path(source.name).is_dir():
         if source.revision is None:  # a folder then: commits of names on the Hub are known
             raise ValueError(
-                f"{folder} needs what it was trained on, {source.name}, which is no longer there (or not on this "
-                f"machine). Say where it is now, to vlm generate or vlm merge-lora: {option}"
+                f"{folder} is an adapter on {source.name}, which is not on this machine, or has moved. "
+                f"Give its new path, to vlm generate or vlm merge-lora: {option}"
             )
         return  # a commit does not change
     actual = fingerprint(Path(source.name))
@@ -187,7 +187,7 @@ def _check_same_weights(folder: Path, part: str, source: Source) -> None:
 
 
 def base_recipe(base: Base, *, trust_remote_code: bool) -> ModelConfig:
-    """Return the `model` section to compose a base from; code runs where both the recipe and the caller trust it."""
+    """Return the `model` section from which a base is composed; code runs only if recipe and caller both trust it."""
     assert base.model is not None
     model = read_recipe(base.model)
     for name, part in _parts_with_weights(model).items():

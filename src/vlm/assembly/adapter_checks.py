@@ -1,4 +1,4 @@
-"""Whether the files of an adapter's folder are those of its base: ranks, layers, names, shapes and finite numbers."""
+"""Checks whether the files of an adapter's folder fit its base: ranks, layers, names, shapes and finite numbers."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from torch import Tensor
 from vlm.checks.checkpoint_files import TensorHeader, shown
 
 INITS = (True, False, "gaussian", "orthogonal")
-"""Values of `init_lora_weights` that leave the base as it is; others would change it when the adapter is put on."""
+"""Values of `init_lora_weights` that do not change the base; others would change it when the adapter is added."""
 
 
 def check_adapter_settings(
@@ -35,7 +35,8 @@ def check_adapter_settings(
         raise ValueError(f"{file}: target_modules={shown(targets)}; a list of the names of layers is needed")
     if unknown := sorted(set(targets) - set(layers)):
         raise ValueError(
-            f"{folder}: its adapter is on {shown(unknown[0])}, which its base does not have: it is another model"
+            f"{folder}: its adapter changes {shown(unknown[0])}, which its base does not have: the base is another "
+            "model"
         )
     ranks = {header.shape[0] for name, header in headers.items() if "lora_A" in name and header.shape}
     patterns = {key: cast(dict[str, object], settings.get(key) or {}) for key in ("rank_pattern", "alpha_pattern")}
@@ -53,7 +54,7 @@ def check_adapter_settings(
 
 
 def _plain(pattern: str) -> str:
-    """Return the name that a pattern of peft spells out with escapes, behind `^`."""
+    """Return the plain name in one of peft's patterns, which is escaped, and may follow `^`."""
     return re.sub(r"\\(.)", r"\1", pattern.removeprefix("^").removesuffix("$"))
 
 
@@ -61,14 +62,14 @@ def check_trained_tensors(
     folder: Path, state: Mapping[str, Tensor], current: Mapping[str, Tensor], *, needed: Collection[str],
     growing: Collection[str],
 ) -> None:  # fmt: skip
-    """Refuse weights of an adapter's folder that its base has no place for, and a folder that lacks what is new.
+    """Refuse weights of an adapter's folder that the base does not have, and a folder that lacks new weights.
 
     Args:
         folder: the adapter's.
-        state: its weights besides the adapter.
-        current: the base's.
-        needed: names that the base was given no weights for.
-        growing: names of embeddings, of which the folder may hold the last rows alone.
+        state: its weights other than the adapter.
+        current: the weights of the base.
+        needed: names of weights that the base does not have.
+        growing: names of embeddings of which the folder may have only the last rows.
 
     Raises:
         ValueError: with the name of the weight.
@@ -84,24 +85,26 @@ def check_trained_tensors(
         if target is None or not fits:
             has = "no such weight" if target is None else tuple(target.shape)
             raise ValueError(
-                f"{folder}: {shown(name)} is {tuple(tensor.shape)}, but its base has {has}: it is another model"
+                f"{folder}: {shown(name)} is {tuple(tensor.shape)}, but its base has {has}: the base is another model"
             )
         if tensor.is_floating_point() and not target.is_floating_point():
-            raise ValueError(f"{folder}: {name} was trained, and cannot be quantised here; merge first: vlm merge-lora")
+            raise ValueError(
+                f"{folder}: {name} was trained and cannot be quantised; merge the adapter first: vlm merge-lora"
+            )
         if tensor.is_floating_point() != target.is_floating_point():
             raise ValueError(f"{folder}: {name} is of type {tensor.dtype}; {target.dtype} is needed")
     check_finite_tensors(folder, state)
 
 
 def check_finite_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a weight of an adapter's folder holds NaN or infinity."""
+    """Raise ValueError if a weight of an adapter's folder holds NaN or infinity."""
     for name, tensor in state.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{folder}: {shown(name)} is NaN or infinite; such a model answers nothing of sense")
+            raise ValueError(f"{folder}: {shown(name)} is NaN or infinite; the weights are damaged")
 
 
 def check_adapter_tensors(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where a weight of an adapter is no floating-point number, or holds NaN or infinity."""
+    """Raise ValueError if a weight of an adapter is no floating-point number, or holds NaN or infinity."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{folder}: {shown(name)} is of type {tensor.dtype}; floating-point numbers are needed")

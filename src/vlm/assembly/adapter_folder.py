@@ -1,6 +1,6 @@
-"""A folder that is complete together with its base: the adapter as peft reads it, whatever else trained, `base.json`.
+"""A folder that is complete only with its base: the adapter for peft, other trained weights, and `base.json`.
 
-`save` writes a folder, `add_trained_weights` puts its weights on the base, merged or not.
+`save` writes a folder, and `add_trained_weights` adds its weights to the base, merged or not.
 """
 
 import copy
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 NON_LORA_WEIGHTS = "non_lora_trainables.safetensors"
-"""Weights that are new besides the adapter: of trained parts, and those that no base holds. The name is LLaVA's."""
+"""New weights other than the adapter: those of trained parts, and those that no base has. The name is LLaVA's."""
 
 HAS_ADAPTER = "has_adapter"
-"""In the metadata of that file: whether an adapter belongs beside it. Folders of earlier versions do not say."""
+"""In the metadata of that file: whether the folder has an adapter. Folders of earlier versions do not say."""
 
 PEFT_PREFIX = "base_model.model."
 """The prefix of names in peft's files."""
@@ -46,9 +46,9 @@ def save(
     model: PreTrainedModel, folder: Path, base: Base, *, new_rows: Mapping[str, int] | None = None,
     is_writer: bool = True,
 ) -> None:  # fmt: skip
-    """Write what a model has beyond its base. Every rank calls this, as ZeRO-3 needs; one rank writes.
+    """Write the weights that a model has in addition to its base. Every rank calls this, for ZeRO-3; one rank writes.
 
-    `new_rows` is the full name of each embedding of which only some rows trained -> the first of those rows.
+    `new_rows` maps the full name of each embedding of which only some rows trained to the first of those rows.
     """
     adapted = [name for name, _ in model.named_parameters() if ".lora_" in name]
     state = gather_tensors(model, {*adapted, *_non_adapter_names(model, base)}, keep=is_writer)
@@ -69,7 +69,7 @@ def save(
 
 
 def _non_adapter_names(model: PreTrainedModel, base: Base) -> set[str]:
-    """Return the names of new tensors besides the adapter: those that trained, and those that began at random."""
+    """Return the names of new tensors other than the adapter: trained ones, and those with random initial values."""
     part_of = get_part_names(model.config).part_of
     unsaved = model._keys_to_ignore_on_save or ()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in unsaved}
@@ -101,7 +101,7 @@ def _base_vocabulary_rows(model: PreTrainedModel, base: Base) -> dict[str, int]:
 
 
 def gather_tensors(model: nn.Module, names: Collection[str], *, keep: bool) -> dict[str, Tensor]:
-    """Return whole tensors on the CPU, gathered one after the other where ZeRO-3 or FSDP2 shards them."""
+    """Return whole tensors on the CPU, gathered one after the other if ZeRO-3 or FSDP2 shards them."""
     gathered = {}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name in names:
@@ -142,7 +142,7 @@ def _base_name(name: str) -> str:
 
 
 def _unquantised_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return a model's configuration without any quantisation, however deep."""
+    """Return a model's configuration without quantisation at any depth."""
     plain = copy.deepcopy(config)
     waiting = [plain]
     while waiting:
@@ -178,12 +178,12 @@ def local_folder(checkpoint: str | Path) -> Path:
 def add_trained_weights(
     model: PreTrainedModel, folder: Path, *, merge: bool, needed: Collection[str] = ()
 ) -> PreTrainedModel:
-    """Return a base, which has the folder's heads and as many embeddings, with what `save` wrote into a folder.
+    """Return a base with the weights that `save` wrote; the base already has the folder's heads and embedding rows.
 
-    `needed` are names of weights that the base was given none for, which the folder has to hold.
+    `needed` are names of weights that the base does not have and the folder must have.
 
     Raises:
-        ValueError: the folder holds weights of another model, or not all that it needs.
+        ValueError: the folder has weights of another model, or lacks some.
     """
     with opening(folder, "its adapter"):
         _overwrite_tensors(model, load_file(folder / NON_LORA_WEIGHTS), folder, needed)
@@ -191,7 +191,7 @@ def add_trained_weights(
 
 
 def _has_adapter(folder: Path) -> bool:
-    """Return whether a folder has an adapter, or should have one: half a download must not pass for the base."""
+    """Return whether a folder has an adapter, or should have one: an incomplete download must not pass for the base."""
     with safe_open(folder / NON_LORA_WEIGHTS, "np") as file:
         is_recorded = (file.metadata() or {}).get(HAS_ADAPTER) == "True"
     return is_recorded or any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, "adapter_config.json"))
@@ -199,7 +199,7 @@ def _has_adapter(folder: Path) -> bool:
 
 @torch.no_grad()
 def _overwrite_tensors(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, needed: Collection[str]) -> None:
-    """Overwrite tensors of a model; a tensor with fewer rows holds the last rows (of embeddings that grew)."""
+    """Overwrite tensors of a model; a tensor with fewer rows has the last rows (of embeddings that grew)."""
     current = dict([*model.named_parameters(), *model.named_buffers()])
     embeddings = {id(layer.weight) for layer in (model.get_input_embeddings(), find_vocabulary_head(model)) if layer}
     growing = {name for name, tensor in current.items() if id(tensor) in embeddings}
@@ -210,7 +210,7 @@ def _overwrite_tensors(model: PreTrainedModel, state: dict[str, Tensor], folder:
 
 
 def _load_adapter(model: PreTrainedModel, folder: Path, *, merge: bool) -> PreTrainedModel:
-    """Return the model with the folder's adapter, merged into its weights or beside them."""
+    """Return the model with the folder's adapter, merged into its weights or separate."""
     from peft import LoraConfig, set_peft_model_state_dict  # slow to import, and only models with an adapter need it
     from peft.tuners.lora import LoraModel
 

@@ -1,4 +1,4 @@
-"""`vlm merge-lora CHECKPOINT OUT`: a complete checkpoint out of an adapter and its base."""
+"""`vlm merge-lora CHECKPOINT OUT`: makes a complete checkpoint from an adapter and its base."""
 
 import shutil
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from vlm.checks.checkpoint import checkpoint_problem
 from vlm.config.derived import BASE_FILE
 
 NOT_COPIED = (BASE_FILE, "adapter_*", "non_lora_trainables.*", "config.json", "*.bin", ".*", "README.md")
-"""Files of an adapter's folder that the complete checkpoint does not need, or has of its own."""
+"""Files of an adapter's folder that the complete checkpoint does not need, or replaces."""
 
 
 def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_remote_code: bool = False) -> str:
@@ -18,15 +18,15 @@ def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_r
 
     Args:
         checkpoint: a folder that `vlm.assembly.adapter_folder.save` wrote, or a name on the Hub.
-        out: a folder that is not there yet, or is empty.
-        base_paths: where the base lies now, see `read_base`.
-        trust_remote_code: whether code out of repositories may run.
+        out: a folder that does not exist yet, or is empty.
+        base_paths: the present location of the base, see `read_base`.
+        trust_remote_code: whether code from repositories may run.
 
     Raises:
-        ValueError: there is no adapter, its base is not found, or `out` holds something.
+        ValueError: there is no adapter, its base is not found, or `out` is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already; name a new folder")
+        raise ValueError(f"{out} exists already; name a new folder")
     from transformers.utils.logging import disable_progress_bar
 
     if problem := checkpoint_problem(checkpoint):
@@ -38,7 +38,7 @@ def merge(checkpoint: str, out: Path, base_paths: Sequence[str] = (), *, trust_r
     disable_progress_bar()
     opened = open_checkpoint(checkpoint, trust_remote_code=trust_remote_code)
     if opened.kind is not CheckpointKind.ADAPTER:
-        raise ValueError(f"{checkpoint}: no {BASE_FILE} there, so it is no adapter on a base")
+        raise ValueError(f"{checkpoint}: it has no {BASE_FILE}, so it is not an adapter on a base")
     model = opened.load_model(base_paths=base_paths)
     unfinished = out.with_name(f"{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""From `model.anyres` to a composition that reads images in tiles: whether its parts allow it, and what is recorded."""
+"""Makes a composed model read images in tiles (`model.anyres`): checks its parts, and records the settings."""
 
 import math
 from dataclasses import asdict
@@ -12,7 +12,7 @@ from vlm.models.processing_vlm import VLMProcessor
 
 
 def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]) -> None:
-    """Write into a composition's configuration and processor how images are tiled; nothing changes without grids.
+    """Write the settings of tiles into a composed model's configuration and processor; do nothing without grids.
 
     `size` is the height and width of the pixels that the visual encoder reads.
     """
@@ -22,16 +22,16 @@ def resolve_anyres(config: VLMConfig, processor: VLMProcessor, requested: AnyRes
         config.recipe["anyres"] = asdict(requested)
     if processor.anyres is not None and processor.image_mode != "square":
         raise ValueError(
-            f"dataset.image_mode={processor.image_mode}: with model.anyres, dataset.image_mode=square is needed. There "
-            "an image is squashed to a square as a whole, and its tiles are padded with black; an image that is one of "
-            "several is padded to a square in the mean colour."
+            f"dataset.image_mode={processor.image_mode}: with model.anyres, dataset.image_mode=square is needed. "
+            "An image is then squashed to a square as a whole, and its tiles are padded with black; if a sample has "
+            "several images, each is padded to a square with the mean colour."
         )
 
 
 def _anyres_fields(
     config: VLMConfig, processor: VLMProcessor, requested: AnyResConfig, size: tuple[int, int]
 ) -> dict[str, object]:
-    """Return the fields of `AnyRes`; raises ValueError where the parts do not allow tiles."""
+    """Return the fields of `AnyRes`; raises ValueError if the parts do not allow tiles."""
     if config.native is not None:
         raise ValueError(
             "model.anyres.grids: images are read at native resolution (dataset.image_mode=native), not in tiles"
@@ -41,8 +41,8 @@ def _anyres_fields(
     patches = math.isqrt(config.num_patches)
     if not keeps_grid(kind) or side**2 != tokens:
         raise ValueError(
-            f"model.anyres: the tokens of tiles are put together row by row, and the {tokens} of a square that "
-            f"model.connector.type={kind} gives are no grid. Choose another connector, such as mlp or pixel_shuffle, "
+            f"model.anyres: the tokens of tiles are joined row by row, but the {tokens} tokens of a square that "
+            f"model.connector.type={kind} makes form no grid. Choose another connector, such as mlp or pixel_shuffle, "
             "and model.visual_encoder.feature_strategy=patch; or model/anyres=none."
         )
     if config.num_features != config.num_patches or patches**2 != config.num_patches or size[0] != size[1]:
@@ -53,6 +53,8 @@ def _anyres_fields(
         )
     if not processor.accepts_tensors:
         name = next(type(steps).__name__ for steps in processor.image_processors if not is_plain(steps))
-        raise ValueError(f"model.anyres: {name} does more with images than to resize and normalise them; choose none")
+        raise ValueError(
+            f"model.anyres: {name} does more with images than resizing and normalising; choose model/anyres=none"
+        )
     grids = [list(grid) for grid in requested.grids or []]
     return vars(AnyRes(grids, size[0], side, requested.max_tiles, requested.tile_several))

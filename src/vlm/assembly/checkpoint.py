@@ -1,6 +1,6 @@
-"""Opening a checkpoint: what it is, its configuration, its processor and its weights.
+"""Opens a checkpoint: finds out its kind, and loads its configuration, processor and weights.
 
-`open_checkpoint` reads the configuration alone; `Checkpoint.load_processor` and `Checkpoint.load_model` do the rest.
+`open_checkpoint` reads only the configuration; `Checkpoint.load_processor` and `Checkpoint.load_model` do the rest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -50,11 +50,11 @@ from vlm.models.connectors import CONNECTORS, connector_class
 from vlm.models.heads import HEADS, head_class
 
 NEWLINE = ("image_newline.weight",)
-"""The weight that a model has where images come in tiles."""
+"""The weight that a model has if images come in tiles."""
 
 
 class CheckpointKind(StrEnum):
-    """What a checkpoint is."""
+    """The kind of a checkpoint."""
 
     COMPOSED = "composed"
     """A model composed of a visual encoder, a connector and a language model."""
@@ -63,20 +63,20 @@ class CheckpointKind(StrEnum):
     PREDICTION = "prediction"
     """Prediction heads on a model of either kind."""
     ADAPTER = "adapter"
-    """An adapter, or trained parts, that are complete together with the base they were trained on."""
+    """An adapter, or trained parts, that need the base on which they were trained."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of which the configuration has been read.
+    """A checkpoint whose configuration has been read.
 
     Attributes:
         name: a folder, or a name on the Hub.
-        kind: what it is.
-        config: the model's configuration; an adapter's is that of the complete model.
+        kind: its kind.
+        config: the model's configuration; for an adapter, that of the complete model.
         revision: branch, tag or commit on the Hub; None: the default branch.
-        trust_remote_code: whether code out of the checkpoint may run.
-        opened_from: the adapters whose base it is, the one that was opened first of all first.
+        trust_remote_code: whether code from the checkpoint may run.
+        opened_from: the adapters that have led to this checkpoint as their base, in the order of opening.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Checkpoint:
 
     @property
     def body_config(self) -> PreTrainedConfig:
-        """The configuration of the vision-language model, under prediction heads where there are any."""
+        """The configuration of the vision-language model, without prediction heads."""
         return get_body_config(self.config)
 
     @property
@@ -97,7 +97,7 @@ class Checkpoint:
         return is_prediction_config(self.config)
 
     def check_heads(self, *, expected: bool) -> None:
-        """Raise ValueError where the model has prediction heads against expectation, or lacks them."""
+        """Raise ValueError if the model has unexpected prediction heads, or lacks expected ones."""
         if self.has_heads and not expected:
             raise ValueError(f"{self.name} has prediction heads: ask it with vlm predict, or vlm.Predictor")
         if expected and not self.has_heads:
@@ -134,8 +134,8 @@ class Checkpoint:
         if image_mode is not None:
             if image_mode != processor.image_mode and "native" in (image_mode, processor.image_mode):
                 raise ValueError(
-                    f"dataset.image_mode={image_mode}: {self.name} is made for {processor.image_mode} images; null "
-                    "leaves them so"
+                    f"dataset.image_mode={image_mode}: {self.name} was trained on {processor.image_mode} images; set "
+                    "it to null to keep this"
                 )
             processor.image_mode = image_mode
         check_views(processor)
@@ -154,15 +154,15 @@ class Checkpoint:
         """Return the model with its weights.
 
         Args:
-            dtype: precision of the weights; `auto`: as they are saved, for an adapter as its base is.
-            attn_implementation: see `ModelConfig`; None: as transformers chooses.
+            dtype: precision of the weights; `auto`: as saved, or for an adapter as in its base.
+            attn_implementation: see `ModelConfig`; None: transformers chooses.
             quantization: part -> `8bit` or `4bit`; an adapter is then not merged.
-            base_paths: where an adapter's base lies now, see `read_base`.
-            merge: whether an adapter becomes part of the weights.
+            base_paths: the present location of an adapter's base, see `read_base`.
+            merge: whether an adapter is merged into the weights.
 
         Raises:
-            ValueError: options that do not fit the checkpoint, weights that are missing, or a base that is not where it
-                was, is not what it was, or does not fit.
+            ValueError: the options do not fit the checkpoint, weights are missing, or the base is missing, has changed
+                or does not fit.
         """
         quantization = quantization or {}
         if self.trust_remote_code:
@@ -179,7 +179,7 @@ class Checkpoint:
             needed = [name for name, _ in model.named_parameters() if part_of(name) in new_parts]
             return add_trained_weights(model, folder, merge=merge and not quantization, needed=needed)
         if base_paths:
-            raise ValueError(f"base={base_paths[0]}: {self.name} is complete, it needs none")
+            raise ValueError(f"base={base_paths[0]}: {self.name} is a complete model; it needs no base")
         if self.kind is CheckpointKind.PREDICTION:
             if quantization:
                 raise ValueError(
@@ -196,9 +196,9 @@ class Checkpoint:
         return self._load_text_model(dtype, attn_implementation, quantization)
 
     def check_weights(self) -> None:
-        """Raise ValueError where the files do not hold the model's weights; their headers alone are read.
+        """Raise ValueError if the files do not have the model's weights; only their headers are read.
 
-        Those of an adapter are compared where it is put on its base.
+        The weights of an adapter are checked when it is added to its base.
         """
         if self.kind is CheckpointKind.PREDICTION:
             check_weights(VLMForPrediction, self.name, self.config, self.revision)
@@ -260,14 +260,14 @@ class Checkpoint:
         """Return the model in evaluation mode on its device, and its processor.
 
         Args:
-            device: `cuda`, `cpu` …; None: a GPU where there is one.
+            device: `cuda`, `cpu` …; None: a GPU if there is one.
             dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
-            quantization: `8bit` or `4bit` for the language model; it is then placed where bitsandbytes puts it.
-            base: where an adapter's base lies now, if it was moved: a folder, or `part=folder` for each part.
-            max_image_tokens: see `DatasetConfig`; None: as the processor was saved.
+            quantization: `8bit` or `4bit` for the language model, which bitsandbytes then places on a device.
+            base: the present location of an adapter's base, if it has moved: a folder, or `part=folder` for each part.
+            max_image_tokens: see `DatasetConfig`; None: the saved setting of the processor.
 
         Raises:
-            ValueError: options that do not fit the checkpoint.
+            ValueError: the options do not fit the checkpoint.
         """
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(place)
@@ -285,17 +285,18 @@ class Checkpoint:
         if quantization is None:
             return model.to(place).eval(), processor  # pyright: ignore[reportArgumentType] - a decorator's signature
         if device is not None and torch.device(device).type != model.device.type:
-            raise ValueError(f"device={device}: quantised weights lie on {model.device.type} already")
+            raise ValueError(f"device={device}: quantised weights are on {model.device.type} and cannot be moved")
         return model.eval(), processor
 
     def _register_remote_classes(self) -> None:
-        """Put the connector and head classes that travel with the checkpoint, if any do, in the tables by their names.
+        """Register connector and head classes that are saved with the checkpoint, if there are any.
 
-        This package's model classes take the place of the checkpoint's own code, which would have done it.
+        Otherwise the checkpoint's own model code would do this, but this package uses its own model classes.
         """
         config, body = self.config, self.body_config
 
         def load(reference: str) -> Any:
+            """Return the class that the checkpoint's code defines under this reference."""
             return get_class_from_dynamic_module(
                 check_reference(reference, self.name), self.name, revision=self.revision
             )
@@ -313,16 +314,16 @@ class Checkpoint:
 def open_checkpoint(
     name: str | Path, *, key: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> Checkpoint:
-    """Find out what a checkpoint is; no weights are read.
+    """Find out the kind of a checkpoint; no weights are read.
 
     Args:
         name: a run's `final` folder, a model of a family, or a name on the Hub.
         key: the option that gave the name, for messages.
         revision: branch, tag or commit on the Hub.
-        trust_remote_code: whether code out of the checkpoint may run.
+        trust_remote_code: whether code from the checkpoint may run.
 
     Raises:
-        ValueError: there is no checkpoint, or one of another kind.
+        ValueError: there is no checkpoint, or one of an unsupported kind.
     """
     name = str(name)
     if problem := checkpoint_problem(name, key):
@@ -344,7 +345,7 @@ def open_checkpoint(
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError where there is no such device."""
+    """Raise ValueError if there is no such device."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
@@ -354,7 +355,7 @@ def check_device(name: str) -> None:
 def _compose_base(
     base: Base, dtype: torch.dtype | str, quantization: Mapping[str, str], *, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Return a base that was composed from parts; what is drawn at random here, the adapter's folder holds."""
+    """Return a base that was composed of parts; the adapter's folder has the weights that are random here."""
     model = base_recipe(base, trust_remote_code=trust_remote_code)
     for part, kind in quantization.items():
         getattr(model, part).quantization = kind
@@ -367,9 +368,9 @@ def _compose_base(
 
 
 def _with_recorded_config(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a base as an adapter's configuration says: as many embeddings, its heads, and the recipe it was built by.
+    """Adapt a base to an adapter's configuration: its number of embeddings, its heads, and its recipe.
 
-    Heads of a class of the user's own are refused: the class is not imported from here.
+    Heads of the user's own class are refused, because the class is not imported here.
     """
     grow_rows(model, config.get_text_config().vocab_size)
     body, body_config = get_body(model), get_body_config(config)

@@ -1,4 +1,4 @@
-"""The heads of a checkpoint that a run trains on: which of their options the run may choose anew."""
+"""The heads of a checkpoint that a run trains further: which of their options the run may change."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +23,7 @@ CHANGEABLE_HEAD_KEYS = (
 def resolve_checkpoint_heads(
     requested: HeadsConfig, config: VLMPredictionConfig, checkpoint: str, overridden_keys: Sequence[str]
 ) -> HeadsConfig:
-    """Return the heads that a run continues with: the checkpoint's, trained as the run says; refuses other heads.
+    """Return the checkpoint's heads with the run's training options; refuses other heads.
 
     `overridden_keys` are the keys below `head` that the command line sets.
     """
@@ -48,7 +48,7 @@ def _check_same_heads(
     requested: HeadsConfig, recorded: HeadsConfig, labels: Mapping[str, list[object] | None], checkpoint: str,
     overridden_keys: Sequence[str],
 ) -> None:  # fmt: skip
-    """Raise ValueError where a run asks for a head that the checkpoint lacks, or has with other options."""
+    """Raise ValueError if a run asks for a head that the checkpoint lacks, or has with other options."""
     pairs: list[tuple[str, str, HeadConfig, HeadConfig]] = [("", recorded.name, requested, recorded)]
     for name, head in requested.extra_heads.items():
         if name not in recorded.extra_heads:
@@ -64,7 +64,7 @@ def _check_same_heads(
 
 
 def _requested_options(head: HeadConfig, prefix: str, overridden_keys: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """Yield the options that weights depend on and that a run sets, or has at another value than the default."""
+    """Yield the options on which weights depend, if the run sets them, or they differ from the default."""
     defaults = type(head)()
     for key, value in vars(head).items():
         is_set = f"{prefix}{key}" in overridden_keys or _without_nulls(value) != getattr(defaults, key)
@@ -80,12 +80,12 @@ def _fixed_heads_error(checkpoint: str, key: str, requested: object, recorded: o
 
 
 def _changeable_options(requested: HeadConfig, recorded: HeadConfig) -> dict[str, object]:
-    """Return the options of a recorded head that a run may choose anew, as the run has them."""
+    """Return the run's values of the options of a recorded head that a run may change."""
     return {key: getattr(requested, key) for key in CHANGEABLE_HEAD_KEYS if hasattr(recorded, key)}
 
 
 def _without_nulls(value: object) -> object:
-    """Return options without those that are left at a class's own default; other values as they are."""
+    """Return options without null values, which stand for the defaults of a class; any other value unchanged."""
     if not isinstance(value, dict):
         return value
     return {name: option for name, option in value.items() if option is not None}

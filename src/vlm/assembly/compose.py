@@ -1,4 +1,4 @@
-"""From a `ModelConfig` to a model composed of parts, and its processor.
+"""Composes a model of parts, and its processor, from a `ModelConfig`.
 
 `compose` reads the parts' configurations and tokenizer and returns the model's configuration and processor, in seconds
 and without weights; `build_model` then loads the weights.
@@ -89,20 +89,20 @@ def compose(model: ModelConfig, template: str | None, image_mode: str | None) ->
 
 
 def _check_bounds_unused(model: ModelConfig, image_mode: str | None) -> None:
-    """Raise ValueError where bounds of native resolution are given without it."""
+    """Raise ValueError if bounds of native resolution are given without it."""
     if model.native != NativeConfig():
         raise ValueError(
-            f"model.native: dataset.image_mode={image_mode or 'square'} makes all images one size; "
-            "dataset.image_mode=native reads each in its own"
+            f"model.native: dataset.image_mode={image_mode or 'square'} makes all images the same size; "
+            "dataset.image_mode=native keeps the size of each"
         )
 
 
 def build_model(
     model: ModelConfig, config: VLMConfig, processor: Processor, dtype: torch.dtype, seed: int
 ) -> VLMForConditionalGeneration:
-    """Return the model composed of the parts' weights; embeddings grow where the tokenizer did.
+    """Return the model composed of the parts' weights; embeddings grow with the tokenizer.
 
-    The connector's first weights depend on `seed` alone, not on random numbers that the parts drew before it.
+    The connector's initial weights depend only on `seed`, not on random numbers that the parts drew before.
     """
     attention = model.attn_implementation
     sources = encoder_sources(model.visual_encoder).values()
@@ -128,7 +128,7 @@ def build_model(
 def make_generation_config(settings: GenerationConfig | None) -> GenerationConfig:
     """Return the special tokens of a language model's generation settings, without its sampling settings.
 
-    How answers are sampled is for the caller to choose.
+    The caller chooses how answers are sampled.
     """
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     return GenerationConfig(**({} if settings is None else {name: getattr(settings, name) for name in names}))
@@ -143,7 +143,7 @@ def count_image_tokens(config: VLMConfig) -> int:
 
 
 def register_connector_class(kind: str) -> None:
-    """Import `package.module:Class` and put the class in the table under that name; other names stay as they are."""
+    """Import `package.module:Class` and add the class to the table under this name; do nothing for other names."""
     if ":" in kind and kind not in CONNECTORS:
         CONNECTORS[kind] = import_named(kind, "model.connector.type")  # pyright: ignore[reportArgumentType] - theirs
 
@@ -151,7 +151,7 @@ def register_connector_class(kind: str) -> None:
 def choose_attention(
     name: str, dtype: torch.dtype | str, config: PreTrainedConfig, auto: type[_BaseAutoModelClass]
 ) -> str:
-    """Return for `auto` the best attention implementation that is installed and that a part takes; other names as is.
+    """Return the fastest installed attention implementation that a part supports for `auto`; other names unchanged.
 
     `dtype` is the precision of the part's weights: flash attention needs half precision.
     """
@@ -166,18 +166,16 @@ def choose_attention(
 
 
 def choose_template(name: str, own_template: object, source: str) -> str:
-    """Return the text of `dataset.template`; of `tokenizer`, the template that came with the tokenizer of `source`."""
+    """Return the text of `dataset.template`; for `tokenizer`, the template of the tokenizer of `source`."""
     if name != "tokenizer":
         return read_template(name)
     if not isinstance(own_template, str):
-        raise ValueError(
-            f"dataset.template=tokenizer: {source} brings no chat template. Name one, such as plain or v1."
-        )
+        raise ValueError(f"dataset.template=tokenizer: {source} has no chat template. Name one, such as plain or v1.")
     return own_template
 
 
 def _part_config(part: str, source: EncoderConfig | LanguageModelConfig) -> PreTrainedConfig:
-    """Return a part's own configuration; of a two-tower encoder, the vision half."""
+    """Return a part's configuration; for an encoder with two towers, that of the vision tower."""
     label = f"model.{part}.hf_name={source.hf_name}"
     config = read_config(source.hf_name, label, source.revision, trust_remote_code=source.trust_remote_code)
     if config.model_type not in CONFIG_MAPPING:
@@ -194,7 +192,7 @@ def _part_config(part: str, source: EncoderConfig | LanguageModelConfig) -> PreT
 
 
 def _num_layers(source: EncoderConfig) -> int | None:
-    """Return how many layers an encoder has in its own checkpoint, of which fewer may be loaded; None: not said."""
+    """Return the number of layers of an encoder in its checkpoint, of which fewer may be loaded; None if unknown."""
     return getattr(_part_config("visual_encoder", source), "num_hidden_layers", None)
 
 
@@ -240,13 +238,13 @@ def _load_part(
 
 
 FREE_KEYS = ("attn_implementation", "connector.name", "language_model.new_tokens", "language_model.balance_loss")
-"""Keys of `model` that a run may choose anew for a checkpoint, besides sections."""
+"""Keys of `model` that a run may change for a checkpoint, besides sections."""
 
 
 def recipe_differences(
     config: VLMConfig, model: ModelConfig, overridden_keys: Sequence[str]
 ) -> list[tuple[str, object, object]]:
-    """Return where `model` contradicts a checkpoint under the overridden keys: (key, requested, recorded)."""
+    """Return the overridden keys in which `model` contradicts a checkpoint: (key, requested, recorded)."""
     recorded = _flatten(asdict(ModelConfig())) | _flatten(upgrade_recipe(config.recipe))
     requested = _flatten(asdict(model))
     return [

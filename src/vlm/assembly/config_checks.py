@@ -1,6 +1,6 @@
-"""Whether the configuration of a checkpoint of this framework says what its model can compute with.
+"""Checks whether the model of a checkpoint of this framework can compute with its configuration.
 
-What a family's configuration says, transformers checks. To check another field, add it to a function below.
+transformers checks the configurations of families. To check another field, add it to a function below.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,9 +18,9 @@ from vlm.models.native import NativeResolution
 from vlm.models.poolings import POOLINGS
 
 MAX_TILES = 1024
-"""Tiles of an image."""
+"""Maximum number of tiles of an image."""
 MAX_PATCHES = 2**20
-"""Patches of an image."""
+"""Maximum number of patches of an image."""
 MAX_LABELS = MAX_TOKENS = 10**7
 MAX_VECTOR = 65536
 
@@ -39,7 +39,7 @@ def check_config(config: PreTrainedConfig, label: str) -> None:
         ValueError: with the key, its value and what is needed.
     """
     for key, value, needed in _problems(config):
-        raise ValueError(f"{label}: config.json has {key}={shown(value)}; needed is {needed}")
+        raise ValueError(f"{label}: config.json has {key}={shown(value)}; needed: {needed}")
 
 
 def _problems(config: PreTrainedConfig) -> Iterator[Problem]:
@@ -81,7 +81,7 @@ OTHER_KEYS = (
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
     "target_lookbehind", "max_matching_ngram_size",
 )  # fmt: skip
-"""Settings that change no answer; those of an assistant are of a second model, which is never given."""
+"""Settings that change no answer; those of an assistant concern a second model, which is never used."""
 NEUTRAL = {
     "num_return_sequences": 1, "num_beam_groups": 1, "diversity_penalty": 0, "penalty_alpha": 0, "guidance_scale": 1,
     "encoder_repetition_penalty": 1, "encoder_no_repeat_ngram_size": 0, "token_healing": False, "low_memory": False,
@@ -89,16 +89,16 @@ NEUTRAL = {
 }  # fmt: skip
 """Key -> the value that changes nothing, which earlier versions of transformers saved."""
 READ_KEYS = {*vars(GenerationConfig()), *NEUTRAL, "dola_layers"}
-"""Keys that generation reads; it passes over others, such as those of a model's own code."""
+"""Keys that generation reads; it ignores others, such as those of a model's own code."""
 MAX_BEAMS = 64
 
 
 def check_generation_config(settings: GenerationConfig, num_tokens: int, name: str) -> None:
-    """Refuse generation settings of a checkpoint that cannot be meant, or that change how answers are generated.
+    """Refuse impossible generation settings of a checkpoint, and those that change how answers are generated.
 
     Args:
-        settings: those of the model.
-        num_tokens: how many tokens the model has embeddings for.
+        settings: the generation settings of the model.
+        num_tokens: the number of tokens for which the model has embeddings.
         name: the checkpoint, for messages.
 
     Raises:
@@ -116,11 +116,13 @@ def check_generation_config(settings: GenerationConfig, num_tokens: int, name: s
             else key not in READ_KEYS or key in OTHER_KEYS or key.startswith(("output_", "return_dict", "_"))
         )  # fmt: skip
         if not is_fine:
-            raise ValueError(f"{name}: generation_config.json has {key}={shown(value)}, which is not taken; remove it")
+            raise ValueError(
+                f"{name}: generation_config.json has {key}={shown(value)}, which is not allowed; remove it"
+            )
 
 
 def _are_words(value: object, num_tokens: int) -> bool:
-    """Return whether a value is a list of words, each of them ids of tokens, as Idefics and SmolVLM have them."""
+    """Return whether a value is a list of words, each a list of token ids, as in Idefics and SmolVLM."""
     words = value if isinstance(value, list) else [None]
     return all(
         isinstance(word, list) and word and all(_is_int(each, 0, num_tokens - 1) for each in word) for word in words
@@ -207,7 +209,7 @@ def _is_grid(grid: object) -> bool:
 
 def _head_problems(config: PreTrainedConfig) -> Iterator[Problem]:
     text = config.get_text_config()
-    # the ids of media are only compared, and Llama 3.2 Vision's is behind its vocabulary
+    # the ids of media are only compared, and Llama 3.2 Vision's is after its vocabulary
     for key, number in (("media_token_ids", MAX_TOKENS), ("suffix_ids", text.vocab_size)):
         if not all(_is_int(token_id, 0, number - 1) for token_id in getattr(config, key)):
             yield key, getattr(config, key), f"ids of {number:,} tokens"

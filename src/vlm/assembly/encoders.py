@@ -1,4 +1,4 @@
-"""From `model.visual_encoder` to the features that are read: sizes, layers and tokens, found out without weights."""
+"""Finds out, without weights, which features of `model.visual_encoder` are used: sizes, layers and tokens."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,25 +15,26 @@ from vlm.models.pixels import ImageProcessor
 from vlm.models.processing_vlm import VLMProcessor
 
 EARLY_EXIT_TYPES = ("clip_vision_model", "siglip_vision_model")
-"""Encoders whose `hidden_states[k]` is what `k` layers alone give: layers past the selected one are not built."""
+"""Encoders whose `hidden_states[k]` is the output of `k` layers, so that layers after the selected one are not
+built."""
 
 
 @dataclass(frozen=True)
 class EncoderInfo:
-    """Properties of one encoder, found out without weights."""
+    """Properties of one encoder, determined without weights."""
 
     selection: dict[str, object]
-    """Which features are read, see `VLMConfig.feature_selections`."""
+    """Which features are used, see `VLMConfig.feature_selections`."""
     num_patches: int
     num_features: int
-    """Features of one image that are read."""
+    """The number of features of one image that are used."""
     width: int
     unread: list[str]
-    """Names of parameters that the features do not depend on."""
+    """Names of parameters on which the features do not depend."""
 
 
 def check_is_encoder(config: PreTrainedConfig, label: str) -> None:
-    """Raise ValueError where a configuration is that of a language model, which reads no images."""
+    """Raise ValueError if a configuration is that of a language model, which reads no images."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"{label}: model_type={config.model_type} is a language model, which reads no images. Choose an encoder, "
@@ -50,7 +51,7 @@ def encoder_sources(config: VisualEncoderConfig) -> dict[str, EncoderConfig]:
 def resolve_encoders(
     visual_encoder: VisualEncoderConfig, configs: Sequence[PreTrainedConfig]
 ) -> tuple[dict[str, Any], list[ImageProcessor]]:
-    """Find out which features the encoders give for one image; layers that are not read are removed from `configs`.
+    """Find out which features the encoders give for one image; unused layers are removed from `configs`.
 
     Returns keyword arguments of `VLMConfig`, and the image processors.
     Refuses a layer or a CLS token that does not exist, and encoders that do not fit together.
@@ -79,7 +80,7 @@ def resolve_encoders(
 
 
 def _check_equal(sources: dict[str, EncoderConfig], outputs: Sequence[str]) -> None:
-    """Raise ValueError where encoders give unequal outputs, whose features cannot be concatenated."""
+    """Raise ValueError if encoders have different outputs, whose features cannot be concatenated."""
     if len(set(outputs)) == 1:
         return
     listing = ", ".join(
@@ -87,17 +88,17 @@ def _check_equal(sources: dict[str, EncoderConfig], outputs: Sequence[str]) -> N
         for (part, source), output in zip(sources.items(), outputs, strict=True)
     )
     raise ValueError(
-        "model.visual_encoder: encoders side by side need images of one size and give equally many features: "
+        "model.visual_encoder: several encoders need images of the same size and the same number of features: "
         f"{listing}. Set the image_size of one that takes several sizes, such as DINOv2, and the same feature_strategy"
     )
 
 
 SQUASHED = "squashes the image to a square"
-"""What `_describe_crop` says of an image processor that keeps the whole image."""
+"""The result of `_describe_crop` for an image processor that keeps the whole image."""
 
 
 def check_views(processor: VLMProcessor) -> None:
-    """Refuse encoders that read different parts of an image: features of different places would become one token."""
+    """Refuse encoders that see different parts of an image: features of different places would become one token."""
     if processor.anyres is not None or processor.native is not None:
         return  # tiles are the same for all, and one encoder reads images at native resolution
     crops = [_describe_crop(each, processor.image_mode) for each in processor.image_processors]
@@ -128,12 +129,12 @@ def image_size(image_processor: ImageProcessor) -> tuple[int, int]:
     """Return height and width of the pixels that an image processor returns."""
     size = image_processor.crop_size if getattr(image_processor, "do_center_crop", None) else image_processor.size
     if "height" not in size:
-        raise ValueError(f"the visual encoder's image processor gives images of no fixed size: {size}")
+        raise ValueError(f"the visual encoder's image processor has no fixed image size: {size}")
     return size["height"], size["width"]
 
 
 def load_image_processor(part: str, source: EncoderConfig, model_type: str) -> ImageProcessor:
-    """Return an encoder's image processor at the size asked for; timm's as one that loads from any folder."""
+    """Return an encoder's image processor at the requested size; timm's as one that can be loaded from any folder."""
     processor: Any  # the classes of transformers declare the attributes of `ImageProcessor` less narrowly
     if model_type == "timm_wrapper":
         processor = _timm_image_processor(part, source)
@@ -144,8 +145,9 @@ def load_image_processor(part: str, source: EncoderConfig, model_type: str) -> I
             )
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"model.{part}.hf_name={source.hf_name}: no image processor loads from there; a visual encoder needs a "
-                "preprocessor_config.json beside its weights. Save it with image_processor.save_pretrained(FOLDER)"
+                f"model.{part}.hf_name={source.hf_name}: no image processor can be loaded from it; a visual encoder "
+                "needs a preprocessor_config.json next to its weights. Save it with "
+                "image_processor.save_pretrained(FOLDER)"
             ) from error
     if source.image_size is None:
         return processor
@@ -155,7 +157,7 @@ def load_image_processor(part: str, source: EncoderConfig, model_type: str) -> I
 
 
 def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcessor:
-    """Return an image processor that prepares images as timm does; some of timm's crops have no counterpart."""
+    """Return an image processor that prepares images as timm does; refuses crops of timm that have no counterpart."""
     from transformers import TimmWrapperImageProcessor  # imports timm, which is slow, and only timm's encoders need it
 
     processor = TimmWrapperImageProcessor.from_pretrained(source.hf_name, revision=source.revision or "main")
@@ -179,7 +181,7 @@ def _timm_image_processor(part: str, source: EncoderConfig) -> CLIPImageProcesso
 
 
 def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]) -> EncoderInfo:
-    """Find out what an encoder gives for one image by running it without weights; layers not read leave `config`."""
+    """Run an encoder without weights on one image to find out its outputs; remove unused layers in `config`."""
     layers = None
     if source.feature_layer is not None and config.model_type in EARLY_EXIT_TYPES:
         layers = list(resolve_layers(part, source, config.num_hidden_layers + 1))
@@ -193,7 +195,7 @@ def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig,
     if len({state.shape[1] for state in tokens}) > 1:
         raise ValueError(
             f"model.{part}.feature_layer={source.feature_layer}: these layers of {source.hf_name} have "
-            f"{', '.join(str(state.shape[1]) for state in tokens)} features; choose layers that have equally many"
+            f"{', '.join(str(state.shape[1]) for state in tokens)} features; choose layers with the same number"
         )
     features = torch.cat(tokens, dim=2)  # (1, tokens, width)
     prefix = 0 if states[0].ndim == 4 else _prefix_tokens(encoder, features.shape[1], size)
@@ -220,7 +222,7 @@ def _inspect_encoder(part: str, source: EncoderConfig, config: PreTrainedConfig,
 
 
 def resolve_layers(part: str, source: EncoderConfig, count: int) -> Iterator[int]:
-    """Yield the feature layers, counted from the front; raises ValueError where there is no such layer."""
+    """Yield the feature layers, counted from the front; raises ValueError if there is no such layer."""
     layers = source.feature_layer if isinstance(source.feature_layer, list) else [source.feature_layer]
     for layer in layers:
         if not -count <= layer < count:
@@ -234,7 +236,7 @@ def resolve_layers(part: str, source: EncoderConfig, count: int) -> Iterator[int
 def _dry_run(
     part: str, source: EncoderConfig, config: PreTrainedConfig, size: tuple[int, int]
 ) -> tuple[PreTrainedModel, Any]:
-    """Return the encoder without weights, and its outputs for one image: shapes and dependencies, no numbers."""
+    """Return the encoder without weights, and its outputs for one image, which have shapes but no values."""
     with torch.device("meta"):
         encoder = AutoModel.from_config(config, trust_remote_code=source.trust_remote_code)
         try:
@@ -243,7 +245,7 @@ def _dry_run(
             if source.image_size is None:
                 raise
             raise ValueError(
-                f"model.{part}.image_size={source.image_size}: {source.hf_name} does not take images of that size: "
+                f"model.{part}.image_size={source.image_size}: {source.hf_name} does not accept images of this size: "
                 f"{str(error).splitlines()[0]}"
             ) from error
 

@@ -1,4 +1,4 @@
-"""Opening a model of a family: its configuration, its auto class and its weights."""
+"""Opens a model of a family: its configuration, its auto class and its weights."""
 
 from typing import Any
 
@@ -32,9 +32,9 @@ def read_config(
 
 
 def check_is_family(config: PreTrainedConfig, label: str) -> None:
-    """Raise ValueError where a configuration is of no vision-language model whose parts can be told apart.
+    """Raise ValueError unless a configuration is that of a vision-language model whose parts can be detected.
 
-    Its model is built on the meta device for that, once for each configuration.
+    For this, its model is built on the meta device, once for each configuration.
     """
     try:
         get_part_names(config)
@@ -63,9 +63,9 @@ def load_family_model(
         name: Hub name or folder.
         config: the model's configuration.
         dtype: precision of the weights, or `auto` for that of the checkpoint.
-        attention: attention implementation; None: as transformers chooses.
+        attention: attention implementation; None: transformers chooses.
         revision: branch, tag or commit.
-        trust_remote_code: whether code out of the repository may run.
+        trust_remote_code: whether code from the repository may run.
         quantization_config: which matrices are stored in fewer bits; None: none.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What a checkpoint's configuration may not ask for: code that neither travels with it nor is part of a library.
+"""Refuses configurations of checkpoints that ask for code which is neither saved with them nor part of a library.
 
-`config.json` is written by whoever made the checkpoint. transformers and the libraries below it take names out of it
-that lead to code or files elsewhere: kernels of the Hub in the place of attention, and arguments of timm. They are
-refused by name, with `trust_remote_code` too, which is about code that travels with a checkpoint.
+The author of a checkpoint writes its `config.json`. transformers and the libraries below it read names from it that can
+lead to code or files elsewhere: kernels of the Hub as attention, and arguments of timm. They are refused by name, even
+with `trust_remote_code`, which only covers code that is saved with the checkpoint.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 
 ATTENTION_KEYS = ("attn_implementation", "experts_implementation")
-"""Keys, also with `_` before or `_internal` behind them, whose values choose functions by name."""
+"""Keys whose values choose functions by name, also with the prefix `_` or the suffix `_internal`."""
 PLAIN_IMPLEMENTATIONS = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "grouped_mm",
     "batched_mm", "auto",
@@ -70,18 +70,18 @@ def _problems(node: object, path: str) -> Iterator[tuple[str, object, str]]:
         if str(name).lstrip("_").removesuffix("_internal") in ATTENTION_KEYS:
             implementations = value.values() if isinstance(value, Mapping) else [value]
             if any(item is not None and item not in PLAIN_IMPLEMENTATIONS for item in implementations):
-                yield f"{path}{name}", value, "which would load a kernel, and so run code, from elsewhere"
+                yield f"{path}{name}", value, "which would load a kernel, and so run code, from another place"
         elif str(name).lstrip("_") in KERNEL_KEYS and value:
-            yield f"{path}{name}", value, "which would load kernels, and so run code, from elsewhere"
+            yield f"{path}{name}", value, "which would load kernels, and so run code, from another place"
         if node.get("model_type") in TIMM_TYPES or name == "timm_backbone":
             yield from _timm_problems(str(name), value, path)
         yield from _problems(value, f"{path}{name}.")
 
 
 def _timm_problems(name: str, value: object, path: str) -> Iterator[tuple[str, object, str]]:
-    """Yield what would make timm read another place than the checkpoint."""
+    """Yield values that would make timm read from another place than the checkpoint."""
     if name in TIMM_NAMES and isinstance(value, str) and (":" in value or "/" in value):
-        yield f"{path}{name}", value, "which names no architecture of timm but another place"
+        yield f"{path}{name}", value, "which is not an architecture of timm but another place"
     if name in TIMM_ARGUMENTS and isinstance(value, Mapping):
         for argument, setting in value.items():
             if any(word in str(argument) for word in FORBIDDEN_WORDS) or isinstance(setting, Mapping):
@@ -89,9 +89,9 @@ def _timm_problems(name: str, value: object, path: str) -> Iterator[tuple[str, o
 
 
 def drop_flash_attention(config: PreTrainedConfig) -> None:
-    """Leave out where a configuration asks for flash attention, at any depth: the caller chooses.
+    """Remove requests for flash attention from a configuration, at any depth: the caller chooses.
 
-    Where the library is not installed, transformers would load a kernel of the Hub in its place.
+    If the library is not installed, transformers would load a kernel of the Hub instead.
     """
     waiting: list[PreTrainedConfig] = [config]
     while waiting:
@@ -102,13 +102,13 @@ def drop_flash_attention(config: PreTrainedConfig) -> None:
 
 
 def check_reference(reference: str, label: str) -> str:
-    """Return a reference to a class (`file.Class`) whose file travels with the checkpoint.
+    """Return a reference to a class (`file.Class`) whose file is saved with the checkpoint.
 
     Raises:
         ForeignCodeError: it names the code of another repository (`owner/name--file.Class`), or another folder.
     """
     if not reference.replace(".", "").replace("_", "").isalnum():
-        raise ForeignCodeError(f"{label}: {reference[:80]} is not a class of a file that travels with the checkpoint")
+        raise ForeignCodeError(f"{label}: {reference[:80]} is not a class of a file that is saved with the checkpoint")
     return reference
 
 
@@ -118,20 +118,22 @@ PLAIN_ADAPTER_KEYS = (
     "init_lora_weights", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "layers_pattern",
     "lora_bias", "fan_in_fan_out",
 )  # fmt: skip
-"""Keys of `adapter_config.json` that name nothing to import or to open; others have to be as PEFT has them unset."""
+"""Keys of `adapter_config.json` that name nothing to import or to open; all others must have PEFT's defaults."""
 
 
 def check_adapter_values(values: Mapping[str, object], defaults: Mapping[str, object], label: str) -> None:
-    """Refuse an adapter's configuration with keys that are not looked at here: some name modules and files.
+    """Refuse an adapter's configuration that sets other keys, since some of them name modules and files.
 
     Args:
         values: the content of `adapter_config.json`.
-        defaults: the values of a configuration in which nothing is set.
-        label: what messages call the adapter.
+        defaults: the values of a default configuration.
+        label: the name of the adapter for messages.
 
     Raises:
         ForeignCodeError: with the key.
     """
     for key, value in values.items():
         if key not in PLAIN_ADAPTER_KEYS and value and value != defaults.get(key):
-            raise ForeignCodeError(f"{label}: its adapter_config.json has {key}={str(value)[:80]}, which is not taken")
+            raise ForeignCodeError(
+                f"{label}: its adapter_config.json has {key}={str(value)[:80]}, which is not allowed"
+            )

@@ -1,4 +1,4 @@
-"""From the `head` section to the settings of prediction heads in a checkpoint, and the tokens that heads need."""
+"""Makes the settings of a checkpoint's prediction heads from the `head` section, and adds the heads' tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,7 +21,7 @@ from vlm.models.vocabulary import resize_vocabulary
 
 
 def add_tokens(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Add a run's new tokens to a tokenizer, which then reads them wherever they are written."""
+    """Add a run's new tokens to a tokenizer, which then recognises them everywhere."""
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in extra_tokens(model) if token not in known])
 
@@ -32,12 +32,12 @@ def new_token_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> lis
 
 
 def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a model's embeddings a row for each token; a new row is drawn around the mean of the others."""
+    """Give a model's embeddings a row for each token; new rows are drawn around the mean of the others."""
     grow_rows(model, len(tokenizer), multiple=64)
 
 
 def grow_rows(model: PreTrainedModel, rows: int, multiple: int | None = None) -> None:
-    """Give a model's embeddings and its vocabulary head at least so many rows, a multiple of a number where given."""
+    """Give a model's embeddings and vocabulary head at least this many rows, or a multiple of a number if given."""
     if rows > get_num_embeddings(model):
         resize_vocabulary(model, rows, multiple)
 
@@ -57,9 +57,9 @@ def resolve_heads(
     model: ModelConfig, body_config: PreTrainedConfig, processor: Processor, labels: Sequence[HeadLabels],
     targets: Mapping[str, np.ndarray],
 ) -> VLMPredictionConfig:  # fmt: skip
-    """Return the configuration of a model with the heads that a run asks for, on the model of `body_config`.
+    """Return the configuration of a model with a run's heads on the model of `body_config`.
 
-    `targets` has for each head `(N, width)`, the training records' targets, NaN where a record has none.
+    `targets` has the targets of the training records for each head, `(N, width)`, NaN if a record has none.
     """
     text, tokenizer = body_config.get_text_config(), processor.tokenizer
     heads = []
@@ -75,14 +75,14 @@ def resolve_heads(
 
 
 def resolve_vector_head(model: ModelConfig, body_config: PreTrainedConfig, processor: Processor) -> VLMPredictionConfig:
-    """Return the configuration of a model with the head that embeds which a run asks for.
+    """Return the configuration of a model with a run's embedding head.
 
     Raises:
-        ValueError: the head does not go with this language model.
+        ValueError: the head does not fit this language model.
     """
     head, width = model.head, model.head.dim or body_config.get_text_config().hidden_size
     if wrong := [size for size in head.loss_options.get("widths") or [] if size > width]:
-        raise ValueError(f"model.head.loss_options.widths: {wrong} are wider than vectors, which have {width} numbers")
+        raise ValueError(f"model.head.loss_options.widths: {wrong} are larger than the width of vectors, {width}")
     no_targets = {head.name: np.empty((0, 1))}
     return resolve_heads(model, body_config, processor, [HeadLabels(head.name, str(head.task))], no_targets)
 
@@ -94,7 +94,7 @@ def _make_head_settings(
     """Return the settings of one head; `key` is its place in the configuration."""
     assert head.task is not None
     if hasattr(nn.ModuleDict(), labels.name):
-        raise ValueError(f"{key}: torch gives modules something of the name {labels.name}; choose another one")
+        raise ValueError(f"{key}: torch modules already have an attribute {labels.name}; choose another name")
     register_head_class(head.type, f"{key}.type")
     if head.layer is not None and not -text.num_hidden_layers - 1 <= head.layer <= text.num_hidden_layers:
         raise ValueError(
@@ -129,7 +129,7 @@ def _drop_nulls(options: Mapping[str, object]) -> dict[str, object]:
 
 
 def _token_id(key: str, name: str, head: HeadConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return the id of the token at which a head reads; None where its pooling reads at no token."""
+    """Return the id of the token at which a head reads; None if its pooling reads at no token."""
     token = query_token(name) if head.pooling == "query" else head.token
     if token is None:
         return None
@@ -142,7 +142,7 @@ def _token_id(key: str, name: str, head: HeadConfig, tokenizer: PreTrainedTokeni
 
 
 def _class_weights(key: str, head: HeadConfig, targets: np.ndarray, num_labels: int) -> list[float] | None:
-    """Return the weight of each label in the loss: a list as it is in the configuration, or computed by rarity.
+    """Return the weight of each label in the loss: the list of the configuration, or computed from frequencies.
 
     Balanced weights are records / (labels * records with the label), for `multilabel` records without / with the label.
     """
@@ -156,7 +156,10 @@ def _class_weights(key: str, head: HeadConfig, targets: np.ndarray, num_labels: 
     if head.task == "multilabel":
         with_label = known.sum(axis=0)
         if everywhere := np.flatnonzero(with_label == len(known)).tolist():
-            raise ValueError(f"{key}.class_weights=balanced: every record has label number {everywhere[0]}")
+            raise ValueError(
+                f"{key}.class_weights=balanced: every record has the label number {everywhere[0]}, so its weight is "
+                "undefined"
+            )
         return ((len(known) - with_label) / with_label).tolist()
     counts = np.bincount(known[:, 0].astype(int), minlength=num_labels)
     return (len(known) / (num_labels * counts)).tolist()
@@ -169,7 +172,7 @@ def register_head_class(kind: str, key: str = "model.head.type") -> None:
 
 
 def with_checkpoint_scales(config: VLMPredictionConfig, start: Sequence[HeadSettings]) -> VLMPredictionConfig:
-    """Return the configuration of resolved heads with a checkpoint's scales, which its weights were trained for."""
+    """Return the configuration of resolved heads with the scales of the checkpoint, with which it was trained."""
     scales = {head.name: {"shift": head.shift, "scale": head.scale} for head in start}
     config.heads = [asdict(head) | scales[head.name] for head in config.settings]
     return config

@@ -1,8 +1,8 @@
-"""`dataset.max_image_tokens`: a budget in tokens an image, as options of the processor that prepares the images.
+"""`dataset.max_image_tokens`: a maximum number of tokens per image, enforced by options of the image processor.
 
-The options are saved with the processor, so that evaluation, inference and other programs see the images that training
-saw. The tokens of an image are all that the processor writes in its place: features, and the marks of rows, tiles,
-start and end among them. Marks that a chat template writes around images come on top.
+The options are saved with the processor, so that evaluation, inference and other programs see the same images as
+training. The tokens of an image are everything that the processor writes for it, including marks of rows, tiles, start
+and end. Marks that a chat template writes around images are not included.
 """
 
 import logging
@@ -31,7 +31,7 @@ REAL_SIDE = 1_500
 
 
 def limit_image_tokens(processor: Processor, config: PreTrainedConfig, budget: int, name: str | None = None) -> None:
-    """Let no image take more than `budget` tokens: large ones become smaller, or fewer tiles.
+    """Limit every image to `budget` tokens: large images become smaller, or get fewer tiles.
 
     Args:
         processor: its options change, and are saved with it.
@@ -52,8 +52,8 @@ def limit_image_tokens(processor: Processor, config: PreTrainedConfig, budget: i
         changes = _limit_composed(cast(VLMProcessor, processor), cast(VLMConfig, config), budget)
     if changes and name is not None:
         raise ValueError(
-            f"{KEY}={budget}: it changes {', '.join(changes)}, and {name} is an adapter on its base, which keeps how "
-            "it sees images; merge them first (vlm merge-lora)"
+            f"{KEY}={budget}: it changes {', '.join(changes)}, but {name} is an adapter, which keeps the image "
+            "settings of its base; merge it first (vlm merge-lora)"
         )
 
 
@@ -124,11 +124,12 @@ def most_tile_tokens(tiling: AnyRes, grid: Iterable[int]) -> int:
 
 def _refusal(budget: int, least: int, subject: str) -> ValueError:
     needed = f"give {least} or more, or null"
-    return ValueError(f"{KEY}={budget}: {subject} makes at least {least} tokens of an image; {needed}")
+    return ValueError(f"{KEY}={budget}: {subject} needs at least {least} tokens per image; {needed}")
 
 
 def _report(budget: int, before: Settings, after: Settings, kind: str = "") -> None:
     def shown(value: object) -> object:
+        """Return a value as the log names it: grids by their number."""
         return f"{len(value)} grids" if isinstance(value, list) else value
 
     changes = changed_options(before, after).items()
@@ -159,7 +160,7 @@ class ImageMeter:
         return getattr(self.processor.native, self.attribute)
 
     def __call__(self, settings: Settings, size: Size, device: str | None = None) -> int | None:
-        """Return the tokens of a blank image; None where the processor takes the settings or the size not."""
+        """Return the tokens of a blank image; None if the processor does not accept the settings or the size."""
         native, before = self.processor.native, self._template
         try:
             if self._made[0] is not settings:

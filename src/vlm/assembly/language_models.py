@@ -39,12 +39,12 @@ EMBEDDING_WIDTH_KEYS = ("word_embed_proj_dim", "input_embedding_size", "embeddin
 """Keys of configurations, such as OPT-350m's, that give embeddings another width than hidden states."""
 
 COMPOSING_ARGUMENTS: dict[tuple[str, ...], str] = {
-    ("inputs_embeds",): "it reads ids of tokens only, and features of images have none",
+    ("inputs_embeds",): "it reads token ids only, and image features have none",
     ("attention_mask",): "the padding of a batch would be read as text",
 }
 WRITING_ARGUMENTS: dict[tuple[str, ...], str] = {
     ("logits_to_keep",): "it computes logits at all positions, not at the supervised ones alone",
-    ("past_key_values", "cache_params"): "it keeps no cache with which `generate` could go on",
+    ("past_key_values", "cache_params"): "it has no cache with which `generate` could continue",
 }
 """Arguments of a language model's `forward`, of which one is needed -> what a language model without them lacks."""
 
@@ -60,7 +60,7 @@ def max_positions(config: PreTrainedConfig) -> int:
 
 
 def check_language_model(config: PreTrainedConfig, label: str) -> None:
-    """Raise ValueError where a language model cannot be part of a composed model.
+    """Raise ValueError if a language model cannot be part of a composed model.
 
     Args:
         config: the language model's configuration.
@@ -70,7 +70,7 @@ def check_language_model(config: PreTrainedConfig, label: str) -> None:
 
 
 def check_writes(model_config: PreTrainedConfig) -> None:
-    """Raise ValueError where the language model of a composed model cannot learn to write, by its configuration.
+    """Raise ValueError if the language model of a composed model cannot learn to write, by its configuration.
 
     `model_config` is that of a composed model, or of a family, whose language models all can.
     """
@@ -102,7 +102,7 @@ def set_balance_loss(config: PreTrainedConfig, coefficient: float | None, label:
 
 
 def check_positions(config: VLMConfig, label: str) -> None:
-    """Raise ValueError where a composition has positions in rows and columns that its parts do not allow.
+    """Raise ValueError if a composition has positions in rows and columns that its parts do not allow.
 
     Args:
         config: the composition.
@@ -115,7 +115,7 @@ def check_positions(config: VLMConfig, label: str) -> None:
         model = AutoModelForCausalLM.from_config(copy.deepcopy(text))
     if not any(hasattr(module, MROPE_ATTRIBUTE) for module in model.modules()):
         raise ValueError(
-            f"{key}: {label} (model_type={text.model_type}) counts positions in one dimension; plain is needed, or a "
+            f"{key}: {label} (model_type={text.model_type}) has positions in one dimension only; choose plain, or a "
             "language model of Qwen3.5"
         )
     kind = config.connector["type"]
@@ -124,7 +124,7 @@ def check_positions(config: VLMConfig, label: str) -> None:
     is_grid = tokens is None or (math.isqrt(tokens) ** 2 == tokens and config.feature_strategy == "patch")
     if config.anyres is not None or has_queries or not keeps_grid(kind) or not is_grid:
         raise ValueError(
-            f"{key}: the tokens of an image are no grid with model.connector.type={kind} and "
+            f"{key}: the tokens of an image form no grid with model.connector.type={kind} and "
             f"model.anyres={'tiles' if config.anyres else 'none'}; plain is needed"
         )
 
@@ -151,8 +151,8 @@ def _composing_problems(config: PreTrainedConfig) -> Iterator[str]:
             )
     if getattr(config, "hidden_size_per_layer_input", None) and not _takes_lookups(config):
         yield (
-            f"model_type={kind} looks tokens up again in each layer by their ids (hidden_size_per_layer_input) and "
-            "takes no per_layer_inputs in their place; features of images have no ids"
+            f"model_type={kind} embeds token ids again in each layer (hidden_size_per_layer_input) and does not "
+            "accept per_layer_inputs instead; image features have no ids"
         )
     yield from _missing_arguments(config, COMPOSING_ARGUMENTS)
     if (problem := _try_embeddings(config)) is not None:
@@ -182,7 +182,7 @@ def _takes_lookups(config: PreTrainedConfig) -> bool:
 
 
 def _try_embeddings(config: PreTrainedConfig) -> str | None:
-    """Return why a language model fails on embeddings, by running it without weights; None where it does not.
+    """Return why a language model fails on embeddings, by running it without weights; None if it does not.
 
     What fails on ids of tokens too says nothing of embeddings: not all code runs without numbers.
     """
@@ -203,8 +203,8 @@ def _try_embeddings(config: PreTrainedConfig) -> str | None:
         except (AttributeError, TypeError, LookupError, ValueError) as error:
             kind = type(error).__name__
             return (
-                f"the code of model_type={config.model_type} needs the ids of tokens, which features of images do not "
-                f"have ({kind}: {shorten(str(error))})"
+                f"the code of model_type={config.model_type} needs token ids, which image features do not have "
+                f"({kind}: {shorten(str(error))})"
             )
     return None
 
@@ -214,7 +214,7 @@ def _missing_arguments(config: PreTrainedConfig, needed: Mapping[tuple[str, ...]
     arguments = set() if model_class is None else set(inspect.signature(model_class.forward).parameters)
     for names, lack in needed.items():
         if arguments.isdisjoint(names):
-            yield f"model_type={config.model_type} takes no {names[0]}: {lack}"
+            yield f"model_type={config.model_type} does not accept {names[0]}: {lack}"
 
 
 def _find_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

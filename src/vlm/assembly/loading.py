@@ -84,7 +84,7 @@ def inspect_checkpoint(name: str, revision: str | None = None) -> Path | None:
 
 
 def read_weight_headers(name: str, revision: str | None = None) -> dict[str, TensorHeader] | None:
-    """Return the headers of a model's weights, which are fetched from the Hub; None where they are no safetensors."""
+    """Return the headers of a model's weights, which are fetched from the Hub; None if they are no safetensors."""
     if Path(name).is_dir():
         return read_headers(Path(name))
     options: dict[str, object] = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
@@ -133,9 +133,9 @@ def load_complete(
 
 
 def _find_part(kind: ModelClass, config: PreTrainedConfig, name: str, revision: str | None) -> str | None:
-    """Return what stands before the names of a part's weights in the checkpoint of a whole model, such as `visual.`.
+    """Return what is before the names of a part's weights in the checkpoint of a whole model, such as `visual.`.
 
-    None where the part is loaded by its own names, or by the prefix that its class has for whole models.
+    None if the part is loaded by its own names, or by the prefix that its class has for whole models.
     """
     model_class = _model_class(kind, config)
     headers = read_weight_headers(name, revision)
@@ -162,7 +162,7 @@ def _model_class(kind: ModelClass, config: PreTrainedConfig) -> type[PreTrainedM
 
 
 def check_weights(kind: ModelClass, name: str, config: PreTrainedConfig, revision: str | None = None) -> None:
-    """Raise ValueError where a checkpoint does not hold a model's weights, by the headers of its files alone."""
+    """Raise ValueError if a checkpoint does not hold a model's weights, by the headers of its files alone."""
     with opening(name, "its weights"):
         _check_headers(kind, config, _Rules(name), {"revision": revision})
 
@@ -181,7 +181,7 @@ def _is_quantized(config: PreTrainedConfig, options: Mapping[str, object]) -> bo
 
 
 def _check_types(name: str, headers: Mapping[str, TensorHeader]) -> None:
-    """Raise ValueError where a weight is no floating-point number; masks that GPT-2 and its kin name `bias` may be."""
+    """Raise ValueError if a weight is no floating-point number; masks that GPT-2 and its kin name `bias` may be."""
     for tensor, header in headers.items():
         is_weight = tensor.endswith(".weight") or (tensor.endswith(".bias") and len(header.shape) < MASK_DIMENSIONS)
         if is_weight and not header.is_floating:
@@ -224,11 +224,11 @@ class _Rules:
     key_mapping: Mapping[str, str] | None = None
 
     def check(self, kind: str, info: LoadingInfo, model: nn.Module) -> None:
-        """Raise ValueError where the checkpoint is not that of the model, by what transformers says of loading it."""
+        """Raise ValueError if the checkpoint is not that of the model, by what transformers says of loading it."""
         if misshapen := sorted(info["mismatched_keys"], key=str):
             tensor, saved, needed = misshapen[0]
             raise ValueError(
-                f"{self.name}: {shown(tensor)} has the shape {tuple(saved)}, and {kind} needs {tuple(needed)} by "
+                f"{self.name}: {shown(tensor)} has the shape {tuple(saved)}, but {kind} needs {tuple(needed)} by "
                 f"config.json{_more(misshapen)}"
             )
         if missing := sorted(info["missing_keys"] - self.new):
@@ -236,8 +236,8 @@ class _Rules:
             raise ValueError(f"{self.name} lacks {len(missing)} of the weights that {kind} needs: {names}")
         if unexpected := sorted(filter(self._is_unexpected(model), info["unexpected_keys"] - self.unused)):
             raise ValueError(
-                f"{self.name} holds {shown(unexpected[0])}, for which {kind} has no place by config.json"
-                f"{_more(unexpected)}: it is another model's, or config.json is"
+                f"{self.name} has {shown(unexpected[0])}, which {kind} does not have by config.json"
+                f"{_more(unexpected)}: the weights and config.json belong to different models"
             )
         if errors := info.get("error_msgs"):
             raise ValueError(f"{self.name}: {shorten(str(next(iter(errors))))}")
@@ -249,6 +249,7 @@ class _Rules:
         stacks = {_without_numbers(name) for name in model.state_dict()}
 
         def is_further_layer(name: str) -> bool:
+            """Return whether a name belongs to a layer beyond those that the configuration has."""
             numbers = [int(number) for number in re.findall(r"\.(\d+)\.", name)]
             if RECOMPUTED.search(name) or not numbers or _without_numbers(name) not in stacks:
                 return False
@@ -267,7 +268,7 @@ def _more(names: Collection[object]) -> str:
 
 @torch.no_grad()
 def check_finite(name: str | Path, model: nn.Module) -> None:
-    """Raise ValueError where a weight is NaN or infinite, by some of its numbers, evenly spread.
+    """Raise ValueError if a weight is NaN or infinite, by some of its numbers, evenly spread.
 
     Weights that a run shards, or that lie nowhere yet, are not looked at.
     """
@@ -278,4 +279,4 @@ def check_finite(name: str | Path, model: nn.Module) -> None:
             continue
         flat = tensor.reshape(-1)
         if not torch.isfinite(flat[:: max(1, len(flat) // NUM_CHECKED)]).all():
-            raise ValueError(f"{name}: {shown(tensor_name)} is NaN or infinite; such a model answers nothing of sense")
+            raise ValueError(f"{name}: {shown(tensor_name)} is NaN or infinite; the weights are damaged")

@@ -1,10 +1,10 @@
-"""What training takes for granted of a model, proved on a few tokens before the first step.
+"""Proves on a few tokens, before the first step, properties of a model that training relies on.
 
-A token must see earlier tokens only: otherwise a model learns to copy the token that it should predict. And a sample of
-a padded batch must have the logits that it has alone. Both need loaded weights; what a configuration shows,
-`assembly/language_models.py` refuses earlier. A loss that is computed in chunks, in the call of the vocabulary head,
-must be that of the model's logits; other models compute it from all of them. Every rank makes the same calls, as ZeRO-3
-needs.
+A token must attend only to itself and earlier tokens; otherwise the model could copy the token that it should predict.
+And a sample in a padded batch must have the same logits as alone. Both checks need loaded weights;
+`assembly/language_models.py` refuses earlier what the configuration already shows. A loss that is computed in chunks,
+within the call of the vocabulary head, must equal that of the model's logits; otherwise the loss is computed from all
+logits. Every rank makes the same calls, because ZeRO-3 needs this.
 """
 
 import logging
@@ -28,23 +28,23 @@ from vlm.models.text_loss import SupervisedScores
 log = logging.getLogger(__name__)
 
 PREFIX, SUFFIX = 5, 4
-"""Number of tokens of a row that stay the same, and of those behind them that change."""
+"""Number of tokens of a row that stay the same, and number of changed tokens after them."""
 
 WORDS = "one red dog runs over the green hill while two small birds sing in a tall blue tree"
 
 CAUSAL_TOLERANCE = 1e-5, 2e-3
 """In float32 and in half precision: the largest change of logits before changed tokens, over the change at these."""
 NOISE_FACTOR = 10
-"""How many times the change of logits in an unchanged row is allowed on top of that: experts compute tokens in groups,
-and rounding differs when the groups change."""
+"""How many times the change of logits in an unchanged row is allowed in addition, because experts compute tokens in
+groups, and rounding differs if the groups change."""
 PADDING_TOLERANCE = 1e-2, 0.15
-"""The largest difference of a padded row's logits from those of the row alone, over the norm of these."""
+"""The largest relative difference of a padded row's logits from those of the row alone."""
 LOSS_TOLERANCE = 1e-4, 2e-2
-"""The largest difference of losses computed in the head's call from those of whole logits, over the norm of these."""
+"""The largest relative difference of losses computed within the head's call from those of whole logits."""
 
 
 def model_label(config: RunConfig) -> str:
-    """Return the key and the name of what a run's language model comes from."""
+    """Return the key and the name of the source of a run's language model."""
     if config.trainer.from_pretrained:
         return f"trainer.from_pretrained={config.trainer.from_pretrained}"
     if config.model.hf_name is not None:
@@ -56,11 +56,11 @@ def model_label(config: RunConfig) -> str:
 def check_causal(model: TrainableModel, processor: Processor, label: str) -> None:
     """Check that changed tokens change no logits before them.
 
-    A prefix, which models such as PaliGemma see as a whole by design, is left out: all tokens but the first are
+    There is no prefix, to which models such as PaliGemma attend as a whole by design: all tokens except the first are
     supervised.
 
     Args:
-        model: the model as it is trained; of one with prediction heads, its body.
+        model: the model as it trains, without prediction heads.
         processor: the run's processor.
         label: the key and the name of the model, for the message.
 
@@ -78,16 +78,16 @@ def check_causal(model: TrainableModel, processor: Processor, label: str) -> Non
         return
     text = model.config.get_text_config()
     raise ValueError(
-        f"{label}: its tokens see later tokens (model_type={text.model_type}, attention {text._attn_implementation}): "
-        f"changing the last {SUFFIX} of {PREFIX + SUFFIX} tokens changes logits before them by {early:.2g}, where it "
-        f"changes their own by {later:.2g}. Such a model, an encoder for example, would be shown each token that it "
-        "learns to predict. Choose a causal language model, or another model.attn_implementation"
+        f"{label}: its tokens attend to later tokens (model_type={text.model_type}, attention "
+        f"{text._attn_implementation}): changing the last {SUFFIX} of {PREFIX + SUFFIX} tokens changes earlier logits "
+        f"by {early:.2g}, and their own by {later:.2g}. Such a model, for example an encoder, would see each token "
+        "that it should predict. Choose a causal language model, or another model.attn_implementation"
     )
 
 
 @torch.no_grad()
 def check_padding(model: TrainableModel, processor: Processor, label: str) -> None:
-    """Check that a row has the same logits in a padded batch as alone; arguments as of `check_causal`.
+    """Check that a row has the same logits in a padded batch as alone; arguments as in `check_causal`.
 
     Raises:
         ValueError: its logits differ.
@@ -102,15 +102,15 @@ def check_padding(model: TrainableModel, processor: Processor, label: str) -> No
         return
     text = model.config.get_text_config()
     raise ValueError(
-        f"{label}: a sample's logits in a padded batch differ by {difference:.2g} of their norm from those that it has "
-        f"alone (model_type={text.model_type}, attention {text._attn_implementation}). Try another "
+        f"{label}: the logits of a sample in a padded batch differ by {difference:.2g} of their norm from those "
+        f"without padding (model_type={text.model_type}, attention {text._attn_implementation}). Try another "
         "model.attn_implementation, or train with trainer.per_device_train_batch_size=1"
     )
 
 
 @torch.no_grad()
 def prove_scores(scores: SupervisedScores, processor: Processor, label: str) -> None:
-    """Find out whether losses can be computed in chunks, in the head's call; where they cannot, log it.
+    """Find out whether losses can be computed in chunks, within the head's call; log it if they cannot.
 
     Args:
         scores: computes the losses; `scores.in_head` is set.
@@ -128,8 +128,8 @@ def prove_scores(scores: SupervisedScores, processor: Processor, label: str) -> 
             scores.in_head = float((losses - whole).norm()) <= LOSS_TOLERANCE[is_half(model)] * float(whole.norm())
     if not scores.in_head:
         log.info(
-            "%s (model_type=%s) changes its logits behind its vocabulary head: those at all supervised positions of a "
-            "batch are in memory at once",
+            "%s (model_type=%s) changes its logits after its vocabulary head, so the logits at all supervised "
+            "positions of a batch are in memory at once",
             *(label, model.config.get_text_config().model_type),
         )
 
@@ -141,14 +141,13 @@ def is_half(model: TrainableModel) -> bool:
 
 
 def compute_logits(model: TrainableModel, processor: Processor, rows: Sequence[list[int]], label: str) -> Tensor:
-    """Return the logits of rows without images in a batch as training makes it: `(B, T, vocabulary)`, float64.
+    """Return the logits of rows without images in a training batch: `(B, T, vocabulary)`, float64.
 
-    All but the first token of a row are supervised, which some processors read. Infinite logits, such as those that are
-    too large for half precision, are the largest number of their precision, so that they can be compared.
+    All tokens of a row except the first are supervised, because some processors read the labels. Infinite logits, such
+    as those that are too large for half precision, are replaced by the largest number of their precision.
 
     Raises:
-        ValueError: the library's code of the model fails on them, for example because it needs the ids of embeddings,
-            or logits are not numbers.
+        ValueError: the library's code fails on the rows, for example because it needs token ids, or logits are NaN.
     """
     inputs = make_batch(model, processor, rows)
     del inputs["labels"]
@@ -186,9 +185,9 @@ def choose_tokens(processor: Processor, number: int) -> list[int]:
 
 @contextmanager
 def dropout_off(model: TrainableModel) -> Iterator[None]:
-    """Set a model to evaluation mode within; modes of modules are as before afterwards.
+    """Context in which a model is in evaluation mode; the previous modes of modules are restored afterwards.
 
-    Matrices in fewer bits are in training mode: evaluation would change their layout on a CPU.
+    Quantised matrices stay in training mode, since evaluation mode would change their layout on a CPU.
     """
     modes: list[tuple[nn.Module, bool]] = [(module, module.training) for module in model.modules()]
     for module, _ in modes:

@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig
 
 
 class TrainableModel(Protocol):
-    """The interface between a model and what trains it: parts, adapters, objectives and the trainer.
+    """The interface between a model and the code that trains it: parts, adapters, objectives and the trainer.
 
-    `vlm.assembly.model_kinds` tells kinds apart (`is_composed_model`, `is_prediction_model`) and gives the
+    `vlm.assembly.model_kinds` distinguishes kinds (`is_composed_model`, `is_prediction_model`) and returns the
     vision-language model under prediction heads (`get_body`).
     """
 
@@ -34,7 +34,7 @@ class TrainableModel(Protocol):
         ...
 
     def __call__(self, *args: object, **inputs: object) -> Any:
-        """Return the outputs of a batch, with `loss`, a scalar, where the batch has labels."""
+        """Return the outputs of a batch, with the scalar `loss` if the batch has labels."""
         ...
 
     def train(self, mode: bool = True) -> Self:

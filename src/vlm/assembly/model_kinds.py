@@ -21,7 +21,7 @@ def is_prediction_config(config: PreTrainedConfig) -> TypeGuard[VLMPredictionCon
 
 
 def get_body_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the configuration of the vision-language model under prediction heads; another one as it is."""
+    """Return the configuration of the vision-language model under prediction heads; any other one unchanged."""
     return config.body_config if is_prediction_config(config) else config
 
 
@@ -36,11 +36,11 @@ def is_prediction_model(model: object) -> TypeGuard[VLMForPrediction]:
 
 
 def get_body(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the vision-language model under prediction heads; another model as it is."""
+    """Return the vision-language model under prediction heads; any other model unchanged."""
     return model.body if is_prediction_model(model) else model
 
 
 def get_language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a composed model's language model; of a family, whose own code joins the parts, the whole model."""
+    """Return a composed model's language model; for a family, whose own code joins the parts, the whole model."""
     body = get_body(model)
     return body.language_model if is_composed_model(body) else body

@@ -1,7 +1,7 @@
-"""From a visual encoder to a composition that reads images at native resolution: whether the parts allow it, and how.
+"""Makes a composed model read images at native resolution, if its parts support this.
 
-Some encoders read nothing else (SigLIP 2 with NaFlex, Qwen's vision towers); others (DINOv2, DINOv3, CLIP, SigLIP) do
-where `dataset.image_mode=native` asks for it.
+Some encoders always do (SigLIP 2 with NaFlex, Qwen's vision towers); others (DINOv2, DINOv3, CLIP, SigLIP) do with
+`dataset.image_mode=native`.
 """
 
 import math
@@ -26,7 +26,7 @@ NATIVE = "native"
 NATIVE_ARGUMENTS = {"spatial_shapes", "grid_thw"}
 """Arguments of encoders that read images of different sizes in one call, and nothing else."""
 TRIED_SQUARES = ((2, 3), (3, 1))
-"""Rows and columns of merged squares of two images that an encoder is tried on without weights."""
+"""Rows and columns of merged squares of two images on which an encoder is tried without weights."""
 
 
 def check_image_mode(config: PreTrainedConfig, visual_encoder: VisualEncoderConfig, image_mode: str | None) -> bool:
@@ -34,11 +34,12 @@ def check_image_mode(config: PreTrainedConfig, visual_encoder: VisualEncoderConf
 
     Args:
         config: the visual encoder's configuration.
-        visual_encoder: where it comes from.
-        image_mode: that of `DatasetConfig`; None leaves it to the encoder.
+        visual_encoder: the source of the encoder.
+        image_mode: that of `DatasetConfig`; None leaves the choice to the encoder.
 
     Raises:
-        ValueError: the encoder reads nothing else, and another mode is asked for; or transformers has no such encoder.
+        ValueError: the encoder supports only native resolution, and another mode is requested; or transformers has no
+            such encoder.
     """
     label = f"model.visual_encoder.hf_name={visual_encoder.hf_name}"
     encoder = AutoModel._model_mapping.get(type(config), None)
@@ -50,8 +51,8 @@ def check_image_mode(config: PreTrainedConfig, visual_encoder: VisualEncoderConf
     needs_it = encodes_sizes_together(config)
     if needs_it and image_mode not in (None, NATIVE):
         raise ValueError(
-            f"dataset.image_mode={image_mode}: {label} (model_type={config.model_type}) reads images in their own size "
-            "alone; dataset.image_mode=native, or null, is needed"
+            f"dataset.image_mode={image_mode}: {label} (model_type={config.model_type}) reads images only at native "
+            "resolution; dataset.image_mode=native, or null, is needed"
         )
     return needs_it or image_mode == NATIVE
 
@@ -81,8 +82,8 @@ def resolve_native(
     if side is None:
         able = [name for name, kind in CONNECTORS.items() if kind.map_native is not Connector.map_native]
         raise ValueError(
-            f"model.connector.type={model.connector.type}: with these options it reads squares of one size alone, and "
-            f"images at native resolution have many; connectors that can are {', '.join(able)}"
+            f"model.connector.type={model.connector.type}: with these options it reads squares of one size only, but "
+            f"images at native resolution differ in size; allowed are {', '.join(able)}"
         )
     if config.model_type in ("siglip_vision_model", "siglip2_vision_model"):
         config.vision_use_head = False  # nothing reads its pooled output
@@ -119,15 +120,15 @@ def _check_keys(model: ModelConfig) -> None:
     for key, is_problem in problems.items():
         if is_problem:
             raise ValueError(
-                f"{key}: one encoder reads the patches of images at native resolution "
-                "(dataset.image_mode=native), each image in a size of its own; leave it out"
+                f"{key}: at native resolution (dataset.image_mode=native), a single encoder reads the "
+                "patches of an image; leave it out"
             )
 
 
 def _native_fields(
     bounds: NativeConfig, patch: int, multiple: int, side: int, num_queries: int | None
 ) -> dict[str, object]:
-    """Return the fields of `NativeResolution`; raises ValueError where the bounds are none."""
+    """Return the fields of `NativeResolution`; raises ValueError if the bounds are none."""
     if bounds.min_tokens > bounds.max_tokens:
         raise ValueError(
             f"model.native.min_tokens={bounds.min_tokens}: at most max_tokens={bounds.max_tokens} is needed"
@@ -158,7 +159,7 @@ def _inspect(
     prefixes = [state.shape[1] - math.prod(grid) for state, grid in zip(states, grids, strict=True)]
     if len(set(prefixes)) > 1 or prefixes[0] < 0:
         raise ValueError(
-            f"model.visual_encoder.hf_name={source.hf_name}: dataset.image_mode=native needs one feature a "
+            f"model.visual_encoder.hf_name={source.hf_name}: dataset.image_mode=native needs one feature per "
             f"patch, but images of {grids} patches have {[state.shape[1] for state in states]}"
         )
     named = dict(encoder.named_parameters())
@@ -203,7 +204,7 @@ def _try_grid(
 
 
 def _plain_processor(processor: ImageProcessor, side: int) -> ImageProcessor:
-    """Return an image processor that resizes and normalises as the encoder's own, which has other outputs."""
+    """Return an image processor that resizes and normalises like the encoder's own, which has other outputs."""
     plain = CLIPImageProcessor(
         size={"height": side, "width": side},
         do_center_crop=False,

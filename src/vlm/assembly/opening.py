@@ -1,4 +1,4 @@
-"""What surrounds a library while it opens a checkpoint: errors that name the checkpoint, and no reports."""
+"""Contexts for a library that opens a checkpoint: errors name the checkpoint, and loading reports are silent."""
 
 import logging
 import traceback
@@ -12,12 +12,12 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).resolve().parents[1]
 MAX_MESSAGE = 300
-"""Characters of a library's message that a refusal repeats."""
+"""Maximum number of characters of a library's message that an error repeats."""
 
 
 @contextmanager
 def opening(label: str | Path, what: str = "the checkpoint") -> Iterator[None]:
-    """Turn what a library raises while it opens files of a checkpoint into a ValueError that names the checkpoint.
+    """Turn errors of a library that opens files of a checkpoint into a ValueError that names the checkpoint.
 
     The error itself is the cause of the ValueError, and is logged with its traceback at level debug.
 
@@ -43,7 +43,7 @@ def opening(label: str | Path, what: str = "the checkpoint") -> Iterator[None]:
 
 
 def _own_line(error: BaseException) -> str:
-    """Return the line of this package that raised an error which is no refusal, and so may be a fault of its own."""
+    """Return the line of this package that raised an unexpected error, which may be a bug."""
     if isinstance(error, ValueError | OSError):
         return ""
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -54,7 +54,7 @@ def _own_line(error: BaseException) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return a library's message as a refusal repeats it: short, without control characters."""
+    """Return a library's message for an error: short, without control characters."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…"
 

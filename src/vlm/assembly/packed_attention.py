@@ -1,9 +1,9 @@
 """Attention within each sample of a packed row, for language models that use PyTorch's own (`sdpa`).
 
-`flash_attention_2` reads where samples begin by itself; `flex_attention` and `eager` make block masks of the restarted
-positions. A mask would have `sdpa` compute all of a row's products, most of them for nothing: here each sample is
-attended to alone, on GPUs through PyTorch's flash kernels for samples of different lengths. Samples that share a prompt
-attend to its keys too: these are copied before the keys of each, so that both are causal, aligned at their ends.
+`flash_attention_2` finds the starts of samples itself; `flex_attention` and `eager` make block masks from the restarted
+positions. With a mask, `sdpa` would compute all products of a row, most of them needlessly. So here each sample attends
+on its own, on GPUs through PyTorch's flash kernels for samples of different lengths. Samples that share a prompt also
+attend to its keys: these are copied before the keys of each sample, and attention is causal, aligned at the ends.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ PACKED_ATTENTION = "vlm_packed"
 """The name that it is registered under; transformers makes masks for its own names only."""
 
 Sizes = tuple[Tensor, Tensor, int, int]
-"""Where samples begin, in queries and in keys, and the number of queries and of keys of the longest."""
+"""The starts of samples in queries and in keys, and the number of queries and keys of the longest sample."""
 
 
 def packed_attention(
@@ -33,21 +33,21 @@ def packed_attention(
     With `key_index`, the keys of samples are those at these places, and begin at `cu_seq_lens_k`.
 
     Raises:
-        ValueError: the language model does not pass on where samples begin, or needs more than this computes.
+        ValueError: the language model does not pass on the starts of samples, or needs an unsupported feature.
     """
     if key_index is None:
         cu_seq_lens_k, max_length_k = cu_seq_lens_q, max_length_q
     sizes = cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k
     if any(size is None for size in sizes) or attention_mask is not None:
         raise ValueError(
-            f"trainer.packing=true: {type(module).__name__} does not tell its attention where samples begin; choose "
+            f"trainer.packing=true: {type(module).__name__} does not tell its attention where samples start; choose "
             "model.attn_implementation=eager, or trainer.packing=false"
         )
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"trainer.packing=true: {type(module).__name__} has {name}, which only model.attn_implementation=eager "
-                "or flash_attention_2 compute"
+                "and flash_attention_2 support"
             )
     sizes = cast(Sizes, sizes)
     _check_window(module, sliding_window, sizes[-1])
@@ -71,7 +71,7 @@ def packed_attention(
 
 
 def _check_window(module: nn.Module, window: int | None, max_length: int) -> None:
-    """Check that no sample is longer than a window that only masks know of, since packed rows have no masks.
+    """Check that no sample is longer than an attention window that only masks implement, as packed rows have no masks.
 
     Raises:
         ValueError: a sample is longer.
@@ -87,9 +87,9 @@ def _check_window(module: nn.Module, window: int | None, max_length: int) -> Non
         window_length = getattr(config, name, None)
         if isinstance(window_length, int) and window_length < max_length:
             raise ValueError(
-                f"trainer.packing=true: {type(module).__name__} sees {window_length} tokens ({name}), which only its "
-                f"masks say, and a sample has {max_length}; choose model.attn_implementation=eager, or lower "
-                "dataset.max_length"
+                f"trainer.packing=true: {type(module).__name__} attends to {window_length} tokens ({name}), which "
+                f"only its masks limit, and a sample may have {max_length}; choose model.attn_implementation=eager, "
+                "or lower dataset.max_length"
             )
 
 
@@ -117,7 +117,7 @@ def _varlen_attention(
 def _sample_mask(length: int, num_keys: int, window: int | None, like: Tensor) -> Tensor | None:
     """Return a sample's mask `(1, 1, T, keys)`, of whose keys the last T are its own tokens'.
 
-    None where tokens see all before them, in a sample that has no other keys: kernels compute that without a mask.
+    None if tokens see all before them, in a sample that has no other keys: kernels compute that without a mask.
     """
     is_whole = window is None or num_keys <= window
     if is_whole and num_keys == length:
@@ -132,7 +132,7 @@ AttentionInterface.register(PACKED_ATTENTION, packed_attention)
 
 @contextmanager
 def use_packed_attention(config: PreTrainedConfig, *, shares_prompts: bool = False) -> Iterator[None]:
-    """Let a language model that uses `sdpa` attend within samples, forward and backward: its layers read `config`.
+    """Make a language model with `sdpa` attend within samples, forward and backward, by changing its `config`.
 
     With `shares_prompts`, one that uses `flash_attention_2` does so too, which reads no `key_index`.
     """

@@ -1,4 +1,4 @@
-"""Packed rows and the model: the positions that it uses, and the proof that the samples of a row stay apart."""
+"""Positions for packed rows, and the proof that the samples of a row do not affect each other."""
 
 import inspect
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ from vlm.data.processor import Processor, SampleInputs
 from vlm.families.grid_positions import NUM_AXES, TYPES_INPUT, has_grid_positions
 
 PACKING_KEY = "trainer.packing=true:"
-"""How a message begins that says why samples cannot be packed."""
+"""The beginning of messages on why samples cannot be packed."""
 
 
 def add_grid_positions(model: Any, batch: SampleInputs) -> SampleInputs:
     """Return a packed batch with the positions that its model uses: in some families four per token, `(4, 1, T)`.
 
     The first of the four is the position in the text, which keeps samples apart; the model's own code computes the
-    others, or all four, sample by sample. Those of a sample behind a shared prompt go on from where the prompt ends.
+    others, or all four, sample by sample. Those of a sample after a shared prompt resume from where the prompt ends.
     """
     if not has_grid_positions(model):
         return batch
@@ -50,9 +50,9 @@ def add_grid_positions(model: Any, batch: SampleInputs) -> SampleInputs:
 
 
 def _find_prompt_ends(batch: SampleInputs, positions: Tensor) -> Tensor:
-    """Return for each sample the positions behind the prompt that it shares, 0 where it shares none: `(axes, samples)`.
+    """Return for each sample the positions after the prompt that it shares, 0 if it shares none: `(axes, samples)`.
 
-    The last sample before it that shares none has the prompt, and goes on there.
+    The last sample before it that shares none has the prompt, and continues there.
     """
     starts = batch[SEQUENCE_STARTS].long()
     shared = batch["cu_seq_lens_k"].long().diff() - starts.diff()
@@ -62,10 +62,10 @@ def _find_prompt_ends(batch: SampleInputs, positions: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_packing(model: TrainableModel, processor: Processor) -> None:
-    """Check on a few tokens in packed rows that no sample sees another, and that each sees what it sees alone.
+    """Check on a few tokens in packed rows that samples do not affect each other, and have the same logits as alone.
 
     Raises:
-        ValueError: the model does not keep samples apart.
+        ValueError: samples affect each other.
     """
     tokenizer = processor.tokenizer
     words = [tokenizer(text, add_special_tokens=False).input_ids[:4] for text in ("one two", "red blue", "a dog runs")]
@@ -79,12 +79,12 @@ def check_packing(model: TrainableModel, processor: Processor) -> None:
 
 @torch.no_grad()
 def check_shared_prompts(model: TrainableModel, processor: Processor) -> None:
-    """Check on a few tokens that a rejected reply behind a shared prompt sees the prompt, and not the chosen reply.
+    """Check on a few tokens that a rejected reply after a shared prompt sees the prompt, but not the chosen reply.
 
-    Its logits have to be those behind a prompt of its own; two pairs stand in a row.
+    Its logits must equal those after a prompt of its own; the row has two pairs.
 
     Raises:
-        ValueError: the model does not keep replies apart.
+        ValueError: replies affect each other.
     """
     ids = choose_tokens(processor, 13)
     prompt, chosen, rejected = ids[:4], ids[4:7], ids[7:9]
@@ -97,7 +97,7 @@ def check_shared_prompts(model: TrainableModel, processor: Processor) -> None:
         rows = [prompt + rejected, ids[9:], ids[9:12] + chosen]
         alone = [model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0] for row in rows]
     expected = torch.cat([alone[0][len(prompt) - 1 :], alone[1], alone[2][2:]])
-    _compare_packed(model, "a reply", "the chosen one beside it", [logits[start:] for logits in packed], expected)
+    _compare_packed(model, "a reply", "the chosen reply in its row", [logits[start:] for logits in packed], expected)
 
 
 def _compare_packed(model: TrainableModel, kind: str, other: str, packed: Sequence[Tensor], alone: Tensor) -> None:
@@ -110,14 +110,14 @@ def _compare_packed(model: TrainableModel, kind: str, other: str, packed: Sequen
     first, second, alone = map(bound_infinite, (*packed, alone))
     tolerance *= float(alone.abs().max())
     if not float((first - second).abs().max()) <= tolerance * 1e-2:
-        problem = f"{kind}'s logits depend on {other}"
+        problem = f"the logits of {kind} depend on {other}"
     elif not float((first - alone).abs().max()) <= tolerance:
-        problem = f"{kind}'s logits are not those that it has alone"
+        problem = f"the logits of {kind} differ from those without packing"
     else:
         return
     text = model.config.get_text_config()
     raise ValueError(
-        f"{PACKING_KEY} {problem} in a packed row, with {text.model_type} and attention "
+        f"{PACKING_KEY} in a packed row, {problem}, with {text.model_type} and attention "
         f"{text._attn_implementation}. Try another model.attn_implementation, or trainer.packing=false"
     )
 

@@ -1,7 +1,7 @@
 """Private names of libraries that this package relies on, each with the reason.
 
-A release may rename or drop a private name, and where nothing calls it any more, nothing says so: a run would go on
-without what depended on it. `check_private_names` refuses instead. `vlm.train.hooks` has the list for `Trainer`.
+A release may rename or drop a private name, or stop calling it, without any error: a run would continue without what
+depends on it. `check_private_names` refuses to run instead. `vlm.train.hooks` has the list for `Trainer`.
 A name that an import statement mentions needs no entry: the import fails by itself. Imports none of those libraries.
 """
 
@@ -22,10 +22,10 @@ class PrivateName:
     owner: str
     """`module:Class` or `module:function`, or a module alone."""
     name: str
-    """An attribute of the owner; of a function, an attribute that its code sets or reads."""
+    """An attribute of the owner; if the owner is a function, an attribute that its code sets or reads."""
     reason: str
     parameters: tuple[str, ...] | None = None
-    """The parameters of a method that this package passes or takes; None: the method is not called."""
+    """The parameters of a method that this package passes or accepts; None if the method is not called."""
 
     @property
     def module(self) -> str:
@@ -177,13 +177,13 @@ PRIVATE_NAMES = {
         PrivateName("deepspeed.utils.tensor_fragment:get_full_hp_param", "_hp_mapping", OTHER_WORLD),
     ),
 }
-"""Library -> the private names of it that are used, whichever package uses them."""
+"""Library -> its private names that any package here uses."""
 
 
 def check_private_names(names: Iterable[PrivateName] | None = None) -> None:
-    """Refuse libraries that have lost one of `names`, or of `PRIVATE_NAMES`, or take other parameters now.
+    """Refuse libraries that lack one of `names`, or of `PRIVATE_NAMES`, or whose parameters have changed.
 
-    Modules that are not loaded are passed over: nothing uses them.
+    Modules that are not loaded are skipped, because nothing uses them.
     """
     for name in chain.from_iterable(PRIVATE_NAMES.values()) if names is None else names:
         if name.module in sys.modules and (problem := find_problem(name)):
@@ -195,7 +195,7 @@ def check_private_names(names: Iterable[PrivateName] | None = None) -> None:
 
 
 def find_problem(name: PrivateName) -> str | None:
-    """Return what the installed library lacks of a name; None: nothing."""
+    """Return how the installed library fails to provide a name, or None."""
     module, _, path = name.owner.partition(":")
     try:
         owner = reduce(getattr, filter(None, path.split(".")), import_module(module))
@@ -209,7 +209,7 @@ def find_problem(name: PrivateName) -> str | None:
 
 
 def _find_signature_problem(name: PrivateName, method: Callable[..., object]) -> str | None:
-    """Return which parameter a method lacks, or needs besides; None: neither."""
+    """Return which parameter a method lacks, or needs in addition, or None."""
     parameters = inspect.signature(method).parameters
     expected = name.parameters or ()
     if missing := [parameter for parameter in expected if parameter not in parameters]:

@@ -1,7 +1,6 @@
-"""`model.processor`: options of a family's image and video processor, checked against what the installed classes take.
+"""`model.processor`: options of a family's image and video processor, checked against the installed classes.
 
-They become settings of the processor itself, so they are saved with it, and whoever loads the checkpoint sees the same
-pixels.
+They become settings of the processor itself, so they are saved with it, and a loaded checkpoint sees the same pixels.
 """
 
 import inspect
@@ -29,7 +28,7 @@ CALL_OPTIONS = {
     "data_format", "input_data_format", "device", "return_tensors", "disable_grouping", "default_to_square",
     "video_metadata", "return_metadata", "do_sample_frames",
 }  # fmt: skip
-"""What a call of a processor takes besides settings: how its inputs lie in memory, and what it returns."""
+"""Parameters of a processor's call that are not settings: the layout of its inputs, and what it returns."""
 FRAME_OPTIONS = {"fps", "num_frames", "min_frames", "max_frames", "max_duration", "initial_shift"}
 """Options that choose frames of a video, which `dataset.max_frames` does here."""
 SHAPE_OPTIONS = {
@@ -37,12 +36,12 @@ SHAPE_OPTIONS = {
     "downsample_mode", "pooling_kernel_size", "pooling_size", "patch_expand_factor", "tile_size", "overlap_margins",
     "image_seq_length", "do_resize", "do_pad", "do_center_crop", "crop_size", "pad_size",
 }  # fmt: skip
-"""Options that say what one view of the visual encoder looks like: its weights were trained on that."""
+"""Options that define a single view of the visual encoder, for which its weights were trained."""
 SHAPE_OPTIONS_OF = {("Mllama", "max_image_tiles")}
-"""Those of single classes, by the beginning of their names: Llama 3.2 Vision numbers its aspect ratios by this option,
-and has an embedding for each of them."""
+"""Further such options of some classes, by the beginning of the class name: Llama 3.2 Vision numbers its aspect ratios
+by this option, and has an embedding for each of them."""
 SHAPE_SIZES = frozenset({"size.height", "size.width", "max_image_size.longest_edge"})
-"""Entries of options that do, too; `size.shortest_edge` does where there is no `size.longest_edge`."""
+"""Entries of options that do, too; `size.shortest_edge` does if there is no `size.longest_edge`."""
 SWITCHES = {
     "max_patches": "crop_to_patches", "min_patches": "crop_to_patches", "max_tiles": "do_image_splitting",
     "min_tiles": "do_image_splitting", "use_thumbnail": "do_image_splitting", "max_slice_nums": "slice_mode",
@@ -55,9 +54,9 @@ BASE_MODULES = {
     "image_processing_utils", "image_processing_backends", "video_processing_utils", "image_processing_base",
     "builtins", "hub",
 }  # fmt: skip
-"""Modules of classes that hand every option on, whether it is used or not."""
+"""Modules of classes that pass on every option, whether it is used or not."""
 TRIAL_SIZES = ((64, 64), (96, 320))
-"""Heights and widths of the images that a processor with new options is tried on."""
+"""Heights and widths of the images on which a processor with new options is tried."""
 
 
 class PixelProcessor(Protocol):
@@ -82,19 +81,19 @@ P = TypeVar("P", bound=PixelProcessor)
 def apply_processor_options(
     processor: FamilyProcessor, config: PreTrainedConfig, options: Mapping[str, object]
 ) -> list[str]:
-    """Give a family's image and video processor other options.
+    """Set options of a family's image and video processor.
 
     Args:
-        processor: the family's; what it is saved with changes.
-        config: the model's; options that it has too change with those of the processor.
-        options: the section `model.processor`: option -> value, null for as it is; `video` has those of videos.
+        processor: the family's processor; its saved settings change.
+        config: the model's configuration; options that it also has are changed with those of the processor.
+        options: the section `model.processor`: option -> value, null for unchanged; `video` has those of videos.
 
     Returns:
         The options of the model's configuration that changed.
 
     Raises:
-        ValueError: an option that the processor does not take, or that has no effect, with the nearest name and all
-            that it takes; or a value that it does not take.
+        ValueError: the processor does not have an option, or it has no effect (with the nearest name and all allowed
+            names); or the processor does not accept a value.
     """
     video_options = options.get(VIDEO) or {}
     if not isinstance(video_options, Mapping):
@@ -120,7 +119,7 @@ def apply_processor_options(
 
 
 def check_no_processor_options(options: Mapping[str, object]) -> None:
-    """Raise ValueError where a composed model is given options of a family's processor, with the keys that it has."""
+    """Raise ValueError for options of a family's processor on a composed model; names the keys that it has."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(
@@ -203,7 +202,7 @@ PIXEL_STATISTICS = {"do_convert_rgb", "do_rescale", "rescale_factor", "do_normal
 
 
 def describe_processor(processor: Processor) -> str:
-    """Return in a line how images are prepared: the options of a family's processor, or a composed model's squares."""
+    """Describe in one line how images are prepared: a family's processor options, or a composed model's squares."""
     if isinstance(processor, FamilyProcessor):
         options = describe_options(processor).items()
         shown = [f"{name}={value}" for name, value in options if name.rpartition(".")[2] not in PIXEL_STATISTICS]
@@ -219,7 +218,7 @@ def describe_processor(processor: Processor) -> str:
 
 
 def mirror_options(config: PreTrainedConfig, before: Settings, after: Settings) -> list[str]:
-    """Write options that changed into a model's configuration, where it has them too; return their names.
+    """Write changed options into a model's configuration, if it has them too; return their names.
 
     LLaVA-NeXT and those after it count features by `image_grid_pinpoints` of the configuration.
     """
@@ -247,7 +246,7 @@ def _fixed_by_call(processor: FamilyProcessor, modality: str) -> dict[str, objec
 def _check_name(
     sub: PixelProcessor, name: str, fixed: Mapping[str, object], key: str, processor: FamilyProcessor
 ) -> None:
-    """Refuse a name that is no option of a processor that a run may set."""
+    """Refuse a name that is not an option of a processor, or that a run may not set."""
     if name in fixed:
         raise ValueError(
             f"{key}.{name}: {_name(processor.native)} sets {name}={fixed[name]} in every call, so that another setting "
@@ -273,7 +272,7 @@ def _listing(sub: PixelProcessor, fixed: Mapping[str, object]) -> str:
 
 
 def _check_value(sub: PixelProcessor, name: str, value: object, settings: Settings, key: str) -> object:
-    """Return the value of an option, a mapping with the entries that it leaves out; refuse one of another type."""
+    """Return the value of an option, completing mappings with missing entries; refuse values of another type."""
     label = f"{key}.{name}={value}"
     present = settings.get(name)
     if isinstance(present, Mapping):
@@ -317,7 +316,7 @@ def _name(made: object) -> str:
 
 @cache
 def _read_options(kind: type) -> frozenset[str]:
-    """Return the options that the code of a processor's class reads; it takes others, and does nothing with them."""
+    """Return the options that the code of a processor's class reads; it accepts others without using them."""
     options: type = kind.valid_kwargs
     read = {"do_convert_rgb"}
     method = getattr(kind, "_preprocess", None)
@@ -336,7 +335,7 @@ def _read_options(kind: type) -> frozenset[str]:
 
 
 def _named_in(source: str) -> Iterator[str]:
-    """Yield the names that the code of a class reads of itself or of its keyword parameters."""
+    """Yield the names that the code of a class reads from itself or from its keyword parameters."""
     yield from re.findall(r"self\.(\w+)", source)
     yield from re.findall(r"kwargs(?:\.pop|\.get)?[\[(]\s*\"(\w+)\"", source)
     for signature in re.findall(r"def (?!_set_attributes)\w+\((.*?)\)\s*(?:->[^:]*)?:", source, re.DOTALL):
@@ -344,7 +343,7 @@ def _named_in(source: str) -> Iterator[str]:
 
 
 def _try_processor(processor: FamilyProcessor, image_processor: PixelProcessor, options: Mapping[str, object]) -> None:
-    """Refuse an image processor that does not prepare blank images; the family's own is in place again afterwards."""
+    """Refuse an image processor that does not prepare blank images; afterwards, the family's own is restored."""
     before = processor.native.image_processor
     processor.native.image_processor = image_processor
     try:

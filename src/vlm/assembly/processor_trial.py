@@ -1,7 +1,7 @@
-"""Whether a checkpoint's processor works at all: its chat template ends, its tokenizer too, and an image comes through.
+"""Checks that a checkpoint's processor works: its chat template and tokenizer terminate, and it can prepare an image.
 
-What a stranger wrote to be run, templates and regular expressions, is first tried in a process of its own, with bounded
-processor time and memory (`trial_process`), each text once per process. Packaged templates are not tried.
+Foreign templates and regular expressions are first tried in a separate process with limited processor time and memory
+(`trial_process`), each once per process. Packaged templates are not tried.
 """
 
 import json
@@ -32,24 +32,24 @@ from vlm.models.processing_vlm import VLMProcessor
 P = TypeVar("P", bound=Processor)
 
 MAX_SECONDS = 2
-"""Processor time in which a template has rendered a few short conversations, or a tokenizer split a few short texts."""
+"""Maximum processor time for a template to render, or a tokenizer to split, a few short texts, in seconds."""
 MAX_MEMORY = 1024 * MEGABYTE
 HANG = 600
-"""Seconds after which the process is taken to wait for something."""
+"""Seconds after which the process counts as blocked."""
 TRIED_STEPS = ("normalizer", "pre_tokenizer", "decoder")
-"""Parts of a tokenizer that replace texts, or split them by expressions."""
+"""Parts of a tokenizer that replace texts, or split them by regular expressions."""
 TRIAL_SIDE = 32
-"""Height and width in pixels of the image that a processor is tried with."""
+"""Height and width in pixels of the trial image."""
 MAX_PIXEL_VALUES = 10**8
-"""Numbers that one small image may become: those of 160 tiles of 448 x 448 pixels."""
+"""Maximum number of values for one small image: those of 160 tiles of 448 x 448 pixels."""
 
 
 def try_template(template: str, image_token: str, name: str) -> None:
-    """Raise ValueError where a chat template takes for ever, or writes without end; refusing a conversation is allowed.
+    """Raise ValueError if a chat template does not terminate, or writes too much; it may refuse a conversation.
 
     Args:
-        template: its text.
-        image_token: what stands for an image.
+        template: the text of the template.
+        image_token: the placeholder of an image.
         name: the checkpoint, for messages.
     """
     if template not in _packaged_templates() and (problem := _try_template_once(template, image_token)):
@@ -94,7 +94,7 @@ def _conversations(image_token: str) -> Iterator[list[dict[str, object]]]:
 
 
 def _ask(request: dict[str, object], does: str) -> str:
-    """Return what a process of its own finds wrong; empty: nothing."""
+    """Return the problem that the separate process finds, or an empty text."""
     request |= {"bytes": MAX_MEMORY, "seconds": MAX_SECONDS}
     command = [sys.executable, "-P", str(Path(trial_process.__file__))]
     ended = subprocess.run(
@@ -106,11 +106,11 @@ def _ask(request: dict[str, object], does: str) -> str:
     said = ended.stderr.decode(errors="replace").strip().splitlines()
     if ended.returncode > 0 and said and "memory" not in said[-1].lower():
         return f"does not work: {shorten(said[-1])}"
-    return f"takes more than {MAX_SECONDS} s of processor time, or {MAX_MEMORY // MEGABYTE:,} MB, where it {does}"
+    return f"takes more than {MAX_SECONDS} s of processor time, or {MAX_MEMORY // MEGABYTE:,} MB, when it {does}"
 
 
 def try_tokenizer_file(name: str, revision: str | None = None) -> None:
-    """Raise ValueError where a checkpoint's `tokenizer.json` takes for ever on a short text, or lets it grow."""
+    """Raise ValueError if a checkpoint's `tokenizer.json` does not terminate on a short text, or makes it grow."""
     folder = Path(name)
     found = folder / "tokenizer.json" if folder.is_dir() else cached_file(
         name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False,
@@ -164,7 +164,7 @@ def try_processor(processor: Processor, name: str) -> None:
     """Refuse a processor that cannot prepare a conversation with a small image.
 
     Raises:
-        ValueError: its template takes for ever, it has no padding token, or the image does not come through.
+        ValueError: its template does not terminate, it has no padding token, or the image cannot be prepared.
     """
     for template in {processor.chat_template, processor.own_template} - {None}:
         try_template(str(template), processor.image_token, name)
@@ -176,11 +176,14 @@ def try_processor(processor: Processor, name: str) -> None:
     tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
     number = sum(tensor.numel() for tensor in tensors)
     if not 0 < number <= MAX_PIXEL_VALUES:
-        raise ValueError(f"{name}: its image processor makes {number:,} numbers of an image of 32 x 32 pixels")
+        raise ValueError(
+            f"{name}: its image processor turns an image of 32 x 32 pixels into {number:,} numbers; allowed are "
+            f"1 to {MAX_PIXEL_VALUES:,}"
+        )
     if "pixel_values" in inputs:
         tensors.append(processor.normalise(inputs["pixel_values"]))
     if not all(torch.isfinite(tensor).all() for tensor in tensors if tensor.is_floating_point()):
-        raise ValueError(f"{name}: its image processor makes NaN or infinity of an image; see image_std")
+        raise ValueError(f"{name}: its image processor turns an image into NaN or infinity; check image_std")
 
 
 def check_composed_processor(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> None:
@@ -225,12 +228,12 @@ def _check_fit(processor: VLMProcessor, config: PreTrainedConfig, name: str) -> 
     if processor.tokens_per_image != needed:
         raise ValueError(
             f"{name}: processor_config.json has tokens_per_image={shown(processor.tokens_per_image)}, but the model "
-            f"makes {needed} of an image"
+            f"makes {needed} per image"
         )
 
 
 def check_vocabulary(processor: Processor, model: PreTrainedModel, name: str) -> None:
-    """Raise ValueError where a tokenizer knows tokens that a model has no embedding for."""
+    """Raise ValueError if a tokenizer knows tokens that a model has no embedding for."""
     embeddings = cast(nn.Embedding, model.get_input_embeddings())  # declared as a module of any kind
     token, token_id = max(processor.tokenizer.get_vocab().items(), key=lambda item: item[1])
     if token_id >= embeddings.num_embeddings:

@@ -1,4 +1,4 @@
-"""Parts whose matrices are stored in 4 or 8 bits, by bitsandbytes through transformers.
+"""Quantised parts: matrices in 4 or 8 bits, by bitsandbytes through transformers.
 
 They stay frozen; adapters train on them (QLoRA, Dettmers et al. 2023, arXiv:2305.14314). Norms, embeddings and
 `lm_head` keep the precision of the run.
@@ -33,7 +33,7 @@ def make_quantization_config(kind: str, skipped: Collection[str] | None = None) 
 
 
 def check_bitsandbytes(kind: str) -> None:
-    """Raise ValueError where bitsandbytes cannot quantise here."""
+    """Raise ValueError if bitsandbytes cannot quantise here."""
     if find_spec("bitsandbytes") is None:
         raise ValueError(f"quantization {kind}: bitsandbytes is not installed: pip install 'small-vlm[quant]'")
     from bitsandbytes import supported_torch_devices  # slow to import, and only some runs need it
@@ -62,7 +62,7 @@ def make_checkpoint_quantization(config: PreTrainedConfig, kinds: Mapping[str, s
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Make layers that are stored in 4 bits multiply in a given precision, whatever that of their first input is."""
+    """Make 4-bit layers multiply in a given precision, whatever the precision of their first input is."""
     for module in model.modules():
         if hasattr(module, "compute_type_is_set"):  # bitsandbytes' Linear4bit
             layer: Any = module

@@ -35,8 +35,8 @@ from vlm.models.heads import head_class
 def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[PreTrainedConfig, Processor]:
     """Return configuration and processor of a run's model, from parts or from a checkpoint, without weights.
 
-    With `trainer.from_pretrained`, `config.model` becomes what the checkpoint was built with; a head that the run asks
-    for stays, and where the checkpoint has heads the run continues with those.
+    With `trainer.from_pretrained`, `config.model` becomes the checkpoint's recipe. The run keeps its own head, unless
+    the checkpoint has heads, which it then trains further.
 
     Args:
         config: the run's configuration.
@@ -57,12 +57,13 @@ def resolve_model(config: RunConfig, overrides: Sequence[str] = ()) -> tuple[Pre
 
 
 def _resolve_model(config: RunConfig, overrides: Sequence[str]) -> tuple[PreTrainedConfig, Processor]:
-    """Resolve a model, see `resolve_model`; what `dataset` says of pixels and coordinates is left to it."""
+    """Resolve a model without the settings of `dataset` for pixels and coordinates, which `resolve_model` applies."""
     overridden_keys = [key.removeprefix("model.") for key in overrides if key.startswith("model.")]
     model, name = config.model, config.trainer.from_pretrained
     if name and model.hf_name is not None and {"model", "model.hf_name", "model.revision"} & set(overrides):
         raise ValueError(
-            f"trainer.from_pretrained={name} and model.hf_name={model.hf_name}: both say what to begin with; choose one"
+            f"trainer.from_pretrained={name} and model.hf_name={model.hf_name}: both name the model to start from; "
+            "choose one"
         )
     if name and {"connector", "connector.type"} & set(overridden_keys):
         register_connector_class(model.connector.type)
@@ -81,7 +82,7 @@ def _resolve_model(config: RunConfig, overrides: Sequence[str]) -> tuple[PreTrai
 
 
 def _open_start(config: RunConfig) -> Checkpoint | None:
-    """Return the checkpoint that a run begins with; None where it composes its model from parts."""
+    """Return the checkpoint that a run begins with; None if it composes its model from parts."""
     model, name = config.model, config.trainer.from_pretrained
     if name:
         checkpoint = open_checkpoint(name, key="trainer.from_pretrained")
@@ -101,7 +102,7 @@ def _open_start(config: RunConfig) -> Checkpoint | None:
 def _resolve_heads(config: RunConfig, checkpoint: Checkpoint, overridden_keys: Sequence[str]) -> None:
     """Make the heads of a checkpoint those of the run.
 
-    A class that the checkpoint alone names is refused: code is imported only where the run names it.
+    A class that only the checkpoint names is refused: code is imported only if the run names it.
     """
     assert is_prediction_config(checkpoint.config)
     head_keys = [key.removeprefix("head.") for key in overridden_keys]
@@ -122,7 +123,7 @@ def _resolve_heads(config: RunConfig, checkpoint: Checkpoint, overridden_keys: S
 def _resolve_family(
     config: RunConfig, checkpoint: Checkpoint, overridden_keys: Sequence[str]
 ) -> tuple[PreTrainedConfig, Processor]:
-    """Resolve a whole model; the parts of `config.model` then say where they come from."""
+    """Resolve a whole model; the parts of `config.model` then name their sources."""
     key = "trainer.from_pretrained" if config.trainer.from_pretrained else "model.hf_name"
     check_no_part_overrides(overridden_keys, f"{key}={checkpoint.name}")
     processor = checkpoint.load_processor(config.dataset.template, config.dataset.image_mode)
@@ -131,8 +132,8 @@ def _resolve_family(
     changes = apply_processor_options(processor, checkpoint.body_config, model.processor)
     if changes and checkpoint.kind is CheckpointKind.ADAPTER:
         raise ValueError(
-            f"model.processor.{changes[0]}: {name} is an adapter on its base, which keeps how it sees images; merge "
-            "them first (vlm merge-lora)"
+            f"model.processor.{changes[0]}: {name} is an adapter, which keeps the image settings of its base; merge "
+            "it first (vlm merge-lora)"
         )
     add_tokens(model, processor.tokenizer)
     config.model = replace(
@@ -146,7 +147,7 @@ def _resolve_family(
 def _resolve_composed(
     config: RunConfig, checkpoint: Checkpoint, model_config: VLMConfig, overridden_keys: Sequence[str]
 ) -> tuple[VLMConfig, Processor]:
-    """Resolve a composed model; `config.model` becomes its recipe with what a run may choose anew."""
+    """Resolve a composed model; `config.model` becomes its recipe with the run's allowed changes."""
     name, requested = checkpoint.name, config.model
     check_no_processor_options(requested.processor)
     with opening(name, "the recipe in its config.json"):
@@ -160,7 +161,7 @@ def _resolve_composed(
     processor = checkpoint.load_composed_processor(config.dataset.template, config.dataset.image_mode)
     if checkpoint.kind is CheckpointKind.ADAPTER and requested.anyres.grids is not None:
         raise ValueError(
-            f"model.anyres.grids: {name} is an adapter on its base, which keeps how it sees images; merge them first, "
+            f"model.anyres.grids: {name} is an adapter, which keeps the image settings of its base; merge it first, "
             "or leave model.anyres.grids=null"
         )
     resolve_anyres(model_config, processor, requested.anyres, image_size(processor.image_processor))
@@ -192,8 +193,8 @@ def load_weights(
 ) -> PreTrainedModel:
     """Return the model of a run that `resolve_model` resolved, with its weights and an embedding row for each token.
 
-    `dtype` is the precision under DeepSpeed; without it, weights are float32 until `cast` narrows frozen parts. The
-    first weights of a new connector are drawn from `seed`.
+    `dtype` is the precision under DeepSpeed; without DeepSpeed, weights are float32 until `cast` converts frozen parts.
+    The initial weights of a new connector are drawn with `seed`.
     """
     dtype = dtype if config.trainer.deepspeed else torch.float32
     checkpoint = _open_start(config)

@@ -1,8 +1,8 @@
-"""The proof that a model loads what it saves: names, shapes and computed buffers, before hours are spent on training.
+"""Proves before training that a model loads what it saves: names, shapes and computed buffers.
 
-The model is saved into memory and loaded from there, with stand-ins for its tensors that take no memory. Each stand-in
-holds one number in all its places, by which it is recognised after loading. Where transformers joins and splits tensors
-(experts), that would take as much memory as the model: there, stand-ins have shapes alone.
+The model is saved to memory and loaded from there, with stand-ins for its tensors that take no memory. Each stand-in is
+filled with one number, by which it is recognised after loading. If transformers joins and splits tensors (experts),
+this would take as much memory as the model; then stand-ins have only shapes.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,16 +21,16 @@ from vlm.assembly.saving import use_canonical_names
 from vlm.families.meta_model import without_zero3
 
 NUM_MARKS = 251
-"""Stand-ins are told apart by so many numbers; bfloat16 holds each exactly."""
+"""The number of different values of stand-ins, each of which bfloat16 represents exactly."""
 
 ROUNDING = 0.02
-"""The largest difference of buffers, relative to their numbers, that counts as rounding."""
+"""The largest relative difference of buffers that counts as rounding."""
 
 MARKED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def saved_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return what `save_complete` writes of a model with this state: name on disk -> tensor, tied ones once.
+    """Return the tensors that `save_complete` writes for this state: name on disk -> tensor, tied ones once.
 
     Raises:
         RuntimeError: parameters are one tensor without being declared as tied.
@@ -42,11 +42,11 @@ def saved_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[s
 
 
 def check_round_trip(model: PreTrainedModel) -> None:
-    """Refuse a model that would not be loaded as it was saved; quantised ones, saved on top of their base, pass.
+    """Refuse a model that would not be loaded as it was saved; quantised models, which are saved on a base, pass.
 
     Raises:
-        ValueError: the model cannot be saved, or loading it misses a weight, mixes weights up, draws one anew, or
-            computes an unsaved buffer differently.
+        ValueError: the model cannot be saved, or loading it misses a weight, mixes up weights, initialises one again,
+            or computes an unsaved buffer differently.
     """
     if any(getattr(module, "is_quantized", False) for module in model.modules()):
         return
@@ -58,8 +58,8 @@ def check_round_trip(model: PreTrainedModel) -> None:
         saved = saved_tensors(model, stand_ins)
     except RuntimeError as error:
         raise ValueError(
-            f"{kind} cannot be saved: {str(error).splitlines()[0]} Declare what is tied (_tied_weights_keys), or copy "
-            "the tensor"
+            f"{kind} cannot be saved: {str(error).splitlines()[0]} Declare tied tensors in _tied_weights_keys, or copy "
+            "them"
         ) from error
     try:
         with quiet_loading(), without_zero3(), torch.random.fork_rng(devices=[]):  # leaves the run's random state
@@ -74,8 +74,8 @@ def check_round_trip(model: PreTrainedModel) -> None:
     if problems:
         raise ValueError(
             f"{kind} does not load what it saves, so the trained model would be lost: {'; '.join(problems[:3])}. A "
-            "connector or head of your own should register all that it keeps as parameters or persistent buffers, and "
-            "draw nothing anew when it is loaded"
+            "connector or head of your own must register its state as parameters or persistent buffers, and "
+            "must not initialise it again when it is loaded"
         )
 
 
@@ -100,13 +100,13 @@ def mark_of(place: int, dtype: torch.dtype) -> int:
 
 
 def _loading_problems(info: LoadingInfo) -> Iterator[str]:
-    """Yield what transformers says of loading."""
+    """Yield the problems that transformers reports on loading."""
     for found, problem in ((info["missing_keys"], "lacks"), (info["unexpected_keys"], "has no place for")):
         if names := sorted(found):
             yield f"it {problem} {_shorten(names)}"
     if mismatched := sorted(info["mismatched_keys"], key=str):
         name, saved, needed = mismatched[0]
-        yield f"{name} was saved as {tuple(saved)} and is needed as {tuple(needed)}"
+        yield f"{name} was saved with the shape {tuple(saved)}, but {tuple(needed)} is needed"
 
 
 def _changed_tensors(model: PreTrainedModel, stand_ins: Mapping[str, Tensor], loaded: PreTrainedModel) -> Iterator[str]:
@@ -117,11 +117,11 @@ def _changed_tensors(model: PreTrainedModel, stand_ins: Mapping[str, Tensor], lo
         mark = mark_of(places.setdefault(id(stand_in), len(places)), stand_in.dtype)
         tensor = state.get(name)
         if tensor is None or tensor.shape != stand_in.shape or not _has_mark(tensor, mark):
-            yield f"{name} comes back as something else"
+            yield f"{name} has other values after loading"
     buffers = dict(loaded.named_buffers())
     for name, buffer in model.named_buffers():
         if name not in stand_ins and not is_equal(buffer, buffers.get(name)):
-            yield f"the buffer {name}, which is not saved, is computed differently when the model is loaded"
+            yield f"the buffer {name}, which is not saved, has other values after loading"
 
 
 def _has_mark(tensor: Tensor, mark: int) -> bool:

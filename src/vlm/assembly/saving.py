@@ -1,9 +1,8 @@
-"""Saving a complete model: its weights under one set of names, and the ids at which its replies end.
+"""Saves a complete model: its weights under one set of names, and the ids at which its replies end.
 
-transformers may name weights differently on disk and in memory, and saves a model under the names that it was loaded
-from. Under ZeRO-3 it reverts every renaming that it knows, whether it was used or not. `save_complete` decides itself:
-a model of this framework has its own names, a family's those of the checkpoint that it began with, however it was
-trained.
+transformers may use different names of weights on disk and in memory, and saves a model under the names from which it
+was loaded. Under ZeRO-3 it reverts every renaming that it knows, used or not. `save_complete` chooses the names itself,
+however the model was trained: a model of this framework has its own names, a family's model those of its checkpoint.
 """
 
 from collections import defaultdict
@@ -29,12 +28,12 @@ BEAM_FLAGS = ("early_stopping", "length_penalty")
 
 
 def save_complete(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write a complete model into a folder, on the rank that calls this; the processor is saved apart.
+    """Write a complete model into a folder, on the rank that calls this; the processor is saved separately.
 
     Args:
         model: the model.
-        folder: where to.
-        state: its tensors by their names in memory, where the model itself does not hold them whole (DeepSpeed).
+        folder: the folder to write.
+        state: its tensors by their names in memory, if the model itself does not have them whole (DeepSpeed).
     """
     use_canonical_names(model)
     writing: Any = model
@@ -49,9 +48,9 @@ def save_complete(model: PreTrainedModel, folder: Path, state: Mapping[str, Tens
 
 
 def use_canonical_names(model: PreTrainedModel) -> None:
-    """Let a model be saved under the same names whatever it was loaded from, and whether its weights were sharded.
+    """Make a model use the same names on disk, whatever it was loaded from and however its weights were sharded.
 
-    transformers' renamings of outdated names are not reverted.
+    Renamings of outdated names by transformers are not reverted.
     """
     described: Any = model  # transformers sets the attribute, and declares it nowhere
     if is_composed_model(model) or is_prediction_model(model):
@@ -73,7 +72,7 @@ def share_tied_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> d
 
 
 def set_reply_ends(model: PreTrainedModel, processor: Processor) -> None:
-    """Set in a model's generation settings what ends a reply; a model that does not generate has none.
+    """Set the tokens that end a reply in a model's generation settings, if it generates.
 
     Raises:
         ValueError: see `reply_ending`.
@@ -85,10 +84,9 @@ def set_reply_ends(model: PreTrainedModel, processor: Processor) -> None:
 
 
 def _unset_flags_without_effect(settings: GenerationConfig) -> None:
-    """Unset flags without effect where there are any that transformers refuses to save.
+    """Unset flags without effect, such as a temperature without `do_sample`, if transformers refuses to save them.
 
-    Some published settings have them, such as a temperature without `do_sample`. transformers saves settings like that
-    only if nothing in them has changed since they were loaded.
+    Some published settings have them. transformers saves such settings only if nothing has changed since loading.
     """
     try:
         settings.validate(strict=True)
@@ -108,7 +106,7 @@ def reply_end_settings(
     Args:
         eos_token_id: the ids that were there: the base's.
         pad_token_id: the id that was there.
-        processor: its tokenizer has an EOS and perhaps a padding token, its template a special token behind replies.
+        processor: its tokenizer has an EOS and perhaps a padding token, its template a special token after replies.
 
     Returns:
         `eos_token_id`, a sorted list of all of these, and `pad_token_id`, the tokenizer's where it has one.

@@ -1,9 +1,9 @@
-"""The search for the options of an image or video processor with which nothing takes more tokens than a budget allows.
+"""Searches for options of an image or video processor with which no image takes more tokens than a budget allows.
 
-No class is known here by name. Which option bounds the tokens of large images is found out by trying: each whole number
-that is an upper limit (`max_patches`, `size.longest_edge` …), each list of grids and each switch that splits images is
-lowered, and the processor itself counts the tokens of blank images. What lowers them is then set to the highest value
-that keeps within the budget. Sizes on which the result fails are added to those that the search tries, until there are
+No class is known here by name. The search tries which options limit the tokens of large images: it lowers each whole
+number that is an upper limit (`max_patches`, `size.longest_edge` …), each list of grids and each switch that splits
+images, and lets the processor count the tokens of blank images. An option that lowers the count is then set to the
+highest value within the budget. Sizes on which the result fails are added to those that are tried, until there are
 none.
 """
 
@@ -19,24 +19,24 @@ Size = tuple[int, int]
 Path = tuple[str, ...]
 """The place of an option among settings."""
 Measure = Callable[[Settings, Size], int | None]
-"""Returns the tokens of a blank image under some settings; None where they, or the size, are refused."""
+"""Returns the tokens of a blank image under some settings; None if they, or the size, are refused."""
 
 SPLITTING = ("do_image_splitting", "split_image", "crop_to_patches", "slice_mode", "do_pan_and_scan", "use_thumbnail")
-"""Switches of which an image becomes one view, or fewer."""
+"""Switches that make an image a single view, or fewer views."""
 OTHER_LIMITS = ("longest_edge", "dynamic_hd", "image_area", "rescale_image_max_upscaled_long_edge")
 """Upper limits without `max` in their names."""
 PLACES = ((), ("size",))
 """Where limits are; `max_image_size.longest_edge` is the side of the visual encoder's input, and no limit."""
 MAX_ASPECT = 20
-"""The largest ratio of the sides of images that the search brings within the budget. Of longer ones, some processors
-make more tokens than of any other image: with room for those, all others would have to be much smaller."""
+"""The largest aspect ratio of images that the search keeps within the budget. For longer images, some processors need
+more tokens than for any other; to fit those, all others would have to be much smaller."""
 LARGE, SIDES = 10_000, (10_000, 900)
 """Longer sides of the images that are tried."""
 RATIOS = (1.0, 1.33, 1.5, 2.0, 3.0, 4.0, 6.0, 12.0, MAX_ASPECT)
 NUM_RATIOS = 36
 """Ratios of sides, evenly spread, that the result is tried on."""
 PRECISION = 256
-"""A limit is found to this share of itself."""
+"""The relative precision with which a limit is found."""
 
 
 class BudgetError(ValueError):
@@ -88,7 +88,7 @@ class BudgetSearch:
             self.sizes = [*exceeding, *self.sizes]
 
     def most(self, settings: Settings) -> int | None:
-        """Return the most tokens that a size takes; None where the processor does not take the settings."""
+        """Return the most tokens that a size takes; None if the processor does not take the settings."""
         counts = [self.measure(settings, size) for size in self.sizes]
         return None if None in counts else max(cast(list[int], counts), default=0)
 
@@ -104,8 +104,8 @@ class BudgetSearch:
     def _lower(self, settings: Settings) -> Settings:
         """Return settings within the budget on all of `sizes`.
 
-        First one limit or list of grids is lowered. Where that does not suffice, images are not split either; then
-        several limits are lowered.
+        First, one limit or list of grids is lowered. If that is not enough, images are not split either; then several
+        limits are lowered.
         """
         if self.fits(settings):
             return settings
@@ -129,14 +129,14 @@ class BudgetSearch:
         return self._restore(found, floors)
 
     def _put_all(self, settings: Settings, paths: Iterable[Path], value: object) -> Settings:
-        """Return settings with a value at each of several places, but those where the processor does not take it."""
+        """Return settings with a value at each of several places, except where the processor does not accept it."""
         for path in paths:
             trial = _put(settings, path, value)
             settings = trial if self.most(trial) is not None else settings
         return settings
 
     def _lower_one(self, settings: Settings) -> Settings | None:
-        """Return settings that fit by a single option: of several, the one that leaves images most tokens in sum."""
+        """Return settings that fit by changing one option; of several, the one that leaves images the most tokens."""
         fitting = [option for option in self._candidates(settings) if self.fits(self._least_of(settings)(option))]
         found = [_put(settings, option.path, self._highest(settings, option)) for option in fitting]
         return max(found, key=self._sum, default=None) if len(found) > 1 else next(iter(found), None)
@@ -163,7 +163,7 @@ class BudgetSearch:
         return option.values[low]
 
     def _restore(self, settings: Settings, floors: dict[Path, int]) -> Settings:
-        """Raise lower limits back towards what they were."""
+        """Raise lowered limits back towards their original values."""
         for path, value in floors.items():
             if _get(settings, path) == value:
                 continue
@@ -208,7 +208,7 @@ class BudgetSearch:
 
 
 def changed_options(before: Settings, after: Settings) -> dict[str, tuple[object, object]]:
-    """Return the options in which settings differ: `size.longest_edge` -> what it was, and what it is."""
+    """Return the options in which settings differ: `size.longest_edge` -> its old and new value."""
     former = dict(_leaves(before))
     return {".".join(path): (former.get(path), value) for path, value in _leaves(after) if former.get(path) != value}
 

@@ -1,8 +1,8 @@
-"""A process of its own that tries what a stranger wrote: chat templates and a tokenizer's expressions.
+"""A separate process that tries foreign chat templates and the regular expressions of tokenizers.
 
-`processor_trial` starts this file as a program. It imports Jinja and tokenizers only, so that it starts at once, and
-its memory and processor time are bounded: what loops or grows without end ends this process, and nothing else. The
-sandbox is set up as transformers' is. A request is read as JSON, and the answer is empty where nothing was wrong.
+`processor_trial` starts this file as a program. It imports only Jinja and tokenizers, so that it starts at once. Its
+memory and processor time are limited: endless loops or growth end this process, and nothing else. The sandbox is the
+same as in transformers. The request is read as JSON, and the answer is empty if nothing was wrong.
 """
 
 import json
@@ -12,15 +12,15 @@ from typing import Any
 
 MEGABYTE = 1 << 20
 MAX_OUTPUT = 4 * MEGABYTE
-"""Characters of a rendered conversation of a few words."""
+"""Maximum number of characters of a rendered conversation of a few words."""
 REPEATS = 60
-"""How often each character of an expression stands in the texts that it is tried on."""
+"""How often each character of an expression occurs in the texts on which it is tried."""
 
 
 def render(template: str, conversations: list[list[dict[str, object]]], variables: dict[str, object]) -> str:
-    """Render conversations, with and without an opened reply; return what is wrong, in words.
+    """Render conversations, with and without the start of a reply; return the problem in words.
 
-    A template may refuse a conversation, but not all of them, take for ever, or write without end.
+    A template may refuse some conversations, but not all of them, and it must terminate and not write too much.
     """
     from jinja2 import TemplateError, nodes
     from jinja2.ext import Extension, loopcontrols
@@ -38,9 +38,11 @@ def render(template: str, conversations: list[list[dict[str, object]]], variable
             return nodes.Scope(body).set_lineno(line)
 
     def raise_exception(message: str) -> None:
+        """End the template with an error, as transformers' function of this name does."""
         raise TemplateError(message)
 
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        """Write a value as JSON without escaping HTML, as transformers' filter of this name does."""
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
     environment = ImmutableSandboxedEnvironment(
@@ -51,7 +53,7 @@ def render(template: str, conversations: list[list[dict[str, object]]], variable
     try:
         compiled = environment.from_string(template)
     except (TemplateError, SyntaxError, RecursionError) as error:
-        return f"is no template: {type(error).__name__}: {error}"
+        return f"is not a template: {type(error).__name__}: {error}"
     refusal, rendered = "", False
     for messages in conversations:
         for opened in (False, True):
@@ -65,12 +67,12 @@ def render(template: str, conversations: list[list[dict[str, object]]], variable
             except MemoryError:
                 raise
             except Exception as error:  # it refuses this conversation, which a template may
-                refusal = refusal or f"renders no conversation: {type(error).__name__}: {error}"
+                refusal = refusal or f"does not render a conversation: {type(error).__name__}: {error}"
     return "" if rendered else refusal
 
 
 def encode(settings: dict[str, object], expressions: list[str]) -> str:
-    """Use a tokenizer's steps, without its vocabulary, on texts that it may be slow on; return what is wrong."""
+    """Run a tokenizer's steps, without its vocabulary, on texts that may be slow; return the problem in words."""
     from tokenizers import Tokenizer
 
     kept = {key: settings.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
@@ -83,7 +85,7 @@ def encode(settings: dict[str, object], expressions: list[str]) -> str:
     except MemoryError:
         raise
     except BaseException as error:  # a panic derives from BaseException
-        return f"is no tokenizer: {error}"
+        return f"is not a tokenizer: {error}"
     letters = sorted(set("a 0.\n" + "".join(expressions)))
     for letter in letters:
         tokenizer.encode(letter * REPEATS + "\0")

@@ -1,1 +1,1 @@
-"""What a run refuses before any weight loads, and how refusals are worded."""
+"""Checks that reject a run before any weights load, and the wording of their messages."""

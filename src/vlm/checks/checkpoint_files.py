@@ -1,8 +1,8 @@
-"""A checkpoint's files, looked at before a library opens any of them: no pipe, no endless file, no half one.
+"""Inspects the files of a checkpoint before a library opens them: no pipes, no endless files, no incomplete ones.
 
-`inspect_folder` refuses, with the file's name: what is no regular file; JSON that is no object, too large or too deep;
-an index that does not name the files beside it, or not what they hold; safetensors files that are not whole. It reads
-headers and no weights, and imports no torch. To have another file looked at, add it to `MAX_JSON_BYTES`.
+`inspect_folder` refuses, with the file's name: anything but regular files; JSON that is no object, too large or too
+deep; an index that does not match the files next to it; incomplete safetensors files. It reads headers but no weights,
+and imports no torch. To inspect another file, add it to `MAX_JSON_BYTES`.
 """
 
 import json
@@ -23,17 +23,17 @@ MAX_JSON_BYTES = {
     "tokenizer_config.json": 64 * MEGABYTE, "added_tokens.json": 64 * MEGABYTE,
     "model.safetensors.index.json": 256 * MEGABYTE, "pytorch_model.bin.index.json": 256 * MEGABYTE,
 }  # fmt: skip
-"""JSON files that opening a checkpoint reads -> the most bytes that one may have."""
+"""JSON files of a checkpoint -> their maximum size in bytes."""
 MAX_BYTES = {"chat_template.jinja": MEGABYTE, **dict.fromkeys(
     ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"), 256 * MEGABYTE
 )}  # fmt: skip
-"""Other files that it reads -> the most bytes that one may have."""
+"""Other files of a checkpoint -> their maximum size in bytes."""
 LISTS = ("chat_template.json",)
 """JSON files that need not be objects."""
 MAX_DEPTH = 64
-"""Levels of nesting of a JSON file; those of models have fewer than ten."""
+"""Maximum nesting depth of a JSON file; those of models have fewer than ten levels."""
 MAX_SHOWN = 80
-"""Characters of a name or value out of a file that a message shows."""
+"""Maximum number of characters that a message shows of a name or value from a file."""
 
 SAFETENSORS = "model.safetensors"
 INDEX = f"{SAFETENSORS}.index.json"
@@ -57,7 +57,7 @@ class TensorHeader:
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -67,9 +67,9 @@ class TensorHeader:
 
 
 def inspect_folder(folder: Path) -> None:
-    """Refuse a folder whose files cannot be those of a whole checkpoint; see the top of this file.
+    """Refuse a folder whose files cannot be those of a complete checkpoint; see the top of this file.
 
-    A folder that has not changed since it was looked at is not looked at again.
+    A folder that has not changed since the last inspection is not inspected again.
 
     Raises:
         ValueError: with the name of the file, and what is wrong with it.
@@ -78,7 +78,7 @@ def inspect_folder(folder: Path) -> None:
 
 
 def _state_of(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Return name, number, size and time of each file of a folder; links are followed where they lead anywhere."""
+    """Return name, inode, size and time of each file of a folder; links are followed unless they are dead."""
     states = []
     for entry in os.scandir(folder):
         try:
@@ -91,7 +91,7 @@ def _state_of(folder: Path) -> tuple[tuple[str, int, int, int], ...]:
 
 @lru_cache(64)
 def _inspect_once(folder: Path, state: tuple[tuple[str, int, int, int], ...]) -> None:
-    """Look at a folder's files; `state` is `_state_of` it, and makes a changed folder another argument."""
+    """Inspect a folder's files; `state` is its `_state_of`, so that a changed folder is inspected again."""
     for name in MAX_JSON_BYTES:
         if os.path.lexists(folder / name):
             read_object(folder / name)
@@ -106,7 +106,7 @@ def _inspect_once(folder: Path, state: tuple[tuple[str, int, int, int], ...]) ->
 
 
 def _check_adapter(folder: Path) -> None:
-    """Raise ValueError where a folder has an adapter's settings or weights, and not the other."""
+    """Raise ValueError if a folder has an adapter's settings or weights, and not the other."""
     settings, weights = (os.path.lexists(folder / name) for name in ("adapter_config.json", ADAPTER_WEIGHTS))
     if weights and not settings:
         raise ValueError(f"{folder} has {ADAPTER_WEIGHTS}, but adapter_config.json is missing")
@@ -118,7 +118,7 @@ def _check_adapter(folder: Path) -> None:
 
 
 def check_regular(file: Path, max_bytes: int | None = None) -> int:
-    """Return a file's size; refuse what is no regular file, so that opening it neither waits nor never ends.
+    """Return the size of a file; refuse anything but regular files, which might block or never end.
 
     Raises:
         ValueError: it is a folder, pipe, device or dead link, may not be read, or is larger than `max_bytes`.
@@ -132,7 +132,7 @@ def check_regular(file: Path, max_bytes: int | None = None) -> int:
         kind = next((name for test, name in kinds if test(status.st_mode)), "device")
         raise ValueError(f"{file} is a {kind}; a regular file is needed")
     if max_bytes is not None and status.st_size > max_bytes:
-        raise ValueError(f"{file} has {status.st_size:,} bytes; such a file has at most {max_bytes:,}")
+        raise ValueError(f"{file} has {status.st_size:,} bytes; at most {max_bytes:,} are allowed")
     if not os.access(file, os.R_OK):
         raise ValueError(f"{file} cannot be opened: Permission denied")
     return status.st_size
@@ -149,11 +149,11 @@ def read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes().decode("utf-8"), parse_constant=_refuse_nan if is_setting else float)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no JSON: it is not in UTF-8 (byte {error.start:,})") from error
+        raise ValueError(f"{file} is not JSON: it is not in UTF-8 (byte {error.start:,})") from error
     except RecursionError as error:
         raise ValueError(f"{file} is nested too deeply: at most {MAX_DEPTH} levels are allowed") from error
     except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {str(error)[:MAX_SHOWN]}") from error
+        raise ValueError(f"{file} is not JSON: {str(error)[:MAX_SHOWN]}") from error
     if not isinstance(content, dict) and file.name not in LISTS:
         raise ValueError(f"{file} holds {_kind(content)}; a JSON object is needed")
     _check_depth(file, content)
@@ -161,13 +161,13 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def shown(text: object) -> str:
-    """Return a name or value out of a file as a message shows it: short, without control characters."""
+    """Return a name or value from a file for a message: short, without control characters."""
     printed = text if isinstance(text, str) and text.isprintable() else ascii(text)
     return printed if len(printed) <= MAX_SHOWN else f"{printed[:MAX_SHOWN]}…"
 
 
 def _refuse_nan(name: str) -> float:
-    """Return an infinite number, which some configurations have; a number that is none is refused."""
+    """Return an infinite number, which some configurations have; refuse NaN."""
     if name == "NaN":
         raise ValueError("a value is NaN")
     return float(name)
@@ -179,7 +179,7 @@ def _kind(value: object) -> str:
 
 
 def _check_depth(file: Path, content: object) -> None:
-    """Raise ValueError where JSON is nested deeper than libraries that walk through it can bear."""
+    """Raise ValueError if JSON is nested too deeply for libraries that walk through it recursively."""
     level = [content] if isinstance(content, dict | list) else []
     depth = 0
     while level:
@@ -194,7 +194,7 @@ def _check_depth(file: Path, content: object) -> None:
 
 
 def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
-    """Return the headers of all tensors of a model's safetensors files; None where the folder has no such files.
+    """Return the headers of all tensors of a model's safetensors files; None if the folder has no such files.
 
     Raises:
         ValueError: a file is missing or not whole, or the index does not fit the files.
@@ -210,7 +210,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
     for name, listed in shards.items():
         held = read_header(folder / name)
         if lacking := sorted(listed - held.keys()):
-            raise ValueError(f"{index} says that {shown(lacking[0])} is in {shown(name)}, which does not hold it")
+            raise ValueError(f"{index} says that {shown(lacking[0])} is in {shown(name)}, which does not contain it")
         if twice := sorted(held.keys() & headers.keys()):
             raise ValueError(f"{folder}: {shown(twice[0])} is in two of the files that {INDEX} names")
         headers |= held
@@ -218,7 +218,7 @@ def read_headers(folder: Path) -> dict[str, TensorHeader] | None:
 
 
 def _check_pickles(folder: Path) -> None:
-    """Check the files of a model that is stored in PyTorch's own format, of which transformers reads tensors alone."""
+    """Check the files of a model in PyTorch's own format, from which transformers reads only tensors."""
     if os.path.lexists(folder / PICKLE):
         check_regular(folder / PICKLE)
     elif os.path.lexists(folder / f"{PICKLE}.index.json"):
@@ -235,7 +235,7 @@ def _indexed_files(index: Path, suffix: str) -> dict[str, set[str]]:
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(suffix):
             raise ValueError(
-                f"{index} names {shown(name)} for {shown(tensor)}; a {suffix} file beside the index is needed"
+                f"{index} names {shown(name)} for {shown(tensor)}; a {suffix} file next to the index is needed"
             )
         files.setdefault(name, set()).add(tensor)
     for name in files:
@@ -245,7 +245,7 @@ def _indexed_files(index: Path, suffix: str) -> dict[str, set[str]]:
 
 
 def read_header(file: Path) -> dict[str, TensorHeader]:
-    """Return the tensors of a safetensors file as its header describes them; refuses files that are not whole."""
+    """Return the tensors of a safetensors file as its header describes them; refuses incomplete files."""
     from safetensors import SafetensorError, safe_open  # only checkpoints need it
 
     if check_regular(file) == 0:
@@ -261,14 +261,14 @@ def read_header(file: Path) -> dict[str, TensorHeader]:
         ) from error
     for name, header in headers.items():
         if not name.isprintable():
-            raise ValueError(f"{file} has a tensor named {shown(name)}; names are printable text")
+            raise ValueError(f"{file} has a tensor named {shown(name)}; a printable name is needed")
         if header.dtype not in BITS:
-            raise ValueError(f"{file}: {shown(name)} is of type {shown(header.dtype)}, which no weight has")
+            raise ValueError(f"{file}: {shown(name)} is of type {shown(header.dtype)}, which is not a type of weights")
     return headers
 
 
 def nested_objects(content: Mapping[str, Any], skip: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield dotted key and content of each JSON object within another, and `""` and that one itself."""
+    """Yield dotted key and content of a JSON object (with the key `""`) and of each object nested in it."""
     waiting: list[tuple[str, Any]] = [("", dict(content))]
     while waiting:
         path, value = waiting.pop()

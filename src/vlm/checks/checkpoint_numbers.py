@@ -1,7 +1,7 @@
-"""Sizes in a checkpoint's `config.json`, compared with its weights before a model is built: none may exceed them.
+"""Compares the sizes in a checkpoint's `config.json` with its weights before a model is built: none may exceed them.
 
-A library that is given a billion layers counts to a billion before it says anything. To bound another kind of size, add
-a row to `SIZES`.
+Given a billion layers, a library would count to a billion before it reports an error. To bound another kind of size,
+add a row to `SIZES`.
 """
 
 import re
@@ -12,9 +12,9 @@ from pathlib import Path
 from vlm.checks.checkpoint_files import TensorHeader, nested_objects, shown
 
 SKIPPED = ("recipe", "auto_map", "id2label", "label2id", "quantization_config", "task_specific_params")
-"""Objects of a configuration that say nothing of the sizes of a model."""
+"""Objects of a configuration that have no sizes of the model."""
 NUMBERS_PER_ENTRY = 8
-"""How many weights a number of a file holds at most: quantised ones have four bits."""
+"""The maximum number of weights in a number of a file: quantised weights have four bits."""
 MAX_LAYERS = 4096
 MAX_WIDTH = 10**9
 
@@ -25,9 +25,9 @@ class Size:
 
     Attributes:
         keys: a regular expression that matches the names of its keys.
-        least: the least value.
-        most: the most, whatever the weights are.
-        bound: what of the weights it cannot exceed: `tensors` (how many there are), `numbers` (those of the largest
+        least: the minimum.
+        most: the maximum, whatever the weights are.
+        bound: the further maximum from the weights: `tensors` (their number), `numbers` (the elements of the largest
             one), or None.
     """
 
@@ -54,7 +54,7 @@ def check_numbers(file: Path, config: Mapping[str, object], headers: Mapping[str
     Args:
         file: the configuration's, for messages.
         config: its content.
-        headers: those of all weights; None where they are elsewhere, or no safetensors.
+        headers: those of all weights; None if they are elsewhere, or no safetensors.
 
     Raises:
         ValueError: with the key, its value and what is allowed.
@@ -90,9 +90,9 @@ def _leaves(value: object) -> Iterator[object]:
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 MAX_SIDE = 16384
-"""Pixels of a side to which images are resized."""
+"""Maximum side in pixels to which images are resized."""
 MAX_AREA = 1 << 25
-"""Pixels of an image, where a processor bounds those in place of its sides."""
+"""Maximum number of pixels of an image, for processors that bound these instead of its sides."""
 MAX_COUNT = 10**6
 NUM_CHANNELS = 3
 
@@ -124,7 +124,7 @@ def check_processor_numbers(file: Path, settings: Mapping[str, object]) -> None:
 
 
 def _check_channels(file: Path, key: str, value: object) -> None:
-    """Raise ValueError where a mean or standard deviation is neither a number nor one for each of three channels."""
+    """Raise ValueError if a mean or standard deviation is neither a number nor one for each of three channels."""
     numbers = value if isinstance(value, list) else [value] * NUM_CHANNELS
     above = 0 if key.endswith("std") else -float("inf")
     if value is not None and not (

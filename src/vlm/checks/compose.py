@@ -47,11 +47,11 @@ from vlm.config.secrets import mask, mask_values
 from vlm.config.shown import format_columns, presentable, printable
 
 NEEDED_CONTAINERS = {dict: DictConfig, list: ListConfig}
-"""The type of a key -> what OmegaConf has there."""
+"""The type of a key -> the type of its OmegaConf node."""
 
 
 class RunError(ConfigError):
-    """A run refused to go on after it had begun, on this rank."""
+    """A run was rejected on this rank after it had begun."""
 
 
 def with_config(
@@ -61,14 +61,14 @@ def with_config(
     *,
     trains: bool = False,
 ) -> None:
-    """Compose and check a configuration, then act on it; what the user has to fix ends the program with a message.
+    """Compose and check a configuration, then act on it; the user's mistakes end the program with a message.
 
     Args:
         argv: the command line; defaults to this process's arguments.
         action: called with the configuration, its name and the keys that the command line sets; what it returns is
             the value of a run to a sweeper that searches, such as Optuna's.
         make_objective: returns the objective of a configuration, which names the keys that contradict it.
-        trains: whether the action is the run itself, which has to have something to start from.
+        trains: whether the action is the run itself, which needs a model to start from.
     """
 
     def check_and_act(composed: DictConfig) -> object:
@@ -106,7 +106,7 @@ def with_config(
 def compose_inference_config(argv: list[str]) -> InferenceConfig:
     """Return the generation settings of a run; other values that the run needs may be missing.
 
-    What the user has to fix ends the program with a message.
+    The user's mistakes end the program with a message.
     """
     settings: list[InferenceConfig] = []
 
@@ -122,9 +122,9 @@ def compose_inference_config(argv: list[str]) -> InferenceConfig:
 
 
 def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], object]) -> None:
-    """Let Hydra compose a configuration, then act on it; what the user has to fix ends the program with a message.
+    """Let Hydra compose a configuration, then act on it; the user's mistakes end the program with a message.
 
-    Of a sweep every run is acted on, also after one that was refused; the first refusal ends the program.
+    In a sweep, the action is called for every run, even after one was rejected; then the first error ends the program.
     """
     words = strip_launcher_arguments(sys.argv[1:] if argv is None else argv)
     if odd := next((word for word in words if word.startswith("-") and presentable(word) != word), None):
@@ -138,7 +138,7 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
     is_composed = False
 
     def job(composed: DictConfig) -> object:
-        """Act on the configuration; keep a refusal, to be raised outside of Hydra."""
+        """Act on the configuration; keep an error, to raise it outside of Hydra."""
         nonlocal is_composed
         is_composed = True
         try:
@@ -166,7 +166,7 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
 
 
 def _check_options(words: Sequence[str]) -> None:
-    """End the program with a message where the command line has an option that Hydra does not take."""
+    """End the program with a message if the command line has an option that Hydra does not know."""
     parser = get_args_parser()
     parser.exit_on_error = False
     try:
@@ -180,7 +180,7 @@ def _check_options(words: Sequence[str]) -> None:
 
 @contextmanager
 def _masked_listing(words: Sequence[str]) -> Iterator[None]:
-    """Mask secrets in what Hydra prints in place of a run: `--cfg job` shows the whole configuration."""
+    """Mask secrets in what Hydra prints instead of a run: `--cfg job` shows the whole configuration."""
     if not any(re.match(r"--cfg|-c(?!n|p|d)|--info|-i", word) for word in words):
         yield
         return
@@ -194,9 +194,9 @@ def _masked_listing(words: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def composed_once(words: Sequence[str]) -> Iterator[None]:
-    """Let Hydra start a single run where nothing but a packaged run and overrides is given, which set no `hydra.mode`.
+    """Make Hydra start a single run directly if only a packaged run and overrides are given, which set no `hydra.mode`.
 
-    It would compose everything a first time to read that key. Without an answer it takes a single run, as here.
+    Otherwise Hydra composes everything an additional time to read that key, whose default is a single run.
     """
     options = [word for word in words if word.startswith("-") and not word.startswith(("-cn", "--config-name"))]
     if options or any(word.lstrip("+~").startswith("hydra") for word in words):
@@ -211,10 +211,10 @@ def composed_once(words: Sequence[str]) -> Iterator[None]:
 
 
 def make_run_config(composed: DictConfig) -> RunConfig:
-    """Return what Hydra composed as plain dataclasses.
+    """Return the configuration that Hydra composed as plain dataclasses.
 
     Raises:
-        ConfigError: it has a key that the schema lacks, or a key without the value that it needs.
+        ConfigError: it has an unknown key, or a required key without a value.
     """
     check_known_keys(composed)
     check_required_values(composed)
@@ -224,7 +224,7 @@ def make_run_config(composed: DictConfig) -> RunConfig:
 
 
 def compose_overrides(name: str, words: list[str]) -> DictConfig:
-    """Return what Hydra, which must be initialised, composes of a configuration and overrides.
+    """Return the configuration that Hydra, which must be initialised, composes with overrides.
 
     Raises:
         ConfigError: Hydra fails on the overrides without a message of its own for them.
@@ -238,7 +238,7 @@ def compose_overrides(name: str, words: list[str]) -> DictConfig:
 
 
 def _require_run(composed: DictConfig) -> str:
-    """Return the name of a configuration; refuse it where none was named, or where it does not build on ours."""
+    """Return the name of a configuration; refuse it if none was named, or if it does not build on `base`."""
     name = HydraConfig.get().job.config_name or "base"
     if name in NON_RUN_CONFIGS:
         listing = format_columns(run_names())
@@ -249,7 +249,7 @@ def _require_run(composed: DictConfig) -> str:
 
 
 def check_known_keys(node: DictConfig, path: str = "") -> None:
-    """Refuse keys that `+` added to a section of the schema, which Hydra lets pass."""
+    """Refuse unknown keys that `+` added to a section of the schema, which Hydra accepts."""
     kind = OmegaConf.get_type(node)
     if kind is None or not is_dataclass(kind):
         return
@@ -259,7 +259,7 @@ def check_known_keys(node: DictConfig, path: str = "") -> None:
         if name not in names:
             raise ConfigError(describe_unknown_key(key, names))
         if OmegaConf.is_interpolation(node, name) and key_names(key):
-            raise ConfigError(describe_scalar_section(key))  # what stands there would be another section
+            raise ConfigError(describe_scalar_section(key))  # what is there would be another section
         if OmegaConf.is_missing(node, name):
             continue
         if OmegaConf.is_interpolation(node, name) or isinstance(node[name], Container):
@@ -271,9 +271,9 @@ def check_known_keys(node: DictConfig, path: str = "") -> None:
 
 
 def _check_referred(node: Container, name: Any, key: str, needed: type | None = None) -> None:
-    """Refuse a `${…}` that gives a section of the schema, or no mapping or list where one is needed.
+    """Refuse a `${…}` that refers to a section of the schema, or to the wrong type where a mapping or list is needed.
 
-    OmegaConf checks the type of a single value that is referred to, but not of mappings, lists and what is in them.
+    OmegaConf checks the type of single values behind references, but not of mappings and lists.
     """
     if OmegaConf.is_missing(node, name):
         return
@@ -294,23 +294,23 @@ def _check_referred(node: Container, name: Any, key: str, needed: type | None = 
 
 
 def check_required_values(composed: DictConfig) -> None:
-    """Refuse a configuration in which keys that must be given are not."""
+    """Refuse a configuration that lacks required keys."""
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"{', '.join(missing)}: a value is needed, for example {missing[0]}=…")
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Return whether this package raised an error about the user's input, which needs no traceback."""
+    """Return whether an error is this package's own message about the user's input, which needs no traceback."""
     modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in walk_tb(error.__traceback__)]
     return bool(modules) and modules[-1].startswith("vlm.")
 
 
 def open_mapping_key(argument: str) -> str:
-    """Return a word of the command line as Hydra takes it.
+    """Rewrite a word of the command line for Hydra.
 
-    Keys in mappings whose names the user chooses get their `+`, `trainer.optim_args=key=value` its quotes, and
-    `preflight` its section.
+    Keys with names chosen by the user get a `+`, `trainer.optim_args=key=value` gets quotes, and `preflight` its
+    section.
     """
     key, equals, value = argument.partition("=")
     if key == "preflight":

@@ -1,4 +1,4 @@
-"""What is wrong with the records of a run: sources, formats, templates, streams.
+"""Checks the settings of a run's records: sources, formats, templates, streams.
 
 Imports the schema and the table of formats, which needs the standard library only.
 """
@@ -47,7 +47,7 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
 
 
 def loss_weight_keys(data: DatasetConfig) -> Iterator[str]:
-    """Yield the keys that weigh losses, with their values."""
+    """Yield the keys that weight losses, with their values."""
     for name, source in data.sources.items():
         if source.loss_weight != 1:
             yield f"dataset.sources.{name}.loss_weight={source.loss_weight:g}"
@@ -92,7 +92,7 @@ def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Ite
 
 
 def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Iterator[str]:
-    """Yield what a stream, which has no length and no order but its own, cannot do."""
+    """Yield settings that do not work with a stream, which has no length and only its own order."""
     if config.trainer.max_steps < 1:
         yield "dataset.streaming=true: a stream has no end; set trainer.max_steps"
     if config.dataset.over_length == "split":
@@ -101,7 +101,10 @@ def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Ite
         yield "dataset.streaming=true: nothing can be held out of a stream; give dataset.eval_path"
     if config.dataset.overlap != "allow":
         overlap = config.dataset.overlap
-        yield f"dataset.overlap={overlap}: a stream is not compared before it is read; choose allow, or no streaming"
+        yield (
+            f"dataset.overlap={overlap}: a stream cannot be compared before it is read; choose allow, or "
+            "streaming=false"
+        )
     sampling = config.trainer.train_sampling_strategy
     if sampling in GROUPED_STRATEGIES:
         yield f"trainer.train_sampling_strategy={sampling}: a stream cannot be grouped; choose random"

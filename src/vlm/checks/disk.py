@@ -12,14 +12,14 @@ FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 DENIED_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 FULL_BELOW = 1 << 20
-"""A disk with fewer free bytes counts as full, where an error does not say which disk it is about."""
+"""A disk with fewer free bytes counts as full if an error does not name the disk."""
 
 WRITE_ERROR = re.compile(r"\(os error \d+\)|inline_container\.cc|PytorchStreamWriter|No space left on device")
-"""What errors of libraries that write files by other means than Python's say: safetensors, tokenizers, torch."""
+"""Texts in errors of libraries that do not write files through Python: safetensors, tokenizers, torch."""
 
 
 def format_bytes(count: float) -> str:
-    """Return a number of bytes as people read it: `12.3 GB`."""
+    """Return a number of bytes in readable form: `12.3 GB`."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
@@ -33,18 +33,18 @@ def nearest_folder(path: Path) -> Path:
 
 
 def mount_point(path: Path) -> Path:
-    """Return where the disk that a path lies on is mounted."""
+    """Return where the disk that a path is on is mounted."""
     folder = nearest_folder(path).resolve()
     return next(parent for parent in (folder, *folder.parents) if parent.is_mount())
 
 
 def free_bytes(path: Path) -> int:
-    """Return how many bytes can be written to the disk that a path lies on; quotas are not known."""
+    """Return how many bytes can be written to the disk that a path is on; quotas are not known."""
     return shutil.disk_usage(nearest_folder(path)).free
 
 
 def write_problem(folder: Path) -> str | None:
-    """Return why nothing can be written into a folder, which need not exist yet; None: something can."""
+    """Return why a folder, which need not exist yet, cannot be written to, or None if it can."""
     nearest = nearest_folder(folder)
     if not nearest.is_dir():
         return f"{nearest} is a file; a folder is needed"
@@ -61,9 +61,9 @@ def is_write_error(error: BaseException) -> bool:
 
 
 def describe_disk_error(error: OSError, folders: Iterable[Path] = ()) -> str | None:
-    """Return which disk is full or cannot be written to, and what to do; None where the error is another one.
+    """Return which disk is full or cannot be written to, and what to do; None if the error is another one.
 
-    Errors of single writes name no file: then every disk that is full is named, of `folders` and of temporary files.
+    Errors of single writes name no file: then all full disks of `folders` and of temporary files are named.
     """
     if error.errno not in (*FULL_ERRORS, *DENIED_ERRORS):
         return None

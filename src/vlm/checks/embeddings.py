@@ -16,15 +16,18 @@ from vlm.config.schema import RunConfig
 
 
 def problems_of_any_head(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with the heads of a run, of either kind: those of a checkpoint may be of the other one."""
+    """Yield what is wrong with the heads of a run, of either kind; a checkpoint's heads may be of the other kind."""
     yield from (embedding_problems if config.model.head.task == VECTOR_TASK else head_problems)(config)
 
 
 def embedding_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with a run that learns vectors."""
+    """Yield what is wrong with the settings of a run that trains embeddings."""
     head = config.model.head
     if head.task != VECTOR_TASK:
-        yield f"trainer.objective=embedding: model.head.task={head.task} learns no vectors; choose model/head=embedding"
+        yield (
+            f"trainer.objective=embedding: model.head.task={head.task} does not make vectors; choose "
+            "model/head=embedding"
+        )
         return
     yield from single_head_problems("model.head", head)
     yield from _head_problems(head)
@@ -33,10 +36,10 @@ def embedding_problems(config: RunConfig) -> Iterator[str]:
             text = ", ".join(value) if isinstance(value, dict) else value
             yield f"model.head.{key}={text}: an embedding head trains alone; leave it out"
     if head.weight != 1:
-        yield f"model.head.weight={head.weight}: there is no other loss to weigh it against; leave it out"
+        yield f"model.head.weight={head.weight}: there is no other loss; leave it out"
     if not has_parameters(head) and not training_keys(config.trainer) and not embedding_row_keys(config):
         yield (
-            f"model.head.type={head.type}: it has nothing to train, and neither has the model under it; train adapters "
+            f"model.head.type={head.type}: nothing trains in this head or in the model under it; train adapters "
             "(trainer.lora.language_model.r=16), a part (trainer.unfreeze), or choose model.head.type=linear"
         )
     yield from _loss_problems(head)
@@ -50,7 +53,7 @@ def embedding_problems(config: RunConfig) -> Iterator[str]:
     for key in ("profile", "peak_tflops"):
         if value := getattr(trainer, key):
             setting = f"trainer.{key}={format_value(value)}"
-            yield f"{setting}: runs of heads are neither profiled nor counted; leave it out"
+            yield f"{setting}: runs that train heads are neither profiled nor counted; leave it out"
 
 
 def has_parameters(head: HeadConfig) -> bool:
@@ -59,11 +62,11 @@ def has_parameters(head: HeadConfig) -> bool:
 
 
 def _head_problems(head: HeadConfig) -> Iterator[str]:
-    """Yield what is wrong with what makes vectors."""
+    """Yield what is wrong with the head that makes vectors."""
     if head.type == "identity" and head.dim is not None:
         yield (
-            f"model.head.dim={head.dim}: model.head.type=identity has the width of hidden states; choose "
-            "model.head.type=linear, or shorten vectors where they are used (model.head.loss_options.widths)"
+            f"model.head.dim={head.dim}: model.head.type=identity keeps the width of hidden states; choose "
+            "model.head.type=linear, or shorten vectors when you use them (model.head.loss_options.widths)"
         )
     for side, text in head.prompts.items():
         if side not in choices.PROMPTS:
@@ -88,7 +91,7 @@ def _loss_problems(head: HeadConfig) -> Iterator[str]:
             yield f"{key}.widths={widths}: a list of different whole numbers above 0 is needed, or null"
             return
         if head.dim is not None and max(widths) != head.dim:
-            yield f"{key}.widths={widths}: the largest has to be model.head.dim={head.dim}, that of whole vectors"
+            yield f"{key}.widths={widths}: the largest must be model.head.dim={head.dim}, the width of whole vectors"
     if weights is not None:
         fits = isinstance(weights, list) and all(map(_is_number, weights)) and len(weights) == len(widths or [0])
         if not fits or min(weights) <= 0:
@@ -98,11 +101,14 @@ def _loss_problems(head: HeadConfig) -> Iterator[str]:
 def _data_problems(data: DatasetConfig) -> Iterator[str]:
     """Yield what is wrong with how records are read and held out."""
     if data.streaming:
-        yield "dataset.streaming=true: records are counted and split before vectors are learned; leave it out"
+        yield "dataset.streaming=true: records are counted and split before training; leave it out"
     if data.over_length in ("truncate", "split"):
-        yield f"dataset.over_length={data.over_length}: embedded records are never cut; choose skip or error"
+        yield f"dataset.over_length={data.over_length}: records of embeddings are never cut; choose skip or error"
     if data.folds is not None:
-        yield f"dataset.folds={data.folds}: vectors are measured on held-out records; give dataset.eval_split"
+        yield (
+            f"dataset.folds={data.folds}: embeddings are evaluated on held-out records, not in folds; set "
+            "dataset.eval_split"
+        )
     if data.test_path is not None and data.test_split:
         yield "dataset.test_path and dataset.test_split: choose one"
     if data.test_image_folder is not None and data.test_path is None:

@@ -19,6 +19,6 @@ def cache_problems(config: RunConfig) -> Iterator[str]:
     if (trains := training_keys(config.trainer).get("visual_encoder")) is not None:
         yield f"{key} {trains} changes them with every step; choose one of the two"
     if data.streaming:
-        yield f"{key} dataset.streaming=true does not know its images beforehand; choose one of the two"
+        yield f"{key} the images of a stream are not known in advance (dataset.streaming=true); choose one of the two"
     if config.model.hf_name is not None and config.trainer.sharding is not None:
-        yield f"{key} of a whole model not with trainer.sharding={config.trainer.sharding}; choose one of the two"
+        yield f"{key} not for a whole model with trainer.sharding={config.trainer.sharding}; choose one of the two"

@@ -1,4 +1,4 @@
-"""Every field of a configuration against the rule in its metadata, see `vlm.config.rules`.
+"""Checks every field of a configuration by the rule in its metadata, see `vlm.config.rules`.
 
 Imports siblings in `vlm.config` only.
 """
@@ -16,22 +16,22 @@ from vlm.config.suggestions import suggest_value
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run: the key, its value, what is allowed; a value that is long is shortened."""
+    """A configuration that cannot be run: the key, its value, and what is allowed; long values are shortened."""
 
     def __init__(self, message: str):
         super().__init__(shorten(message))
 
 
 class RunFailed(RuntimeError):
-    """A run that failed for a reason that its message explains, with what to do."""
+    """A run that failed; the message explains the reason, and what to do."""
 
 
 def check_fields(node: object, prefix: str = "") -> None:
-    """Refuse a dataclass of the schema that has a value which its field does not allow.
+    """Refuse a dataclass of the schema with a value that its field does not allow.
 
     Args:
         node: the dataclass.
-        prefix: what stands before the keys where the user wrote them: `inference.`.
+        prefix: the section of the keys, as the user wrote it: `inference.`.
 
     Raises:
         ConfigError: with the key, the value and what is allowed.
@@ -68,11 +68,11 @@ def _suggest(value: object, rule: Choices | Bounds, key: str) -> str:
 
 
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
-"""Characters that no path and no file may have: Python's zero byte, and what bytes that do not decode become."""
+"""Characters that paths and files must not have: the zero byte, and surrogates from bytes that are not UTF-8."""
 
 
 def _texts_of(value: object) -> Iterator[str]:
-    """Yield a text, or those of lists and mappings of values."""
+    """Yield a text, or the texts in lists and mappings."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -82,12 +82,12 @@ def _texts_of(value: object) -> Iterator[str]:
 
 
 def format_value(value: object) -> str:
-    """Return a value as it is written in YAML."""
+    """Return a value as YAML."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def texts_by_key(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted keys of a dataclass of the schema whose values are texts, with them."""
+    """Yield dotted key and value of each text in a dataclass of the schema."""
     for field in fields(node):
         value, key = getattr(node, field.name), f"{prefix}{field.name}"
         if is_dataclass(value):

@@ -29,33 +29,36 @@ def head_problems(config: RunConfig) -> Iterator[str]:
         if settings.task == VECTOR_TASK:
             yield f"{key}.task={VECTOR_TASK}: it trains alone, with trainer.objective=embedding; leave it out"
     if head.weight != 1 and not head.extra_heads and not head.generation_weight:
-        yield f"model.head.weight={head.weight}: there is no other loss to weigh it against; leave it out"
+        yield f"model.head.weight={head.weight}: there is no other loss; leave it out"
     for key in ("profile", "peak_tflops"):
         if value := getattr(config.trainer, key):
             setting = f"trainer.{key}={format_value(value)}"
-            yield f"{setting}: runs of heads are neither profiled nor counted; leave it out"
+            yield f"{setting}: runs that train heads are neither profiled nor counted; leave it out"
     yield from before_after_problems(config)
     yield from _generation_problems(config)
     yield from _data_problems(config)
 
 
 def before_after_problems(config: RunConfig) -> Iterator[str]:
-    """Yield that answers are compared, where a run has heads."""
+    """Yield `trainer.before_after`, which compares answers, if a run trains heads."""
     if config.trainer.before_after:
         yield "trainer.before_after=true: it compares answers, and this run trains a head; leave it out"
 
 
 def _generation_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with a run that learns replies together with its heads."""
+    """Yield what is wrong with the settings of a run that trains on replies together with its heads."""
     head = config.model.head
     if not head.generation_weight:
         return
     key = f"model.head.generation_weight={head.generation_weight}"
     if any(settings.pooling == "query" for settings in head.by_name.values()):
-        behind = "with pooling=query a token stands behind the prompt, where the reply would begin"
+        behind = "pooling=query puts a token after the prompt, where the reply would begin"
         yield f"{key}: {behind}; choose another pooling"
     if not training_keys(config.trainer) and not embedding_row_keys(config):
-        yield f"{key}: no part that writes replies trains; unfreeze one (trainer.unfreeze), or adapt one (trainer.lora)"
+        yield (
+            f"{key}: no part that generates replies trains; unfreeze one (trainer.unfreeze), or train an adapter "
+            "(trainer.lora)"
+        )
 
 
 def unused_head_problems(config: RunConfig) -> Iterator[str]:
@@ -78,7 +81,10 @@ def single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
     if (head.pooling == "token") != (head.token is not None):
         yield f"{key}.pooling={head.pooling}, {key}.token={head.token}: each needs the other"
     if task != VECTOR_TASK and head.type == "identity":
-        yield f"{key}.type=identity: hidden states are not a score; it is for task={VECTOR_TASK}, choose linear or mlp"
+        yield (
+            f"{key}.type=identity: hidden states are not scores; choose linear or mlp (identity is for "
+            f"task={VECTOR_TASK})"
+        )
     if task != VECTOR_TASK and (head.dim is not None or head.prompts):
         yield f"{key}.dim={head.dim}, {key}.prompts={head.prompts}: these are for task={VECTOR_TASK}; leave them out"
     losses = choices.LOSSES[task]
@@ -94,7 +100,7 @@ def single_head_problems(key: str, head: HeadConfig) -> Iterator[str]:
 
 
 def _label_problems(key: str, task: str, head: HeadConfig) -> Iterator[str]:
-    """Yield what is wrong with a head's labels and with what weighs them."""
+    """Yield what is wrong with a head's labels and their weights."""
     labels, weights = head.labels, head.class_weights
     if isinstance(labels, list) and len(labels) < (1 if task == "multilabel" else 2):
         yield f"{key}.labels={labels}: at least two are needed, or null for those of the training records"
@@ -112,7 +118,7 @@ def _label_problems(key: str, task: str, head: HeadConfig) -> Iterator[str]:
 
 
 def _unknown_options(key: str, options: Mapping[str, object], allowed: Sequence[str], owner: str) -> Iterator[str]:
-    """Yield the options that their owner, a head or a loss, does not take."""
+    """Yield the options that their owner, a head or a loss, does not have."""
     for name, value in options.items():
         if value is not None and name not in allowed:
             yield f"{key}.{name}={value}: {owner} does not take it; allowed are {', '.join(allowed) or 'none'}"
@@ -123,12 +129,12 @@ def _is_list_of_positive_numbers(value: object) -> bool:
 
 
 def _data_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong with how a head's records are held out and kept."""
+    """Yield what is wrong with holding out and caching a head's records."""
     data = config.dataset
     if data.streaming:
-        yield "dataset.streaming=true: a head's records are counted and split before it trains; leave it out"
+        yield "dataset.streaming=true: records are counted and split before a head trains; leave it out"
     if data.over_length in ("truncate", "split"):
-        problem = "a prompt is never cut, its end is what is read; choose skip or error"
+        problem = "a head reads the end of a prompt, so prompts are never cut; choose skip or error"
         yield f"dataset.over_length={data.over_length}: {problem}"
     if data.test_path is not None and data.test_split:
         yield "dataset.test_path and dataset.test_split: choose one"
@@ -136,8 +142,8 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
         yield f"dataset.test_image_folder={data.test_image_folder}: it has no effect without dataset.test_path"
     if data.eval_split == 0 and data.eval_path is None and data.folds is None:
         yield (
-            f"dataset.eval_split={data.eval_split}: temperature and threshold are chosen on evaluation records; give a "
-            "share, dataset.eval_path or dataset.folds"
+            f"dataset.eval_split={data.eval_split}: temperature and threshold are chosen on evaluation records; set it "
+            "above 0, or give dataset.eval_path or dataset.folds"
         )
     if data.folds is not None:
         for key in ("eval_path", "eval_split", "max_eval_samples"):
@@ -146,8 +152,8 @@ def _data_problems(config: RunConfig) -> Iterator[str]:
     strategy = config.trainer.train_sampling_strategy
     if caches_features(config) and strategy in choices.GROUPED_STRATEGIES:
         yield (
-            f"trainer.train_sampling_strategy={strategy}: hidden states are computed once here, and there is nothing "
-            "to group; choose random, or dataset.cache_features=false"
+            f"trainer.train_sampling_strategy={strategy}: hidden states are computed once in this run, so there is "
+            "nothing to group; choose random, or dataset.cache_features=false"
         )
     if (data.cache_features or data.folds is not None) and not caches_features(config):
         reason = "dataset.cache_features=true" if data.folds is None else f"dataset.folds={data.folds}"

@@ -23,7 +23,7 @@ def lora_problems(config: RunConfig) -> Iterator[str]:
                     yield f"{key}.{name}={value}: it has no effect without {key}.r"
             continue
         if adapter.target_modules == []:
-            yield f"{key}.target_modules=[]: give name endings of layers, or null for all Linear layers"
+            yield f"{key}.target_modules=[]: give the endings of names of layers, or null for all Linear layers"
         if lora.init == "orthogonal" and adapter.r % 2:
             yield f"{key}.r={adapter.r}: trainer.lora.init=orthogonal needs an even rank"
         if getattr(trainer.unfreeze, flag):
@@ -63,4 +63,4 @@ def quantization_problems(config: RunConfig) -> Iterator[str]:
             yield f"{key}: bitsandbytes is not installed: pip install 'small-vlm[quant]'"
     if len(set(kinds.values())) > 1:
         listing = " and ".join(f"model.{part}.quantization={kind}" for part, kind in kinds.items())
-        yield f"{listing}: they have to be the same; choose one"
+        yield f"{listing}: these must be equal; choose one"

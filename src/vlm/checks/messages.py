@@ -1,4 +1,4 @@
-"""Refusals of Hydra and OmegaConf in the user's terms: the key, what was got, what is allowed.
+"""Translates errors of Hydra and OmegaConf into the user's terms: the key, the given value, what is allowed.
 
 Imports neither torch nor a model. A message of our own is a `ConfigError`, raised where the value is checked.
 """
@@ -30,20 +30,20 @@ EXPECTED_VALUES = {
 """A phrase of OmegaConf's message about a value -> the phrase of ours."""
 
 SEVERAL_VALUES = re.compile(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'(?:$| requires)", re.M | re.S)
-"""How Hydra's message about an override with several values begins."""
+"""The beginning of Hydra's message about an override with several values."""
 
 NO_BASE_MESSAGE = (
-    "the run's YAML has no base: begin it with `defaults: [base, _self_]`, or a shipped run in place of base"
+    "the run's YAML has no base: begin it with `defaults: [base, _self_]`, or name a packaged run instead of base"
 )
 
 
-NOT_COMPOSED = "the configuration cannot be composed of these overrides; leave some out to find which one it is"
+NOT_COMPOSED = "the configuration cannot be composed with these overrides; leave some out to find the wrong one"
 KEY_VALUE_NEEDED = "key=value is needed; vlm --help has examples"
 ALL_KEYS_HINT = "vlm -cn RUN --cfg job shows all."
 
 
 def explain(error: BaseException) -> str:
-    """Return the message for an error that Hydra or OmegaConf raised while it composed."""
+    """Return the message for an error of Hydra or OmegaConf during composition."""
     if isinstance(error, ConfigError):
         return str(error)
     link: BaseException | None = error
@@ -73,7 +73,7 @@ def explain(error: BaseException) -> str:
 
 
 def explain_composition(error: Exception, words: Sequence[str]) -> str:
-    """Return the message for an error that Hydra did not mean to raise while it composed overrides."""
+    """Return the message for an unexpected error within Hydra while it composed overrides."""
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     keys = {word: word.lstrip("+~").partition("=")[0] for word in overrides}
     if nameless := next((word for word in overrides if not keys[word]), None):
@@ -94,7 +94,7 @@ def explain_composition(error: Exception, words: Sequence[str]) -> str:
 
 
 def _is_choice(value: str) -> bool:
-    """Return whether a value of the command line is the name of a choice, and no number, list or null."""
+    """Return whether a value of the command line is the name of a choice, not a number, list or null."""
     return re.fullmatch(r"(?!(?:null|true|false|nan|inf)$)[A-Za-z_][\w.-]*", value, re.IGNORECASE) is not None
 
 
@@ -160,7 +160,7 @@ def _describe_missing_file(error: MissingConfigException) -> str:
 
 
 def _describe_malformed_override(override: str) -> str:
-    """Return the message for a word of the command line that is no `key=value`."""
+    """Return the message for a word of the command line that is not of the form `key=value`."""
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override}: {KEY_VALUE_NEEDED}"

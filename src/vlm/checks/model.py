@@ -1,6 +1,6 @@
 """What is wrong with the parts of a composed model: its encoders, its connector, its tiles.
 
-Whether several encoders fit together needs their configurations, and is found out by `vlm.assembly.encoders`. Imports
+`vlm.assembly.encoders`, which has the encoders' configurations, checks whether several encoders fit together. Imports
 the schema only.
 """
 
@@ -49,10 +49,10 @@ def connector_problems(config: RunConfig) -> Iterator[str]:
 
 
 def unproved_problems(config: RunConfig) -> Iterator[str]:
-    """Yield where `model.unproved` has no effect."""
+    """Yield `model.unproved` if it has no effect."""
     if config.model.unproved and config.model.hf_name is None and not config.trainer.from_pretrained:
         yield (
-            "model.unproved=true: it is for whole models (model.hf_name), which are tried on a small one beforehand; "
+            "model.unproved=true: it is for whole models (model.hf_name), which are tried on a small model first; "
             "leave it out"
         )
 
@@ -64,7 +64,7 @@ def anyres_problems(config: RunConfig) -> Iterator[str]:
         if len(grid) != 2 or min(grid) < 1:
             yield f"model.anyres.grids: {list(grid)} is not a grid; [rows, columns] is needed"
     if not anyres.grids and (anyres.max_tiles is not None or anyres.tile_several):
-        yield "model.anyres: max_tiles and tile_several need grids, as of model/anyres=llava-next"
+        yield "model.anyres: max_tiles and tile_several need grids, as in model/anyres=llava-next"
     if not anyres.grids:
         return
     if (name := config.model.hf_name) is not None:
@@ -77,8 +77,8 @@ def anyres_problems(config: RunConfig) -> Iterator[str]:
 
 
 def check_no_image_mode(image_mode: str | None, name: str) -> None:
-    """Raise ValueError where a whole model is told how to prepare images."""
+    """Raise ValueError if a whole model is told how to prepare images."""
     if image_mode is not None:
         raise ValueError(
-            f"dataset.image_mode={image_mode}: {name} prepares images itself; dataset.image_mode=null leaves it to that"
+            f"dataset.image_mode={image_mode}: {name} prepares images itself; leave dataset.image_mode=null"
         )

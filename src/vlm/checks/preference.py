@@ -1,4 +1,4 @@
-"""What is wrong with a run that learns preferences (`trainer.preference`); imports the schema and other checks only."""
+"""Checks the settings of a preference run (`trainer.preference`); imports the schema and other checks only."""
 
 from collections.abc import Iterator
 from dataclasses import fields
@@ -22,7 +22,7 @@ def unused_preference_problems(config: RunConfig) -> Iterator[str]:
 
 
 def preference_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what contradicts itself in a run that learns preferences."""
+    """Yield what is wrong with the settings of a preference run."""
     yield from _loss_problems(config.trainer.preference)
     yield from _reference_problems(config)
     yield from _data_problems(config.dataset)
@@ -36,7 +36,7 @@ def preference_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _packing_problems(trainer: TrainerOptions) -> Iterator[str]:
-    """Yield how preferences are not packed."""
+    """Yield settings of packing that do not work with preferences."""
     if not trainer.packing:
         return
     if trainer.packing_strategy == BEST_FIT:
@@ -49,7 +49,7 @@ def _packing_problems(trainer: TrainerOptions) -> Iterator[str]:
 
 
 def _loss_problems(options: PreferenceOptions) -> Iterator[str]:
-    """Yield options that the loss does not read."""
+    """Yield options that the loss does not use."""
     loss = options.loss
     if options.label_smoothing:
         if loss not in ("dpo", "simpo", "robust"):
@@ -61,7 +61,7 @@ def _loss_problems(options: PreferenceOptions) -> Iterator[str]:
     for name, own in (("simpo_gamma", "simpo"), ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
         value = getattr(options, name)
         if value != getattr(PreferenceOptions(), name) and loss != own:
-            yield f"{KEY}.{name}={value}: it is for {KEY}.loss={own}, here it is {loss}; leave it out"
+            yield f"{KEY}.{name}={value}: it is for {KEY}.loss={own}, but the loss is {loss}; leave it out"
 
 
 def _reference_problems(config: RunConfig) -> Iterator[str]:
@@ -81,9 +81,9 @@ def _reference_problems(config: RunConfig) -> Iterator[str]:
             return  # another check says that nothing trains
         others = [value for value in keys.values() if not value.startswith("trainer.lora.")]
         if others:
-            yield f"{key}: {others[0]} changes more than adapters; choose cached"
+            yield f"{key}: {others[0]} trains more than adapters; choose cached"
     if reference == "copy" and shards_weights(trainer):
-        yield f"{key}: each rank would hold a whole copy beside its share of the weights; choose cached"
+        yield f"{key}: each rank would hold a whole copy of the model in addition to its shard; choose cached"
 
 
 def _data_problems(data: DatasetConfig) -> Iterator[str]:

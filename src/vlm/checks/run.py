@@ -1,6 +1,6 @@
-"""What a run is refused for before torch is imported: checks between fields and against the file system.
+"""Checks of a run before torch is imported: between fields and against the file system.
 
-A value that is needed in one place only is checked there instead.
+A value that is used in one place only is checked there instead.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,10 +25,10 @@ from vlm.config.schema import HEAD, PARTS, TRAIN_FLAGS, RunConfig, TrainerOption
 
 
 class ObjectiveChecks(Protocol):
-    """What the checks ask of a run's objective; `vlm.train.objectives.base.Objective` is one.
+    """The part of an objective that the checks use; `vlm.train.objectives.base.Objective` has it.
 
     Attributes:
-        takes_loss_weights: whether the loss at each position is multiplied with its weight, where there are weights.
+        takes_loss_weights: whether the loss at each position is multiplied by its weight, if there are weights.
     """
 
     takes_loss_weights: ClassVar[bool]
@@ -38,11 +38,11 @@ class ObjectiveChecks(Protocol):
         ...
 
     def training_keys(self) -> dict[str, str]:
-        """Return what trains besides the parts: part -> the `key=value` that says so."""
+        """Return what trains in addition to the parts: part -> the `key=value` that says so."""
         ...
 
     def metric_names(self) -> frozenset[str] | None:
-        """Return the names of the metrics of evaluations; None: they are not known before."""
+        """Return the names of the metrics of evaluations, or None if they are not known in advance."""
         ...
 
 
@@ -87,13 +87,13 @@ def _problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
 
 
 def _loss_weight_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterator[str]:
-    """Yield keys that weigh losses where the objective does not."""
+    """Yield keys that weight losses if the objective does not support this."""
     for key in () if objective.takes_loss_weights else loss_weight_keys(config.dataset):
-        yield f"{key}: this run's objective does not weigh losses (Objective.takes_loss_weights); leave it out"
+        yield f"{key}: this run's objective does not weight losses (Objective.takes_loss_weights); leave it out"
 
 
 def _path_problems(config: RunConfig) -> Iterator[str]:
-    """Yield the keys that name a file or folder of this machine which does not exist, or which another run has."""
+    """Yield the keys that name a file or folder that does not exist, or that belongs to another run."""
     trainer = config.trainer
     for part in ("visual_encoder", "language_model"):
         name = get_value(config, f"model.{part}.hf_name")
@@ -105,7 +105,7 @@ def _path_problems(config: RunConfig) -> Iterator[str]:
 
 
 def _resume_problems(trainer: TrainerOptions) -> Iterator[str]:
-    """Yield what is wrong with where a run shall go on; what the directory holds, `vlm.train.resume` looks at."""
+    """Yield what is wrong with the settings of resuming; `vlm.train.resume` checks the content of the directory."""
     key, requested = "trainer.resume_from_checkpoint", trainer.resume_from_checkpoint
     word = requested.lower()
     if word == "true" and trainer.output_dir is None:
@@ -130,11 +130,11 @@ def _training_problems(config: RunConfig, objective: ObjectiveChecks) -> Iterato
     for part, reason in training.items():
         key = f"trainer.learning_rate.{part}_learning_rate"
         if (rate := get_value(config, key)) is None or rate <= 0:
-            yield f"{key}={format_value(rate)}: a positive number is needed, since {reason}"
+            yield f"{key}={format_value(rate)}: a positive number is needed, because {reason}"
     if trainer.bf16 and trainer.fp16:
         yield "trainer.bf16=true and trainer.fp16=true: choose one"
     if not trainer.average_tokens_across_devices:
-        yield "trainer.average_tokens_across_devices=false: trainer.loss_average says how losses average"
+        yield "trainer.average_tokens_across_devices=false: set trainer.loss_average instead"
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         if (value := getattr(trainer, name)) is not None:
             new = name.replace("gradient", "activation")
@@ -176,21 +176,21 @@ def check_overridden_rates(config: RunConfig, objective: ObjectiveChecks, overri
 
 UNSUPPORTED = {
     "fsdp": "FSDP2 is trainer.sharding=fsdp2 here",
-    "fsdp_config": "trainer.sharding=fsdp2 chooses its units and its precision itself",
-    "parallelism_config": "ranks share out samples, never the tokens of one: DeepSpeed's Ulysses would split pixels "
-    "along their channels, and replace the attention of visual encoders too. For long rows choose "
+    "fsdp_config": "trainer.sharding=fsdp2 has no further settings",
+    "parallelism_config": "ranks split samples, never the tokens of a sample: DeepSpeed's Ulysses would split pixels "
+    "along their channels, and replace the attention of visual encoders too. For long sequences choose "
     "trainer.sharding=fsdp2 and trainer.activation_checkpointing=true",
-    "push_to_hub": "after training, publish the run's folder final with vlm push-to-hub",
+    "push_to_hub": "after training, publish the run's folder `final` with vlm push-to-hub",
     "auto_find_batch_size": "it would change the number of steps; set trainer.per_device_train_batch_size instead",
     "label_smoothing_factor": "it needs logits at every position, which are not computed",
-    "load_best_model_at_end": "trainer.keep_best=METRIC keeps the best model here",
-    "save_only_model": "checkpoints are for resuming; the complete model is the run's folder final",
+    "load_best_model_at_end": "set trainer.keep_best=METRIC instead",
+    "save_only_model": "checkpoints are for resuming; the complete model is in the run's folder `final`",
 }
-"""Keys of `TrainingArguments` that would do something else here than they promise, and what to do."""
+"""Keys of `TrainingArguments` that would not do here what they promise -> what to do instead."""
 
 
 def _evaluation_setting_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong where evaluation data are given twice, or metrics of answers without an evaluation."""
+    """Yield evaluation data that are given twice, and metrics of answers without an evaluation."""
     data, metrics = config.dataset, config.trainer.eval_metrics
     if data.eval_path and data.eval_split:
         yield "dataset.eval_path and dataset.eval_split: choose one"
@@ -201,7 +201,7 @@ def _evaluation_setting_problems(config: RunConfig) -> Iterator[str]:
 
 
 def evaluation_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what is wrong where evaluations have no data but those that the configuration names."""
+    """Yield evaluations without data, and evaluation data without evaluations."""
     data, strategy = config.dataset, config.trainer.eval_strategy
     if strategy != "no" and not (data.eval_path or data.eval_split):
         yield f"trainer.eval_strategy={strategy}: give dataset.eval_path or dataset.eval_split"

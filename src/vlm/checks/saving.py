@@ -1,4 +1,4 @@
-"""What is wrong with where a run saves, and with which checkpoints it keeps. Imports no torch."""
+"""Checks where a run saves, and which checkpoints it keeps. Imports no torch."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +12,9 @@ EVALUATION_PREFIX = "eval_"
 
 
 def saving_problems(config: RunConfig, metric_names: frozenset[str] | None) -> Iterator[str]:
-    """Yield what is wrong: a run directory that cannot be written to, a best checkpoint by what is not measured.
+    """Yield a run directory that cannot be written to, and a best checkpoint by a metric that is not measured.
 
-    `metric_names` are the names of the metrics of evaluations; None: they are not known before.
+    `metric_names` are the names of the metrics of evaluations; None: they are not known in advance.
     """
     trainer = config.trainer
     folder = Path("outputs" if trainer.output_dir is None else trainer.output_dir)

@@ -1,11 +1,11 @@
-"""What a run starts from: a later stage is refused where it would train on a connector that nothing has trained."""
+"""What a run starts from: a later stage is refused if its connector would be untrained."""
 
 from vlm.checks.fields import ConfigError
 from vlm.config.schema import RunConfig
 
 
 def start_problem(config: RunConfig, name: str) -> str | None:
-    """Return why a run has nothing to start from; None: it has, or it starts from its parts.
+    """Return why a run has nothing to start from, or None if it has something or starts from its parts.
 
     A whole model (`model.hf_name`) starts from itself. Args: the configuration, and the name of the run.
     """
@@ -15,7 +15,7 @@ def start_problem(config: RunConfig, name: str) -> str | None:
     return (
         f"{name} starts from a model that {trainer.starts_from} trained, but trainer.from_pretrained is null: its "
         f"connector would be random. Give trainer.from_pretrained=outputs/…/final of {trainer.starts_from}, or "
-        "trainer.starts_from=null to train from a random connector on purpose"
+        "trainer.starts_from=null to train a random connector on purpose"
     )
 
 
@@ -23,7 +23,7 @@ def check_start(config: RunConfig, name: str) -> None:
     """Refuse a later stage that has nothing to start from.
 
     Raises:
-        ConfigError: with the key to set, and the one that says it is meant.
+        ConfigError: with the key to set, and the key that allows this on purpose.
     """
     if (problem := start_problem(config, name)) is not None:
         raise ConfigError(problem)

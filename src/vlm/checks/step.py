@@ -1,4 +1,4 @@
-"""What is wrong with the keys of how a step is computed: checkpointing of activations, the optimiser."""
+"""Checks the keys of how a step is computed: activation checkpointing, the optimiser."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def step_problems(config: RunConfig) -> Iterator[str]:
 
 
 def optimizer_problems(config: RunConfig) -> Iterator[str]:
-    """Yield what the optimiser, decay of learning rates over layers and averages of weights do not go with.
+    """Yield settings that do not work with the optimiser, with layer decay, or with averages of weights.
 
     Muon orthogonalises whole matrices, which DeepSpeed flattens.
     """
@@ -29,8 +29,8 @@ def optimizer_problems(config: RunConfig) -> Iterator[str]:
     yield from _layer_decay_problems(config)
     if (decay := config.trainer.average_decay) is not None and shards_weights(config.trainer):
         yield (
-            f"trainer.average_decay={decay:g}: no rank has whole weights to average under ZeRO-3 and FSDP2; leave it "
-            "out, or choose trainer/deepspeed=zero2"
+            f"trainer.average_decay={decay:g}: under ZeRO-3 and FSDP2, no rank has the whole weights to average; "
+            "leave it out, or choose trainer/deepspeed=zero2"
         )
 
 

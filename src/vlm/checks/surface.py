@@ -1,8 +1,8 @@
-"""What a configuration may do depends on the surface that it came through: only the command line may run code.
+"""What a configuration may do depends on where it comes from: only the command line may run code.
 
-Everything else that takes keys from people, such as the page, calls `check_surface` before it acts on a configuration.
-What is looked at are the composed values, whatever the spelling of the overrides was. Fields say in their metadata what
-their values reach (`vlm.config.rules.Reach`). Imports neither torch nor a model.
+Everything else that accepts keys from people, such as the page, calls `check_surface` before it uses a configuration.
+The composed values are checked, however the overrides were spelled. Fields say in their metadata what their values can
+reach (`vlm.config.rules.Reach`). Imports neither torch nor a model.
 """
 
 from collections.abc import Collection, Iterator
@@ -26,9 +26,9 @@ class Reaching:
     reach: Reach
 
     def __str__(self) -> str:
-        """Return the refusal."""
+        """Return the error message."""
         value = MASK if is_secret_key(self.key) else mask(format_value(self.value))
-        return f"{self.key}={value}: it {self.reach.effect}, so it is taken on the command line only"
+        return f"{self.key}={value}: it {self.reach.effect}, so it can be set on the command line only"
 
 
 def find_reaching(config: object) -> Iterator[Reaching]:
@@ -40,11 +40,11 @@ def find_reaching(config: object) -> Iterator[Reaching]:
 
 
 def check_surface(config: object, *, allowed: Collection[str] = ()) -> None:
-    """Refuse a configuration that did not come from the command line, and asks for what only that may ask for.
+    """Refuse a configuration that does not come from the command line but has values that only it may set.
 
     Args:
         config: the composed configuration, as a dataclass of the schema.
-        allowed: keys that the caller bounds by itself.
+        allowed: keys that the caller restricts itself.
 
     Raises:
         ConfigError: with the key, its value and what it would do.
@@ -57,7 +57,7 @@ def check_surface(config: object, *, allowed: Collection[str] = ()) -> None:
 def check_plain_values(composed: DictConfig) -> None:
     """Refuse a composed configuration with an interpolation, which could read the environment or a file.
 
-    The packaged YAML files have none. An override can spell one in many ways, so that its value is looked at.
+    The packaged YAML files have none. Overrides can spell one in many ways, so the composed values are checked.
 
     Raises:
         ConfigError: with its key; its value is not resolved.
@@ -67,7 +67,7 @@ def check_plain_values(composed: DictConfig) -> None:
 
 
 def named_by_user(config: object) -> frozenset[str]:
-    """Return the names `package.module:attribute` in the fields that take them; see `permit_names`."""
+    """Return the names `package.module:attribute` in the fields that accept them; see `permit_names`."""
     names: set[str] = set()
     for _, value, reach in iter_reach(config, ""):
         if reach.runs_code:
@@ -77,7 +77,7 @@ def named_by_user(config: object) -> frozenset[str]:
 
 
 def iter_reach(node: Any, prefix: str) -> Iterator[tuple[str, Any, Reach]]:
-    """Yield key, value and reach of each field that has one, in a dataclass and all that it holds."""
+    """Yield key, value and reach of each field with a reach, in a dataclass and all nested ones."""
     for field in fields(node):
         key, value, reach = f"{prefix}{field.name}", getattr(node, field.name), get_reach(field)
         if reach is not None:

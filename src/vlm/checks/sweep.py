@@ -1,6 +1,6 @@
-"""Where the runs of a sweep (`--multirun`) lie: a folder for the sweep, in it one for each run, named by what differs.
+"""Folders of a sweep (`--multirun`): one for the sweep, and in it one for each run, named after what differs.
 
-`base.yaml` asks for both names in `hydra.sweep`. Imports no torch.
+`base.yaml` uses both names in `hydra.sweep`. Imports no torch.
 """
 
 import math
@@ -19,11 +19,11 @@ from vlm.config.secrets import is_secret_key, mask
 from vlm.config.short_names import folder_name
 
 MULTIRUN_FILE = "multirun.yaml"
-"""What Hydra writes into the folder of a sweep: its own settings, with the whole command line."""
+"""The file that Hydra writes into the folder of a sweep: its own settings, with the whole command line."""
 
 
 def register_sweep_names() -> None:
-    """Let configurations ask for the folder of a sweep and for the name of a run in it."""
+    """Register the resolvers for the folder of a sweep and for the name of a run in it."""
     OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, replace=True)
     OmegaConf.register_new_resolver("sweep_job", lambda: job_name(HydraConfig.get().overrides.task, sys.argv[1:]),
                                     replace=True)  # fmt: skip
@@ -34,11 +34,11 @@ def _sweep_folder(output_dir: str | None, name: str, time: str) -> str:
 
 
 def job_name(overrides: Iterable[str], words: Iterable[str]) -> str:
-    """Return the name of a run's folder: what the sweep has set, by short keys; `.` where it set nothing.
+    """Return the name of a run's folder: the values that the sweep set, with short keys; `.` if it set none.
 
     Args:
-        overrides: what the run sets.
-        words: the command line of the sweep; its keys with a single value are those of all runs.
+        overrides: the overrides of the run.
+        words: the command line of the sweep; keys with a single value apply to all runs.
     """
     parse = OverridesParser.create().parse_overrides
     given = parse([word for word in words if "=" in word and not word.startswith("-")])
@@ -49,15 +49,15 @@ def job_name(overrides: Iterable[str], words: Iterable[str]) -> str:
 
 
 def is_sweep() -> bool:
-    """Return whether the configuration at hand is that of one run of a sweep."""
+    """Return whether the current configuration belongs to a run of a sweep."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def place_run(composed: DictConfig) -> None:
-    """Give a run of a sweep its folder as `trainer.output_dir`, and mask secrets in what Hydra wrote beside it.
+    """Give a run of a sweep its folder as `trainer.output_dir`, and mask secrets in what Hydra wrote next to it.
 
     Raises:
-        ConfigError: there are several ranks, each of which would name the folder of the sweep by a time of its own.
+        ConfigError: there are several ranks, each of which would name the sweep's folder after another time.
     """
     if composed.trainer.output_dir is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("--multirun on several ranks: name the folder of the sweep with trainer.output_dir=…")
@@ -71,9 +71,9 @@ def place_run(composed: DictConfig) -> None:
 
 
 def words_of_run(words: Iterable[str]) -> list[str]:
-    """Return the command line that repeats one run of a sweep, of the words of the whole sweep's.
+    """Return the command line that repeats one run of a sweep, made from the sweep's command line.
 
-    Options of the sweep and of its sweeper are left out; what the run sets stands behind the others.
+    Options of the sweep and of its sweeper are left out; the overrides of the run come last.
     """
     options = [word for word in words if word not in ("-m", "--multirun") and ("=" not in word or word[0] == "-")]
     own = [word for word in HydraConfig.get().overrides.task if not word.startswith("trainer.output_dir=")]
@@ -82,7 +82,7 @@ def words_of_run(words: Iterable[str]) -> list[str]:
 
 
 def worst_value() -> float:
-    """Return the value of a run that came to nothing, to a sweeper that searches: Optuna's gives up at NaN."""
+    """Return the value of a failed run for a sweeper that searches, since Optuna's gives up at NaN."""
     return -math.inf if _direction() == "maximize" else math.inf
 
 
@@ -92,10 +92,10 @@ def _direction() -> str | None:
 
 
 def check_direction(key: str | None, *, lower_is_better: bool) -> None:
-    """Refuse a sweeper that searches the other way than the metric of its runs goes.
+    """Refuse a sweeper whose direction does not fit the metric of its runs.
 
     Raises:
-        ConfigError: `hydra.sweeper.direction` is other than the metric needs.
+        ConfigError: `hydra.sweeper.direction` is not the direction of the metric.
     """
     needed = "minimize" if lower_is_better else "maximize"
     direction = _direction()

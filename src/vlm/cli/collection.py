@@ -49,7 +49,7 @@ def collect_as_usual() -> None:
 
 
 def hush_leak_reports() -> None:
-    """Keep triton's bindings from listing dozens of objects behind the last message of a process.
+    """Keep triton's bindings from listing dozens of objects after the last message of a process.
 
     nanobind reports what is alive when the interpreter has ended, and has no switch for that in Python. Exit functions
     run in reverse order: call this before any library is imported, and theirs may still print.

@@ -1,4 +1,4 @@
-"""The subcommand `vlm compare`: two runs or more beside each other. Imports no torch.
+"""The subcommand `vlm compare`: two runs or more next to each other. Imports no torch.
 
 `vlm compare-models` asks two models; this reads what runs have left behind.
 """

@@ -1,7 +1,7 @@
 """`vlm completion SHELL`: the script by which a shell completes command lines; `vlm __complete`, which it asks.
 
-The scripts are in `shells/`: each passes the words behind `vlm`, the last one as far as it is typed, and gets one
-candidate a line. Candidates that end in `=`, `.` or `/` go on. `completion_words` finds those of a training run.
+The scripts are in `shells/`: each passes the words after `vlm`, the last one as far as it is typed, and gets one
+candidate a line. Candidates that end in `=`, `.` or `/` continue. `completion_words` finds those of a training run.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def find_candidates(words: Sequence[str], commands: dict[str, str]) -> list[str]
     """Return what the last word may become, in the order in which it is shown.
 
     Args:
-        words: the words behind `vlm`, the last one as far as it is typed.
+        words: the words after `vlm`, the last one as far as it is typed.
         commands: command -> its module in `vlm.cli`.
     """
     first, current = words[0], words[-1]

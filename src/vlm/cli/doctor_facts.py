@@ -172,7 +172,7 @@ def describe_endpoint(address: str, *, offline: bool) -> str:
 
 
 def _try_connection(host: str, port: int) -> str:
-    """Return why a host accepts no connection; empty where it does."""
+    """Return why a host accepts no connection; empty if it does."""
     try:
         with socket.create_connection((host, port), timeout=SECONDS_FOR_HUB):
             return ""

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of what stands before `--`."""
+    """Return the parser of what is before `--`."""
     parser = PresentableParser(
         "vlm launch", "vlm launch [options] -- -cn RUN [key=value …]",
         "Train on several GPUs: start one process per GPU, and stop them together.", epilog=EPILOG,
@@ -80,7 +80,7 @@ def positive(text: str) -> int:
 
 
 def count_devices() -> int:
-    """Return the number of GPUs that ranks would see; 1 where there is none."""
+    """Return the number of GPUs that ranks would see; 1 if there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return max(len([device for device in visible.split(",") if device.strip() not in ("", "-1")]), 1)

@@ -36,7 +36,7 @@ COMMANDS = {
     "doctor": "doctor",
     "completion": "completion",
 }
-"""Subcommand -> its module in `vlm.cli`, whose `main` takes the words behind it."""
+"""Subcommand -> its module in `vlm.cli`, whose `main` takes the words after it."""
 
 STOPPED_STATUS = 130
 """The exit status of a command that Ctrl-C ended: 128 plus the number of SIGINT."""
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Where a subcommand raises `ValueError` or `OSError`, the process ends with the error's message. Training runs and
     `SELF_REPORTING_COMMANDS` are excepted. A command ends without a message when the reader of its output has gone;
-    a training run goes on.
+    a training run continues.
     """
     if argv is None:  # the process is this command's
         hush_leak_reports()

@@ -29,7 +29,7 @@ REASON_WIDTH = 100
 def check(
     name: str, *, trust_remote_code: bool = False, json_file: Path | None = None, markdown_file: Path | None = None
 ) -> None:
-    """Try a model, a type or all types, print the verdicts, and write them to files; exit with 1 where a proof failed.
+    """Try a model, a type or all types, print the verdicts, and write them to files; exit with 1 if a proof failed.
 
     Args:
         name: a Hub name or folder, a type, or `all`.

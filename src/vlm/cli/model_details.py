@@ -49,7 +49,7 @@ def family_rows() -> Iterator[tuple[str, ...]]:
         attention = ["eager", *(name for name, flag in ATTENTION_FLAGS.items() if getattr(kind, flag))]
         try:
             share = f"{get_quantizable_share(config):.0%}"
-        except NotAFamilyError:  # sizes that fit together stand in checkpoints alone
+        except NotAFamilyError:  # sizes that fit together are in checkpoints alone
             share = "-"
         yield family.name, model_type, ", ".join(family.choices), ", ".join(attention), share
 

@@ -117,7 +117,7 @@ def read_inference_settings(args: argparse.Namespace) -> InferenceConfig:
 
 
 def load_model(args: argparse.Namespace, settings: InferenceConfig | None = None) -> "VisionLanguageModel":
-    """Load a command's checkpoint; ValueError where there is none, or it does not load with these options.
+    """Load a command's checkpoint; ValueError if there is none, or it does not load with these options.
 
     `settings` say whether it thinks; None: as it was trained.
     """

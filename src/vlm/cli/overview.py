@@ -67,7 +67,7 @@ Set any key (trainer.num_train_epochs=2) and choose in any group (model/language
 vlm -cn RUN --cfg job prints every key with its value, without training. --config-dir FOLDER adds your own runs."""
 
 MAX_NAME_WIDTH = 28
-"""The longest name that has its text beside it; the text of a longer one begins on the next line."""
+"""The longest name that has its text next to it; the text of a longer one begins on the next line."""
 
 
 def overview() -> str:

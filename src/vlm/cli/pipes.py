@@ -1,6 +1,6 @@
 """What happens when the reader of a process's output has gone, as in `vlm data show | head -1`.
 
-A command ends without a message. A training run goes on: hours of work do not depend on who reads its log.
+A command ends without a message. A training run continues: hours of work do not depend on who reads its log.
 """
 
 import errno
@@ -73,7 +73,7 @@ def end_with_pipes() -> Iterator[None]:
 
 
 def outlive_pipes() -> None:
-    """Let the process go on from now on when the reader of its output has gone, within `end_with_pipes`."""
+    """Let the process continue from now on when the reader of its output has gone, within `end_with_pipes`."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, PipeOutput):
             stream.ends_process = False

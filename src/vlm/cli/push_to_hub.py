@@ -135,7 +135,7 @@ def _prepare_folder(args: argparse.Namespace, repo: str | None) -> Iterator["Pre
 
 
 def _check_prompts_possible(args: argparse.Namespace) -> None:
-    """Raise ValueError where an option is missing and there is no terminal to ask for it."""
+    """Raise ValueError if an option is missing and there is no terminal to ask for it."""
     if sys.stdin.isatty():
         return
     if args.checkpoint is None:

@@ -76,7 +76,7 @@ def check_question_options(args: argparse.Namespace, suffixes: Sequence[str] = S
 
 
 def check_reading_options(args: argparse.Namespace, key: str = "--input") -> None:
-    """Raise ValueError where a file is missing or a number is too small; `key`: the option of the file of records."""
+    """Raise ValueError if a file is missing or a number is too small; `key`: the option of the file of records."""
     if args.input and not Path(args.input).exists() and "://" not in args.input:
         raise ValueError(f"{key} {args.input}: no such file in {Path.cwd()}")
     if args.image_folder and not Path(args.image_folder).is_dir():

@@ -72,5 +72,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _sorted_by(key: str | None) -> list[str]:
-    """Return the column that runs are sorted by, where it is not shown anyway."""
+    """Return the column that runs are sorted by, if it is not shown anyway."""
     return [] if key is None or key in DEFAULT_COLUMNS else [key]

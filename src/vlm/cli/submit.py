@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def find_run_name(words: Sequence[str]) -> str | None:
-    """Return the configuration's name in the words of a run; None where there is none."""
+    """Return the configuration's name in the words of a run; None if there is none."""
     for word, following in zip_longest(words, words[1:]):
         if word in ("-cn", "--config-name"):
             return following or None

@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Compare, print what was found, write the certificate, and exit with 1 where the engine differs."""
+    """Compare, print what was found, write the certificate, and exit with 1 if the engine differs."""
     args = make_parser().parse_args(argv)
     _check_options(args)
     from vlm.hub.certificates import CERTIFICATE_FILE, add_certificate

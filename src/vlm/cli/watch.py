@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def watch(folder: Path, interval: float, num_log_lines: int) -> LiveRun:
-    """Show a run until it ends, and return what its files say then; a line for each change where it is no terminal."""
+    """Show a run until it ends, and return what its files say then; a line for each change if it is no terminal."""
     on_terminal, last = sys.stdout.isatty(), ""
     if on_terminal:
         print(CLEAR_SCREEN, end="")

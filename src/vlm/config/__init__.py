@@ -1,1 +1,1 @@
-"""The configuration: a typed schema with the rule of each field, and the YAML files that fill it."""
+"""The configuration: a typed schema with the allowed values of each field, and the YAML files of runs and groups."""

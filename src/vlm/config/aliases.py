@@ -1,4 +1,4 @@
-"""Names that users of other frameworks know, and what they are called here.
+"""Names of settings in other frameworks, and our names for them.
 
 From LLaVA's scripts, transformers' `Trainer`, LLaMA-Factory, ms-swift and nanoVLM. To add a name, add a line to
 `THEIR_NAMES` or `CHOICES`; a test checks that all of ours exist. Imports the standard library only.
@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Alias:
-    """What another framework's name is here: `use`, as it is typed (`key=…`), and a sentence that goes with it."""
+    """Our name for another framework's setting: `use`, as the user types it (`key=…`), and a sentence to add."""
 
     use: str
     note: str = ""
 
     def __str__(self) -> str:
-        """Return the suggestion that a message ends with."""
+        """Return the suggestion for the end of a message."""
         return f"Did you mean {self.use.removesuffix('=…')}?{f' {self.note}' if self.note else ''}"
 
 
@@ -148,7 +148,7 @@ THEIR_NAMES: Mapping[Alias, str] = {
     Alias("inference.top_p=…"): "top_p",
     Alias("trainer.eval_metrics=[exact_match]"): "predict_with_generate",
 }
-"""Ours -> what others call it: last words of keys and options, in lower case with underscores."""
+"""Our name -> the names in other frameworks: last words of keys and options, in lower case with underscores."""
 
 KEYS: Mapping[str, Alias] = {name: alias for alias, names in THEIR_NAMES.items() for name in names.split()}
 
@@ -175,15 +175,15 @@ CHOICES: Mapping[str, Mapping[str, str]] = {
                          "chatml", "qwen": "chatml", "chatml_direct": "chatml", "default": "tokenizer"},
     "dataset.image_mode": {"anyres": "native", "dynamic": "native", "resize": "square"},
 }  # fmt: skip
-"""Group or key -> another framework's word for one of its choices -> ours."""
+"""Group or key -> another framework's name of a choice -> our name."""
 
 
 def find_alias(name: str) -> Alias | None:
-    """Return what another framework's option or key (`--lora-rank`, `trainer.lr`) is here; None where it is unknown."""
+    """Return our name for another framework's option or key (`--lora-rank`, `trainer.lr`), or None if it is unknown."""
     word = name.lstrip("-").rpartition(".")[2]
     return KEYS.get(word.replace("-", "_").lower())
 
 
 def find_choice(place: str, word: str) -> str | None:
-    """Return our choice of a group or key for another framework's word; None where it is unknown."""
+    """Return our choice of a group or key for another framework's name of it, or None if it is unknown."""
     return CHOICES.get(place, {}).get(word.lower())

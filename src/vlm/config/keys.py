@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def dotted_keys() -> list[str]:
-    """Return every key of a run that takes a value, from its section on: `trainer.max_steps`."""
+    """Return every key of a run that takes a value, with its section: `trainer.max_steps`."""
     return [*_find_keys(RunConfig, "")]
 
 
 def find_field(key: str) -> Field[object] | None:
-    """Return the field of a dotted key (`trainer.max_steps`); None: there is no such key."""
+    """Return the field of a dotted key (`trainer.max_steps`), or None if there is no such key."""
     *steps, name = key.split(".")
     section = _find_section(steps)
     return None if section is None else next((field for field in fields(section) if field.name == name), None)

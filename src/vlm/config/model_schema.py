@@ -123,8 +123,8 @@ class HeadConfig:
     """Keyword parameters of this class; null uses the default of the class."""
     pooling: str = field(default="last", metadata=choices(allowed.POOLINGS))
     """Which hidden states the head reads: the `last` token; the mean over all (`mean`), `image` or `text` tokens; a
-    learned weighting (`attention`); a learned token after the prompt (`query`); or a `token` in it. `first` and
-    `alltoken` are those of earlier work."""
+    learned weighting (`attention`); a learned token after the prompt (`query`); or a `token` in it. `first` (the
+    first token) and `alltoken` (the mean of the head's outputs at all tokens) are for comparison with earlier work."""
     layer: int | None = None
     """Hidden state to read, with the index of `hidden_states` (-2: before the last layer); null: the last."""
     token: str | None = None

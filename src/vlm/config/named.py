@@ -1,8 +1,8 @@
-"""Classes and functions of the user's own, which a configuration names `package.module:attribute`.
+"""The user's own classes and functions, which a configuration names as `package.module:attribute`.
 
-`import_named` is the only way from a name to a module, and imports what `permit_names` was given: the names that stand
-in the command line or in the user's own YAML. Names that come from anywhere else, such as a checkpoint's configuration
-or the page, are refused. Imports the standard library only.
+Only `import_named` imports by name, and only names that were passed to `permit_names`: those on the command line and in
+the user's own YAML. Names from anywhere else, such as a checkpoint's configuration or the page, are refused. Imports
+the standard library only.
 """
 
 import os
@@ -15,7 +15,7 @@ from importlib import import_module
 _CUSTOM_NAME = re.compile(r"[\w.]+:\w+")
 
 _permitted: ContextVar[frozenset[str]] = ContextVar("permitted", default=frozenset())
-"""The names that may be imported. Another thread has none: the page answers in threads of its own."""
+"""The names that may be imported. Other threads have none, such as those in which the page answers requests."""
 
 
 def is_custom_name(name: str) -> bool:
@@ -24,17 +24,17 @@ def is_custom_name(name: str) -> bool:
 
 
 def permit_names(names: Iterable[str]) -> None:
-    """Let this thread import what these names stand for; call it with names that the user wrote, and no others."""
+    """Let this thread import these names. Call it only with names that the user wrote."""
     _permitted.set(_permitted.get() | frozenset(names))
 
 
 def is_permitted(name: str) -> bool:
-    """Return whether this thread may import what a name stands for."""
+    """Return whether this thread may import a name."""
     return name in _permitted.get()
 
 
 def import_named(name: str, key: str) -> object:
-    """Return what `package.module:attribute` names; modules are looked for in the working directory, too.
+    """Import `package.module:attribute` and return it. Modules are also searched for in the working directory.
 
     Args:
         name: the name.
@@ -51,7 +51,7 @@ def import_named(name: str, key: str) -> object:
             f"importing runs code. If you trust it, give {key}={name} yourself"
         )
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # `python -m vlm` has it anyway, the command `vlm` has not
+        sys.path.append(os.getcwd())  # `python -m vlm` already has it, the command `vlm` does not
     try:
         return _get_attribute(name)
     except (ImportError, AttributeError) as error:
@@ -59,7 +59,7 @@ def import_named(name: str, key: str) -> object:
 
 
 def import_packaged(name: str) -> object:
-    """Return what a name in a table of this package stands for."""
+    """Import a name from a table of this package and return it."""
     assert name.startswith("vlm."), name
     return _get_attribute(name)
 

@@ -1,6 +1,6 @@
-"""The YAML files of this package: shipped runs, groups and what they hold.
+"""The YAML files of this package: its runs and groups.
 
-Imports the standard library; what reads a file imports OmegaConf, which cannot be installed beside lmms-eval.
+Imports the standard library. Functions that parse a file import OmegaConf, which cannot be installed with lmms-eval.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ from itertools import takewhile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-"""The folder of the shipped YAML files."""
+"""The folder of the packaged YAML files."""
 
 NON_RUN_CONFIGS = ("base",)
-"""Top-level YAML files that others build on."""
+"""Top-level YAML files that are not runs but the base of others."""
 
 
 @cache
@@ -26,12 +26,12 @@ def packaged_connectors() -> Mapping[str, Sequence[str]]:
 
 
 def run_names() -> list[str]:
-    """Return the names of the shipped runs."""
+    """Return the names of the packaged runs."""
     return [name for name in packaged_names("vlm.config", ".", ".yaml") if name not in NON_RUN_CONFIGS]
 
 
 def group_names() -> list[str]:
-    """Return the shipped groups, such as `trainer/deepspeed`: every folder that holds YAML files."""
+    """Return the packaged groups, such as `trainer/deepspeed`: every folder with YAML files."""
     folders = {file.parent.relative_to(FOLDER) for file in FOLDER.glob("*/**/*.yaml")}
     return [folder.as_posix() for folder in sorted(folders)]
 

@@ -1,8 +1,8 @@
-"""What values of `trainer` reach beyond a run: DeepSpeed's settings, and the fields of `TrainingArguments`.
+"""Which values of `trainer` have effects beyond the run: DeepSpeed's settings, and fields of `TrainingArguments`.
 
-`TrainingArguments` gets new fields with each version of transformers. Those that were looked at are listed in
-`PLAIN_ARGUMENTS`; any other is taken to reach outside until it is listed. Imports its siblings only, OmegaConf where it
-is needed: it cannot be installed beside lmms-eval.
+`TrainingArguments` gets new fields with each version of transformers. `PLAIN_ARGUMENTS` lists the fields that were
+checked; any other field is assumed to have effects outside. Imports its siblings only, and OmegaConf inside functions,
+because it cannot be installed with lmms-eval.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ PLAIN_ARGUMENTS = _names(
     "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_timeout "
     "skip_memory_metrics do_train do_eval do_predict local_rank"
 )
-"""Fields of `TrainingArguments` of which no value reads, writes, sends or imports anything besides the run's own."""
+"""Fields of `TrainingArguments` whose values never read, write, send or import anything but the run's own files."""
 
 CLOSED_ARGUMENTS = {
     "report_to": ("sends the run's metrics to another program", ("none", "tensorboard")),
@@ -41,35 +41,36 @@ CLOSED_ARGUMENTS = {
     "ddp_backend": ("imports a library by name", ("nccl", "gloo")),
     "dataloader_multiprocessing_context": ("starts processes differently", ("fork", "spawn", "forkserver")),
 }
-"""Other fields -> what their values do, and which do not."""
+"""Other fields -> what their values do, and which values are harmless."""
 
 START_WORDS = ("auto", "never", "true", "false")
 
 
 def training_argument_reach(name: str, default: object) -> Metadata:
-    """Return the metadata about what a field of `TrainingArguments` reaches; empty where it reaches nothing.
+    """Return the metadata on what a field of `TrainingArguments` can reach; empty if it reaches nothing.
 
-    `default` is what the field has where a run does not set it.
+    `default` is the value of the field if a run does not set it.
     """
     if name in PLAIN_ARGUMENTS:
         return {}
     effect, allowed = CLOSED_ARGUMENTS.get(name, ("may read, write or send more than the run's own files", ()))
 
     def is_harmless(value: object) -> bool:
+        """Return whether a value reaches nothing: it is allowed, the default or false."""
         return value in allowed or (value == default and type(value) is type(default)) or value is False
 
     return runs_code(effect, is_harmless) if "imports" in effect else reads_outside(effect, is_harmless)
 
 
 def is_start_word(value: object) -> bool:
-    """Return whether a value of `trainer.resume_from_checkpoint` names no folder."""
+    """Return whether a value of `trainer.resume_from_checkpoint` is a word, not a folder."""
     return isinstance(value, str) and value.lower() in START_WORDS
 
 
 def is_packaged_deepspeed(value: object) -> bool:
-    """Return whether DeepSpeed's settings are packaged ones, of which numbers and switches may be changed.
+    """Return whether DeepSpeed's settings are packaged ones, in which only numbers and switches may differ.
 
-    Others can name files and folders, and modules of optimisers.
+    Other settings can name files, folders, and modules of optimisers.
     """
     if isinstance(value, str):
         from vlm.config.packaged import packaged_names

@@ -1,4 +1,4 @@
-"""Configurations that a checkpoint or a run directory recorded, read back, whatever keys were called at the time.
+"""Reads configurations that a checkpoint or run directory has recorded, including those with earlier names of keys.
 
 Imports the schema and msgspec only.
 """
@@ -18,11 +18,11 @@ RENAMED_KEYS = {
     "model.visual_encoder.beside": "model.visual_encoder.extra_encoders",
     "model.head.beside": "model.head.extra_heads",
 }
-"""Earlier keys, which checkpoints may have recorded -> what they are called today; runs are refused that set them."""
+"""Earlier keys, which checkpoints may have recorded -> today's keys. A run that sets an earlier key is refused."""
 
 
 def current_key(key: str) -> str:
-    """What a dotted key, or one below it, is called today."""
+    """Return today's name of a dotted key, or of a key below it."""
     for old, new in RENAMED_KEYS.items():
         if key == old or key.startswith(f"{old}."):
             return new + key.removeprefix(old)
@@ -30,7 +30,7 @@ def current_key(key: str) -> str:
 
 
 def upgrade_recipe(recipe: Mapping[str, object]) -> Recipe:
-    """A recorded `model` section with its keys as they are called today."""
+    """Return a recorded `model` section with today's names of its keys."""
     return {
         section: {current_key(f"model.{section}.{name}").rpartition(".")[2]: value for name, value in values.items()}
         if isinstance(values, Mapping)
@@ -40,7 +40,7 @@ def upgrade_recipe(recipe: Mapping[str, object]) -> Recipe:
 
 
 def read_recipe(recipe: Mapping[str, object]) -> ModelConfig:
-    """The `model` section that a checkpoint recorded.
+    """Return the `model` section that a checkpoint recorded.
 
     Raises:
         ValueError: it has an unknown key, or a value of another type.
@@ -56,7 +56,7 @@ def read_recipe(recipe: Mapping[str, object]) -> ModelConfig:
 
 
 def _find_unknown_paths(mapping: object, known: object, path: str = "") -> list[str]:
-    """The dotted paths of nested mappings that other nested mappings lack."""
+    """Return the dotted paths of nested mappings that are not in other nested mappings."""
     if not (isinstance(mapping, Mapping) and isinstance(known, Mapping)):
         return []
     unknown = []

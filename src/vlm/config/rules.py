@@ -1,9 +1,9 @@
 """Which values a field of the schema may have: `field(default=…, metadata=at_least(1))`, `metadata=choices("a", "b")`.
 
-`vlm.checks.fields` checks every field by its rule, and the configuration reference lists it. A field whose type has
-`None` may be null besides; the rule of a list is that of its elements. A field whose values can run code, or reach
-files and addresses besides those that a run is about, has a `Reach` too: `metadata=at_least(1) | runs_code(…)`;
-`vlm.checks.surface` refuses such values wherever they do not come from the command line. Imports its sibling `named`
+`vlm.checks.fields` checks every field by its rule, and the configuration reference lists the rules. A field may also be
+null if its type includes `None`; the rule of a list applies to its elements. A field whose values can run code, or
+reach files and addresses other than the run's own, also has a `Reach`: `metadata=at_least(1) | runs_code(…)`.
+`vlm.checks.surface` accepts such values only from the command line and the user's own YAML. Imports its sibling `named`
 only.
 """
 
@@ -15,14 +15,14 @@ from typing import Any, get_args
 from vlm.config.named import is_custom_name
 
 MAX_LISTED_VALUES = 16
-"""The most values that a message lists; docs/configuration.md has all."""
+"""The maximum number of values that a message lists; docs/configuration.md lists all."""
 
 Metadata = dict[str, "Choices | Bounds | Reach"]
 
 
 @dataclass(frozen=True)
 class Choices:
-    """A closed list of names, and the form (`package.module:Class`) of a name for something of the user's own."""
+    """A fixed list of names, and the form of a name for the user's own code (`package.module:Class`), if allowed."""
 
     names: tuple[str, ...]
     custom: str | None = None
@@ -40,7 +40,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Bounds:
-    """A range of numbers, with its description in words. An end that is open does not belong to the range."""
+    """A range of numbers, with its description in words. An open end is not part of the range."""
 
     text: str
     lower: float
@@ -60,12 +60,12 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Reach:
-    """What values of a field do beyond the run itself; null does nothing of the kind.
+    """What values of a field do beyond the run itself; null is always harmless.
 
     Attributes:
         effect: what a value does, in words that follow `it`: `runs code from a repository`.
-        is_harmless: returns whether a value, of a list each element, does not do that.
-        runs_code: whether the effect is that code runs; else it reads or writes elsewhere.
+        is_harmless: returns whether a value (for lists: each element) does not have this effect.
+        runs_code: whether the effect is that code runs; otherwise it reads or writes elsewhere.
     """
 
     effect: str
@@ -74,23 +74,23 @@ class Reach:
 
 
 def choices(names: Iterable[str], custom: str | None = None) -> Metadata:
-    """Return the metadata of a field that takes one of these names; with `custom`, others run code. See `Choices`."""
+    """Return the metadata of a field with one of these names; with `custom`, other names run code. See `Choices`."""
     rule = Choices(tuple(names), custom)
     return {"rule": rule} if custom is None else {"rule": rule} | imports_unless(rule.names.__contains__)
 
 
 def runs_code(effect: str, is_harmless: Callable[[object], bool]) -> Metadata:
-    """Return the metadata of a field whose values run code, but harmless ones; see `Reach`."""
+    """Return the metadata of a field whose values run code, except harmless ones; see `Reach`."""
     return {"reach": Reach(effect, is_harmless, runs_code=True)}
 
 
 def reads_outside(effect: str, is_harmless: Callable[[object], bool]) -> Metadata:
-    """Return the metadata of a field whose values read or write elsewhere, but harmless ones; see `Reach`."""
+    """Return the metadata of a field whose values read or write elsewhere, except harmless ones; see `Reach`."""
     return {"reach": Reach(effect, is_harmless, runs_code=False)}
 
 
 def imports_unless(is_harmless: Callable[[object], bool]) -> Metadata:
-    """Return the metadata of a field that takes `package.module:attribute` besides harmless values."""
+    """Return the metadata of a field that accepts `package.module:attribute` in addition to harmless values."""
     return runs_code("imports a module, which runs code", is_harmless)
 
 
@@ -113,16 +113,16 @@ def is_file_or_hub_name(value: object) -> bool:
 
 
 def never(value: object) -> bool:
-    """Return that no value of a field is harmless, but null."""
+    """Return False: no value of the field is harmless except null."""
     return False
 
 
 FOLDER = reads_outside("writes to any folder", never)
-"""The metadata of each folder that is written into."""
+"""The metadata of each folder that a run writes into."""
 
 
 def at_least(lower: int, text: str | None = None) -> Metadata:
-    """Return the metadata of a field that takes a number from `lower` on."""
+    """Return the metadata of a field that takes a number of at least `lower`."""
     return {"rule": Bounds(text or (f"at least {lower}" if lower else "0 or more"), lower)}
 
 
@@ -140,15 +140,15 @@ def share(*, is_open_below: bool = False, is_open_above: bool = False) -> Metada
 
 
 def get_rule(field: Field[object]) -> Choices | Bounds | None:
-    """Return the rule of a field's values; None: its type is all that there is to check."""
+    """Return the rule of a field's values, or None if only its type is checked."""
     return field.metadata.get("rule")
 
 
 def get_reach(field: Field[object]) -> Reach | None:
-    """Return what values of a field do beyond the run itself; None: nothing."""
+    """Return what values of a field do beyond the run itself, or None if they do nothing."""
     return field.metadata.get("reach")
 
 
 def is_nullable(field: Field[object]) -> bool:
-    """Return whether the type of a field has `None`."""
+    """Return whether the type of a field includes `None`."""
     return type(None) in get_args(field.type)

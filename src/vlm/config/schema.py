@@ -1,4 +1,4 @@
-"""Every key that a run's YAML or command line may set, with its type, its default and what it means.
+"""Every key that a run's YAML or command line may set, with its type, default and meaning.
 
 A new key is a field here, or in the `…_schema.py` of its section, with its default, its bounds or choices (`metadata`,
 see `rules.py`) and a docstring, which says what `null` means; `make docs` lists all of them in `docs/configuration.md`.
@@ -6,7 +6,7 @@ Imports no torch, so that a mistyped key is refused in a second, and no omegacon
 lmms-eval.
 
 The keys of `transformers.TrainingArguments` are not copied: they are read out of its source (`training_fields.py`), so
-whatever the installed version takes can be set as `trainer.<name>`.
+every field of the installed version can be set as `trainer.<name>`.
 """
 
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ TRAIN_FLAGS = {
 """The key of `trainer.unfreeze` that switches each part."""
 
 HEAD = "head"
-"""The name of the prediction heads where parts are listed; they always train."""
+"""The name of the prediction heads in lists of parts; they always train."""
 
 
 @dataclass
@@ -101,7 +101,8 @@ class LoraPartConfig:
     alpha: int | None = field(default=None, metadata=at_least(1))
     """Updates are scaled by `alpha / r`; null: twice `r`."""
     target_modules: list[str] | None = None
-    """Name endings of the layers that get an adapter (`[q_proj, v_proj]`); null: all Linear layers except `lm_head`."""
+    """Endings of the names of layers that get an adapter (`[q_proj, v_proj]`); null: all Linear layers except
+    `lm_head`."""
 
 
 @dataclass
@@ -126,12 +127,12 @@ class LoraConfig:
 
 @dataclass
 class TrainerOptions:
-    """The keys of `trainer` besides those of `TrainingArguments`, which `TrainerConfig` has too."""
+    """The keys of `trainer` that are not fields of `TrainingArguments`; `TrainerConfig` has both."""
 
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Return the value of a field of `TrainingArguments`, which `TrainerConfig` gets when it is made."""
+            """Return the value of a field of `TrainingArguments`, which `TrainerConfig` adds."""
 
     objective: str | None = field(default=None, metadata=imports_unless(is_plain_name))
     """What the run trains: `generation` (replies), `distillation` (replies, with a teacher's predictions), `prediction`
@@ -274,7 +275,7 @@ CLOSED_LISTS = {name: choices(names) for name, names in read_training_argument_c
     "optim": choices((*read_training_argument_choices()["optim"], MUON), custom="package.module:Class"),
     "train_sampling_strategy": choices(SAMPLING_STRATEGIES),
 }
-"""Fields of `TrainingArguments` that hold one of several names, and those that ours take besides."""
+"""Fields of `TrainingArguments` with a fixed set of names, and the names that this framework adds."""
 
 TrainerConfig = make_dataclass(
     "TrainerConfig",
@@ -311,7 +312,7 @@ class InferenceConfig:
 
 @dataclass
 class RunConfig:
-    """A run: the model that is built, how it trains, on which data."""
+    """A run: the model, how it trains, and the data."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     trainer: TrainerOptions = field(default_factory=TrainerConfig)
@@ -331,7 +332,7 @@ def key_names(path: str) -> list[str]:
 
 
 def dotted_keys() -> list[str]:
-    """Return every key of a run that takes a value, from its section on: `trainer.max_steps`."""
+    """Return every key of a run that takes a value, with its section: `trainer.max_steps`."""
     return [*_find_keys(RunConfig, "")]
 
 

@@ -1,8 +1,8 @@
-"""Tokens, keys and passwords, masked wherever a run, a page or a message writes them down.
+"""Masks tokens, keys and passwords wherever a run, a page or a message writes them.
 
-Imports the standard library only. A secret is told by the name of its key, by its own form, or by being the value of
-an environment variable with such a name. All of them become `MASK`: a run that goes on compares masks, so a renewed
-token is no change of the run.
+Imports the standard library only. A secret is recognised by the name of its key, by its form, or because an environment
+variable with such a name has this value. Each secret becomes `MASK`. A resumed run compares masks, so a renewed token
+does not count as a change.
 """
 
 import os
@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 MASK = "***"
-"""What stands in place of a secret."""
+"""The text that replaces a secret."""
 
 _SECRET_NAME = (
     r"(?:(?:hub|hf|auth|access|api|refresh|session|security|bearer|secret|private|user|id|github|gitlab|wandb|comet|"
@@ -20,17 +20,17 @@ _SECRET_NAME = (
     r"pass(?:word|wd|phrase)|secret|credentials?|api[_-]?key|access[_-]?key(?:[_-]?id)?|secret[_-]?key|private[_-]?key|"
     r"account[_-]?key|authorization|cookie)"
 )
-"""How the name of a secret ends, as a key or a variable; `token` alone names words of a tokenizer too."""
+"""Endings of names of secrets, as keys or variables. `token` is missing, since it also names words of a tokenizer."""
 
 _KEY = re.compile(rf"(?:.*[^A-Za-z0-9])?{_SECRET_NAME}|token|pwd", re.IGNORECASE)
 _ENVIRONMENT_NAME = re.compile(
     r"TOKEN(?!S|IZ)|PASSWORD|PASSWD|SECRET|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE
 )
 MIN_SECRET_LENGTH = 8
-"""The shortest value of such a variable that is masked in texts: a shorter one is a word, or a number."""
+"""The shortest value of such a variable that is masked in texts; shorter values are words or numbers."""
 
 MIN_PIECE_LENGTH = 4
-"""The shortest piece of a secret of the command line that is masked wherever it stands."""
+"""The shortest piece of a command line's secret that is masked everywhere."""
 
 _VALUE = (  # behind a quotation mark up to the next, else a word; but nothing that is masked or no secret
     r"(?!\*\*\*|null\b|none\b|\$\{|(?:bearer|basic|token)\s)(?:(?<=\")[^\"\n]+|(?<=')[^'\n]+|(?<![\"'])[^\s\"',}]+)"
@@ -51,7 +51,7 @@ _FORMS = tuple(
         rf"{_VALUE}",
     )
 )
-"""Secrets by their place in a text; `keep` is what stands before one. Each takes time linear in the text."""
+"""Secrets by their place in a text; `keep` matches the text before one. Each pattern takes linear time."""
 
 _TOKEN = re.compile(
     r"(?<![A-Za-z0-9_-])(?:"
@@ -65,11 +65,11 @@ _TOKEN = re.compile(
     r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # a JSON Web Token
     r")"
 )
-"""Secrets by their own form."""
+"""Secrets by their form."""
 
 
 def mask(text: str) -> str:
-    """Return a text with every token, key and password in it masked."""
+    """Return a text with all tokens, keys and passwords masked."""
     for value in _environment_secrets():
         text = text.replace(value, MASK)
     for form in _FORMS:
@@ -103,7 +103,7 @@ def _mask_value(value: object, path: str) -> object:
 
 
 def mask_words(words: Sequence[str]) -> list[str]:
-    """Return the words of a command line with secrets masked: `key=value`, `--token value`, and texts with one."""
+    """Return the words of a command line with secrets masked: `key=value`, `--token value`, and within texts."""
     masked, hides_next = [], False
     for word in words:
         key, equals, value = word.partition("=")
@@ -121,7 +121,7 @@ def mask_words(words: Sequence[str]) -> list[str]:
 def mask_values(text: str, words: Sequence[str]) -> str:
     """Return a text with the secrets that a command line sets masked, whole and in pieces.
 
-    A refusal may repeat a value as it was parsed: as a list, say, or up to the character at fault.
+    A message may repeat a value as it was parsed, for example as a list, or only up to the wrong character.
     """
     secrets = [word.partition("=")[2] for word in words if is_secret_key(word.partition("=")[0].lstrip("+~"))]
     pieces = {piece for secret in secrets for piece in (secret, *re.findall(r"[^\s,'\"\[\]{}()=:$]+", secret))}
@@ -132,12 +132,12 @@ def mask_values(text: str, words: Sequence[str]) -> str:
 
 
 def _environment_secrets() -> list[str]:
-    """Return the values of environment variables whose names say that they are secrets, the longest first."""
+    """Return the values of environment variables with names of secrets, the longest first."""
     values = {os.environ[name] for name in _secret_names(tuple(os.environ))}
     return sorted((v for v in values if len(v) >= MIN_SECRET_LENGTH and not v.startswith("/")), key=len, reverse=True)
 
 
 @lru_cache(maxsize=1)  # for each text of a run's settings
 def _secret_names(names: tuple[str, ...]) -> list[str]:
-    """Return which names of environment variables say that they are secrets."""
+    """Return the names of environment variables that are names of secrets."""
     return [name for name in names if _ENVIRONMENT_NAME.search(name)]

@@ -1,4 +1,4 @@
-"""Every limit of `vlm serve`, with its default and what it means: `vlm serve CHECKPOINT serving.max_images=4`.
+"""Every limit of `vlm serve`, with its default and meaning: `vlm serve CHECKPOINT serving.max_images=4`.
 
 A new limit is a field here, with its default, its bounds and a docstring; `make docs` lists all of them in
 `docs/configuration.md`. Imports its sibling `rules` only.

@@ -5,20 +5,20 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 
 GENERIC_NAMES = frozenset({"hf_name", "path", "type", "r", "alpha", "dropout", "weight", "name", "loss", "kind", "lr"})
-"""Last words of keys that say nothing without the word before."""
+"""Last words of keys that mean nothing without the word before."""
 
 MAX_PATH_LENGTH = 24
-"""Characters of a path that a list shows, the last ones."""
+"""Number of characters of a path that a list shows, counted from the end."""
 
 MAX_NAME_LENGTH = 80
 """The longest name of a folder, in characters; file systems allow 255 bytes."""
 
 RATES = "_learning_rate"
-"""How the keys of the parts' learning rates end; equal ones of all parts are shown as one."""
+"""The ending of the keys of learning rates; if all parts have the same rate, it is shown once."""
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Return key -> its last word, or its last two where the last is generic or names several of the keys."""
+    """Return key -> its last word, or its last two words if the last is generic or not unique."""
     lasts = [_words(key)[-1] for key in keys]
     short = {}
     for key, last in zip(keys, lasts, strict=True):
@@ -33,7 +33,7 @@ def _words(key: str) -> list[str]:
 
 
 def describe_values(values: Mapping[str, object]) -> str:
-    """Return settings as short words, of paths the end: `seed=1 connector_learning_rate=0.001`."""
+    """Return settings as short words, with paths cut to their end: `seed=1 connector_learning_rate=0.001`."""
     rates = [key for key in values if key.endswith(RATES)]
     if len(rates) > 1 and len({repr(values[key]) for key in rates}) == 1:
         values = {key: value for key, value in values.items() if key not in rates[1:]}
@@ -47,7 +47,7 @@ def _shorten_path(text: str) -> str:
 
 
 def show_value(value: object) -> str:
-    """Return a value as YAML writes it, a number without needless digits."""
+    """Return a value as YAML writes it, with numbers in their shortest form."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -58,8 +58,8 @@ def show_value(value: object) -> str:
 def folder_name(values: Mapping[str, str]) -> str:
     """Return a name for the folder of a run that differs from others by these settings; `.` without any.
 
-    It has letters, digits and `. _ + -` only, so that neither a shell nor Hydra wants quotation marks around it. A name
-    that would be too long, or does not tell its values from others, ends with a digest of all values.
+    It has only letters, digits and `. _ + -`, so that neither a shell nor Hydra needs quotation marks. A name that
+    would be too long, or not unique, ends with a digest of all values.
     """
     if not values:
         return "."
@@ -73,5 +73,5 @@ def folder_name(values: Mapping[str, str]) -> str:
 
 
 def _plain(value: str) -> str:
-    """Return a value of the command line with every character that a path or a shell takes for something as `-`."""
+    """Return a value of the command line with `-` for every character that is special in a path or a shell."""
     return re.sub(r"[^\w.+-]+", "-", value.strip("'\"")).rstrip("-") or "empty"

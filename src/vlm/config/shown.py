@@ -1,8 +1,8 @@
-"""Texts that others wrote, as messages, logs and terminals show them: bounded, visible, without anybody's secrets.
+"""Makes foreign texts safe to show in messages, logs and terminals: of limited length, visible, without secrets.
 
-Imports its sibling `secrets` only. A text is changed where it is shown, never where it is stored: files of answers and
-records keep what was written. `presentable` is for whole messages and log lines, `printable` for texts between them,
-such as a model's answer.
+Imports its sibling `secrets` only. A text is changed only where it is shown, never where it is stored: files of answers
+and records keep the original. Use `presentable` for whole messages and log lines, and `printable` for texts within
+them, such as a model's answer.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from typing import NoReturn
 from vlm.config.secrets import mask
 
 MAX_WORD_LENGTH = 300
-"""The longest run of characters without a blank or `|` that a message shows whole: paths and addresses are shorter."""
+"""The longest word (without a blank or `|`) that a message shows in full; paths and addresses are shorter."""
 MAX_LINE_LENGTH = 1500
 MAX_MESSAGE_LENGTH = 4000
 MAX_LINES = 60
-"""The longest line and message, and the most lines, that are shown whole."""
+"""The longest line, the longest message and the largest number of lines that are shown in full."""
 
 _SHOWN_ENDS = 80, 30
-"""Characters that are shown of the beginning and of the end of what is too long."""
+"""How many characters of the beginning and the end are shown of a text that is too long."""
 
 _UNPRINTABLE = re.compile(
     "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{3,6}\U000e007f"  # stays: of Wales, for example
@@ -35,13 +35,13 @@ _UNPRINTABLE = re.compile(
     "\U000e0000-\U000e007f"  # tags: text that is not shown
     "\ud800-\udfff]"
 )
-"""Characters that a terminal obeys or hides in place of showing them, and halves of surrogate pairs."""
+"""Characters that a terminal obeys or hides instead of showing them, and halves of surrogate pairs."""
 
 _WHITE_SPACE = re.compile("[\t\n]")
 
 
 def printable(text: str, *, single_line: bool = False) -> str:
-    r"""Return a text without characters that a terminal obeys or hides: each is written as its escape, such as `\x1b`.
+    r"""Return a text in which characters that a terminal obeys or hides are written as escapes, such as `\x1b`.
 
     Line feeds and tabs stay; with `single_line` they are escaped too, as in a file's name. Joiners within words and
     emoji (U+200C, U+200D) stay.
@@ -59,9 +59,9 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def shorten(text: str) -> str:
-    """Return a message with everything in it that is too long cut in its middle, with its length.
+    """Return a message in which everything too long is cut in its middle, with a note of its length.
 
-    A message has the value that was given, then what is allowed; so what is behind a long value stays.
+    A message first repeats the given value, then says what is allowed; so the text after a long value stays.
     """
     if len(text) <= MAX_WORD_LENGTH:
         return text
@@ -81,12 +81,12 @@ def _cut(text: str, first: int = _SHOWN_ENDS[0], last: int = _SHOWN_ENDS[1]) -> 
 
 
 def presentable(message: object) -> str:
-    """Return a message for a terminal, a log or the page: `shorten`ed, `printable`, and without secrets."""
+    """Return a message for a terminal, a log or the page: shortened, printable, and without secrets."""
     return printable(shorten(mask(str(message))))
 
 
 def format_columns(names: Sequence[str], width: int = 100) -> str:
-    """Return names in columns, read downwards, each line with two blanks before it."""
+    """Return names in columns, ordered downwards, with two blanks before each line."""
     cell = max(map(len, names), default=0) + 2
     num_rows = -(-len(names) // max(1, (width - 2) // cell))
     rows = (names[row::num_rows] for row in range(num_rows))
@@ -94,7 +94,7 @@ def format_columns(names: Sequence[str], width: int = 100) -> str:
 
 
 class PresentableRecord(logging.LogRecord):
-    """A line of a log, of any library, printable and without secrets; tables keep their lines and their length."""
+    """A log record of any library, printable and without secrets; tables keep their lines and length."""
 
     def getMessage(self) -> str:  # noqa: N802 - the name that logging calls
         """Return the message that is logged."""
@@ -102,14 +102,14 @@ class PresentableRecord(logging.LogRecord):
 
 
 class PresentableParser(argparse.ArgumentParser):
-    """A parser of a command line, with examples in its help and refusals in plain words, without secrets.
+    """A command-line parser with examples in its help, whose errors are in plain words and without secrets.
 
     Args:
         prog: the command: `vlm generate`.
-        usage: the command on one line, with `[options]` for those that need not be given; None: argparse's.
+        usage: the command on one line, with `[options]` for optional ones; None: argparse's usage.
         description: what the command does.
         examples: command lines, shown below the options.
-        epilog: text behind the options; this and the others are argparse's.
+        epilog: text after the options; passed to argparse like all other keywords.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class PresentableParser(argparse.ArgumentParser):
         return super().format_help() + (f"\nexamples:{listing}\n" if listing else "")
 
     def error(self, message: str) -> NoReturn:
-        """Print what is refused and the usage, and end the process with status 2."""
+        """Print the error and the usage, and end the process with status 2."""
         options = re.findall(r"--[\w-]+", super().format_help())
         said = presentable(explain_arguments(message, options))
         usage = f"\n{self.format_usage().strip()}" if self.usage else ""
@@ -149,11 +149,11 @@ def _with_hyphens(word: str) -> str:
 NEEDED_ARGUMENTS = {
     "int": "a whole number is needed", "float": "a number is needed", "positive": "a whole number above 0 is needed",
 }  # fmt: skip
-"""Name of the function that reads a value -> what it needs."""
+"""Name of the function that parses a value -> what it needs."""
 
 
 def explain_arguments(message: str, options: Sequence[str]) -> str:
-    """Return in plain words what argparse refuses; `options` are those that the command has."""
+    """Return argparse's error in plain words; `options` are the options of the command."""
     if missing := re.fullmatch(r"the following arguments are required: (.*)", message):
         names = [name for name in missing[1].split(", ") if "=" not in name]
         return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'} missing"
@@ -176,17 +176,17 @@ def explain_arguments(message: str, options: Sequence[str]) -> str:
 
 
 def wrap_command(command: str, width: int = 108) -> list[str]:
-    """Return a command line as lines that a shell reads as one."""
+    """Return a command line wrapped so that a shell still reads it as one command."""
     lines = wrap(command, width, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def present_what_is_printed() -> None:
-    """Let every log of this process, and tracebacks that nothing handles, be printable and without secrets."""
+    """Make all logs of this process, and unhandled tracebacks, printable and free of secrets."""
     logging.setLogRecordFactory(PresentableRecord)
     sys.excepthook = print_traceback
 
 
 def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print the traceback of an error that nothing handled, as `sys.excepthook` does, without secrets or controls."""
+    """Print an unhandled error's traceback like `sys.excepthook`, without secrets or control characters."""
     print(printable(mask("".join(traceback.format_exception(kind, error, trace)))), end="", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Which names someone may have meant who gave one that does not exist. Imports its sibling `aliases`."""
+"""Suggests names for a name that does not exist. Imports its sibling `aliases`."""
 
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -6,13 +6,13 @@ from difflib import get_close_matches
 from vlm.config.aliases import find_choice
 
 MAX_LISTED_NAMES = 12
-"""The largest number of names that a message lists beside the nearest ones."""
+"""The largest number of allowed names that a message lists in full."""
 MAX_SUGGESTED_NAMES = 4
-"""The most names that a message asks about ("Did you mean …?")."""
+"""The largest number of names after "Did you mean"."""
 
 
 def nearest_names(name: str, allowed: Sequence[str]) -> list[str]:
-    """Return the names that `name` may stand for: those that begin with it, else contain it, else resemble it."""
+    """Return the names that `name` may mean: those that begin with it, else contain it, else resemble it."""
     word = name.lower()
     for candidates in (
         [other for other in allowed if other.lower().startswith(word)],
@@ -30,9 +30,9 @@ def suggest_names(name: str, allowed: Sequence[str], prefix: str = "", place: st
     Args:
         name: what was given.
         allowed: the names that exist.
-        prefix: what stands before a suggested name.
-        place: the group or key, for other frameworks' words.
-        more: the sentence that says where all names are listed, where they are too many for a message.
+        prefix: text to put before a suggested name.
+        place: the group or key, to look up other frameworks' names.
+        more: the sentence that says where all names are listed, if a message cannot list them.
     """
     alias = find_choice(place, name)
     near = nearest_names(name, allowed) if alias is None or alias not in allowed else [alias]
@@ -43,14 +43,14 @@ def suggest_names(name: str, allowed: Sequence[str], prefix: str = "", place: st
 
 
 def list_alternatives(names: Sequence[str]) -> str:
-    """Return names as a sentence has them: `a, b or c`."""
+    """Return names as in a sentence: `a, b or c`."""
     return " or ".join([*filter(None, [", ".join(names[:-1])]), *names[-1:]])
 
 
 def suggest_value(value: object, allowed: Sequence[str], key: str) -> str:
-    """Return the question for a value of a key that is not allowed, with a blank before it; empty without a near one.
+    """Return "Did you mean …?" with a blank before it, for a value that is not allowed; empty without a similar one.
 
-    It names one, and none where the allowed values are few and listed anyway.
+    It suggests one value, or none if the allowed values are few and listed anyway.
     """
     if (alias := find_choice(key, str(value))) is not None and alias in allowed:
         return f" Did you mean {alias}?"

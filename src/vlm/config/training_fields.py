@@ -1,4 +1,4 @@
-"""The fields of the installed `transformers.TrainingArguments`, read out of its source: importing it takes seconds.
+"""Reads the fields of `transformers.TrainingArguments` from its source, because importing it takes seconds.
 
 Imports nothing of `vlm`.
 """
@@ -15,8 +15,8 @@ from typing import Any
 def read_training_argument_fields() -> dict[str, tuple[object, object]]:
     """Return name -> (type, default) of every field of the installed `TrainingArguments`, without importing it.
 
-    Types that OmegaConf cannot hold (unions of several, enums) become `Any`; a default that is no literal becomes
-    `None`, which leaves the field to `TrainingArguments`.
+    Types that OmegaConf does not support (unions of several types, enums) become `Any`. A default that is not a literal
+    becomes `None`, which leaves the default to `TrainingArguments`.
     """
     simple = {"str": str, "int": int, "float": float, "bool": bool}
     arguments: dict[str, tuple[object, object]] = {}
@@ -41,7 +41,7 @@ def read_training_argument_choices() -> dict[str, list[str]]:
 
 @cache
 def _read_classes() -> dict[str, list[ast.stmt]]:
-    """Return class -> the statements of its body, of the installed transformers' files about training."""
+    """Return class -> the statements of its body, from the installed transformers' source files about training."""
     spec = find_spec("transformers")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -58,7 +58,7 @@ def _read_annotations() -> Iterator[tuple[str, list[str], ast.expr | None]]:
 
 
 def _literal_default(value: ast.expr | None) -> object:
-    """Return the default in `name: type = field(default=…)` or `= …` where it is a literal, else None."""
+    """Return the default in `name: type = field(default=…)` or `= …` if it is a literal, else None."""
     if isinstance(value, ast.Call):
         value = next((keyword.value for keyword in value.keywords if keyword.arg == "default"), None)
     try:

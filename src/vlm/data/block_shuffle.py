@@ -1,4 +1,4 @@
-"""Records in sequence, shuffled within blocks: where such a stream is takes five numbers to say.
+"""Records in sequence, shuffled within blocks, so that the position of a stream is five numbers.
 
 A buffer from which records are drawn one by one would have to be saved record by record. A block is read again from
 where it begins.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from vlm.data.records.positions import START, Position
 
 OpenEpoch = Callable[[int, Position], Iterator[tuple[object, Position]]]
-"""Opens the records of an epoch from a position on; each comes with the position behind it."""
+"""Opens the records of an epoch from a position on; each comes with the position after it."""
 
 
 class BlockPosition(NamedTuple):
@@ -19,10 +19,10 @@ class BlockPosition(NamedTuple):
 
     Attributes:
         epoch: number of the epoch, from 0.
-        file: of the position at which the current block begins.
-        place: of that position.
+        file: the file of the position at which the current block begins.
+        place: the place of that position.
         block: number of the block in its epoch, from 0.
-        index: number of the block's records that are taken.
+        index: number of the block's records that have been taken.
     """
 
     epoch: int = 0
@@ -46,7 +46,7 @@ class BlockShuffle:
         open_epoch: opens the records.
         size: number of records of a block; 1 or less: the order stays as it is.
         seed: of the order in blocks.
-        position: where to go on; defaults to the first record.
+        position: where to continue; defaults to the first record.
 
     Attributes:
         position: where the next record is.

@@ -49,7 +49,7 @@ class CountedLater(SampleDataset):
         atexit.register(self.stop)  # before multiprocessing waits for its end
 
     def __getattr__(self, name: str) -> object:
-        """Return a count, once there are all."""
+        """Return a count, after waiting until all are there."""
         if name not in COUNTS:
             raise AttributeError(f"{type(self).__name__} has no attribute {name}")
         self.wait()
@@ -61,7 +61,7 @@ class CountedLater(SampleDataset):
 
     @property
     def is_counted(self) -> bool:
-        """Whether `wait` has come to its end."""
+        """Whether `wait` has ended."""
         return "lengths" in vars(self)
 
     @property
@@ -70,14 +70,14 @@ class CountedLater(SampleDataset):
         return not self.is_counted and not self._process.is_alive()
 
     def when_counted(self, act: Callable[[], object]) -> None:
-        """Call something as soon as `wait` has come to its end; at once, where it has."""
+        """Call something as soon as `wait` has ended; at once if it has."""
         if self.is_counted:
             act()
         else:
             self._waiting.append(act)
 
     def wait(self, goes_on: Callable[[], bool] = lambda: True) -> None:
-        """Wait until all records are counted, and do what waits for that.
+        """Wait until all records are counted, then call what was given to `when_counted`.
 
         Args:
             goes_on: called every second; where it returns False, nothing is waited for any longer.
@@ -107,7 +107,7 @@ class CountedLater(SampleDataset):
 
 
 def when_counted(dataset: object, act: Callable[[], object]) -> None:
-    """Call something at once, or as soon as the records of a data set are counted, where that is later."""
+    """Call something as soon as the records of a data set are counted; at once if they are."""
     if isinstance(dataset, CountedLater):
         dataset.when_counted(act)
     else:

@@ -35,7 +35,7 @@ LOSS_WEIGHTS: Final = "loss_weights"
 
 
 class SampleRef(NamedTuple):
-    """Names a sample for people: `record` is its index in the source, from 0, None in a stream; `id` its own name."""
+    """Names a sample in messages: `record` is its index in the source, from 0, None in a stream; `id` its own name."""
 
     source: str
     record: int | None
@@ -73,8 +73,8 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         has_thinking: whether any sample has thinking that is read.
         skipped: the records that were left out.
         contributions: what each source contributes.
-        labels: the label of each sample, see `Sample.label`; None where samples have none.
-        groups: the group of each sample, see `Sample.group`; None where samples have none.
+        labels: the label of each sample, see `Sample.label`; None if samples have none.
+        groups: the group of each sample, see `Sample.group`; None if samples have none.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         sizes = media_sizes_from_opened(sample.media, media, processor)
 
         def process_one(index: int) -> object:
-            """Process one medium alone, to find out which of them the processor refuses."""
+            """Process one image or video alone, to find out which of them the processor refuses."""
             return processor.image_inputs(media[index : index + 1], sizes[index : index + 1])
 
         with processor_errors("the processor", sample.id, sample.media, process_one):
@@ -248,7 +248,7 @@ def model_inputs(
     """
 
     def process_one(index: int) -> object:
-        """Process one medium alone, to find out which of them the processor refuses."""
+        """Process one image or video alone, to find out which of them the processor refuses."""
         return processor.image_inputs(media[index : index + 1], sizes[index : index + 1])
 
     name, refs = ("?", []) if sample is None else (sample.id, sample.media)
@@ -287,7 +287,7 @@ def load_sources(
     sources: list[Source], config: DatasetConfig, encoder: SampleEncoder, *, seed: int, first: int | None = None,
     evaluates: bool = False,
 ) -> SampleDataset:  # fmt: skip
-    """Read, check and count the records of sources that are made already; see `load_dataset`."""
+    """Read, check and count the records of existing sources; see `load_dataset`."""
     places, lengths, images, skipped, contributions = [], [], [], [], []
     labels, groups = [], []
     has_videos = has_thinking = False
@@ -333,7 +333,7 @@ def load_sources(
 
 
 def draw_records(number: int, max_samples: int | None, seed: int) -> np.ndarray:
-    """Return the indices of `max_samples` of `number` records at random, in order; of all where there are no more."""
+    """Return the indices of `max_samples` of `number` records at random, in order; of all if there are no more."""
     if max_samples is None or max_samples >= number:
         return np.arange(number)
     return np.sort(np.random.default_rng(seed).choice(number, max_samples, replace=False))

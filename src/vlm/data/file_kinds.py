@@ -61,17 +61,17 @@ BRANDS = {
     "hevx": HEIC,
     "mif1": HEIC,
     "msf1": HEIC,
-    "avif": f"AVIF, which this Pillow does not read, or is torn: {CONVERT_IMAGE}",
-    "avis": f"AVIF, which this Pillow does not read, or is torn: {CONVERT_IMAGE}",
+    "avif": f"AVIF, damaged or of a kind that this Pillow does not read: {CONVERT_IMAGE}",
+    "avis": f"AVIF, damaged or of a kind that this Pillow does not read: {CONVERT_IMAGE}",
     "crx ": f"a camera's raw file: {CONVERT_IMAGE}",
     "M4A ": "sound (AAC)",
 }
-"""The brand of a file of ISO's base format, at its fourth byte behind `ftyp` -> what it is; others are videos."""
+"""The brand of a file of ISO's base format, at its fourth byte after `ftyp` -> what it is; others are videos."""
 RIFF_KINDS = {b"WAVE": "sound (WAV)", b"AVI ": "a video (AVI)", b"WEBP": "a WebP image"}
 
 
 def describe_bytes(head: bytes) -> str | None:
-    """Describe a file by its first `NUM_HEAD_BYTES` bytes, with what to do about it; None where it is not known."""
+    """Describe a file by its first `NUM_HEAD_BYTES` bytes, with what to do about it; None if it is not known."""
     if not head:
         return "the file is empty"
     for place, signature, kind in SIGNATURES:
@@ -85,7 +85,7 @@ def describe_bytes(head: bytes) -> str | None:
 
 
 def _describe_text(head: bytes) -> str | None:
-    """Describe markup and other text; None for what is no text."""
+    """Describe markup and other text; None for anything that is not text."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
     if start.startswith(b"<"):
         lower = start.lower()
@@ -122,5 +122,5 @@ def read_head(path: Path) -> bytes:
 
 
 def show_start(head: bytes) -> str:
-    """Show the first bytes of a file of which nothing is known."""
+    """Show the first bytes of a file of an unknown kind."""
     return f"a file of an unknown kind, which begins with the bytes {head[:8].hex(' ')}"

@@ -18,7 +18,7 @@ class MarkedObject:
     Attributes:
         kind: `box`, `point`, `span` or `name`.
         values: `(x1, y1, x2, y2)`, `(x, y)`, `(start, end)` in seconds, or nothing.
-        label: what it is; None where the record does not say.
+        label: what it is; None if the record does not say.
         medium: the number of its image, of a span of its video, from 0 in the order of the text.
         units: of a box or point: `pixels`, `share` or `thousandths`.
         upright: whether its coordinates are those of the image as it is shown; else of the file as it is stored, before

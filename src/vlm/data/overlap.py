@@ -81,8 +81,8 @@ class Overlap:
     def __str__(self) -> str:
         """Return the counts in one sentence."""
         return (
-            f"of {self.evaluated:,} evaluation records, {self.same_image:,} have an image of the training data, "
-            f"{self.near_image:,} a near copy of one, and {self.same_text:,} a text of it"
+            f"of {self.evaluated:,} evaluation records, {self.same_image:,} share an image with the training data, "
+            f"{self.near_image:,} have a near copy of one, and {self.same_text:,} share a text"
         )
 
 
@@ -179,12 +179,12 @@ def find_overlap(training: Iterable[ScannedRecord], evaluation: Sequence[Scanned
         compared += 1
         for image in record.images:
             for number in by_digest.get(image.digest, ()):
-                same.setdefault(number, f"has the image {image.name} of {record.place}")
+                same.setdefault(number, f"shares the image {image.name} with {record.place}")
             if image.digest not in by_digest and (nearest := index.find(image.sketch)) is not None:
-                near.setdefault(owners[nearest], f"has a near copy of {image.name} of {record.place}")
+                near.setdefault(owners[nearest], f"has a near copy of {image.name} in {record.place}")
         for text in record.texts & by_text.keys():
             for number in by_text[text]:
-                texts.setdefault(number, f"has a text of {record.place}")
+                texts.setdefault(number, f"shares a text with {record.place}")
     near = {number: told for number, told in near.items() if number not in same}
     kinds = [list(kind.items())[:MAX_EXAMPLES] for kind in (same, near, texts)]
     examples = [f"{evaluation[number].place} {told}" for kind in kinds for number, told in kind]

@@ -17,14 +17,14 @@ from vlm.models.pixels import as_rgb
 STYLE = """\
 .pad{color:var(--muted)}.image,.video{color:var(--accent)}img{height:96px;margin:2px}h2{font-size:1em;margin:.2em 0}
 """
-"""What pages of samples have beside the style of all pages."""
+"""The style of pages with samples, in addition to that of all pages."""
 COUNTED_KINDS = {"pad": "padding", "image": "image token", "video": "video token"}
 """Kinds of tokens that are shown as a number."""
 GREEN, BLUE, RESET = "\033[30;42m", "\033[34m", "\033[0m"
 
 
 class Run(NamedTuple):
-    """Tokens of one kind beside each other: `mark` (supervised), `text`, or a number of `image`, `video` or `pad`.
+    """Tokens of one kind next to each other: `mark` (supervised), `text`, or a number of `image`, `video` or `pad`.
 
     `weight` is how much the loss of each supervised token counts.
     """
@@ -58,7 +58,7 @@ def tokens_as_html(
 ) -> str:  # fmt: skip
     """Return a row's tokens as HTML; image, video and padding tokens as counts.
 
-    Behind supervised tokens stands the weight of their losses where it is not 1; those below 1 are paler, others have a
+    The weight of their losses follows supervised tokens if it is not 1; those below 1 are paler, others have a
     darker line below.
     """
     elements = []
@@ -81,7 +81,7 @@ def tokens_as_text(
 ) -> str:  # fmt: skip
     """Return a sample's tokens for a terminal: supervised ones on green, or in 【 】 without colours.
 
-    Behind these stands the weight of their losses where it is not 1: `【a reply】×0.5`.
+    The weight of their losses follows these if it is not 1: `【a reply】×0.5`.
     """
     shown = []
     for kind, text, weight in token_runs(ids, labels, [1] * len(ids), processor, weights):

@@ -1,4 +1,4 @@
-"""The processor as all code but its own file sees it: it turns conversations into ids, and images into model inputs.
+"""The interface of processors, which turn conversations into ids, and images into model inputs.
 
 `models.processing_vlm.VLMProcessor` (composed models) and `families.processing.FamilyProcessor` (Hub families)
 satisfy the Protocol.
@@ -104,12 +104,12 @@ class Processor(Protocol):
 
     @property
     def videos(self) -> VideoSupport | None:
-        """Return how videos are read; None where each of their frames is read as an image."""
+        """Return how videos are read; None if each of their frames is read as an image."""
         ...
 
     @property
     def video_token(self) -> str | None:
-        """Return the text that stands for a video; None where there is none, as `videos`."""
+        """Return the text that stands for a video; None if there is none, as `videos`."""
         ...
 
     @property
@@ -119,7 +119,7 @@ class Processor(Protocol):
 
     @property
     def encodes_videos_separately(self) -> bool:
-        """Return whether the model encodes videos in a call of their own, beside the one for images."""
+        """Return whether the model encodes videos in a call of their own, in addition to the one for images."""
         ...
 
     @property
@@ -164,7 +164,7 @@ class Processor(Protocol):
 
     @property
     def tiling(self) -> AnyRes | None:
-        """Return how a composed model cuts images into tiles; None where it does not, and for families."""
+        """Return how a composed model cuts images into tiles; None if it does not, and for families."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""Progress of work that takes a while: a bar on a terminal, and in a file a line every half minute.
+"""Shows the progress of long work: as a bar on a terminal, as a line every half minute in a file.
 
 A bar is gone when the work is done. Lines go to the log, so that bars and log lines never share one.
 """

@@ -36,7 +36,7 @@ class Clip:
         height: of each frame, in pixels.
         width: of each frame, in pixels.
         fps: frames of the video per second, on average where their times are known.
-        times: seconds of each frame that is read, from the first frame of the video; None where the rate is constant,
+        times: seconds of each frame that is read, from the first frame of the video; None if the rate is constant,
             so that frame `n` is shown at `n / fps`.
     """
 
@@ -90,7 +90,7 @@ class OptionNeeded(BadSample):
 
 
 class Reasoned(Protocol):
-    """What has a reason, and the file at fault or None."""
+    """Anything that has a reason, and the file at fault or None."""
 
     @property
     def reason(self) -> str:
@@ -104,7 +104,7 @@ class Reasoned(Protocol):
 
 
 def group_reasons(problems: Iterable[Reasoned]) -> list[tuple[str, int]]:
-    """Count problems by what is wrong, the commonest first: (the reason, and how many there are).
+    """Count problems by reason, the commonest first; return pairs of the reason and the number.
 
     Reasons that differ in the file and in numbers only are one; the first of them stands for all, without its file
     where that is not the same for all.
@@ -184,8 +184,8 @@ class Turn:
     Attributes:
         role: one of `ROLES`; `tool` is the result of a call.
         content: texts, images and videos in order.
-        supervised: whether a reply is learned; one that is not is only read. Without meaning for other roles.
-        weight: how much the loss of each token of a reply counts, above 0; without meaning where it is not learned.
+        supervised: whether a reply is trained on; one that is not is only read. Without meaning for other roles.
+        weight: how much the loss of each token of a reply counts, above 0; without meaning if it is not learned.
         thinking: what the assistant thinks before its reply, where the record has it apart from the reply's text.
     """
 
@@ -262,7 +262,7 @@ class Sample:
         group: a ranking compares samples of the same group.
         references: the texts that an answer is compared with, where they are not just the last reply.
         tools: the tools that the assistant may call, in OpenAI's form, as chat templates read them.
-        objects: its boxes, points and time spans, for which marks stand in its texts until they are written as the
+        objects: its boxes, points and time spans, for which marks are in its texts until they are written as the
             model writes them (`coordinates.writing`).
         rejected: the conversation that a model should prefer this one to, see `records.preferences`; None: there is
             none.
@@ -316,7 +316,7 @@ class Sample:
 
     @property
     def media(self) -> list[ImageRef | VideoRef]:
-        """All images and videos, in the order of the text; behind them those of `rejected`, where it has others."""
+        """All images and videos, in the order of the text; after them those of `rejected`, where it has others."""
         return vars(self)["_media"]
 
     @property
@@ -325,31 +325,31 @@ class Sample:
         return self if self.rejected is None else replace(self, rejected=None)
 
     def map_sides(self, change: Callable[["Sample"], "Sample"]) -> "Sample":
-        """Return the sample changed, and so what it is preferred to, where it has such a conversation."""
+        """Return the sample with both its sides changed: its conversation, and the rejected one if there is one."""
         if self.rejected is None:
             return change(self)
         return replace(change(self.chosen), rejected=change(self.rejected))
 
     @property
     def replies(self) -> list[Turn]:
-        """The replies that are learned, in order."""
+        """The replies that are trained on, in order."""
         return [turn for turn in self.turns if turn.role == "assistant" and turn.supervised]
 
     @property
     def reply_problem(self) -> str | None:
-        """Why there is no reply to learn from; None where there is one."""
+        """The reason why there is no reply to learn from; None if there is one."""
         given = [turn for turn in self.turns if turn.role == "assistant"]
         if not given:
-            return "no reply to learn from"
+            return "no reply to train on"
         if self.replies:
             return None
         if all(turn.is_blank for turn in given):
-            return "no reply to learn from: its replies are blank"
-        return "no reply to learn from: those that are not blank have weight 0 or loss false"
+            return "no reply to train on: its replies are blank"
+        return "no reply to train on: those that are not blank have weight 0 or loss false"
 
     @property
     def learns_between_media(self) -> bool:
-        """Whether a learned reply stands behind an image or video and before another one."""
+        """Whether a trained reply is after an image or video and before another one."""
         has_media = [any(not isinstance(part, str) for part in turn.content) for turn in self.turns]
         return any(
             turn.role == "assistant" and turn.supervised and any(has_media[:place]) and any(has_media[place + 1 :])

@@ -39,7 +39,7 @@ class Skipped:
         return cls(record, name or "", reason or "", file, source.shown_path, policy)
 
     def as_error(self) -> ValueError:
-        """Return the error to raise where such records are not left out."""
+        """Return the error to raise if such records are not left out."""
         place = self.source if self.record is None else f"{self.source}, record {self.record}"
         hint = f"dataset.{self.policy}=skip leaves such records out and lists them."
         name = "" if self.id in ("", "?") else f"record {self.id!r}: "
@@ -51,7 +51,7 @@ class Skipped:
 
 
 def skip_or_raise(source: Source, config: DatasetConfig, record: int, error: BadSample) -> Skipped:
-    """Return the entry for a record that is left out; raise ValueError where the policy is `error`."""
+    """Return the entry for a record that is left out; raise ValueError if the policy is `error`."""
     skipped = Skipped.from_error(error, source, record)
     if getattr(config, skipped.policy) in ("error", "split"):  # one that cannot be split
         raise skipped.as_error()
@@ -83,7 +83,7 @@ def find_unusable(source: Source, counts: Counts, config: DatasetConfig, split: 
 
 
 def check_skipped_share(path: str, bad: Sequence[BadSample | Skipped], total: int, share: float) -> None:
-    """Raise ValueError where more records cannot be used than `dataset.max_skipped` allows."""
+    """Raise ValueError if more records cannot be used than `dataset.max_skipped` allows."""
     if len(bad) > share * total:
         reasons = group_reasons(bad)[:3]
         listing = "; ".join(f"{reason} ({number})" if number > 1 else reason for reason, number in reasons)

@@ -41,7 +41,7 @@ class Source:
     video. An epoch takes each sample `weight` times. `allow_pipe` says whether the path may be a command. Files and
     messages name `shown_path`, which is `path` without secrets.
 
-    Parts of records have the numbers behind those of the records, see `add_part`.
+    Parts of records have the numbers after those of the records, see `add_part`.
     """
 
     name: str
@@ -102,13 +102,13 @@ class Source:
         return self.parts[index - len(self.records)][0]
 
     def stream(self, shard: int = 0, num_shards: int = 1, seed: int | None = None) -> Iterator[object]:
-        """Iterate over a shard of the records, read anew each time; a record that cannot be read is a `BadSample`."""
+        """Iterate over a shard of the records, read again each time; a record that cannot be read is a `BadSample`."""
         return (record for record, _ in self.stream_from(START, shard, num_shards, seed))
 
     def stream_from(
         self, start: Position, shard: int = 0, num_shards: int = 1, seed: int | None = None
     ) -> Iterator[tuple[object, Position]]:
-        """Iterate over a shard of the records from a position on, each with the position behind it."""
+        """Iterate over a shard of the records from a position on, each with the position after it."""
         return stream_with_positions(
             self.path, self.cache, split=self.config.split, subset=self.config.subset, shard=shard,
             num_shards=num_shards, seed=seed, start=start, allow_pipe=self.allow_pipe,

@@ -1,6 +1,6 @@
-"""Conversations that are too long, as several samples: `dataset.over_length=split`.
+"""Splits conversations that are too long into several samples: `dataset.over_length=split`.
 
-A conversation is cut in front of questions. Each reply that is learned is learned in one part, with what stands before
+A conversation is cut in front of questions. Each trained reply is in exactly one part, with what is before
 it there: the system turn, and the turns that fit before it, whose replies are only read. A question without an image
 always keeps the turns with the images that were shown last before it. So a part never asks about images that it does
 not have, and a turn that stays keeps its images.
@@ -31,7 +31,7 @@ class Part:
 
     Attributes:
         turns: the indices of its turns in the conversation, ascending.
-        first: the index of the first turn of which replies are learned.
+        first: the index of the first turn of which replies are trained on.
         number: which part it is, from 1.
     """
 
@@ -53,7 +53,7 @@ class Part:
 
 
 def split(sample: Sample, fits: Fits) -> list[Part] | None:
-    """Return the parts of a conversation, each as long as fits; None where a reply fits in none.
+    """Return the parts of a conversation, each as long as fits; None if a reply fits in none.
 
     Raises:
         BadSample: the template or the processor refuses a part.
@@ -74,7 +74,7 @@ def split(sample: Sample, fits: Fits) -> list[Part] | None:
 
 @dataclass(frozen=True)
 class _Conversation:
-    """A conversation in groups of turns, see `_group_turns`, behind `num_leading` system turns."""
+    """A conversation in groups of turns, see `_group_turns`, after `num_leading` system turns."""
 
     sample: Sample
     num_leading: int
@@ -88,12 +88,12 @@ class _Conversation:
         return Part((*range(self.num_leading), *turns), self.groups[start][0], number)
 
     def find_end(self, start: int) -> int:
-        """Return up to which group a part that begins at `start` fits; `start` where not even one does."""
+        """Return the group after the last one that fits into a part beginning at `start`; `start` if none fits."""
         ends = range(start + 1, len(self.groups) + 1)
         return start + bisect_left(ends, True, key=lambda end: not self._holds(start, start, end))
 
     def find_earliest(self, start: int, end: int) -> int:
-        """Return the first of the groups before a part that fit into it too; `start` where none does."""
+        """Return the first of the groups before a part that still fit into it; `start` if none does."""
         counts = range(1, start + 1)
         return start - bisect_left(counts, True, key=lambda count: not self._holds(start - count, start, end))
 
@@ -102,9 +102,9 @@ class _Conversation:
 
 
 def _group_turns(turns: Sequence[Turn], start: int) -> list[range]:
-    """Return the indices of turns in groups that begin with a question and have a reply that is learned.
+    """Return the indices of turns in groups that begin with a question and have a reply that is trained on.
 
-    Turns behind the last learned reply are left out.
+    Turns after the last trained reply are left out.
     """
     groups: list[range] = []
     begin, has_reply, asks = start, False, True
@@ -133,7 +133,7 @@ def add_parts(source: Source, counts: Counts, workers: int | None) -> tuple[Coun
     """Split the records of a source that are too long, and count the parts.
 
     Returns:
-        The counts of all records and, behind them, of the parts; and the places in `counts` of records that were split.
+        The counts of all records and, after them, of the parts; and the places in `counts` of records that were split.
     """
     places = np.flatnonzero(counts.length > source.encoder.longest)
     numbers = split_records(source, counts.record[places]) if len(places) else np.empty(0, np.int64)
@@ -167,6 +167,7 @@ def _write_parts(source: Source, records: np.ndarray, path: Path) -> None:
     """Write the parts of each record."""
 
     def fits(sample: Sample) -> bool:
+        """Return whether a sample has at most as many tokens as the encoder allows."""
         encoded = source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))
         return len(encoded.input_ids) <= source.encoder.longest
 

@@ -1,7 +1,7 @@
 """Streams of records: read in sequence, shuffled in blocks, mixed by weight, without end.
 
 Each data worker of each rank is a reader with a shard of its own. The order depends on the seed alone. A batch says
-where its reader is behind it (`ReaderPosition`), so that a resumed run begins with the next record.
+where its reader is after it (`ReaderPosition`), so that a resumed run begins with the next record.
 """
 
 import random
@@ -34,7 +34,7 @@ READER_POSITION: Final = "reader_position"
 
 
 class ReaderPosition(NamedTuple):
-    """Where a reader goes on.
+    """Where a reader continues.
 
     Attributes:
         reader: the reader's number on its rank: that of its data worker.
@@ -59,7 +59,7 @@ class Draw:
         source: where it is from.
         record: the record.
         before: where the reader was before it.
-        behind: where the reader is behind it.
+        after: where the reader is after it.
         is_repeated: whether it was drawn before the run was resumed, and is in no batch yet.
     """
 
@@ -88,7 +88,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Positioned(Generic[T]):
-    """A value, and where its reader goes on behind it."""
+    """A value, and where its reader continues after it."""
 
     value: T
     position: ReaderPosition
@@ -96,12 +96,12 @@ class Positioned(Generic[T]):
 
 @dataclass(eq=False)
 class SampleStream(IterableDataset[SampleInputs | Skipped]):
-    """Encoded samples of one or several sources, read anew for every epoch, without end.
+    """Encoded samples of one or several sources, read again for every epoch, without end.
 
     They come from the sources in proportion to their weights, and are shuffled in blocks of `buffer` records of each.
 
     Attributes:
-        positions: where the readers of this rank go on, by their numbers; one that is not there begins.
+        positions: where the readers of this rank continue, by their numbers; one that is not there begins.
         first_reader: the reader whose batch comes first.
     """
 
@@ -128,7 +128,7 @@ class SampleStream(IterableDataset[SampleInputs | Skipped]):
         return (draw.encode() for draw in self.draws())
 
     def draws(self) -> Iterator[Draw]:
-        """Iterate over this reader's records, from where it goes on; those that have been in a batch do not come.
+        """Iterate over this reader's records, from where it continues; those that have been in a batch do not come.
 
         Raises:
             ValueError: a source has no record for this reader.
@@ -193,7 +193,7 @@ class PositionedStream(IterableDataset[Positioned[SampleInputs | Skipped]]):
 
 @dataclass(eq=False)
 class PositionedCollator:
-    """Makes batches that say under `READER_POSITION` where their reader is behind them.
+    """Makes batches that say under `READER_POSITION` where their reader is after them.
 
     Attributes:
         collate: makes a batch of values.

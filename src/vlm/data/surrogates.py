@@ -23,7 +23,7 @@ def find_surrogate(value: object, place: str = "") -> str | None:
 
     Args:
         value: a value of JSON.
-        place: what stands before the place, such as the name of the value.
+        place: what is before the place, such as the name of the value.
     """
     if isinstance(value, str):
         return place if has_surrogate(value) else None

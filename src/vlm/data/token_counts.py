@@ -62,14 +62,14 @@ class Counts:
         length: number of tokens, image tokens included; 0 for a record that cannot be used.
         needed: the fewest tokens that it may be cut to: up to its last image or video, and its first supervised token.
         supervised: number of supervised tokens.
-        replies: number of replies that are learned.
+        replies: number of replies that are trained on.
         images: number of images and videos; every frame of a video that is read as images.
         videos: number of those that the model reads as videos.
-        width, height: of the first image in pixels; 0 where it has none, or a frame of a video.
+        width, height: of the first image in pixels; 0 if it has none, or a frame of a video.
         uniform: number of its images, of those that were decoded, that are of one colour throughout.
-        thinking: 1 where a reply behind its last question has thinking that is read, else 0.
+        thinking: 1 if a reply after its last question has thinking that is read, else 0.
         labels: its label for prediction heads as JSON; null without one, or where labels are not read.
-        groups: the group within which a ranking compares it; null as labels.
+        groups: the group within which a ranking compares it; null under the same conditions.
         problems: place in these arrays -> why the record cannot be used.
         ids: the names that records give themselves.
     """
@@ -91,7 +91,7 @@ class Counts:
     ids: pa.ChunkedArray
 
     def join(self, other: "Counts") -> "Counts":
-        """Return these counts, and others behind them."""
+        """Return these counts, and others after them."""
         columns = {name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in INTEGER_COLUMNS}
         problems = {**self.problems, **{len(self.record) + place: error for place, error in other.problems.items()}}
         return Counts(
@@ -122,7 +122,7 @@ def count(
         records: the indices of the records, in order.
         decode: the number of records, from the first on, whose images are decoded; None for all.
         workers: number of processes; None for one a core.
-        on_problem: called for each record that cannot be used, as soon as it is found; where it raises, the counts up
+        on_problem: called for each record that cannot be used, as soon as it is found; if it raises, the counts up
             to there are kept.
     """
     path = counts_file(source, records, decode)
@@ -142,7 +142,7 @@ def count(
 
 
 def counts_file(source: Source, records: np.ndarray, decode: int | None) -> Path:
-    """Return the file of the cache for the counts of some records; arguments as of `count`."""
+    """Return the file of the cache for the counts of some records; arguments as in `count`."""
     numbers = hashlib.sha256(records.tobytes()).hexdigest()
     key = json_digest(source.fingerprint, decode, str(SCHEMA), numbers, *map(str, source.parts))
     return source.cache / "counts" / f"{key}.arrow"
@@ -198,7 +198,7 @@ def _write_counts(
 
 
 def _collect_seldom(worker: int) -> None:
-    """Exempt from collection what a worker has from its parent, which walking would copy, and collect the rest seldom.
+    """Exempt the parent's objects from garbage collection, which would copy them, and collect the rest rarely.
 
     A worker makes a million objects a second, hardly any of them in cycles.
     """

@@ -57,6 +57,6 @@ class RecordReader:
 
 
 def check_reply(sample: Sample, *, needed: bool) -> None:
-    """Raise BadSample where a reply is needed and there is none to learn from; before any image is decoded."""
+    """Raise BadSample if a reply is needed and there is none to learn from; before any image is decoded."""
     if needed and (problem := sample.reply_problem):
         raise BadSample(sample.id, problem)

@@ -117,6 +117,7 @@ def bounded_template() -> Iterator[None]:
     end, lines = time.thread_time() + MAX_TEMPLATE_SECONDS, 0
 
     def count_lines(frame: FrameType, event: str, value: object) -> object:
+        """Count a line of the template; raise if the time is over."""
         nonlocal lines
         lines += 1
         if lines % LINES_BETWEEN_CHECKS == 0 and time.thread_time() > end:
@@ -126,6 +127,7 @@ def bounded_template() -> Iterator[None]:
         return count_lines
 
     def enter(frame: FrameType, event: str, value: object) -> Any:
+        """Trace the lines of templates, and of nothing else."""
         return count_lines if frame.f_code.co_filename == TEMPLATE_FILE else None
 
     sys.settrace(enter)

@@ -1,1 +1,1 @@
-"""Run directories read back: what was trained, how it went and what came out, for lists, reports and comparisons."""
+"""Reads run directories for lists, reports and comparisons: what was trained, its course, and its results."""

@@ -1,6 +1,6 @@
 """Curves as inline SVG, for pages without scripts: light and dark, linear and logarithmic.
 
-Colours are variables of the page, see `STYLE`; a figure holds both scales, and a box beside its title switches them.
+Colours are variables of the page, see `STYLE`; a figure holds both scales, and a box next to its title switches them.
 """
 
 import math
@@ -12,12 +12,12 @@ from vlm.config.shown import printable
 
 WIDTH, HEIGHT = 720, 260
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 34
-"""The size of a chart, and the margins around its axes, in units of its own."""
+"""The size of a chart and the margins around its axes, in SVG units."""
 MAX_POINTS = 800
-"""Points of a curve that are drawn: of more, the lowest and the highest of each stretch."""
+"""Maximum number of drawn points of a curve; of more, the lowest and the highest of each stretch are drawn."""
 NUM_COLOURS = 8
 DASHES = ("", "6 3", "2 3")
-"""Patterns of lines, where there are more lines than colours."""
+"""Patterns of lines, used if there are more lines than colours."""
 
 STYLE = """\
 :root{--c0:#0b62c4;--c1:#c2410c;--c2:#187a3c;--c3:#7c3aed;--c4:#be185d;--c5:#0e7490;--c6:#946200;--c7:#60646c}
@@ -31,14 +31,14 @@ figcaption label{font-weight:400;color:var(--muted);font-size:.85rem;margin-left
 list-style:none}.legend svg{width:22px;height:10px;margin-right:.35rem;vertical-align:middle}
 figure:has(.scale:checked) .linear,figure:not(:has(.scale:checked)) .log{display:none}
 """
-"""What a page with charts has beside the style of all pages."""
+"""The style of pages with charts, in addition to that of all pages."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart; `marked` draws its points too, as of a few evaluations."""
+    """A line of a chart; with `marked`, its points are drawn too, for example those of a few evaluations."""
 
     name: str
     points: Sequence[Point]
@@ -47,14 +47,14 @@ class Curve:
 
 def draw_figure(title: str, curves: Sequence[Curve], *, x_title: str = "step", from_zero: bool = False,
                 log_scale: bool = True, note: str = "") -> str:  # fmt: skip
-    """Return a figure with its curves and a legend, as HTML; empty where no curve has a point.
+    """Return a figure with its curves and a legend, as HTML; empty if no curve has a point.
 
     Args:
         title: plain text above it.
         curves: the curves; those without points are left out.
         x_title: plain text below the horizontal axis.
         from_zero: whether the linear scale begins at 0.
-        log_scale: whether it can be switched to a logarithmic scale, where all values are above 0.
+        log_scale: whether it can be switched to a logarithmic scale, if all values are above 0.
         note: plain text below the legend.
     """
     drawn = [Curve(curve.name, _thin(curve.points), curve.marked) for curve in _merge_equal(curves) if curve.points]
@@ -79,7 +79,7 @@ def draw_figure(title: str, curves: Sequence[Curve], *, x_title: str = "step", f
 
 
 def _merge_equal(curves: Sequence[Curve]) -> list[Curve]:
-    """Return the curves, those that lie on each other as one with all their names."""
+    """Return the curves; those that coincide are merged into one with all their names."""
     merged: dict[tuple[Point, ...], Curve] = {}
     for curve in curves:
         points = tuple(curve.points)
@@ -99,7 +99,7 @@ def _stroke(number: int) -> str:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Where values lie on the vertical axis: `place` gives 0 at its lower end and 1 at its upper one."""
+    """Where values are on the vertical axis: `place` gives 0 at its lower end and 1 at its upper one."""
 
     place: Callable[[float], float]
     ticks: Sequence[float]
@@ -127,7 +127,7 @@ def _log_scale(curves: Sequence[Curve]) -> _Scale:
 
 
 def nice_ticks(low: float, high: float, number: int = 5) -> list[float]:
-    """Return round numbers within a range, about so many."""
+    """Return about `number` round numbers within a range."""
     raw = (high - low) / number
     if not raw > 0 or not math.isfinite(raw):
         return [low]
@@ -137,7 +137,7 @@ def nice_ticks(low: float, high: float, number: int = 5) -> list[float]:
 
 
 def show_tick(value: float) -> str:
-    """Return a number of an axis, as short as it can be."""
+    """Return a number of an axis in its shortest form."""
     if value == 0:
         return "0"
     if abs(value) >= 1e6 or abs(value) < 1e-2:
@@ -153,9 +153,11 @@ def _draw_chart(curves: Sequence[Curve], x_title: str, label: str, kind: str, sc
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
 
     def x_of(x: float) -> float:
+        """Return where a step is in the chart, in pixels from the left."""
         return LEFT + inner_width * (x - first) / (last - first)
 
     def y_of(y: float) -> float:
+        """Return where a value is in the chart, in pixels from the top."""
         return TOP + inner_height * (1 - scale.place(y))
 
     parts = [f'<svg class="chart {kind}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(label)}">']

@@ -1,7 +1,7 @@
-"""Two runs or more beside each other: what differs in their configurations, metrics and answers.
+"""Two runs or more next to each other: what differs in their configurations, metrics and answers.
 
-Where two runs answered the same records (`vlm eval` on the same data), the difference of a metric is paired, record by
-record; otherwise each run has the interval that was written of it.
+If two runs answered the same records (`vlm eval` on the same data), the difference of a metric is paired by record;
+otherwise the interval comes from the recorded intervals of both runs.
 """
 
 import math
@@ -28,7 +28,7 @@ ANSWERS_FILE = "answers.jsonl"
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40
 MAX_WIDTH = 32
-"""Characters of all names together, from which on tables have letters in their place."""
+"""If the names have more characters in all, tables show letters instead."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class MetricRow:
     """A metric of all runs.
 
     Attributes:
-        place: where it was measured: `training`, or an evaluation's or a set's name.
+        place: where it was measured: `training`, or the name of an evaluation or a set.
         metric: its name.
-        scores: its value in each run with its interval; None where a run does not have it.
-        differences: for each run but the first, its value minus the first run's, with its interval; None where either
+        scores: its value in each run with its interval; None if a run does not have it.
+        differences: for each run but the first, its value minus the first run's, with its interval; None if either
             lacks it.
         is_paired: whether the differences are of the same records.
     """
@@ -51,7 +51,7 @@ class MetricRow:
     is_paired: bool = False
 
     def verdict(self, number: int) -> str:
-        """Return whether a run is better than the first: `better`, `worse`, `within noise`, empty where unknown."""
+        """Return whether a run is better than the first: `better`, `worse`, `within noise`, empty if unknown."""
         difference = self.differences[number]
         if (
             "blank" in self.metric
@@ -71,8 +71,8 @@ class RunComparison:
 
     Attributes:
         runs: the runs.
-        names: how each is called: its shortest path that tells it from the others.
-        labels: the names, or letters in their place where names would make tables too wide.
+        names: the name of each run: its shortest unique path.
+        labels: the names, or letters if names would make tables too wide.
     """
 
     def __init__(self, runs: Sequence[RunDirectory]):
@@ -96,12 +96,12 @@ class RunComparison:
 
     @property
     def has_other_records(self) -> bool:
-        """Whether the runs evaluated different records while they trained."""
+        """Whether the runs evaluated different records during training."""
         return any(key.startswith("eval data") for key in self.surroundings)
 
     @cached_property
     def metrics(self) -> list[MetricRow]:
-        """Metrics of the last evaluation while training, of `vlm eval` and of heads."""
+        """Metrics of the last evaluation during training, of `vlm eval`, and of heads."""
         return [*self._training_metrics(), *self._evaluated_metrics(), *self._head_metrics()]
 
     def _training_metrics(self) -> list[MetricRow]:
@@ -183,7 +183,7 @@ def _head_scores(heads: JsonObject) -> Iterator[tuple[tuple[str, str], Score]]:
 
 
 def _differences(scores: Sequence[Score | None]) -> list[Score | None]:
-    """Return each run's value minus the first one's, with an interval that takes both for independent."""
+    """Return each run's value minus the first one's, with an interval that treats both as independent."""
     first = scores[0]
     return [None if first is None or other is None else _difference(first, other) for other in scores[1:]]
 
@@ -214,7 +214,7 @@ class _PairedAnswers:
         return bool(self.tables) and self.values(metric) is not None
 
     def values(self, metric: str) -> list[np.ndarray] | None:
-        """Return a metric of each answer, `(records,)` for each run; None where it has no value for each."""
+        """Return a metric of each answer, `(records,)` for each run; None if it has no value for each."""
         if metric not in METRICS:
             return None
         columns = []
@@ -233,7 +233,7 @@ class _PairedAnswers:
         return columns
 
     def differences(self, metric: str) -> list[Score | None] | None:
-        """Return each run's metric minus the first one's, paired; None where it cannot be paired."""
+        """Return each run's metric minus the first one's, paired; None if it cannot be paired."""
         columns = self.values(metric) if self.tables else None
         if columns is None:
             return None
@@ -249,7 +249,7 @@ def _read_answers(evaluation: Evaluation) -> dict[tuple[str, ...], JsonObject]:
 
 
 def short_paths(paths: Sequence[str]) -> list[str]:
-    """Return for each path its last names, as many as tell all of them apart."""
+    """Return the shortest unique ending of each path."""
     split = [path.strip("/").split("/") for path in paths]
     for number in range(1, max(map(len, split), default=1) + 1):
         names = ["/".join(words[-number:]) for words in split]
@@ -259,7 +259,7 @@ def short_paths(paths: Sequence[str]) -> list[str]:
 
 
 def sparkline(points: Sequence[tuple[float, float]], bounds: tuple[float, float, float, float]) -> str:
-    """Return a curve in a line of blocks, on the axes that it shares with others.
+    """Return a curve as a line of blocks, on axes shared with other curves.
 
     Args:
         points: steps and values.

@@ -17,15 +17,15 @@ from vlm.runs.report_outcomes import THUMBNAIL, show_score
 COLUMNS = ("state", "step", "loss", "eval_loss", "tokens_per_second", "duration")
 TITLES = ("run", "state", "step", "loss", "eval loss", "tokens/s", "duration")
 MAX_SAMPLES_SHOWN, MAX_SAMPLES = 3, 24
-"""Samples that a terminal and a page show."""
+"""Number of samples that a terminal and a page show."""
 MAX_VALUE = 60
 """Characters of a setting that a terminal shows."""
 MAX_IMAGE_BYTES = 8 << 20
 CURVES = ("loss", "eval_loss")
 MORE_CURVES = ("grad_norm", "tokens_per_second")
 INDEPENDENT = (
-    "Differences are against the first run, with 95% intervals. Paired ones are of the same records; others take the "
-    "runs for independent, which is too wide where both were evaluated on the same records."
+    "Differences are relative to the first run, with 95% intervals. Paired intervals compare the same records; the "
+    "others treat the runs as independent, which makes them too wide if both were evaluated on the same records."
 )
 MORE_STYLE = """\
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:.4rem 1rem}
@@ -109,8 +109,8 @@ def _metrics_text(comparison: RunComparison) -> str:
 
 
 def _notes(comparison: RunComparison) -> str:
-    """Return what has to be known to read the metrics."""
-    others = "The runs were evaluated on different records while they trained. " if comparison.has_other_records else ""
+    """Return the notes that explain the metrics."""
+    others = "The runs were evaluated on different records during training. " if comparison.has_other_records else ""
     return others + INDEPENDENT
 
 

@@ -13,16 +13,16 @@ PLACES = frozenset(
 """Settings that say where a run is and how it is started, not what it does."""
 
 SEED_KEYS = ("trainer.seed", "trainer.data_seed")
-"""Settings that change nothing but chance."""
+"""Settings that change only random numbers."""
 
 MOST, MIN_FOR_MOST = 2 / 3, 4
-"""The share of runs, of at least so many, whose value counts as the usual one."""
+"""The share of runs whose value counts as the usual one, and the minimum number of runs for this."""
 
 
 def differing_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
-    """Return key -> its value in each run, for the settings that differ; None where a run does not have the key.
+    """Return key -> its value in each run, for the settings that differ; None if a run does not have the key.
 
-    Where they are runs of the same recipe with the same version of this package, these are the keys that were set.
+    For runs of the same recipe with the same version of this package, these are the keys that were set.
     """
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in PLACES)
     values = {key: [run.settings.get(key) for run in runs] for key in keys}
@@ -30,9 +30,9 @@ def differing_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
 
 
 def varied_settings(runs: Sequence[RunDirectory]) -> dict[str, list[object]]:
-    """Return key -> its value in each run, for what commands set to different values; else as `differing_settings`.
+    """Return key -> its value in each run, for keys that commands set differently, or else as `differing_settings`.
 
-    A setting that follows from another one, as those of a group do, is not named beside it.
+    A setting that follows from another one, as those of a group do, is not named in addition.
     """
     keys = dict.fromkeys(key for run in runs for key in run.overrides if key not in PLACES)
     values = {key: [setting_of(run, key) for run in runs] for key in keys}
@@ -46,9 +46,9 @@ def _differ(one: object, other: object) -> bool:
 
 
 def unusual_settings(runs: Sequence[RunDirectory]) -> list[dict[str, object]]:
-    """Return for each run the settings in which it differs from most runs of its recipe, of those that a command set.
+    """Return for each run the settings from commands in which it differs from most runs of its recipe.
 
-    Where no value is that of most, all runs have theirs.
+    If no value is that of most runs, all values are returned.
     """
     by_recipe: dict[str | None, list[RunDirectory]] = {}
     for run in runs:
@@ -72,7 +72,7 @@ def setting_of(run: RunDirectory, key: str) -> object:
 
 
 def _usual_value(values: Sequence[object]) -> object:
-    """Return the value that all, or most of many, have; a new object, which equals nothing, where there is none."""
+    """Return the value that all, or most of many, have; a new object, which equals nothing, if there is none."""
     value, count = Counter(map(repr, values)).most_common(1)[0]
     if count == len(values) or (len(values) >= MIN_FOR_MOST and count > MOST * len(values)):
         return next(found for found in values if repr(found) == value)

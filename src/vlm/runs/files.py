@@ -1,7 +1,7 @@
-"""The files of one folder, read within bounds: what is missing is empty, what is damaged is named and left out.
+"""Reads the files of a folder within bounds: missing files are empty; damaged ones are named and left out.
 
-A run directory may come from someone else, be written to at this moment, or be torn by a full disk: nothing here
-raises for its content. Only regular files are read. Imports no torch.
+A run directory may come from someone else, be written to at the moment, or be truncated by a full disk. So nothing here
+raises because of its content. Only regular files are read. Imports no torch.
 """
 
 import stat
@@ -16,16 +16,16 @@ JsonObject = dict[str, object]
 
 MEGABYTE = 1 << 20
 MAX_TEXT_BYTES = 64 * MEGABYTE
-"""The longest text, log or table that is read; of a longer one, its beginning or its end."""
+"""The longest text, log or table that is read, in bytes; of a longer one, its beginning or end is read."""
 MAX_JSON_BYTES = 16 * MEGABYTE
 MAX_YAML_BYTES = MEGABYTE
 TAIL_BYTES = 64 * 1024
 """How much of a file's end `tail` returns."""
 MAX_DEPTH = 32
-"""Levels of nesting of a JSON or YAML file that is kept."""
+"""Maximum nesting depth of a JSON or YAML file."""
 
 SAFE_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The loader in C, ten times as fast, where PyYAML was built with it."""
+"""The loader in C, which is ten times as fast, if PyYAML was built with it."""
 
 
 class Folder:
@@ -33,7 +33,7 @@ class Folder:
 
     Attributes:
         path: the folder.
-        damaged: name of a file that is there and could not be read as what it should be -> why.
+        damaged: name of an existing file that could not be parsed -> the reason.
     """
 
     def __init__(self, path: Path):
@@ -52,14 +52,14 @@ class Folder:
         return status.st_size if stat.S_ISREG(status.st_mode) else None
 
     def modified(self, name: str) -> float | None:
-        """Return when a file was last written, in seconds since 1970; None where it is missing."""
+        """Return when a file was last written, in seconds since 1970; None if it is missing."""
         try:
             return (self.path / name).stat().st_mtime
         except OSError:
             return None
 
     def _read(self, name: str, start: int, length: int) -> bytes:
-        """Return bytes of a file; none where it cannot be read, which is noted."""
+        """Return bytes of a file; empty if it cannot be read, which is noted."""
         try:
             with (self.path / name).open("rb") as file:
                 file.seek(start)
@@ -69,7 +69,7 @@ class Folder:
             return b""
 
     def text(self, name: str, most: int = MAX_TEXT_BYTES) -> str:
-        """Return the text of a file, its first `most` bytes; empty where there is none."""
+        """Return the text of a file, its first `most` bytes; empty if there is none."""
         size = self._size(name)
         if size is None:
             return ""
@@ -78,7 +78,7 @@ class Folder:
         return self._read(name, 0, most).decode("utf-8", errors="replace")
 
     def tail(self, name: str, most: int = TAIL_BYTES) -> str:
-        """Return the last whole lines of a file, and a last one without end; empty where there is none."""
+        """Return the last whole lines of a file, and a last one without end; empty if there is none."""
         size = self._size(name)
         if size is None:
             return ""
@@ -86,7 +86,7 @@ class Folder:
         return text if size <= most else text.partition("\n")[2]  # the first line is incomplete
 
     def json(self, name: str) -> JsonObject:
-        """Return the JSON object of a file; empty where it is missing, or damaged, which is noted."""
+        """Return the JSON object of a file; empty if it is missing, or damaged, which is noted."""
         size = self._size(name)
         if size is None:
             return {}
@@ -96,11 +96,11 @@ class Folder:
         try:
             return _as_object(msgspec.json.decode(self._read(name, 0, MAX_JSON_BYTES)))
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            self.damaged[name] = f"no JSON object: {error}"
+            self.damaged[name] = f"not a JSON object: {error}"
             return {}
 
     def yaml(self, name: str) -> JsonObject:
-        """Return the mapping of a YAML file of plain values; empty where it is missing, or damaged, which is noted."""
+        """Return the mapping of a YAML file of plain values; empty if it is missing, or damaged, which is noted."""
         size = self._size(name)
         if size is None:
             return {}
@@ -113,18 +113,18 @@ class Folder:
                 raise ValueError("it has aliases")  # of a few bytes they make gigabytes
             return _as_object(yaml.load(text, SAFE_LOADER))
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            self.damaged[name] = f"no YAML mapping: {error}".splitlines()[0]
+            self.damaged[name] = f"not a YAML mapping: {error}".splitlines()[0]
             return {}
 
     def json_lines(self, name: str, most: int = MAX_TEXT_BYTES) -> list[JsonObject]:
         """Return the JSON objects of a file with one on each line; lines that are damaged are counted and left out.
 
-        A last line without its end is being written, and is no damage.
+        An incomplete last line is being written and does not count as damage.
         """
         *lines, _ = self.text(name, most).split("\n")
         objects = [found for line in lines if (found := parse_line(line)) is not None]
         if lost := sum(bool(line.strip()) for line in lines) - len(objects):
-            self.damaged[name] = f"{lost:,} of {len(lines):,} lines are no JSON objects"
+            self.damaged[name] = f"{lost:,} of {len(lines):,} lines are not JSON objects"
         return objects
 
     def files(self, pattern: str, most: int = 1000) -> Iterator[Path]:
@@ -149,7 +149,7 @@ def parse_line(line: str) -> JsonObject | None:
 
 def _as_object(value: object) -> JsonObject:
     if not isinstance(value, dict):
-        raise ValueError("its top is no mapping")
+        raise ValueError("its top level is not a mapping")
     _check_depth(value, MAX_DEPTH)
     return {str(key): item for key, item in value.items()}
 
@@ -165,37 +165,37 @@ def _check_depth(value: object, left: int) -> None:
 
 
 def get(value: object, *path: str) -> object:
-    """Return what stands at a path of nested mappings; None where nothing does."""
+    """Return the value at a path of nested mappings; None if there is none."""
     for name in path:
         value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
 
 def mapping_at(value: object, *path: str) -> JsonObject:
-    """Return the mapping at a path of nested mappings; empty where there is none."""
+    """Return the mapping at a path of nested mappings; empty if there is none."""
     found = get(value, *path)
     return {str(key): item for key, item in found.items()} if isinstance(found, Mapping) else {}
 
 
 def list_at(value: object, *path: str) -> list[object]:
-    """Return the list at a path of nested mappings; empty where there is none."""
+    """Return the list at a path of nested mappings; empty if there is none."""
     found = get(value, *path)
     return found if isinstance(found, list) else []
 
 
 def number_at(value: object, *path: str) -> float | None:
-    """Return the number at a path of nested mappings; None where there is none, and for infinity and NaN."""
+    """Return the number at a path of nested mappings; None if there is none, and for infinity and NaN."""
     return as_number(get(value, *path))
 
 
 def text_at(value: object, *path: str) -> str:
-    """Return what stands at a path of nested mappings as text; empty where nothing does."""
+    """Return the value at a path of nested mappings as text; empty if there is none."""
     found = get(value, *path)
     return "" if found is None else str(found)
 
 
 def as_number(value: object) -> float | None:
-    """Return a finite number, whole numbers as they are; None for anything else."""
+    """Return a finite number, keeping whole numbers as such; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if abs(value) < float("inf") else None

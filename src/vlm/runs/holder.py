@@ -29,7 +29,7 @@ class Holder:
 
 
 def read_holder(folder: Path) -> Holder | None:
-    """Return the process that holds, or last held, a run directory; None where none is recorded."""
+    """Return the process that holds, or last held, a run directory; None if none is recorded."""
     file = folder / HOLDER_FILE
     try:
         return Holder(**json.loads(file.read_text(encoding="utf-8")))
@@ -38,7 +38,7 @@ def read_holder(folder: Path) -> Holder | None:
 
 
 def has_ended(holder: Holder | None) -> bool:
-    """Return whether a holder was a process of this machine that is gone."""
+    """Return whether a holder was a process of this machine that has ended."""
     if holder is None or holder.host != socket.gethostname():
         return False
     try:
@@ -51,7 +51,7 @@ def has_ended(holder: Holder | None) -> bool:
 
 
 def touched(file: Path) -> float | None:
-    """Return when a file was last touched; None where it is gone. It is opened: network file systems look then."""
+    """Return when a file was last touched, or None. It is opened, because network file systems then update its time."""
     try:
         with file.open("rb") as opened:
             return os.fstat(opened.fileno()).st_mtime
@@ -60,7 +60,7 @@ def touched(file: Path) -> float | None:
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a run is alive in a directory: its process on this machine, or a recent sign of it on another."""
+    """Return whether a run in a directory is alive: its process on this machine, or a recent sign from another."""
     try:
         holder, last = read_holder(folder), touched(folder / HOLDER_FILE)
     except OSError:

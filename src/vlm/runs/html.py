@@ -14,7 +14,7 @@ MAX_IMAGE_BYTES = 32 << 20
 MAX_IMAGE_PIXELS = 64_000_000
 """The largest image file that a page embeds a small copy of."""
 MAX_TEXT = 2000
-"""Characters of a text of strangers that a page shows."""
+"""Maximum number of characters of a foreign text that a page shows."""
 
 STYLE = (
     CHART_STYLE
@@ -38,19 +38,20 @@ table{overflow-wrap:normal}td{max-width:34rem;overflow-wrap:break-word}h2+table,
 .hint{border-color:var(--line);color:var(--muted)}pre{white-space:pre-wrap}
 """
 )
-"""What pages about runs have beside the style of all pages."""
+"""The style of pages about runs, in addition to that of all pages."""
 
 
 def text(value: object, most: int = MAX_TEXT) -> str:
-    """Return a text as HTML: escaped, without secrets, what hides or turns letters written out, and not too long."""
+    """Return a text as HTML: escaped, without secrets or invisible control characters, and of limited length."""
     shown = mask(str(value))
     return escape(printable(shown if len(shown) <= most else f"{shown[:most]}…"))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, numeric: Sequence[int] = ()) -> str:
-    """Return a table of texts; columns of the places `numeric` are aligned to the right."""
+    """Return a table of texts; the columns with the indices `numeric` are aligned to the right."""
 
     def cell(tag: str, place: int, value: object) -> str:
+        """Return a cell of the table as HTML."""
         kind = ' class="number"' if place in numeric else ""
         return f"<{tag}{kind}>{text(value)}</{tag}>"
 
@@ -75,7 +76,7 @@ def details(summary: str, body: str) -> str:
 
 
 def embed_image(file: Path, side: int | None = None) -> str:
-    """Return an image file as a `data:` address, at most `side` pixels wide and high; empty where it does not open."""
+    """Return an image file as a `data:` address, at most `side` pixels wide and high; empty if it does not open."""
     from PIL import Image
 
     try:
@@ -100,14 +101,14 @@ class ImageBudget:
 
     Attributes:
         left: bytes that are left for further images.
-        num_left_out: number of images for which nothing was left.
+        num_left_out: number of images that did not fit.
     """
 
     def __init__(self, most: int):
         self.left, self.num_left_out = most, 0
 
     def embed(self, file: Path, side: int | None = None) -> str:
-        """Return an image as a `data:` address, see `embed_image`; empty where it does not open or does not fit."""
+        """Return an image as a `data:` address, see `embed_image`; empty if it does not open or does not fit."""
         image = embed_image(file, side)
         if len(image) > self.left:
             self.num_left_out += 1

@@ -18,7 +18,7 @@ Value = str | float | None
 DEFAULT_COLUMNS = ("name", "state", "step", "loss", "eval_loss", "tokens_per_second", "duration", "differs")
 METRIC_COLUMNS = ("loss", "eval_loss", "tokens_per_second")
 TITLES = {"eval_loss": "eval", "tokens_per_second": "tokens/s"}
-"""Column -> its title, where that is another."""
+"""Column -> its title, if this differs from its name."""
 FIELDS: Mapping[str, Callable[[RunDirectory], Value]] = {
     "name": lambda run: run.name,
     "path": lambda run: str(run.path),
@@ -30,7 +30,7 @@ FIELDS: Mapping[str, Callable[[RunDirectory], Value]] = {
     "duration": lambda run: run.seconds,
     "started": lambda run: run.started,
 }
-"""Columns that are no metric and no setting -> how they are read."""
+"""Columns that are neither metrics nor settings -> how they are read."""
 OPERATORS = {
     "<=": operator.le, ">=": operator.ge, "!=": operator.ne, "<": operator.lt, ">": operator.gt, "=": operator.eq,
 }  # fmt: skip
@@ -50,10 +50,10 @@ class Filter:
 
     @classmethod
     def parse(cls, text: str) -> "Filter":
-        """Return the condition that a text writes.
+        """Parse a condition.
 
         Raises:
-            ValueError: it is none.
+            ValueError: the text is not a condition.
         """
         match = re.fullmatch(r"\s*([^<>=!]+?)\s*(<=|>=|!=|<|>|==?)\s*(.*?)\s*", text)
         if match is None:
@@ -63,7 +63,7 @@ class Filter:
         return cls(match[1], OPERATORS[match[2].replace("==", "=")], match[3])
 
     def matches(self, value: Value) -> bool:
-        """Return whether a value meets the condition; a missing one meets none but `!=`."""
+        """Return whether a value meets the condition; a missing value meets only `!=`."""
         if value is None:
             return self.compare is operator.ne
         try:
@@ -83,7 +83,7 @@ class RunTable:
         self._differs = dict(zip(map(id, self.runs), unusual_settings(self.runs), strict=True))
 
     def value(self, run: RunDirectory, key: str) -> Value:
-        """Return the value of a column for a run; None where the run has none."""
+        """Return the value of a column for a run; None if the run has none."""
         if key == "differs":
             return describe_values(self._differs[id(run)])
         if key in FIELDS:
@@ -107,7 +107,7 @@ class RunTable:
                 continue
             ending = [name for name in settings if name.endswith(f".{key}")]
             if len(ending) > 1:
-                raise ValueError(f"{key}: several settings end so, {', '.join(ending[:4])}; write one whole")
+                raise ValueError(f"{key}: several settings end with it, {', '.join(ending[:4])}; write the whole key")
             if ending:
                 continue
             names = sorted(known | {name.rpartition(".")[2] for name in known})
@@ -136,7 +136,7 @@ class RunTable:
         return self.format(self.runs, DEFAULT_COLUMNS)
 
     def format(self, runs: Sequence[RunDirectory], columns: Sequence[str], width: int = 0) -> str:
-        """Return a table for a terminal; its longest column is cut where it is wider than `width` (0: never)."""
+        """Return a table for a terminal; if it is wider than `width` (0: never), its longest column is cut."""
         texts = [[format_value(column, self.value(run, column)) for column in columns] for run in runs]
         used = [
             at for at, column in enumerate(columns) if column in ("name", *columns[:1]) or any(row[at] for row in texts)
@@ -172,7 +172,7 @@ def _plain(value: object) -> Value:
 
 
 def format_value(column: str, value: Value) -> str:
-    """Return a value for a table; empty where there is none."""
+    """Return a value for a table; empty if there is none."""
     if value is None:
         return ""
     if isinstance(value, str):
@@ -187,7 +187,7 @@ def format_value(column: str, value: Value) -> str:
 
 
 def format_number(value: float) -> str:
-    """Return a number with four digits; a whole one, or one from 1,000 on, without decimals."""
+    """Return a number with four digits; whole numbers, and those of at least 1,000, without decimals."""
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

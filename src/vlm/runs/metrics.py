@@ -1,4 +1,4 @@
-"""What a run logged, as columns: for each metric its steps and values."""
+"""The logs of a run as columns: for each metric, its steps and values."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from vlm.runs.files import Folder, JsonObject, as_number, parse_line
 
 METRICS_FILE = "metrics.jsonl"
 INTERVAL_SUFFIX = "_ci95"
-"""How the name of half the width of a metric's 95% interval ends."""
+"""The ending of the name of half the width of a metric's 95% interval."""
 MAX_LINE_BYTES = 256 * 1024
 
 
@@ -19,7 +19,7 @@ class Column:
     Attributes:
         steps: the steps at which it has a value, in the order of the log.
         values: its values there; finite.
-        num_undefined: how often it was logged without a value: it was infinite, or no number.
+        num_undefined: how often it was logged as infinite or NaN.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -28,7 +28,7 @@ class Column:
 
     @property
     def last(self) -> float | None:
-        """The last value; None where there is none."""
+        """The last value; None if there is none."""
         return self.values[-1] if self.values else None
 
     def points(self) -> list[tuple[int, float]]:
@@ -74,7 +74,7 @@ class Metrics(Mapping[str, Column]):
         return len(self._columns)
 
     def last(self, name: str) -> float | None:
-        """Return the last value of a metric; None where it has none."""
+        """Return the last value of a metric; None if it has none."""
         column = self._columns.get(name)
         return column.last if column is not None else None
 
@@ -88,12 +88,12 @@ class Metrics(Mapping[str, Column]):
 
 
 def read_metrics(folder: Folder) -> Metrics:
-    """Return all that a run logged."""
+    """Return all logs of a run."""
     return Metrics(folder.json_lines(METRICS_FILE))
 
 
 def read_last_metrics(folder: Folder) -> Metrics:
-    """Return the end of what a run logged, with its last evaluation: enough for a list, however long the log is."""
+    """Return the end of a run's log with its last evaluation, which is enough for a list, however long the log is."""
     *lines, _ = folder.tail(METRICS_FILE).split("\n")
     objects = [found for line in lines if (found := parse_line(line)) is not None]
     if not any("eval_loss" in found for found in objects) and (evaluation := _find_last(folder, b'"eval_loss"')):
@@ -102,7 +102,7 @@ def read_last_metrics(folder: Folder) -> Metrics:
 
 
 def _find_last(folder: Folder, word: bytes) -> JsonObject | None:
-    """Return the last line of the log with a word in it; None where there is none."""
+    """Return the last line of the log with a word in it; None if there is none."""
     try:
         with (
             (folder.path / METRICS_FILE).open("rb") as file,

@@ -1,8 +1,8 @@
 """The one number that a run is judged by, and whether the difference between settings is more than noise.
 
-With several seeds of a setting, noise is the spread between seeds: a pooled variance within settings, as in the
-analysis of variance, and Student's t for the difference of two means. With one seed each, it is the interval that the
-evaluation logged of its metric, over records. Otherwise nothing is known of it, and that is said.
+With several seeds per setting, noise is the spread between seeds: a pooled variance within settings, as in the analysis
+of variance, and Student's t for the difference of two means. With one seed each, noise is the interval over records
+that the evaluation logged. Otherwise the noise is unknown, and the result says so.
 """
 
 import math
@@ -24,9 +24,9 @@ class Outcome:
     """The value of a run's metric.
 
     Attributes:
-        value: the metric, of the best evaluation where the run keeps that, else of the last.
+        value: the metric of the best evaluation if the run keeps it, else of the last one.
         step: when it was measured.
-        half_width: half the width of its 95% interval over records; None where it was not logged.
+        half_width: half the width of its 95% interval over records; None if it was not logged.
     """
 
     value: float
@@ -35,9 +35,7 @@ class Outcome:
 
 
 def metric_of(runs: Sequence[RunDirectory]) -> str:
-    """Return the metric that runs are compared by: that of `trainer.keep_best`, else the evaluation's loss, else the
-    training loss.
-    """
+    """Return the metric for comparing runs: that of `trainer.keep_best`, else the loss of evaluation or training."""
     for run in runs:
         if isinstance(kept := run.settings.get("trainer.keep_best"), str):
             return f"eval_{kept.removeprefix('eval_')}"
@@ -45,7 +43,7 @@ def metric_of(runs: Sequence[RunDirectory]) -> str:
 
 
 def sign_of(metric: str, runs: Sequence[RunDirectory] = ()) -> int:
-    """Return 1 where more of a metric is better, -1 where less is; `trainer.greater_is_better` of a run decides."""
+    """Return 1 if more of a metric is better, -1 if less is; `trainer.greater_is_better` of a run decides."""
     for run in runs:
         kept, greater = run.settings.get("trainer.keep_best"), run.settings.get("trainer.greater_is_better")
         if isinstance(greater, bool) and isinstance(kept, str) and metric == f"eval_{kept.removeprefix('eval_')}":
@@ -54,7 +52,7 @@ def sign_of(metric: str, runs: Sequence[RunDirectory] = ()) -> int:
 
 
 def outcome_of(run: RunDirectory, metric: str) -> Outcome | None:
-    """Return a run's value of a metric; None where it has none."""
+    """Return a run's value of a metric; None if it has none."""
     column = run.metrics.get(metric)
     if column is None or not column.values:
         return None
@@ -70,12 +68,12 @@ def outcome_of(run: RunDirectory, metric: str) -> Outcome | None:
 
 @dataclass
 class Setting:
-    """Runs that differ in their seeds alone.
+    """Runs that differ only in their seeds.
 
     Attributes:
-        values: key -> value, of what differs between the settings.
+        values: key -> value, for the keys that differ between settings.
         runs: the runs.
-        outcomes: what came out of each that has an outcome.
+        outcomes: the outcomes of the runs that have one.
     """
 
     values: dict[str, object]
@@ -97,7 +95,7 @@ class Setting:
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation between seeds; None of fewer than two."""
+        """The standard deviation between seeds; None for fewer than two."""
         return math.sqrt(self.squares / (len(self.outcomes) - 1)) if len(self.outcomes) > 1 else None
 
 
@@ -108,7 +106,7 @@ class Gap:
     Attributes:
         setting: the setting.
         difference: the best one's mean minus its mean.
-        half_width: half the width of the difference's 95% interval; None where nothing is known of the noise.
+        half_width: half the width of the difference's 95% interval; None if the noise is unknown.
     """
 
     setting: Setting
@@ -117,12 +115,12 @@ class Gap:
 
     @property
     def is_clear(self) -> bool | None:
-        """Whether the difference is more than noise; None where that cannot be told."""
+        """Whether the difference is more than noise; None if this is unknown."""
         return None if self.half_width is None else abs(self.difference) > self.half_width
 
 
 def group_by_setting(runs: Sequence[RunDirectory], metric: str) -> list[Setting]:
-    """Return the settings of runs, with what came out of each, in the order of the runs."""
+    """Return the settings of runs with their outcomes, in the order of the runs."""
     differing = [key for key in varied_settings(runs) if key not in SEED_KEYS]
     settings: dict[str, Setting] = {}
     for run in runs:
@@ -139,7 +137,7 @@ def rank(settings: Sequence[Setting], sign: int) -> tuple[Setting | None, list[G
 
     Args:
         settings: the settings; those without an outcome are left out.
-        sign: 1 where more is better.
+        sign: 1 if more is better.
     """
     measured = sorted((one for one in settings if one.outcomes), key=lambda one: -sign * one.mean)
     if not measured:
@@ -150,7 +148,7 @@ def rank(settings: Sequence[Setting], sign: int) -> tuple[Setting | None, list[G
 
 
 def _seed_noise(settings: Sequence[Setting]) -> Callable[[Setting, Setting], float] | None:
-    """Return half the width of the interval of a difference as the spread between seeds gives it; None without one."""
+    """Return half the width of a difference's interval from the spread between seeds; None without a spread."""
     freedom = sum(len(one.outcomes) - 1 for one in settings)
     if freedom < 1:
         return None
@@ -167,7 +165,7 @@ def _seed_noise(settings: Sequence[Setting]) -> Callable[[Setting, Setting], flo
 
 
 def _record_noise(one: Setting, other: Setting) -> float | None:
-    """Return half the width of the interval of a difference from those over records, taken for independent."""
+    """Return half the width of a difference's interval from the intervals over records, treated as independent."""
     widths = one.outcomes[0].half_width, other.outcomes[0].half_width
     return None if widths[0] is None or widths[1] is None else math.hypot(widths[0], widths[1])
 
@@ -209,7 +207,7 @@ def _describe_mean(setting: Setting) -> str:
 
 
 def numeric_axis(settings: Sequence[Setting]) -> tuple[str, list[float]] | None:
-    """Return the one key that differs between settings and its numbers; None where several do, or it has none."""
+    """Return the one key that differs between settings and its numbers; None if several do, or it has none."""
     keys: Mapping[str, object] = settings[0].values if settings else {}
     if len(keys) != 1:
         return None

@@ -1,7 +1,7 @@
-"""A run as its directory tells it, and the runs below a folder.
+"""Reads a run from its directory, and finds the runs below a folder.
 
-`read_run` opens no file yet: each attribute of `RunDirectory` reads what it needs when it is first asked for, so that a
-list of hundreds of runs takes a few small files of each. Nothing raises for what a file holds, see `files.py`.
+`read_run` opens no file: each attribute of `RunDirectory` reads its files on first access, so that a list of hundreds
+of runs reads only a few small files of each. Nothing raises because of a file's content, see `files.py`.
 """
 
 import os
@@ -34,24 +34,24 @@ CONFIG_FILE, COMMAND_FILE, VERSIONS_FILE, DATA_FILE = "config.yaml", "command.tx
 PARTS_FILE, REPORT_FILE = "parts.json", "report.html"
 FINAL_FOLDER, BEST_FOLDER = "final", "best"
 RUN_FILES = (COMMAND_FILE, CONFIG_FILE, METRICS_FILE)
-"""Files of which a run has at least two; a folder of the user's may have one of them by chance."""
+"""Files of which a run has at least two; any other folder may have one of them by chance."""
 
 MAX_RUN_DEPTH = 4
-"""How deep below a folder runs are looked for: a sweep's are in a folder of their own."""
+"""How deep below a folder runs are searched for; those of a sweep are one level deeper."""
 
 UNFINISHED = "not finished"
 STATES = (*ACTIVE_STATES, *ENDED_STATES, UNFINISHED)
-"""What a run may be; `not finished` is one of an earlier version that ended without a word, or runs elsewhere."""
+"""The states of a run; `not finished` is a run of an earlier version that ended without a result, or runs elsewhere."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What was other from a later start of a run on.
+    """What changed with a later start of a run.
 
     Attributes:
         step: the step that the run was resumed from.
         time: when, as ISO 8601.
-        values: key -> its value before, and from then on.
+        values: key -> its old and new value.
     """
 
     step: int
@@ -61,13 +61,13 @@ class Change:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `vlm eval` measured of a run's model.
+    """The results of `vlm eval` for a run's model.
 
     Attributes:
         name: the folder's path below `eval/`, mostly the name of the data.
         folder: where its `results.json` and its answers are.
         results: its `results.json`.
-        scores: metric -> its value and the ends of its 95% interval, None where there are none.
+        scores: metric -> its value and the ends of its 95% interval, None if there are none.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Evaluation:
 
 
 class RunDirectory:
-    """A run as its directory tells it; what the directory does not tell is empty or None.
+    """A run as recorded in its directory; unknown values are empty or None.
 
     Attributes:
         path: the run directory.
@@ -101,7 +101,7 @@ class RunDirectory:
 
     @cached_property
     def settings(self) -> dict[str, object]:
-        """The configuration as dotted keys, with the values that it has now: changes at resume are in it."""
+        """The configuration as dotted keys with their present values, including changes at resume."""
         now = {key: values[1] for change in self.changes for key, values in change.values.items()}
         settings = flatten(self.config)
         return settings | {key: value for key, value in now.items() if key in settings}
@@ -142,7 +142,7 @@ class RunDirectory:
 
     @cached_property
     def changes(self) -> list[Change]:
-        """What was other at later starts, in their order."""
+        """What changed at later starts, in order."""
         return list(_parse_changes(self.files.json_lines("changes.jsonl", MEGABYTE)))
 
     @cached_property
@@ -154,12 +154,12 @@ class RunDirectory:
 
     @cached_property
     def metrics(self) -> Metrics:
-        """All that was logged, as columns."""
+        """All logs as columns."""
         return read_metrics(self.files)
 
     @cached_property
     def last_metrics(self) -> Metrics:
-        """The end of what was logged, with the last evaluation; enough for a list."""
+        """The end of the log with the last evaluation; enough for a list."""
         return read_last_metrics(self.files)
 
     @cached_property
@@ -169,7 +169,7 @@ class RunDirectory:
 
     @cached_property
     def is_alive(self) -> bool:
-        """Whether the run's process lives, as far as can be told from here."""
+        """Whether the run's process is alive, as far as this machine can know."""
         return is_held(self.path)
 
     @cached_property
@@ -186,13 +186,13 @@ class RunDirectory:
 
     @cached_property
     def step(self) -> int:
-        """The last step that is known of; 0 before the first."""
+        """The last known step; 0 before the first."""
         told = number_at(self.status, "step") or 0
         return max(int(told), self.last_metrics.last_step)
 
     @cached_property
     def max_steps(self) -> int | None:
-        """The number of steps of the whole run, where it is known."""
+        """The number of steps of the whole run, if it is known."""
         for found in (number_at(self.status, "max_steps"), number_at(self.record, "progress", "max_steps"),
                       as_number(self.settings.get("trainer.max_steps"))):  # fmt: skip
             if found is not None and found > 0:
@@ -206,7 +206,7 @@ class RunDirectory:
 
     @cached_property
     def progress(self) -> float | None:
-        """The completed share of the run, from 0 to 1; None where it is unknown."""
+        """The completed share of the run, from 0 to 1; None if it is unknown."""
         if self.state == DONE:
             return 1.0
         if self.max_steps is not None:
@@ -223,7 +223,7 @@ class RunDirectory:
 
     @cached_property
     def seconds(self) -> float | None:
-        """How long the run has trained, in seconds: until now where it is alive, else until its last sign."""
+        """How long the run has trained, in seconds: until now if it is alive, else until its last sign of life."""
         if self.started is None:
             return None
         if self.is_alive:
@@ -237,12 +237,12 @@ class RunDirectory:
 
     @cached_property
     def speed(self) -> JsonObject:
-        """`speed.json`: tokens, samples and operations a second of the last call, padding, waiting, memory."""
+        """`speed.json`: tokens, samples and operations per second of the last call, padding, waiting, memory."""
         return self.files.json("speed.json")
 
     @cached_property
     def samples(self) -> dict[int, list[Answer]]:
-        """Step -> what the model answered."""
+        """Step -> the model's sample answers."""
         return read_samples(self.files)
 
     @cached_property
@@ -259,13 +259,13 @@ class RunDirectory:
 
     @cached_property
     def final(self) -> Path | None:
-        """The folder of the finished model; None where the run has none."""
+        """The folder of the finished model; None if the run has none."""
         folder = self.path / FINAL_FOLDER
         return folder if is_checkpoint(folder) else None
 
     @cached_property
     def best(self) -> Path | None:
-        """The folder of the model of the best evaluation; None where the run has none."""
+        """The folder of the model of the best evaluation; None if the run has none."""
         folder = self.path / BEST_FOLDER
         return folder if is_checkpoint(folder) else None
 
@@ -283,7 +283,7 @@ class RunDirectory:
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """What `vlm eval` measured of the run's model, by name."""
+        """The results of `vlm eval` for the run's model, by name."""
         found = []
         for file in self.files.files("eval/**/results.json"):
             folder = Folder(file.parent)
@@ -341,10 +341,10 @@ def read_run(folder: Path, name: str | None = None) -> RunDirectory:
 
     Args:
         folder: a run directory, or its folder `final` or a checkpoint in it.
-        name: how the run is called; defaults to the folder's name.
+        name: the name of the run; defaults to the folder's name.
 
     Raises:
-        ValueError: the folder is not that of a run.
+        ValueError: the folder is not a run directory.
     """
     for found in (folder, folder.resolve().parent):
         if is_run_directory(found):
@@ -353,11 +353,11 @@ def read_run(folder: Path, name: str | None = None) -> RunDirectory:
         raise ValueError(f"{folder}: no such folder; vlm runs lists the runs below outputs/")
     inside = next(find_run_folders(folder), None)
     hint = f"runs are in it, such as {inside}" if inside else "a run directory has config.yaml and metrics.jsonl"
-    raise ValueError(f"{folder}: this is no run directory; {hint}")
+    raise ValueError(f"{folder}: this is not a run directory; {hint}")
 
 
 def find_runs(parent: Path) -> list[RunDirectory]:
-    """Return the runs below a folder, the newest first; the folder's own where it is a run directory."""
+    """Return the runs below a folder, the newest first; or the folder itself if it is a run directory."""
     if is_run_directory(parent):
         return [RunDirectory(parent)]
     folders = find_run_folders(parent)

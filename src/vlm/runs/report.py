@@ -1,7 +1,8 @@
-"""`report.html` of a run directory: everything that a run tells of itself, as one file that needs no network.
+"""`report.html` of a run directory: everything known about a run, in one file that needs no network.
 
-Each function of `report_parts` and `report_outcomes` makes one section, or nothing where the run has nothing to say. A
-run may have been someone else's: texts are escaped and bounded, images re-encoded, what is damaged is named at the top.
+Each function of `report_parts` and `report_outcomes` makes one section, or nothing if the run has nothing to say. A
+run may come from someone else: texts are escaped and bounded, images are re-encoded, and damaged files are named at the
+top.
 """
 
 import logging
@@ -17,7 +18,7 @@ from vlm.runs.report_parts import curves, data, model, repeat, resumes, speed, v
 log = logging.getLogger(__name__)
 
 MAX_IMAGE_BYTES = 8 << 20
-"""The most that embedded images may add to a page."""
+"""The maximum size of all embedded images of a page, in bytes."""
 
 
 def make_report(run: RunDirectory) -> str:
@@ -77,7 +78,7 @@ def write_report(folder: Path, state: str | None = None) -> Path:
 
     Args:
         folder: the run directory.
-        state: how the run ended, where its files do not say so yet.
+        state: how the run ended, if its files do not say so yet.
     """
     run = RunDirectory(folder)
     if state is not None:
@@ -88,7 +89,7 @@ def write_report(folder: Path, state: str | None = None) -> Path:
 
 
 def try_to_write_report(folder: Path, state: str | None = None) -> Path | None:
-    """Write the page of a run at its end; what goes wrong with it is logged, and no reason for a run to fail."""
+    """Write the page of a run at its end; errors are logged and do not make the run fail."""
     try:
         return write_report(folder, state)
     except Exception:

@@ -1,6 +1,6 @@
-"""Sections of a run's report: what came out, with intervals, answers and plots, and which records were left out.
+"""Sections of a run's report on results, with intervals, answers and plots, and on records that were left out.
 
-Each function returns HTML, empty where a run has nothing to say.
+Each function returns HTML, empty if a run has nothing to say.
 """
 
 import re
@@ -14,7 +14,7 @@ from vlm.runs.read import RunDirectory
 from vlm.runs.samples import Answer
 
 MAX_SAMPLES, MAX_STEPS = 12, 20
-"""Samples of a step, and steps, that a page shows."""
+"""Number of samples of a step, and number of steps, that a page shows."""
 MAX_REASONS, MAX_EXAMPLES = 20, 3
 MAX_PLOTS = 40
 THUMBNAIL = 224
@@ -34,7 +34,7 @@ def show_score(score: Score) -> str:
 
 
 def evaluation(run: RunDirectory, images: ImageBudget) -> str:
-    """Return the last evaluation while it trained, what `vlm eval` measured, and what it gained and forgot."""
+    """Return the last evaluation during training, the results of `vlm eval`, and what the run gained and forgot."""
     parts = [_last_evaluation(run)]
     for found in run.evaluations:
         records = text_at(found.results, "records")
@@ -70,7 +70,7 @@ def _last_evaluation(run: RunDirectory) -> str:
 
 
 def heads(run: RunDirectory, images: ImageBudget) -> str:
-    """Return the measures of prediction heads with intervals, beside the baseline, and their plots."""
+    """Return the measures of prediction heads with intervals and the baseline, and their plots."""
     parts = []
     for records in run.heads:
         for head in mapping_at(run.heads, records):
@@ -103,7 +103,7 @@ def _show(score: object) -> str:
 
 
 def samples(run: RunDirectory, images: ImageBudget) -> str:
-    """Return the last sample answers with their images, and how they were at earlier steps."""
+    """Return the last sample answers with their images, and the answers at earlier steps."""
     if not run.samples:
         return ""
     steps = sorted(run.samples)
@@ -152,7 +152,7 @@ def skipped_records(run: RunDirectory) -> str:
 
 
 def group_reason(reason: str, file: str = "") -> str:
-    """Return a reason without what is of one record alone: its file, paths and numbers."""
+    """Return a reason without the details of a single record: its file, paths and numbers."""
     if file:
         reason = reason.replace(file, "…")
     reason = re.sub(r"(?<![\w…])(?:/[^\s:,;'\"]+)+", "…", reason)

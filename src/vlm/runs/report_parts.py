@@ -1,6 +1,6 @@
-"""Sections of a run's report: what was trained from what, how it went, and how to repeat it.
+"""Sections of a run's report on the model and its start, on the course of the run, and on how to repeat it.
 
-Each function returns HTML, empty where a run has nothing to say.
+Each function returns HTML, empty if a run has nothing to say.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,9 +20,9 @@ from vlm.runs.status_line import FAILED, STOPPED
 LOSSES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
 FINGERPRINT_LENGTH = 12
 MAX_FIGURES = 12
-"""Figures of further metrics of evaluations."""
+"""Maximum number of figures of further metrics of evaluations."""
 OF_NO_FIGURE = ("loss", "blank_loss", "runtime", "samples_per_second", "steps_per_second")
-"""What an evaluation logs besides metrics, or what another figure has; without `eval_`."""
+"""Logged values of an evaluation that are no metrics, or are in another figure; without `eval_`."""
 SPEED_LABELS = {
     "device": "device", "ranks": "ranks", "tokens_per_second": "tokens a second, all ranks",
     "supervised_tokens_per_second": "supervised tokens a second", "samples_per_second": "samples a second",
@@ -34,7 +34,7 @@ SHARES = ("padding_share", "data_wait_share", "mfu")
 
 
 def warnings(run: RunDirectory, images: ImageBudget) -> str:
-    """Return what a reader should know first: how the run ended, steps that were stopped, files that are damaged."""
+    """Return what a reader should know first: how the run ended, steps that a guard found, damaged files."""
     found, hints = list(_find_warnings(run)), list(_find_hints(run))
     found += [f"{name} is damaged and was left out: {why}" for name, why in list(run.files.damaged.items())[:20]]
     if images.num_left_out:
@@ -48,7 +48,7 @@ def _find_warnings(run: RunDirectory) -> Iterator[str]:
         yield f"The run failed at step {run.step:,}."
     elif run.state in (STOPPED, UNFINISHED):
         saved = f"; its newest checkpoint is of step {run.checkpoints[-1]:,}" if run.checkpoints else ""
-        yield f"The run did not reach its end: it was at step {run.step:,}{saved}."
+        yield f"The run did not finish: it was at step {run.step:,}{saved}."
     for name in ("loss", "grad_norm"):
         if (column := run.metrics.get(name)) is not None and column.num_undefined:
             yield f"{name} was infinite or undefined {column.num_undefined:,} times."
@@ -63,16 +63,19 @@ def _find_warnings(run: RunDirectory) -> Iterator[str]:
 
 def _find_hints(run: RunDirectory) -> Iterator[str]:
     if run.state != FAILED and run.step and "eval_loss" not in run.metrics:
-        yield "Nothing was evaluated while it trained: dataset.eval_split=0.05 trainer.eval_strategy=epoch does."
+        yield (
+            "Nothing was evaluated during training; dataset.eval_split=0.05 trainer.eval_strategy=epoch would change "
+            "that."
+        )
     if run.versions.get("git_changes"):
-        yield "The source had changes that git did not know; its revision alone does not repeat the run."
+        yield "The source had uncommitted changes, so its git revision alone does not reproduce the run."
 
 
 # What was trained from what
 
 
 def model(run: RunDirectory) -> str:
-    """Return what the model was composed of, what it started from, and what trained at which rate."""
+    """Return the parts of the model, what it started from, and what trained at which learning rate."""
     settings = run.settings
     if not settings:
         return ""
@@ -213,7 +216,7 @@ def _throughput(run: RunDirectory) -> str:
         lines = [Curve("samples", run.metrics["samples_per_second"].points())]
     shares = {"padding_share": "padding", "data_wait_share": "waiting for data", "mfu": "MFU"}
     below = [Curve(name, run.metrics[key].points()) for key, name in shares.items() if key in run.metrics]
-    return draw_figure("Throughput, a second", lines, from_zero=True, log_scale=False) + draw_figure(
+    return draw_figure("Throughput per second", lines, from_zero=True, log_scale=False) + draw_figure(
         "Shares of padding and waiting, and MFU", below, from_zero=True, log_scale=False
     )
 
@@ -236,7 +239,7 @@ def speed(run: RunDirectory) -> str:
 
 
 def resumes(run: RunDirectory) -> str:
-    """Return what was other at later starts."""
+    """Return what changed at later starts."""
     rows = [
         (f"{change.step:,}", change.time, key, show_value(before), show_value(now))
         for change in run.changes

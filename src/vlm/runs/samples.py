@@ -1,4 +1,4 @@
-"""The answers of a model while it trained, read back from `samples.md`."""
+"""Reads the answers of a model during training from `samples.md`."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _TEXT = re.compile(r"- \*\*(question|reference|answer)\*\*: ?(.*)")
 
 @dataclass
 class Answer:
-    """A sample and what the model answered; `image` is a file of the run directory."""
+    """A sample and the model's answer; `image` is a file of the run directory."""
 
     question: str = ""
     reference: str = ""
@@ -24,7 +24,7 @@ class Answer:
 
 
 def read_samples(folder: Folder) -> dict[int, list[Answer]]:
-    """Return step -> the answers there, in the order of the file; a step that is repeated is its last."""
+    """Return step -> its answers, in the order of the file; of a repeated step, the last answers count."""
     text = folder.text(SAMPLES_FILE)
     headings = list(STEP_HEADING.finditer(text))
     ends = [*(heading.start() for heading in headings), len(text)][1:]

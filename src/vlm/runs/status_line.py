@@ -1,6 +1,6 @@
-"""What a run does now, in words: the line that it shows, and the lines of its evaluations.
+"""Formats the progress line of a run, and the lines of its evaluations.
 
-`train/monitor` shows them while a run trains, `vlm watch` from the files of a run. Imports the standard library only.
+`train/monitor` shows them during training, `vlm watch` from the files of a run. Imports the standard library only.
 """
 
 import json
@@ -13,25 +13,25 @@ STATUS_FILE = "status.json"
 ACTIVE_STATES = STARTING, TRAINING, EVALUATING, SAVING = "starting", "training", "evaluating", "saving"
 ENDED_STATES = DONE, STOPPED, FAILED = "done", "stopped", "failed"
 TREND_LOGS = 20
-"""The number of last logs whose losses the trend is of."""
+"""Number of logs, counted from the last one, from which the trend is computed."""
 MIN_TREND_LOGS = 5
 """The number of logs that a trend needs."""
 TREND_ERRORS = 2.0
-"""A trend is one where the slope of the losses is more than this many of its standard errors from 0."""
+"""The slope of the losses counts as a trend if it is more than this many standard errors from 0."""
 ARROWS = {"falling": "↘", "flat": "→", "rising": "↗", None: ""}
 COLOURS = {"falling": "\x1b[32m", "rising": "\x1b[31m", "dim": "\x1b[2m"}
 END_OF_COLOUR = "\x1b[0m"
 RATE_NAMES = {"visual_encoder": "encoder", "language_model": "llm"}
-"""How the line shortens the names of parts."""
+"""Part -> its short name in the line."""
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "image_gain_ci95", "blank_loss", "loss")
-"""What an evaluation logs that is no metric of its own in its line."""
+"""Logged values of an evaluation that are not listed as metrics in its line."""
 
 
 def find_trend(steps: Sequence[int], losses: Sequence[float]) -> str | None:
-    """Return whether losses are `falling`, `flat` or `rising`; None where they are too few.
+    """Return whether losses are `falling`, `flat` or `rising`; None if they are too few.
 
-    It is the slope of the least-squares line through the last `TREND_LOGS` losses; `flat` where it is at most
-    `TREND_ERRORS` of its standard errors from 0.
+    This is the slope of the least-squares line through the last `TREND_LOGS` losses; it is `flat` if the slope is at
+    most `TREND_ERRORS` standard errors from 0.
     """
     x, y = list(steps)[-TREND_LOGS:], list(losses)[-TREND_LOGS:]
     if len(y) < MIN_TREND_LOGS or not all(map(math.isfinite, y)):
@@ -45,11 +45,11 @@ def find_trend(steps: Sequence[int], losses: Sequence[float]) -> str | None:
 
 
 def format_line(values: Mapping[str, object], width: int | None = None, *, coloured: bool = False) -> str:
-    """Return a run's values, as `status.json` has them, in a line.
+    """Return the values of a run, as in `status.json`, on one line.
 
     Args:
-        values: the values; those that are None are left out.
-        width: the most columns; what matters least is left out of a longer line. None: any number.
+        values: the values; None values are left out.
+        width: the maximum number of columns; a longer line drops the least important values. None: no limit.
         coloured: whether a falling loss is green and a rising one red.
     """
     fields = _list_fields(values)
@@ -64,7 +64,7 @@ def format_line(values: Mapping[str, object], width: int | None = None, *, colou
 
 
 def _list_fields(values: Mapping[str, object]) -> list[tuple[int, str]]:
-    """Return how much the fields of a line matter, 0 the most, and their texts, in the order in which they stand."""
+    """Return rank and text of each field of a line, in order; fields of rank 0 are the most important."""
     numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
     step, steps = values.get("step") or 0, values.get("max_steps")
     fields = [(0, f"step {step:,}" + (f"/{steps:,}" if steps else ""))]
@@ -93,7 +93,7 @@ def _list_fields(values: Mapping[str, object]) -> list[tuple[int, str]]:
 
 
 def format_count(number: float) -> str:
-    """Return a number of something a second, short: `12.3k`."""
+    """Return a number per second in short form: `12.3k`."""
     for size, letter in ((1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
@@ -137,7 +137,7 @@ def format_evaluation(step: int, metrics: Mapping[str, float]) -> str:
 
 
 def read_status(folder: Path) -> dict[str, object]:
-    """Return the `status.json` of a run directory; empty where there is none that can be read."""
+    """Return the `status.json` of a run directory; empty if there is none that can be read."""
     try:
         status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a sweep came to: one table, one plot, one page, and which setting is best."""
+"""Summarises a sweep: one table, one plot, one page, and which setting is best."""
 
 import logging
 from collections.abc import Sequence
@@ -19,19 +19,19 @@ log = logging.getLogger(__name__)
 
 PAGE_FILE, PLOT_FILE = "sweep.html", "sweep.png"
 MAX_CURVES = 16
-"""Runs whose curves a page shows: the best ones."""
+"""Number of runs, the best ones, whose curves a page shows."""
 DECADES = 10
-"""From this ratio of the largest to the smallest number on, a plot's horizontal axis is logarithmic."""
+"""If the largest number is at least this many times the smallest, the horizontal axis is logarithmic."""
 
 
 class SweepSummary:
-    """The runs of a sweep, grouped by what differs but the seed, the best setting first.
+    """The runs of a sweep, grouped by all differing settings except the seed, with the best setting first.
 
     Attributes:
         folder: the folder of the sweep.
         runs: its runs.
-        metric: what they are compared by.
-        sign: 1 where more of it is better, -1 where less is.
+        metric: the metric by which they are compared.
+        sign: 1 if more of it is better, -1 if less is.
         settings: the settings, the best first; those without an outcome last.
         gaps: setting -> how far it is behind the best, by the setting's text.
     """
@@ -85,7 +85,7 @@ def _describe_gap(gap: Gap | None) -> str:
 
 
 def write_sweep(folder: Path) -> SweepSummary | None:
-    """Write the plot and the page of a sweep into its folder; return its summary, None where it has no runs."""
+    """Write the plot and the page of a sweep into its folder; return its summary, None if it has no runs."""
     runs = [RunDirectory(path, path.relative_to(folder).as_posix()) for path in find_run_folders(folder)]
     if not runs:
         return None
@@ -96,7 +96,7 @@ def write_sweep(folder: Path) -> SweepSummary | None:
 
 
 def draw_sweep(summary: SweepSummary, path: Path) -> None:
-    """Plot what each setting came to, each seed as a point and the mean as a line, as a PNG; none without outcomes."""
+    """Plot the outcomes as a PNG, each seed as a point and the mean as a line; no file without outcomes."""
     measured = [one for one in summary.settings if one.outcomes]
     if not measured:
         return
@@ -164,10 +164,10 @@ def _make_page(summary: SweepSummary) -> str:
 
 
 def finish_sweep(folder: Path) -> None:
-    """Print the table of a sweep and write its files; whatever is wrong there is logged, and nothing raised."""
+    """Print the table of a sweep and write its files; errors are logged, not raised."""
     try:
         summary = write_sweep(folder)
-    except Exception:  # what was trained stays, whatever its summary meets
+    except Exception:  # an error in the summary must not hide the trained models
         log.exception("%s: the table of the sweep could not be written", folder)
         return
     if summary is not None:

@@ -1,5 +1,5 @@
-"""A run as its files tell it while it trains: what `vlm watch` shows. Needs the files alone, and neither torch nor the
-process: a disk of another machine will do.
+"""Shows a run from its files while it trains, for `vlm watch`. Needs only the files, neither torch nor the process: the
+run may be on another machine whose disk is mounted.
 """
 
 import json
@@ -27,15 +27,15 @@ from vlm.runs.status_line import (
 
 LOG_FILE = "run.log"
 GONE = "gone"
-"""The state of a run whose process on this machine is no longer there, although its files say that it is active."""
+"""The state of a run that is active according to its files, but whose process on this machine has ended."""
 STALE_SECONDS = 120.0
-"""How old the status of an active run may be until that is said."""
+"""If the status of an active run is older than this, in seconds, its age is shown."""
 PLOT_ROWS = 10
 LOG_BYTES = 65536
-"""How much of the end of `run.log` is read."""
+"""How many bytes of the end of `run.log` are read."""
 LOG_RECORD = re.compile(r"\d{4}-\d\d-\d\d (?P<time>\d\d:\d\d:\d\d),\d+ (?P<level>[A-Z]+) [\w.]+: ")
 PROGRESS_RECORD = re.compile(r" INFO vlm\.[\w.]+\.progress_line: ")
-"""Lines of the log that say what is shown above it already."""
+"""Progress lines in the log, which are already shown above it."""
 BRAILLE = 0x2800
 DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 """The dots of a braille character: by column, from the top."""
@@ -43,7 +43,7 @@ DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 @dataclass(frozen=True)
 class LiveRun:
-    """What the files of a run say at a moment.
+    """The content of a run's files at one moment.
 
     Attributes:
         folder: the run directory.
@@ -61,7 +61,7 @@ class LiveRun:
 
     @property
     def state(self) -> str:
-        """What the run does: a state of `status.json`, `gone`, or `unknown`."""
+        """The state of the run: one of `status.json`, `gone`, or `unknown`."""
         state = self.status.get("state")
         if not isinstance(state, str) or state not in (*ACTIVE_STATES, *ENDED_STATES):
             return "unknown"
@@ -100,14 +100,14 @@ def read_live_run(folder: Path, num_log_lines: int = 8) -> LiveRun:
     status, lines = read_status(folder), list(_read_metrics(folder / METRICS_FILE))
     if not status and not lines and not (folder / "config.yaml").is_file():
         raise ValueError(
-            f"{folder} holds no run: neither status.json, nor metrics.jsonl, nor config.yaml. Give the run directory, "
+            f"{folder} has no run: status.json, metrics.jsonl and config.yaml are missing. Give the run directory, "
             "which a run prints when it begins"
         )
     return LiveRun(folder, status, lines, _read_tail(folder / LOG_FILE, num_log_lines), time.time())
 
 
 def _read_metrics(file: Path) -> Iterator[dict[str, float]]:
-    """Yield the numbers of each line; a line that is not whole is left out."""
+    """Yield the numbers of each line; incomplete lines are left out."""
     try:
         texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -122,7 +122,7 @@ def _read_metrics(file: Path) -> Iterator[dict[str, float]]:
 
 
 def _read_tail(file: Path, number: int) -> list[str]:
-    """Return the last lines of a log, printable; none where there is no log."""
+    """Return the last lines of a log, printable; none if there is no log."""
     try:
         with file.open("rb") as opened:
             opened.seek(max(0, opened.seek(0, os.SEEK_END) - LOG_BYTES))
@@ -134,7 +134,7 @@ def _read_tail(file: Path, number: int) -> list[str]:
 
 
 def _shorten(line: str) -> str:
-    """Return a line of a log with the time of day alone before its text, and its level where it is no note."""
+    """Return a log line with only the time of day before its text, and its level unless it is a note."""
     found = LOG_RECORD.match(line)
     if found is None:
         return line
@@ -143,12 +143,12 @@ def _shorten(line: str) -> str:
 
 
 def render(run: LiveRun, width: int = 100, height: int | None = None) -> str:
-    """Return what is shown of a run.
+    """Return the view of a run.
 
     Args:
         run: the run.
-        width: the columns that there are.
-        height: the rows that there are; the log gets what the rest leaves. None: any number.
+        width: the number of columns.
+        height: the number of rows; the log gets the remaining ones. None: no limit.
     """
     shown = [*_render_head(run, width), *_render_losses(run.lines, width)]
     evaluations = [line for line in run.lines if "eval_loss" in line or any(name.startswith("eval_") for name in line)]
@@ -183,23 +183,23 @@ def _render_head(run: LiveRun, width: int) -> list[str]:
 
 
 def describe_state(run: LiveRun) -> str:
-    """Return what the run does, and how old the news are where that matters."""
+    """Return the state of the run, and the age of its status if that matters."""
     age, state = run.age, run.state
     host = run.status.get("host")
     where = f" on {printable(host, single_line=True)}" if isinstance(host, str) else ""
     if state == GONE:
-        return f"ended without a word: its process{where} is gone; run.log has its last lines"
+        return f"ended without reporting why: its process{where} no longer exists; run.log has its last lines"
     if state == "unknown":
         return "state unknown: it has no status.json"
     if state in ENDED_STATES or age is None:
         return state
     if age > STALE_SECONDS:
-        return f"{state}{where}, but it has said nothing for {format_seconds(age)}"
+        return f"{state}{where}, but it has written nothing for {format_seconds(age)}"
     return f"{state}{where}, {format_seconds(age)} ago"
 
 
 def _status_from_metrics(lines: Sequence[Mapping[str, float]]) -> dict[str, object]:
-    """Return the values of the last log as `status.json` has them, for runs that have no status."""
+    """Return the values of the last log in the form of `status.json`, for runs without a status."""
     logs = [line for line in lines if "loss" in line]
     if not logs:
         return {}
@@ -219,7 +219,7 @@ def draw_bar(share: float, width: int) -> str:
 
 
 def _wrap(line: str, width: int) -> list[str]:
-    """Return a line of fields that two blanks part as lines of at most so many columns."""
+    """Wrap a line of fields, separated by two blanks, into lines of at most this many columns."""
     lines = [""]
     for field in line.split("  "):
         longer = f"{lines[-1]}  {field}" if lines[-1] else field

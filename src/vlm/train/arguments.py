@@ -69,13 +69,13 @@ def training_arguments(trainer: TrainerOptions, extra_parts: Iterable[str] = ())
     _ = arguments.device  # sets up the process group
     if arguments.n_gpu > 1:
         raise ValueError(
-            f"{arguments.n_gpu} GPUs are visible to one process. Start one process for each (torchrun --nproc-per-node "
+            f"{arguments.n_gpu} GPUs are visible to one process. Start one process per GPU (torchrun --nproc-per-node "
             f"{arguments.n_gpu} -m vlm …, or deepspeed --module vlm …), or choose one: CUDA_VISIBLE_DEVICES=0"
         )
     if trainer.sharding is not None and arguments.world_size == 1:
         raise ValueError(
-            f"trainer.sharding={trainer.sharding}: one process has nothing to share the model with. Start one for "
-            "each device (torchrun --nproc-per-node N -m vlm …), or choose trainer/sharding=none"
+            f"trainer.sharding={trainer.sharding}: it needs more than one process. Start one per device "
+            "(torchrun --nproc-per-node N -m vlm …), or choose trainer/sharding=none"
         )
     if settings is not None:
         import deepspeed  # slow to import, and only some runs need it
@@ -90,7 +90,7 @@ def _peak_learning_rate(trainer: TrainerOptions, extra_parts: Iterable[str]) -> 
     rates = {key: getattr(trainer.learning_rate, key) for key in keys}
     for key, rate in rates.items():
         if rate is None:
-            raise ValueError(f"trainer.learning_rate.{key}=null: a positive number is needed, since it trains")
+            raise ValueError(f"trainer.learning_rate.{key}=null: a positive number is needed, because this part trains")
     return max(rates.values())
 
 
@@ -118,19 +118,19 @@ def deepspeed_config(value: Any) -> dict[str, Any] | None:
     for key, settings in (("checkpoint.writer", writer), ("datastates_ckpt", datastates)):
         if settings:
             raise ValueError(
-                f"trainer.deepspeed.{key}={settings}: DeepSpeed would not be done with a checkpoint when it gets its "
-                "manifest. Remove it: checkpoints are written before the next step"
+                f"trainer.deepspeed.{key}={settings}: DeepSpeed would still write a checkpoint when its manifest is "
+                "made. Remove it: checkpoints are written before the next step"
             )
     if value.get("sequence_parallel_size", 1) != 1:
         raise ValueError(
-            f"trainer.deepspeed.sequence_parallel_size={value['sequence_parallel_size']}: ranks share out samples, "
-            "never the tokens of one, since images of a sample belong to its placeholders. Leave it out"
+            f"trainer.deepspeed.sequence_parallel_size={value['sequence_parallel_size']}: ranks split samples, "
+            "never the tokens of a sample, whose images belong to its placeholders. Leave it out"
         )
     zero = value.get("zero_optimization", {})
     if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
         raise ValueError(
-            "trainer.deepspeed.zero_optimization.stage3_gather_16bit_weights_on_model_save: true is needed, or the "
-            "trained model could not be saved at the end"
+            "trainer.deepspeed.zero_optimization.stage3_gather_16bit_weights_on_model_save: true is needed, so that "
+            "the trained model can be saved at the end"
         )
     return dict(value)
 

@@ -152,8 +152,9 @@ class BatchTrainer(InterruptibleTrainer):
         """Raise ValueError where replies have weights, which the objective does not take."""
         if LOSS_WEIGHTS in batch and not self.objective.takes_loss_weights:
             raise ValueError(
-                f"trainer.objective={self.options.objective}: it does not weigh losses (Objective.takes_loss_weights), "
-                "but turns of the records have a `weight` or `loss` other than 0 and 1; leave these out"
+                f"trainer.objective={self.options.objective}: it does not weight losses "
+                "(Objective.takes_loss_weights), but turns of the records have a `weight` or `loss` other than 0 and "
+                "1; leave these out"
             )
 
     def _prepare_inputs(self, inputs: Inputs) -> Inputs:

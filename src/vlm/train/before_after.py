@@ -75,21 +75,21 @@ class BeforeAfter(TrainerCallback):
         if state.global_step == 0:
             self.before = self._measure("before training", ())
             if all(row.error for row in self.before):
-                problem = f"none of {len(self.before)} records can be asked, the first one since {self.before[0].error}"
+                problem = f"none of {len(self.before)} records can be used; the first error is: {self.before[0].error}"
                 raise ValueError(f"trainer.before_after=true: {problem}; leave it out")
             on_rank0(lambda: _write(file, self.before))
             return
         rows = on_rank0(lambda: _read(file))
         if rows is None:
             raise ValueError(
-                f"trainer.before_after=true: {file} is not there, since the run began without it; leave it out, and "
-                "compare with vlm compare-models"
+                f"trainer.before_after=true: {file} does not exist, because the run began without this setting. Leave "
+                "it out, and compare with vlm compare-models"
             )
         self.before = rows
         if [row.id for row in rows] != [_name(record) for record in self.records]:
             raise ValueError(
-                f"trainer.before_after=true: {file} is of other records; set trainer.before_after_samples and "
-                "trainer.before_after_probe as they were, or leave it out"
+                f"trainer.before_after=true: {file} has answers to other records. Set trainer.before_after_samples and "
+                "trainer.before_after_probe to their earlier values, or leave it out"
             )
 
     def finish(self, final: Path) -> None:

@@ -91,7 +91,10 @@ def _count_later(config: DatasetConfig, encoder: SampleEncoder, seed: int) -> Co
     if known or sum(map(len, drawn)) < MANY_RECORDS:
         return None
     load_sources(sources, config, encoder, seed=seed, first=NUM_CHECKED_FIRST)
-    log.info("Training starts while records are still counted; one that cannot be used ends the run when it is found")
+    log.info(
+        "Training starts while records are still being counted; a record that cannot be used ends the run when it is "
+        "found"
+    )
     places = [
         np.stack([np.full(len(repeated), number), repeated], axis=1)
         for number, (source, records) in enumerate(pairs)
@@ -119,7 +122,7 @@ def max_sample_length(config: DatasetConfig, model_config: PreTrainedConfig) -> 
     if config.streaming and config.max_length is None and positions == NO_LIMIT:
         raise ValueError(
             "dataset.max_length=null with dataset.streaming=true: this language model reads rows of any length, and "
-            "the lengths of a stream are not known before; set dataset.max_length"
+            "the lengths of a stream are not known in advance; set dataset.max_length"
         )
     return min(config.max_length or positions, positions)
 

@@ -82,7 +82,9 @@ def check_videos(
     if not with_videos:
         return
     streams = all(isinstance(dataset, SampleStream) for dataset in with_videos)
-    told = "records of a stream may have videos (dataset.streaming=false tells)" if streams else "records have videos"
+    told = (
+        "records of a stream may have videos (dataset.streaming=false finds out)" if streams else "records have videos"
+    )
     check_video_verdict(verdicts, _make_label(config, model_config), told, unproved=config.model.unproved)
 
 

@@ -47,8 +47,8 @@ def make_optimizer(
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if not isinstance(kind, type) or {"model", "optimizer_dict"} & kwargs.keys():
         raise ValueError(
-            f"trainer.optim={name}: it steps parameters by itself, all at one learning rate, which would lose each "
-            "part's. Choose another, such as adamw_torch_fused."
+            f"trainer.optim={name}: it updates all parameters at one learning rate, and each part has its own. "
+            "Choose another, such as adamw_torch_fused."
         )
     if (theirs := kwargs.pop("params", None)) is not None:  # low-rank optimisers treat some layers otherwise
         groups = _intersect_groups(groups, theirs)
@@ -80,7 +80,9 @@ def _make_custom(name: str, groups: list[Group], args: TrainingArguments) -> Opt
     except TypeError as error:
         raise ValueError(f"trainer.optim={name}, trainer.optim_args={args.optim_args}: {error}") from error
     if not isinstance(optimizer, Optimizer):
-        raise ValueError(f"trainer.optim={name}: it made a {type(optimizer).__name__}, no torch.optim.Optimizer")
+        raise ValueError(
+            f"trainer.optim={name}: it returned a {type(optimizer).__name__}; a torch.optim.Optimizer is needed"
+        )
     return optimizer
 
 
@@ -94,7 +96,7 @@ def parse_options(text: str | None) -> dict[str, object]:
     for word in (text or "").replace(" ", "").split(","):
         key, equals, value = word.partition("=")
         if word and not equals:
-            raise ValueError(f"trainer.optim_args={text}: {word} is no key=value")
+            raise ValueError(f"trainer.optim_args={text}: {word} is not of the form key=value")
         try:
             options |= {key: ast.literal_eval(value)} if word else {}
         except (ValueError, SyntaxError):

@@ -109,8 +109,8 @@ def _answerable_samples(
     selected = list(islice(answerable, max_samples))
     if not selected:
         raise ValueError(
-            "trainer.eval_metrics: no evaluation record ends with a reply and leaves inference.max_new_tokens="
-            f"{max_new_tokens} tokens of {longest} for an answer"
+            "trainer.eval_metrics: no evaluation record ends with a reply and leaves room for inference.max_new_tokens="
+            f"{max_new_tokens} of {longest} tokens; lower it, or give other records"
         )
     log.info("trainer.eval_metrics are measured on answers to %d of %d evaluation records", len(selected), len(data))
     return selected

@@ -39,8 +39,8 @@ def check_same_calls(config: PreTrainedConfig) -> None:
     if not is_composed_config(body) or body.native is None or encodes_sizes_together(body.vision_config):
         return
     raise ValueError(
-        f"dataset.image_mode=native: a visual encoder of model_type={body.vision_config.model_type} is called once for "
-        "each size of images, and ranks that shard weights (ZeRO-3, trainer.sharding=fsdp2) would wait for each other; "
+        f"dataset.image_mode=native: a visual encoder of model_type={body.vision_config.model_type} runs once for "
+        "each size of images, so ranks that shard weights (ZeRO-3, trainer.sharding=fsdp2) would wait for each other; "
         "choose trainer/deepspeed=zero2, or model/visual_encoder=siglip2-naflex or qwen2.5-vl-vit"
     )
 
@@ -56,7 +56,7 @@ def shard_model(model: PreTrainedModel, parts: Sequence[Part], args: TrainingArg
     """
     if scalars := [name for name, parameter in model.named_parameters() if parameter.ndim == 0]:
         raise ValueError(
-            f"trainer.sharding=fsdp2: {scalars[0]} is a single number, which it cannot share; choose "
+            f"trainer.sharding=fsdp2: {scalars[0]} is a single number, which FSDP2 cannot shard; choose "
             "trainer.deepspeed=zero3"
         )
     mesh = init_device_mesh(args.device.type, (dist.get_world_size(),))

@@ -55,7 +55,7 @@ class Phase(Enum):
 
     START = "at once: there is nothing to save yet"
     TRAINING = "after this step, with a checkpoint"
-    END = "when the finished model is written, since all steps are done"
+    END = "once the finished model is written, since all steps are done"
 
 
 class SignalListener:
@@ -128,7 +128,7 @@ class SignalListener:
                     self._receive(Signals(number), f"Received {Signals(number).name}")
             if any(parent_of(child) != launcher for child, launcher in self._launchers):
                 self._launchers = []
-                self._receive(signal.SIGHUP, "The process that launched this run has gone")
+                self._receive(signal.SIGHUP, "The process that launched this run has ended")
 
     def _receive(self, number: Signals, event: str) -> None:
         with self._lock:
@@ -139,7 +139,7 @@ class SignalListener:
             self.received = self.received or number
             if self.phase is Phase.START:
                 if os.environ.get("RANK", "0") == "0":  # logging may not be set up yet
-                    said = f"vlm: {event}: the run ends {self.phase.value}. The same command begins there again."
+                    said = f"vlm: {event}: the run ends {self.phase.value}. The same command starts it again."
                     print(said, file=sys.stderr)
                 self._end_process(SAVED_EXIT_CODE)
             elif is_second and self._is_saving:

@@ -91,7 +91,7 @@ class StopOnSignal(TrainerCallback):
         """Ask for a checkpoint where any rank got a signal."""
         if self.agree(args.device):
             if not self.can_save:
-                self._end(SAVED_EXIT_CODE, "there is no checkpoint of folds: the same command begins with the first")
+                self._end(SAVED_EXIT_CODE, "folds have no checkpoints: the same command starts with the first fold")
             control.should_save = True
         return control
 
@@ -114,7 +114,7 @@ class StopOnSignal(TrainerCallback):
 
     def _end(self, code: int, result: str) -> NoReturn:
         assert self.agreed is not None
-        log.info("The run ends on %s: %s. Exit code %d.", self.agreed.name, result, code)
+        log.info("The run ends because of %s: %s. Exit code %d.", self.agreed.name, result, code)
         raise SystemExit(code)
 
     def close(self) -> None:

@@ -60,13 +60,16 @@ class StreamPositions:
         file = self._file(checkpoint)
         if not file.is_file():
             raise ValueError(
-                f"{checkpoint}: it does not say where the stream was (no {file.name} in it): an earlier version wrote "
-                "it, or fewer ranks. Resume as it was written, or train on with trainer.from_pretrained"
+                f"{checkpoint}: it does not record the position in the stream ({file.name} is missing): an earlier "
+                "version or fewer ranks wrote it. Resume with those, or start from its model with "
+                "trainer.from_pretrained"
             )
         state = json.loads(file.read_text(encoding="utf-8"))
         for name, value in self.layout.items():
             if (before := state["layout"].get(name)) != value:
-                raise ValueError(f"{checkpoint}: a stream goes on only as it began. {name}: {before} then, {value} now")
+                raise ValueError(
+                    f"{checkpoint}: a stream cannot be resumed after {name} changed, from {before} to {value}"
+                )
         self.readers = {int(number): make_position(fields) for number, fields in state["readers"].items()}
         self.last_reader = state["last_reader"]
         self.stream.positions = dict(self.readers)

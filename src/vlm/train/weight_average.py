@@ -93,6 +93,6 @@ class WeightAverage(TrainerCallback):
         self.average = load_file(file) if file.is_file() else {}
         if missing := sorted(self.weights.keys() ^ self.average.keys()):
             raise ValueError(
-                f"trainer.average_decay={self.decay:g}: {file} does not have the weights that train, for example "
-                f"{missing[0]}; resume with the trainer.average_decay that the checkpoint was made with"
+                f"trainer.average_decay={self.decay:g}: {file} lacks weights that train, for example "
+                f"{missing[0]}; resume with the trainer.average_decay of the checkpoint"
             )

@@ -41,7 +41,7 @@ def make_token() -> str:
 
 
 def read_password(file: str | None) -> str | None:
-    """Return the password of the page, which no command line shows; None where there is none.
+    """Return the password of the page, which no command line shows; None if there is none.
 
     Args:
         file: the file whose first line it is, or `-` to ask at the terminal; None: the environment may have it, from
@@ -94,7 +94,7 @@ class Access:
         return is_bearer or self.has_cookie(headers.get(b"cookie", ""), port)
 
     async def is_secret(self, body: bytes) -> bool | None:
-        """Return whether the form of a login has the token or the password; None where too many wait."""
+        """Return whether the form of a login has the token or the password; None if too many wait."""
         text = next(iter(parse_qs(body.decode("utf-8", "replace")).get("secret", [])), "").strip()
         if self.is_token(text):
             return True

@@ -178,7 +178,7 @@ def save_drawn(image: "Image.Image") -> str:
 def read_settings(
     settings: Sequence[float | str | None], thinking: bool | None = None
 ) -> tuple[InferenceConfig, int | None]:
-    """Return the generation settings and the seed; ValueError where a field has to be corrected.
+    """Return the generation settings and the seed; ValueError if a field has to be corrected.
 
     `settings` are temperature, top_p, max_new_tokens and the text of the seed, which may be empty. `thinking` is that
     of `InferenceConfig`.
@@ -215,7 +215,7 @@ def _require_number(name: str, value: float | str | None) -> float:
 
 
 def _read_seed(text: str) -> int | None:
-    """Return the seed of a text; None where it is empty."""
+    """Return the seed of a text; None if it is empty."""
     if not text.strip():
         return None
     if not text.strip().isdecimal() or int(text) >= 2**32:

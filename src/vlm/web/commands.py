@@ -59,14 +59,14 @@ class Place:
         return [*words, "--trust-remote-code"] if checkpoint in self.trusted else words
 
     def check_writable(self, folder: Path) -> None:
-        """Raise ConfigError where a folder is not below the folder of outputs, links followed."""
+        """Raise ConfigError if a folder is not below the folder of outputs, links followed."""
         if folder.resolve() == self.outputs.resolve() or not is_inside(folder, self.outputs):
             raise ConfigError(f"{folder}: the page writes below {self.outputs}/ only; name a folder there")
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The fields of an evaluation; None where the browser has not shown a field yet."""
+    """The fields of an evaluation; None if the browser has not shown a field yet."""
 
     checkpoint: str | None
     data: str | None
@@ -183,7 +183,7 @@ def _plain_name(checkpoint: str) -> str:
 
 
 def _require(value: str | None, message: str) -> str:
-    """Return a field's value without surrounding white space; ConfigError where it is empty or an option."""
+    """Return a field's value without surrounding white space; ConfigError if it is empty or an option."""
     text = (value or "").strip()
     if not text:
         raise ConfigError(message)

@@ -47,7 +47,7 @@ class OpenRecords:
 
 
 def open_records(plan: Plan) -> OpenRecords:
-    """Open the records of a plan's run as the run reads them; ValueError where its checks or its data forbid it."""
+    """Open the records of a plan's run as the run reads them; ValueError if its checks or its data forbid it."""
     config = plan.compose_config()
     if config.dataset.streaming:
         reason = "the records of a stream have no numbers; use vlm data show to see the first ones"
@@ -113,7 +113,7 @@ def open_first(
 ) -> tuple[object, ...]:
     """Return the opened records, the first record's view, and whether its number and the buttons can be used.
 
-    The arguments are the values of the fields; None where the browser has not shown a field yet.
+    The arguments are the values of the fields; None if the browser has not shown a field yet.
     """
     keys = {"dataset.path": path, "dataset.image_folder": images, "dataset.template": template}
     plan = Plan(run, {"language_model": language_model}, {**keys, "trainer.from_pretrained": checkpoint}, lines)

@@ -110,7 +110,7 @@ class RequestGuard:
         await _answer(send, 303, b"", "text/plain", [cookie, (b"location", location.encode("latin-1"))])
 
     def refusal_reason(self, host: str, origin: str | None, site: str | None, method: str) -> str | None:
-        """Return why a request is refused; None where it is allowed.
+        """Return why a request is refused; None if it is allowed.
 
         Args:
             host: the request's `Host`.
@@ -150,12 +150,12 @@ def _is_address(name: str) -> bool:
 
 
 def _port(host: str) -> str:
-    """Return the port in a request's `Host`, as the browser sees it; empty where there is none."""
+    """Return the port in a request's `Host`, as the browser sees it; empty if there is none."""
     return "".join(filter(str.isdigit, host.rpartition("]")[2].partition(":")[2]))
 
 
 async def _read_body(receive: "Receive", limit: int) -> bytes | None:
-    """Return a request's body; None where it is longer than the limit, or breaks off."""
+    """Return a request's body; None if it is longer than the limit, or breaks off."""
     body = b""
     while True:
         message = await receive()

@@ -60,7 +60,7 @@ class Job:
 
 
 def start(command: Sequence[str], folder: Path) -> None:
-    """Start a run that writes into a folder; ValueError where one that the page started there is still running.
+    """Start a run that writes into a folder; ValueError if one that the page started there is still running.
 
     The words of its command reach the process as they are: no shell reads them.
     """
@@ -78,7 +78,7 @@ def start(command: Sequence[str], folder: Path) -> None:
 
 
 def read_job(folder: Path) -> Job | None:
-    """Return the run that the page started in a folder; None where it started none."""
+    """Return the run that the page started in a folder; None if it started none."""
     file = folder / JOB_FILE
     return Job(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
@@ -104,7 +104,7 @@ def can_kill(job: Job | None) -> bool:
 
 
 def _require_running_job(folder: Path) -> Job:
-    """Return the run in a folder; ValueError where it is not running, or not one of this page on this machine."""
+    """Return the run in a folder; ValueError if it is not running, or not one of this page on this machine."""
     job = read_job(folder)
     if job is None:
         raise ValueError(f"{folder}: this page did not start that run; stop it where it was started")

@@ -23,7 +23,7 @@ def start_loading(load: Callable[[], Loaded]) -> Future[Loaded]:
 
 
 def loading_signs(loading: Future[Loaded], checkpoint: str) -> Iterator[str]:
-    """Yield how long a checkpoint has been loading, about once a second; nothing where it is in memory already."""
+    """Yield how long a checkpoint has been loading, about once a second; nothing if it is in memory already."""
     began, name, pause = time.monotonic(), describe_weights(checkpoint), FIRST_SIGN_SECONDS
     while not wait([loading], pause).done:
         yield f"Loading {name} · {time.monotonic() - began:.0f} s"

@@ -36,7 +36,7 @@ class ModelHolder:
         self._lock = RLock()
 
     def load(self, kind: type[Loaded], checkpoint: str) -> Loaded:
-        """Return the model of a checkpoint; ValueError where it is no checkpoint, or one of another kind."""
+        """Return the model of a checkpoint; ValueError if it is no checkpoint, or one of another kind."""
         from vlm.assembly.adapter_folder import is_adapter_checkpoint
 
         with self._lock:
@@ -62,7 +62,7 @@ class ModelHolder:
 
 
 def knows_thinking(checkpoint: str | None) -> bool:
-    """Return whether a checkpoint's chat template asks if the model is to think; False where its files are not here."""
+    """Return whether a checkpoint's chat template asks if the model is to think; False if its files are not here."""
     return THINKING_SETTING in _read_template(checkpoint) if checkpoint else False
 
 

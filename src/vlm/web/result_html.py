@@ -12,7 +12,7 @@ from vlm.web.results import JudgedAnswer, describe_results, left_out
 MAX_IMAGE_BYTES = 4 << 20
 """Bytes of all images of a page of answers together."""
 THUMBNAIL_SIDE = 192
-"""Pixels of the longer side of an image beside an answer."""
+"""Pixels of the longer side of an image next to an answer."""
 
 
 def results_html(evaluation: Evaluation) -> str:

@@ -23,7 +23,7 @@ MAX_COMPARED_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class JudgedAnswer:
-    """An answer beside its references; `similarity` to the nearest one is from 0 to 1, and 0 where it has none."""
+    """An answer next to its references; `similarity` to the nearest one is from 0 to 1, and 0 if it has none."""
 
     source: str
     image: Path | None

@@ -65,7 +65,7 @@ class Run:
 
     @property
     def progress(self) -> float | None:
-        """The completed share of `max_steps` where it is set, else of the epochs; None where it is unknown."""
+        """The completed share of `max_steps` where it is set, else of the epochs; None if it is unknown."""
         return 1.0 if self.state == "finished" else RunDirectory(self.folder).progress
 
     @property
@@ -126,7 +126,7 @@ def _get_state(folder: Path, job: Job | None) -> str:
 
 
 def has_heads(checkpoint: str | Path) -> bool | None:
-    """Return whether a checkpoint has prediction heads; None where it is no folder of this machine, or unreadable."""
+    """Return whether a checkpoint has prediction heads; None if it is no folder of this machine, or unreadable."""
     if not is_checkpoint(Path(checkpoint)):
         return None
     try:
@@ -177,7 +177,7 @@ def loss_curves(lines: Sequence[LoggedMetrics]) -> list[Curve]:
 
 
 def log_tail(file: Path) -> str:
-    """Return the end of a log as a terminal shows it; empty where there is no log."""
+    """Return the end of a log as a terminal shows it; empty if there is no log."""
     return "\n".join(render_terminal_text(Folder(file.parent).tail(file.name)).splitlines()[-TAIL_LINES:])
 
 
@@ -205,5 +205,5 @@ def last_samples(folder: Path) -> tuple[str, list[SampleAnswer]]:
 
 
 def read_run_file(folder: Path, name: str) -> str:
-    """Return the text of a file of a run directory; empty where the file does not exist."""
+    """Return the text of a file of a run directory; empty if the file does not exist."""
     return Folder(folder).text(name)

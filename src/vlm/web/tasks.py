@@ -59,7 +59,7 @@ class StartedTask:
 
     @property
     def progress(self) -> float | None:
-        """The completed share of the step that the log's last line counts, from 0 to 1; None where it counts none."""
+        """The completed share of the step that the log's last line counts, from 0 to 1; None if it counts none."""
         if self.state == "finished":
             return 1.0
         found = re.findall(r"(\d{1,3})%\|", self.log.rpartition("\n")[2])
@@ -72,7 +72,7 @@ class StartedTask:
 
 
 def check_idle(outputs: Path) -> None:
-    """Raise ValueError where a run or a task that the page started is active: two would share one machine's memory."""
+    """Raise ValueError if a run or a task that the page started is active: two would share one machine's memory."""
     busy = [run.name for run in find_runs(outputs) if run.is_active]
     busy += [task.task.title for task in find_tasks(outputs) if task.is_active]
     if busy:
@@ -80,7 +80,7 @@ def check_idle(outputs: Path) -> None:
 
 
 def start_task(outputs: Path, task: Task, command: Sequence[str]) -> StartedTask:
-    """Start a task; ValueError where something else is active."""
+    """Start a task; ValueError if something else is active."""
     check_idle(outputs)
     folder = outputs / TASKS_FOLDER / f"{task.kind}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     folder.mkdir(parents=True)
@@ -98,7 +98,7 @@ def find_tasks(outputs: Path, kind: str | None = None) -> list[StartedTask]:
 
 
 def read_task(folder: Path) -> StartedTask | None:
-    """Return the task of a folder; None where there is none."""
+    """Return the task of a folder; None if there is none."""
     job, file = jobs.read_job(folder), folder / TASK_FILE
     if job is None or not file.is_file():
         return None

@@ -99,7 +99,7 @@ class RunForm:
         run.change(lambda name: note_html(read_run_description(name)), run, description, **QUIET)
 
     def _make_command(self, values: FormValues) -> tuple[list[str], Path]:
-        """Return the command of the fields and its run directory; ValueError where the fields are refused."""
+        """Return the command of the fields and its run directory; ValueError if the fields are refused."""
         output_dir = values.plan.compose_config().trainer.output_dir
         new_folder = choose_run_folder(values.run, self.outputs, values.folder) if output_dir is None else None
         folder = new_folder or Path(str(output_dir))
@@ -142,7 +142,7 @@ def _show_command(message: str, command: list[str]) -> tuple[object, object]:
 
 
 def check_below(folder: Path, outputs: Path) -> None:
-    """Raise ValueError where the page would not find a run again."""
+    """Raise ValueError if the page would not find a run again."""
     real, real_outputs = folder.resolve(), outputs.resolve()
     if not (folder.is_relative_to(outputs) and real_outputs in real.parents[:MAX_RUN_DEPTH]):
         raise ValueError(

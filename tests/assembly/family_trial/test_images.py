@@ -97,7 +97,7 @@ def test_images_of_one_question_that_are_mixed_up_are_found():
     subject.model.model.multi_modal_projector.register_forward_hook(
         lambda module, inputs, output: output.mean(0, keepdim=True).expand_as(output)
     )
-    check_fails("sight", subject, "two images that change places")
+    check_fails("sight", subject, "swapping two images changes the logits")
 
 
 def test_images_that_see_later_ones_are_found_unless_training_leaves_such_conversations_out(
@@ -107,7 +107,7 @@ def test_images_that_see_later_ones_are_found_unless_training_leaves_such_conver
     subject = Subject(make_small("molmo2").config, processor)
     check_proved("sight", subject)
     monkeypatch.setattr("vlm.data.sample.Sample.learns_between_media", False)
-    check_fails("sight", subject, "a reply between images is learned")
+    check_fails("sight", subject, "a reply between images is trained on")
     processor.sees_media_together = False
     check_fails("sight", subject, "depends on the second of two images, which comes later")
 

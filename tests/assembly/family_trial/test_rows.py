@@ -32,7 +32,7 @@ def add_mean_of_batch(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def test_a_model_that_sees_later_tokens_is_found():
-    check_fails("causal", leak(make_subject(), add_mean_of_row), "its tokens see later tokens")
+    check_fails("causal", leak(make_subject(), add_mean_of_row), "its tokens attend to later tokens")
 
 
 def test_a_model_that_sees_padding_or_other_rows_is_found():

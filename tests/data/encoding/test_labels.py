@@ -127,9 +127,9 @@ def test_without_a_reply_to_learn_the_reason_is_said(processors):
     asked = Sample("x", whole.turns[:1])
     left_out = replace(whole, turns=tuple(replace(turn, supervised=False) for turn in whole.turns))
     for sample, said in (
-        (asked, "no reply to learn from$"),
+        (asked, "no reply to train on$"),
         (left_out, "those that are not blank have weight 0 or loss false"),
-        (conversation(["", " \n"]).without_blank_replies(), "no reply to learn from: its replies are blank"),
+        (conversation(["", " \n"]).without_blank_replies(), "no reply to train on: its replies are blank"),
     ):
         with pytest.raises(BadSample, match=said):
             encode(processors["chatml"], sample)
@@ -289,7 +289,7 @@ def test_noncharacters_are_refused(processors):
 
 
 def test_a_conversation_without_a_reply_has_nothing_to_supervise(processors):
-    with pytest.raises(BadSample, match="no reply to learn from"):
+    with pytest.raises(BadSample, match="no reply to train on"):
         encode(processors["chatml"], Sample("x", (Turn("user", ("what?",)),)))
 
 

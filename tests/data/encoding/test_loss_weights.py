@@ -75,7 +75,7 @@ def test_each_source_has_its_own_factor(parts: Parts, tmp_path: Path):
     [
         ("finetune-smol", {"a": 0}, r"loss_patterns\.a=0: a number above 0 is needed"),
         ("finetune-smol", {"(": 2}, r"\( is not a regular expression"),
-        ("embed-smol", {"a": 2}, "does not weigh losses"),
+        ("embed-smol", {"a": 2}, "does not weight losses"),
     ],
 )
 def test_what_weighs_nothing_is_refused(common: list[str], run: str, patterns: dict[str, float], message: str):

@@ -87,7 +87,7 @@ def test_a_prompt_is_never_cut(processor: VLMProcessor):
     assert len(encoder(processor, length, suffix=(5,))(sample).input_ids) == length
     with pytest.raises(BadSample, match=rf"record 'r1': {length} tokens, at most {length - 1} are allowed"):
         encoder(processor, length - 1, suffix=(5,))(sample)
-    with pytest.raises(ValueError, match=r"dataset.over_length=truncate: what a head reads .* never cut"):
+    with pytest.raises(ValueError, match=r"dataset.over_length=truncate: a head reads .* never cut"):
         PromptEncoder(processor, 99, truncate=True)
 
 
@@ -96,7 +96,7 @@ def test_a_sample_without_a_prompt_is_refused(processor: VLMProcessor):
         encoder(processor)(Sample("r1", (Turn("assistant", ("yes",)),)))
     plain = with_template(processor, CHAT_TEMPLATES["plain"].text)
     plain.tokenizer.bos_token = None
-    with pytest.raises(BadSample, match="record 'r1': its template leaves nothing of its prompt"):
+    with pytest.raises(BadSample, match="record 'r1': its template drops the whole prompt"):
         encoder(plain, suffix=(5,))(Sample("r1", (Turn("user", ("what?",)),)))
     with pytest.raises(BadSample, match="record 'r1': contains one of the Unicode noncharacters"):
         encoder(processor)(Sample("r1", (Turn("user", ("\ufdd0",)),)))
@@ -135,12 +135,14 @@ def test_a_template_that_renders_a_prompt_otherwise_once_it_is_answered_is_refus
     own = with_template(processor, OTHERWISE[name])
     sample = Sample("r1", (ASKED, Turn("assistant", ("yes",))))
     encoder(own).encode(sample)
-    with pytest.raises(BadSample, match="record 'r1': its template renders a prompt otherwise once it is answered"):
+    with pytest.raises(BadSample, match="record 'r1': its template renders a prompt differently once it is answered"):
         encoder(own, answers=True).encode(sample)
 
 
 def test_a_reply_stands_behind_no_suffix(processor: VLMProcessor):
-    with pytest.raises(ValueError, match=r"suffix=\(5,\), answers=True: a reply follows its prompt, nothing can stand"):
+    with pytest.raises(
+        ValueError, match=r"suffix=\(5,\), answers=True: a reply follows its prompt directly, so no suffix"
+    ):
         encoder(processor, suffix=(5,), answers=True)
 
 
@@ -189,5 +191,5 @@ def test_prompts_are_counted_as_they_are_encoded(processor: VLMProcessor, tmp_pa
     assert data.contributions[0].truncated == 0
     assert [item["input_ids"][-1] for item in items] == [5, 5]
     assert items[0]["pixel_values"].shape == (1, 3, 24, 24)
-    with pytest.raises(ValueError, match=r"record 0: no reply to learn from"):
+    with pytest.raises(ValueError, match=r"record 0: no reply to train on"):
         load_dataset(config, SampleEncoder(processor, 99, truncate=False))

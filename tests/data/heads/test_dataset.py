@@ -196,7 +196,7 @@ def test_one_head_reads_a_value_or_a_mapping_with_its_name():
 
 @pytest.mark.parametrize("label", ["cat", 0, ["cat"]])
 def test_several_heads_need_a_mapping(label: Any):
-    with pytest.raises(ValueError, match=r"label .*: there are the heads kind, tags, so a mapping from their names"):
+    with pytest.raises(ValueError, match=r"label .*: a mapping from the names of the heads, kind, tags"):
         values_per_head([None, {"kind": "cat"}, label], ["kind", "tags"])
 
 

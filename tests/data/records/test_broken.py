@@ -57,7 +57,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "fewer placeholders": (talk(["good.png"] * 2), "its text has 1 <image>, but the record has 2 images"),
     "no turns": (talk("good.png") | {"conversations": []}, "`conversations` must be a list of at least one turn"),
-    "no reply": (talk(None, "what?"), "no reply to learn from"),
+    "no reply": (talk(None, "what?"), "no reply to train on"),
     "wrong type": (talk(None, "what?", [3]), "turn 2: `from` and `value` must be strings"),
     "wrong path": (talk(7), "`image` must be a path"),
     "half a pair": (talk(None, "what?", "a cat \ud83d"), r"turn 2 \(assistant\) has half of a surrogate pair"),

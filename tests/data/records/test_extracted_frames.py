@@ -93,7 +93,7 @@ def test_what_is_wrong_is_said(name: str, folder: Path):
 def test_a_rate_of_an_items_video_file_is_refused(folder: Path):
     item = {"type": "video", "video": "v.mp4", "fps": 2}
     record = {"messages": [{"role": "user", "content": [item]}, {"role": "assistant", "content": "a"}]}
-    with pytest.raises(BadSample, match=r"\.fps` is not read: it is of lists of extracted frames"):
+    with pytest.raises(BadSample, match=r"\.fps` is not read: it is for lists of extracted frames"):
         read_messages(record, folder)
     assert read_messages(record, folder, ignore_keys=["fps"]).videos == [VideoRef(folder / "v.mp4")]
 

@@ -216,10 +216,10 @@ BAD_ITEMS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "a text": ([{"type": "image", "index": "0"}], "index='0' of an image item"),
     "one without": ([{"type": "image", "index": 0}, {"type": "image"}], "have an `index` and some do not"),
     "one with": ([{"type": "image"}, {"type": "image", "index": 1}], "have an `index` and some do not"),
-    "unused": ([{"type": "image", "index": 0}], "1 of the 2 images that it lists are not placed in its text"),
+    "unused": ([{"type": "image", "index": 0}], "1 of the 2 images that it lists do not occur in its text"),
     "nowhere": (
         [{"type": "text", "text": "<image><image>"}],
-        "2 of the 2 images that it lists are not placed in its text",
+        "2 of the 2 images that it lists do not occur in its text",
     ),
     "a file too": ([{"type": "image", "index": 0, "path": "a.png"}], "both an `index` and a file"),
     "text in an image": ([{"type": "image", "text": "this"}], "an item of type image has `text` too"),

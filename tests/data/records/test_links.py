@@ -187,7 +187,7 @@ def test_files_of_a_data_set_on_the_hub_are_its_own(folder: Path):
 
 @pytest.mark.parametrize("path", ["https://host/a.parquet", "zip://x::https://host/a.arrow", "s3://bucket/a.parquet"])
 def test_other_addresses_are_not_opened(path: str, tmp_path: Path):
-    with pytest.raises(ValueError, match="of addresses only"):
+    with pytest.raises(ValueError, match="the only web addresses"):
         open_records(path, tmp_path / "cache")
 
 

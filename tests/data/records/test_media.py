@@ -68,7 +68,7 @@ def test_videos_are_named_by_paths(folder: Path):
 
 BAD: dict[str, tuple[Any, str]] = {
     "a number": (3, "`photo` must be a path or a list of paths, got 3"),
-    "torn base64 without an address": ("iVBORw0KGgo" * 30 + "!", "an image in base64 does not decode"),
+    "torn base64 without an address": ("iVBORw0KGgo" * 30 + "!", "an image in base64 cannot be decoded"),
     "a number in a list": (
         ["a.png", 3],
         "`photo` must be a path, a list of paths, or hold the bytes of an image, got 3",
@@ -76,13 +76,13 @@ BAD: dict[str, tuple[Any, str]] = {
     "a list in a list": ([["a.png"]], "or hold the bytes of an image, got ['a.png']"),
     "None in a list": ([None], "or hold the bytes of an image, got None"),
     "an empty mapping": ({"bytes": None, "path": None}, "or hold the bytes of an image, got None"),
-    "another encoding": ("data:image/png,abc", "an image in a data: address does not decode: only base64 is read"),
-    "no base64": ("data:image/png;base64,a#c=", "an image in a data: address does not decode: "),
-    "torn base64": (ADDRESS[:-1], "an image in a data: address does not decode: "),
-    "letters beyond ASCII": ("data:image/png;base64,äöü=", "an image in a data: address does not decode: "),
+    "another encoding": ("data:image/png,abc", "an image in a data: address cannot be decoded: only base64 is read"),
+    "no base64": ("data:image/png;base64,a#c=", "an image in a data: address cannot be decoded: "),
+    "torn base64": (ADDRESS[:-1], "an image in a data: address cannot be decoded: "),
+    "letters beyond ASCII": ("data:image/png;base64,äöü=", "an image in a data: address cannot be decoded: "),
     "a text, percent-encoded": (
         "data:text/plain,YQ",
-        "an image in a data: address does not decode: only base64 is read",
+        "an image in a data: address cannot be decoded: only base64 is read",
     ),
     "missing": ("z.png", "z.png does not exist"),
     "nothing": ("", "images does not exist"),

@@ -93,7 +93,7 @@ def test_any_answered_record_is_a_pair(images: Path):
     assert choose_member(sample, is_query=False).turns == positive.turns
     alone = Sample("1", (Turn("user", ("a text",)),))
     assert choose_member(alone, is_query=True) is choose_member(alone, is_query=False) is alone
-    with pytest.raises(BadSample, match="it has no query with its positive"):
+    with pytest.raises(BadSample, match="it has no query and positive"):
         split_members(alone)
 
 
@@ -112,7 +112,7 @@ def test_keys_are_of_contents(images: Path):
 def test_what_belongs_to_no_member_is_refused(key: str, images: Path):
     value = "a.png" if key == "image" else "be brief" if key == "system" else ["a.png"]
     for form in ("own", "VLM2Vec"):
-        with pytest.raises(BadSample, match=f"`{key}` stands beside query and positive, and is of neither"):
+        with pytest.raises(BadSample, match=f"`{key}` is next to query and positive but belongs to neither"):
             read_pair({**FORMS[form], key: value}, images)
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     with pytest.raises(BadSample, match="`messages`: calls of tools are not compared"):

@@ -96,7 +96,7 @@ def test_swifts_form(folder: Path):
         ([{**CAT, "units": "cm"}], "<bbox>", "allowed are pixels, share, thousandths"),
         ([{**CAT, "upright": "no"}], "<bbox>", "must be true or false"),
         ([{**CAT, "image": 1}], "<bbox>", "objects[0] is of image 1, but the record shows 1 image, counted from 0"),
-        ([{**CAT, "image": -1}], "<bbox>", "must count from 0, got -1"),
+        ([{**CAT, "image": -1}], "<bbox>", "must be a whole number from 0, got -1"),
         ([{"span": [1, 2]}], "<bbox>", "is of video 0, but the record shows no videos"),
         ([{"box": [1, 2, 3]}], "<bbox>", "must be [x1, y1, x2, y2], got [1, 2, 3]"),
         ([{"box": [1, 2, 3, "4"]}], "<bbox>", "must be [x1, y1, x2, y2]"),
@@ -168,7 +168,7 @@ def test_marks_in_thinking_and_in_calls(folder: Path):
     sample = read_agent([CAT, DOG], {"box": [1, 2, 3, 4]})
     assert [turn.thinking for turn in sample.turns] == [None, "It is at <bbox:0>.", None, "so: <bbox:1>"]
     assert texts(sample)[-1] == "<bbox:1>"
-    with pytest.raises(BadSample, match="<bbox> stands in an argument of a call"):
+    with pytest.raises(BadSample, match="<bbox> is in an argument of a call"):
         read_agent([CAT, DOG], {"box": "<bbox>"})
     turns = [{"role": "user", "content": "<image>Where?"},
              {"role": "assistant", "content": "there", "reasoning_content": "at <bbox>"}]  # fmt: skip

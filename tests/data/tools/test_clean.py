@@ -424,8 +424,8 @@ def test_the_input_is_never_written_over(folder: Path, source: str):
 OUTPUTS = {
     "out.json": "the name must end in .jsonl",
     "none/out.jsonl": "there is no folder",
-    "data/out.jsonl": "lies in the input",
-    "data/deep/out.jsonl": "lies in the input",
+    "data/out.jsonl": "is inside the input",
+    "data/deep/out.jsonl": "is inside the input",
 }
 
 

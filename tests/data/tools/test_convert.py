@@ -392,7 +392,7 @@ def test_ubiai_documents_that_are_bad(folder: Path, capsys: pytest.CaptureFixtur
     lost = document(relations=[{"head": 0, "child": 99}])
     records = [lost, document(tokens=7), {"documentName": "x.jpg"}, document(), document(documentName="no.jpg")]
     told = fails(capsys, put("in.json", records), "out.jsonl")
-    assert "record 0 ('form.jpg'): relations name ['0', '99'], which no entities have as token_start, start" in told
+    assert "record 0 ('form.jpg'): relations refer to ['0', '99'], but no entity has this token_start, start" in told
     assert len(run("in.json", "out.jsonl", "--on-bad", "skip")) == 1
     reasons = [json.loads(line)["reason"] for line in Path("out.jsonl.skipped.jsonl").read_text().splitlines()]
     assert [reason.split("`")[0] for reason in reasons[1:]] == [
@@ -474,8 +474,8 @@ def test_label_studio_json_min(folder: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "label-studio needs the question: either --prompt or --question-field"),
-        (("--prompt", "a", "--question-field", "q"), "either --prompt or --question-field"),
+        ((), "label-studio needs a question: give --prompt, or --question-field"),
+        (("--prompt", "a", "--question-field", "q"), "give --prompt, or --question-field"),
         (("--question-field", "x"), "record 0 ('12'): `x` must be a string of its data, which has image, q"),
         (("--prompt", "a", "--image-field", "x"), "`x` must be a string of its data"),
     ],
@@ -603,7 +603,7 @@ def test_nothing_but_bad_records(folder: Path, capsys: pytest.CaptureFixture[str
     [
         (("in.jsonl", "in.jsonl", "--force"), "in.jsonl: that is the input; choose another output"),
         (("in.jsonl", "there.json"), "there.json exists; choose another output, or replace it with --force"),
-        (("in.jsonl", "out.txt"), "out.txt: its name must say what to write"),
+        (("in.jsonl", "out.txt"), "out.txt: allowed are NAME"),
         (("no.jsonl", "out.jsonl"), "no.jsonl"),
         (
             ("in.jsonl", "out.jsonl", "--prompt", "x"),
@@ -611,7 +611,7 @@ def test_nothing_but_bad_records(folder: Path, capsys: pytest.CaptureFixture[str
         ),
         (("in.jsonl", "out.jsonl", "--from", "vqa"), "--from vqa needs --annotations, --image-pattern"),
         (("in.jsonl", "out.jsonl", "--option", "kye=chat"), "has no option kye"),
-        (("in.jsonl", "out.jsonl", "--embed-images"), "--embed-images: only .parquet"),
+        (("in.jsonl", "out.jsonl", "--embed-images"), "--embed-images: it is for .parquet"),
         (("in.jsonl", "out.jsonl", "--from", "coco-captions"), "in.jsonl: not what is converted here"),
         (("in.jsonl", "out.jsonl", "--from", "messages"), "record 0 ('1'): it has no `messages`"),
     ],

@@ -31,9 +31,9 @@ def test_near_copies_and_overlap_are_told_with_examples(config: DatasetConfig, p
     assert "1 of 6 different image files look like an earlier one" in told
     assert "copy.jpg looks like" in told
     evaluation, test = told.partition("── overlap with dataset.eval_path")[2].split("── overlap with dataset.test_path")
-    assert "of 1 evaluation records, 1 have an image of the training data" in evaluation
-    assert "val.json, record 0 (val) has the image" in evaluation
-    assert "of 1 evaluation records, 0 have an image of the training data, 0 a near copy" in test
+    assert "of 1 evaluation records, 1 share an image with the training data" in evaluation
+    assert "val.json, record 0 (val) shares the image" in evaluation
+    assert "of 1 evaluation records, 0 share an image with the training data, 0 have a near copy" in test
     assert "(--compare N)" not in told
 
 

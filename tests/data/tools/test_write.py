@@ -118,7 +118,7 @@ def test_text_that_llava_would_take_for_an_image_is_refused(lead: tuple[str | Im
     media = tuple(part if isinstance(part, str) else ImageRef(folder / "a.png") for part in lead)
     text = "what?\n<image>" if not lead else "\nwhat does\n<image>\nmean?"
     sample = Sample("9", (Turn("user", (*media, text)), Turn("assistant", ("an image",))))
-    with pytest.raises(BadSample, match="'9': its text holds <image>"):
+    with pytest.raises(BadSample, match="'9': its text has <image>"):
         to_llava(sample, folder)
     assert read_messages(to_messages(sample, folder), folder).turns[0].content[-1].endswith(text)
 
@@ -214,7 +214,9 @@ def test_parquet_is_written_in_groups(folder: Path, tmp_path: Path, monkeypatch:
     made = [to_llava(samples(folder)[index], folder) for index in (1, 1, 0, 2, 1)]
     written(f"{tmp_path}/out.parquet", folder, made)  # the first group has no pictures
     assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups == 3
-    with pytest.raises(ValueError, match=r"one of the 2 records from 3 on .*score.*\.jsonl file takes records of any"):
+    with pytest.raises(
+        ValueError, match=r"one of the 2 records from 3 on .*score.*\.jsonl file can have records with any"
+    ):
         written(f"{tmp_path}/other.parquet", folder, [*made[:3], {**made[3], "score": 0.5}])
     with pytest.raises(ValueError, match="records from 3 on"):
         written(f"{tmp_path}/other.parquet", folder, [{"score": 1}, {"score": 2}, {"score": 0.5}])
@@ -222,7 +224,7 @@ def test_parquet_is_written_in_groups(folder: Path, tmp_path: Path, monkeypatch:
 
 
 def test_parquet_takes_no_mixture_of_types(folder: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="2 records from 1 on does not go into a table"):
+    with pytest.raises(ValueError, match="2 records from 1 on does not fit into a table"):
         written(f"{tmp_path}/out.parquet", folder, [{"id": "1", "score": 1}, {"id": "2", "score": "high"}])
 
 
@@ -296,15 +298,15 @@ def test_no_records_make_no_file(name: str, folder: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("out.txt", {}, r"out\.txt: its name must say what to write: NAME\.jsonl"),
-        ("images", {}, "its name must say"),
-        ("out.jsonl", {"embed_images": True}, "--embed-images: only .parquet"),
+        ("out.txt", {}, r"out\.txt: allowed are NAME\.jsonl"),
+        ("images", {}, "allowed are NAME"),
+        ("out.jsonl", {"embed_images": True}, "--embed-images: it is for .parquet"),
         ("out.json", {"shard_size": 5}, "--shard-size: only FOLDER/"),
         ("one.tar", {"shard_size": 5}, "--shard-size: only FOLDER/"),
         ("shards/", {"shard_size": 0}, "--shard-size=0: it must be at least 1"),
-        ("%06d-%06d.tar", {}, "a % must be the shard's number"),
-        ("%06s.tar", {}, "a % must be the shard's number"),
-        ("%06d/out.tar", {}, "a % must be the shard's number"),
+        ("%06d-%06d.tar", {}, "the only % must be the number of the shard"),
+        ("%06s.tar", {}, "the only % must be the number of the shard"),
+        ("%06d/out.tar", {}, "the only % must be the number of the shard"),
     ],
 )
 def test_names_and_options_that_do_not_fit(

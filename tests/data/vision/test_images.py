@@ -103,7 +103,7 @@ OTHER_FILES = {
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
     "zip": (b"PK\x03\x04" + bytes(200), "a ZIP archive"),
     "text": (b'{"error": "not found"}', "it is text that begins with .*, not an image"),
-    "header": (b"\x89PNG\r\n\x1a\n", "a PNG image that is broken or truncated"),
+    "header": (b"\x89PNG\r\n\x1a\n", "a PNG image that is damaged or truncated"),
 }
 
 

@@ -40,7 +40,7 @@ def test_lower_losses_and_higher_scores_are_better(
 
 
 def test_a_metric_that_nobody_measures_is_refused():
-    with pytest.raises(ValueError, match=r"trainer\.keep_best=eval_los: no evaluation measures it; they measure eval_"):
+    with pytest.raises(ValueError, match=r"trainer\.keep_best=eval_los: no evaluation measures it; allowed are eval_"):
         make("los").update({"eval_loss": 1.0, "eval_runtime": 2.0}, 1)
 
 

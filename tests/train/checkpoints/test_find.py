@@ -50,8 +50,8 @@ def test_damaged_ones_are_set_aside_and_the_one_before_is_taken(run: Path, caplo
     (run / "checkpoint-4.damaged").mkdir()
     assert find_whole_checkpoint(run) == run / "checkpoint-2"
     assert names(run) == ["checkpoint-10.damaged", "checkpoint-2", "checkpoint-4.damaged", "checkpoint-4.damaged-2"]
-    assert "checkpoint-10 is damaged: weights does not hold what was written: its hash differs" in caplog.text
-    assert "it is checkpoint-10.damaged now" in caplog.text
+    assert "checkpoint-10 is damaged: weights has changed since it was written: its hash differs" in caplog.text
+    assert "it was renamed to checkpoint-10.damaged" in caplog.text
     (run / "checkpoint-2" / "weights").unlink()
     assert find_whole_checkpoint(run) is None
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_and_said_to_be_unchecked(
 def test_a_named_checkpoint_has_to_be_whole(run: Path):
     assert require_whole_checkpoint(run / "checkpoint-4") == run / "checkpoint-4"
     (run / "checkpoint-4" / "weights").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint-4: weights has 0 bytes in place of 100\. Name another one"):
+    with pytest.raises(ValueError, match=r"checkpoint-4: weights has 0 bytes instead of 100\. Name another checkpoint"):
         require_whole_checkpoint(run / "checkpoint-4")
     assert (run / "checkpoint-4").is_dir()
 
@@ -113,7 +113,7 @@ def test_one_that_cannot_be_removed_stays(run: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(find, "remove_folder", fails)
     remove_old_checkpoints(run, 2)
-    assert "checkpoint-2 could not be removed ([Errno 28] No space left on device), so it stays" in caplog.text
+    assert "checkpoint-2 could not be removed ([Errno 28] No space left on device)" in caplog.text
 
 
 def test_the_best_one_stays_besides(run: Path):
@@ -127,7 +127,7 @@ def test_later_ones_are_of_another_history(run: Path, tmp_path: Path, caplog: py
         assert names(run) == ["checkpoint-10", "checkpoint-2", "checkpoint-4"]
         set_aside_later(run / "checkpoint-4", run)
     assert names(run) == ["checkpoint-10.superseded", "checkpoint-2", "checkpoint-4"]
-    assert "checkpoint-10 is later than checkpoint-4, from which the run goes on" in caplog.text
+    assert "checkpoint-10 is later than checkpoint-4, from which the run resumes" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["elsewhere/checkpoint-1", "run/link"])
@@ -137,7 +137,7 @@ def test_pickles_of_others_are_not_read(tmp_path: Path, place: str):
     (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "run" / "link").symlink_to(tmp_path / "elsewhere" / "checkpoint-1")
     require_own_checkpoint(tmp_path / "run" / "checkpoint-1", tmp_path / "run")
-    with pytest.raises(ValueError, match="read checkpoints of their own directory alone"):
+    with pytest.raises(ValueError, match="only read checkpoints in their own directory"):
         require_own_checkpoint(tmp_path / place, tmp_path / "run")
 
 
@@ -157,5 +157,5 @@ def test_a_checkpoint_of_its_own_does_not_lead_elsewhere(tmp_path: Path, way: st
     else:
         content = {"latest": "../../theirs", "root": str(tmp_path / "theirs"), "nothing": ""}[way]
         (checkpoint / "latest").write_text(content)
-    with pytest.raises(ValueError, match="such runs read checkpoints of their own directory alone"):
+    with pytest.raises(ValueError, match="such runs only read checkpoints in their own directory"):
         require_own_checkpoint(checkpoint, tmp_path / "run")

@@ -98,6 +98,6 @@ def test_a_manifest_of_a_later_version_is_refused(checkpoint: Path):
 
 def test_a_checkpoint_of_an_earlier_version_has_nothing_to_be_held_against(checkpoint: Path):
     (checkpoint / MANIFEST).unlink()
-    assert find_problems_together(checkpoint) == [f"{MANIFEST} is missing: it was not written to its end"]
+    assert find_problems_together(checkpoint) == [f"{MANIFEST} is missing: the checkpoint is not complete"]
     (checkpoint / "complete").touch()
     assert find_problems_together(checkpoint) == []

@@ -83,7 +83,7 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_weights(
     with (copied / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # the run was killed here
     train("pretrain-smol", copied, *STEPS, "trainer.resume_from_checkpoint=true", "trainer.save_total_limit=1")
-    assert "checkpoint-3 is damaged: optimizer.pt does not hold what was written" in caplog.text
+    assert "checkpoint-3 is damaged: optimizer.pt has changed since it was written" in caplog.text
     assert folders(copied) == ["checkpoint-3", "checkpoint-3.damaged", "checkpoint-best", "final"]
     assert losses(copied) == expected
     again = load_file(copied / "final" / "model.safetensors")
@@ -93,7 +93,9 @@ def test_a_run_goes_on_from_the_one_before_to_the_same_weights(
 def test_a_named_one_that_is_damaged_is_refused(train: Callable[..., Path], copied: Path, tmp_path: Path):
     flip_a_bit(copied / "checkpoint-2" / "trainer_state.json")
     words = f"trainer.resume_from_checkpoint={copied / 'checkpoint-2'}"
-    with pytest.raises(ValueError, match=r"trainer_state\.json does not hold what was written.*Name another one"):
+    with pytest.raises(
+        ValueError, match=r"trainer_state\.json has changed since it was written.*Name another checkpoint"
+    ):
         train("pretrain-smol", tmp_path / "other", *STEPS, words)
     assert (copied / "checkpoint-2").is_dir()
 
@@ -149,7 +151,7 @@ def test_a_full_disk_ends_the_run_with_what_there_is(
     full_at(monkeypatch, "checkpoint-2")
     with pytest.raises(SaveError, match=r"run/checkpoint-2 could not be saved: the disk /\S* is full\.") as full:
         train("pretrain-smol", tmp_path / "run", *STEPS)
-    assert "kB are needed and 1.0 kB are free. Free some space; what was saved before is as it was" in str(full.value)
+    assert "kB are needed and 1.0 kB are free. Free some space. Earlier checkpoints are unchanged" in str(full.value)
     assert folders(tmp_path / "run") == ["checkpoint-1"]
     assert newest_checkpoint(tmp_path / "run").name == "checkpoint-1"
 

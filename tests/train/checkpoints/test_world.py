@@ -46,12 +46,12 @@ def test_other_worlds_with_as_many_samples_a_step_go_on(tmp_path: Path, changes:
 @pytest.mark.parametrize(
     ("saved", "changes", "advice"),
     [
-        ({}, {"ranks": 1}, "a step had 8 samples, and would have 4. Set trainer.gradient_accumulation_steps=2"),
+        ({}, {"ranks": 1}, "a step had 8 samples and would now have 4. Set trainer.gradient_accumulation_steps=2"),
         ({}, {"ranks": 1, "batch_size": 3}, "so that their product is 8"),
         ({}, {"ranks": 3}, "Choose a number of ranks that divides 8"),
         ({"loss_average": "micro_batch"}, {"ranks": 1, "batch_size": 8}, "trainer.per_device_train_batch_size=4"),
-        ({"precision": "fp16"}, {"sharding": "zero2"}, "the scale of fp16 gradients is not carried over"),
-        ({}, {"sharding": "zero0"}, "zero0 in half precision is not converted"),
+        ({"precision": "fp16"}, {"sharding": "zero2"}, "the loss scale of fp16 cannot be carried over"),
+        ({}, {"sharding": "zero0"}, "zero0 in half precision cannot be converted"),
         ({"streams": True}, {"ranks": 1, "accumulation": 2}, "Resume on 2 rank(s)"),
         ({"packs_best_fit": True}, {"ranks": 1, "accumulation": 2}, "Resume on 2 rank(s)"),
     ],
@@ -65,7 +65,7 @@ def test_what_is_refused_says_what_to_do(tmp_path: Path, saved: dict[str, Any], 
 
 def test_another_precision_is_another_layout_of_zero0(tmp_path: Path):
     saved = replace(SAVED, sharding="zero0", precision="float32")
-    assert "zero0 in half precision is not converted" in str(problem(tmp_path, saved, precision="bf16"))
+    assert "zero0 in half precision cannot be converted" in str(problem(tmp_path, saved, precision="bf16"))
     assert problem(tmp_path, replace(SAVED, precision="float32"), precision="bf16") is None
 
 

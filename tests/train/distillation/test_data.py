@@ -38,8 +38,8 @@ def test_labels_are_matched_one_to_one(labels: list[int], supervised: list[int],
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [([NONE, 4, 6], "from the 2. on: ids [6] in place of [5]"), ([NONE, 4], "from the 2. on: ids [] in place of [5]"),
-     ([NONE, 9, 4, 5], "from the 1. on: ids [9, 4, 5] in place of [4, 5]")],
+    [([NONE, 4, 6], "from number 2 on: ids [6] instead of [5]"), ([NONE, 4], "from number 2 on: ids [] instead of [5]"),
+     ([NONE, 9, 4, 5], "from number 1 on: ids [9, 4, 5] instead of [4, 5]")],
 )  # fmt: skip
 def test_other_ids_are_refused(labels: list[int], message: str):
     with pytest.raises(BadSample, match=re.escape(message)):

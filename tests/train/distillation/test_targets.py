@@ -72,7 +72,9 @@ def test_embeddings_of_tokens_are_no_images(parts: Parts):
     model, processor, inputs = batch_of(parts)
     ids = inputs["input_ids"]
     with (
-        pytest.raises(ValueError, match="image_features_weight: model_type=vlm reads images elsewhere"),
+        pytest.raises(
+            ValueError, match="image_features_weight: model_type=vlm does not put image features at the image tokens"
+        ),
         capture_image_inputs(model, ids, ids == processor.image_token_id, lambda features: None),
     ):
         model(input_ids=ids)
@@ -100,5 +102,5 @@ def test_a_student_is_mapped_to_its_teachers_width(parts: Parts, width: int):
     sum(values.sum() for values in losses.values()).backward()
     assert all(parameter.grad is not None for parameter in connector.parameters.values())
     read = TeacherStates(torch.ones(number, width), nn.Identity(), torch.ones(4, width))
-    with pytest.raises(ValueError, match="the teacher reads 4 tokens of a batch's images, the model that trains 9"):
+    with pytest.raises(ValueError, match="the teacher has 4 image tokens in a batch, the model that trains has 9"):
         targets.losses(watched, read, inputs, processor)

@@ -56,15 +56,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
-WITHIN = "its connector, which trains, lies within its visual encoder"
+WITHIN = "its connector, which trains, is inside its visual encoder"
 REFUSED = {
     ("qwen2-vl", "connector"): WITHIN,
     ("qwen2.5-vl", "connector"): WITHIN,
     ("qwen3-vl", "connector"): WITHIN,
-    ("mllama", "connector"): "returns features of samples without images too",
-    ("mllama", "language model"): "returns features of samples without images too",
-    ("phi4-multimodal", "connector"): "it names no visual encoder",
-    ("phi4-multimodal", "language model"): "it names no visual encoder",
+    ("mllama", "connector"): "also returns features for samples without images",
+    ("mllama", "language model"): "also returns features for samples without images",
+    ("phi4-multimodal", "connector"): "its class names no visual encoder",
+    ("phi4-multimodal", "language model"): "its class names no visual encoder",
 }
 """Family and what trains -> why features cannot be kept."""
 QUICK = ("llava-1.5", "llava-onevision", "qwen3-vl", "idefics3", "mllama")

@@ -35,7 +35,7 @@ def test_what_is_said_depends_on_what_it_died_of():
     config = compose_config("pretrain-smol", ["dataset.path=x", "dataset.streaming=true"])
     killed = describe_worker_death("DataLoader worker (pid 7) is killed by signal: Killed. ", config)
     assert "process 7" in killed
-    assert "dataset.shuffle_buffer (now 1,000 records a worker)" in killed
+    assert "dataset.shuffle_buffer (now 1,000 records per worker)" in killed
     assert "/dev/shm" in describe_worker_death("is killed by signal: Bus error. out of shared memory", config)
     assert "dataloader_num_workers=0" in describe_worker_death("is killed by signal: Segmentation fault.", config)
 

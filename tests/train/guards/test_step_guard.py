@@ -121,7 +121,7 @@ def test_too_many_in_a_row_end_the_run(
     with pytest.raises(GuardStop):
         train("pretrain-smol", tmp_path, *options)
     assert "Step 6" in caplog.text
-    assert "in a row: 3" in caplog.text
+    assert "3 updates in a row were skipped" in caplog.text
 
 
 def test_weights_that_an_update_made_infinite_are_not_saved(

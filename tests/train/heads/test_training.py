@@ -303,7 +303,7 @@ def test_a_signal_in_a_fold_ends_the_run_which_begins_again(
     with caplog.at_level("INFO", logger="vlm.train"), pytest.raises(SystemExit) as ended:
         train_head("head-classification", "colour", tmp_path / "run", *words)
     assert ended.value.code == 75
-    assert "there is no checkpoint of folds: the same command begins with the first" in caplog.text
+    assert "folds have no checkpoints: the same command starts with the first fold" in caplog.text
     assert not (tmp_path / "run" / "folds" / "1").exists()
 
 
@@ -314,7 +314,7 @@ def test_what_is_measured_on_is_held_out(train_head: Callable[..., Path], labell
     data = json.loads((folder / "data.json").read_text())
     assert {role: one["samples"] for role, one in data.items()} == {"train": 27, "eval": 5, "test": 12}
     found = json.loads((folder / "scores.json").read_text())
-    assert found["test"]["label"]["note"] == "nothing was chosen by these records"
+    assert found["test"]["label"]["note"] == "nothing was chosen on these records"
     assert "chosen on these records" in found["evaluation"]["label"]["note"]
     folder = train_head(
         "head-binary", "bright", tmp_path / "paths", *SHORT, f"dataset.eval_path={labelled}", "dataset.eval_split=null",

@@ -153,4 +153,4 @@ def test_what_is_frozen_has_no_time_backward(train: Callable[..., Path], tmp_pat
 def test_a_run_that_is_too_short_says_so(train: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture):
     folder = train("pretrain-smol", tmp_path / "run", *SHORT, "trainer.max_steps=2", "trainer.profile=true")
     assert not (folder / "profile").exists()
-    assert "this run had 2 steps; the first 3 are not in a profile" in caplog.text
+    assert "the run had 2 steps, and the first 3 are left out" in caplog.text

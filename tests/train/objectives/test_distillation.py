@@ -312,7 +312,7 @@ def test_other_supervised_tokens_are_refused(distil: Callable[..., Path]):
 
 def test_packed_rows_of_another_processor_are_refused(distil: Callable[..., Path], parts: Parts):
     words = [f"model.visual_encoder.hf_name={parts.encoder('dinov2')}", "trainer.packing=true"]
-    with pytest.raises(ValueError, match=r"it reads other ids, pixels or positions .* keep its logits"):
+    with pytest.raises(ValueError, match=r"its ids, pixels or positions differ .* cache its logits"):
         distil("run", *words)
 
 
@@ -340,15 +340,15 @@ def test_families_learn_from_a_teacher(name: str, train_whole: Callable[..., Pat
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], r"trainer.distillation.teacher=null: name the checkpoint to learn from"),
+        ([], r"trainer.distillation.teacher=null: name the checkpoint to distil"),
         ([f"{KEY}.teacher=no/such/folder"], r"trainer.distillation.teacher=no/such/folder: no such folder"),
-        ([f"{KEY}.teacher=a/b", f"{KEY}.label_weight=1"], r"label_weight=1: nothing is learned from the teacher"),
+        ([f"{KEY}.teacher=a/b", f"{KEY}.label_weight=1"], r"label_weight=1: the teacher would have no effect"),
         ([f"{KEY}.teacher=a/b", f"{KEY}.top_k=8", f"{KEY}.hidden_states_weight=1"],
-         r"top_k=8: states of the teacher are not kept"),
+         r"top_k=8: states of the teacher are not cached"),
         ([f"{KEY}.teacher=a/b", "dataset.cache_features=true"], r"the teacher reads images in every step"),
         ([f"{KEY}.teacher=a/b", f"{KEY}.image_features_weight=1",
           "trainer.learning_rate.connector_learning_rate=null", "trainer.unfreeze.train_connector=false"],
-         r"image_features_weight: where widths differ"),
+         r"image_features_weight: a matrix that maps states of different widths"),
         ([f"{KEY}.teacher=a/b", f"{KEY}.divergence=l2"], r"allowed are forward, reverse, jensen_shannon"),
         ([f"{KEY}.teacher=a/b", f"{KEY}.temperature=0"], r"a number above 0 is needed"),
     ],

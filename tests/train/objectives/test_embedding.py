@@ -85,16 +85,16 @@ def test_a_run_goes_on_from_a_checkpoint_with_its_head(
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["model.head.task=binary"], "learns no vectors; choose model/head=embedding"),
+        (["model.head.task=binary"], "does not make vectors; choose model/head=embedding"),
         (["model.head.loss_options.temperature=0"], "temperature=0: a number above 0 is needed"),
         (["model.head.loss_options.widths=[8,8]"], "a list of different whole numbers"),
-        (["model.head.dim=16"], "identity has the width of hidden states"),
+        (["model.head.dim=16"], "identity keeps the width of hidden states"),
         (["model.head.loss_options.width_weights=[1]"], "a number above 0 for each"),
         (["+model.head.prompts.passage=x"], "allowed are query, document"),
-        (["trainer/lora=none", "trainer/unfreeze=head"], "it has nothing to train"),
-        (["dataset.over_length=truncate"], "embedded records are never cut"),
+        (["trainer/lora=none", "trainer/unfreeze=head"], "nothing trains in this head"),
+        (["dataset.over_length=truncate"], "records of embeddings are never cut"),
         (["dataset.system_prompt=Hi"], "set model.head.prompts.query"),
-        (["dataset.folds=3"], "vectors are measured on held-out records"),
+        (["dataset.folds=3"], "embeddings are evaluated on held-out records"),
         (["model.head.generation_weight=1"], "an embedding head trains alone"),
         (["trainer.packing=true"], "embeddings cannot be packed"),
         (["trainer.keep_best=recall@2"], "no evaluation measures it"),
@@ -107,7 +107,7 @@ def test_what_contradicts_vectors_is_refused(words: list[str], problem: str, com
 
 
 def test_widths_beyond_those_of_vectors_are_refused(train: Callable[..., Path], pairs: list[str], tmp_path: Path):
-    with pytest.raises(ValueError, match=r"\[64\] are wider than vectors, which have 32 numbers"):
+    with pytest.raises(ValueError, match=r"\[64\] are larger than the width of vectors, 32"):
         train("embed-smol", tmp_path, *pairs, *WORDS, "model.head.loss_options.widths=[8,64]")
 
 

@@ -45,7 +45,7 @@ def test_a_packed_run_is_the_padded_one(
 def test_attention_without_shared_prompts_is_refused(train: Callable[..., Path], world: Path, tmp_path: Path):
     data = write_preferences(world, tmp_path / "pairs.json")
     words = ["trainer.packing=true", "model.attn_implementation=eager", "trainer.preference.loss=simpo"]
-    with pytest.raises(ValueError, match="a reply's logits are not those that it has alone in a packed"):
+    with pytest.raises(ValueError, match="in a packed row, the logits of a reply differ from those without packing"):
         train("preference-smol", tmp_path / "run", *data, *WORDS, *words)
 
 

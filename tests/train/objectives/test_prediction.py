@@ -131,11 +131,11 @@ def puts(column: str, value: Any, place: int = 5) -> Callable[[int, dict], None]
 
 
 REFUSED: dict[str, tuple[str, str, Callable[[int, dict], None], list[str], str]] = {
-    "no label": ("head-classification", "colour", drops_label, [], r"1 of 48 train records have no label, the"),
+    "no label": ("head-classification", "colour", drops_label, [], r"1 of 48 train records have no label; the"),
     "unknown": ("head-classification", "colour", puts("colour", "pink"), ["model.head.labels=[red,green,blue]"],
                 r"'pink' is not one of its labels"),
     "absent": ("head-classification", "colour", puts("id", "5"), ["model.head.labels=[red,green,blue,pink]"],
-               r"'pink', a class absent from training"),
+               r"'pink', but no training record"),
     "lonely": ("head-classification", "colour", puts("colour", "pink"), [], r"'pink' has 1"),
     "not a number": ("head-regression", "light", puts("light", float("nan")), [], r"needs a finite number, got nan"),
     "infinite": ("head-regression", "light", puts("light", float("inf")), [], r"needs a finite number, got inf"),
@@ -144,7 +144,7 @@ REFUSED: dict[str, tuple[str, str, Callable[[int, dict], None], list[str], str]]
                   r"model.head.task=regression: all labels are equal \(3"),
     "three of two": ("head-binary", "colour", puts("id", "5"), [], r"binary needs exactly 2 labels"),
     "which is positive": ("head-binary", "side", lambda index, record: record.update(side=["left", "right"][index % 2]),
-                          [], r"it cannot be told which of 'left' and 'right' is positive"),
+                          [], r"which of 'left' and 'right' is the positive label is unknown"),
     "one text": ("head-classification", "colour", puts("id", "5"), ["model/head=multilabel"],
                  r"multilabel needs a list of labels, got "),
     "layer": ("head-binary", "bright", puts("id", "5"), ["model.head.layer=3"],
@@ -156,12 +156,12 @@ REFUSED: dict[str, tuple[str, str, Callable[[int, dict], None], list[str], str]]
     "dropout": ("head-binary", "bright", puts("id", "5"), ["model.head.options.dropout=2"],
                 r"model.head.options=\{'dropout': 2\}: linear does not take them: dropout probability"),
     "name": ("head-binary", "bright", puts("id", "5"), ["model.head.name=values"],
-             r"model.head: torch gives modules something of the name values; choose another one"),
+             r"model.head: torch modules already have an attribute values; choose another name"),
     "weights": ("head-classification", "colour", puts("id", "5"), ["model.head.class_weights=[1,2]"],
                 r"model.head.class_weights=\[1, 2\]: one for each of 3 labels is needed"),
     "one label everywhere": ("head-classification", "all", lambda index, record: record.update(
         all=["a", *["b"] * (index % 2)]), ["model/head=multilabel", "model.head.class_weights=balanced"],
-        r"class_weights=balanced: every record has label number 0"),
+        r"class_weights=balanced: every record has the label number 0"),
 }  # fmt: skip
 """Run, column, what is done to the records, overrides, and what is said."""
 

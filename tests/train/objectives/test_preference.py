@@ -83,7 +83,7 @@ def test_a_further_run_reads_what_the_reference_said(
         (["trainer.preference.beta=0"], "a number above 0"),
         (["trainer.preference.label_smoothing=0.5"], "below 0.5"),
         (["trainer.preference.loss=ipo", "trainer.preference.label_smoothing=0.1"], "loss=ipo does not use it"),
-        (["trainer.preference.simpo_gamma=2"], "it is for trainer.preference.loss=simpo, here it is dpo"),
+        (["trainer.preference.simpo_gamma=2"], "it is for trainer.preference.loss=simpo, but the loss is dpo"),
         (["trainer.preference.desirable_weight=2"], "it is for trainer.preference.loss=kto"),
         (
             ["trainer.preference.loss=kto", "trainer.preference.rejected_image=blank"],
@@ -91,7 +91,7 @@ def test_a_further_run_reads_what_the_reference_said(
         ),
         (["trainer.preference.reference=none"], "loss=dpo needs a reference model"),
         (["trainer.preference.loss=simpo", "trainer.preference.reference=copy"], "uses no reference model"),
-        ([*WHOLE, "trainer.preference.reference=adapter"], "changes more than adapters; choose cached"),
+        ([*WHOLE, "trainer.preference.reference=adapter"], "trains more than adapters; choose cached"),
         (["trainer.preference.reference=copy", "trainer.deepspeed=zero3"], "choose cached"),
         (["trainer.objective=generation"], "it is for trainer.objective=preference"),
         (["trainer.keep_best=recall@1"], "no evaluation measures it"),
@@ -212,7 +212,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(train: Train, pairs: list
     assert logged(resumed, "kl")[-2:] == logged(whole, "kl")[-2:]
     shutil.rmtree(cache / reference.FOLDER)  # the resumed run has put it there again
     shutil.rmtree(tmp_path / "lost" / reference.FOLDER)
-    with pytest.raises(ValueError, match="the model is trained by now"):
+    with pytest.raises(ValueError, match="the model has since been trained"):
         train("preference-smol", tmp_path / "lost", *words)
 
 

@@ -42,7 +42,7 @@ def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_second_run_is_refused_and_told_who_has_the_directory(tmp_path: Path, other: subprocess.Popen[str]):
-    told = rf"another run trains in it \(process {other.pid} on {socket.gethostname()}, since 2"
+    told = rf"another run is training in it \(process {other.pid} on {socket.gethostname()}, since 2"
     with pytest.raises(ValueError, match=told), RunLock(tmp_path):
         pass
     assert read_holder(tmp_path) is not None
@@ -99,7 +99,7 @@ def test_a_run_on_another_machine_that_shows_life_is_left_alone(
         os.utime(tmp_path / HOLDER_FILE)
 
     monkeypatch.setattr(lock.time, "sleep", sleep)
-    with pytest.raises(ValueError, match=r"another run trains in it \(process 1 on another"), RunLock(tmp_path):
+    with pytest.raises(ValueError, match=r"another run is training in it \(process 1 on another"), RunLock(tmp_path):
         pass
 
 
@@ -133,5 +133,5 @@ def test_ranks_that_are_refused_say_so_once(tmp_path: Path, common: list[str]):
     with RunLock(tmp_path / "run"):
         first, second = run_ranks("vlm", words)
     assert first.returncode == 1
-    assert "another run trains in it" in first.stderr
+    assert "another run is training in it" in first.stderr
     assert "Traceback" not in first.stderr + second.stderr

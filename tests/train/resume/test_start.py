@@ -119,7 +119,7 @@ def test_a_run_that_is_done_stays_as_it_is(done: Path, train: Train, caplog: pyt
         train("pretrain-smol", done, *SHORT)
         train("pretrain-smol", done, *SHORT, "trainer.resume_from_checkpoint=true", "trainer.save_steps=1")
     assert snapshot(done) == before
-    assert f"The run in {done} is done after 4 steps: nothing is left to do" in caplog.text
+    assert f"The run in {done} is done after 4 steps. Its model is" in caplog.text
 
 
 def test_a_run_that_is_killed_in_its_first_save_begins_again(
@@ -161,7 +161,7 @@ def test_a_longer_run_that_is_killed_goes_on_beside_the_earlier_final(done: Path
         shutil.rmtree(done / removed)
     (done / "checkpoint-4").rename(done / "checkpoint-4.kept")
     shutil.copytree(whole / "final", done / "final")
-    with pytest.raises(ValueError, match="no checkpoint of its last step to go on from"):
+    with pytest.raises(ValueError, match="no checkpoint of its last step to resume from"):
         train("pretrain-smol", done, *longer)
     (done / "checkpoint-4.kept").rename(done / "checkpoint-4")
     train("pretrain-smol", done, *longer)
@@ -195,7 +195,7 @@ CHANGED = {
 def test_changes_of_a_run_are_shown_and_refused(stopped: Path, train: Train):
     """All at once: each is named, nothing is written, and the run can still go on."""
     before = snapshot(stopped)
-    with pytest.raises(ValueError, match="is of a run with other settings") as refused:
+    with pytest.raises(ValueError, match="belongs to a run with other settings") as refused:
         train("pretrain-smol", stopped, *SHORT, *(word for word, _ in CHANGED.values()))
     for word, values in CHANGED.values():
         assert f"  {word.partition('=')[0]}: {values}\n" in str(refused.value)
@@ -310,7 +310,7 @@ def test_a_run_that_began_with_anothers_checkpoint_goes_on_with_its_own(whole: P
 def test_another_run_in_the_directory_is_refused(whole: Path, train: Train, tmp_path: Path):
     with (
         RunLock(tmp_path / "run"),
-        pytest.raises(ValueError, match="another run trains in it"),
+        pytest.raises(ValueError, match="another run is training in it"),
     ):
         train("pretrain-smol", tmp_path / "run", *SHORT)
 
@@ -365,7 +365,9 @@ def test_other_settings_of_a_run_that_is_done_are_refused(done: Path, train: Tra
     """They would have no effect."""
     before = snapshot(done)
     for word in ("refuse", "accept"):
-        with pytest.raises(ValueError, match=r"is of a run that is done, and had other settings:\n  trainer\.seed: 42"):
+        with pytest.raises(
+            ValueError, match=r"belongs to a run that is done and had other settings:\n  trainer\.seed: 42"
+        ):
             train("pretrain-smol", done, *SHORT, "trainer.seed=1", f"trainer.resume_changes={word}")
     assert snapshot(done) == before
 
@@ -410,7 +412,7 @@ def test_a_damaged_record_is_told(stopped: Path, train: Train):
 def test_the_working_directory_is_not_set_aside(done: Path, train: Train, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(done)
     before = snapshot(done)
-    with pytest.raises(ValueError, match=r"trainer\.output_dir=\. holds a run and the working directory"):
+    with pytest.raises(ValueError, match=r"trainer\.output_dir=\. contains a run and the working directory"):
         train("pretrain-smol", Path(), *SHORT, "trainer.resume_from_checkpoint=never")
     assert snapshot(done) == before
 

@@ -113,10 +113,10 @@ def test_it_is_off_where_it_is_not_asked_for(built: Callable[..., tuple[Any, Any
 @pytest.mark.parametrize(
     ("trains", "key", "said"),
     [
-        (CONNECTOR, "[visual_encoder]", r"\['visual_encoder'\]: no gradient flows through the visual_encoder, so that "
-         "it keeps nothing; name of connector, language_model"),
-        (LANGUAGE_MODEL, "[connector]", "no gradient flows through the connector.*; name of language_model"),
-        (EVERYTHING, "[connector]", "the connector has no layers that transformers can compute anew"),
+        (CONNECTOR, "[visual_encoder]", r"\['visual_encoder'\]: no gradient flows through the visual_encoder, so "
+         "it stores no activations; allowed are connector, language_model"),
+        (LANGUAGE_MODEL, "[connector]", "no gradient flows through the connector.*; allowed are language_model"),
+        (EVERYTHING, "[connector]", "the connector has no layers that transformers can recompute"),
     ],
 )  # fmt: skip
 def test_parts_that_keep_nothing_are_refused(

@@ -60,11 +60,11 @@ def test_the_kernels_compute_the_same(parts: Parts):
 
 def test_a_language_model_that_liger_does_not_know_is_an_error(parts: Parts):
     found = done(parts, "phi", "apply_liger_kernels(model, None)")
-    assert "ValueError: trainer.use_liger_kernel=true: Liger computes nothing of model_type=phi" in found.stderr
+    assert "ValueError: trainer.use_liger_kernel=true: Liger has no kernel for model_type=phi" in found.stderr
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "fused_linear_cross_entropy"])
 def test_its_losses_are_refused(parts: Parts, name: str):
     model, _ = parts.model("clip", "llama")
-    with pytest.raises(ValueError, match=rf"liger_kernel_config\.{name}=true: the loss is computed at supervised"):
+    with pytest.raises(ValueError, match=rf"liger_kernel_config\.{name}=true: the loss is computed only at supervised"):
         apply_liger_kernels(model, {name: True})

@@ -123,5 +123,5 @@ def test_an_objective_that_does_not_weigh_is_refused(
     from vlm.train.objectives.generation import Generation
 
     monkeypatch.setattr(Generation, "takes_loss_weights", False)
-    with pytest.raises(ValueError, match="does not weigh losses"):
+    with pytest.raises(ValueError, match="does not weight losses"):
         train("finetune-smol", tmp_path / "run", *RUN, f"dataset.path={records}", "trainer.loss_average=token")

@@ -137,7 +137,7 @@ def test_the_look_before_training_finds_models_that_mix_samples(parts: Parts):
             found.logits = found.logits + found.logits.cumsum(1)
             return found
 
-    with pytest.raises(ValueError, match="a sample's logits depend on the sample before it"):
+    with pytest.raises(ValueError, match="the logits of a sample depend on the sample before it"):
         check_packing(Mixing(), processor)
 
 
@@ -190,11 +190,12 @@ def test_a_run_computes_its_loss_in_pieces(train: Callable[..., Path], tmp_path:
     [
         (
             "trainer.packing_strategy=best_fit",  # the run groups samples
-            "best_fit and trainer.train_sampling_strategy=group_by_modality_length: best_fit decides itself which",
+            "best_fit and trainer.train_sampling_strategy=group_by_modality_length: best_fit chooses the samples of a "
+            "row",
         ),
         (
             ["dataset.streaming=true", "trainer.train_sampling_strategy=random"],
-            "64: the lengths of a stream are not known before; at least dataset.max_length=2048",
+            "64: the lengths of a stream are not known in advance; at least dataset.max_length=2048",
         ),
         ("trainer.max_tokens_per_batch=0", "at least 1, or null, is needed"),
         (
@@ -324,7 +325,7 @@ def test_a_window_that_only_masks_know_is_refused(settings: dict[str, Any], hand
     layer.config, layer.layer_idx = SimpleNamespace(**settings), 0  # pyright: ignore[reportAttributeAccessIssue]
     row = [torch.randn(1, 1, 9, 4) for _ in range(3)]
     packed = {"cu_seq_lens_q": torch.tensor([0, 6, 9]), "max_length_q": 6, "sliding_window": handed_on}
-    refusal = pytest.raises(ValueError, match="only its masks say, and a sample has 6")
+    refusal = pytest.raises(ValueError, match="only its masks limit, and a sample may have 6")
     with refusal if refused else nullcontext():
         attention.packed_attention(layer, *row, None, **packed)
 

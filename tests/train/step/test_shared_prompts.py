@@ -92,8 +92,8 @@ def number_on(layout: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (let_replies_see_each_other, "a reply's logits depend on the chosen one beside it"),
-        (number_on, "a reply's logits are not those that it has alone"),
+        (let_replies_see_each_other, "the logits of a reply depend on the chosen reply in its row"),
+        (number_on, "the logits of a reply differ from those without packing"),
     ],
 )
 def test_the_proof_finds_rows_that_are_laid_out_wrongly(
@@ -115,7 +115,7 @@ def test_the_proof_finds_rows_that_are_laid_out_wrongly(
 def test_attention_that_knows_no_shared_prompts_is_refused(parts: Parts):
     model, processor = parts.model("clip", "llama")
     model.language_model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="a reply's logits are not those that it has alone in a packed row"):
+    with pytest.raises(ValueError, match="in a packed row, the logits of a reply differ from those without packing"):
         check_shared_prompts(model, processor)
 
 

@@ -289,7 +289,7 @@ def test_an_objective_that_takes_no_weights_packs_token_averages_only(common: li
     config = compose_config("finetune-smol", [*common, "trainer.packing=true", "trainer.loss_average=micro_batch"])
     check_config(config)
     (problem,) = packing_problems(config, takes_loss_weights=False)
-    assert "does not weigh the losses of packed rows" in problem
+    assert "does not weight the losses of packed rows" in problem
     config.trainer.packing_strategy = "best_fit"
     config.trainer.train_sampling_strategy = "random"
     assert not list(packing_problems(config, takes_loss_weights=False))
@@ -307,5 +307,7 @@ def test_ranks_that_would_draw_orders_of_their_own_are_refused():
     packing = StepPacking(Collator(0), costs, None, "token", args, lambda tensor: tensor)
     loader = DataLoader(range(8), 2, shuffle=True)  # type: ignore[arg-type]
     options = {"num_processes": 2, "process_index": 0}
-    with pytest.raises(ValueError, match="use_seedable_sampler=false: each rank would draw an order of its own"):
+    with pytest.raises(
+        ValueError, match="use_seedable_sampler=false: each rank would shuffle packed steps in its own order"
+    ):
         packing.make_loader(prepare_data_loader(loader, use_seedable_sampler=False, **options), samples)

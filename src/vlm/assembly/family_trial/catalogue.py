@@ -24,14 +24,14 @@ from vlm.families.table import get_family
 TYPE_SECONDS = 600.0
 """Seconds after which the process of a type is ended."""
 MARKS = {State.PROVED: "yes", State.FAILED: "**no**", State.NOT_MADE: "?"}
-"""How a verdict stands in the table of a page."""
+"""How a verdict is in the table of a page."""
 
 
 class Receiver(Protocol):
     """The end of a pipe that verdicts come out of, on any system."""
 
     def poll(self, timeout: float, /) -> bool:
-        """Return whether something comes in time; raise EOFError where nothing can come any more."""
+        """Return whether something comes in time; raise EOFError if nothing can come any more."""
         ...
 
     def recv(self) -> Mapping[str, str]:
@@ -104,7 +104,7 @@ def _send_verdicts(model_type: str, sender: Connection, try_one: Callable[[str],
 
 
 def _receive(receiver: Receiver, max_seconds: float) -> dict[str, Verdict] | None:
-    """Return the verdicts that a process sends in time; None where it ends without."""
+    """Return the verdicts that a process sends in time; None if it ends without."""
     try:
         if not receiver.poll(max_seconds):
             return None
@@ -184,7 +184,7 @@ def _list_reasons(tried: Mapping[str, Verdicts]) -> Iterator[str]:
 
 
 def _as_text(reason: str) -> str:
-    """Return a reason as a page shows it: what would be markup stands in it as it is."""
+    """Return a reason as a page shows it: what would be markup is in it as it is."""
     return f"`{reason}`" if "`" not in reason else reason.replace("<", "&lt;")
 
 

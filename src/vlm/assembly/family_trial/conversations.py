@@ -94,7 +94,7 @@ class Builder:
         return self
 
     def ask(self, text: str, *media: Medium) -> "Builder":
-        """Add a question behind its images and videos."""
+        """Add a question after its images and videos."""
         parts: list[ContentPart] = [
             VideoRef(Path("video"), medium.clip) if isinstance(medium, DecodedVideo) else ImageRef(Path("image"))
             for medium in media

@@ -107,7 +107,7 @@ def prove_part(subject: Subject, part: str, own: Sequence[str]) -> list[str]:
     if partly := [name for name in missed if get_form(name) in reached_forms]:
         raise DisprovedError(
             f"with the {part} trained alone, no gradient reaches {list_names(partly)}, but others of the same name in "
-            "other layers; what no reply depends on has to be declared as unused"
+            "other layers; parameters that no reply depends on have to be declared as unused"
         )
     if missed and not are_idle(subject, missed, tried):
         raise DisprovedError(f"{told}, although logits change with them")
@@ -123,7 +123,7 @@ def _batch_makers(subject: Subject) -> Iterator[Callable[[], Batch]]:
 
 
 def _make_video(subject: Subject) -> Batch | None:
-    """Return a batch with a video; None where the family takes none, or fails on them, which another proof tells."""
+    """Return a batch with a video; None if the family takes none, or fails on them, which another proof tells."""
     if subject.processor.videos is None:
         return None
     try:
@@ -172,6 +172,7 @@ def are_idle(subject: Subject, names: Iterable[str], batches: Iterable[Batch]) -
     generator = torch.Generator().manual_seed(0)
 
     def moved_logits(batch: Batch) -> Tensor:
+        """Return the logits after each parameter has moved a little, then move the parameters back."""
         kept = [parameter.clone() for parameter in idle]
         for parameter in filter(torch.is_floating_point, idle):
             parameter.mul_(1 + NUDGE * torch.randn(parameter.shape, generator=generator))

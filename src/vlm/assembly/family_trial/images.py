@@ -198,17 +198,17 @@ def check_refused(subject: Subject, conversation: Conversation) -> None:
     """Check that training leaves out a conversation whose first reply would depend on a later image.
 
     Raises:
-        DisprovedError: it would be learned.
+        DisprovedError: it would be trained on.
     """
     try:
         subject.make_row(conversation)
     except BadSample:
         return
-    raise DisprovedError("a reply between images is learned, though earlier images see later ones")
+    raise DisprovedError("a reply between images is trained on, although earlier images attend to later ones")
 
 
 def check_order_in_turn(subject: Subject) -> None:
-    """Check, where images stand in one question only, that two of them are told apart.
+    """Check, where images are in one question only, that two of them are told apart.
 
     Raises:
         DisprovedError: the logits are the same when they change places.
@@ -220,7 +220,7 @@ def check_order_in_turn(subject: Subject) -> None:
         return
     change = compare(subject, one_turn(one, other), one_turn(other, one))
     if not change >= SEEN:
-        raise DisprovedError(f"two images that change places change the logits by {change:.2g} of their norm")
+        raise DisprovedError(f"swapping two images changes the logits by {change:.2g} of their norm")
 
 
 def compare(subject: Subject, one: Conversation, other: Conversation) -> float:

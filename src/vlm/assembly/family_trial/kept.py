@@ -96,15 +96,15 @@ def check_verdicts(verdicts: Verdicts, label: str, *, unproved: bool, packing: S
         )
     if failed:
         raise ValueError(
-            f"{label} failed its trial on a small model of the same configuration, so that it would train wrongly: "
+            f"{label} failed its trial on a small model of the same configuration, so it would train wrongly: "
             f"{_list_reasons(failed)}. `vlm models --check` repeats the trial; choose another checkpoint, another "
-            "version of transformers, or mend the processor's template or settings"
+            "version of transformers, or fix the processor's template or settings"
         )
     missing = {name: verdict.reason for name, verdict in needed.items() if verdict.state is State.NOT_MADE}
     if missing and not unproved:
         raise ValueError(
-            f"{label}: what training takes for granted could not all be proved on a small model of the same "
-            f"configuration: {_list_reasons(missing)}. Look at what is supervised with `vlm data show`, and set "
+            f"{label}: not everything that training relies on could be proved on a small model of the same "
+            f"configuration: {_list_reasons(missing)}. Check the supervised tokens with `vlm data show`, and set "
             "model.unproved=true to train without these proofs"
         )
 
@@ -126,8 +126,8 @@ def check_video_verdict(verdicts: Verdicts, label: str, records: str, *, unprove
         return
     go_on = "; model.unproved=true trains without the proof" if verdict.state is State.NOT_MADE else ""
     raise ValueError(
-        f"{label}: {records}, and its videos are not proved on a small model of the same configuration: {verdict}. "
-        f"Give their frames as images, which are proved: a list under `images` in place of `videos`{go_on}"
+        f"{label}: {records}, but videos could not be proved on a small model of the same configuration: {verdict}. "
+        f"Give their frames as images, which are proved: a list under `images` instead of `videos`{go_on}"
     )
 
 

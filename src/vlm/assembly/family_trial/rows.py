@@ -66,7 +66,7 @@ def prove_packing(subject: Subject) -> None:
 
 @torch.no_grad()
 def prove_pairs(subject: Subject) -> None:
-    """Replies behind one prompt in a packed row have the logits that each has behind a prompt of its own."""
+    """Replies after one prompt in a packed row have the logits that each has after a prompt of its own."""
     model, merger = subject.model, BranchMerger.of(subject.processor)
     items: list[SampleInputs | Skipped] = []
     alone, num_images = [], 0
@@ -158,7 +158,7 @@ def prove_generation(subject: Subject) -> None:
 def make_forced(
     subject: Subject, conversation: Conversation, prompt: Sequence[int], written: Sequence[int]
 ) -> SampleInputs:
-    """Return a batch of a prompt with what was written behind it, which is supervised."""
+    """Return a batch of a prompt with what was written after it, which is supervised."""
     labels = [IGNORE_INDEX] * len(prompt) + list(written)
     encoded = Encoded([*prompt, *written], labels)
     sizes = conversation.sizes

@@ -152,7 +152,7 @@ def wake(model: PreTrainedModel) -> None:
 def relative_difference(one: Tensor, other: Tensor) -> float:
     """Return the norm of the difference of two tensors over the norm of the first.
 
-    The lowest number of a precision, by which a model rules tokens out, counts as 0 where both have it.
+    The lowest number of a precision, by which a model rules tokens out, counts as 0 if both have it.
     """
     ruled_out = (one <= torch.finfo(one.dtype).min) & (other <= torch.finfo(other.dtype).min)
     before, after = (tensor.double().masked_fill(ruled_out, 0) for tensor in (one, other))

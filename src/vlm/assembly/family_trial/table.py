@@ -85,7 +85,7 @@ def make_subject(
 
 
 def make_proofs(subject: Subject, deadline: float) -> Iterator[tuple[str, Verdict]]:
-    """Yield the verdict of each proof; those that would begin behind a deadline of `time.monotonic` are not made."""
+    """Yield the verdict of each proof; those that would begin after a deadline of `time.monotonic` are not made."""
     for name, prove in PROOFS.items():
         if time.monotonic() > deadline:
             yield name, Verdict(State.NOT_MADE, "the trial took too long; the proofs before it used up its time")

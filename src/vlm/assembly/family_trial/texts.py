@@ -48,7 +48,7 @@ def prove_labels(subject: Subject) -> None:
 
 
 def describe_ids(processor: FamilyProcessor, ids: Sequence[int], native: Sequence[int]) -> str:
-    """Return where ids differ from those of the family's own processor, and how the texts go on there."""
+    """Return where ids differ from those of the family's own processor, and how the texts continue there."""
     place = next((i for i, pair in enumerate(zip(native, ids, strict=False)) if pair[0] != pair[1]), len(native))
     ours, theirs = (decode(processor, part[place : place + 8]) for part in (ids, native))
     return f"ids differ from the family's own from place {place} on: {ours!r} for {theirs!r}"
@@ -81,7 +81,7 @@ def encode_or_fail(processor: FamilyProcessor, conversation: Conversation) -> En
 def check_supervised(
     processor: FamilyProcessor, conversation: Conversation, encoded: Encoded, replies: Sequence[str]
 ) -> None:
-    """Check that the supervised runs of ids are these replies, each with a special token or white space behind it.
+    """Check that the supervised runs of ids are these replies, each with a special token or white space after it.
 
     Raises:
         DisprovedError: they are not.
@@ -138,10 +138,10 @@ def check_spelled(processor: FamilyProcessor) -> None:
 
 
 def check_thinking(processor: FamilyProcessor) -> None:
-    """Check, for a template that knows of thinking, that the answer behind it is supervised, whatever is kept of it.
+    """Check, for a template that knows of thinking, that the answer after it is supervised, whatever is kept of it.
 
     Raises:
-        DisprovedError: the answer is not supervised whole, or something beside the reply is.
+        DisprovedError: the answer is not supervised whole, or something next to the reply is.
     """
     if THINKING_END not in str(processor.chat_template):
         return

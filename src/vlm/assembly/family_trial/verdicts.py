@@ -37,7 +37,7 @@ class Verdict:
 
     @classmethod
     def parse(cls, text: str) -> "Verdict":
-        """Return the verdict that `str` wrote; raise ValueError where it is none."""
+        """Return the verdict that `str` wrote; raise ValueError if it is none."""
         state, _, reason = text.partition(": ")
         return cls(State(state), reason)
 
@@ -53,7 +53,7 @@ def describe_unused(forms: Iterable[str]) -> str:
 
 
 def read_unused(verdicts: "Verdicts") -> tuple[str, ...]:
-    """Return what `describe_unused` was given; nothing where no proof found any."""
+    """Return what `describe_unused` was given; nothing if no proof found any."""
     found = [verdict.reason for verdict in verdicts.values() if verdict.state is State.PROVED]
     return tuple(
         form for reason in found if reason.startswith(UNUSED) for form in reason.removeprefix(UNUSED).split(", ")

@@ -81,7 +81,7 @@ def is_list(value: object) -> TypeGuard[Sequence[object]]:
 
 
 def get_merge(fields: Mapping[str, object]) -> int:
-    """Return how many patches a configuration makes one of; 1 where it does not say."""
+    """Return how many patches a configuration makes one of; 1 if it does not say."""
     for name in ("spatial_merge_size", "merge_size", "merge_kernel_size"):
         side = fields.get(name)
         if is_list(side) and side:

@@ -18,7 +18,7 @@ IMAGE = "<image>"
 
 @dataclass(frozen=True)
 class CodeNames:
-    """How the codes of images stand in a vocabulary.
+    """How the codes of images are in a vocabulary.
 
     Attributes:
         name: the name of a code, by its number.
@@ -40,7 +40,7 @@ CODE_NAMES = {
     "chameleon": CodeNames(_spell, tokens=(IMAGE,)),
     "emu3": CodeNames("<|visual token {:06d}|>".format, (("image_token", IMAGE),), ("<|extra_200|>",)),
 }
-"""A type -> how codes of images stand in its vocabulary."""
+"""A type -> how codes of images are in its vocabulary."""
 
 
 def list_code_tokens(config: PreTrainedConfig) -> FurtherTokens | None:

@@ -13,7 +13,7 @@ DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "layers", "n_l
 OTHER_DEPTHS = re.compile(
     r"^(en|de)coder_layers$|^num_(de|en)coder_layers$|^num_global_layers$|_depth$|_num_hidden_layers$"
 )
-"""Numbers of layers beside a configuration's main ones."""
+"""Numbers of layers in addition to a configuration's main ones."""
 LISTS = re.compile(r"layer|types|pattern|idxs|indices|indexes|intermediate_size")
 """Fields that say something of each layer, or which layers are meant."""
 LEADING = re.compile(r"^first_k|^num_dense_layers$|^n_dense")
@@ -82,7 +82,7 @@ def choose_layers(fields: Fields, depth: int, least: int) -> list[int]:
 
 
 def read_depth(config: PreTrainedConfig) -> int | None:
-    """Return a configuration's number of layers; None where it has none."""
+    """Return a configuration's number of layers; None if it has none."""
     return get_int(get_fields(config), *DEPTHS)
 
 
@@ -127,7 +127,7 @@ def _properties(fields: Fields, depth: int) -> Iterable[Callable[[int], object]]
 
 
 def _cut(name: str, value: object, depth: int, kept: Sequence[int]) -> object:
-    """Return the value of a field for the layers that stay; None where it stays as it is."""
+    """Return the value of a field for the layers that stay; None if it stays as it is."""
     if is_list(value):
         if _is_per_layer(name, value, depth):
             return _like(value, [value[layer] for layer in kept])

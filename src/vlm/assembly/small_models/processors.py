@@ -70,7 +70,7 @@ def make_processor(config: PreTrainedConfig, further: FurtherTokens | None = Non
 
     Args:
         config: the configuration, whose patches, tiles and numbers of tokens the processor takes over.
-        further: special tokens beside those that the class asks for.
+        further: special tokens in addition to those that the class asks for.
 
     Raises:
         ValueError: transformers maps no processor to the type.
@@ -83,7 +83,7 @@ def make_processor(config: PreTrainedConfig, further: FurtherTokens | None = Non
 
 
 def find_processor_class(config: PreTrainedConfig) -> type[ProcessorMixin]:
-    """Return the class of a type's processor; raise ValueError where it has none."""
+    """Return the class of a type's processor; raise ValueError if it has none."""
     for kind in _config_classes(config):
         if kind in PROCESSOR_MAPPING and (found := PROCESSOR_MAPPING[kind]) is not None:
             return cast(type[ProcessorMixin], found)

@@ -83,6 +83,6 @@ def find_video_text(processor: ProcessorMixin) -> str:
 
 
 def _find_end_of_video(processor: ProcessorMixin, name: str) -> str | None:
-    """Return the token of a processor by whose id it knows the beginning or end of a video; None where it has none."""
+    """Return the token of a processor by whose id it knows the beginning or end of a video; None if it has none."""
     token_id: int | None = getattr(processor, f"{name}_id", None)
     return None if token_id is None else str(processor.tokenizer.convert_ids_to_tokens(token_id))

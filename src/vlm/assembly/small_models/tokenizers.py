@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, ProcessorMixin
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 TURN = "<|turn|>"
 LITERALS = re.compile(r"<[\w|/\-]+>|<｜[^\"'{}<>]+｜>|\[[A-Z][A-Z0-9_]+\]|\|[A-Z]+\||\]<\][\w ]+\[>\[")
-"""Special tokens, where they stand between quotation marks in a class's source."""
+"""Special tokens, where they are between quotation marks in a class's source."""
 DOCSTRINGS = re.compile(r'r?"""(.|\n)*?"""')
 STRINGS = re.compile(r"""f?("[^"\n]*"|'[^'\n]*')""")
 NAMED = re.compile(r"tokenizer\.([a-z_]+_token)(?:_id)?\b")
@@ -24,7 +24,7 @@ MAX_LENGTH = 100_000
 
 @dataclass(frozen=True)
 class FurtherTokens:
-    """Special tokens beside those that a class of processors asks for.
+    """Special tokens in addition to those that a class of processors asks for.
 
     Attributes:
         names: their names, such as `image_token`.
@@ -65,7 +65,7 @@ def build_tokenizer(tokens: Iterable[str], named: Mapping[str, str]) -> PreTrain
     """Return a byte-level tokenizer without merges.
 
     Args:
-        tokens: its special tokens, beside those for padding, for beginnings and for ends.
+        tokens: its special tokens, in addition to those for padding, for beginnings and for ends.
         named: special tokens that it knows by name: name -> token.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

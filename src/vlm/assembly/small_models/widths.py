@@ -120,7 +120,7 @@ def _narrow_ropes(fields: Fields, new: Fields, before: int | None) -> Fields:
 
 
 def _resize(name: str, value: object, fields: Fields, sizes: Sizes, head: int, merged: Mapping[int, int]) -> object:
-    """Return the small value of a field; None where it stays as it is."""
+    """Return the small value of a field; None if it stays as it is."""
     if is_list(value):
         new = [_resize(name, item, fields, sizes, head, merged) for item in value]
         items = [old if item is None else item for old, item in zip(value, new, strict=True)]

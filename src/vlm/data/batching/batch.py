@@ -19,7 +19,7 @@ class BatchInputs(TypedDict, total=False):
         attention_mask: `(rows, tokens)`, 1 at tokens of a sample; packed rows have none.
         pixel_values: `(views, 3 * encoders, height, width)` of composed models; families have shapes of their own.
         pixel_values_videos: of families that encode videos separately.
-        image_features: `(views, features, dim)`, in place of pixels where features are cached.
+        image_features: `(views, features, dim)`, instead of pixels where features are cached.
         image_index: `(images,)`, for each image its index in `pixel_values` or `image_features`, where equal images
             are there once.
         image_sizes: `(images, 2)`, height and width of images that are cut into tiles.
@@ -50,7 +50,7 @@ class Batch(BatchInputs, total=False):
 
     Attributes:
         labels: `(rows, tokens)`, -100 where nothing is supervised.
-        position_ids: `(1, tokens)`, of packed rows: they restart with each sample, at 0 or behind a shared prompt.
+        position_ids: `(1, tokens)`, of packed rows: they restart with each sample, at 0 or after a shared prompt.
         cu_seq_lens_q: `(samples + 1,)`, of packed rows: where each sample starts, and where the last one ends.
         cu_seq_lens_k: the same tensor; where prompts are shared, the same of the tokens in `key_index`.
         max_length_q: of packed rows: the tokens of the longest sample.
@@ -80,9 +80,9 @@ class HeadBatch(BatchInputs, total=False):
     """Prompts with the targets of prediction heads, as `VLMForPrediction.forward` takes them.
 
     Attributes:
-        labels: head -> `(rows, width)`, what the head learns, NaN where a sample has no label.
+        labels: head -> `(rows, width)`, what the head learns, NaN if a sample has no label.
         groups: `(rows,)`, the group within which a ranking compares; -1 for none.
-        text_labels: `(rows, tokens)`, -100 outside replies; only where replies are learned.
+        text_labels: `(rows, tokens)`, -100 outside replies; only where replies are trained on.
         prompt_mask: `(rows, tokens)`, 1 at the tokens of the prompt; as `text_labels`.
     """
 

@@ -62,7 +62,7 @@ class _UnpackedSamples:
             self.indices_by_length[self.lengths[index]].append(index)
 
     def take_next(self, room: int) -> int | None:
-        """Take the next sample in random order; None where it does not fit, or none is left."""
+        """Take the next sample in random order; None if it does not fit, or none is left."""
         while self.next < len(self.order) and not self.unpacked[self.order[self.next]]:
             self.next += 1
         if self.next == len(self.order) or self.lengths[self.order[self.next]] > room:

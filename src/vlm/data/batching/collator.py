@@ -49,7 +49,7 @@ class Collator:
             wait for each other, and a connector that trains alone would get no gradient. Nothing attends to its
             placeholders. None for no dummy.
         video_dummy: a video, where images and videos are encoded separately and there are several ranks: every batch
-            then has both. None where an image or a video will do.
+            then has both. None if an image or a video will do.
         rows: image inputs with one row for each sample; the others are concatenated.
         tokens: inputs with one value for each token, besides the weights of losses.
         dims: image input -> the dimension along which it is concatenated, where that is not the first one.
@@ -135,7 +135,7 @@ class Collator:
     def _deduplicate(self, items: Sequence[SampleInputs]) -> Tensor | None:
         """Keep the first of equal images; return, for each image, its index among those kept: `(images,)`.
 
-        None where all images differ.
+        None if all images differ.
         """
         names = {name for item in items for name in self.deduplicate if item.get(name) is not None}
         if not names:
@@ -159,7 +159,7 @@ class Collator:
         return pad(value, (*[0, 0] * (value.ndim - 1), *ends), value=fill)
 
     def _collate_weights(self, weights: Sequence[Tensor | None], items: Sequence[SampleInputs], longest: int) -> Tensor:
-        """Return the weights of the losses of all rows, 1 where a sample has none: `(rows, tokens)`."""
+        """Return the weights of the losses of all rows, 1 if a sample has none: `(rows, tokens)`."""
         rows = []
         for weight, item in zip(weights, items, strict=True):
             ones = torch.ones(len(item["input_ids"]) - (0 if weight is None else len(weight)))  # those of a dummy
@@ -228,7 +228,7 @@ def _append_dummy(item: SampleInputs, ids: Sequence[int], inputs: Mapping[str, T
 
 
 def _pad_to_same_shape(values: Sequence[Tensor]) -> list[Tensor]:
-    """Pad all dimensions behind the first one with zeros to the largest size."""
+    """Pad all dimensions after the first one with zeros to the largest size."""
     shapes = [value.shape[1:] for value in values]
     if len(set(shapes)) == 1:
         return list(values)

@@ -1,7 +1,7 @@
-"""Packing: samples concatenated in a row without padding, and where each of them starts.
+"""Packing: samples are concatenated in a row without padding, with the place where each of them starts.
 
 Which samples share a row is decided in `step_layout.py`, or in `best_fit.py`. A sample may branch: several replies
-stand behind one prompt, see `shared_prompt.py`.
+are after one prompt, see `shared_prompt.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ class Branches(NamedTuple):
 
     Attributes:
         shared: the number of the sample's first tokens, which precede each branch.
-        lengths: the number of tokens of each branch behind them; the first one goes on from there.
+        lengths: the number of tokens of each branch after them; the first one resumes from there.
     """
 
     shared: int

@@ -1,4 +1,4 @@
-"""Image inputs that are indices of rows of another input: counted anew where those of samples are concatenated."""
+"""Shifts image inputs that are indices of another input's rows, when the inputs of samples are concatenated."""
 
 from collections.abc import Mapping, Sequence
 from math import prod

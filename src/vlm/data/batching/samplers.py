@@ -11,7 +11,7 @@ Item_co = TypeVar("Item_co", covariant=True)
 
 
 class EpochSampler(Sampler[Item_co]):
-    """An order that is another one each epoch; a resumed epoch repeats its order.
+    """An order that changes with each epoch; a resumed epoch repeats its order.
 
     Args:
         seed: determines the order, together with the epoch.
@@ -55,7 +55,9 @@ def order_by_modality_and_length(
         ValueError: `batch` is no multiple of `num_chunks`.
     """
     if batch % num_chunks:
-        raise ValueError(f"batch={batch}, num_chunks={num_chunks}: a step has equally many samples in each micro-batch")
+        raise ValueError(
+            f"batch={batch}, num_chunks={num_chunks}: all micro-batches of a step must have the same number of samples"
+        )
     length_array = np.asarray(lengths, dtype=np.int64)
     is_multimodal = np.asarray(num_images) > 0
     modalities = [group for group in (np.flatnonzero(is_multimodal), np.flatnonzero(~is_multimodal)) if len(group)]

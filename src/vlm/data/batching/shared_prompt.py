@@ -1,4 +1,4 @@
-"""Conversations that differ in their last replies as one sample: all replies behind a prompt that stands there once.
+"""Merges conversations that differ only in their last replies into one sample, with their prompt only once.
 
 Images of the prompt are encoded once, too. A packed row says which tokens each reply attends to (`packing.py`).
 """
@@ -36,9 +36,9 @@ class BranchMerger:
         return cls(get_media_token_ids(processor), (*processor.per_token_inputs, *tokens))
 
     def merge(self, sides: Sequence[SampleInputs]) -> SampleInputs | None:
-        """Return conversations as one sample that branches; None where they share no prompt.
+        """Return conversations as one sample that branches; None if they share no prompt.
 
-        The ids of each branch, behind those that all share, are those of its conversation.
+        The ids of each branch, after those that all share, are those of its conversation.
         """
         shared = self.count_shared(sides)
         if not shared:
@@ -52,7 +52,7 @@ class BranchMerger:
         return merged | {BRANCHES: Branches(shared, tuple(len(side["input_ids"]) - shared for side in sides))}
 
     def count_shared(self, sides: Sequence[SampleInputs]) -> int:
-        """Return the number of first tokens that all branches share; 0 where they cannot share any.
+        """Return the number of first tokens that all branches share; 0 if they cannot share any.
 
         These are the ids that all have in common before the first supervised token of any, but for the last one: each
         branch begins with that, where its own first token is predicted. Images and videos have to be among them, and
@@ -81,7 +81,7 @@ def _count_common(rows: Sequence[Sequence[int]]) -> int:
 
 
 def _find_first_supervised(inputs: SampleInputs) -> int:
-    """Return the place of the first supervised token; the number of tokens where there is none."""
+    """Return the place of the first supervised token; the number of tokens if there is none."""
     is_supervised = np.asarray(inputs["labels"]) != IGNORE_INDEX
     return int(is_supervised.argmax()) if is_supervised.any() else len(is_supervised)
 

@@ -80,7 +80,7 @@ def fill_rows(
 def _try_to_fill(
     lengths: Sequence[int], costs: Sequence[float], number: int, max_tokens: int | None
 ) -> list[list[int]] | None:
-    """Fill so many rows; None: a sample finds room in none of them."""
+    """Fill so many rows; return None if a sample does not fit into any of them."""
     rows: list[list[int]] = [[] for _ in range(number)]
     room = [float("inf") if max_tokens is None else max_tokens] * number
     cheapest = [(0.0, row) for row in range(number)]  # a heap
@@ -108,7 +108,7 @@ def lay_out_step(
 ) -> list[list[list[Row]]]:
     """Lay out the samples of a step: for each rank and each of its accumulation steps, one or more rows.
 
-    Every rank has the same number of rows in each accumulation step; a row may be empty where samples are few.
+    Every rank has the same number of rows in each accumulation step; a row may be empty if samples are few.
 
     Args:
         micro_batches: the indices of the samples of each micro-batch: those of all ranks for the first accumulation
@@ -170,7 +170,7 @@ class RowCollator:
         self.collate_row = PackingCollator(replace(collate, tokens=(*collate.tokens, MICRO_BATCH)))
 
     def __call__(self, rows: Sequence[Samples]) -> Batch:
-        """Collate one or more rows; a row without samples has a token or an image that nothing is learned from."""
+        """Collate one or more rows; a row without samples has a token or an image that nothing is trained on from."""
         first, *more = map(self.collate_row, rows)
         return cast(Batch, {**first, MORE_ROWS: more}) if more else first
 

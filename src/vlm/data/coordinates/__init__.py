@@ -1,1 +1,1 @@
-"""Coordinates: where objects are in what a model sees, and how each family of models writes that."""
+"""Coordinates: where objects are in the images that a model sees, and how each family of models writes this."""

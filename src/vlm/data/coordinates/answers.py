@@ -1,4 +1,4 @@
-"""From a model's answer to objects: places that it wrote, in pixels of the stored images turned upright."""
+"""Parses objects from a model's answer: the places that it wrote, in pixels of the stored images turned upright."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,14 +16,14 @@ from vlm.data.vision.images import read_stored_size
 
 
 def parse_answer(text: str, convention: str, views: Sequence[ImageView], image: int = 0) -> list[MarkedObject]:
-    """Return the objects that an answer tells, in order, in pixels of the stored image turned upright.
+    """Return the objects in an answer, in order, in pixels of the stored image turned upright.
 
     Args:
         text: the answer.
         convention: the name of the model's convention.
-        views: what the model sees of each image. Without any, only time spans are read, and where the convention counts
-            pixels that the model sees, and their number is not known.
-        image: the number of the image that the answer is about, where it does not tell that itself.
+        views: what the model sees of each image. Only time spans are read without views, or if the convention counts
+            pixels that the model sees and their number is unknown.
+        image: the number of the image that the answer is about, if the answer does not say so itself.
     """
     kind = get_convention(convention)
     seen = {number: view_for(kind, view) for number, view in enumerate(views) if not is_unsized(kind, view)}
@@ -40,9 +40,9 @@ def parse_answer(text: str, convention: str, views: Sequence[ImageView], image: 
 def parse_answer_to_images(
     text: str, processor: Processor, sizes: Sequence[Size], image: int = 0
 ) -> list[MarkedObject]:
-    """Return the objects of an answer to images of these upright heights and widths, without those of its thinking.
+    """Return the objects of an answer, without its thinking, about images of these upright heights and widths.
 
-    `image` is the number of the one that it is about.
+    `image` is the number of the image that the answer is about.
     """
     views = make_views(processor, sizes)
     return parse_answer(without_thinking(text), processor.coordinates or DEFAULT, views, image)
@@ -53,13 +53,13 @@ def parse_answer_to_sample(
 ) -> list[MarkedObject]:
     """Return the objects of an answer to a sample, as far as the model sees them: see `visible_objects`.
 
-    They are of the image of its true objects where these are of one image alone, else of its first image.
+    They belong to the image of the true objects if these are all in one image, else to the first image.
 
     Args:
         text: the answer.
         processor: the model's.
-        sample: what was asked.
-        sizes: upright heights and widths of its images but frames of videos; None: they are read from their files.
+        sample: the sample with the question.
+        sizes: upright heights and widths of its images, without frames of videos; None: read from the files.
 
     Raises:
         BadSample: an image does not open.
@@ -71,20 +71,20 @@ def parse_answer_to_sample(
 
 
 def _read_sizes(sample: Sample) -> list[Size]:
-    """Return the upright height and width of each image of a sample that is no frame of a video."""
+    """Return the upright height and width of each image of a sample, except frames of videos."""
     return [read_stored_size(image, sample.id).upright for image in sample.images if image.frame is None]
 
 
 def true_objects(sample: Sample) -> list[MarkedObject]:
-    """Return the objects whose places the last reply of a sample tells."""
+    """Return the objects whose places are in the last reply of a sample."""
     return [marked for marked in sample.objects if marked.is_answer]
 
 
 def visible_objects(objects: Sequence[MarkedObject], views: Sequence[ImageView]) -> list[MarkedObject]:
-    """Return what models see of objects in pixels of upright images: boxes up to where their image is cut.
+    """Return the visible part of objects in pixels of upright images: boxes are clipped where the image is cropped.
 
-    Boxes and points that lie where the processor cuts the image off are left out. Answers and true objects are compared
-    so: nothing that a model does not see counts for or against it.
+    Boxes and points in cropped parts are left out. Answers and true objects are compared in this form, so that what a
+    model does not see counts neither for nor against it.
     """
     visible = []
     for marked in objects:
@@ -100,7 +100,7 @@ def true_objects_of_reply(
 ) -> list[MarkedObject]:
     """Return the objects whose places the last reply tells, as far as the model sees them: see `visible_objects`.
 
-    These are those of the record, else those that its text spells. Arguments are those of `parse_answer_to_sample`.
+    These are the record's objects, or else those written in its text. Arguments are those of `parse_answer_to_sample`.
 
     Raises:
         BadSample: an image does not open.
@@ -116,7 +116,7 @@ def true_objects_of_reply(
 
 
 def decode_answer(processor: Processor, ids: list[int]) -> str:
-    """Return the text of generated ids without special tokens, but for those of the model's coordinates."""
+    """Return the text of generated ids without special tokens, except those of the model's coordinates."""
     tokenizer, pattern = processor.tokenizer, processor.coordinate_tokens
     special = _special_ids(tokenizer)
     kept = set() if pattern is None else {number for number, text in special.items() if pattern.fullmatch(text)}

@@ -1,6 +1,6 @@
-"""What a convention is: how a family of models writes boxes, points and time spans, and how its answers are read.
+"""The interface of a convention: how a family of models writes boxes, points and time spans, and how to parse them.
 
-To add one, write a subclass of `Convention` and add it to `table.CONVENTIONS`; one of the user's own is named
+To add one, write a subclass of `Convention` and add it to `table.CONVENTIONS`; users name their own as
 `package.module:Class`.
 """
 
@@ -26,9 +26,9 @@ class Place:
     Attributes:
         kind: `box`, `point` or `span`.
         values: shares of the sides of what the model sees, `x1, y1, x2, y2` or `x, y`; of a span, seconds.
-        label: what the object is; None where nothing says so.
+        label: what the object is; None if nothing says so.
         seen_size: width and height of what the model sees, in pixels.
-        medium: the number of its image, from 0; None where an answer does not tell it.
+        medium: the number of its image, from 0; None if an answer does not say.
     """
 
     kind: str
@@ -44,12 +44,12 @@ class Convention(ABC):
     Attributes:
         name: its name in `dataset.coordinates`.
         source: where it is documented.
-        steps: what a side of the image is divided into; None: into the pixels that the model sees.
+        steps: the number of steps of a side of the image; None: the pixels that the model sees.
         highest: the largest number; None: that of `steps`, or of pixels.
-        decimals: of a number.
-        is_y_first: whether `y` stands before `x`.
+        decimals: the decimals of a number.
+        is_y_first: whether `y` is before `x`.
         sees_stored_image: whether pixels are those of the stored image, whatever the model sees of it.
-        token_pattern: matches the tokens that it writes; None: it writes text alone.
+        token_pattern: matches the special tokens that it writes; None: it writes plain text.
         required_tokens: tokens without which a tokenizer cannot write it.
     """
 
@@ -65,7 +65,7 @@ class Convention(ABC):
 
     @abstractmethod
     def write_place(self, place: Place) -> str:
-        """Return the text of one box or point, without its label; ValueError where there is none for its kind."""
+        """Return the text of one box or point, without its label; ValueError if there is none for its kind."""
 
     @abstractmethod
     def write_list(self, places: Sequence[Place]) -> str:
@@ -73,21 +73,21 @@ class Convention(ABC):
 
     @abstractmethod
     def read_places(self, text: str, seen_size: tuple[float, float]) -> Iterator[Place]:
-        """Yield the boxes and points of an answer, in order; what is cut off or is none is passed over."""
+        """Yield the boxes and points of an answer, in order; incomplete or invalid ones are skipped."""
 
     def write_label(self, label: str) -> str:
         """Return the text of a label within a sentence."""
         return label
 
     def write(self, place: Place) -> str:
-        """Return the text of one place, without its label; a time span is written alike in all conventions."""
+        """Return the text of one place, without its label; all conventions write time spans in the same way."""
         if place.kind != SPAN:
             return self.write_place(place)
         start, end = place.values
         return f"{start:.1f} - {end:.1f} seconds"
 
     def write_all(self, places: Sequence[Place]) -> str:
-        """Return the text of several places with their labels; time spans stand on lines of their own."""
+        """Return the text of several places with their labels; time spans are on lines of their own."""
         shown, spans = ([place for place in places if (place.kind == SPAN) == is_span] for is_span in (False, True))
         lines = [*([self.write_list(shown)] if shown else []), *map(self._labelled_line, spans)]
         return "\n".join(lines)
@@ -96,7 +96,7 @@ class Convention(ABC):
         return self.write(place) if place.label is None else f"{place.label}: {self.write(place)}"
 
     def read(self, text: str, seen_size: tuple[float, float]) -> list[Place]:
-        """Return the places that an answer tells, in order.
+        """Return the places in an answer, in order.
 
         Args:
             text: the answer.
@@ -116,7 +116,7 @@ class Convention(ABC):
         return (10**-self.decimals / self.steps,) * 2
 
     def numbers(self, place: Place) -> list[str]:
-        """Return the coordinates of a place as the convention counts them."""
+        """Return the coordinates of a place in the units of the convention."""
         numbers = []
         for index, share in enumerate(place.values):
             steps = self.steps or place.seen_size[index % 2]
@@ -131,9 +131,9 @@ class Convention(ABC):
     def make_place(
         self, numbers: Iterable[str | float], seen_size: tuple[float, float], label: str | None = None
     ) -> Place | None:
-        """Return the place of coordinates as the convention counts them, within the image.
+        """Return the place of coordinates in the units of the convention, within the image.
 
-        None where they are no box and no point, or a box that ends before it begins.
+        None if they are neither a box nor a point, or a box that ends before it begins.
         """
         values = [float(number) for number in numbers]
         kind = {NUM_VALUES[BOX]: BOX, NUM_VALUES[POINT]: POINT}.get(len(values))
@@ -153,7 +153,7 @@ def swap_axes(numbers: Sequence[Number]) -> list[Number]:
 
 
 def label_before(text: str, start: int) -> str | None:
-    """Return the label of a place on a line `label: place`, by the start of the place; None where there is none."""
+    """Return the label of a place on a line `label: place`, by the start of the place; None if there is none."""
     line = text[text.rfind("\n", 0, start) + 1 : start]
     match = LABEL_BEFORE.search(line)
     return match[1].strip() if match else None

@@ -1,4 +1,4 @@
-"""Objects drawn onto images, for people: boxes, points and labels, the true ones green and those of an answer red."""
+"""Draws objects onto images: boxes, points and labels, true ones in green and those of an answer in red."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from vlm.models.pixels import as_rgb
 
 TRUE_COLOUR, ANSWER_COLOUR = (0, 140, 60), (215, 30, 30)
 SHORTEST_SIDE, LONGEST_SIDE = 320, 768
-"""Pixels of the longer side of a drawn image: smaller ones are enlarged, so that lines and labels can be read."""
+"""Minimum length of the longer side of a drawn image in pixels; smaller images are enlarged."""
 
 
 def draw_objects(

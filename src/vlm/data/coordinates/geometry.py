@@ -1,4 +1,4 @@
-"""From the pixels of a stored image to what the model sees of it, and back: resizing, padding to a square, cropping.
+"""Maps pixels of a stored image to what the model sees, and back: resizing, padding to a square, cropping.
 
 Tiles do not change where something is in an image: with tiles, coordinates are those of the whole image.
 """
@@ -18,7 +18,7 @@ Values = tuple[float, ...]
 
 PADDING_MODULES = ("image_processing_llava", "image_processing_pil_llava", "image_processing_deepseek_vl",
                    "image_processing_pil_deepseek_vl")  # fmt: skip
-"""Modules of transformers whose image processors pad an image to a square, where `do_pad` says so."""
+"""Modules of transformers whose image processors pad an image to a square if `do_pad` is set."""
 QWEN_MODULES = ("image_processing_qwen2_vl", "image_processing_pil_qwen2_vl")
 """Modules of the image processors that resize by `smart_resize`."""
 
@@ -34,7 +34,7 @@ class ImageView:
         seen_height: likewise.
         scale: along x and y.
         offset: along x and y, in pixels of the resized image; negative where the image is cropped.
-        is_sized: whether the model sees so many pixels; otherwise only proportions are known.
+        is_sized: whether the model sees exactly this many pixels; otherwise only proportions are known.
     """
 
     width: float
@@ -51,7 +51,7 @@ class ImageView:
         return self.seen_width, self.seen_height
 
     def to_shares(self, pixels: Values) -> Values:
-        """Return pixels of the upright image as shares of the sides of what is seen; they may leave 0 to 1."""
+        """Return pixels of the upright image as shares of the sides of what is seen; they may be outside 0 to 1."""
         sides = self.seen_size
         return tuple(
             (value * self.scale[index % 2] + self.offset[index % 2]) / sides[index % 2]
@@ -85,7 +85,7 @@ class ImageView:
 
 
 def _clip(value: float, least: float, most: float) -> float:
-    """Return the nearest number within bounds, which are rounded: one that is only just outside is not moved."""
+    """Return the nearest number within rounded bounds; a number that is only just outside is not changed."""
     nearest = min(max(value, least), most)
     return value if abs(value - nearest) < 1e-6 else nearest
 
@@ -97,14 +97,14 @@ def make_views(processor: Processor, sizes: Sequence[Size]) -> list[ImageView]:
         processor: the model's.
         sizes: upright height and width of each image, frames of videos left out.
     """
-    image_mode = getattr(processor, "image_mode", None)  # families decide it in their image processors
+    image_mode = getattr(processor, "image_mode", None)  # families pad in their image processors
     if image_mode is not None:
         return _views_of_composed(processor, image_mode, sizes)
     return [_view_of_family(processor.image_processor, size) for size in sizes]
 
 
 def _views_of_composed(processor: Processor, image_mode: str, sizes: Sequence[Size]) -> list[ImageView]:
-    """Return the views of a composed model; of several encoders, the first one's count."""
+    """Return the views of a composed model; if it has several encoders, the first one counts."""
     tiling, image_processor = processor.tiling, processor.image_processor
     if tiling is None:
         return [_plain_view(image_processor, size, pads=image_mode == "pad") for size in sizes]
@@ -118,7 +118,7 @@ def _views_of_composed(processor: Processor, image_mode: str, sizes: Sequence[Si
 
 
 def _view_of_family(image_processor: ImageProcessor, size: Size) -> ImageView:
-    """Return the view of a family's model; without crop and padding, its tiles and sizes keep proportions."""
+    """Return the view of a family's model. Without cropping and padding, its tiles and sizes keep proportions."""
     module = type(image_processor).__module__.rpartition(".")[2]
     if module in QWEN_MODULES:
         return _resized(_whole(size), *_qwen_size(image_processor, size))
@@ -142,7 +142,7 @@ def _qwen_size(image_processor: ImageProcessor, size: Size) -> Size:
 
 
 def _plain_view(image_processor: ImageProcessor, size: Size, *, pads: bool) -> ImageView:
-    """Return the view of an image processor that pads to a square or not, resizes, and cuts the middle out or not."""
+    """Return the view of an image processor that may pad to a square, resizes, and may crop the centre."""
     view = _padded(_whole(size)) if pads else _whole(size)
     if image_processor.do_resize:
         view = _resized_as(view, image_processor.size)
@@ -154,7 +154,7 @@ def _plain_view(image_processor: ImageProcessor, size: Size, *, pads: bool) -> I
 
 
 def _side(sides: Mapping[str, int] | object, name: str) -> int | None:
-    """Return one of the numbers of a processor's size, a mapping or a `SizeDict`; None where it has none."""
+    """Return one of the numbers of a processor's size, a mapping or a `SizeDict`; None if it has none."""
     value = sides.get(name) if isinstance(sides, Mapping) else getattr(sides, name, None)
     return value if isinstance(value, int) else None
 
@@ -165,7 +165,7 @@ def _whole(size: Size) -> ImageView:
 
 
 def _padded(view: ImageView) -> ImageView:
-    """Return the view in the middle of a square of its longer side, as `pixels.pad_to_square` puts it."""
+    """Return the view padded to a square of its longer side, as in `pixels.pad_to_square`."""
     side = max(view.seen_size)
     offset = (side - view.seen_width) // 2, (side - view.seen_height) // 2
     return ImageView(view.width, view.height, side, side, view.scale, offset)
@@ -192,6 +192,6 @@ def _resized(view: ImageView, height: int, width: int) -> ImageView:
 
 
 def _cropped(view: ImageView, height: int, width: int) -> ImageView:
-    """Return the middle of the view; where it is smaller than that, it has padding."""
+    """Return the centre of the view; a smaller view is padded."""
     offset = view.offset[0] - (view.seen_width - width) / 2, view.offset[1] - (view.seen_height - height) / 2
     return ImageView(view.width, view.height, width, height, view.scale, offset)

@@ -52,7 +52,7 @@ class JsonConvention(Convention):
 
 
 def _json_objects(text: str) -> Iterator[dict[str, object]]:
-    """Yield the JSON objects of a text; an object that is cut off or broken is passed over."""
+    """Yield the JSON objects of a text; incomplete or broken objects are skipped."""
     for match in JSON_OBJECT.finditer(text):
         try:
             value = json.loads(match[0])

@@ -1,4 +1,4 @@
-"""The table of conventions, and which of them a kind of model has."""
+"""The table of conventions, and the convention of each model type."""
 
 import re
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ CONVENTIONS: dict[str, type[Convention]] = {
     )
 }  # fmt: skip
 DEFAULT = Llava.name
-"""The convention of composed models, and of kinds of models that are not in `BY_MODEL_TYPE`."""
+"""The convention of composed models, and of model types that are not in `BY_MODEL_TYPE`."""
 BY_MODEL_TYPE = {
     "qwen2_vl": Qwen2VL.name,
     "qwen2_5_vl": Qwen25VL.name,
@@ -37,14 +37,14 @@ BY_MODEL_TYPE = {
     "molmo2": Molmo2.name,
     **dict.fromkeys(("deepseek_vl_v2", "deepseek_ocr2"), DeepSeekVL2.name),
 }
-"""`model_type` of `config.json` -> the convention that models of this kind were trained with."""
+"""`model_type` of `config.json` -> the convention with which models of this type were trained."""
 
 
 def get_convention(name: str) -> Convention:
     """Return a convention of the table, or the user's own, `package.module:Class`.
 
     Raises:
-        ValueError: there is none of this name, or the user's own is no convention.
+        ValueError: there is no convention of this name, or the user's own class is not one.
     """
     return _make_convention(name, CONVENTIONS[name] if name in CONVENTIONS else _import_convention(name))
 
@@ -60,20 +60,20 @@ def _import_convention(name: str) -> type[Convention]:
         raise ValueError(f"{KEY}={name}: allowed are {allowed}, or package.module:Class for your own")
     kind = import_named(name, KEY)
     if not (isinstance(kind, type) and issubclass(kind, Convention)):
-        raise ValueError(f"{KEY}={name}: it is no subclass of vlm.data.coordinates.convention.Convention")
+        raise ValueError(f"{KEY}={name}: it is not a subclass of vlm.data.coordinates.convention.Convention")
     return kind
 
 
 def use_convention(processor: Processor, requested: str, model_type: str) -> None:
-    """Make a processor write and read places by a convention, and keep its name among the processor's settings.
+    """Make a processor write and read places by a convention, and store its name in the processor's settings.
 
     Args:
         processor: the model's.
-        requested: the name of a convention; `auto`: the checkpoint's, else that of the kind of model.
-        model_type: that of the model's configuration.
+        requested: the name of a convention; `auto`: the checkpoint's, else that of the model type.
+        model_type: the type in the model's configuration.
 
     Raises:
-        ValueError: there is no such convention, or the tokenizer lacks tokens of the one that is asked for.
+        ValueError: there is no such convention, or the tokenizer lacks tokens of the requested one.
     """
     name = processor.coordinates or BY_MODEL_TYPE.get(model_type, DEFAULT)
     if requested != AUTO:
@@ -84,8 +84,8 @@ def use_convention(processor: Processor, requested: str, model_type: str) -> Non
 
 
 def token_pattern(name: str | None) -> re.Pattern[str] | None:
-    """Return what matches the tokens of a convention; None for one without tokens, and for the user's own where the
-    user did not name it: it then came with a checkpoint, and importing it would run code.
+    """Return the pattern of a convention's tokens; None for one without tokens, and for a class that the user did not
+    name: it then came with a checkpoint, and importing it would run code.
     """
     if name is None or (name not in CONVENTIONS and not is_permitted(name)):
         return None
@@ -93,7 +93,7 @@ def token_pattern(name: str | None) -> re.Pattern[str] | None:
 
 
 def find_token_problem(convention: Convention, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return which token of a convention a tokenizer does not have as one token, and what to do; None: it has all."""
+    """Return which token of a convention is missing in a tokenizer, and what to do, or None."""
     if (missing := next(_missing_tokens(convention, tokenizer), None)) is None:
         return None
     return (

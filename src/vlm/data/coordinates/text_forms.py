@@ -33,7 +33,7 @@ class TextConvention(Convention):
 
 
 class Llava(TextConvention):
-    """Shares of what the model sees, with two decimals: of the padded square where images are padded to one."""
+    """Shares of what the model sees, with two decimals; if images are padded to a square, shares of the square."""
 
     name = "llava"
     source = "Liu et al. 2023, arXiv:2310.03744, appendix; github.com/haotian-liu/LLaVA/issues/606: after expand2square"
@@ -51,7 +51,7 @@ class Pixels(TextConvention):
 
 
 class Molmo(Convention):
-    """`<point x="63.5" y="44.5" alt="cat">cat</point>` in hundredths of the sides; it knows no boxes."""
+    """`<point x="63.5" y="44.5" alt="cat">cat</point>` in hundredths of the sides; it has no boxes."""
 
     name = "molmo"
     source = "Deitke et al. 2024, arXiv:2409.17146, section 3; the card of allenai/Molmo-7B-D-0924"
@@ -93,7 +93,7 @@ class Molmo(Convention):
 class Molmo2(Molmo):
     """`<points coords="1 1 250 500 2 700 300">cat</points>`: the number of the image, then each point's own, x and y.
 
-    They are in thousandths of the sides; points of several images are separated by semicolons. It knows no boxes.
+    They are in thousandths of the sides; points of several images are separated by semicolons. It has no boxes.
     """
 
     name = "molmo2"

@@ -35,7 +35,7 @@ class Qwen2VL(Convention):
         return f"<|object_ref_start|>{label}<|object_ref_end|>"
 
     def write_list(self, places: Sequence[Place]) -> str:
-        """Return each place behind its label."""
+        """Return each place after its label."""
         labels = ("" if place.label is None else self.write_label(place.label) for place in places)
         return "".join(label + self.write_place(place) for label, place in zip(labels, places, strict=True))
 
@@ -97,7 +97,7 @@ class Florence2(Convention):
         return "".join(f"<loc_{number}>" for number in self.numbers(place))
 
     def write_list(self, places: Sequence[Place]) -> str:
-        """Return each label, and behind it the boxes of a run that have it; each point behind its label."""
+        """Return each label, and after it the boxes of a run that have it; each point after its label."""
         texts, before = [], None
         for place in places:
             is_same = before is not None and place.kind == before.kind == BOX and place.label == before.label
@@ -121,7 +121,7 @@ class Florence2(Convention):
 
 
 class TaggedLists(Convention):
-    """Places as lists of lists between tokens, behind their label between others."""
+    """Places as lists of lists between tokens, after their label between others."""
 
     label_tokens: ClassVar[tuple[str, str]]
     box_tokens: ClassVar[tuple[str, str]]

@@ -1,4 +1,4 @@
-"""From the objects of a record to text: every mark becomes what the model writes for it."""
+"""Writes the objects of a record as text: every mark is replaced by what the model writes for it."""
 
 import re
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from vlm.data.sample import BadSample, Sample, Turn
 from vlm.data.vision.images import StoredSize, read_stored_size
 
 TOLERANCE = 1.0
-"""Pixels that a box may leave its image by, as rounded widths and heights make it; it is then cut at the edge."""
+"""Pixels by which a box may exceed its image, because widths and heights are rounded; it is clipped at the edge."""
 
 
 def write_objects(sample: Sample, processor: Processor) -> Sample:
-    """Return a sample whose marks are written as the model writes them; its objects are in pixels of upright images.
+    """Return a sample whose marks are replaced by the model's text; its objects are in pixels of upright images.
 
-    Images of its record are meant: it has to come before frames of videos are put in the place of these.
+    The images are those of the record, so this must come before videos are replaced by their frames.
 
     Raises:
-        BadSample: an object is outside its image or not seen, the convention has no such objects, or its tokenizer
+        BadSample: an object is outside its image or not visible, the convention has no such objects, or the tokenizer
             lacks tokens.
     """
     if not sample.objects:
@@ -49,7 +49,7 @@ def view_for(convention: Convention, view: ImageView) -> ImageView:
     """Return what the numbers of a convention refer to: what the model sees, or the stored image.
 
     Raises:
-        ValueError: they count pixels that the model sees, and the processor does not tell how many these are.
+        ValueError: they count pixels that the model sees, and the processor does not say how many these are.
     """
     if convention.sees_stored_image:
         return view.whole_image()
@@ -76,7 +76,7 @@ class _Writer:
     sample_id: str
 
     def write_marks(self, text: str) -> str:
-        """Return a text with what the model writes in place of its marks."""
+        """Return a text with what the model writes instead of its marks."""
         return OBJECT_MARK.sub(self._write, text) if "<" in text else text
 
     def _write(self, match: re.Match[str]) -> str:
@@ -112,7 +112,7 @@ def _in_upright_pixels(marked: MarkedObject, sizes: Sequence[StoredSize], number
     """Return an object in pixels of its image turned upright, within its bounds.
 
     Raises:
-        BadSample: it is outside of them.
+        BadSample: the object is outside the image.
     """
     if marked.kind in (NAME, SPAN):
         return marked
@@ -138,7 +138,7 @@ def _shown(values: Sequence[float]) -> str:
 
 
 def _numbers_of_answer(turns: Sequence[Turn]) -> set[int]:
-    """Return the numbers of the objects whose places the last turn tells, where it is a reply, behind its thinking."""
+    """Return the numbers of the objects whose places are in the last turn, if it is a reply, after its thinking."""
     if not turns or turns[-1].role != "assistant":
         return set()
     text = without_thinking("".join(part for part in turns[-1].content if isinstance(part, str)))

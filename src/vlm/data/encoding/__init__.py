@@ -1,1 +1,1 @@
-"""From a sample to ids and labels; `labels.encode` makes the labels."""
+"""Encodes samples as ids and labels; `labels.encode` makes the labels."""

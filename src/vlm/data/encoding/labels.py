@@ -1,9 +1,9 @@
-"""Make labels: from a conversation to ids, where exactly the replies are supervised, each with the token that ends it.
+"""Encodes a conversation as ids and labels: exactly the replies are supervised, each with the token that ends it.
 
-`encode` is where labels are made. `render` renders the conversation with the chat template, with markers (characters
+`encode` makes the labels. `render` renders the conversation with the chat template, with markers (characters
 that never occur in text) around every text. They give the character spans of the replies, so that no habit of a
 template (dropping thinking blocks, moving system turns, trimming text) can shift the mask. The rendered text is
-tokenised once, and a label is the id where a token lies in the span of a reply or of its end.
+tokenised once, and a label is the id where a token is in the span of a reply or of its end.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ class Encoded:
     Attributes:
         input_ids: the ids.
         labels: the id at each token that is supervised, -100 elsewhere.
-        weights: how much the loss of each label counts; None where all count 1.
+        weights: how much the loss of each label counts; None if all count 1.
     """
 
     input_ids: list[int]
@@ -69,8 +69,8 @@ def render(
 ) -> Rendered:  # fmt: skip
     """Render turns with the processor's template; `prompt` adds the text that precedes an answer.
 
-    `tools` are those that the model may call, for templates that list them. `thinking` is what such a template reads of
-    a prompt as `enable_thinking`; None: the processor's own setting.
+    `tools` are those that the model may call, for templates that list them. `thinking` is the value of
+    `enable_thinking` for templates that read it; None: the processor's own setting.
 
     A template may drop a reply's text up to its last `</think>`; the reply is then the text after that.
 
@@ -92,7 +92,7 @@ def render(
         if role == "assistant":
             if number not in spans:
                 raise BadSample(sample_id, f"its template drops the reply {part[:60]!r}")
-            own = len(part) - len(part.lstrip()), len(part) - len(part.rstrip())  # not that of the reply beside it
+            own = len(part) - len(part.lstrip()), len(part) - len(part.rstrip())  # not that of the reply next to it
             before, after = map(min, own, whitespace.get(number, (0, 0)))
             if learned[number].supervised:
                 replies.append((spans[number][0] - before, spans[number][1] + after))
@@ -113,7 +113,7 @@ def render_marked(
     processor: Processor, turns: Sequence[Turn], sample_id: str, *, prompt: bool = False, tools: Sequence[Tool] = (),
     thinking: bool | None = None,
 ) -> str:  # fmt: skip
-    """Render with markers around each text; `thinking` as of `render`.
+    """Render with markers around each text; `thinking` as in `render`.
 
     Raises:
         BadSample: the template refuses the turns.
@@ -159,7 +159,7 @@ def _span_gaps(text: str, spans: dict[int, Span]) -> dict[int, tuple[int, int]]:
 
 
 def reply_ending(processor: Processor) -> str:
-    """Return what the chat template writes behind a reply, without blanks before it: a special token or white space.
+    """Return what the chat template writes after a reply, without blanks before it: a special token or white space.
 
     Raises:
         ValueError: neither follows, see `reply_end`, or the template refuses a question with its answer.
@@ -174,7 +174,7 @@ Labeller = Callable[[Processor, Rendered, Sequence[int], Sequence[Span]], list[i
 
 
 def label_replies(processor: Processor, rendered: Rendered, ids: Sequence[int], spans: Sequence[Span]) -> list[int]:
-    """Return the id within replies and their ends, -100 elsewhere."""
+    """Return labels: the id within replies and their ends, -100 elsewhere."""
     labels = [IGNORE_INDEX] * len(ids)
     for position, _ in _iter_reply_tokens(processor, rendered, spans):
         labels[position] = ids[position]
@@ -200,7 +200,7 @@ def _iter_reply_tokens(processor: Processor, rendered: Rendered, spans: Sequence
 def weigh_labels(
     processor: Processor, rendered: Rendered, spans: Sequence[Span], factors: LossWeights = ALL_ONE
 ) -> list[float] | None:
-    """Return the weight of each token's loss, that of its reply times `factors`, 1 elsewhere; None where all are 1."""
+    """Return the weight of each token's loss, that of its reply times `factors`, 1 elsewhere; None if all are 1."""
     if not rendered.weights and factors.is_one:
         return None
     weights = [1.0] * len(spans)
@@ -223,12 +223,12 @@ def encode(
     keep_thinking: bool = False,
     factors: LossWeights = ALL_ONE,
 ) -> Encoded:
-    """Return the ids of a whole conversation, and its labels, which `label` makes; `render` renders it.
+    """Return ids and labels of a whole conversation. `render` renders it, and `label` makes the labels.
 
     A reply that is not `supervised` has no labels. Conversations with tools or thinking are rendered by `whole_turns`;
-    with `keep_thinking`, a template that drops thinking of a learned reply is refused. `factors` multiply weights.
+    with `keep_thinking`, a template that drops thinking of a trained reply is refused. `factors` multiply weights.
 
-    Sizes are those of its images and videos, where the processor needs them (`vision.images.media_sizes_from_opened`).
+    `sizes` are those of its images and videos, if the processor needs them (`vision.images.media_sizes_from_opened`).
 
     Raises:
         BadSample: there is no reply, the template refuses the turns or drops one, or nothing would be supervised.
@@ -238,8 +238,8 @@ def encode(
     if processor.sees_media_together and sample.learns_between_media:
         raise BadSample(
             sample.id,
-            "has a learned reply between images, and this model's earlier images see later ones: put all images before "
-            'it, or set "loss": false on it',
+            "has a trained reply between images, but in this model earlier images attend to later ones: put all "
+            'images before it, or set "loss": false on it',
         )
     if needs_whole_turns(sample.turns, sample.tools):
         rendered = render_whole_turns(processor, sample, keep=keep_thinking)
@@ -258,8 +258,8 @@ def encode_prompt(
 ) -> list[int]:  # fmt: skip
     """Return the ids of a conversation that waits for an answer.
 
-    `tools` are those that the model may call; `thinking` says whether it is to think before, for templates that ask;
-    None: as the processor is set.
+    `tools` are those that the model may call; `thinking` says whether it should think before its answer, for templates
+    that support it; None: the processor's own setting.
     """
     sample = Sample(sample_id, tuple(turns), tools=tuple(map(dict, tools)))
     if needs_whole_turns(turns, tools):
@@ -272,14 +272,14 @@ def encode_prompt(
 def tokenize(
     processor: Processor, rendered: Rendered, sample: Sample, sizes: Sequence[MediaSize] = ()
 ) -> tuple[list[int], list[Span]]:
-    """Return the ids of a rendered sample, and the characters that each comes from; arguments as of `encode`.
+    """Return the ids of a rendered sample, and the characters that each comes from; arguments as in `encode`.
 
     Raises:
         BadSample: the processor refuses the text, or the size of an image or video.
     """
 
     def tokenize_one(index: int) -> object:
-        """Tokenize the placeholder of one medium, to find out which of them the processor refuses."""
+        """Tokenize the placeholder of one medium, to find the medium that the processor refuses."""
         token = processor.video_token if isinstance(sizes[index], Clip) else processor.image_token
         return processor.tokenize(str(token), (), sizes[index : index + 1])
 
@@ -290,7 +290,7 @@ def tokenize(
 
 
 SMALLER_IMAGES = "; dataset.max_image_tokens bounds the tokens of an image"
-"""What may be done about a sample with images that is too long, where their tokens depend on their sizes."""
+"""A hint for samples with images that are too long, if the tokens of images depend on their sizes."""
 
 
 def limit_length(
@@ -299,7 +299,7 @@ def limit_length(
     """Return the sample if it has at most `longest` tokens; with `truncate`, its beginning.
 
     The beginning ends within a reply or with one: the start of an unanswered question is cut too, unless an image
-    stands in it. `media` are the ids of images and videos; `hint` says what may be done.
+    is in it. `media` are the ids of images and videos; `hint` says what may be done.
 
     Raises:
         OverLong: it is longer, or cutting it would cut an image or every reply.

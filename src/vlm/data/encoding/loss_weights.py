@@ -1,4 +1,4 @@
-"""How much the loss of each token of a reply counts: by its source, and by patterns in its text."""
+"""Weights of the losses of reply tokens: by source, and by patterns in the text."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from vlm.data.encoding.markers import Span
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Factors of the losses of replies, besides a reply's own weight.
+    """Factors of the losses of replies, in addition to a reply's own weight.
 
     Attributes:
         source: the factor of every token.
@@ -37,7 +37,7 @@ class LossWeights:
 
         Args:
             text: the rendered conversation.
-            spans: the characters of `text` that each of the reply's tokens comes from; patterns are looked for in all
+            spans: the characters of `text` from which each token of the reply comes; patterns are searched for in all
                 of them together.
         """
         factors = [self.source] * len(spans)
@@ -51,7 +51,7 @@ class LossWeights:
 
 
 ALL_ONE = LossWeights()
-"""The weights where every token counts the same."""
+"""Weights with which every token counts the same."""
 
 
 @lru_cache(64)

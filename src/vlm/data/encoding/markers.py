@@ -1,7 +1,7 @@
-"""Markers around the texts of turns, which tell where they stand in a rendered conversation.
+"""Markers around the texts of turns, which locate the texts in a rendered conversation.
 
-Markers are characters that never occur in text. They are put around every text before a template renders it, and taken
-out of what it writes. So no habit of a template (dropping thinking, moving system turns, trimming) can shift a span.
+Markers are characters that never occur in text. They are put around every text before a template renders it, and
+removed from the result. So no habit of a template (dropping thinking, moving system turns, trimming) can shift a span.
 """
 
 import re
@@ -17,7 +17,7 @@ THINKING_END = "</think>"
 WHITE_SPACE = re.compile(r"\s*")
 
 Span = tuple[int, int]
-"""Where a text begins and ends, in characters."""
+"""The start and the end of a text, in characters."""
 MarkedText = tuple[str, dict[int, Span]]
 """A rendered conversation without its markers, and the span of each numbered text."""
 
@@ -29,8 +29,8 @@ class Rendered:
     Attributes:
         text: the conversation as the template writes it.
         spoken: the spans of the texts of all turns, in order.
-        replies: the spans of the assistant's texts that are learned, in order.
-        weights: of each of these, how much the loss of its tokens counts; empty where all count 1.
+        replies: the spans of the assistant's texts that are trained on, in order.
+        weights: of each of these, how much the loss of its tokens counts; empty if all count 1.
     """
 
     text: str
@@ -40,10 +40,10 @@ class Rendered:
 
 
 def add_markers(part: str, number: int, tokens: Sequence[str | None]) -> str:
-    """Put markers around a text, and one more behind its thinking, which some templates drop.
+    """Put markers around a text, and one more after its thinking, which some templates drop.
 
-    White space at the ends stays outside, where a template may trim it. A token of an image or video that a user
-    spelled is broken up by a marker, so that a template does not take it for an image or video.
+    White space at the ends stays outside, so that a template may trim it. If a user's text spells the token of an image
+    or video, a marker breaks it up, so that a template does not mistake it for an image or video.
     """
     core, start = part.strip(), len(part) - len(part.lstrip())
     opened, closed = f"{OPEN}{number}{NUMBERED}", f"{CLOSE}{number}{NUMBERED}"
@@ -81,10 +81,10 @@ def strip_markers(marked: str) -> MarkedText:
 
 
 def reply_end(processor: Processor, text: str, end: int) -> int:
-    """Return the end of a reply's last token: behind the special token that follows it, else behind white space.
+    """Return the end of a reply's last token: after the special token that follows it, else after white space.
 
     Raises:
-        ValueError: neither follows; the template needs a token that the tokenizer does not know.
+        ValueError: neither follows; the template uses an end token that the tokenizer does not have.
     """
     behind_blanks = end_of_blanks(text, end)
     for start in (end, behind_blanks):
@@ -99,7 +99,7 @@ def reply_end(processor: Processor, text: str, end: int) -> int:
 
 
 def end_of_blanks(text: str, start: int) -> int:
-    """Return where the white space ends that begins at a place of a text."""
+    """Return the end of the white space that begins at a position of a text."""
     match = WHITE_SPACE.match(text, start)
     assert match is not None
     return match.end()

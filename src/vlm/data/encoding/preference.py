@@ -1,4 +1,4 @@
-"""Both sides of a preference as ids: the chosen and the rejected conversation, each with its own labels."""
+"""Encodes both sides of a preference: the chosen and the rejected conversation, each with its own labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import BadSample, MediaSize, Sample
 
 CHOSEN, REJECTED, MISMATCHED = 0, 1, 2
-"""What a row is: a reply that is wanted, one that is not, or the reply of another record."""
+"""Roles of a row: a wanted reply, an unwanted reply, or the reply of another record."""
 SIDE_NAMES = ("chosen", "rejected")
 """Role of a side -> its name."""
 
@@ -19,13 +19,13 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class PreferenceEncoder(SampleEncoder):
-    """Encodes the sides of records, each a row of its own.
+    """Encodes the sides of records, each as a row of its own.
 
-    A record has the length of its longer side.
+    The length of a record is that of its longer side.
 
     Attributes:
-        labelled: whether each reply is wanted or not by itself: a record has a label, or counts as two replies.
-        rejects_image: whether the rejected side has other images, so that a record needs no reply of its own there.
+        labelled: whether each reply is wanted or unwanted on its own: a record has a label, or counts as two replies.
+        rejects_image: whether the rejected side has other images, so that it needs no reply of its own.
     """
 
     needs_reply: ClassVar[bool] = False  # each side is asked
@@ -47,7 +47,7 @@ class PreferenceEncoder(SampleEncoder):
                 raise BadSample(sample.id, problem)
             return [(CHOSEN if sample.label else REJECTED, sample)]
         if sample.label is not None:
-            problem = "it has a label in place of a rejected reply, which trainer.preference.loss=kto is for"
+            problem = "it has a label instead of a rejected reply; trainer.preference.loss=kto reads labels"
             raise BadSample(sample.id, problem)
         if self.rejects_image and sample.media:
             return [(CHOSEN, sample), (REJECTED, sample)]
@@ -70,7 +70,7 @@ class PreferenceEncoder(SampleEncoder):
         return [(role, self.encode_side(side, own)) for role, side, own in self._with_sizes(sample, sizes)]
 
     def encode(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """Return the ids and labels of the longest side of a record, however long it is.
+        """Return the ids and labels of the longest side of a record, without a limit of length.
 
         Raises:
             BadSample: a side cannot be used.
@@ -84,7 +84,7 @@ class PreferenceEncoder(SampleEncoder):
 
     @cached_property
     def _side_encoder(self) -> SampleEncoder:
-        """What encodes one conversation."""
+        """The encoder of one conversation."""
         return SampleEncoder(
             self.processor, self.longest, truncate=False, supervise=self.supervise, thinking=self.thinking
         )
@@ -95,7 +95,7 @@ class PreferenceEncoder(SampleEncoder):
 
     @property
     def fingerprint_fields(self) -> tuple[object, ...]:
-        """The settings that ids depend on, besides the processor."""
+        """The settings that ids depend on, in addition to the processor."""
         return (*super().fingerprint_fields, self.labelled, self.rejects_image)
 
 
@@ -105,7 +105,7 @@ def has_own_media(sample: Sample) -> bool:
 
 
 def split_media(sample: Sample, role: int, items: Sequence[Item]) -> Sequence[Item]:
-    """Return the items that are of one side, of a list with one for each of `Sample.media`, or of an empty one."""
+    """Return the items of one side from a list with one item for each of `Sample.media`, or from an empty list."""
     if not has_own_media(sample):
         return items
     number = len(sample.chosen.media)

@@ -1,9 +1,9 @@
-"""The boundary to processors, tokenizers and chat templates: what they raise on a sample's data becomes a `BadSample`.
+"""The boundary to processors, tokenizers and chat templates: their errors on a sample's data become a `BadSample`.
 
-They raise anything: ValueError for an image of an extreme shape, ZeroDivisionError for one smaller than a patch,
-TypeError for half of a surrogate pair, whatever a template does with a turn that it does not expect. `processor_errors`
-is put around each call of a processor that gets a sample's data, and nothing else. An error that our own code raises
-by mistake passes, so that it is not taken for bad data.
+They can raise anything: ValueError for an image of an extreme shape, ZeroDivisionError for one smaller than a patch,
+TypeError for half of a surrogate pair, any error of a template on an unexpected turn. `processor_errors` surrounds each
+call of a processor with a sample's data, and nothing else. Errors by mistake of our own code pass through, so that they
+do not count as bad data.
 """
 
 import sys
@@ -20,7 +20,7 @@ MAX_REASON_LENGTH = 300
 
 
 class ProcessorRefusalError(ValueError):
-    """What a processor of this package raises on an image that it does not take."""
+    """The error of this package's processors on an image that they do not accept."""
 
 
 @contextmanager
@@ -30,13 +30,13 @@ def processor_errors(
     media: Sequence[ImageRef | VideoRef] = (),
     process_one: Callable[[int], object] | None = None,
 ) -> Iterator[None]:
-    """Turn what a processor raises on a sample's data into `BadSample`, with the original as its cause.
+    """Turn a processor's error on a sample's data into `BadSample`, with the original error as its cause.
 
     Args:
-        subject: what may refuse the data, for the reason, such as `its template`.
+        subject: the part that may refuse the data, for the message, such as `its template`.
         sample_id: the name of the record.
         media: the sample's images and videos, in order.
-        process_one: processes the medium at an index alone, to find the one at fault; None: it cannot be one of them.
+        process_one: processes the medium at an index alone, to find the faulty one; None if no medium can be at fault.
     """
     try:
         yield
@@ -53,10 +53,10 @@ def processor_errors(
 
 
 def is_refusal(error: Exception) -> bool:
-    """Return whether an error is about the data: a library raised it, or our processors in their own classes.
+    """Return whether an error is about the data: a library raised it, or our processors with their own classes.
 
-    A library raised it if the innermost frame outside the standard library is not in this package. A missing library
-    says nothing about the data.
+    A library raised it if the innermost frame outside the standard library is not in this package. A missing library is
+    not an error of the data.
     """
     from vlm.models.processing_messages import (
         MediaMismatchError,  # torch comes with it, and is there with any processor
@@ -73,7 +73,7 @@ def is_refusal(error: Exception) -> bool:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the first line of an error's message; with its class, unless its class says no more than the message."""
+    """Return the first line of an error's message, with its class if that adds information."""
     lines = str(error).strip().splitlines()
     message = lines[0][:MAX_REASON_LENGTH] if lines else ""
     if message and isinstance(error, (ValueError, jinja2.TemplateError)):
@@ -84,7 +84,7 @@ def describe_error(error: Exception) -> str:
 def _first_refused(
     media: Sequence[ImageRef | VideoRef], process_one: Callable[[int], object]
 ) -> ImageRef | VideoRef | None:
-    """Return the first image or video that is refused by itself; None where each is taken, so that it is the text."""
+    """Return the first image or video that is refused on its own, or None if the text is at fault."""
     for index, medium in enumerate(media):
         try:
             process_one(index)

@@ -13,14 +13,14 @@ from vlm.models.processing_messages import thinks
 
 @dataclass(frozen=True)
 class PromptEncoder(SampleEncoder):
-    """Encodes prompts for one run, which learns their labels: conversations without their last reply.
+    """Encodes prompts, conversations without their last reply, for a run that trains on their labels.
 
     Attributes:
-        suffix: ids behind every prompt, such as those of a token at which a head reads.
-        answers: whether the last reply, where there is one, follows the prompt and is supervised.
+        suffix: ids after every prompt, such as that of a token whose hidden state a head reads.
+        answers: whether the last reply, if there is one, follows the prompt and is supervised.
 
     Raises:
-        ValueError: prompts would be cut, or replies would stand behind a suffix.
+        ValueError: prompts would be truncated, or replies would follow a suffix.
     """
 
     encodes_labels: ClassVar[bool] = True
@@ -33,20 +33,20 @@ class PromptEncoder(SampleEncoder):
         """Raise ValueError for settings that contradict each other."""
         if self.truncate:
             raise ValueError(
-                "dataset.over_length=truncate: what a head reads stands at the end of a prompt, which is never cut; "
+                "dataset.over_length=truncate: a head reads the end of a prompt, so prompts are never cut; "
                 "choose error or skip"
             )
         if self.answers and self.suffix:
             raise ValueError(
-                f"suffix={self.suffix}, answers=True: a reply follows its prompt, nothing can stand between them"
+                f"suffix={self.suffix}, answers=True: a reply follows its prompt directly, so no suffix can come "
+                "between them"
             )
 
     def encode(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
         """Return the ids of a prompt, with `answers` also of its reply; labels are the reply's ids, -100 elsewhere.
 
         Raises:
-            BadSample: the template refuses the prompt or leaves nothing of it, or renders it otherwise once it is
-                answered.
+            BadSample: the template refuses or drops the prompt, or renders it differently once it is answered.
         """
         sample = self.with_thinking(sample)
         turns = prompt_turns(sample)
@@ -54,19 +54,21 @@ class PromptEncoder(SampleEncoder):
             raise BadSample(sample.id, "there is nothing before its reply")
         prompt = encode_prompt(self.processor, turns, sizes, sample.id, sample.tools)
         if not prompt:
-            raise BadSample(sample.id, "its template leaves nothing of its prompt")
+            raise BadSample(sample.id, "its template drops the whole prompt")
         last = sample.turns[-1]
         if not self.answers or last.role != "assistant" or not last.supervised:
             return Encoded([*prompt, *self.suffix], [IGNORE_INDEX] * (len(prompt) + len(self.suffix)))
         if any(turn.weight != 1 for turn in sample.replies):
             raise BadSample(
-                sample.id, "a reply has a weight; beside a prediction head replies are learned or not (0, 1)"
+                sample.id, "a reply has a weight; with a prediction head, only the weights 0 and 1 are allowed"
             )
         whole = encode(self.processor, sample, sizes)
         length = len(prompt)
         # A head reads the end of the prompt: the reply must be supervised from its first token on.
         if whole.input_ids[:length] != prompt or whole.labels[length : length + 1] in ([], [IGNORE_INDEX]):
-            problem = "its template renders a prompt otherwise once it is answered, as some with thinking blocks do"
+            problem = (
+                "its template renders a prompt differently once it is answered, as some templates with thinking do"
+            )
             raise BadSample(sample.id, f"{problem}; dataset.template names another")
         return Encoded(whole.input_ids, [*[IGNORE_INDEX] * length, *whole.labels[length:]])
 
@@ -88,10 +90,10 @@ class PromptEncoder(SampleEncoder):
 
     @property
     def fingerprint_fields(self) -> tuple[object, ...]:
-        """The settings that ids and labels depend on, besides the processor."""
+        """The settings that ids and labels depend on, in addition to the processor."""
         return (*super().fingerprint_fields, self.suffix, self.answers, thinks(self.processor.tokenizer))
 
 
 def prompt_turns(sample: Sample) -> tuple[Turn, ...]:
-    """Return the conversation without its last turn where that is a reply."""
+    """Return the conversation without its last turn if that is a reply."""
     return sample.turns[:-1] if sample.turns[-1].role == "assistant" else sample.turns

@@ -1,7 +1,7 @@
-"""Rendering many conversations: a template that only copies texts is run twice for all conversations of a structure.
+"""Renders many conversations: a template that only copies texts runs twice for all conversations of a structure.
 
-The structure of a conversation is its roles, its images, and the blanks around its texts. `labels.render` is what a
-rendering is, and what any conversation gets that has a text which the template might see (`template_analysis`).
+The structure of a conversation is its roles, its images, and the blanks around its texts. `labels.render` defines the
+result, and renders every conversation with a text that the template might look at (`template_analysis`).
 """
 
 from bisect import bisect_left
@@ -15,11 +15,11 @@ from vlm.data.processor import Processor
 from vlm.data.sample import ImageRef, Turn
 
 MAX_STRUCTURES = 4096
-"""The most structures whose rendering is kept."""
+"""The maximum number of structures whose rendering is kept."""
 
 Structure = tuple[object, ...]
-"""The template; of each turn, its role, whether it is learned, its weight, and its parts: blanks around texts, None for
-images."""
+"""The template; of each turn, its role, whether it is trained on, its weight, and its parts: blanks around texts, None
+for images."""
 
 
 @dataclass
@@ -27,11 +27,11 @@ class Skeleton:
     """A rendered conversation without its texts.
 
     Attributes:
-        literals: what the template writes before, between and behind the texts.
+        literals: the text that the template writes before, between and after the texts.
         order: the numbers of the texts, as they follow one another; one may be left out.
-        replies: of each reply that is learned, the number of its text, and how many blanks before and behind it has.
-        weights: as those of `Rendered`.
-        is_confirmed: whether it gave the same as a full rendering of a second conversation.
+        replies: of each reply that is trained on, the number of its text, and how many blanks before and after it has.
+        weights: as in `Rendered`.
+        is_confirmed: whether it gave the same result as a full rendering of a second conversation.
     """
 
     literals: list[str]
@@ -88,7 +88,7 @@ class Renderer:
         return rendered
 
     def _find_structure(self, turns: Sequence[Turn]) -> tuple[Structure, list[str]] | None:
-        """Return the structure of a conversation and its texts; None where the template might see the texts."""
+        """Return the structure of a conversation and its texts; None if the template might see the texts."""
         template = self.processor.chat_template
         if template is not self._template:
             self._template, self._excluded = template, _excluded_strings(self.processor)
@@ -117,7 +117,7 @@ class Renderer:
 
 
 def _excluded_strings(processor: Processor) -> tuple[str, ...] | None:
-    """Return the strings that texts must not contain for the template only to copy them; None where it does more."""
+    """Return the strings that texts must not contain for the template only to copy them; None if it does more."""
     from transformers import PreTrainedTokenizerBase
 
     template = processor.chat_template
@@ -131,7 +131,7 @@ def _excluded_strings(processor: Processor) -> tuple[str, ...] | None:
 
 
 def make_skeleton(marked: str, texts: Sequence[str], rendered: Rendered) -> Skeleton | None:
-    """Return the skeleton of a rendering with markers; None where a text does not stand in it once, as it is.
+    """Return the skeleton of a rendering with markers; None unless each text occurs in it exactly once, unchanged.
 
     `rendered` is the same without markers.
     """

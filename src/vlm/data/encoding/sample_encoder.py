@@ -1,4 +1,4 @@
-"""From a sample to ids and labels, for one run."""
+"""Encodes samples as ids and labels, for one run."""
 
 import hashlib
 import importlib.metadata
@@ -19,26 +19,26 @@ from vlm.data.processor import Processor
 from vlm.data.sample import MediaSize, Sample
 
 NO_LIMIT = 2**31 - 1
-"""The most tokens of a sample where nothing bounds them: the largest number that counts of tokens hold."""
+"""The maximum number of tokens of a sample where nothing bounds them: the largest number that counts of tokens hold."""
 
 
 @dataclass(frozen=True)
 class SampleEncoder:
-    """Encodes samples for one run, which learns the replies.
+    """Encodes samples for a run that trains on replies.
 
     Attributes:
-        processor: decides every token.
+        processor: determines every token.
         longest: the largest number of tokens of a sample; `NO_LIMIT` for any.
         truncate: whether a longer sample is cut at its end, instead of being refused.
         supervise: which tokens are supervised, `dataset.supervise`.
-        thinking: what becomes of the thinking of replies, `dataset.thinking`.
+        thinking: how the thinking of replies is treated, `dataset.thinking`.
         factors: how much the losses of tokens count, `dataset.loss_patterns` and `dataset.sources.….loss_weight`.
     """
 
     encodes_labels: ClassVar[bool] = False
     """Whether `label_and_group` reads the labels of records."""
     needs_reply: ClassVar[bool] = True
-    """Whether a record without a reply to learn from cannot be used."""
+    """Whether a record needs a reply to train on."""
 
     processor: Processor
     longest: int
@@ -48,7 +48,7 @@ class SampleEncoder:
     factors: LossWeights = ALL_ONE
 
     def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """Return the ids and labels of a sample; `sizes` of its images, where the processor needs them.
+        """Return the ids and labels of a sample, given the `sizes` of its images if the processor needs them.
 
         Raises:
             BadSample: it cannot be used, or is too long.
@@ -59,7 +59,7 @@ class SampleEncoder:
         return limit_length(encoded, self.longest, media, sample.id, truncate=self.truncate, hint=hint)
 
     def encode(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """Return the ids and labels of a sample, however long it is.
+        """Return the ids and labels of a sample, without a limit of length.
 
         Raises:
             BadSample: it cannot be used.
@@ -70,7 +70,7 @@ class SampleEncoder:
         return encode(self.processor, sample, sizes, label, self._renderer, keep_thinking=keep, factors=self.factors)
 
     def with_thinking(self, sample: Sample) -> Sample:
-        """Return a sample with the thinking that is read of it."""
+        """Return a sample with the thinking that the run uses."""
         return drop_thinking(sample) if self.thinking == "drop" else sample
 
     @cached_property
@@ -86,7 +86,7 @@ class SampleEncoder:
         return max(first + 1, behind_media)
 
     def label_and_group(self, sample: Sample) -> tuple[str | None, str | None]:
-        """Return the label of a sample as JSON, and its group; nothing where only replies are learned."""
+        """Return the label of a sample as JSON, and its group; nothing if only replies are trained on."""
         return None, None
 
     @property
@@ -100,12 +100,12 @@ DATA_FILES = ("*.py", "coordinates/*.py", "encoding/*.py", "records/*.py", "visi
 PROCESSOR_FILES = (
     *("*process*.py", "anyres.py", "image_inputs.py", "native.py", "pixels.py", "table.py", "videos.py"),
 )
-"""The files that ids and counts depend on: those of this package, and those of processors, in the folder of the
-processor's class and in `vlm/models`, whose functions all processors call."""
+"""The files on which ids and counts depend: those of this package, and those of processors (in the folder of the
+processor's class, and in `vlm/models`, whose functions all processors call)."""
 
 
 def processor_digest(processor: Processor) -> str:
-    """Return a digest of all that ids depend on: tokenizer, template, settings, and the code from records to ids."""
+    """Return a digest of everything on which ids depend: tokenizer, template, settings, and the encoding's code."""
     versions = [importlib.metadata.version(name) for name in ("transformers", "tokenizers", "jinja2")]
     processor_folders = dict.fromkeys((Path(inspect.getfile(type(processor))).parent, DATA_FOLDER.parent / "models"))
     folders = {DATA_FOLDER: DATA_FILES, **dict.fromkeys(processor_folders, PROCESSOR_FILES)}

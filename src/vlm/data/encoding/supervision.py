@@ -22,7 +22,7 @@ def label_llava_onevision(
     """Return the labels of ChatML that LLaVA-OneVision trained with.
 
     As `preprocess_qwen` in `llava/train/train.py` of LLaVA-NeXT's code: the id in the whole turn of an assistant, from
-    `<|im_start|>` and the role on to the line break behind `<|im_end|>`; in the turns of others, the id at these two
+    `<|im_start|>` and the role on to the line break after `<|im_end|>`; in the turns of others, the id at these two
     tokens and at every line break that is a token of its own; -100 elsewhere, and at images.
 
     Raises:

@@ -1,10 +1,10 @@
 """Which chat templates only copy the texts of messages, so that one rendering serves all conversations of a structure.
 
-`copied_unless` reads a template's syntax tree, without running it. The texts that it gets have markers around them
-(`labels`): nothing that the template spells can equal, begin or end such a text, and what strips characters from its
-ends stops at a marker. So comparing, stripping, joining and printing texts depends on no character between the markers;
-looking for a constant does, unless the constant does not occur there. Everything else that a template may do with a
-text (its length, a part of it, another form of it, JSON) makes it one that does not only copy.
+`copied_unless` reads a template's syntax tree, without running it. The template's texts have markers around them
+(`labels`): no constant of the template can equal, begin or end such a text, and stripping stops at a marker. So
+comparing, stripping, joining and printing texts depends on no character between the markers. Searching for a constant
+does depend on them, unless the constant does not occur in the text. With everything else that a template may do with a
+text (its length, a part of it, another form of it, JSON), it does not only copy.
 """
 
 from functools import lru_cache
@@ -13,27 +13,27 @@ import jinja2
 from jinja2 import nodes
 
 PLAIN, TEXT, PIECES, MESSAGE, MESSAGES = "plain", "text", "pieces", "message", "messages"
-"""Kinds of values: one that no text has part in, a text, a list of pieces of one, a message, a list of messages."""
+"""Kinds of values: independent of texts, a text, a list of pieces of a text, a message, a list of messages."""
 STRIPPING = ("strip", "lstrip", "rstrip")
 TEXT_TESTS = ("defined", "undefined", "none", "string", "mapping", "iterable", "sequence", "number", "boolean", "true")
-"""Tests whose answer is the same for all texts."""
+"""Jinja tests whose result is the same for all texts."""
 UNKNOWN_NAMES = ("self", "super", "varargs", "kwargs", "caller", "lipsum")
 UNKNOWN_FILTERS = ("random", "attr")
-"""Filters whose result differs from call to call, or is any attribute, such as a message beside this one."""
+"""Filters whose result differs from call to call, or is any attribute, such as a message next to this one."""
 NEIGHBOURS = ("previtem", "nextitem")
 """Attributes of `loop` that hold messages."""
 MEDIA_TOKEN = "image_token"
-"""The variable for the token of an image, which no copied text has."""
+"""The variable for the token of an image, which does not occur in copied texts."""
 MAX_PASSES = 8
 
 
 class _NotOnlyCopiedError(Exception):
-    """A template does something else with a text, or something that is not known here."""
+    """A template does more with a text than copying, or something unknown."""
 
 
 @lru_cache(256)
 def copied_unless(template: str) -> frozenset[str] | None:
-    """Return the strings that texts must not contain for a template only to copy them; None where it does more."""
+    """Return the strings that texts must not contain for a template only to copy them; None if it does more."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     try:
         return _Analysis(environment.parse(template)).conditions
@@ -42,7 +42,7 @@ def copied_unless(template: str) -> frozenset[str] | None:
 
 
 class _Analysis:
-    """Follows the kinds of values through a template, whatever its conditions say."""
+    """Follows the kinds of values through a template, through all branches of its conditions."""
 
     def __init__(self, tree: nodes.Template):
         self.kinds: dict[str, str] = {"messages": MESSAGES}
@@ -86,7 +86,7 @@ class _Analysis:
                 raise _NotOnlyCopiedError
 
     def assign(self, target: nodes.Node, kind: str) -> None:
-        """Give a name a kind, beside the one that it has."""
+        """Give a name a kind, in addition to the one that it has."""
         match target:
             case nodes.Name():
                 name = target.name
@@ -105,13 +105,13 @@ class _Analysis:
     # --- expressions ------------------------------------------------------------------------------------------------
 
     def require(self, node: nodes.Node, *kinds: str) -> str:
-        """Return the kind of an expression, which must be one of these."""
+        """Return the kind of an expression, which must be one of the given kinds."""
         if (kind := self.kind(node)) not in kinds:
             raise _NotOnlyCopiedError
         return kind
 
     def require_plain(self, *parts: nodes.Node | None) -> str:
-        """Return `PLAIN`, which all parts of an expression that are there must be."""
+        """Return `PLAIN`, which all parts of an expression must be."""
         for part in parts:
             if part is not None:
                 self.require(part, PLAIN)
@@ -202,7 +202,7 @@ class _Analysis:
         return self.require(node.node, PLAIN)
 
     def owner_kind(self, method: nodes.Getattr) -> str:
-        """Return the kind of the variable that a method is called of; PLAIN where it is a namespace's member."""
+        """Return the kind of the variable on which a method is called; PLAIN for a namespace's member."""
         assert isinstance(method.node, nodes.Name)
         return PLAIN if f"{method.node.name}.{method.attr}" in self.kinds else self.name_kind(method.node.name)
 
@@ -221,7 +221,7 @@ class _Analysis:
         raise _NotOnlyCopiedError
 
     def look_for(self, sought: nodes.Expr) -> None:
-        """Note that texts must not contain a constant that a template looks for in them."""
+        """Note that texts must not contain a constant for which a template searches."""
         if isinstance(sought, nodes.Const) and isinstance(sought.value, str) and sought.value:
             self._conditions.add(sought.value)
         elif not (isinstance(sought, nodes.Name) and sought.name == MEDIA_TOKEN):

@@ -1,4 +1,4 @@
-"""Thinking of replies: where records have it, and where chat templates read it. Imports siblings and `sample` only."""
+"""Thinking in replies: where records have it, and where chat templates read it. Imports siblings and `sample` only."""
 
 import re
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from vlm.data.sample import Sample, Turn
 THINKING = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 """Thinking at the beginning of a reply's text."""
 THINKING_KEY = "reasoning_content"
-"""The key of a message under which templates read thinking; a template that does not name it copies texts."""
+"""The key of a message from which templates read thinking; other templates expect it in the text."""
 
 
 def has_thinking(turn: Turn) -> bool:
-    """Return whether a reply has thinking, apart from its text or at the beginning of it."""
+    """Return whether a reply has thinking, separately or at the beginning of its text."""
     if turn.role != "assistant":
         return False
     return bool(turn.thinking) or THINKING.match(_leading_text(turn)) is not None
@@ -25,13 +25,13 @@ def _leading_text(turn: Turn) -> str:
 
 
 def find_thinking(turn: Turn) -> str:
-    """Return the thinking of a reply, without white space at its ends; empty where it has none."""
+    """Return the thinking of a reply, without white space at its ends; empty if it has none."""
     match = THINKING.match(_leading_text(turn)) if turn.role == "assistant" else None
     return (turn.thinking or (match[1] if match else "")).strip()
 
 
 def is_thinking_asked(turns: Sequence[Turn]) -> bool:
-    """Return whether a reply behind the last question has thinking: what templates call `enable_thinking`."""
+    """Return whether a reply after the last question has thinking: what templates call `enable_thinking`."""
     last = max((place for place, turn in enumerate(turns) if turn.role == "user"), default=-1)
     return any(map(find_thinking, turns[last + 1 :]))
 
@@ -50,14 +50,14 @@ def _without_thinking(turn: Turn) -> Turn:
 
 
 def without_thinking(text: str) -> str:
-    """Return an answer without the thinking before it; one that ends within its thinking is empty."""
+    """Return an answer without the thinking before it; empty if it ends within its thinking."""
     if THINKING_END in text:
         return text.rpartition(THINKING_END)[2].strip()
     return "" if text.lstrip().startswith("<think>") else text
 
 
 def place_thinking(turns: Sequence[Turn], template: str) -> list[Turn]:
-    """Return turns with thinking where a template reads it: apart from the text, or at its beginning."""
+    """Return turns with thinking where the template reads it: separately, or at the beginning of the text."""
     if THINKING_KEY in template:
         return [_split_thinking(turn) for turn in turns]
     return [_join_thinking(turn) for turn in turns]

@@ -1,9 +1,9 @@
-"""Conversations with tools or thinking: rendered with proof that the template writes them, and whole replies found.
+"""Renders conversations with tools or thinking, checks that the template writes them, and finds whole replies.
 
-A reply with a call of a tool is more than its text: what the template writes around the call's name and arguments is
-learned too, and so are the marks around thinking. A reply begins where a prompt ends: what stands before it is compared
-with what the template writes before an answer that is asked for. It ends at the token that ends every reply. So an
-empty thinking block is supervised where the template leaves it to the model, and not where the prompt has it already.
+A reply with a tool call is more than its text: what the template writes around the call's name and arguments is also
+trained on, and so are the marks around thinking. A reply begins where a prompt ends: the text before it is compared
+with what the template writes before a requested answer. It ends at the token that ends every reply. So an empty
+thinking block is supervised if the template leaves it to the model, and not if the prompt already contains it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,10 +36,10 @@ def needs_whole_turns(turns: Sequence[Turn], tools: Sequence[object]) -> bool:
 
 
 class _MarkedMessages:
-    """Messages with numbered markers around every text of them, and whose each number is.
+    """Messages with numbered markers around all of their texts, and the owner of each number.
 
     Attributes:
-        messages: what the template gets.
+        messages: the messages for the template.
         owners: number -> (the index of the turn, None for a tool; what the text is, in words).
     """
 
@@ -106,8 +106,8 @@ def render_whole_turns(
         sample: the conversation, and its tools.
         prompt: whether to add the text that precedes an answer; no reply is then looked for.
         thinking: what the template reads as `enable_thinking`; None: for a prompt the processor's own setting, else
-            whether a reply behind the last question has thinking.
-        keep: whether a template that drops the thinking of a learned reply is refused.
+            whether a reply after the last question has thinking.
+        keep: whether a template that drops the thinking of a trained reply is refused.
 
     Raises:
         BadSample: the template refuses the conversation, or leaves out a tool, a call, a result or a reply.
@@ -133,10 +133,10 @@ def render_whole_turns(
 def _render(
     processor: Processor, turns: Sequence[Turn], sample: Sample, *, prompt: bool, thinking: bool | None
 ) -> tuple[str, dict[int, Span], dict[int, tuple[int | None, str]]]:
-    """Return the conversation, the span of each marked text, and whose it is.
+    """Return the conversation, the span of each marked text, and its owner.
 
     Raises:
-        BadSample: the template refuses it, or writes something else around marked texts than around others.
+        BadSample: the template refuses it, or treats marked texts differently from others.
     """
     marked = _MarkedMessages(processor, turns, sample.tools)
     plain = _MarkedMessages(processor, turns, sample.tools, numbered=False)
@@ -154,7 +154,7 @@ def _render(
 
 
 def _check_texts(processor: Processor, sample: Sample) -> None:
-    """Raise BadSample for markers in texts, and for special tokens where no markers can tell that they are words."""
+    """Raise BadSample for markers in texts, and for special tokens in texts that cannot have markers."""
     calls = [turn.tool_calls for turn in sample.turns if isinstance(turn, ToolCallTurn)]
     texts = [part for turn in sample.turns for part in (*turn.content, turn.thinking) if isinstance(part, str)]
     if any(marker in text for text in [*texts, *map(repr_json, (*calls, *sample.tools))] for marker in MARKERS):
@@ -163,7 +163,9 @@ def _check_texts(processor: Processor, sample: Sample) -> None:
         function = {key: value for key, value in tool["function"].items() if key not in DESCRIBED}
         if spelled := processor.special_tokens.search(repr_json(function)):
             name = tool["function"]["name"]
-            raise BadSample(sample.id, f"the parameters of its tool {name} spell {spelled[0]}, a mark of the model's")
+            raise BadSample(
+                sample.id, f"the parameters of its tool {name} spell {spelled[0]}, a special token of the model"
+            )
 
 
 def repr_json(value: object) -> str:
@@ -180,28 +182,28 @@ def repr_json(value: object) -> str:
 def _check_complete(
     text: str, spans: Mapping[int, Span], owners: Mapping[int, tuple[int | None, str]], sample_id: str
 ) -> None:
-    """Raise BadSample where the template leaves out more than thinking."""
+    """Raise BadSample if the template leaves out more than thinking."""
     for number, (turn, name) in owners.items():
         if number in spans or name == "thinking":
             continue
         place = "" if turn is None else f" (turn {turn + 1})"
         if turn is not None and name in ("a text", "a reply"):
             raise BadSample(sample_id, f"its template drops {name}{place}")
-        advice = "a template that writes tools is needed (dataset.template), or records without them"
+        advice = "choose a template that renders tools (dataset.template), or records without them"
         raise BadSample(sample_id, f"its template leaves out {name}{place}; {advice}")
 
 
 def _check_thinking(
     text: str, turns: Sequence[Turn], learned: Sequence[int], replies: Sequence[Span], sample_id: str
 ) -> None:
-    """Raise BadSample where the thinking of a learned reply is not part of it."""
+    """Raise BadSample if the thinking of a trained reply is not part of it."""
     for index, (start, end) in zip(learned, replies, strict=True):
         thought = find_thinking(turns[index])
         if thought and thought not in text[start:end]:
             raise BadSample(
                 sample_id,
-                f"its template drops the thinking of turn {index + 1}; dataset.thinking=template learns what it keeps, "
-                "or end the record with that reply",
+                f"its template drops the thinking of turn {index + 1}; dataset.thinking=template trains on what it "
+                "keeps; or end the record with this reply",
             )
 
 
@@ -217,7 +219,7 @@ def _spans_of_turns(spans: Mapping[int, Span], owners: Mapping[int, tuple[int | 
 
 
 def _cut_at_thinking(prompt_end: str) -> str:
-    """Return the end of a prompt up to the mark of thinking in it; all of it where there is none."""
+    """Return the end of a prompt up to its thinking mark, or all of it if there is none."""
     place = prompt_end.lower().find("think")
     start = max((prompt_end.rfind(mark, 0, place) for mark in "<[◁"), default=-1) if place >= 0 else -1
     return prompt_end if start < 0 else prompt_end[:start]
@@ -265,10 +267,10 @@ class _ReplyFinder:
         return before + len(asked), self._find_end(index, last, self._next_start[span])
 
     def _prompt_end(self, index: int) -> str:
-        """Return what the template writes behind the last text of a prompt that ends before a turn.
+        """Return what the template writes after the last text of a prompt that ends before a turn.
 
-        It renders the turns before it from the last question, reply or call on, so that all replies together take as
-        long as the conversation.
+        It renders the turns before it only from the last question, reply or call on, so that all replies together take
+        linear time.
         """
         first = index - 1
         while first > 0 and (self.turns[first].role == "tool" or not self._has_text(self.turns[first])):
@@ -292,7 +294,7 @@ class _ReplyFinder:
                 return end
         if isinstance(turn, ToolCallTurn):
             written = self.text[last : last + 40]
-            problem = f"its template ends a call with {written!r}, and not with {ending!r} as it ends a reply"
+            problem = f"its template ends a call with {written!r}, but a reply with {ending!r}"
             raise BadSample(self.sample.id, f"{problem}; calls of this form cannot be trained on")
         return last
 

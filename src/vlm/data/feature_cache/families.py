@@ -1,6 +1,6 @@
-"""Samples of a family's model of which no image is opened: what a frozen part gives for each sample's images is read.
+"""Samples of a family's model whose images are not opened: the outputs of a frozen part are read from the cache.
 
-The family's own code still wants the inputs of images: it gets those of blank images of the same sizes, beside
+The family's own code still needs the inputs of images: it gets those of blank images of the same sizes, with
 `CACHED_FEATURES`. In a pack an item is the images of a sample, since some families read several images otherwise than
 one; its details are the shape of each of its tensors.
 """
@@ -58,7 +58,7 @@ class BlankInputs:
         self._kept: dict[tuple[MediaSize, ...], Mapping[str, Tensor]] = {}
 
     def images(self, sample: Sample, sizes: Sequence[MediaSize]) -> Mapping[str, Tensor]:
-        """Return the inputs of blank images in place of a sample's own."""
+        """Return the inputs of blank images instead of a sample's own."""
         key = tuple(sizes) if sizes else (None,) * len(sample.media)
         if key not in self._kept:
             if len(self._kept) >= self.most:
@@ -70,7 +70,7 @@ class BlankInputs:
 
 
 class CachedFamilyDataset(CachedDataset):
-    """Samples of a family's model with cached features beside the inputs of blank images.
+    """Samples of a family's model with cached features together with the inputs of blank images.
 
     Args:
         dataset: the samples.

@@ -1,4 +1,4 @@
-"""What prediction heads read of a frozen body, as a data set that is read from files.
+"""A data set of what prediction heads read from a frozen body, stored in files.
 
 A pack holds one kind of features of every record: one row a record, or one a token where heads read every token. The
 numbers of its source and of itself are the key of a record.
@@ -56,7 +56,7 @@ class HeadFeatureBatch(TypedDict, total=False):
 
 
 class HeadFeatureDataset(Dataset[HeadFeatureItem]):
-    """A `HeadDataset` with features in place of images and prompts.
+    """A `HeadDataset` with features instead of images and prompts.
 
     Args:
         dataset: the samples.

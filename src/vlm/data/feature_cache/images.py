@@ -1,4 +1,4 @@
-"""Samples of which no image is opened: the features that a frozen visual encoder gives for each are read from files.
+"""Samples whose images are not opened: the features from a frozen visual encoder are read from files.
 
 Of composed models alone. A pack of image features has one row a view, and as details of an image the number of its
 views as `AnyRes.num_views` counts them (0: a video's frame, of one row), its height and its width.
@@ -35,7 +35,7 @@ class CachedImage(NamedTuple):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width in pixels; None where no token depends on them."""
+        """Height and width in pixels; None if no token depends on them."""
         _, height, width = self.pack.details[self.item].tolist()
         return (height, width) if height else None
 
@@ -61,12 +61,12 @@ def require_image(packs: Sequence[Pack], key: bytes) -> CachedImage:
 
 
 def view_kind(num_views: int) -> str:
-    """Return how an image of which the encoder reads so many views is seen."""
+    """Return the kind of an image, given the number of its views that the encoder reads."""
     return {0: FRAME_VIEW, 1: SQUARE_VIEW}.get(num_views, TILED_VIEW)
 
 
 def view_kinds(sample: Sample, processor: Processor) -> list[str]:
-    """Return how each image of a sample is seen."""
+    """Return the kind of each image of a sample."""
     if (tiling := processor.tiling) is None:
         return [SQUARE_VIEW] * len(sample.images)
     side = (tiling.tile_size, tiling.tile_size)
@@ -75,7 +75,7 @@ def view_kinds(sample: Sample, processor: Processor) -> list[str]:
 
 
 def image_cache_keys(sample: Sample, processor: Processor) -> list[tuple[bytes, str]]:
-    """Return for each image of a sample a key for its content and how it is seen (16 bytes), and how it is seen.
+    """Return for each image of a sample a key for its content and its kind (16 bytes), and its kind.
 
     A file's path, size and time stand for its content.
 
@@ -103,7 +103,7 @@ def blank_image_cache_key(size: tuple[int, int], kind: str) -> bytes:
 
 
 class CachedDataset(SampleDataset):
-    """A `SampleDataset` of the same samples, whose `media_inputs` reads features of images in place of the images.
+    """A `SampleDataset` of the same samples, whose `media_inputs` reads features of images instead of the images.
 
     Args:
         dataset: the samples.
@@ -132,7 +132,7 @@ class CachedDataset(SampleDataset):
 
 
 class CachedFeatureDataset(CachedDataset):
-    """Samples of a composed model with `image_features` in place of `pixel_values`.
+    """Samples of a composed model with `image_features` instead of `pixel_values`.
 
     Args:
         dataset: the samples.
@@ -162,7 +162,7 @@ class CachedFeatureDataset(CachedDataset):
 
 
 def make_feature_inputs(images: Sequence[CachedImage], processor: Processor) -> dict[str, Tensor]:
-    """Return the model's inputs for images; none where there are none."""
+    """Return the model's inputs for images; none if there are none."""
     if not images:
         return {}
     inputs = {"image_features": torch.cat([image.pack.read(image.item) for image in images])}

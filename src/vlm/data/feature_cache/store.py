@@ -171,13 +171,13 @@ class PackPlan(Generic[Item]):
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """A folder of packs, beside the stores of other computations in a root that is bounded as a whole.
+    """A folder of packs, next to the stores of other computations in a root that is bounded as a whole.
 
     Attributes:
         folder: the store; its parent is the root.
         limit_gb: most that all packs of the root may take, in 10^9 bytes; None: half of what they and the free disk
             are; infinite: the disk alone bounds them, and nothing is removed to make room.
-        content: what the packs hold, for the refusal where there is no room.
+        content: what the packs hold, for the refusal if there is no room.
         advice: what the user can do then.
     """
 
@@ -196,7 +196,7 @@ class FeatureStore:
         return FileLock(self.root / "lock")
 
     def open_packs(self) -> list[Pack]:
-        """Return the whole packs."""
+        """Return the packs that are complete."""
         packs = []
         for file in sorted(self.folder.glob(f"*/{FORMAT_FILE}")):
             if not file.parent.name.endswith(PARTIAL_SUFFIX):
@@ -232,7 +232,7 @@ class FeatureStore:
         os.close(lock)
 
     def finalize_pack(self, plan: PackPlan[Item]) -> Path:
-        """Write the index of a pack whose rows are all there; return its folder, under which it is whole."""
+        """Write the index of a pack whose rows are all there; return the folder of the complete pack."""
         folder = self.folder / f"{plan.name}{PARTIAL_SUFFIX}"
         order = np.lexsort((plan.keys[:, 1], plan.keys[:, 0]))
         keys, starts, counts = plan.keys[order], plan.starts[order], plan.counts[order]
@@ -313,7 +313,7 @@ def _lock_pack(folder: Path, operation: int, *, create: bool = False) -> int:
 
 
 def _try_exclusive_lock(folder: Path) -> int | None:
-    """Hold a pack alone; None: somebody uses it, or it has just gone."""
+    """Lock a pack exclusively; return None if it is in use or has just been removed."""
     with suppress(FileNotFoundError, BlockingIOError):
         return _lock_pack(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return None

@@ -67,11 +67,11 @@ class HeadDataset(Dataset[SampleInputs | Skipped]):
         return self.dataset[index]
 
     def values(self, name: str) -> list[object]:
-        """Return the label of each sample for a head; None where it has none."""
+        """Return the label of each sample for a head; None if it has none."""
         return self._values[name]
 
     def targets(self, name: str) -> np.ndarray:
-        """Return the target of each sample for a head, `(samples, width)`; NaN where it has no label."""
+        """Return the target of each sample for a head, `(samples, width)`; NaN if it has no label."""
         head = next(head for head in self.heads if head.name == name)
         rows = [head.target(value) for value in self._values[name]]
         return np.array(rows, dtype=np.float64).reshape(len(rows), head.width)
@@ -101,7 +101,7 @@ class HeadCollator:
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> HeadBatch:
         """Return a batch with `labels` (head -> float32 `(rows, width)`, its targets) and `groups` (int64 `(rows,)`).
 
-        Where a reply is learned, `text_labels` and `prompt_mask` (both int64 `(rows, tokens)`) are there too: the
+        Where a reply is trained on, `text_labels` and `prompt_mask` (both int64 `(rows, tokens)`) are there too: the
         reply's ids, -100 elsewhere, and 1 at the tokens before it. A row without a sample, see `Collator`, has NaN for
         targets.
         """
@@ -125,13 +125,13 @@ def _without_targets(sample: SampleInputs | Skipped) -> SampleInputs | Skipped:
 
 
 def prompt_mask(labels: Tensor, attention_mask: Tensor) -> Tensor:
-    """Return 1 at tokens that are attended to and stand before the first supervised one: `(rows, tokens)`, as both."""
+    """Return 1 at tokens that are attended to and are before the first supervised one: `(rows, tokens)`, as both."""
     before = (labels != IGNORE_INDEX).cumsum(dim=1) == 0
     return attention_mask * before
 
 
 def values_per_head(labels: Sequence[object], names: Sequence[str]) -> dict[str, list[object]]:
-    """Return the label of each record for each head; None where it has none.
+    """Return the label of each record for each head; None if it has none.
 
     With one head, a label may be its value; with several, it maps their names to values.
 
@@ -141,8 +141,7 @@ def values_per_head(labels: Sequence[object], names: Sequence[str]) -> dict[str,
     for label in labels:
         if label is not None and not isinstance(label, Mapping) and len(names) > 1:
             raise ValueError(
-                f"label {label!r:.60}: there are the heads {', '.join(names)}, so a mapping from their names to values "
-                "is needed"
+                f"label {label!r:.60}: a mapping from the names of the heads, {', '.join(names)}, to values is needed"
             )
     return {name: [label.get(name) if isinstance(label, Mapping) else label for label in labels] for name in names}
 
@@ -185,7 +184,7 @@ def fold_by_label(
 
 
 def _split_groups(dataset: SampleDataset, first: np.ndarray) -> np.ndarray | None:
-    """Return a group number for each record, a new one where it has none; None where no record has a group."""
+    """Return a group number for each record, a new one if it has none; None if no record has a group."""
     numbers = group_indices(dataset)[first]
     if (numbers == NO_GROUP).all():
         return None

@@ -58,7 +58,7 @@ class HeadLabels:
         """Return what the loss compares the head's outputs for a record with: `width` numbers.
 
         They are the index of the record's label; for `multilabel`, 0 or 1 for each label; for `regression` and
-        `pairwise` the value; all NaN where the value is None, as the head does not learn from the record then. A number
+        `pairwise` the value; all NaN if the value is None, as the head does not learn from the record then. A number
         or truth value may be given as the text that it has in a table.
 
         Raises:
@@ -78,7 +78,7 @@ class HeadLabels:
         return [float(index in present) for index in range(self.width)]
 
     def class_index(self, label: object) -> int:
-        """Return the index of a label; ValueError where it is none of them."""
+        """Return the index of a label; ValueError if it is none of them."""
         for key in (_label_key(label), *_other_label_keys(label)):
             if (index := self._class_indices.get(key)) is not None:
                 return index
@@ -118,14 +118,14 @@ def resolve_labels(name: str, task: str, given: Sequence[object] | None, values:
         occurring = {head.class_index(label) for label in _flatten_labels(name, task, present)}
         if absent := [label for index, label in enumerate(head.labels) if index not in occurring]:
             raise ValueError(
-                f"head {name}: model.head.labels has {', '.join(map(repr, absent))}, a class absent from training: no "
-                "training record has it"
+                f"head {name}: model.head.labels has {', '.join(map(repr, absent))}, but no "
+                "training record has this label"
             )
     return head
 
 
 def check_values(head: HeadLabels, values: Sequence[object], source: str) -> None:
-    """Raise ValueError where a head cannot learn one of the labels of a source; None is no label."""
+    """Raise ValueError if a head cannot learn one of the labels of a source; None is no label."""
     wrong: Counter[str] = Counter()
     for value in values:
         try:
@@ -134,7 +134,7 @@ def check_values(head: HeadLabels, values: Sequence[object], source: str) -> Non
             wrong[str(error)] += 1
     if wrong:
         message, number = wrong.most_common(1)[0]
-        others = f"; {wrong.total() - number} have other wrong values" if len(wrong) > 1 else ""
+        others = f"; {wrong.total() - number} more with other wrong values" if len(wrong) > 1 else ""
         raise ValueError(f"{source}: {message} ({number} of {len(values)} records{others})")
 
 
@@ -160,21 +160,21 @@ def _labels_from_records(name: str, task: str, present: Sequence[object]) -> tup
         labels.sort(key=numbers.__getitem__)
     if task == "ordinal" and isinstance(labels[0], str):
         raise ValueError(
-            f"head {name}: the order is unknown of {', '.join(map(repr, labels[:10]))}; "
-            "model.head.labels=[lowest, …, highest] says it"
+            f"head {name}: the order of the labels {', '.join(map(repr, labels[:10]))} is unknown; "
+            "set model.head.labels=[lowest, …, highest]"
         )
     if task == "binary" and len(labels) == 2:
         labels.sort(key=lambda label: str(label).lower())  # as in KNOWN_BINARY_LABELS
         if tuple(str(label).lower() for label in labels) not in KNOWN_BINARY_LABELS:
             raise ValueError(
-                f"head {name}: it cannot be told which of {labels[0]!r} and {labels[1]!r} is positive; "
-                "model.head.labels=[negative, positive] decides"
+                f"head {name}: which of {labels[0]!r} and {labels[1]!r} is the positive label is unknown; "
+                "set model.head.labels=[negative, positive]"
             )
     return tuple(labels)
 
 
 def _check_num_labels(head: HeadLabels, *, from_config: bool) -> None:
-    """Raise ValueError where a task cannot have so many labels."""
+    """Raise ValueError if a task cannot have so many labels."""
     number, shown = len(head.labels), ", ".join(map(repr, head.labels[:10]))
     fewest, most = {"binary": (2, 2), "multilabel": (1, sys.maxsize)}.get(head.task, (2, sys.maxsize))
     if not fewest <= number <= most:
@@ -189,7 +189,7 @@ def _flatten_labels(name: str, task: str, values: Sequence[object]) -> list[obje
 
 
 def _label_list(name: str, value: object) -> Sequence[object]:
-    """Return the labels of a record that may have several; raise ValueError where they are no list."""
+    """Return the labels of a record that may have several; raise ValueError if they are not a list."""
     if not isinstance(value, (list, tuple)):
         raise ValueError(
             f"head {name}: multilabel needs a list of labels, got {value!r:.60}; dataset.format=labelled with "
@@ -204,9 +204,9 @@ def _check_same_type(name: str, labels: Iterable[object]) -> tuple[Label, ...]:
     kinds = sorted({kind for kind, _ in keys})
     if len(kinds) > 1:
         shown = ", ".join(repr(label) for _, label in keys[:10])
-        raise ValueError(f"head {name}: its labels are {' and '.join(kinds)}, one kind is needed: {shown}")
+        raise ValueError(f"head {name}: its labels are {' and '.join(kinds)}, but one kind is needed: {shown}")
     if repeated := [key[1] for key, number in Counter(keys).items() if number > 1]:
-        raise ValueError(f"head {name}: the label {repeated[0]!r} is there twice")
+        raise ValueError(f"head {name}: the label {repeated[0]!r} occurs twice")
     values = [value for _, value in keys]
     if kinds != ["numbers"]:
         return tuple(values)
@@ -215,7 +215,7 @@ def _check_same_type(name: str, labels: Iterable[object]) -> tuple[Label, ...]:
 
 
 def _merge_kinds(labels: Sequence[object], *, as_numbers: bool) -> list[object]:
-    """Return labels of one kind where texts among numbers or truth values are such themselves, as from a table.
+    """Return labels of one kind: texts next to numbers or truth values are converted if they write such values.
 
     With `as_numbers`, texts that are all numbers become numbers.
     """
@@ -241,7 +241,7 @@ def _writes_number(label: object) -> bool:
 
 
 def _number_from_text(text: str) -> float | None:
-    """Return the number that a text writes; None where it writes none."""
+    """Return the number that a text writes; None if it writes none."""
     return float(text) if NUMBER_TEXT.fullmatch(text) else None
 
 
@@ -260,12 +260,12 @@ def _other_label_keys(label: object) -> list[LabelKey]:
 
 def _checked_label_key(name: str, label: object) -> LabelKey:
     if (key := _label_key(label)) is None:
-        raise ValueError(f"head {name}: a label is a text, a finite number, true or false, got {label!r:.60}")
+        raise ValueError(f"head {name}: a label must be a text, a finite number, true or false, got {label!r:.60}")
     return key
 
 
 def _label_key(label: object) -> LabelKey | None:
-    """Return a label's key; None for what is no label."""
+    """Return a label's key; None if it is not a label."""
     if isinstance(label, (str, bool)):
         return ("texts" if isinstance(label, str) else "truth values"), label
     if _is_finite(label):
@@ -344,7 +344,9 @@ def split(
     left = number - held_out
     if groups is not None:
         if not left:  # a single group leaves none either
-            raise ValueError(f"{key}: a group stays together, and {held_out} of {number} leave none for training")
+            raise ValueError(
+                f"{key}: groups are not split, and holding out {held_out} of {number} leaves none for training"
+            )
         splitter = GroupShuffleSplit
     else:
         if number < 2:
@@ -353,8 +355,8 @@ def split(
         num_strata = len(np.unique(strata))
         if (smaller := min(held_out, left)) < num_strata:
             raise ValueError(
-                f"{key} gives {held_out} of {number} records, and leaves {left}: {smaller} cannot have one of each of "
-                f"{num_strata} labels (of numbers, of each part of their range)"
+                f"{key} holds out {held_out} of {number} records and leaves {left}: {smaller} cannot have one record "
+                f"for each of {num_strata} labels (or parts of the range of numbers)"
             )
         splitter = StratifiedShuffleSplit
     rest, held = next(splitter(1, test_size=held_out, random_state=seed).split(strata, strata, groups))
@@ -380,11 +382,13 @@ def make_folds(
         raise ValueError(f"at least 2 folds are needed, got {number}")
     if groups is not None:
         if (num_groups := len(np.unique(groups))) < number:
-            raise ValueError(f"{number} folds: as many groups are needed, got {num_groups}; a group stays together")
+            raise ValueError(
+                f"{number} folds: at least as many groups are needed, got {num_groups}; groups are not split"
+            )
         splitter = GroupKFold
     else:
         if len(strata) < number:
-            raise ValueError(f"{number} folds: as many records are needed, got {len(strata)}")
+            raise ValueError(f"{number} folds: at least as many records are needed, got {len(strata)}")
         _check_stratum_sizes(strata, number, names, f"{number} folds: one for each")
         splitter = StratifiedKFold
     parts = splitter(number, shuffle=True, random_state=seed).split(strata, strata, groups)
@@ -392,7 +396,7 @@ def make_folds(
 
 
 def _check_stratum_sizes(strata: np.ndarray, least: int, names: Sequence[object], why: str) -> None:
-    """Raise ValueError where a stratum has fewer than `least` records."""
+    """Raise ValueError if a stratum has fewer than `least` records."""
     numbers, counts = np.unique(strata, return_counts=True)
     if counts.min() < least:
         number = int(numbers[counts.argmin()])

@@ -1,1 +1,1 @@
-"""Queries with what they should find: encoded, and in batches, for vectors that are compared."""
+"""Queries with what they should find: encoded and in batches, for training embeddings."""

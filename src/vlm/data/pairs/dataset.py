@@ -1,4 +1,4 @@
-"""Records of what is compared: as a data set of records for training, and one of distinct members for measuring."""
+"""Records for embeddings: a data set of records for training, and one of distinct members for evaluation."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -113,7 +113,7 @@ class Members:
 
 
 def find_members(dataset: PairDataset) -> Members:
-    """Return the distinct members of all records; a query and a document are distinct, though their contents be equal.
+    """Return the distinct members of all records; a query and a document are distinct even if their contents are equal.
 
     Raises:
         BadSample: a record cannot be used any more.

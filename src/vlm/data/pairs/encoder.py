@@ -21,7 +21,7 @@ class PairEncoder(SampleEncoder):
     A record has the length of its longest member, since each is a row of its own.
 
     Attributes:
-        suffix: ids behind every member, such as those of a token at which a head reads.
+        suffix: ids after every member, such as those of a token at which a head reads.
         query_prompt: the system turn of queries that have none of their own; empty: none.
         document_prompt: that of positives and negatives.
     """
@@ -59,7 +59,7 @@ class PairEncoder(SampleEncoder):
         return max(self._encode_members(sample, sizes), key=lambda encoded: len(encoded.input_ids))
 
     def __call__(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> Encoded:
-        """Return the ids of all members of a record, one behind the other, for those who look at it.
+        """Return the ids of all members of a record, one after the other, for those who look at it.
 
         Raises:
             BadSample: as `encode`, or a member is too long.

@@ -1,4 +1,4 @@
-"""Batches of preferences: a row for each side, those that are chosen first, then those that are rejected."""
+"""Batches of preferences: a row for each side, first the chosen ones, then the rejected ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

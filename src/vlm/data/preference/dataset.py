@@ -114,7 +114,7 @@ def encode_sides(
 
 
 def replace_reply(sample: Sample, reply: Turn) -> Sample:
-    """Return a conversation with another last reply, which alone is learned.
+    """Return a conversation with another last reply, which alone is trained on.
 
     Raises:
         BadSample: it does not end with a reply.

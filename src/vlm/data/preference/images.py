@@ -1,4 +1,4 @@
-"""Images of the rejected side that tell less than those of the record: blank ones, or small crops."""
+"""Images for the rejected side that show less than those of the record: blank ones, or small crops."""
 
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -23,7 +23,7 @@ MIN_AREA = 0.01
 
 
 def perturb_media(media: Sequence[Medium], how: str, processor: Processor, seed: str) -> list[Medium]:
-    """Return images and videos of the same sizes that tell less.
+    """Return images and videos of the same sizes that show less.
 
     Args:
         media: decoded images and videos.
@@ -66,7 +66,7 @@ def _crop_tensor(image: Tensor, place: tuple[float, float, float]) -> Tensor:
 
 
 def _box(height: int, width: int, place: tuple[float, float, float]) -> tuple[int, int, int, int]:
-    """Return the first row and column of a part, and those behind it."""
+    """Return the first row and column of a part, and those after it."""
     share, down, right = place
     rows, columns = max(round(height * share**0.5), 1), max(round(width * share**0.5), 1)
     top, left = round((height - rows) * down), round((width - columns) * right)

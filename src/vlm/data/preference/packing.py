@@ -1,4 +1,4 @@
-"""Batches of preferences in packed rows: the replies of a record stand behind its prompt, which is there once.
+"""Batches of preferences in packed rows: the replies of a record follow its prompt, which is there only once.
 
 A micro-batch makes one row, or as many as `max_tokens` needs. All replies of a record are in one row.
 """
@@ -42,7 +42,7 @@ class PackedPreferenceCollator:
 
     Attributes:
         collate: makes padded rows of conversations.
-        merger: puts the replies of a record behind one prompt; where they share none, they are samples of their own.
+        merger: puts the replies of a record after one prompt; where they share none, they are samples of their own.
         costs: balances the rows.
         max_tokens: the most tokens of a row; None: any number.
     """

@@ -10,7 +10,7 @@ def read_answers(value: object, sample_id: str) -> list[str]:
     """Read one answer or several, as strings or in VQA's form (`{"answer": "a cat"}`).
 
     Raises:
-        BadSample: an answer is no text, or there are none.
+        BadSample: an answer is not a text, or there are none.
     """
     items = value if isinstance(value, list) else [value]
     answers = [item.get("answer") if isinstance(item, dict) else item for item in items]
@@ -21,7 +21,7 @@ def read_answers(value: object, sample_id: str) -> list[str]:
 
 
 def read_references(record: Record, sample_id: str) -> tuple[str, ...]:
-    """Read the reference answers of a record: its `references` or `answers`, or its `answer` where that is a list."""
+    """Read the reference answers of a record: its `references` or `answers`, or its `answer` if that is a list."""
     answer = record.get("answer")
     given = [record.get("references"), record.get("answers"), answer if isinstance(answer, list) else None]
     value = next((value for value in given if value is not None), None)
@@ -29,10 +29,10 @@ def read_references(record: Record, sample_id: str) -> tuple[str, ...]:
 
 
 def read_choices(choices: object, answer: object, sample_id: str) -> list[str]:
-    """Read choices as texts; an answer that is a number must not be one of them and the index of another.
+    """Read choices as texts. A number as the answer must not be both one choice and the index of another.
 
     Raises:
-        BadSample: a choice is no text, there are none, or it is open which of them the answer is.
+        BadSample: a choice is not a text, there are no choices, or the answer could mean two of them.
     """
     texts = [text_from_value(choice) for choice in choices] if isinstance(choices, list) else []
     if not texts or None in texts:

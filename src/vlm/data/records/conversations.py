@@ -42,7 +42,7 @@ def read_llava(record: Record, image_folder: Path, *, key: str = "conversations"
     """Read LLaVA's form: `{"id", "image": path or list or absent, "conversations": [{"from", "value"}, …]}`.
 
     `<image>` in the human's texts stands for the images in order (see `marks`). The only one of a turn is moved to its
-    start. A number in place of a text is read as it is written. A turn with `weight` 0 or `loss` false is not learned.
+    start. A number instead of a text is read as it is written. A turn with `weight` 0 or `loss` false is not learned.
     ShareGPT's turns from `function_call` and `observation` are calls of `tools` and their results, see `tool_turns`.
 
     Args:
@@ -153,7 +153,7 @@ def parse_messages(record: Record, image_folder: Path, key: str = "messages") ->
 
 
 def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample:
-    """Make a sample with what else its record has; all of its images and objects must be placed."""
+    """Make a sample from its turns and the other keys of its record; all images and objects must be placed."""
     media.check_all_placed(turns)
     turns, objects = read_objects(record, turns, media.sample_id)
     turns = add_system_turn(record, turns, media.sample_id)
@@ -168,7 +168,7 @@ def _as_text(content: object) -> object:
 
 
 def _has_marks(message: Record, media: MediaPlacer) -> bool:
-    """Return whether marks are looked for in a message: a text of the user's, or a result beside images or videos."""
+    """Return whether a message may have marks: a user's text, or a result of a record with images or videos."""
     role = MESSAGE_ROLES[message["role"]]
     return (role == "user" or (role == "tool" and media.has_media)) and isinstance(message.get("content"), str)
 

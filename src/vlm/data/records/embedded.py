@@ -3,7 +3,7 @@
 import base64
 
 MIN_CHARACTERS = 64
-"""Shorter texts are names of files: no image is so small."""
+"""A shorter text is taken for the name of a file, because no image is that small."""
 IMAGE_SIGNATURES = (
     b"\x89PNG\r\n\x1a\n",
     b"\xff\xd8\xff",
@@ -34,7 +34,7 @@ def decode_base64(text: str) -> bytes:
     """Decode base64, whose padding may be left out.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not base64.
     """
     plain = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)

@@ -1,4 +1,4 @@
-"""Videos as lists of frames that were extracted before, with the times of these, as records name them.
+"""Videos given as lists of frames that were extracted beforehand, with the frames' times.
 
 Imports siblings, `sample` and the standard library only.
 """
@@ -12,16 +12,16 @@ from vlm.data.records.fields import is_empty
 from vlm.data.sample import BadSample, Record
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-"""Ends of names that tell frames from videos; a GIF is a video."""
+"""Extensions of frames, as opposed to videos; a GIF is a video."""
 DEFAULT_RATE = 2.0
-"""Frames per second of a list that has neither `fps` nor `times`: what Qwen's tools assume of one."""
+"""Frames per second of a list that has neither `fps` nor `times`: Qwen's tools assume the same."""
 RATE_KEYS = ("fps", "sample_fps")
 TIME_KEYS = ("times", "timestamps")
 
 
 @dataclass(frozen=True)
 class FrameList:
-    """The frames of a video as a record names them: so many a second, or seconds of each from the first one."""
+    """The frames of a video, with their rate, or with the seconds of each frame since the first one."""
 
     frames: Sequence[object]
     times: tuple[float, ...] = ()
@@ -65,13 +65,15 @@ def with_item_times(item: Record, file: object, sample_id: str) -> object:
     """Return the frames that an item of a message names with the item's `fps` or `times`; anything else unchanged.
 
     Raises:
-        BadSample: the item has such a key, and no list of frames.
+        BadSample: the item has such a key but no list of frames.
     """
     given = [key for key in (*RATE_KEYS, *TIME_KEYS) if not is_empty(item.get(key))]
     if isinstance(file, list):
         return {"frames": file, "fps": _first(item, RATE_KEYS), "times": _first(item, TIME_KEYS)}
     if given:
-        reason = "it is of lists of extracted frames; of a video file, dataset.fps and dataset.max_frames choose frames"
+        reason = (
+            "it is for lists of extracted frames; for a video file, dataset.fps and dataset.max_frames choose frames"
+        )
         raise BadSample(sample_id, f"`messages[].content[].{given[0]}` is not read: {reason}")
     return file
 

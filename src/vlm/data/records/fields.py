@@ -11,7 +11,7 @@ from vlm.data.sample import BadSample, Record, Turn
 
 NEUTRAL_TEXTS = ("", "[]", "{}")
 SUPERVISION_KEYS = ("weight", "loss", "loss_scale", "train", "training")
-"""Keys of a turn that say whether its reply is learned: of OpenAI's files, ms-swift's and axolotl's."""
+"""Keys of a turn that say whether its reply is trained on: of OpenAI's files, ms-swift's and axolotl's."""
 SUPERVISION_KEY_SET = frozenset(SUPERVISION_KEYS)
 SYSTEM_KEYS = ("system", "system_prompt")
 
@@ -26,7 +26,7 @@ def is_empty(value: object) -> bool:
 
 
 def first_present(record: Record, *keys: str) -> Any:
-    """Return the first value of a record's keys that is not None; None where there is none."""
+    """Return the first value of a record's keys that is not None; None if there is none."""
     for key in keys:
         if (value := record.get(key)) is not None:
             return value
@@ -45,7 +45,7 @@ def read_turn_list(record: Record, key: str, sample_id: str, kind: str) -> list[
     """Return the turns of a record; `kind` is what messages call one of them.
 
     Raises:
-        BadSample: there are none, or the value is no list.
+        BadSample: there are none, or the value is not a list.
     """
     if key not in record:
         raise BadSample(sample_id, f"it has no `{key}`; its keys are {', '.join(map(str, record))}")
@@ -56,12 +56,13 @@ def read_turn_list(record: Record, key: str, sample_id: str, kind: str) -> list[
 
 
 def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> tuple[bool, float]:
-    """Read whether a turn is learned, and how much its loss counts: by default it is, and counts 1.
+    """Read whether a turn is trained on, and how much its loss counts: by default it is, and counts 1.
 
     The value of one of `SUPERVISION_KEYS` is true or false, or a number from 0 on; 0 and false are the same.
 
     Raises:
-        BadSample: a value is neither, the values contradict each other, or a turn that is no reply is to be learned.
+        BadSample: a value is neither, the values contradict each other, or a turn that is not a reply is to be trained
+            on.
     """
     if SUPERVISION_KEY_SET.isdisjoint(turn):
         return True, 1.0
@@ -81,10 +82,10 @@ def read_supervision(turn: Record, role: str, where: str, sample_id: str) -> tup
 
 
 def add_system_turn(record: Record, turns: Sequence[Turn], sample_id: str) -> list[Turn]:
-    """Return turns behind the system turn that a record has beside them, as `system` or `system_prompt`.
+    """Return the turns, preceded by the system turn if the record has one as `system` or `system_prompt`.
 
     Raises:
-        BadSample: it is no text, or there is another system turn.
+        BadSample: it is not a text, or there is another system turn.
     """
     value = first_present(record, *SYSTEM_KEYS)
     if isinstance(value, list) and all(isinstance(item, dict) and isinstance(item.get("text"), str) for item in value):
@@ -100,7 +101,7 @@ def add_system_turn(record: Record, turns: Sequence[Turn], sample_id: str) -> li
 
 
 def check_question_first(turns: Sequence[Turn], sample_id: str) -> None:
-    """Raise BadSample where a conversation begins with the assistant."""
+    """Raise BadSample if a conversation begins with the assistant."""
     first = next((turn for turn in turns if turn.role != "system"), None)
     if first is not None and first.role == "assistant":
         raise BadSample(sample_id, "it begins with the assistant; a question must come before the first reply")

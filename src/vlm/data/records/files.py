@@ -1,6 +1,6 @@
-"""Files of records as bytes or text, decompressed where their names end in `.gz`; what is no such file is refused.
+"""Opens files of records as bytes or text, decompressing `.gz`, and refuses files that hold something else.
 
-Imports the standard library and siblings of its kind only.
+Imports only the standard library and siblings that do the same.
 """
 
 import gzip
@@ -25,10 +25,10 @@ BINARY_TABLES = ("Parquet", "an Arrow file")
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, decompressed where its name ends in `.gz`.
+    """Open a file for reading; decompress it if its name ends in `.gz`.
 
     Raises:
-        ValueError: within the statement, where it does not decompress.
+        ValueError: the file does not decompress; raised within the `with` statement.
     """
     if not split_suffix(str(path))[1]:
         with path.open("rb") as file:
@@ -50,7 +50,7 @@ def open_text(path: Path, encoding: str) -> Iterator[TextIOWrapper]:
 
 @contextmanager
 def uncompressed_file(path: Path) -> Iterator[Path]:
-    """Yield the path of a file, or, where that is compressed, of a copy that is not, which is removed at the end."""
+    """Yield the path of a file; of a compressed file, that of a decompressed copy, which is removed at the end."""
     if not split_suffix(str(path))[1]:
         yield path
         return
@@ -69,7 +69,7 @@ def uncompressed_file(path: Path) -> Iterator[Path]:
 
 
 def check_is_records(path: Path) -> None:
-    """Raise ValueError where a file of records is empty, or by its first bytes something else: say an LFS pointer."""
+    """Raise ValueError if a file of records is empty, or by its first bytes something else (an LFS pointer)."""
     suffix, is_compressed = split_suffix(str(path))
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty")

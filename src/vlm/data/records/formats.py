@@ -49,7 +49,7 @@ def read_caption(
         image_folder: what paths are relative to.
         image_key: the key of the image.
         caption_key: the key of the caption.
-        prompt: the question after the image; of a list, each record gets one, chosen by its caption. None for no
+        prompt: the question after the image; from a list, each record gets one, chosen by its caption. None for no
             question, as the template `plain` expects.
 
     Raises:
@@ -216,7 +216,7 @@ def read_pair(
 def read_preference(record: Record, image_folder: Path) -> Sample:
     """Read a chosen and a rejected reply, or one reply with `label: true` or `false`; see `preferences.read_sides`.
 
-    Behind `prompt`, `question`, `messages` or `conversations`, with the images of the record: `{"chosen", "rejected"}`,
+    After `prompt`, `question`, `messages` or `conversations`, with the images of the record: `{"chosen", "rejected"}`,
     each a text, a turn, a list of turns, or a whole conversation; ms-swift's `rejected_response`, `rejected_messages`
     and `rejected_images`; TRL's `{"completion", "label"}`; RLHF-V's `text`, and LLaVA-RLHF's `output_1`, `output_2` and
     `preference`.

@@ -1,4 +1,4 @@
-"""What form records seem to have, by their keys, and what reads it: for messages about records that do not fit.
+"""Guesses the form of records from their keys, and what reads it, for messages about records that do not fit.
 
 Imports `sample` and the standard library only. To recognise another form, add a function to `FORMS`, before those that
 are less particular.
@@ -51,7 +51,7 @@ OPTION_FLAGS = {
     "clean": ("--format ", "--option "),
     "convert": ("--from ", "--option "),
 }
-"""How a command is told the format of records, and an option of it."""
+"""How a command takes the format of records, and one of the format's options."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Guess:
 
     Attributes:
         what: the form, in words.
-        format: the name of `formats.FORMATS` that reads it; None where none does.
+        format: the name of `formats.FORMATS` that reads it; None if none does.
         options: of that format.
         advice: what to do where no format reads it.
     """
@@ -71,7 +71,7 @@ class Guess:
     advice: str = NEEDS_READER
 
     def hint(self, tool: str = "run") -> str:
-        """Return a sentence with what reads such records: as a `run` has it, or `vlm data clean` or `convert`."""
+        """Return what reads such records, with the options of a run, `vlm data clean` or `convert`."""
         if self.format is None:
             return f"it looks like {self.what}: {self.advice}"
         flag, option = OPTION_FLAGS[tool]
@@ -183,7 +183,7 @@ FORMS: tuple[Callable[[Mapping[str, object]], Guess | None], ...] = (
 
 
 def guess_form(record: object) -> Guess | None:
-    """Return what a record seems to be; None where nothing is recognised."""
+    """Return what a record seems to be; None if nothing is recognised."""
     if not isinstance(record, dict):
         return None
     return next((guess for recognise in FORMS if (guess := recognise(record)) is not None), None)
@@ -192,9 +192,9 @@ def guess_form(record: object) -> Guess | None:
 def with_hint(
     error: BadSample, record: object, format_name: str, options: Mapping[str, object], tool: str = "run"
 ) -> BadSample:
-    """Return the error of a reader with the form that the record seems to have, where that is another one.
+    """Add a hint to a reader's error: the option that would read the record, or the form that it seems to have.
 
-    Errors about files, and those of a reader of the user's own, are returned as they are.
+    Errors about files, and errors of a user's own reader, are returned unchanged.
     """
     if isinstance(error, OptionNeeded):
         name, value = error.option
@@ -212,7 +212,7 @@ def with_hint(
 
 
 def describe_collection(first_items: Mapping[str, Mapping[str, object]]) -> str | None:
-    """Describe a file that is a mapping with lists, by the first item of each list; None where it is not known.
+    """Describe a file that is a mapping with lists, by the first item of each list; None if it is not known.
 
     `{path}` in the description stands for the file.
     """

@@ -1,4 +1,4 @@
-"""A file of a web server, read in sequence: where the connection fails, it is read on from the byte that comes next.
+"""Reads a file from a web server in sequence; after a lost connection, it continues at the next byte.
 
 Imports the standard library only.
 """
@@ -30,7 +30,7 @@ def open_http(url: str, start: int = 0) -> io.BufferedReader:
 
 
 class HttpRedirects(HTTPRedirectHandler):
-    """Follows redirects to HTTP alone: a server may name addresses of other kinds, such as `ftp:`."""
+    """Follows redirects to HTTP(S) only, since a server may name other addresses, such as `ftp:`."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: http.client.HTTPMessage, newurl: str
@@ -42,7 +42,7 @@ class HttpRedirects(HTTPRedirectHandler):
 
 
 class HttpFile(io.RawIOBase):
-    """The bytes of a file from one on. Failures are retried after 1, 2, 4, … seconds, and each is told in the log.
+    """The bytes of a file from a given byte on. Failures are logged and retried after 1, 2, 4, … seconds.
 
     Reading raises:
         OSError: the server refuses the file, or failed `MAX_FAILURES` times in a row.
@@ -57,7 +57,7 @@ class HttpFile(io.RawIOBase):
         self._failures = 0
 
     def readable(self) -> bool:
-        """Return that it can be read."""
+        """Return True: the file can be read."""
         return True
 
     def readinto(self, buffer: memoryview) -> int:
@@ -108,7 +108,7 @@ class HttpFile(io.RawIOBase):
         length = response.headers.get("Content-Length")
         self._size = int(length) if length is not None else None
         if self.offset:
-            log.warning("%s: its server knows no ranges; %s bytes are read again", self.url, f"{self.offset:,}")
+            log.warning("%s: the server does not support ranges; %s bytes are read again", self.url, f"{self.offset:,}")
             _discard(response, self.offset)
 
     def _check_version(self, response: http.client.HTTPResponse) -> None:
@@ -123,7 +123,7 @@ class HttpFile(io.RawIOBase):
             raise OSError(f"{self.url}: {error}") from error
         self._failures += 1
         if self._failures >= MAX_FAILURES:
-            raise OSError(f"{self.url}: failed {self._failures} times in a row, at last with: {error}") from error
+            raise OSError(f"{self.url}: failed {self._failures} times in a row, the last time with: {error}") from error
         wait = min(2.0 ** (self._failures - 1), LONGEST_WAIT)
         log.warning("%s: %s; read on from byte %s in %.0f s", self.url, error, f"{self.offset:,}", wait)
         time.sleep(wait)

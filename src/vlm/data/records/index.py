@@ -56,7 +56,7 @@ class IndexedRecords:
         """Return a record.
 
         Raises:
-            BadSample: its bytes are no JSON.
+            BadSample: its bytes are not JSON.
         """
         return parse_record(self._column[index].as_buffer().to_pybytes())
 
@@ -87,7 +87,7 @@ def write_index(source: Path, target: Path) -> None:
 
 
 def _to_binary_column(records: Sequence[bytes | memoryview]) -> pa.Array:
-    """Make an Arrow column of bytes; `pa.array` would import pandas to check that they are no pandas series."""
+    """Make an Arrow column of bytes; `pa.array` would import pandas to check whether they are a pandas series."""
     offsets = np.zeros(len(records) + 1, dtype=np.int64)
     np.cumsum([len(record) for record in records], out=offsets[1:])
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(records))]
@@ -95,7 +95,7 @@ def _to_binary_column(records: Sequence[bytes | memoryview]) -> pa.Array:
 
 
 def read_lines(file: Path, start: int = 0) -> Iterator[tuple[bytes, int]]:
-    """Iterate over the lines of a file that are not empty, each with the byte behind it.
+    """Iterate over the lines of a file that are not empty, each with the byte after it.
 
     Args:
         file: the file; of one that is compressed, bytes are those of its content, which is decompressed from the start.
@@ -156,7 +156,7 @@ def _iter_lenient_list_items(content: bytes, source: Path) -> Iterator[bytes]:
     decoder = json.JSONDecoder()
 
     def skip_whitespace(place: int) -> int:
-        """Return the next place that holds no white space."""
+        """Return the next place without white space."""
         return next((i for i in range(place, len(text)) if text[i] not in " \t\r\n"), len(text))
 
     begin = skip_whitespace(0)
@@ -190,7 +190,7 @@ def parse_record(line: bytes, sample_id: str = "?") -> object:  # any value of J
     """Parse a record.
 
     Raises:
-        BadSample: its bytes are no JSON.
+        BadSample: its bytes are not JSON.
     """
     with suppress(ValueError, RecursionError):  # three times as fast as Python's, and refuses more, such as NaN
         return FAST_DECODER.decode(line)

@@ -1,4 +1,4 @@
-"""Keys of records: each reader declares those that it reads; keys that change what is learned are never ignored.
+"""Keys of records: each reader declares those that it reads; keys that change what is trained on are never ignored.
 
 A record is refused if it has a key that its reader does not read, that is in one of the tables below, and whose value
 is not empty; the option `ignore_keys` of every reader allows such a key. Other keys are ignored, and `vlm data stats`
@@ -18,23 +18,23 @@ from vlm.data.sample import BadSample, OptionNeeded, Record, Sample
 
 Reader = Callable[..., Sample]
 
-TOOLS = "calls of tools are read in the forms messages and llava"
-SOUND = "sound is not trained on"
-BOXES = "boxes stand in the record's `objects`, and <bbox> in the texts where they are written"
+TOOLS = "tool calls are read in the formats messages and llava"
+SOUND = "audio is not supported"
+BOXES = "list boxes in the record's `objects`, and write <bbox> in its texts where they go"
 THINKING = "it is part of a reply; write it into the reply's text"
 FRAMES = "sizes and frames follow from the model and dataset.max_frames"
-PLACED = "images and videos of a turn are listed by the record, or are items of its content"
-WEIGHTS = "records have no weights; a turn has `weight` or `loss`, a source `dataset.sources.….loss_weight`"
-REFUSALS = "it is a reply in place of another; write it as the reply's text"
+PLACED = "list images and videos in the record, or as items of the content of a turn"
+WEIGHTS = "records have no weights; give a turn `weight` or `loss`, or a source `dataset.sources.….loss_weight`"
+REFUSALS = "it is an alternative reply; write it as the text of the reply"
 
 RECORD_KEYS = {
     **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), TOOLS),
     **dict.fromkeys(("audio", "audios"), SOUND),
     **dict.fromkeys(("objects", "bbox", "bboxes", "boxes"), BOXES),
     **dict.fromkeys(("weight", "loss", "loss_scale", "sample_weight"), WEIGHTS),
-    "history": "earlier turns are not read in this form",
+    "history": "earlier turns are not read in this format",
 }
-"""Keys of a record that change what is learned -> why they are not read."""
+"""Keys of a record that change what is trained on -> why they are not read."""
 TURN_KEYS = {
     **dict.fromkeys(("tools", "tool_calls", "function_call", "tool_call_id"), TOOLS),
     **dict.fromkeys(("audio", "audios"), SOUND),
@@ -42,7 +42,7 @@ TURN_KEYS = {
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), THINKING),
     "refusal": REFUSALS,
     **dict.fromkeys(("image", "images", "video", "videos"), PLACED),
-    **dict.fromkeys(("train_detail", "training_detail"), "parts of a reply cannot be trained on by themselves"),
+    **dict.fromkeys(("train_detail", "training_detail"), "a run cannot train on parts of a reply"),
 }
 """Keys of a turn of a conversation, likewise."""
 ITEM_KEYS = {
@@ -56,7 +56,7 @@ ITEM_KEYS = {
 READ_WHERE_PRESENT = ("objects",)
 """Keys of a record that nearly every reader reads, and that `ignore_keys` leaves out before it does."""
 IMAGE_NAME = re.compile(r"\.(jpe?g|png|webp|gif|bmp|tiff?|avif)$", re.IGNORECASE)
-"""What the name of an image ends in: under a key that is not read, it is taken for an image that would be lost."""
+"""Extensions of images; such a name under a key that is not read is taken for an image that would be lost."""
 MEDIA_KEYS = ("image", "images", "video", "videos")
 """Keys of a record that name its images and videos."""
 LOST_MEDIA_KEYS = (
@@ -117,7 +117,7 @@ class DeclaredKeys:
 
     @cached_property
     def record_and_turns(self) -> frozenset[str]:
-        """The keys of a record, with that of its turns where no option names another."""
+        """The keys of a record, and the key of its turns unless an option names another one."""
         return self.record if self.turns is None else self.record.union([self.turns])
 
 
@@ -131,7 +131,7 @@ def reads(
 ) -> Callable[[Reader], Reader]:
     """Declare the keys that a reader reads, see `DeclaredKeys`; it gets the option `ignore_keys`.
 
-    The reader then refuses records with other keys that change what is learned.
+    The reader then refuses records with other keys that change what is trained on.
     """
     declared = DeclaredKeys(
         frozenset((*COMMON_KEYS, *keys, *more_turns)),
@@ -152,7 +152,7 @@ def reads(
         def checked(
             record: Record, image_folder: Path, *, ignore_keys: Sequence[str] = (), **options: object
         ) -> Sample:
-            """Read a record, unless it has unread keys that change what is learned and are not in `ignore_keys`."""
+            """Read a record, unless it has unread keys that change what is trained on and are not in `ignore_keys`."""
             sample_id = read_id(record)
             ignored = {ignore_keys} if isinstance(ignore_keys, str) else set(ignore_keys)
             if renames_image and (image_key := options.pop("image_key", None)) is not None:
@@ -193,7 +193,7 @@ def _rename_image(record: Record, key: str) -> Record:
 
 @dataclass(frozen=True)
 class _Level:
-    """A record, a turn or an item: where it is, its values, the keys that are read, and those that refuse it."""
+    """A record, turn or item: its place, its values, the keys that are read, and the keys for which it is refused."""
 
     prefix: str
     values: Record
@@ -205,14 +205,14 @@ class _Level:
         yield from (key for key, value in self.values.items() if key not in self.read and not is_empty(value))
 
     def check(self, ignored: set[str], sample_id: str) -> None:
-        """Raise BadSample for a key that is not read and changes what is learned."""
+        """Raise BadSample for a key that is not read and changes what is trained on."""
         for key in self.unread():
             is_neutral = self.refused.get(key) is WEIGHTS and self.values[key] in (1, [1])
             if key in self.refused and key not in ignored and not is_neutral:
                 raise BadSample(sample_id, f"`{self.prefix}{key}` is not read: {self.refused[key]}. {_advice(key)}")
 
     def check_lost_media(self, ignored: set[str], sample_id: str) -> None:
-        """Raise BadSample for a key that names an image which the record would be learned without."""
+        """Raise BadSample for a key that names an image if the record would be trained on without that image."""
         for key in self.unread():
             is_lost = key in LOST_MEDIA_KEYS or _names_image(self.values[key])
             if is_lost and key not in ignored:
@@ -230,7 +230,7 @@ def _names_image(value: object) -> bool:
 
 
 def _without_ignored(record: Record, turns_keys: Sequence[str], ignored: set[str]) -> Record:
-    """Return a record without ignored keys that change what is learned: of its own, of its turns and of their items."""
+    """Return a record without ignored keys that change what is trained on, in its turns and their items, too."""
     kept = _without(record, RECORD_KEYS, ignored)
     for key in turns_keys:
         if isinstance(turns := kept.get(key), list):
@@ -258,7 +258,7 @@ def _advice(key: str) -> str:
 def _levels_with_unread(
     record: Record, declared: DeclaredKeys, defaults: dict[str, object], options: dict[str, object]
 ) -> Iterator[_Level]:
-    """Yield the record, its turns and their items, of those that have a key that is not read.
+    """Yield each record, turn and item that has a key that is not read.
 
     `defaults` are those of the reader's parameters.
     """
@@ -278,7 +278,7 @@ def _levels_with_unread(
 
 
 def _levels_of_turns(turns: object, key: str, declared: DeclaredKeys) -> Iterator[_Level]:
-    """Yield the turns of a list, or a single one, and their items, of those that have a key that is not read."""
+    """Yield each turn, of a list or a single one, and each item of a turn that has a key that is not read."""
     place = key if isinstance(turns, dict) else f"{key}[]"
     for turn in turns if isinstance(turns, list) else [turns]:
         if not isinstance(turn, dict):

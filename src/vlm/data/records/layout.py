@@ -17,7 +17,7 @@ from vlm.data.records.paths import LINE_SUFFIXES, split_suffix
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LONGEST_PROBED_LINE = 64 << 20
-"""Bytes of a line up to which it is looked at whether the line is a JSON value."""
+"""Whether a line is a JSON value is checked only for lines of at most this many bytes."""
 RECORD_KEYS = frozenset(("conversations", "messages", "texts", "instruction", "question", "caption", "prompt", "query"))
 """Keys of single records, whose lists are not lists of records."""
 
@@ -28,7 +28,7 @@ class Layout:
 
     Attributes:
         lines: whether each line is one.
-        key: of the list in a mapping; None where the file is the list.
+        key: the key of the list in a mapping; None if the file is the list.
     """
 
     lines: bool
@@ -36,10 +36,10 @@ class Layout:
 
 
 def find_layout(path: Path) -> Layout:
-    """Return how a JSON file holds its records. Only the first lines are read where these tell.
+    """Return how a JSON file holds its records. Only the first lines are read if they are enough to tell.
 
     Raises:
-        ValueError: it holds no records, or not in one list; tells what it holds, and what reads it.
+        ValueError: it holds no records, or several lists; the message says what it holds and what reads it.
     """
     check_is_records(path)
     is_named_lines = split_suffix(str(path))[0] in LINE_SUFFIXES
@@ -74,7 +74,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def _find_wrapped_list(path: Path, *, is_named_lines: bool) -> Layout:
-    """Return the layout of a file that begins as a mapping, which goes on beyond its first line or is the only one."""
+    """Return the layout of a file that begins as a mapping but does not have one record on each line."""
     try:
         with uncompressed_file(path) as plain:
             members = decode_members(plain)
@@ -84,7 +84,7 @@ def _find_wrapped_list(path: Path, *, is_named_lines: bool) -> Layout:
             return Layout(lines=True)  # broken lines, each of them a record's own trouble
         raise ValueError(
             f"{path}: not JSON ({error}); a list of records is needed, or one record on each line. jq -c . OLD > "
-            "NEW.jsonl fixes values that only follow one another"
+            "NEW.jsonl fixes JSON values that follow one another"
         ) from None
     if known := describe_collection(first_items):
         raise ValueError(f"{path}: {known.format(path=path)}")
@@ -106,7 +106,7 @@ def decode_members(path: Path) -> dict[str, msgspec.Raw]:
     """Return the members of a file that is one JSON object, as views of it, which stays mapped.
 
     Raises:
-        msgspec.DecodeError: it is no such file.
+        msgspec.DecodeError: it is not such a file.
     """
     with path.open("rb") as file:
         content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -1,4 +1,4 @@
-"""Which files a folder of data may lead to: its own. Links out of it are followed where the user asks for it alone.
+"""A folder of data may lead only to its own files. Links out of it are followed only if the user asks for it.
 
 A folder that somebody else packed may hold links to any file of this machine, names that libraries take for addresses,
 and tables of contents that name files elsewhere. Imports the in-memory form and the standard library, PyYAML where a
@@ -27,9 +27,9 @@ def _resolve(folder: str) -> str:
 
 @lru_cache(maxsize=1 << 10)
 def find_root(folder: str) -> str:
-    """Return the real folder that files of a folder have to lie in.
+    """Return the real folder that files of a folder have to be in.
 
-    It is the folder itself; for one of the Hub's cache, whose files are links to `blobs`, that of the whole repository.
+    It is the folder itself; for a folder of the Hub's cache, whose files are links to `blobs`, the whole repository.
     """
     real = os.path.realpath(folder)
     head, snapshots, _ = f"{real}{os.sep}".rpartition(f"{os.sep}snapshots{os.sep}")
@@ -45,7 +45,7 @@ def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
 
 
 def check_links(sample: Sample, folder: Path) -> None:
-    """Raise BadSample where an image or video of a sample lies in the image folder by its name only."""
+    """Raise BadSample if the name of an image or video is in the image folder but leads to a file outside."""
     paths = [image.path for image in sample.images if image.content is None]
     paths += [frame.path for video in sample.videos for frame in video.frames if frame.content is None]
     for path in [*paths, *(video.path for video in sample.videos if not video.frames)]:
@@ -108,7 +108,7 @@ def check_data_files(files: Iterable[str], source: str) -> None:
 
 
 def _walk(folder: Path, *, follow_links: bool) -> Iterator[os.DirEntry[str]]:
-    """Yield everything in a folder and its folders; linked folders are entered where they are followed."""
+    """Yield everything in a folder and its folders; linked folders are entered if links are followed."""
     waiting, seen = [str(folder)], set[str]()
     while waiting:
         parent = waiting.pop()
@@ -123,7 +123,7 @@ def _walk(folder: Path, *, follow_links: bool) -> Iterator[os.DirEntry[str]]:
 
 
 def _named_files(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Yield the files of a data set that name others, with the names."""
+    """Yield the files of a data set that name other files, with these names."""
     import yaml
 
     for file in (folder / name for name in CARDS):

@@ -1,7 +1,7 @@
-"""Marks: `<image>` and `<video>` in the texts of records and prompts, where they stand for an image or a video.
+"""Marks: `<image>` and `<video>` in the texts of records and prompts, which stand for an image or a video.
 
 A mark is found by the media that there are, not by its spelling alone: without media, and in excess of media where it
-stands within a sentence, it is text. `docs/data.md` states the rule. Imports the standard library and `sample` only.
+is within a sentence, it is text. `docs/data.md` states the rule. Imports the standard library and `sample` only.
 """
 
 import re
@@ -30,9 +30,9 @@ class MarkError(ValueError):
     """
 
     def __init__(self, mark: str, found: int, name: str, number: int):
-        advice = f"write one {mark} for each, on a line of its own where the text has the word {mark} too"
+        advice = f"write one {mark} for each, on a line of its own if the text also has the word {mark}"
         if not number:
-            advice = f"name the {name} in the record, or write {mark} within a sentence where it is a word"
+            advice = f"name the {name} in the record, or write {mark} within a sentence if it is a word"
         plural = "" if number == 1 else "s"
         super().__init__(
             f"its text has {found or 'no'} {mark}, but the record has {number or 'no'} {name}{plural}: {advice}"
@@ -47,9 +47,9 @@ class Mark:
     Attributes:
         text: the index of its text.
         start: its first character.
-        end: the character behind it.
+        end: the character after it.
         spelling: `<image>` or `<video>`.
-        alone: whether it begins its text, fills a line, or ends its text behind a sentence, alone or with other marks.
+        alone: whether it begins its text, fills a line, or ends its text after a sentence, alone or with other marks.
         outer: whether it fills the first or the last line of its text.
     """
 
@@ -63,7 +63,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a text: `kind` tells what stands there, an image (`<image>`) or a video, and `spelling` its mark."""
+    """A place in a text: `kind` tells what is there, an image (`<image>`) or a video, and `spelling` its mark."""
 
     kind: str
     spelling: str
@@ -109,9 +109,9 @@ def split_at_marks(
 
     Args:
         texts: the texts, in order; a single one with `lead`.
-        numbers: how many images (`<image>`) and videos (`<video>`) stand in the texts.
+        numbers: how many images (`<image>`) and videos (`<video>`) are in the texts.
         lead: whether media without marks come before the text. The mark of a single image or video is then a word if
-            it stands within a sentence.
+            it is within a sentence.
         every_mark: whether the mark of a single image or video stands for it within a sentence too.
 
     Returns:
@@ -139,7 +139,7 @@ def split_at_marks(
 
 
 def _choose(marks: Sequence[Mark], number: int, kind: str) -> Sequence[Mark]:
-    """Return the marks that stand for a number of media; raise MarkError where they do not fit."""
+    """Return the marks that stand for a number of media; raise MarkError if they do not fit."""
     alone = [mark for mark in marks if mark.alone]
     if number and len(marks) == number:
         return marks
@@ -191,7 +191,7 @@ def join_texts(parts: Sequence[Part]) -> list[Part]:
 # Marks of other tools
 
 BOX_MARKS = re.compile(r"<bbox>|<ref-object>")
-"""Marks in the place of boxes and the names of what is in them, as ms-swift writes them too (see `records.objects`)."""
+"""Marks that stand for boxes and for the names of objects; ms-swift uses the same ones (see `records.objects`)."""
 FILE_MARK = r"<img>(?=[^<>\s]*[./])[^<>\s]*</img>"  # the lookahead keeps it linear in the text
 OTHER_MARKS = re.compile(
     rf"{FILE_MARK}|<\|(?:image|video|audio|vision|img)\w*\|>|<ImageHere>|<IMG_CONTEXT>|<audio>"
@@ -201,9 +201,9 @@ OTHER_MARKS = re.compile(
 
 
 def find_other_mark(text: str, *, has_media: bool) -> str | None:
-    """Return a mark of another tool in a text that has no marks of ours, None where there is none.
+    """Return a mark of another tool in a text that has no marks of ours, None if there is none.
 
-    Beside media every one counts; without media one counts that names a file, begins the text or fills a line.
+    With media, every such mark counts; without media, only one that names a file, begins the text or fills a line.
     """
     if "<" not in text:  # each of them begins with it
         return None

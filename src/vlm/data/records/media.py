@@ -117,7 +117,7 @@ def _decode_image_text(text: str, sample_id: str) -> bytes:
     try:
         return decode_base64(text)
     except ValueError as error:
-        raise BadSample(sample_id, f"an image in base64 does not decode: {error}") from None
+        raise BadSample(sample_id, f"an image in base64 cannot be decoded: {error}") from None
 
 
 def _decode_data_url(address: str, sample_id: str) -> bytes:
@@ -128,11 +128,11 @@ def _decode_data_url(address: str, sample_id: str) -> bytes:
             raise binascii.Error("only base64 is read")
         return base64.b64decode(body, validate=True)
     except ValueError as error:  # binascii.Error is one; letters beyond ASCII raise a plain one
-        raise BadSample(sample_id, f"an image in a data: address does not decode: {error}") from None
+        raise BadSample(sample_id, f"an image in a data: address cannot be decoded: {error}") from None
 
 
 class MediaPlacer:
-    """Puts a record's images and videos in the places of the marks in its texts, in order.
+    """Replaces the marks in a record's texts with its images and videos, in order.
 
     They are listed as `image` or `images`, `video` or `videos`.
     """
@@ -166,7 +166,7 @@ class MediaPlacer:
         return media[number]
 
     def at(self, index: object, kind: str) -> ImageRef | VideoRef:
-        """Return the image or video of an index, from 0, as often as it is asked for.
+        """Return the image or video with an index, counted from 0; each may be used several times.
 
         Raises:
             BadSample: there is none of this index, or some were taken without an index.
@@ -210,7 +210,7 @@ class MediaPlacer:
         return read(file, self.folder, self.sample_id, item_type)
 
     def rest(self) -> tuple[ImageRef | VideoRef, ...]:
-        """Return all that are not placed yet, and place them: videos first, as they are longer."""
+        """Place all images and videos that are not placed yet, and return them: videos first, as they are longer."""
         return (*self._take_all(VIDEO_PLACEHOLDER), *self._take_all(PLACEHOLDER))
 
     def _take_all(self, kind: str) -> list[ImageRef | VideoRef]:
@@ -234,7 +234,7 @@ class MediaPlacer:
         return self._split(texts, numbers)[0] if texts else []
 
     def place_or_prepend(self, text: str) -> tuple[ContentPart, ...]:
-        """Return a question with its media in place of their marks; without marks, they come first."""
+        """Return a question with its media in the places of their marks; without marks, media come first."""
         numbers = {kind: len(media) for kind, media in self.media.items()}
         (pieces,), leading = self._split([text], numbers, lead=True)
         first = [
@@ -258,7 +258,7 @@ class MediaPlacer:
         if not any(isinstance(piece, Slot) for piece in chain(*pieces)):
             for text in texts:
                 if mark := find_other_mark(text, has_media=self.has_media):
-                    advice = f"name the file in the record, and write {PLACEHOLDER} or {VIDEO_PLACEHOLDER} in its place"
+                    advice = f"name the file in the record, and write {PLACEHOLDER} or {VIDEO_PLACEHOLDER} instead"
                     raise BadSample(self.sample_id, f"its text has {mark}, a mark of another tool; {advice}")
         return pieces, leading
 
@@ -267,16 +267,16 @@ class MediaPlacer:
         return tuple(join_texts([self.next(piece.kind) if isinstance(piece, Slot) else piece for piece in pieces]))
 
     def check_all_placed(self, turns: Sequence[Turn]) -> None:
-        """Check that every image and video is placed, and that no text has marks of boxes beside them.
+        """Check that every image and video is placed, and that no text has marks of boxes next to them.
 
         Raises:
-            BadSample: it is not so.
+            BadSample: an image or video is not placed, or a text has such marks.
         """
         for kind, name in MEDIA_NAMES.items() if self.has_media else ():
             number, indexed = len(self.media[kind]), self._indexed[kind]
             if unused := number - len(indexed) if indexed else number - self._placed[kind]:
                 raise BadSample(
-                    self.sample_id, f"{unused} of the {number} {name}s that it lists are not placed in its text"
+                    self.sample_id, f"{unused} of the {number} {name}s that it lists do not occur in its text"
                 )
         parts = [part for turn in turns for part in turn.content]
         texts = [part for part in parts if isinstance(part, str)]
@@ -302,7 +302,7 @@ def _names_file(item: Record) -> bool:
 
 
 def _listed(record: Record, key: str, sample_id: str) -> object:
-    """Return what a record lists as `key` or its plural; raise BadSample where both are there and differ."""
+    """Return what a record lists as `key` or its plural; raise BadSample if both are there and differ."""
     value, values = record.get(key), record.get(f"{key}s")
     if values is None or is_empty(values) or values in (value, [value]):
         return values if value is None else value
@@ -312,7 +312,7 @@ def _listed(record: Record, key: str, sample_id: str) -> object:
 
 
 def _read_address(value: object) -> object:
-    """Return the address of an item's `image_url` or `video_url`, which may stand under `url`."""
+    """Return the address of an item's `image_url` or `video_url`, which may be a mapping with `url`."""
     return value.get("url") if isinstance(value, dict) else value
 
 

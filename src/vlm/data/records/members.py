@@ -1,4 +1,4 @@
-"""Records of what is compared: a query, what it should find, and what it should not find, as turns of one sample.
+"""Records for embeddings: a query, what it should find, and what it should not find, as turns of one sample.
 
 Imports `sample`, its siblings and the standard library only.
 """
@@ -31,7 +31,7 @@ PAIR_KEYS = (
 )  # fmt: skip
 """Keys of records that the format `pair` reads."""
 OWN_KEYS = ("image", "images", "video", "videos", "system", "system_prompt")
-"""Keys of other forms, which stand in members here; of ms-swift's records, `images` are the query's."""
+"""Keys of other forms, which are in members here; of ms-swift's records, `images` are the query's."""
 MMEB_MARK = "<|image_1|>"
 
 ReadChat = Callable[[Record, Path], Sample]
@@ -52,11 +52,11 @@ class MemberTurn(Turn):
 def split_members(sample: Sample) -> list[Sample]:
     """Return the query, the positive and the negatives of a record, each as a sample that waits for a reply.
 
-    Of a record without members, such as an image with its caption, the query is what stands before the last reply, and
+    In a record without members, such as an image with its caption, the query is what is before the last reply, and
     that reply is the positive.
 
     Raises:
-        BadSample: it is such a record, and has nothing before a reply, or no reply.
+        BadSample: it is such a record, but has no reply, or nothing before its reply.
     """
     if any(isinstance(turn, MemberTurn) for turn in sample.turns):
         numbered = [(turn.member if isinstance(turn, MemberTurn) else 0, turn) for turn in sample.turns]
@@ -65,14 +65,14 @@ def split_members(sample: Sample) -> list[Sample]:
     *before, last = sample.turns
     if last.role != "assistant" or last.is_blank or not any(turn.role == "user" for turn in before):
         raise BadSample(
-            sample.id, "it has no query with its positive: a record of the format pair has both, one of another "
+            sample.id, "it has no query and positive: a record of the format pair needs both, and a record of another "
             "format needs a reply behind its question or image"
         )  # fmt: skip
     return [replace(sample, turns=turns, label=None) for turns in (tuple(before), (Turn("user", last.content),))]
 
 
 def choose_member(sample: Sample, *, is_query: bool) -> Sample:
-    """Return the query of a record, or its positive; a record that is neither a pair nor answered is one of them.
+    """Return the query of a record, or its positive; a record that is one of them, without a reply, is returned whole.
 
     Raises:
         BadSample: see `split_members`.
@@ -109,7 +109,7 @@ def read_members(record: Record, folder: Path, sample_id: str, read_chat: ReadCh
         if not is_empty(record.get(key)) and not (key == "images" and "positive_messages" in record):
             member = "as `instruction` of that member" if key.startswith("system") else "within that member"
             raise BadSample(
-                sample_id, f"`{key}` stands beside query and positive, and is of neither; write it {member}"
+                sample_id, f"`{key}` is next to query and positive but belongs to neither; write it {member}"
             )
     if "qry" in record or "qry_image_path" in record:
         values = _mmeb_values(record)
@@ -128,7 +128,7 @@ def read_members(record: Record, folder: Path, sample_id: str, read_chat: ReadCh
                 raise BadSample(sample_id, f"`{name}`: calls of tools are not compared; write them as text")
             turns.append(MemberTurn(turn.role, turn.content, turn.supervised, turn.weight, turn.thinking, number))
     if 1 not in {turn.member for turn in turns if isinstance(turn, MemberTurn)}:
-        raise BadSample(sample_id, "it has no positive, which its query should find")
+        raise BadSample(sample_id, "it has no positive, which its query should match")
     return tuple(turns)
 
 
@@ -144,6 +144,7 @@ def _mmeb_values(record: Record) -> list[tuple[str, object]]:
     """Return the members of a record of MMEB: texts, and the path of an image, whose mark begins the text."""
 
     def member(text: object, image: object) -> dict[str, object]:
+        """Return a member with this text and image; if it has an image, the text has no mark."""
         unmarked = text.replace(MMEB_MARK, "").strip() if isinstance(text, str) and image else text
         return {"text": unmarked, "image": image or None}
 
@@ -198,7 +199,9 @@ def _read_member(value: object, folder: Path, sample_id: str, name: str, read_ch
     if own.get("messages") is not None:
         turns = list(read_chat(own | {"id": sample_id}, folder).turns)
         if turns[-1].role == "assistant":
-            raise BadSample(sample_id, f"`{name}`: its messages end with a reply; what is compared ends with the user")
+            raise BadSample(
+                sample_id, f"`{name}`: its messages end with a reply; they must end with a turn of the user"
+            )
     else:
         turns = [Turn("user", _read_content(own, folder, sample_id, name))]
     return [Turn("system", (str(system),)), *turns] if not is_empty(system) else turns

@@ -1,6 +1,6 @@
 """Boxes, points and time spans of a record: its key `objects`, and the marks in its texts that they stand for.
 
-`docs/coordinates.md` states the forms. Where an object stands in an image, and how a model writes that, is decided by
+`docs/coordinates.md` states the forms. Where an object is in an image, and how a model writes that, is decided by
 `vlm.data.coordinates`. Imports `sample`, `objects` and siblings of the standard library only.
 """
 
@@ -23,7 +23,7 @@ SWIFT_UNITS = {"real": PIXELS, "norm1": SHARE, "norm1000": THOUSANDTHS}
 
 
 def read_objects(record: Record, turns: Sequence[Turn], sample_id: str) -> tuple[list[Turn], tuple[MarkedObject, ...]]:
-    """Read the objects of a record; return its turns, in which every mark has the numbers of its objects, and these.
+    """Read the objects of a record; return its turns, with the numbers of objects in the marks, and the objects.
 
     Raises:
         BadSample: an object has another form, or marks and objects do not fit.
@@ -92,7 +92,9 @@ def _read_index(value: object, where: str, sample_id: str) -> int:
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise BadSample(sample_id, f"`{where}`: the number of its image must count from 0, got {value!r:.40}")
+        raise BadSample(
+            sample_id, f"`{where}`: the number of its image must be a whole number from 0, got {value!r:.40}"
+        )
     return value
 
 
@@ -103,7 +105,9 @@ def _read_swift_objects(value: Record, sample_id: str) -> tuple[list[MarkedObjec
     """Read `{"ref": […], "bbox": [[…], …], "bbox_type", "image_id"}`: its boxes and points, and its names."""
     if unknown := [key for key in value if key not in SWIFT_KEYS and not is_empty(value[key])]:
         listing = ", ".join(SWIFT_KEYS)
-        raise BadSample(sample_id, f"`objects.{unknown[0]}`: as a mapping, `objects` has {listing}; else it is a list")
+        raise BadSample(
+            sample_id, f"`objects.{unknown[0]}`: as a mapping, `objects` has {listing}; otherwise it must be a list"
+        )
     boxes, names = value.get("bbox") or [], value.get("ref") or []
     kind_of_box = value.get("bbox_type") or "real"
     images = value.get("image_id") or [0] * len(boxes)
@@ -164,7 +168,7 @@ def _add_swift_labels(
 
 @dataclass
 class _MarkNumbers:
-    """Gives each mark the numbers of its objects: a label and a place the next one's, a list all that have a place."""
+    """Numbers marks: a label or place gets the next object's number, a list those of all objects with a place."""
 
     objects: Sequence[MarkedObject]
     sample_id: str
@@ -212,14 +216,14 @@ class _MarkNumbers:
         return [number]
 
     def check_all_used(self) -> None:
-        """Raise BadSample where an object stands nowhere."""
+        """Raise BadSample if an object has no mark."""
         if unused := [number for number in range(len(self.objects)) if number not in self.used]:
             advice = f"write <{PLACE_MARK}> for each, or <{LIST_MARK}> for all of them"
             raise BadSample(self.sample_id, f"objects[{unused[0]}] does not occur in its text; {advice}")
 
 
 def _check_media(objects: Sequence[MarkedObject], turns: Sequence[Turn], sample_id: str) -> None:
-    """Raise BadSample where an object is of an image or video that the record does not show."""
+    """Raise BadSample if an object is of an image or video that the record does not show."""
     parts = [part for turn in turns for part in turn.content]
     for number, marked in enumerate(objects):
         kind, name = (VideoRef, "video") if marked.kind == SPAN else (ImageRef, "image")
@@ -230,10 +234,12 @@ def _check_media(objects: Sequence[MarkedObject], turns: Sequence[Turn], sample_
 
 
 def _check_calls(turns: Sequence[Turn], sample_id: str) -> None:
-    """Raise BadSample for a mark in an argument of a call, which is no text that the model writes word by word."""
+    """Raise BadSample for a mark in an argument of a call: marks are replaced only in texts."""
     for turn in turns:
         if isinstance(turn, ToolCallTurn) and (match := OBJECT_MARK.search(str(turn.tool_calls))):
-            problem = f"{match[0]} stands in an argument of a call; write its numbers there as the model counts them"
+            problem = (
+                f"{match[0]} is in an argument of a call; write the numbers there, in the coordinates of the model"
+            )
             raise BadSample(sample_id, problem)
 
 
@@ -243,7 +249,7 @@ def _texts(turns: Sequence[Turn]) -> Iterator[str]:
 
 
 def map_texts(turn: Turn, change: Callable[[str], str]) -> Turn:
-    """Return a turn with its thinking and its texts changed, in this order, in which templates write them."""
+    """Return a turn with its thinking and then its texts changed, in the order in which templates write them."""
     thinking = None if turn.thinking is None else change(turn.thinking)
     content = tuple(change(part) if isinstance(part, str) else part for part in turn.content)
     return replace(turn, thinking=thinking, content=content)

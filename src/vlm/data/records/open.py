@@ -111,7 +111,7 @@ def stream_with_positions(
     so. Shards of the records consist of whole files where there are enough files, whose order a seed shuffles.
 
     Yields:
-        Each record with the position behind it, from which the same shard of the same path and seed can be read on.
+        Each record with the position after it, from which the same shard of the same path and seed can be read on.
 
     Raises:
         ValueError: the path is none of these, or does not open.
@@ -141,7 +141,7 @@ def stream_with_positions(
 
 
 def _read_indices(records: Records) -> Callable[[object, int], Iterator[tuple[int, int]]]:
-    """Return what iterates over the indices of records, and where each ends."""
+    """Return a function that iterates over the indices of records, each with the place after it."""
     return lambda file, start: ((index, index + 1) for index in range(start, len(records)))
 
 
@@ -151,7 +151,7 @@ def _read_text_table(cache: Path, file: Path, start: int) -> Iterator[tuple[Reco
 
 
 def _read_table_rows(path: str, dataset: Any, file: int, start: int) -> Iterator[tuple[Record, int]]:
-    """Iterate as `read_table_rows`; raise ValueError where a file is damaged, which is found on the way."""
+    """Iterate as `read_table_rows`; raise ValueError if a file is damaged, which is found on the way."""
     import pyarrow as pa
 
     try:

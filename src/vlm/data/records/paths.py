@@ -1,4 +1,4 @@
-"""What a path of records names, as its name tells. Standard library only: configurations are checked with it."""
+"""Tells what kind of records a path names. Standard library only, since configurations are checked with it."""
 
 import re
 from pathlib import Path
@@ -8,18 +8,18 @@ HUB_PATTERN = re.compile(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?"
 PIPE_PREFIX = "pipe:"
 """The prefix of a command whose output is a tar shard."""
 LINE_SUFFIXES = (".jsonl", ".ndjson")
-"""Suffixes of files with one record a line."""
+"""Suffixes of files with one record per line."""
 JSON_SUFFIXES = (".json", *LINE_SUFFIXES)
 TEXT_TABLE_SUFFIXES = (".csv", ".tsv")
 TABLE_BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 """Suffix of a table -> the builder of `datasets` that opens it."""
 RECORD_SUFFIXES = (*JSON_SUFFIXES, *TEXT_TABLE_SUFFIXES, *TABLE_BUILDERS, ".tar")
 COMPRESSED_SUFFIXES = (*JSON_SUFFIXES, *TEXT_TABLE_SUFFIXES)
-"""Suffixes of files that may be compressed, with `.gz` behind."""
+"""Suffixes of files that may be compressed, followed by `.gz`."""
 
 
 def split_suffix(path: str) -> tuple[str, bool]:
-    """Return the suffix of a file's name in lower case, and whether it is compressed (`.gz` behind the suffix)."""
+    """Return the suffix of a file's name in lower case, and whether it is compressed (`.gz` after the suffix)."""
     name = Path(path).name.lower()
     is_compressed = name.endswith(".gz")
     return Path(name.removesuffix(".gz")).suffix, is_compressed
@@ -39,7 +39,7 @@ def is_tar_path(path: str) -> bool:
 
 
 def _is_tar_address(path: str) -> bool:
-    """Return whether a path is the address of a tar file, behind which parameters may stand."""
+    """Return whether a path is the address of a tar file, after which parameters may follow."""
     return path.startswith(("http://", "https://")) and path.partition("?")[0].endswith(".tar") and "::" not in path
 
 
@@ -53,13 +53,13 @@ def is_address(path: str) -> bool:
 
 
 def path_problem(path: str) -> str | None:
-    """Return why a path can name no records, or None where it can."""
+    """Return why a path cannot name records; None if it can."""
     if path.startswith(PIPE_PREFIX) or HUB_PATTERN.fullmatch(path):
         return None
     if _is_tar_address(path):
         return None
     if is_address(path):
-        return "of addresses only http(s)://….tar is read; hf://owner/name is a data set on the Hub"
+        return "the only web addresses that are read are http(s)://….tar; hf://owner/name is a data set on the Hub"
     if Path(path).is_dir() or names_records(path):
         return None
     names = ", *".join(RECORD_SUFFIXES)

@@ -12,11 +12,11 @@ Raw = TypeVar("Raw")
 T = TypeVar("T")
 
 END = sys.maxsize
-"""The place behind all records of a file."""
+"""The place after all records of a file."""
 
 
 class Position(NamedTuple):
-    """The place behind a record: a byte of its file, or the number of records before the place.
+    """The place after a record: a byte of its file, or the number of records before the place.
 
     `file` counts the files that a reader reads in an epoch, in the order in which it reads them.
     """
@@ -38,19 +38,19 @@ def read_shard(
     seed: int | None = None,
     start: Position = START,
 ) -> Iterator[tuple[object, Position]]:
-    """Read the records of a shard: of some of the files where there are enough of them, else some records of all.
+    """Read the records of a shard: some of the files if there are enough files, else some records of every file.
 
     Args:
         files: all files.
-        read: iterates over what a file holds from a place on, each with the place behind it.
-        parse: makes a record of it; what raises `BadSample` is a record too.
+        read: iterates over what a file holds from a place on, each with the place after it.
+        parse: makes a record of it; one that raises `BadSample` counts as a record, too.
         shard: the number of the shard, from 0.
         num_shards: number of shards.
         seed: shuffles the files; None: they are read in order.
-        start: where to begin: behind a record of this shard, with the same files, seed and shards.
+        start: where to begin: after a record of this shard, with the same files, seed and shards.
 
     Yields:
-        Each record, or the `BadSample` in its place, with the position behind it.
+        Each record, or the `BadSample` in its place, with the position after it.
     """
     if seed is not None:
         files = random.Random(seed).sample(files, len(files))

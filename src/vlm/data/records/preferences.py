@@ -15,7 +15,7 @@ from vlm.data.records.tool_turns import MESSAGE_ROLES
 from vlm.data.sample import BadSample, Record, Sample, Turn
 
 PROMPT_KEYS = ("conversations", "messages", "prompt", "question")
-"""Keys of what stands before both replies: turns of LLaVA's form, chat messages, or one question."""
+"""Keys of what is before both replies: turns of LLaVA's form, chat messages, or one question."""
 CHOSEN_KEYS = ("chosen", "completion")
 REJECTED_KEYS = ("rejected", "rejected_response", "rejected_messages")
 LABEL_KEYS = ("label", "kto_tag")
@@ -23,7 +23,7 @@ LABEL_KEYS = ("label", "kto_tag")
 RLHF_KEYS = ("output_1", "output_2", "preference")
 """Keys of LLaVA-RLHF's records: two replies, and the number of the one that is chosen."""
 OWN_MEDIA = {"rejected_images": "images", "rejected_videos": "videos", "rejected_objects": "objects"}
-"""Keys of what the rejected side has in place of images, videos and objects of the record."""
+"""Keys of what the rejected side has instead of images, videos and objects of the record."""
 TURN_LIST_KEYS = ("conversations", "prompt", "chosen", "rejected", "completion", "rejected_messages")
 """Keys that may hold turns, besides `messages`."""
 PREFERENCE_KEYS = ("question", "rejected_response", "text", *LABEL_KEYS, *RLHF_KEYS, *OWN_MEDIA)
@@ -38,7 +38,7 @@ def read_sides(
 ) -> Sample:  # fmt: skip
     """Return the chosen conversation of a record with the rejected one, or one conversation with its label.
 
-    Only replies in which the two differ are learned; of one conversation, those behind the last question.
+    Only replies in which the two differ are trained on; of one conversation, those after the last question.
 
     Args:
         record: the record.
@@ -81,9 +81,9 @@ def read_sides(
 
 
 def pair(chosen: Sample, rejected: Sample) -> Sample:
-    """Return a conversation with the one that it is preferred to; only replies in which they differ are learned.
+    """Return a conversation with the one that it is preferred to; only replies in which they differ are trained on.
 
-    Where they differ in their images alone, the replies behind the last question are.
+    If only their images differ, the replies after the last question are trained on.
 
     Raises:
         BadSample: they do not differ, or one of them has no reply of its own.
@@ -108,12 +108,12 @@ def _without_media(turn: Turn) -> Turn:
 
 
 def _first_reply_place(sample: Sample) -> int:
-    """Return the place of the first turn behind the last question."""
+    """Return the place of the first turn after the last question."""
     return max((place for place, turn in enumerate(sample.turns) if turn.role == "user"), default=-1) + 1
 
 
 def _learn_from(sample: Sample, start: int) -> Sample:
-    """Return a sample whose replies before a place are only read."""
+    """Return a sample whose replies before a given place are read but not trained on."""
     turns = (
         replace(turn, supervised=False) if place < start and turn.role == "assistant" else turn
         for place, turn in enumerate(sample.turns)
@@ -153,7 +153,7 @@ def _read_prompt(record: Record, sample_id: str) -> tuple[list[Record], bool]:
 
 
 def _read_turns(value: object, name: str, sample_id: str) -> list[Record]:
-    """Return turns of a side: of a text, a single turn, or a list of turns; [] where there is none.
+    """Return turns of a side: of a text, a single turn, or a list of turns; [] if there is none.
 
     Raises:
         BadSample: it is none of these.
@@ -199,14 +199,14 @@ def _to_llava(turn: Record) -> Record:
 
 
 def _with_own_media(base: Record, record: Record) -> Record:
-    """Return a record's base with what the rejected side has in place of its images, videos and objects."""
+    """Return a record's base with what the rejected side has instead of its images, videos and objects."""
     own = {name: record[key] for key, name in OWN_MEDIA.items() if not is_empty(record.get(key))}
     singular = {name.removesuffix("s"): None for name in own if name != "objects"}
     return {**base, **singular, **own}
 
 
 def _read_label(record: Record, sample_id: str) -> bool | None:
-    """Return whether a reply is wanted; None where the record does not say."""
+    """Return whether a reply is wanted; None if the record does not say."""
     value = first_present(record, *LABEL_KEYS)
     if value is None or value in (True, False):
         return None if value is None else bool(value)

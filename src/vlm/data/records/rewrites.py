@@ -97,7 +97,7 @@ def with_media_first(
 ) -> Record:
     """Return the record with messages, in which images and videos that no text has a place for come first.
 
-    The mark of a single image or video is a word where it stands within a sentence, see `marks`; with `every_mark` it
+    The mark of a single image or video is a word where it is within a sentence, see `marks`; with `every_mark` it
     stands for the image or video there too.
     """
     numbers = {}

@@ -1,4 +1,4 @@
-"""Rows of a streamed Hugging Face data set, read in sequence from any row of a file on."""
+"""Reads the rows of a streamed Hugging Face data set in sequence, starting at any row of a file."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any

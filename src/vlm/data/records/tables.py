@@ -2,7 +2,7 @@
 
 A cell is the text that the file has, whatever it looks like (`None`, `NA`, `007`, `2.50`, `True`); only an empty cell
 is missing. What such a file does not tell for certain (encoding, separator, whether quotation marks belong to the text)
-is taken where every row agrees with it; otherwise the file is refused with the line that does not.
+is assumed if every row agrees with it; otherwise the file is refused, naming the line that does not.
 """
 
 import csv
@@ -24,7 +24,7 @@ from vlm.data.records.paths import split_suffix
 from vlm.data.sample import Record
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-"""Suffix of a table -> what is expected between its cells."""
+"""Suffix of a table -> the separator that is expected between its cells."""
 SEPARATOR_NAMES = {"\t": "a tab", ",": "a comma", ";": "a semicolon", "|": "a vertical bar"}
 SAMPLED_LINES = 50
 """Number of lines that a separator has to fit before the whole file is checked with it."""
@@ -48,7 +48,7 @@ class Dialect:
     Attributes:
         encoding: as Python calls it.
         separator: the character between cells.
-        is_quoted: whether quotation marks around a cell are no part of its text.
+        is_quoted: whether quotation marks around a cell are removed.
         num_skipped: lines before the header.
     """
 
@@ -69,7 +69,7 @@ class TableRecords:
         fingerprint: of the file's content.
 
     Raises:
-        ValueError: the file is no such table; tells the line, and what to do.
+        ValueError: the file is not such a table; the message names the line and says what to do.
     """
 
     def __init__(self, path: Path, cache: Path):
@@ -84,7 +84,7 @@ class TableRecords:
         return len(self._table)
 
     def __getitem__(self, index: int) -> Record:
-        """Return a row as a record; raise IndexError where there is none."""
+        """Return a row as a record; raise IndexError if there is none."""
         return self._table.slice(range(len(self))[index], 1).to_pylist()[0]
 
     def __getstate__(self) -> Path:
@@ -132,7 +132,7 @@ def read_dialect(path: Path, cache: Path) -> Dialect:
 def try_dialects(path: Path, use: Callable[[Iterator[Rows]], object]) -> Dialect:
     """Call a function with the chunks of a table, see `_iter_chunks`; return the dialect that every row agrees with.
 
-    It is called again, from the start, where a row does not agree with the dialect that it was called with.
+    If a row does not agree with the dialect, the function is called again from the start with another one.
 
     Raises:
         ValueError: as `read_dialect`.
@@ -162,7 +162,7 @@ def guess_dialect(path: Path) -> Dialect:
     encoding = next(marks, "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in head:
         raise ValueError(
-            f"{path}: not UTF-8 (it has zero bytes): iconv -f UTF-16LE -t UTF-8 {path} > NEW, if it is that"
+            f"{path}: not UTF-8 (it has zero bytes): if it is UTF-16: iconv -f UTF-16LE -t UTF-8 {path} > NEW"
         )
     suffix, _ = split_suffix(str(path))
     with open_text(path, encoding) as file:
@@ -191,7 +191,7 @@ def _fits(lines: Sequence[str], separator: str) -> bool:
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
         csv.field_size_limit(sys.maxsize)
         rows = [row for row in csv.reader(lines, delimiter=separator, quoting=quoting) if row]
-        whole = rows[: -1 if len(lines) == SAMPLED_LINES else None]  # the last one may go on
+        whole = rows[: -1 if len(lines) == SAMPLED_LINES else None]  # the last one may continue
         if whole and len(whole[0]) > 1 and {len(row) for row in whole} == {len(whole[0])}:
             return True
     return False
@@ -231,8 +231,8 @@ def _iter_chunks(path: Path, dialect: Dialect, *, refuses_joined_rows: bool = Fa
                 yield rows
         except csv.Error as error:
             raise TableError(
-                f"line {reader.line_num + dialect.num_skipped}: {error}. A text that begins with a quotation mark has "
-                "to stand in quotation marks, with its own doubled"
+                f"line {reader.line_num + dialect.num_skipped}: {error}. If a text begins with a quotation mark, "
+                "enclose it in quotation marks and double its own"
             ) from None
         except UnicodeError as error:
             raise ValueError(describe_encoding(path, error)) from None
@@ -255,11 +255,11 @@ def _check_rows(chunk: Rows, names: Sequence[str], dialect: Dialect, first: int,
 
 
 def _check_not_joined(rows: Rows, dialect: Dialect, first: int) -> None:
-    """Raise TableError where a row of several lines could as well be several rows."""
+    """Raise TableError if a row of several lines could as well be several rows."""
     for row in rows:
         lines = dialect.separator.join(row).splitlines()
         if len(lines) > 1 < len(row) and all(text.count(dialect.separator) == len(row) - 1 for text in lines):
-            raise TableError(f"line {first} or later: a quotation mark joins lines that are rows by themselves")
+            raise TableError(f"line {first} or later: a quotation mark joins several rows into one")
 
 
 def _is_enclosed(cell: str) -> bool:
@@ -270,7 +270,7 @@ def _name_columns(path: Path, header: Sequence[str]) -> list[str]:
     """Return the names of the columns; those without a name get a number."""
     names = [name.strip() or f"column {number}" for number, name in enumerate(header, start=1)]
     if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-        raise ValueError(f"{path}: the first line has to name the columns, and names {twice[0]!r:.60} twice")
+        raise ValueError(f"{path}: the first line must name the columns, but names {twice[0]!r:.60} twice")
     return names
 
 
@@ -327,8 +327,8 @@ def describe_encoding(path: Path, error: UnicodeError) -> str:
     if isinstance(error, UnicodeDecodeError) and error.start < len(error.object):
         around = bytes(error.object[max(error.start - 20, 0) : error.start + 20])
         western = around.decode("cp1252", "replace")
-        detail = f"; if {western!r} is what it should say, it is Windows-1252 (Latin-1)"
+        detail = f"; if {western!r} is the right text, the file is in Windows-1252 (Latin-1)"
     return (
-        f"{path}: not UTF-8{detail}: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW converts it, with the name of another "
-        "encoding where it is in that"
+        f"{path}: not UTF-8{detail}: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW converts it; name another encoding "
+        "if it has one"
     )

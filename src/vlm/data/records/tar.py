@@ -1,4 +1,4 @@
-"""Tar shards, read in sequence from any sample on: files of one name are one sample.
+"""Reads tar shards in sequence, starting at any sample; files with the same name are one sample.
 
 The `.json` is the record, the `.txt` its `caption`; images are bytes under `image` (several under `images`). The name
 is the `id` of a record without one.
@@ -28,9 +28,10 @@ Shard = Path | str
 """A file as a path; an address or a command as text."""
 MAX_SHARDS = 1_000_000
 MAX_SAMPLE_BYTES = 1 << 30
-"""The most bytes that the files of a sample have, which are held in memory, with their entries in the shard."""
+"""The maximum number of bytes that the files of a sample have, which are held in memory, with their entries in the
+shard."""
 MAX_EXTENSION_BYTES = 1 << 20
-"""The most bytes of a long name, or of further fields, of a file in a shard."""
+"""The maximum number of bytes of a long name, or of further fields, of a file in a shard."""
 EXTENSION_TYPES = (
     tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
 )  # fmt: skip
@@ -41,7 +42,7 @@ COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 def expand_shards(path: str, *, allow_pipe: bool = False, follow_links: bool = False) -> list[Shard]:
     """Return the shards that a path with braces, a folder, an address or a command stands for.
 
-    Only what the user wrote as an address or a command is one; what a folder holds are files, whatever their names.
+    Only what the user wrote can be an address or a command; everything in a folder is a file, whatever its name.
 
     Raises:
         ValueError: a shard does not exist (addresses are not asked), a command is not allowed, or a link leads out of
@@ -61,7 +62,7 @@ def expand_shards(path: str, *, allow_pipe: bool = False, follow_links: bool = F
 
 
 def _expand_braces(path: str) -> list[str]:
-    """Return the names that a path with braces stands for; ValueError where they are too many."""
+    """Return the names that a path with braces stands for; raise ValueError if there are too many."""
     from braceexpand import braceexpand
 
     ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", path)  # looked at first: the library holds a whole range in memory
@@ -73,13 +74,13 @@ def _expand_braces(path: str) -> list[str]:
 
 
 def read_tar(url: Shard, start: int = 0) -> Iterator[tuple[Record | BadSample, int]]:
-    """Iterate over the samples of a shard, as files by suffix, each with the byte behind it.
+    """Iterate over the samples of a shard, as files by suffix, each with the byte after it.
 
-    What cannot be read any more is a `BadSample` with the place `END`.
+    If the rest cannot be read, the last item is a `BadSample` with the place `END`.
 
     Args:
         url: a file as a path; an address (`http:`, `https:`) or a command (`pipe:`) as text.
-        start: the byte behind the last sample that was read. Files and addresses are read from there on; the output of
+        start: the byte after the last sample that was read. Files and addresses are read from there on; the output of
             a command, or of a compressed file, is read from its beginning and passed over.
     """
     from webdataset.tariterators import group_by_keys
@@ -116,7 +117,7 @@ class _Member(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        """Return the member of an entry; raise ReadError where it is an extension that is too long."""
+        """Return the member of an entry; raise ReadError if it is an extension that is too long."""
         member = super().frombuf(buf, encoding, errors)
         if member.type in EXTENSION_TYPES and member.size > MAX_EXTENSION_BYTES:
             raise tarfile.ReadError(f"the name or fields of a file have {member.size:,} bytes")
@@ -124,7 +125,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _iter_files(stream: Any, base: int, url: Shard) -> Iterator[dict[str, Any]]:
-    """Iterate over the files of a tar stream, as `group_by_keys` takes them: each content with the byte behind it."""
+    """Iterate over the files of a tar stream, as `group_by_keys` takes them: each content with the byte after it."""
     from webdataset.tariterators import base_plus_ext
 
     if base and not stream.peek(1):  # nothing is left, which would be no tar file
@@ -149,10 +150,10 @@ def _iter_files(stream: Any, base: int, url: Shard) -> Iterator[dict[str, Any]]:
 
 
 def make_tar_record(sample: Record) -> Record:
-    """Return the record that the files of a sample are.
+    """Return the record that the files of a sample make up.
 
     Raises:
-        BadSample: its `.json` holds none.
+        BadSample: its `.json` holds no record.
     """
     name = sample["__key__"]
     record = parse_record(sample["json"], name) if "json" in sample else {}

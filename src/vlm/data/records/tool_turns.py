@@ -55,7 +55,7 @@ def _read_tool(tool: object, sample_id: str) -> Record:
 
 
 def read_calls(turn: Record, where: str, sample_id: str) -> tuple[Record, ...]:
-    """Read the calls of a reply: `tool_calls`, or OpenAI's former `function_call`; () where there are none."""
+    """Read the calls of a reply: `tool_calls`, or OpenAI's former `function_call`; () if there are none."""
     value = turn.get("tool_calls")
     if is_empty(value):
         value = turn.get("function_call")
@@ -110,7 +110,7 @@ def _from_json(value: object) -> object:
 
 
 def read_thinking(turn: Record, role: str, where: str, sample_id: str) -> str | None:
-    """Read what was thought before a reply, where the record has it apart from the reply; None where it has not."""
+    """Read what was thought before a reply, where the record has it apart from the reply; None if it has not."""
     given = {key: turn[key] for key in THINKING_KEYS if not is_empty(turn.get(key))}
     if not given:
         return None
@@ -133,7 +133,7 @@ def make_turn(
     Args:
         role: one of `ROLES`.
         content: texts, images and videos in order.
-        learned: whether it is learned, and the weight of its loss.
+        learned: whether it is trained on, and the weight of its loss.
         turn: the turn as the record has it.
         where: its place, for messages.
         sample_id: the name of the record.
@@ -153,8 +153,8 @@ def make_turn(
 def join_calls(turns: Sequence[Turn]) -> list[Turn]:
     """Return turns in which a call that stood in a turn of its own belongs to the reply before it.
 
-    So ms-swift and ShareGPT write a reply with a call, or with several calls at once. Turns that are learned otherwise
-    stay apart.
+    So ms-swift and ShareGPT write a reply with a call, or with several calls at once. Turns that are trained on
+    otherwise stay apart.
     """
     joined: list[Turn] = []
     for turn in turns:

@@ -1,1 +1,1 @@
-"""`vlm data …`: what is done to data before a run, and what shows what a run will see."""
+"""`vlm data …`: commands that prepare data before a run, and commands that show what a run will see."""

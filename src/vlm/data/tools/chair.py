@@ -1,7 +1,7 @@
 """`vlm data chair`: requests for captions of images whose objects are labelled; `vlm eval --metrics chair` measures how
 many objects of the captions are not there (Rohrbach et al. 2018, arXiv:1809.02156).
 
-A record's `answers` are the objects of its image, each with its synonyms behind `|`: `dog|puppy|hound`.
+A record's `answers` are the objects of its image, each with its synonyms after `|`: `dog|puppy|hound`.
 """
 
 import random
@@ -35,7 +35,7 @@ def make_requests(
         images: all images.
         synonyms: label -> its synonyms.
         max_images: the most images, drawn at random.
-        question: the request.
+        question: the text of the request.
         seed: draws the images.
     """
     shown = [image for image in images if image.labels]

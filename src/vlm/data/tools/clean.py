@@ -1,7 +1,7 @@
 """`vlm data clean`: leave out the records that cannot be used, and duplicates.
 
-Every record is checked once, in parallel (`verdicts`), and its verdict is appended to a journal beside the output, so
-that a run that was stopped in any way resumes there. Duplicates are found from the verdicts in their order.
+Every record is checked once, in parallel (`verdicts`), and its verdict is appended to a journal next to the output, so
+that a command that was stopped in any way resumes there. Duplicates are found from the verdicts in their order.
 """
 
 import argparse
@@ -34,7 +34,7 @@ EXAMPLES = (
     "vlm data clean captions.csv clean.jsonl --format caption --duplicates image --min-side 64",
 )
 FORMER_NAMES = {"picture": "image"}
-"""Former names of `DUPLICATES`, which commands that people have written may have."""
+"""Former names of `DUPLICATES`, which are still accepted."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class OutputFiles:
         self.lock = output.with_name(f"{output.name}.lock")
 
     def check(self, source: str, *, force: bool) -> None:
-        """Raise ValueError where something would be overwritten; tells the file and what to do."""
+        """Raise ValueError if something would be overwritten; tells the file and what to do."""
         if self.output.suffix != ".jsonl":
             raise ValueError(f"OUTPUT {self.output}: the name must end in .jsonl, since one record is written per line")
         if not self.output.parent.is_dir():
@@ -85,7 +85,7 @@ class OutputFiles:
             raise ValueError(f"OUTPUT {self.output}: that would overwrite the input {source}; choose another file")
         if folder == input_path or input_path in folder.parents:
             raise ValueError(
-                f"OUTPUT {self.output} lies in the input {source}, which must not change; choose another folder"
+                f"OUTPUT {self.output} is inside the input {source}, which must not change; choose another folder"
             )
         if self.output.exists() and not force:
             raise ValueError(f"OUTPUT {self.output} exists; choose another file, or replace it with --force")
@@ -172,7 +172,7 @@ class DuplicateFinder:
         self._record_by_digest: dict[bytes, int] = {}
 
     def mark_duplicate(self, number: int, verdict: RecordVerdict) -> RecordVerdict:
-        """Return the verdict on a record, changed where it repeats a record that was kept."""
+        """Return the verdict on a record: dropped if it repeats a record that was kept."""
         if verdict.reason or self._criterion == "keep":
             return verdict
         by_image = self._criterion == "image" and bool(verdict.pictures)
@@ -199,7 +199,7 @@ class NearDuplicateFinder(DuplicateFinder):
         self._known: dict[str, int] = {}
 
     def mark_duplicate(self, number: int, verdict: RecordVerdict) -> RecordVerdict:
-        """Return the verdict on a record, changed where it repeats a record that was kept, exactly or nearly."""
+        """Return the verdict on a record: dropped if it repeats a record that was kept, exactly or nearly."""
         if verdict.reason or self._criterion == "keep":
             return verdict
         stand_ins = [self._find(*image) for image in zip(verdict.pictures, verdict.sketches, strict=True)]
@@ -226,7 +226,7 @@ class NearDuplicateFinder(DuplicateFinder):
         return replace(marked, reason="near", detail=f"{marked.detail}: {'; '.join(copies)}")
 
     def _find(self, digest: str, sketch: str | None) -> int | None:
-        """Return the index of the image of a kept record that an image is, or looks like; None where there is none."""
+        """Return the index of an image of a kept record that is the same or looks the same; None if there is none."""
         if sketch is None:
             return None
         if (known := self._known.get(digest)) is not None:
@@ -237,7 +237,7 @@ class NearDuplicateFinder(DuplicateFinder):
 def resume_verdicts(journal: Path, task: CleanTask, records: Records, workers: int | None) -> Iterator[RecordVerdict]:
     """Iterate over the verdicts in a journal, then over those of the other records, which are appended to it.
 
-    The journal has a line with the task, then one for each verdict; it is emptied where it is of another task.
+    The journal has a line with the task, then one for each verdict; a journal of another task is emptied.
     """
     rules = {name: value for name, value in asdict(task).items() if name not in ("source", "cache")}
     header = {**rules, "image_folder": str(task.folder.resolve()), "fingerprint": records.fingerprint}

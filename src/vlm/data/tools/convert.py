@@ -52,7 +52,7 @@ URL_COLUMN = "a table's header that is a URL"
 STRING_CONVERSATIONS = "conversations of strings"
 BOX_RESULTS = "results of Label Studio that are rectangles or key points alone"
 MINICPM_IMAGES = "conversations of roles, and several images by name"
-"""In place of keys, where these do not tell the kind of a record."""
+"""Used instead of keys if these do not tell the kind of a record."""
 
 
 def read_plain_records(
@@ -170,7 +170,7 @@ def _object_keys(path: Path) -> set[str]:
 
 @dataclass(frozen=True)
 class RecordConverter:
-    """Reads records and writes them in one of `FORMS`; keys but `dropped_keys` are kept, none where that is None."""
+    """Reads records and writes them in one of `FORMS`; all keys but `dropped_keys` are kept, none if that is None."""
 
     read: Callable[[Record, Path], Sample]
     write: Callable[[Sample, Path], Record]
@@ -334,7 +334,7 @@ EXAMPLES = (
 
 
 def option_flag(name: str) -> str:
-    """Return how an option is given on the command line."""
+    """Return the flag of an option on the command line."""
     return f"--{name.replace('_', '-')}" if name in OPTIONS else f"--option {name}=VALUE"
 
 

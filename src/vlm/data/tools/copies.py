@@ -1,6 +1,6 @@
 """Copies in a run's data, for `vlm data stats`: near copies within the training records, and overlap with evaluation.
 
-Records are evenly spread over a source where there are more than are compared. A run compares all of them with
+From a source with too many records, an evenly spread selection is compared. A run compares all of them with
 `dataset.overlap=warn` or `refuse`.
 """
 
@@ -37,7 +37,7 @@ def describe_copies(config: DatasetConfig, encoder: SampleEncoder, limit: int, s
 
 
 def _scan_some(sources: Sequence[Source], limit: int, seed: int) -> tuple[list[ScannedRecord], list[str]]:
-    """Scan records of each source, and tell where these are not all."""
+    """Scan records of each source, and say which sources were not scanned completely."""
     records: list[ScannedRecord] = []
     told = []
     for source in sources:

@@ -28,7 +28,7 @@ def conceptual_captions(
     The table is read as `vlm data download` reads it, with or without a header. Row 12, counted from 0 without the
     header, has the image `00000/000000012.jpg`, or another extension. Rows without an image or a caption are left out.
 
-    A column is named, or numbered from 1 where there is no header; by default it is recognised, see `table.Table`.
+    A column is named, or numbered from 1 if there is no header; by default it is recognised, see `table.Table`.
     """
     rows = Table(Path(source), url_column, caption_column).rows()
     for number, rows_of_folder in groupby(rows, lambda row: row.number // FOLDER_SIZE):
@@ -140,7 +140,7 @@ def vqa(
         annotations: the file of answers.
         image_pattern: name of an image, with `{image_id}`.
         group: whether the questions about an image become one record.
-        instruction: a line after the first question of a record; empty: none.
+        instruction: a line after the first question of a record; empty for none.
 
     Raises:
         ValueError: a file has another form, or the pattern is invalid.

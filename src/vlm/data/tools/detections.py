@@ -1,6 +1,6 @@
 """Conversions of boxes: COCO's detections, RefCOCO, Label Studio's rectangles; generators as `convert` takes them.
 
-Each gives records with `objects` (docs/coordinates.md).
+They yield records with `objects` (docs/coordinates.md).
 """
 
 import json
@@ -149,8 +149,8 @@ def refcoco(
     """Convert RefCOCO, RefCOCO+ and RefCOCOg: each sentence becomes a record, its answer the box of the object.
 
     `refs(unc).p`, `refs(google).p` or `refs(umd).p` (https://github.com/lichengunc/refer), or the same list as JSON:
-    `[{"ref_id", "ann_id", "image_id", "split", "sentences": [{"sent"}]}, …]`; and `instances.json` beside it, in COCO's
-    form. Of the pickle only lists, mappings, texts and numbers are read: it cannot run code.
+    `[{"ref_id", "ann_id", "image_id", "split", "sentences": [{"sent"}]}, …]`; and `instances.json` next to it, in
+    COCO's form. Of the pickle only lists, mappings, texts and numbers are read: it cannot run code.
 
     Args:
         source: the file of references.
@@ -246,7 +246,7 @@ def label_studio_boxes(
     """
 
     def make_record(value: object) -> Record | None:
-        """Make the record of a task; None where the task is left out."""
+        """Make the record of a task; None if the task is left out."""
         task = convert_record(value, LabelStudioTask)
         done = next((annotation for annotation in task.annotations or [] if not annotation.was_cancelled), None)
         if done is None:
@@ -284,7 +284,7 @@ def has_boxes_alone(task: Record) -> bool:
 
 
 def _studio_object(result: Result, named: object, sample_id: str) -> Record:
-    """Return the box or point of a result, which has the labels `named` where it has none of its own."""
+    """Return the box or point of a result, which has the labels `named` if it has none of its own."""
     control, value = result.type, result.value
     numbers = {name: value.get(name, 0) for name in ("x", "y", "width", "height", "rotation")}
     for name, number in numbers.items():

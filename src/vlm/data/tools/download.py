@@ -2,8 +2,8 @@
 
 `OUT/images/00001/000012345.jpg` is the image of row 12345 (from 0, without the header), byte for byte.
 `OUT/records.jsonl` has a record in LLaVA's form for each image, `OUT/failures.jsonl` a line for each failure, both in
-the order in which they came. A line is written when its row is done, so a run may be killed at any time and is resumed
-by the same command; `OUT/download.json` tells the table that the folder belongs to.
+the order in which they came. A line is written when its row is done, so the command may be killed at any time and is
+resumed by starting it again; `OUT/download.json` names the table that the folder belongs to.
 
 `table` reads the table, `fetch` fetches and checks images, `download_ledger` keeps the files above.
 """
@@ -32,7 +32,7 @@ from vlm.data.tools.fetch import Fetcher, FetchError, FetchStopped, check_image_
 from vlm.data.tools.table import FOLDER_SIZE, TABLE_KINDS, Row, Table
 
 SHUTDOWN_TIMEOUT = 2.0
-"""Seconds that a stopped run waits for its threads."""
+"""Seconds that a stopped command waits for its threads."""
 MAX_WORKERS = 256
 """Each worker may have three files open, and processes are often limited to 1024."""
 
@@ -178,7 +178,7 @@ def download(table: Path, output: Path, options: Options) -> DownloadSummary:
 
 
 class DownloadWorkers:
-    """Threads that fetch images. They are daemons, so that a run that is stopped does not wait for servers."""
+    """Threads that fetch images. They are daemons, so that a command that is stopped does not wait for servers."""
 
     def __init__(self, output: Path, options: Options):
         self._images, self._partial = output / "images", output / "partial"

@@ -14,7 +14,7 @@ from vlm.data.tools.table import Row, Table
 OPTION_BEHIND = {
     "private address": "allow_private", "too large": "max_bytes", "too small": "min_size", "timed out": "timeout",
 }  # fmt: skip
-"""Reason of a failure -> the option that decided it: with another value, the row is fetched again."""
+"""Reason of a failure -> the option that caused it: with another value, the row is fetched again."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,15 @@ class Outcome:
 
 
 def claim_output_folder(output: Path, table: Table) -> None:
-    """Mark the folder as this table's; ValueError where it is another's."""
+    """Mark the folder as this table's; ValueError if it is another's."""
     output.mkdir(parents=True, exist_ok=True)
     file = output / "download.json"
     identity = table.identity()
     if not file.exists():
         if taken := [name for name in ("images", "records.jsonl", "failures.jsonl") if (output / name).exists()]:
             raise ValueError(
-                f"{output} has {taken[0]} but no download.json, so it is no download; choose another folder"
+                f"{output} has {taken[0]} but no download.json, so it was not made by this command; choose another "
+                "folder"
             )
         partial = output / "download.json.partial"
         partial.write_text(json.dumps({"table": table.path.name, **identity}, indent=2), encoding="utf-8")
@@ -43,8 +44,8 @@ def claim_output_folder(output: Path, table: Table) -> None:
         return
     existing = json.loads(file.read_text(encoding="utf-8"))
     if changed := [f"{k} {existing.get(k)} there, {v} here" for k, v in identity.items() if existing.get(k) != v]:
-        other = f"another table, {existing.get('table')}, or of other columns ({'; '.join(changed)})"
-        raise ValueError(f"{output} holds images of {other}: choose another folder")
+        other = f"another table, {existing.get('table')}, or other columns ({'; '.join(changed)})"
+        raise ValueError(f"{output} has the images of {other}: choose another folder")
 
 
 class DownloadLedger:
@@ -108,7 +109,7 @@ class DownloadLedger:
         self.failed.clear()
 
     def _is_allowed_now(self, failure: Record) -> bool:
-        """Return whether the option that a row failed by has another value now."""
+        """Return whether the option that made a row fail has another value now."""
         option = OPTION_BEHIND.get(failure["reason"])
         if option is None:
             return False
@@ -136,7 +137,7 @@ class DownloadLedger:
 
 
 def append_line(file: BinaryIO, line: Record) -> None:
-    """Append a line, which outlives the process from then on."""
+    """Append a line so that it is kept even if the process is killed."""
     file.write(json.dumps(line).encode() + b"\n")
     file.flush()
 

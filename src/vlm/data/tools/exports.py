@@ -33,7 +33,7 @@ class ConversionContext:
 
 
 def convert_record(value: object, kind: type[Kind]) -> Kind:
-    """Convert a record into a typed structure; raise BadSample, which tells where it differs, if it has another."""
+    """Convert a record into a typed structure; raise BadSample, which says where it differs, if it does not fit."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -124,7 +124,7 @@ def ubiai(
 ) -> Iterator[object]:
     """Convert documents of a UBIAI export (JSON): `{"documentName", "document", "tokens", "relations"}`.
 
-    `documentName` is the image's file; where it is no image's name (a PDF's, say), the image of that stem is
+    `documentName` is the image's file; if it is no image's name (a PDF's, say), the image of that stem is
     taken. `tokens` (in some exports `entities`) are the marked spans: `text` (else cut out of `document`), `start` and
     `end` in characters, `token_start` and `token_end`, and the label as `entityLabel`, `entity_label` or `label`. A
     relation links two of them as `head` and `child`, either way round, each given as in `ENTITY_ADDRESSES`; what the
@@ -134,11 +134,11 @@ def ubiai(
         ValueError: both labels are the same.
     """
     if question_label == answer_label:
-        raise ValueError(f"--question-label and --answer-label are both {answer_label}; links could not be told")
+        raise ValueError(f"--question-label and --answer-label are both {answer_label}; choose two labels")
     labels = (question_label, answer_label)
 
     def make_record(value: object) -> Record | None:
-        """Make the record of a document; None where it has no answered question."""
+        """Make the record of a document; None if it has no answered question."""
         document = convert_record(value, Document)
         entities = document.entities or document.tokens or []
         questions = [entity for entity in entities if entity.label == question_label]
@@ -184,7 +184,7 @@ def _entities_by_address(relations: list[Relation], entities: list[Entity], name
         if references <= places.keys():
             return places
     named, known = sorted(map(str, references)), ", ".join(ENTITY_ADDRESSES)
-    raise BadSample(name, f"relations name {named}, which no entities have as {known}")
+    raise BadSample(name, f"relations refer to {named}, but no entity has this {known}")
 
 
 def _entity_text(entity: Entity, document: Document) -> str:
@@ -255,12 +255,12 @@ def label_studio(
         ValueError: `prompt` and `question_field` are both given or both missing, or several controls have answers.
     """
     if (question_field is None) == (prompt is None):
-        raise ValueError("label-studio needs the question: either --prompt or --question-field (a field of `data`)")
+        raise ValueError("label-studio needs a question: give --prompt, or --question-field (a field of `data`)")
     controls = set() if from_name is None else {from_name}
     fields = frozenset((*JSON_MIN_FIELDS, image_field, question_field)) - controls
 
     def make_record(value: object) -> Record | None:
-        """Make the record of a task; None where the task is left out."""
+        """Make the record of a task; None if the task is left out."""
         if isinstance(value, dict) and "data" not in value:
             task = convert_record({"data": value, "id": value.get("id", "?")}, LabelStudioTask)
             results = None if value.get("was_cancelled") else [item for item in value.items() if item[0] not in fields]

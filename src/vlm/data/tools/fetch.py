@@ -42,7 +42,7 @@ MAX_RETRY_WAIT = 30.0
 """Seconds before the first retry (each one waits twice as long as the one before), and before any."""
 
 SUFFIX_BY_FORMAT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}
-"""Pillow's name of a format -> suffix of its files. An MPO is a JPEG with more behind it, and opened as one."""
+"""Pillow's name of a format -> suffix of its files. An MPO is a JPEG with more after it, and opened as one."""
 
 GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -51,9 +51,9 @@ AddressInfo = tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[Any
 
 
 class FetchError(Exception):
-    """Why a URL could not be fetched: a reason, by which failures are counted, and a detail.
+    """A URL could not be fetched: has a reason, by which failures are counted, and a detail.
 
-    Another try may succeed where it is `retryable`, after `wait` seconds if the server asks for that.
+    If it is `retryable`, another try may succeed, after `wait` seconds if the server asks for that.
     """
 
     def __init__(self, reason: str, detail: str = "", *, retryable: bool = False, wait: float = 0.0):
@@ -63,11 +63,11 @@ class FetchError(Exception):
 
 
 class FetchStopped(Exception):
-    """Raised where fetching was stopped."""
+    """Fetching was stopped."""
 
 
 class Deadline:
-    """The time limit of one try, which a slow server uses up like a silent one; `stop` ends every try."""
+    """The time limit of one try, which holds for slow servers as for silent ones; `stop` ends every try."""
 
     def __init__(self, stop: threading.Event):
         self.stop = stop
@@ -78,7 +78,7 @@ class Deadline:
         self._deadline = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Return the seconds that are left; raise TimeoutError where none are, and FetchStopped if `stop` was set."""
+        """Return the seconds that are left; raise TimeoutError if none are, and FetchStopped if `stop` was set."""
         if self.stop.is_set():
             raise FetchStopped
         seconds = self._deadline - time.monotonic()
@@ -88,7 +88,7 @@ class Deadline:
 
 
 class Fetcher:
-    """Fetches one URL after another, with connections that are kept open; every thread needs its own fetcher.
+    """Fetches URLs one by one and keeps connections open; every thread needs its own fetcher.
 
     `timeout` are the seconds that one try may take, from the look-up of the name to the last byte, redirects included.
     `allow_private` allows addresses of private networks and of this machine; `ssl_context`, the trusted certificates,
@@ -250,7 +250,7 @@ class DeadlineStream(httpcore2.NetworkStream):
 
 
 def parse_url(url: str | httpx2.URL) -> httpx2.URL:
-    """Parse a URL; raise FetchError where it is invalid, or neither http nor https."""
+    """Parse a URL; raise FetchError if it is invalid, or neither http nor https."""
     parts = httpx2.URL(url)
     if parts.scheme not in ("http", "https"):
         raise FetchError("not http or https", parts.scheme or "a URL without a scheme")
@@ -307,7 +307,7 @@ def check_image_suffix(content: bytes, min_size: int) -> str:
     """Decode an image (of an animated one the first frame) and return the suffix of its format.
 
     Raises:
-        FetchError: the content is no image, or an image that cannot be trained on.
+        FetchError: the content is not an image, or an image that cannot be trained on.
     """
     try:
         with Image.open(BytesIO(content), formats=[name for name in SUFFIX_BY_FORMAT if name != "MPO"]) as image:

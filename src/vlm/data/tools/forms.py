@@ -60,7 +60,7 @@ FORMS: dict[str, Callable[[Sample, Path], Record]] = {"llava": to_llava, "messag
 
 
 def is_image_moved_by_llava(turn: Turn) -> bool:
-    """Return whether LLaVA's form moves the only image of a user's turn to its start, since text stands before it."""
+    """Return whether LLaVA's form moves the only image of a user's turn to its start, since text is before it."""
     is_single = turn.role == "user" and sum(isinstance(part, ImageRef) for part in turn.content) == 1
     return is_single and not isinstance(turn.content[0], ImageRef)
 
@@ -132,7 +132,7 @@ def _with_json_arguments(call: Record) -> Record:
 
 
 def _check_marks(sample: Sample) -> None:
-    """Raise BadSample where the texts of a sample would not be split again at the same marks."""
+    """Raise BadSample if the texts of a sample would not be split again at the same marks."""
     shown = ("user", "tool") if sample.media else ("user",)
     contents = [turn.content for turn in sample.turns if turn.role in shown]
     kinds = {ImageRef: PLACEHOLDER, VideoRef: VIDEO_PLACEHOLDER}
@@ -153,5 +153,5 @@ def _check_marks(sample: Sample) -> None:
     if not is_same:
         raise BadSample(
             sample.id,
-            f"its text holds {word[0]}, which LLaVA's form takes for an image or video; write messages (--to messages)",
+            f"its text has {word[0]}, which LLaVA's format reads as an image or video; write messages (--to messages)",
         )

@@ -32,9 +32,9 @@ THUMBNAIL_BYTES = 8_000_000
 MAX_TOKENS = 4000
 """Tokens of a conversation that a page shows."""
 SNIPPET = 140
-"""Characters of a record's text that show before it is opened."""
+"""Characters of a record's text that are shown before it is opened."""
 MAX_REASONS = 12
-"""Reasons that can be filtered by; the commonest."""
+"""The number of reasons that can be filtered by: the commonest."""
 
 STYLE = """\
 body{max-width:88rem}
@@ -146,7 +146,7 @@ def write_gallery(records: Iterable[ShownRecord], path: Path, processor: str = "
 
 
 def reason_without_names(reason: str) -> str:
-    """Return why a record is left out, without paths and numbers, so that equal reasons are one."""
+    """Return why a record is left out, without paths and numbers, so that equal reasons are counted together."""
     return shorten(re.sub(r"\d+", "N", re.sub(r"\S*/\S+|\S+\.\w{3,4}\b", "…", reason)))[:100]
 
 

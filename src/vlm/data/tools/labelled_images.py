@@ -53,7 +53,7 @@ def read_synonyms(file: Path | None) -> dict[str, list[str]]:
     """Return label -> its synonyms, from lines such as `dog, puppy, hound`; nothing without a file.
 
     Raises:
-        ValueError: a word stands in two lines.
+        ValueError: a word is in two lines.
     """
     groups: dict[str, list[str]] = {}
     known: dict[str, str] = {}
@@ -61,7 +61,7 @@ def read_synonyms(file: Path | None) -> dict[str, list[str]]:
         names = [name for part in line.split(",") if (name := _normalise(part))]
         for name in names:
             if known.setdefault(name, names[0]) != names[0]:
-                raise ValueError(f"{file}: {name!r} stands for {known[name]!r} and for {names[0]!r}; leave one out")
+                raise ValueError(f"{file}: {name!r} is a synonym of {known[name]!r} and of {names[0]!r}; leave one out")
         if names:
             groups[names[0]] = names[1:]
     return groups
@@ -108,7 +108,7 @@ def _read_labels(record: Record, key: str, where: str) -> list[str]:
 
 
 def _read_label(item: object) -> str | None:
-    """Return the label of an object; None where it has none."""
+    """Return the label of an object; None if it has none."""
     if isinstance(item, dict):
         item = next((item[key] for key in LABEL_KEYS if item.get(key) is not None), None)
     return item if isinstance(item, str) and item.strip() else None

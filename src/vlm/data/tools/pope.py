@@ -2,7 +2,8 @@
 arXiv:2305.10355), from labelled objects of your own. `vlm eval --metrics pope` measures answers.
 
 For each image it asks about objects that are there and about as many that are not, chosen in three ways: at random, the
-most frequent ones of the data (popular), and those that most often stand beside the image's own objects (adversarial).
+most frequent ones of the data (popular), and those that most often occur together with the image's own objects
+(adversarial).
 """
 
 import argparse
@@ -66,7 +67,7 @@ def choose_popular(image: LabelledImage, absent: Sequence[str], counts: ObjectCo
 def choose_adversarial(
     image: LabelledImage, absent: Sequence[str], counts: ObjectCounts, rng: random.Random
 ) -> list[str]:
-    """Return absent objects, those first that stand beside the image's own objects in most images."""
+    """Return absent objects, those first that occur together with the image's own objects in most images."""
     beside = {label: sum(counts.together[own, label] for own in image.labels) for label in absent}
     return sorted(absent, key=lambda label: (-beside[label], -counts.images[label], label))
 
@@ -113,7 +114,7 @@ EXAMPLE = "vlm data pope labelled.jsonl questions --max-images 500"
 
 
 def with_article(label: str) -> str:
-    """Return a label behind `a` or `an`, as its first letter has it."""
+    """Return a label after `a` or `an`, depending on its first letter."""
     return f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
 
 
@@ -165,7 +166,7 @@ def add_object_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_counts(args: argparse.Namespace, names: Sequence[str]) -> None:
-    """Raise ValueError where a number is below 1."""
+    """Raise ValueError if a number is below 1."""
     for name in names:
         if (number := getattr(args, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {number}: at least 1 is needed")

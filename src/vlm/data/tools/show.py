@@ -155,7 +155,7 @@ def count_unlearned_replies(sample: Sample) -> int:
 
 
 def describe_features(sample: Sample) -> list[str]:
-    """Name what a sample has beside texts and images: tools, calls, thinking, weights, references, lists of frames."""
+    """Name what a sample has besides texts and images: tools, calls, thinking, weights, references, frame lists."""
     features = {
         "tools": bool(sample.tools),
         "calls of tools": any(isinstance(turn, ToolCallTurn) for turn in sample.turns),

@@ -1,4 +1,4 @@
-"""`vlm data stats`: statistics of a run's records, as a table and as a plot. Counted once, see `token_counts`."""
+"""`vlm data stats`: statistics of a run's records, as a table and a plot. Counts are cached, see `token_counts`."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -70,7 +70,7 @@ class SourceStats:
 
 @dataclass(frozen=True)
 class ReadingStats:
-    """What records hold beside replies that are learned.
+    """What records hold in addition to replies that are trained on.
 
     Attributes:
         records: the number of records that were looked at.

@@ -24,7 +24,7 @@ TABLE_KINDS: dict[str, dict[str, Any]] = {
 }
 """Suffix of a table -> options of the csv module."""
 MAX_CELL = 131_072
-"""The most characters of a cell: a quotation mark that is never closed makes one of all that follows."""
+"""The maximum number of characters of a cell: a quotation mark that is never closed makes one of all that follows."""
 FOLDER_SIZE = 10_000
 """Number of images in a subfolder."""
 IDENTITY_BYTES = 2**20
@@ -43,11 +43,11 @@ class Row:
 class Table:
     """A file of URLs and captions of any size: only a few rows are in memory.
 
-    A column is given by its name, or its number from 1 where there is no header; by default it is recognised by its
+    A column is given by its name, or its number from 1 if there is no header; by default it is recognised by its
     name or content. `num_rows` of a text file are its lines, of which a row may have several.
 
     Raises:
-        ValueError: the file is no such table, or its columns are not recognised.
+        ValueError: the file is not such a table, or its columns are not recognised.
     """
 
     def __init__(self, path: Path, url_column: str | None, caption_column: str | None):

@@ -1,4 +1,4 @@
-"""A verdict on each record: whether it can be used, and digests by which duplicates are found.
+"""The verdict on each record says whether it can be used, and has digests by which duplicates are found.
 
 Records are checked in parallel, in order; `clean` acts on the verdicts. To add a reason, add it to `REASONS` and
 return it in `RecordChecker`.
@@ -93,7 +93,7 @@ class CleanTask:
         return open_records(self.source, self.cache, **where, follow_links=self.follow_links)
 
     def reader(self) -> partial[Sample]:
-        """Return the reader of the format with its options; ValueError where there is none, or no such option."""
+        """Return the reader of the format with its options; ValueError if there is none, or no such option."""
         permit_names([self.format])  # in each process: it is the command's --format
         read = get_reader(self.format)
         options = dict(map(parse_option, self.options))
@@ -114,7 +114,7 @@ class RecordVerdict:
         detail: what exactly is wrong.
         file: the file at fault.
         digest: of text and images, 32 hexadecimal digits.
-        pictures: the digest of each image and video.
+        images: the digest of each image and video.
         uniform: number of images of one colour throughout.
         text: the digest of the text alone, where images are sketched.
         sketches: of each image, see `vision.similarity`, where images are sketched; None for a video.
@@ -213,7 +213,7 @@ def image_pixel_digest(image: Image.Image) -> str:
 def video_file_digest(video: VideoRef, sample_id: str) -> str:
     """Return the digest of a video's file, which must have frames; decoding every frame would take too long.
 
-    Of frames that were extracted before, it is that of their pixels: each of them must decode.
+    For frames that were extracted beforehand, it is the digest of their pixels, so each of them must decode.
     """
     if video.frames:
         digests = [image_pixel_digest(open_image(frame, sample_id)) for frame in video.frames]

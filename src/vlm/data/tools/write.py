@@ -46,7 +46,7 @@ EMBEDDED_IMAGES_TYPE = pa.list_(pa.struct([("bytes", pa.binary()), ("path", pa.s
 
 
 class RecordWriter(ABC):
-    """Writes records, in a `with` statement: the file appears at its end, unless that is an error.
+    """Writes records within a `with` statement; the file appears at its end, unless an error was raised.
 
     A record lists images as `image` or `images`, as `records.media.image_refs_from_value` takes them.
 
@@ -83,7 +83,7 @@ class RecordWriter(ABC):
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Close the file; it gets its name where no error was raised."""
+        """Close the file, and give it its name if no error was raised."""
         try:
             self.close(complete=kind is None)
             if kind is None:
@@ -97,7 +97,7 @@ class RecordWriter(ABC):
         """Write a record.
 
         Raises:
-            BadSample: the record cannot be written; nothing of it was, and others can follow.
+            BadSample: the record cannot be written. Nothing of it was written, and other records can follow.
             ValueError: the record does not fit those before it.
         """
         self.add(record)
@@ -203,8 +203,8 @@ class ParquetWriter(RecordWriter):
             self._file.write_table(pa.Table.from_pylist(self._rows, schema))
         except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
             raise ValueError(
-                f"{self.path}: one of the {len(self._rows)} records from {self._first_pending} on does not go into a "
-                f"table with the others ({error}); a .jsonl file takes records of any keys"
+                f"{self.path}: one of the {len(self._rows)} records from {self._first_pending} on does not fit into a "
+                f"table with the others ({error}); a .jsonl file can have records with any keys"
             ) from error
         self._rows, self._pending_bytes = [], 0
 
@@ -308,7 +308,7 @@ def read_image_bytes(image_ref: ImageRef, sample_id: str) -> bytes:
     if image_ref.content is not None:
         return image_ref.content
     if image_ref.path is None or image_ref.frame is not None:
-        raise BadSample(sample_id, f"image {image_ref} is no file of its own")
+        raise BadSample(sample_id, f"image {image_ref} is not a file of its own")
     try:
         return image_ref.path.read_bytes()
     except OSError as error:
@@ -351,15 +351,19 @@ def make_writer(
     path = Path(output, SHARD_NAME) if output.endswith("/") else Path(output)
     is_sharded = path.suffix == ".tar" and "%" in path.name
     if embed_images and path.suffix != ".parquet":
-        raise ValueError(f"--embed-images: only .parquet has the choice (tar shards always hold images), not {output}")
+        raise ValueError(
+            f"--embed-images: it is for .parquet only (tar shards always contain the images), got {output}"
+        )
     if shard_size is not None and not is_sharded:
-        raise ValueError(f"--shard-size: only FOLDER/ and FOLDER/%06d.tar are cut into shards, not {output}")
+        raise ValueError(f"--shard-size: only FOLDER/ and FOLDER/%06d.tar are split into shards, got {output}")
     if shard_size is not None and shard_size < 1:
         raise ValueError(f"--shard-size={shard_size}: it must be at least 1")
     match path.suffix:
         case ".tar":
             if "%" in str(path) and not re.fullmatch(r"[^%]*%\d*d[^%]*", path.name):
-                raise ValueError(f"{output}: a % must be the shard's number, once and in the file's name, such as %06d")
+                raise ValueError(
+                    f"{output}: the only % must be the number of the shard in the file's name, such as %06d"
+                )
             size = (shard_size or SHARD_SIZE) if is_sharded else None
             return TarWriter(path, image_folder, force=force, shard_size=size)
         case ".parquet":
@@ -367,4 +371,4 @@ def make_writer(
         case ".json" | ".jsonl":
             return JsonWriter(path, image_folder, force=force)
         case _:
-            raise ValueError(f"{output}: its name must say what to write: {OUTPUT_NAMES}")
+            raise ValueError(f"{output}: allowed are {OUTPUT_NAMES}")

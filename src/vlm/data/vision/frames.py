@@ -31,7 +31,7 @@ def sample_clip(
     else:
         timeline, size = probe_video(video.path, sample_id)
     if not all(size):
-        raise BadSample(sample_id, f"video {video.path} does not say how large its frames are", str(video.path))
+        raise BadSample(sample_id, f"video {video.path} does not record the size of its frames", str(video.path))
     frames = timeline.spread(max(min_frames, timeline.count_kept(max_frames, fps)))
     times = None if timeline.times is None else tuple(timeline.times[frame] for frame in frames)
     return Clip(frames, timeline.total_frames, *size, timeline.fps, times)

@@ -44,7 +44,7 @@ TIFF_TILE_WIDTH, TIFF_TILE_LENGTH = 322, 323
 TRUNCATION = re.compile("truncated|unexpected end|broken data stream|premature end", re.IGNORECASE)
 """What Pillow says of images that end early."""
 TRUNCATION_DETAIL = re.compile(r" *\([^)]*\)| when .*")
-"""What it says beside that, which differs from image to image."""
+"""What the message says in addition, which differs from image to image."""
 
 FRAME_BACKGROUND = "white"
 """What shows through a transparent frame of a list: frames of video files have none."""
@@ -94,7 +94,7 @@ def _is_video_frame(ref: ImageRef | VideoRef) -> bool:
 
 
 def read_media_sizes(sample: Sample, processor: Processor) -> list[MediaSize]:
-    """Read the sizes of a sample's images and videos from their headers; empty where the processor needs none.
+    """Read the sizes of a sample's images and videos from their headers; empty if the processor needs none.
 
     Frames of videos are decoded only where the processor needs their sizes.
     """
@@ -117,7 +117,7 @@ def read_media_sizes(sample: Sample, processor: Processor) -> list[MediaSize]:
 def media_sizes_from_opened(
     media: Sequence[ImageRef | VideoRef], opened: Sequence[Medium], processor: Processor
 ) -> list[MediaSize]:
-    """Return the sizes of decoded images and videos; empty where the processor needs none."""
+    """Return the sizes of decoded images and videos; empty if the processor needs none."""
     if not processor.needs_image_sizes:
         return []
     pooled = [processor.pools_video_frames and _is_pooled_frame(ref) for ref in media]
@@ -161,7 +161,7 @@ def count_tile_pixels(image: Image.Image) -> int:
 
 
 def is_uniform(rgb_image: Image.Image) -> bool:
-    """Return whether an image in RGB is of one colour throughout, as those are that lost levels or transparency."""
+    """Return whether an image in RGB is of one colour throughout, for example because its transparency was lost."""
     return all(low == high for low, high in rgb_image.getextrema())  # pyright: ignore[reportGeneralTypeIssues] - of RGB
 
 
@@ -242,7 +242,7 @@ def _describe_error(error: Exception, image_ref: ImageRef) -> str:
 
 
 def _describe_non_image(image_ref: ImageRef) -> str:
-    """Describe what is no image that Pillow reads."""
+    """Describe a file that Pillow does not read as an image."""
     if image_ref.content is not None:
         head = image_ref.content[:NUM_HEAD_BYTES]
     else:
@@ -252,5 +252,5 @@ def _describe_non_image(image_ref: ImageRef) -> str:
     if kind is None:
         return f"{show_start(head)}, not an image that is read here; save it as PNG or JPEG"
     if kind.startswith(("a PNG", "a JPEG", "a GIF", "a WebP", "a TIFF")):
-        return f"{kind} that is broken or truncated"
+        return f"{kind} that is damaged or truncated"
     return f"{kind}, not an image" if kind.startswith("it is text") else kind

@@ -21,7 +21,7 @@ MAX_BITS = 12
 """The most bits, of 64, in which the hashes of near copies differ."""
 MAX_DIFFERENCE = 0.1
 """The largest difference of the colours of near copies: its root mean square over the standard deviation of an image's
-colours, so that what counts is the difference beside the contrast of the image."""
+colours, so that the difference counts relative to the contrast of the image."""
 MIN_CONTRAST = 4.0
 """The least contrast that is divided by, in levels of 256: nearly flat images differ by noise."""
 NUM_COLOURS = 3 * COLOUR_SIDE**2
@@ -100,7 +100,7 @@ class SketchIndex:
         return self._number - 1
 
     def find(self, sketch: ImageSketch) -> int | None:
-        """Return the index of the sketch that is nearest to another one; None where none is a near copy of it."""
+        """Return the index of the sketch that is nearest to another one; None if none is a near copy of it."""
         differing = np.bitwise_count(self._bits[: self._number] ^ np.uint64(sketch.bits))
         candidates = np.flatnonzero(differing <= MAX_BITS)
         if not len(candidates):

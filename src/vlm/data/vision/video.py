@@ -43,7 +43,7 @@ class Timeline:
     Attributes:
         total_frames: the number of frames.
         fps: frames per second, on average where the rate varies.
-        times: seconds of each frame from the first one, ascending; None where the rate is constant.
+        times: seconds of each frame from the first one, ascending; None if the rate is constant.
         duration: seconds from the first frame to the end of the last one.
     """
 
@@ -83,10 +83,10 @@ def make_timeline(stamps: Sequence[float] | None, number: int, fps: float, last_
     states, or the one that the stamps have on average.
 
     Args:
-        stamps: seconds of each frame, in any order; None where the file has none.
+        stamps: seconds of each frame, in any order; None if the file has none.
         number: of frames.
         fps: frames per second that the file states.
-        last_duration: seconds that the last frame is shown; 0 where the file does not tell.
+        last_duration: seconds that the last frame is shown; 0 if the file does not tell.
     """
     if stamps is None or number < 2:
         return Timeline(number, fps, None, number / fps)
@@ -134,7 +134,7 @@ def probe_video(path: Path, sample_id: str) -> tuple[Timeline, tuple[int, int]]:
         ]
         unit = stream.time_base
     if not packets:
-        raise BadSample(sample_id, f"video {path} has no frame", str(path))
+        raise BadSample(sample_id, f"video {path} has no frames", str(path))
     stamps = [stamp for stamp, _ in packets]
     if unit is None or None in stamps or len(set(stamps)) < len(stamps):  # no times, or not those of frames
         return make_timeline(None, len(packets), fps), size
@@ -159,7 +159,7 @@ def read_frames(path: Path, frames: Sequence[int], sample_id: str) -> list[Image
 
 @contextmanager
 def _open_container(path: Path, sample_id: str, step: str) -> Iterator[Any]:  # PyAV declares no types of its streams
-    """Open a file that has a video stream; where a further step fails with an error of PyAV's, `step` names it.
+    """Open a file that has a video stream; if a later step fails with an error of PyAV, `step` names that step.
 
     Raises:
         ValueError: PyAV is not installed.
@@ -173,11 +173,13 @@ def _open_container(path: Path, sample_id: str, step: str) -> Iterator[Any]:  # 
         # `file:`, since a name may look like an address; titles may be in any encoding.
         with av.open(f"file:{path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
             if not container.streams.video:
-                raise BadSample(sample_id, f"{path} holds no video", str(path))
+                raise BadSample(sample_id, f"{path} contains no video", str(path))
             codec = container.streams.video[0].codec_context
             if codec.width * codec.height > MAX_FRAME_PIXELS:
                 size = f"{codec.width} × {codec.height}"
-                raise BadSample(sample_id, f"video {path} has frames of {size} pixels, too large to decode", str(path))
+                raise BadSample(
+                    sample_id, f"video {path} has frames of {size} pixels, which are too large to decode", str(path)
+                )
             codec.options = {"max_pixels": str(MAX_FRAME_PIXELS)}  # frames may be larger than the file states
             action = step
             yield container

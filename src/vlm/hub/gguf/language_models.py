@@ -201,9 +201,11 @@ def _interleave_heads(name: str, config: PreTrainedConfig) -> Change:
         return AS_IT_IS
 
     def interleave(tensor: Tensor) -> Tensor:
+        """Move the channels of transformers' order into llama.cpp's order."""
         return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
     def divide(tensor: Tensor) -> Tensor:
+        """Move the channels of llama.cpp's order into transformers' order."""
         return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
     return Change(interleave, divide)

@@ -153,6 +153,7 @@ def start_batch(model: VisionLanguageModel, row: Row, options: Mapping[str, obje
         network: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, stopping_criteria: object,
         generation_config: object, **inputs: Any,
     ) -> Tensor:  # fmt: skip
+        """Run the prompt through the network and keep the batch; `generate` calls this as its decoding method."""
         passed = network.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **inputs)
         outputs = network(**passed, return_dict=True)
         if is_new:

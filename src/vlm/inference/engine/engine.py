@@ -123,6 +123,7 @@ class Engine:
         pieces: asyncio.Queue[Piece | BaseException] = asyncio.Queue()
 
         def deliver(piece: Piece | BaseException) -> None:
+            """Hand a piece to the event loop; cancel the row if the loop is closed."""
             try:
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
             except RuntimeError:  # the loop is closed, and nobody waits

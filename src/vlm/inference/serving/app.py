@@ -55,6 +55,7 @@ def make_chat_app(service: Service, engine: Engine, reason: RefusalReason, key: 
     }
 
     def close() -> None:
+        """Close the engine and the embeddings' worker."""
         engine.close()
         embeddings.close()
 
@@ -94,6 +95,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        """Run the app, then close what it uses."""
         yield
         close()
         service.threads.close()
@@ -124,6 +126,7 @@ def make_fingerprint(config: PreTrainedConfig) -> str:
 
 def _answer_health(is_running: Callable[[], bool]) -> Answer:
     async def answer(request: Request) -> Response:
+        """Answer whether the model is running."""
         if is_running():
             return JSONResponse({"status": "ok"})
         return await _refuse_request(request, RequestError("the model has ended", status=503, code="unavailable"))
@@ -133,6 +136,7 @@ def _answer_health(is_running: Callable[[], bool]) -> Answer:
 
 def _answer_metrics(service: Service) -> Answer:
     async def answer(request: Request) -> Response:
+        """Answer with all metrics in the text format of Prometheus."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     return answer
@@ -144,6 +148,7 @@ def _describe_model(service: Service) -> dict[str, object]:
 
 def _list_models(service: Service) -> Answer:
     async def answer(request: Request) -> Response:
+        """Answer with the list of models, which has one entry."""
         return JSONResponse({"object": "list", "data": [_describe_model(service)]})
 
     return answer
@@ -151,6 +156,7 @@ def _list_models(service: Service) -> Answer:
 
 def _retrieve_model(service: Service) -> Answer:
     async def answer(request: Request) -> Response:
+        """Answer with the description of the named model."""
         service.check_model(request.path_params["name"])
         return JSONResponse(_describe_model(service))
 

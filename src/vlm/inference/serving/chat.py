@@ -232,6 +232,7 @@ class ChatEndpoint:
         pieces: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue(MAX_PIECES_HELD)
 
         async def write(index: int, options: SamplingOptions) -> None:
+            """Write one answer: put its pieces into the queue, and at the end its error or None."""
             end = None
             try:
                 async with aclosing(self.engine.generate(job.prepared, options)) as answer:

@@ -84,6 +84,7 @@ class CountingGate:
         begun, status = time.monotonic(), "none"
 
         async def send_counting(message: Message) -> None:
+            """Note the status of the answer, add the security headers and send the message."""
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])

@@ -53,6 +53,8 @@ def make_protocol(config: ServingConfig) -> type[H11Protocol]:
     """Return the class of connections that these limits hold for."""
 
     class LimitedProtocol(BoundedProtocol):
+        """A connection with the limits of this server."""
+
         limits = config
 
     return LimitedProtocol

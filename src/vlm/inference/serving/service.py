@@ -108,6 +108,7 @@ class JsonEndpoint:
         started = asyncio.Event()
 
         async def send_noting(message: Message) -> None:
+            """Note that the answer has started, and send the message."""
             started.set()
             await send(message)
 

@@ -1,1 +1,1 @@
-"""The checkpoints of a run: how they are written, found and read."""
+"""Writes, finds and reads the checkpoints of a run."""

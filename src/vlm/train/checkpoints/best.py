@@ -31,13 +31,13 @@ class BestEvaluation:
 
 
 class BestModel:
-    """Knows the best evaluation of a run, and keeps it with checkpoints; a `SavedWithCheckpoint`.
+    """Tracks the best evaluation of a run and saves it with checkpoints; a `SavedWithCheckpoint`.
 
     Args:
         metric: the name of a metric of evaluations, with `eval_` or without.
         greater_is_better: which of two values is better; None: by the metric's name.
         is_writer: whether this rank writes.
-        is_defined_at_times: whether evaluations may lack the metric, since it is undefined for some outputs.
+        is_defined_at_times: whether evaluations may lack the metric, because it is undefined for some outputs.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class BestModel:
 
     @classmethod
     def of_run(cls, options: TrainerOptions, known_metrics: Collection[str] | None, *, is_writer: bool) -> Self | None:
-        """Return what `trainer.keep_best` asks for; None: nothing.
+        """Return the `BestModel` that `trainer.keep_best` asks for, or None if it is not set.
 
-        A metric among `known_metrics` may be undefined for some outputs; None: nothing is known of them.
+        A metric among `known_metrics` may be undefined for some outputs; None: the metrics are not known.
         """
         if options.keep_best is None:
             return None
@@ -81,14 +81,14 @@ class BestModel:
                 log.info("%s is undefined at step %d, so trainer.keep_best ignores it", self.name, step)
                 return False
             known = ", ".join(sorted(metrics))
-            raise ValueError(f"trainer.keep_best={self.name}: no evaluation measures it; they measure {known}")
+            raise ValueError(f"trainer.keep_best={self.name}: no evaluation measures it; allowed are {known}")
         if math.isnan(value) or (self.best is not None and self.sign * value <= self.sign * self.best.value):
             return False
         self.best, self.before = BestEvaluation(value, step), self.best
         return True
 
     def revert(self) -> None:
-        """Take the best evaluation before this one for the best again, since its model could not be written."""
+        """Restore the previous best evaluation, because the model of this one could not be written."""
         self.best = self.before
 
     def describe(self) -> str:
@@ -96,13 +96,13 @@ class BestModel:
         return f"{self.name}={self.best.value:.4g} at step {self.best.step}" if self.best else f"no {self.name} yet"
 
     def save_to(self, checkpoint: Path) -> None:
-        """Write which evaluation was the best, into a checkpoint or beside its model."""
+        """Write which evaluation was the best, into a checkpoint or next to its model."""
         if self.is_writer and self.best is not None:
             content = {"metric": self.name, **asdict(self.best)}
             (checkpoint / BEST_FILE).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     def load_from(self, checkpoint: Path) -> None:
-        """Read it; a run that is resumed with another metric begins to compare anew."""
+        """Read the best evaluation; a run that is resumed with another metric starts comparing from scratch."""
         file = checkpoint / BEST_FILE
         content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if content.pop("metric", None) == self.name:

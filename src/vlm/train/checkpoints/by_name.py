@@ -1,4 +1,4 @@
-"""What trains, parameter by parameter: the form in which a checkpoint of one world is read into another."""
+"""Trained parameters by name: the form in which a checkpoint of one world is read into another."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class SavedParameter:
 
 
 class SavedParameters(Mapping[str, SavedParameter]):
-    """Full name -> what a checkpoint has of it, read when it is asked for.
+    """Full name -> the saved parameter of a checkpoint, read on access.
 
-    A state that is neither a scalar nor numbers of the weight's shape raises ValueError, such as those of 8 bits.
+    A state raises ValueError if it is neither a scalar nor has the shape of the weight, like the states of 8-bit Adam.
 
     Args:
         names: the names.
@@ -43,8 +43,9 @@ class SavedParameters(Mapping[str, SavedParameter]):
         for key, value in saved.states.items():
             if value.ndim and (value.shape != saved.weight.shape or not value.is_floating_point()):
                 raise ValueError(
-                    f"trainer.optim: its state {key} of {name} is {tuple(value.shape)} {value.dtype}, which another "
-                    "world cannot share out as it does the weight. Resume in the world that wrote the checkpoint"
+                    f"trainer.optim: its state {key} of {name} is {tuple(value.shape)} {value.dtype}, which cannot be "
+                    "sharded like the weight. Resume with the number of ranks and the sharding that wrote the "
+                    "checkpoint"
                 )
         return saved
 

@@ -11,7 +11,7 @@ from vlm.train.checkpoints.writer import FolderWriter
 
 
 class HashingCheckpointEngine(TorchCheckpointEngine):
-    """Writes what DeepSpeed's own engine writes, hashed; an error is kept, so that ranks go on to the next barrier."""
+    """Writes what DeepSpeed's own engine writes, hashed. It keeps errors, so that all ranks reach the next barrier."""
 
     def __init__(self, writer: FolderWriter, *, zipped: bool):
         CheckpointEngine.__init__(self)  # its own engine's would log a line for each checkpoint
@@ -31,7 +31,7 @@ def save_deepspeed_checkpoint(engine: Any, writer: FolderWriter) -> None:
     """Let a `DeepSpeedEngine` write its checkpoint, without frozen parameters; called on every rank.
 
     Raises:
-        OSError: DeepSpeed could not write a file of its own beside those; the ranks are out of step then.
+        OSError: DeepSpeed could not write a file of its own next to those; the ranks are out of step then.
     """
     own = engine.checkpoint_engine
     tag = f"global_step{engine.global_steps}"

@@ -1,9 +1,8 @@
-"""DeepSpeed's checkpoints, parameter by parameter: read from the shards of any number of ranks, put into a new engine.
+"""Reads DeepSpeed's checkpoints parameter by parameter, from any number of ranks, and puts them into a new engine.
 
-ZeRO-1 and 2 lay the parameters of a group one behind the other, and a rank has an equal share of the whole. ZeRO-3 cuts
-each parameter into equal shares, and a rank has its share of each, one behind the other. DeepSpeed's universal
-checkpoint (`ds_to_universal`) knows the states of Adam alone, and would have to be asked for when a checkpoint is
-saved.
+ZeRO-1 and 2 lay the parameters of a group one after the other, and a rank has an equal share of the whole. ZeRO-3 cuts
+each parameter into equal shares, and a rank has its share of each, one after the other. DeepSpeed's universal
+checkpoint (`ds_to_universal`) supports only Adam's states, and would have to be requested when a checkpoint is saved.
 """
 
 import json
@@ -29,7 +28,7 @@ WEIGHT = "weight"
 
 
 def open_deepspeed(checkpoint: Path, names: Sequence[str], trained: Collection[str]) -> SavedParameters:
-    """Return what a checkpoint has of each parameter and buffer that trains, whatever the stage of ZeRO.
+    """Return the saved state of each trained parameter and buffer of a checkpoint, for any stage of ZeRO.
 
     Args:
         checkpoint: the folder of the checkpoint.
@@ -37,7 +36,7 @@ def open_deepspeed(checkpoint: Path, names: Sequence[str], trained: Collection[s
         trained: full names of what trains in this run; other buffers are left out.
 
     Raises:
-        ValueError: the shards of some ranks are not there, as where nodes share no disk.
+        ValueError: the shards of some ranks are missing, for example because nodes share no disk.
     """
     folder = checkpoint / checkpoint.joinpath("latest").read_text(encoding="utf-8").strip()
     model_file, *_ = _in_order_of_ranks(folder, "*_model_states.pt")
@@ -54,8 +53,8 @@ def open_deepspeed(checkpoint: Path, names: Sequence[str], trained: Collection[s
         return SavedParameters(whole | buffers, (whole | buffers).__getitem__)
     if len(optimizer_files) != (number := model_state["dp_world_size"]):
         raise ValueError(
-            f"{folder}: it has the shards of {len(optimizer_files)} of {number} ranks, and another world needs all. "
-            "Bring those of all nodes together, or resume in the world that wrote it"
+            f"{folder}: it has the shards of {len(optimizer_files)} of {number} ranks, and all are needed to change "
+            "ranks. Copy the shards of all nodes into it, or resume with the ranks and the sharding that wrote it"
         )
     ranks = [
         torch.load(file, map_location="cpu", mmap=True, weights_only=False)["optimizer_state_dict"]
@@ -83,7 +82,7 @@ class _Place:
     shape: torch.Size
 
     def read(self) -> SavedParameter:
-        """Put the parameter together."""
+        """Assemble the parameter."""
         numel = self.shape.numel()
         values = {}
         for key, value in self.slices[0][0][0].items():
@@ -156,7 +155,7 @@ def _tensors(state: Mapping[str, object]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_into_engine(engine: Any, saved: Mapping[str, SavedParameter], checkpoint: Path) -> None:
-    """Put what trained into an engine that has not stepped yet, whatever its stage of ZeRO from 1 on.
+    """Load trained parameters into an engine that has not stepped yet, for ZeRO stages 1 to 3.
 
     Raises:
         ValueError: the engine keeps optimiser states on disks.
@@ -164,8 +163,9 @@ def put_into_engine(engine: Any, saved: Mapping[str, SavedParameter], checkpoint
     zero = engine.optimizer
     if getattr(zero, "swap_optimizer", False):
         raise ValueError(
-            f"{checkpoint}: it is read parameter by parameter, which does not reach optimiser states on disks "
-            "(trainer.deepspeed.zero_optimization.offload_optimizer.device=nvme). Resume in the world that wrote it"
+            f"{checkpoint}: optimiser states that are offloaded to a disk cannot be resharded "
+            "(trainer.deepspeed.zero_optimization.offload_optimizer.device=nvme). Resume with the ranks and the "
+            "sharding that wrote it"
         )
     names = engine.param_names
     on_device = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
@@ -189,8 +189,8 @@ def put_into_engine(engine: Any, saved: Mapping[str, SavedParameter], checkpoint
 def _fragments(zero: Any) -> Iterator[tuple[Tensor, list[tuple[nn.Parameter, int, int, int]]]]:
     """Yield this rank's flat weights of each group, with the parts of parameters in it.
 
-    A part is a parameter, where it begins in the flat weights and in the parameter, and its number of elements; a
-    parameter of which the rank has nothing is there too, with 0 elements.
+    A part consists of a parameter, its start in the flat weights, its start in the parameter, and its number of
+    elements. Parameters of which the rank holds nothing are included with 0 elements.
     """
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # ZeRO-3
         for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):

@@ -7,17 +7,17 @@ from contextlib import suppress
 from pathlib import Path
 
 UNFINISHED = "unfinished"
-"""The folder of a run directory in which folders are written; what a run that was killed left in it is waste."""
+"""The folder of a run directory in which new folders are written; leftovers of a killed run in it are not used."""
 
 REPLACED, REMOVED = ".replaced", ".removed"
-"""Endings in `unfinished/` of a folder that a new one takes the place of, and of one that is being removed."""
+"""Endings in `unfinished/` of a folder that is being replaced, and of a folder that is being removed."""
 
 CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 """Errors of file systems that cannot flush folders."""
 
 
 def flush(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder."""
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -29,14 +29,14 @@ def flush(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until the disk has all of a folder."""
+    """Flush a folder and all of its files to the disk."""
     for path in folder.rglob("*"):
         flush(path)
     flush(folder)
 
 
 def write_text_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole, old or new, whenever the process is killed."""
+    """Write a text file atomically: if the process is killed, either the old or the new text is complete."""
     unfinished = path.with_name(f".{path.name}.{UNFINISHED}")
     unfinished.write_text(text, encoding="utf-8")
     flush(unfinished)
@@ -44,7 +44,7 @@ def write_text_whole(path: Path, text: str) -> None:
 
 
 def publish(folder: Path, target: Path) -> None:
-    """Give a folder in `unfinished/` its name; a folder that had it is removed."""
+    """Move a folder from `unfinished/` to its final name, replacing a folder of this name."""
     replaced = folder.with_name(f"{target.name}{REPLACED}")
     if target.exists():
         target.rename(replaced)
@@ -55,7 +55,7 @@ def publish(folder: Path, target: Path) -> None:
 
 
 def restore_replaced(run_directory: Path) -> None:
-    """Give folders their names back that a run was about to replace when it was killed."""
+    """Restore folders that a run was about to replace when it was killed."""
     for replaced in run_directory.joinpath(UNFINISHED).glob(f"*{REPLACED}"):
         target = run_directory / replaced.name.removesuffix(REPLACED)
         if not target.exists():
@@ -64,7 +64,7 @@ def restore_replaced(run_directory: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of a run directory so that it is never there by halves under its name."""
+    """Remove a folder of a run directory so that it is never half removed under its own name."""
     unfinished = folder.parent / UNFINISHED
     unfinished.mkdir(exist_ok=True)
     removed = unfinished / f"{folder.name}{REMOVED}"
@@ -75,6 +75,6 @@ def remove_folder(folder: Path) -> None:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that nothing is in."""
+    """Remove a folder if it is empty."""
     with suppress(OSError):
         folder.rmdir()

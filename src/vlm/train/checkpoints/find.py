@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run goes on from: the newest that holds what was written. Called on every rank."""
+"""Finds the checkpoint that a run resumes from: the newest one that is undamaged. Called on every rank."""
 
 import logging
 import re
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 CHECKPOINT_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(0|[1-9][0-9]*)")
 
 DAMAGED, SUPERSEDED = "damaged", "superseded"
-"""What is appended to the name of a checkpoint that fails its check, and of one later than that a run resumes from."""
+"""Endings for the names of damaged checkpoints, and of those that are later than the one that a run resumes from."""
 
 MAX_PROBLEMS = 3
 """Number of damaged files that a message names."""
 
 
 def list_checkpoints(run_directory: Path) -> dict[int, Path]:
-    """Return step -> folder of each checkpoint of a run by its name alone, the newest first."""
+    """Return step -> folder for each checkpoint of a run, judging by names alone, the newest first."""
     named = [(checkpoint_step(folder), folder) for folder in run_directory.glob("*") if folder.is_dir()]
     return dict(sorted(((step, folder) for step, folder in named if step is not None), reverse=True))
 
@@ -45,10 +45,10 @@ def checkpoint_step(folder: Path) -> int | None:
 
 
 def find_whole_checkpoint(run_directory: Path) -> Path | None:
-    """Return the newest checkpoint of a run that holds what was written; the same on every rank, which all call this.
+    """Return the newest undamaged checkpoint of a run. Every rank calls this and gets the same answer.
 
-    Files are hashed, each rank its share. A checkpoint that fails is renamed (`checkpoint-8.damaged`), and said so. One
-    of an earlier version of this software, without a manifest, is taken as it is.
+    Each rank hashes a share of the files. A damaged checkpoint is renamed (`checkpoint-8.damaged`), with a log message.
+    A checkpoint of an earlier version, without a manifest, is accepted unchecked.
     """
     restore_replaced(run_directory)
     barrier()
@@ -65,33 +65,33 @@ def require_whole_checkpoint(checkpoint: Path) -> Path:
     """Return a checkpoint that the user named; every rank calls this.
 
     Raises:
-        ValueError: it does not hold what was written.
+        ValueError: it is damaged.
     """
     if problems := find_problems_together(checkpoint):
         raise ValueError(
-            f"trainer.resume_from_checkpoint={checkpoint}: {'; '.join(problems)}. Name another one, or `auto` "
-            "for the newest of trainer.output_dir that is whole"
+            f"trainer.resume_from_checkpoint={checkpoint}: {'; '.join(problems)}. Name another checkpoint, or `auto` "
+            "for the newest complete one in trainer.output_dir"
         )
     return checkpoint
 
 
 def require_own_checkpoint(checkpoint: Path, run_directory: Path) -> None:
-    """Refuse pickles of others, which run code when they are read; files of DeepSpeed and FSDP2 are pickles.
+    """Refuse foreign pickles, which can run code when they are read; files of DeepSpeed and FSDP2 are pickles.
 
     Raises:
-        ValueError: the checkpoint, or a file of it, does not lie in the run directory.
+        ValueError: the checkpoint, or one of its files, is not in the run directory.
     """
     real = checkpoint.resolve()
     if real.parent != run_directory.resolve() or any(_leads_out(real)):
         raise ValueError(
             f"trainer.resume_from_checkpoint={checkpoint}: files of sharded runs (trainer.deepspeed, trainer.sharding) "
-            "can run code when they are read, so such runs read checkpoints of their own directory alone, "
+            "can run code when they are read, so such runs only read checkpoints in their own directory, "
             f"trainer.output_dir={run_directory}. If you trust this checkpoint, copy its folder there"
         )
 
 
 def _leads_out(checkpoint: Path) -> Iterator[Path]:
-    """Yield what leads out of a checkpoint: links, and `latest`, which says where DeepSpeed's files are."""
+    """Yield what leads out of a checkpoint: links, and `latest`, which names the folder of DeepSpeed's files."""
     for file in checkpoint.rglob("*"):
         if file.is_symlink() and not file.resolve().is_relative_to(checkpoint):
             yield file
@@ -103,7 +103,7 @@ def _leads_out(checkpoint: Path) -> Iterator[Path]:
 
 
 def find_problems_together(checkpoint: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, the same on every rank; each reads its share of the files it can see."""
+    """Return what is wrong with a checkpoint, the same on every rank; each rank reads a share of the files."""
     problems: list[str] = []
     files: dict[str, FileRecord] = {}
     identity, legacy = None, is_unverified(checkpoint)
@@ -122,13 +122,15 @@ def find_problems_together(checkpoint: Path) -> list[str]:
     problems += find_file_problems(checkpoint, {name: files[name] for name in share})
     gathered = list(dict.fromkeys(chain(*all_gather_objects(problems))))
     if legacy and not gathered and rank_and_world_size()[0] == 0:
-        log.warning("%s is of an earlier version and has no manifest, so its files were not checked", checkpoint)
+        log.warning(
+            "%s was written by an earlier version and has no manifest, so its files were not checked", checkpoint
+        )
     more = [f"and {len(gathered) - MAX_PROBLEMS} more files"] if len(gathered) > MAX_PROBLEMS else []
     return gathered[:MAX_PROBLEMS] + more
 
 
 def set_aside(checkpoint: Path, ending: str, reason: str) -> None:
-    """Rename a checkpoint so that nothing takes it for one; every rank calls this."""
+    """Rename a checkpoint so that it no longer counts as one; every rank calls this."""
     names = (f"{checkpoint.name}.{ending}{'' if number == 1 else f'-{number}'}" for number in count(1))
     target = next(folder for folder in map(checkpoint.with_name, names) if not folder.exists())
     barrier()  # all ranks have looked before one of them renames
@@ -140,32 +142,32 @@ def set_aside(checkpoint: Path, ending: str, reason: str) -> None:
     except OSError as error:
         failure = error
     if rank_and_world_size()[0] == 0:
-        outcome = f"it is {target.name} now" if failure is None else f"it could not be renamed ({failure})"
+        outcome = f"it was renamed to {target.name}" if failure is None else f"it could not be renamed ({failure})"
         log.warning("%s %s; %s", checkpoint, reason, outcome)
     barrier()
 
 
 def set_aside_later(checkpoint: Path, run_directory: Path) -> None:
-    """Rename the checkpoints of a run that are later than the one it goes on from: another history wrote them."""
+    """Rename the checkpoints that are later than the one that a run resumes from: they belong to another history."""
     if checkpoint.resolve().parent != run_directory.resolve():
         return
     first = checkpoint_step(checkpoint)
     for step in sorted(set(chain(*all_gather_objects(list(list_checkpoints(run_directory)))))):
         if first is not None and step > first:
             folder = run_directory / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-            set_aside(folder, SUPERSEDED, f"is later than {checkpoint.name}, from which the run goes on")
+            set_aside(folder, SUPERSEDED, f"is later than {checkpoint.name}, from which the run resumes")
 
 
 def remove_old_checkpoints(run_directory: Path, limit: int | None, best_step: int | None = None) -> None:
-    """Remove all but the newest `limit` whole checkpoints, and the best one; those that are damaged do not count."""
+    """Remove all complete checkpoints except the newest `limit` and the best one; damaged ones do not count."""
     if limit is None or limit <= 0:
         return
     whole = _whole_checkpoints(run_directory, best_step)
     for checkpoint in list(whole)[limit:]:
         try:
             remove_folder(checkpoint)
-        except OSError as error:  # the new one is whole all the same
-            log.warning("%s could not be removed (%s), so it stays", checkpoint, error)
+        except OSError as error:  # the new checkpoint is complete in any case
+            log.warning("%s could not be removed (%s)", checkpoint, error)
 
 
 def _whole_checkpoints(run_directory: Path, best_step: int | None) -> Iterator[Path]:

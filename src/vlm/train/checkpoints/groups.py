@@ -1,4 +1,4 @@
-"""Which ranks share a folder: all of them, or where each node has a disk of its own those of a node."""
+"""Which ranks share a folder: all of them, or those of a node if each node has its own disk."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class RankGroup:
         return [other for rank, other in enumerate(all_gather_objects(value)) if rank in self.members]
 
     def take_share(self, items: Sequence[T]) -> list[T]:
-        """Return this rank's share of what the group does together."""
+        """Return this rank's share of the items that the group works through."""
         return list(items[self.index :: len(self.members)])
 
 
@@ -43,7 +43,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def group_by_leaders(*, is_leader: bool) -> RankGroup:
-    """Return the group of this rank: a leader and the ranks behind it, up to the next leader."""
+    """Return the group of this rank: a leader and the ranks after it, up to the next leader."""
     rank, world_size = rank_and_world_size()
     leaders = [number for number, leads in enumerate(all_gather_objects(is_leader)) if leads]
     first = max((leader for leader in leaders if leader <= rank), default=0)

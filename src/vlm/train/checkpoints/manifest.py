@@ -1,6 +1,6 @@
 """The manifest of a checkpoint: size and hash of each of its files. A checkpoint that has one was written to its end.
 
-Hashes are XXH3 (128 bits), which reads faster than disks do: they find damage, and are no protection against people.
+Hashes are XXH3 (128 bits), which is faster than disks. They detect damage, but do not protect against manipulation.
 """
 
 import json
@@ -15,12 +15,12 @@ CHUNK = 1 << 22
 """Bytes that are read at once."""
 
 UNVERIFIED_MARK = "complete"
-"""The empty file by which earlier versions marked a checkpoint; those have no manifest."""
+"""The empty file with which earlier versions, which wrote no manifest, marked a complete checkpoint."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file of a checkpoint holds: its size in bytes, and its hash as hexadecimal digits."""
+    """Size in bytes, and hash as hexadecimal digits, of a file of a checkpoint."""
 
     size: int
     xxh3_128: str
@@ -28,12 +28,12 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds.
+    """The files of a checkpoint.
 
     Attributes:
         step: the optimiser step after which it was written.
         world_size: the number of ranks that wrote it.
-        files: path within the checkpoint -> what the file holds.
+        files: path within the checkpoint -> size and hash of the file.
     """
 
     step: int
@@ -60,11 +60,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
         text = (checkpoint / MANIFEST).read_text(encoding="utf-8")
         content = json.loads(text)["content"]
     except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing: it was not written to its end") from None
+        raise ValueError(f"{MANIFEST} is missing: the checkpoint is not complete") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error})") from error
     if text != _with_hash(content):
-        raise ValueError(f"{MANIFEST} does not hold what was written: its hash differs")
+        raise ValueError(f"{MANIFEST} has changed since it was written: its hash differs")
     if content["format"] != FORMAT:
         raise ValueError(f"{MANIFEST} has format {content['format']}; this version of vlm reads {FORMAT}")
     files = {name: FileRecord(**record) for name, record in content["files"].items()}
@@ -72,18 +72,18 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def _with_hash(content: dict[str, object]) -> str:
-    """Return the text of a manifest: one text for each content, so that every byte of it counts."""
+    """Return the text of a manifest. It is canonical, so that a change of any byte is detected."""
     digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
     return json.dumps({"content": content, "xxh3_128": digest}, indent=1, sort_keys=True) + "\n"
 
 
 def is_unverified(checkpoint: Path) -> bool:
-    """Return whether an earlier version wrote a checkpoint to its end, without a manifest."""
+    """Return whether a checkpoint is a complete one of an earlier version, which has no manifest."""
     return (checkpoint / UNVERIFIED_MARK).is_file() and not (checkpoint / MANIFEST).exists()
 
 
 def looks_whole(checkpoint: Path) -> bool:
-    """Return whether every file of a checkpoint is there with its size; nothing but the manifest is read."""
+    """Return whether all files of a checkpoint exist with the right size; only the manifest is read."""
     if is_unverified(checkpoint):
         return True
     try:
@@ -100,9 +100,9 @@ def find_file_problems(checkpoint: Path, files: dict[str, FileRecord], *, hashes
         try:
             size = (checkpoint / name).stat().st_size
             if size != expected.size:
-                problems.append(f"{name} has {size:,} bytes in place of {expected.size:,}")
+                problems.append(f"{name} has {size:,} bytes instead of {expected.size:,}")
             elif hashes and hash_file(checkpoint / name) != expected:
-                problems.append(f"{name} does not hold what was written: its hash differs")
+                problems.append(f"{name} has changed since it was written: its hash differs")
         except FileNotFoundError:
             problems.append(f"{name} is missing")
         except OSError as error:
@@ -111,7 +111,7 @@ def find_file_problems(checkpoint: Path, files: dict[str, FileRecord], *, hashes
 
 
 def hash_file(path: Path) -> FileRecord:
-    """Return what a file holds."""
+    """Return size and hash of a file."""
     digest, buffer, size = xxhash.xxh3_128(), memoryview(bytearray(CHUNK)), 0
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -121,5 +121,5 @@ def hash_file(path: Path) -> FileRecord:
 
 
 def list_files(folder: Path) -> list[str]:
-    """Return the files of a folder and those below it, as paths within it, sorted."""
+    """Return all files of a folder, recursively, as sorted relative paths."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

@@ -1,8 +1,8 @@
-"""Resuming in another world: what trained is read parameter by parameter, and put into the model as it is shared now.
+"""Resumes in another world: trained parameters are read one by one, and put into the model as it is sharded now.
 
-A checkpoint holds one of three layouts: that of a run without sharding, DeepSpeed's shards, and PyTorch's distributed
-checkpoint under FSDP2. Weights, optimiser states and the schedule are carried over; the states of random numbers belong
-to ranks, and are those of the seed where their number changes.
+A checkpoint has one of three layouts: that of a run without sharding, DeepSpeed's shards, and PyTorch's distributed
+checkpoint under FSDP2. Weights, optimiser states and the schedule are carried over. The states of random numbers belong
+to ranks; if the number of ranks changes, they start from the seed.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -21,11 +21,11 @@ from vlm.train.sharding import shard_like
 
 
 def open_parameters(checkpoint: Path, names: Sequence[str], trained: Collection[str]) -> SavedParameters:
-    """Return what a checkpoint has of each parameter that trains, whichever world wrote it.
+    """Return the saved state of each trained parameter of a checkpoint of any world.
 
     Args:
         checkpoint: the folder of the checkpoint.
-        names: full names of the optimiser's parameters in its order, by which some checkpoints number them.
+        names: full names of the optimiser's parameters in its order, because some checkpoints number them.
         trained: full names of what trains in this run.
     """
     if (checkpoint / FOLDER).is_dir():
@@ -50,7 +50,7 @@ def _open_plain(checkpoint: Path, names: Sequence[str]) -> SavedParameters:
 
 @torch.no_grad()
 def put_parameters(tensors: Mapping[str, Tensor], optimizer: Optimizer, saved: Mapping[str, SavedParameter]) -> None:
-    """Put what trained into a model that DeepSpeed does not share out, and its states into the optimiser."""
+    """Load trained parameters into a model that DeepSpeed does not shard, and their states into its optimiser."""
     states = {}
     for name, tensor in tensors.items():
         item = saved[name]

@@ -1,19 +1,19 @@
-"""State of a run that its checkpoints hold besides weights, optimiser, scheduler and random numbers."""
+"""State of a run in its checkpoints besides weights, optimiser, scheduler and random numbers."""
 
 from pathlib import Path
 from typing import Protocol
 
 
 class SavedWithCheckpoint(Protocol):
-    """What a run needs to go on exactly, such as the position of a stream; `VLMTrainer.saved_with_checkpoint` has all.
+    """What a run needs to continue exactly, such as the position of a stream; see `VLMTrainer.saved_with_checkpoint`.
 
-    Both methods are called on every rank; a rank that has something of its own names its file with its rank.
+    Both methods are called on every rank; if ranks have different state, each puts its rank into its file's name.
     """
 
     def save_to(self, checkpoint: Path) -> None:
-        """Write files into a checkpoint that does not count as complete yet."""
+        """Write files into a checkpoint that is not complete yet."""
         ...
 
     def load_from(self, checkpoint: Path) -> None:
-        """Read them, before the first batch of a run that is resumed."""
+        """Read these files, before the first batch of a resumed run."""
         ...

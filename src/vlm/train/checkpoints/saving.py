@@ -1,8 +1,8 @@
-"""Writes the checkpoints of a run, which hold what trains, and the finished model.
+"""Writes the checkpoints of a run, which hold the trained parameters, and the finished model.
 
 A checkpoint has the weights that train (`trained.safetensors`; DeepSpeed's own files under it; the folder `distributed`
 under FSDP2), the states of optimiser, scheduler and random numbers, the world that wrote it (`world.json`), and the
-manifest of all of these. `writer.py` says how each is there whole or not at all.
+manifest of all of these. `writer.py` makes sure that each is either complete or absent.
 """
 
 import logging
@@ -46,20 +46,20 @@ OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 
 @dataclass(frozen=True)
 class UnfinishedCheckpoint:
-    """A checkpoint that has no manifest and no name yet."""
+    """A checkpoint that does not have its manifest and its final name yet."""
 
     writer: FolderWriter
     step: int
 
 
 class FinishSaving(TrainerCallback):
-    """Finishes checkpoints that are written in the background: when all ranks have written theirs, or at the end."""
+    """Finishes checkpoints that are written in the background, once all ranks have written them, or at the end."""
 
     def __init__(self, trainer: "SavingTrainer"):
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Give a checkpoint its name where it is written; the run does not wait for it."""
+        """Rename a checkpoint if it is completely written; the run does not wait for it."""
         unfinished = self.trainer.unfinished
         if unfinished is not None and unfinished.writer.is_written():
             self.trainer.finish_saving()
@@ -70,12 +70,12 @@ class FinishSaving(TrainerCallback):
 
 
 class SavingTrainer(Trainer):
-    """A `Trainer` that saves what trains while it trains, and a model with its processor at the end."""
+    """A `Trainer` that saves trained parameters during training, and the model with its processor at the end."""
 
     processor: Processor
     parts: list[Part]
     options: TrainerOptions
-    saved_with_checkpoint: list[SavedWithCheckpoint]  # what a run needs to go on besides what `Trainer` saves
+    saved_with_checkpoint: list[SavedWithCheckpoint]  # what a run needs to continue besides what `Trainer` saves
     world: World
     is_sharded: bool  # by FSDP2
     best_model: BestModel | None  # which evaluation was the best; None: it is not kept
@@ -94,7 +94,7 @@ class SavingTrainer(Trainer):
     # --- the whole model ----------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, see `save_whole_model`; within a checkpoint, only what trains."""
+        """Save the model, see `save_whole_model`; within a checkpoint, only trained parameters."""
         if output_dir is None:
             raise ValueError("save_model needs a folder: the run directory itself holds no model")
         if _internal_call:
@@ -106,11 +106,11 @@ class SavingTrainer(Trainer):
         """Save the model with its processor, whole or on top of its base; every rank calls this.
 
         Args:
-            folder: its folder in the run directory, which is there when all of it is.
-            write_more: called on every rank with the folder before it gets its name, to write files of its own there.
+            folder: its folder in the run directory, which appears once it is complete.
+            write_more: called on every rank with the folder before it gets its final name, to write further files.
 
         Raises:
-            SaveError: it could not be written; a model that was there before is as it was.
+            SaveError: it could not be written; an earlier model is unchanged.
         """
         writer = self._make_writer(folder)
         if self.base is None:
@@ -141,7 +141,7 @@ class SavingTrainer(Trainer):
                 self.processor.save_pretrained(folder)
 
     def _gather_whole_state(self) -> Mapping[str, Tensor]:
-        """Return the model's whole state on each rank that writes it; called on every rank: ZeRO-3 and FSDP2 gather."""
+        """Return the model's whole state on each rank that writes it; every rank calls this to gather shards."""
         if self.args.save_on_each_node and self.world.sharding == "zero3":  # accelerate gathers on the first rank alone
             return gather_tensors(self.model, self.model.state_dict().keys(), keep=self.args.should_save)
         get_state = gather_state if self.is_sharded else self.accelerator.get_state_dict
@@ -156,9 +156,9 @@ class SavingTrainer(Trainer):
     # --- checkpoints --------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
-        """Save a checkpoint, and only then remove older ones; before it, the model of the best evaluation.
+        """Save the model of the best evaluation, then a checkpoint, and only then remove older checkpoints.
 
-        With `trainer.async_save`, its large files are written while the run goes on, until `finish_saving`.
+        With `trainer.async_save`, its large files are written while the run continues, until `finish_saving`.
 
         Raises:
             SaveError: it could not be written, and `trainer.on_save_error` is `stop`.
@@ -173,7 +173,7 @@ class SavingTrainer(Trainer):
             self.finish_saving()
 
     def finish_saving(self) -> None:
-        """Wait until the checkpoint that is being written is whole, and give it its name; every rank calls this.
+        """Wait until the checkpoint is completely written, and give it its final name; every rank calls this.
 
         Raises:
             SaveError: it could not be written, and `trainer.on_save_error` is `stop`.
@@ -203,14 +203,14 @@ class SavingTrainer(Trainer):
         except SaveError:
             best.revert()  # the folder has the best model before this one
             raise
-        log.info("%s holds the model of %s", folder, best.describe())
+        log.info("%s now has the model of %s", folder, best.describe())
 
     def _begin_checkpoint(self, checkpoint: Path, model: torch.nn.Module, trial: None) -> None:
-        """Write a checkpoint but for what makes it one: its manifest and its name."""
+        """Write the files of a checkpoint, without its manifest and its final name."""
         self.writer = writer = self._make_writer(checkpoint, in_background=self.options.async_save)
         try:
             writer.begin(self._checkpoint_bytes(checkpoint.parent))
-            with writer.recording():  # behind the first file that cannot be written, ranks wait for each other no more
+            with writer.recording():  # after the first file that cannot be written, ranks wait for each other no more
                 super()._save_checkpoint(model, trial)
             for state in self.saved_with_checkpoint:
                 with writer.recording():
@@ -224,7 +224,7 @@ class SavingTrainer(Trainer):
         return super()._get_output_dir(trial) if self.writer is None else str(self.writer.folder.parent)
 
     def _checkpoint_bytes(self, run_directory: Path) -> int:
-        """Return how many bytes this rank will write, about."""
+        """Return about how many bytes this rank will write."""
         leads = self.args.should_save
         previous = sizes.previous_checkpoint_bytes(run_directory)
         if previous is None:
@@ -284,12 +284,12 @@ class SavingTrainer(Trainer):
         return False
 
     def note_evaluation(self, metrics: dict[str, float]) -> None:
-        """Ask for a checkpoint where an evaluation is the best so far, and that is kept; every rank calls this."""
+        """Request a checkpoint if this evaluation is the best so far, and the best is kept; every rank calls this."""
         step = self.state.global_step
         if self.best_model is not None and self.is_in_train and step > 0:  # before the first step nothing has trained
             self.control.should_save |= self.best_model.update(broadcast_from_rank0(metrics), step)
 
     @property
     def plain_optimizer(self) -> Optimizer:
-        """The optimiser of the parameters themselves, out of the wrappers of accelerate and DeepSpeed."""
+        """The optimiser of the parameters, without the wrappers of accelerate and DeepSpeed."""
         return self.model_wrapped.basic_optimizer if self.is_deepspeed_enabled else self.optimizer.optimizer

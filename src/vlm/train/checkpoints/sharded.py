@@ -1,6 +1,6 @@
 """Checkpoints of a model that FSDP2 shards: each rank writes its slices, and any number of ranks reads them.
 
-PyTorch's distributed checkpoint lies in the folder `distributed`: `weight:<name>` of what trains, and
+PyTorch's distributed checkpoint is in the folder `distributed`: `weight:<name>` of what trains, and
 `state:<name>:<key>` of the optimiser. Names of parameters hold no colon.
 """
 
@@ -22,7 +22,7 @@ FOLDER = "distributed"
 
 
 def save_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-    """Write what trains and its optimiser states; every rank calls this.
+    """Write trained parameters and their optimiser states; every rank calls this.
 
     Args:
         checkpoint: the folder of the checkpoint.
@@ -38,13 +38,13 @@ def save_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Opt
 def save_sharded_in_background(
     checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer, group: dist.ProcessGroup | None
 ) -> Callable[[], object]:
-    """Copy what `save_sharded` writes into the host's memory, and write it while the run goes on.
+    """Copy what `save_sharded` writes into host memory, and write it while the run continues.
 
     Args:
         checkpoint: as `save_sharded`, with `tensors` and `optimizer`.
         tensors: see there.
         optimizer: see there.
-        group: the ranks, in a group that nothing else uses meanwhile and that exchanges on the CPU; None: there is one.
+        group: a process group of all ranks on the CPU that nothing else uses meanwhile; None for a single rank.
 
     Returns:
         A function that waits until this rank has written its files, and raises what went wrong.
@@ -69,14 +69,14 @@ def _make_state(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> dict[str
             if value.numel() > 1 and value.shape != tensor.shape:
                 raise ValueError(
                     f"trainer.optim: the state {key} of {name} has the shape {tuple(value.shape)}, and the weight "
-                    f"{tuple(tensor.shape)}. Under trainer.sharding=fsdp2, states need the shapes of their weights"
+                    f"{tuple(tensor.shape)}. With trainer.sharding=fsdp2, a state must have the shape of its weight"
                 )
             state[f"state:{name}:{key}"] = value
     return state
 
 
 def load_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-    """Read what `save_sharded` wrote on any number of ranks into what trains now; arguments as there."""
+    """Load what `save_sharded` wrote, on any number of ranks, into the trained parameters; same arguments."""
     saved = _read_metadata(checkpoint)
     state: dict[str, Any] = {f"weight:{name}": tensor.detach() for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -96,7 +96,7 @@ def load_sharded(checkpoint: Path, tensors: Mapping[str, Tensor], optimizer: Opt
 
 
 def open_sharded(checkpoint: Path) -> SavedParameters:
-    """Return what such a checkpoint has of each parameter, for a run that is not sharded by FSDP2."""
+    """Return the saved state of each parameter of such a checkpoint, for a run without FSDP2."""
     saved = _read_metadata(checkpoint)
 
     def read(name: str) -> SavedParameter:
@@ -112,15 +112,15 @@ def open_sharded(checkpoint: Path) -> SavedParameters:
 
 
 def saved_names(checkpoint: Path) -> set[str]:
-    """Return the full names of what trained in a checkpoint."""
+    """Return the full names of the trained parameters of a checkpoint."""
     return set(open_sharded(checkpoint))
 
 
 def _read_metadata(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
     if not (checkpoint / FOLDER).is_dir():
         raise ValueError(
-            f"{checkpoint}: no folder {FOLDER} in it, which a run with trainer.sharding=fsdp2 would have written; "
-            "resume with the trainer.deepspeed or trainer.sharding that it was made with"
+            f"{checkpoint}: it has no folder {FOLDER}, so it was not written with trainer.sharding=fsdp2; "
+            "resume with its own trainer.deepspeed or trainer.sharding"
         )
     return dcp.FileSystemReader(checkpoint / FOLDER).read_metadata().state_dict_metadata  # pyright: ignore[reportReturnType]
 

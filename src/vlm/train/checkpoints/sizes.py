@@ -1,4 +1,4 @@
-"""How many bytes a checkpoint will take: those of the one before it, or of the tensors that go into it."""
+"""Estimates the bytes of a checkpoint: those of the previous one, or of the tensors that go into it."""
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,11 +12,11 @@ from vlm.train.checkpoints.groups import rank_and_world_size
 from vlm.train.checkpoints.manifest import read_manifest
 
 OTHER_BYTES = 1 << 16
-"""Bytes of what a rank writes besides tensors: states of random numbers and of the run, settings."""
+"""Bytes that a rank writes besides tensors: states of random numbers and of the run, settings."""
 
 
 def previous_checkpoint_bytes(run_directory: Path) -> int | None:
-    """Return the size of a run's newest checkpoint; None where there is none by as many ranks."""
+    """Return the size of a run's newest checkpoint; None if there is none by as many ranks."""
     for checkpoint in list_checkpoints(run_directory).values():
         try:
             manifest = read_manifest(checkpoint)
@@ -32,7 +32,7 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def num_elements(tensor: Tensor) -> int:
-    """Return the number of elements of a tensor; of one that ZeRO-3 shards, of all of it."""
+    """Return the number of elements of a tensor; for one that ZeRO-3 shards, those of the whole tensor."""
     return getattr(tensor, "ds_numel", tensor.numel())
 
 
@@ -47,14 +47,14 @@ def optimizer_bytes(optimizer: Any) -> int:
 def new_checkpoint_bytes(
     trained: Collection[Tensor], optimizer: Any, *, leads: bool, is_sharded: bool, copies_weights: bool
 ) -> int:
-    """Return the bytes that a rank writes into a run's first checkpoint, about.
+    """Return about how many bytes a rank writes into a run's first checkpoint.
 
     Args:
         trained: the weights that train.
         optimizer: the run's optimiser.
-        leads: whether this rank writes what is there once, or counts it: weights, and states that are not sharded.
-        is_sharded: whether the states are shared out to all ranks.
-        copies_weights: whether weights in float32 are with them, as under DeepSpeed.
+        leads: whether this rank writes what exists once: weights, and states that are not sharded.
+        is_sharded: whether the states are sharded over all ranks.
+        copies_weights: whether the states include float32 weights, as under DeepSpeed.
     """
     num_bytes = OTHER_BYTES + (tensor_bytes(trained) if leads else 0)
     if copies_weights:

@@ -1,4 +1,4 @@
-"""What training changes: the tensors that a checkpoint holds."""
+"""The tensors that training changes, which a checkpoint holds."""
 
 from torch import Tensor
 
@@ -8,11 +8,11 @@ from vlm.train.parts import Part
 from vlm.train.sharding import reshard
 
 TRAINED_WEIGHTS = "trained.safetensors"
-"""The file of a checkpoint that holds them, where nothing shards them."""
+"""The file of a checkpoint that holds them, if they are not sharded."""
 
 
 def trained_tensors(model: TrainableModel, parts: list[Part]) -> dict[str, Tensor]:
-    """Return what training changes: parameters with a gradient, and the saved buffers of parts that train."""
+    """Return the tensors that training changes: parameters with a gradient, and saved buffers of parts that train."""
     reshard(model)  # pyright: ignore[reportArgumentType] - every such model is a module
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     names, saved = get_part_names(model.config), model.state_dict().keys()

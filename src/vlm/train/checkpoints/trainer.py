@@ -1,6 +1,6 @@
-"""Reads the checkpoints that a run goes on from; `saving.py` writes them.
+"""Reads the checkpoints that a run resumes from; `saving.py` writes them.
 
-One that another world wrote, with more ranks or otherwise sharded, is read parameter by parameter, see `reshard`.
+A checkpoint of another world, with other ranks or other sharding, is read parameter by parameter, see `reshard`.
 """
 
 from collections.abc import Collection
@@ -21,30 +21,30 @@ from vlm.train.sharding import shard_model
 
 
 class CheckpointTrainer(SavingTrainer):
-    """A `Trainer` that goes on from its checkpoints, also from those of another world."""
+    """A `Trainer` that resumes from its checkpoints, also from those of another world."""
 
     optimized_names: list[str]  # full names of the optimiser's parameters, in its order
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: None = None) -> None:
-        """Put a checkpoint's trained weights over those that the run began with; both must train the same.
+        """Load a checkpoint's trained weights; the run must train the same parameters.
 
-        Those of another layout, and of FSDP2, are read once the model is prepared.
+        Checkpoints of another layout, and of FSDP2, are read once the model is prepared.
         """
         if self.is_sharded or self._has_other_layout(Path(resume_from_checkpoint)):
             return
         path = Path(resume_from_checkpoint, TRAINED_WEIGHTS)
         if not path.is_file():
             raise ValueError(
-                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: no {TRAINED_WEIGHTS} in it; a checkpoint "
-                "written under DeepSpeed is resumed with the same trainer.deepspeed."
+                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it has no {TRAINED_WEIGHTS}; a checkpoint "
+                "that DeepSpeed wrote must be resumed with the same trainer.deepspeed."
             )
         state = load_file(path)
         self._check_trains_the_same(path.parent, state.keys())
         trained = trained_tensors(self.model, self.parts)
         if different := [name for name in sorted(state) if state[name].shape != trained[name].shape]:
             raise ValueError(
-                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: its weights have other shapes than those of "
-                f"this run, for example {different[:3]}. Resume with the model and trainer.lora that it was made with."
+                f"trainer.resume_from_checkpoint={resume_from_checkpoint}: the shapes of its weights differ from "
+                f"those of this run, for example {different[:3]}. Resume with its own model and trainer.lora."
             )
         self.model.load_state_dict(state, strict=False)
 
@@ -81,14 +81,14 @@ class CheckpointTrainer(SavingTrainer):
             loaded, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             if loaded is None:
                 raise ValueError(
-                    f"trainer.resume_from_checkpoint={resume_from_checkpoint}: it was not written under DeepSpeed, and "
-                    "this run trains with it. Resume with the trainer.deepspeed that it was made with."
+                    f"trainer.resume_from_checkpoint={resume_from_checkpoint}: DeepSpeed did not write it, and "
+                    "this run uses DeepSpeed. Resume with the trainer.deepspeed of the checkpoint."
                 )
         self._load_schedule(checkpoint)
         return prepared
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """As usual; with another number of ranks, the random numbers of all of them stay those of the seed."""
+        """As usual; with another number of ranks, the random numbers of all ranks start from the seed."""
         saved = None if checkpoint is None else read_world(Path(checkpoint))
         if saved is None or saved.ranks == self.world.ranks:
             super()._load_rng_state(checkpoint)
@@ -96,12 +96,12 @@ class CheckpointTrainer(SavingTrainer):
     # --- another world ------------------------------------------------------------------------------------------
 
     def _has_other_layout(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint's files are those of another number of ranks, or of another sharding."""
+        """Return whether a checkpoint was written with another number of ranks or other sharding."""
         saved = read_world(checkpoint)
         return saved is not None and saved.layout != self.world.layout
 
     def _load_other_layout(self, checkpoint: Path) -> None:
-        """Put what trained in another world into the prepared model and its optimiser."""
+        """Load the trained parameters of another world into the prepared model and its optimiser."""
         trained = trained_tensors(self.model, self.parts)
         saved = open_parameters(checkpoint, self.optimized_names, trained)
         self._check_trains_the_same(checkpoint, saved.keys())
@@ -120,6 +120,6 @@ class CheckpointTrainer(SavingTrainer):
         trained = trained_tensors(self.model, self.parts).keys()
         if different := sorted(trained ^ set(saved)):
             raise ValueError(
-                f"trainer.resume_from_checkpoint={checkpoint}: it does not train what this run does, for example "
-                f"{different[:3]}. Resume with the trainer.unfreeze and trainer.lora that it was made with."
+                f"trainer.resume_from_checkpoint={checkpoint}: it has other trained parameters than this run, for "
+                f"example {different[:3]}. Resume with its own trainer.unfreeze and trainer.lora."
             )

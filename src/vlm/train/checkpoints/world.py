@@ -1,7 +1,7 @@
-"""The world of a run: how many ranks train it, how they share it, and how many samples a step has.
+"""The world of a run: its number of ranks, its sharding, and its samples per step.
 
-A checkpoint has the world that wrote it in `world.json`. `find_world_problem` says which other worlds can go on from it
-in the same order of data. Imports no torch.
+A checkpoint has the world that wrote it in `world.json`. `find_world_problem` says which other worlds can resume from
+it in the same order of data. Imports no torch.
 """
 
 import json
@@ -19,7 +19,7 @@ UNSHARDED = "none"
 
 @dataclass(frozen=True)
 class World:
-    """What another number of ranks, or another way to share a model, changes in a run.
+    """The settings of a run that depend on the number of ranks and on sharding.
 
     Attributes:
         ranks: number of ranks.
@@ -28,8 +28,8 @@ class World:
         accumulation: `trainer.gradient_accumulation_steps`.
         loss_average: `token`, or `micro_batch`, for which the samples of a micro-batch matter.
         precision: `float32`, `bf16` or `fp16`.
-        streams: whether records are read from a stream, of which each rank has a share of its own.
-        packs_best_fit: whether rows are packed in an order that the number of ranks decides.
+        streams: whether records are read from a stream, of which each rank reads its own share.
+        packs_best_fit: whether rows are packed in an order that depends on the number of ranks.
     """
 
     ranks: int
@@ -43,7 +43,7 @@ class World:
 
     @classmethod
     def of(cls, config: RunConfig, ranks: int, loss_average: str) -> Self:
-        """Return the world of a run on so many ranks; `loss_average` is that of its objective."""
+        """Return the world of a run on this many ranks; `loss_average` is that of its objective."""
         trainer = config.trainer
         sharding = trainer.sharding or (f"zero{zero_stage(trainer.deepspeed)}" if trainer.deepspeed else UNSHARDED)
         return cls(
@@ -64,7 +64,7 @@ class World:
 
     @property
     def layout(self) -> tuple[str, int]:
-        """What the files of a checkpoint depend on: those of another layout are read parameter by parameter."""
+        """The layout of a checkpoint's files; those of another layout are read parameter by parameter."""
         depends_on_ranks = self.sharding in ("zero1", "zero2", "zero3") or self.is_half_zero0
         return self.sharding, self.ranks if depends_on_ranks else 0
 
@@ -79,16 +79,16 @@ class World:
 
 
 def read_world(checkpoint: Path) -> World | None:
-    """Return the world that wrote a checkpoint; None where it does not say, as those of earlier versions."""
+    """Return the world that wrote a checkpoint; None if it does not say, as those of earlier versions."""
     file = checkpoint / WORLD_FILE
     return World(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
 
 
 def find_world_problem(checkpoint: Path, present: World, *, accepts_other_steps: bool = False) -> str | None:
-    """Return why a run cannot go on from a checkpoint that another world wrote; None: it can, or nothing is known.
+    """Return why a run cannot resume from a checkpoint that another world wrote; None: it can, or nothing is known.
 
-    With the same ranks, sharding and layout, this says nothing of the batch: that is no question of worlds. With
-    `accepts_other_steps`, steps and micro-batches may have another number of samples.
+    With the same ranks, sharding and layout, the batch is not compared here. With `accepts_other_steps`, steps and
+    micro-batches may have another number of samples.
     """
     saved = read_world(checkpoint)
     is_same = saved is not None and (saved.ranks, saved.sharding) == (present.ranks, present.sharding)
@@ -98,9 +98,9 @@ def find_world_problem(checkpoint: Path, present: World, *, accepts_other_steps:
     wrote += f" (sharding: {present.sharding})"
     if saved.layout != present.layout:
         if "fp16" in (saved.precision, present.precision):
-            return f"{wrote}; the scale of fp16 gradients is not carried over. Resume in the world that wrote it"
+            return f"{wrote}; the loss scale of fp16 cannot be carried over. Resume with the same ranks and sharding"
         if saved.is_half_zero0 or present.is_half_zero0:
-            return f"{wrote}; zero0 in half precision is not converted. Resume in the world that wrote it, or use zero1"
+            return f"{wrote}; zero0 in half precision cannot be converted. Keep the ranks and sharding, or use zero1"
     if saved.samples != present.samples and not accepts_other_steps:
         return f"{wrote}; {_batch_advice(saved, present)}"
     differs = saved.loss_average == "micro_batch" and saved.batch_size != present.batch_size
@@ -113,15 +113,15 @@ def find_world_problem(checkpoint: Path, present: World, *, accepts_other_steps:
         return f"{wrote}; each rank reads a share of a stream (dataset.streaming=true). Resume on {saved.ranks} rank(s)"
     if saved.ranks != present.ranks and (saved.packs_best_fit or present.packs_best_fit):
         return (
-            f"{wrote}; trainer.packing_strategy=best_fit fills rows for a number of ranks. Resume on {saved.ranks} "
-            "rank(s); packing_strategy=step has no such limit"
+            f"{wrote}; trainer.packing_strategy=best_fit fills rows for a given number of ranks. Resume on "
+            f"{saved.ranks} rank(s); packing_strategy=step has no such limit"
         )
     return None
 
 
 def _batch_advice(saved: World, present: World) -> str:
-    """Return how a step gets as many samples as it had."""
-    had = f"a step had {saved.samples} samples, and would have {present.samples}"
+    """Return the settings with which a step has as many samples as before."""
+    had = f"a step had {saved.samples} samples and would now have {present.samples}"
     if saved.samples % (present.ranks * present.batch_size) == 0:
         needed = saved.samples // (present.ranks * present.batch_size)
         return f"{had}. Set trainer.gradient_accumulation_steps={needed}"

@@ -1,4 +1,4 @@
-"""Writes files one after the other: at once, or in a thread of its own while the run goes on."""
+"""Writes files one after the other: at once, or in a thread of its own while the run continues."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class WriteQueue:
-    """The files of one checkpoint that are to be written.
+    """The files of one checkpoint that still have to be written.
 
     Args:
-        in_background: whether a thread writes them; what they hold is then copied first, into the host's memory.
+        in_background: whether a thread writes them; their contents are then first copied into host memory.
     """
 
     def __init__(self, *, in_background: bool):
@@ -22,14 +22,14 @@ class WriteQueue:
         self._thread: ThreadPoolExecutor | None = None
 
     def hold(self, state: T) -> T:
-        """Return a state that stays as it is while the run goes on."""
+        """Return a state that does not change while the run continues."""
         if not self.in_background:
             return state
         copied: Any = copy_to_host(state)
         return copied
 
     def add(self, write: Callable[[], None]) -> None:
-        """Call `write`, which raises no errors of writing, now or behind those that were added before it."""
+        """Call `write`, which raises no errors of writing, now or after those that were added before it."""
         if not self.in_background:
             write()
             return
@@ -52,7 +52,7 @@ class WriteQueue:
 
 
 def copy_to_host(state: Any) -> Any:
-    """Return a copy of nested dictionaries, lists and tensors, of which nothing is on a device."""
+    """Return a copy of nested dictionaries, lists and tensors, with all tensors on the CPU."""
     stager = DefaultStager(StagingOptions(False, False, False, False))
     try:
         return stager.stage(state)

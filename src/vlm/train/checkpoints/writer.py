@@ -1,8 +1,8 @@
-"""Writes folders of a run so that each is there whole or not at all: checkpoints, `best` and `final`.
+"""Writes folders of a run so that each is either complete or absent: checkpoints, `best` and `final`.
 
-A folder is written in `unfinished/` of the run directory, flushed to the disk, and renamed when every rank is done with
-it. Where a rank cannot write, all of them hear of it and leave what was there before as it was. Large files can be
-written in the background (`write_queue.py`); the folder is finished when all ranks have them.
+A folder is written in `unfinished/` of the run directory, flushed to the disk, and renamed when every rank is done. If
+a rank cannot write, all ranks are told, and earlier folders remain unchanged. Large files can be written in the
+background (`write_queue.py`); the folder is finished when all ranks have written them.
 """
 
 import errno
@@ -27,7 +27,7 @@ from vlm.train.checkpoints.write_queue import WriteQueue
 from vlm.train.distributed import all_gather_objects, barrier
 
 VISIBLE_WITHIN = 60.0
-"""Seconds within which a rank has to see what another one wrote; NFS keeps names of a folder for 30 to 60."""
+"""Seconds within which a rank must see the files of another rank; NFS caches the names in a folder for 30 to 60."""
 
 
 class SaveError(OSError):
@@ -35,7 +35,7 @@ class SaveError(OSError):
 
 
 class OutOfStepError(ValueError):
-    """A rank failed within a library's own exchange with the others, who wait there: the run cannot go on."""
+    """A rank failed within a library's own exchange with the others, who wait there: the run cannot continue."""
 
 
 class HashedFile:
@@ -59,13 +59,13 @@ class HashedFile:
         return count
 
     def flush(self) -> None:
-        """Do nothing: `close` hands over what is left."""
+        """Do nothing: `close` writes what is left."""
 
     def close(self) -> FileRecord:
-        """Return what was written.
+        """Return size and hash of the written file.
 
         Raises:
-            OSError: the file could not be written; what there is of it is removed, so that others have its space.
+            OSError: the file could not be written; its incomplete content is removed to free the space.
         """
         try:
             self.file.close()
@@ -78,7 +78,7 @@ class HashedFile:
 
 
 def save_hashed(state: object, path: Path, *, zipped: bool = True) -> FileRecord:
-    """Write an object as `torch.save` does, and return what the file holds.
+    """Write an object as `torch.save` does, and return size and hash of the file.
 
     Raises:
         OSError: the file could not be written, and is removed.
@@ -92,12 +92,12 @@ def save_hashed(state: object, path: Path, *, zipped: bool = True) -> FileRecord
 
 
 class FolderWriter:
-    """Writes one folder. It is made, begun and finished on every rank.
+    """Writes one folder. Every rank makes, begins and finishes a writer.
 
     Args:
         target: the folder, directly in the run directory.
-        is_leader: whether this rank makes, renames and removes folders: the first rank, or where each node has a disk
-            of its own (`trainer.save_on_each_node`) the first of each node.
+        is_leader: whether this rank makes, renames and removes folders: the first rank, or the first of each node if
+            nodes have their own disks (`trainer.save_on_each_node`).
         is_first_of_node: whether this rank flushes what its node has written.
         in_background: whether a thread writes the large files, see `WriteQueue`.
 
@@ -115,10 +115,10 @@ class FolderWriter:
         self.queue = WriteQueue(in_background=in_background)
 
     def begin(self, num_bytes: int) -> None:
-        """Make the folder, and remove what a run that was killed has left of one.
+        """Make the folder, and remove leftovers of a killed run.
 
         Args:
-            num_bytes: how much this rank will write, about.
+            num_bytes: about how many bytes this rank will write.
 
         Raises:
             SaveError: there is too little space, or nothing can be written.
@@ -143,7 +143,7 @@ class FolderWriter:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep an error of writing instead of raising it, so that all ranks go on to make the same calls."""
+        """Keep an error of writing instead of raising it, so that all ranks continue to make the same calls."""
         try:
             yield
         except BaseException as error:  # torch's distributed checkpoint derives its error from nothing narrower
@@ -164,13 +164,13 @@ class FolderWriter:
         self.queue.add(write)
 
     def write(self, write: Callable[[], object], files: str) -> None:
-        """Write with `write` the files of this rank that match a pattern within `folder`; after an error, do nothing.
+        """Call `write` to write this rank's files, which match a pattern within `folder`; after an error, do nothing.
 
-        What it writes must not change while the run goes on, see `WriteQueue.hold`.
+        What it writes must not change while the run continues, see `WriteQueue.hold`.
         """
 
         def write_and_hash() -> None:
-            """Write the files, in this thread or another, where they are hashed too."""
+            """Write and hash the files, in this thread or another."""
             if self.error is not None:
                 return
             with self.recording():
@@ -186,10 +186,10 @@ class FolderWriter:
         return all(all_gather_objects(self.queue.is_done()))
 
     def finish(self, step: int | None = None) -> None:
-        """Flush what was written, and give the folder its name; a checkpoint, which has a `step`, gets its manifest.
+        """Flush the files, and rename the folder; a checkpoint, which has a `step`, gets its manifest.
 
         Raises:
-            SaveError: a rank could not write. What was there before is as it was.
+            SaveError: a rank could not write. Earlier folders are unchanged.
         """
         self.queue.wait()
         self._agree()  # every rank has written what it has
@@ -206,7 +206,7 @@ class FolderWriter:
         self._agree()
 
     def _write_manifest(self, step: int) -> None:
-        """Hash what is not hashed yet, each rank its share, and write the manifest."""
+        """Hash the files that are not hashed yet, each rank a share, and write the manifest."""
         files: dict[str, FileRecord] = {}
         for records in self.group.gather(self.records):
             files |= records
@@ -225,23 +225,23 @@ class FolderWriter:
                 flush(self.folder)
 
     def _require_visible(self, *names: str) -> None:
-        """Wait until this rank sees these files of the folder; file systems of a network show new names late.
+        """Wait until this rank sees these files of the folder; network file systems show new names late.
 
         Raises:
-            SaveError: it does not.
+            SaveError: it does not see them in time.
         """
         deadline = time.monotonic() + VISIBLE_WITHIN
         for path in (self.folder, *(self.folder / name for name in names)):
             while not path.exists():
                 if time.monotonic() > deadline:
                     raise SaveError(
-                        f"{path} was written by another rank, and {socket.gethostname()} does not see it. Choose a "
+                        f"{path} was written by another rank, and {socket.gethostname()} cannot read it. Choose a "
                         "trainer.output_dir that all nodes share, or set trainer.save_on_each_node=true"
                     )
                 time.sleep(0.1)
 
     def _agree(self) -> None:
-        """Raise SaveError on all ranks where one of them has an error; what is unfinished is removed."""
+        """Raise SaveError on all ranks if one of them has an error; unfinished files are removed."""
         errors = [error for error in all_gather_objects(self._describe_error()) if error is not None]
         if not errors:
             return
@@ -258,9 +258,9 @@ class FolderWriter:
         folder = self.target.parent
         free = free_bytes(folder)
         if getattr(error, "errno", None) not in FULL_ERRORS and free >= self.num_bytes:
-            return f"{self.target} could not be saved: {error}. What was saved before is as it was"
-        quota = ", or a quota is used up" if free >= self.num_bytes else ""
+            return f"{self.target} could not be saved: {error}. Earlier checkpoints are unchanged"
+        quota = ", so a quota may be used up" if free >= self.num_bytes else ""
         return (
             f"{self.target} could not be saved: the disk {mount_point(folder)} is full. {format_bytes(self.num_bytes)} "
-            f"are needed and {format_bytes(free)} are free{quota}. Free some space; what was saved before is as it was"
+            f"are needed and {format_bytes(free)} are free{quota}. Free some space. Earlier checkpoints are unchanged"
         )

@@ -51,8 +51,8 @@ def match_labels(labels: Sequence[int], supervised: Sequence[int], sample_id: st
         place = next((i for i, pair in enumerate(zip(own, supervised, strict=False)) if pair[0] != pair[1]), len(own))
         raise BadSample(
             sample_id,
-            f"the teacher's template and tokenizer make other supervised tokens of it, from the {place + 1}. on: ids "
-            f"{own[place : place + 3]} in place of {list(supervised[place : place + 3])}",
+            f"the teacher's template and tokenizer give other supervised tokens, from number {place + 1} on: ids "
+            f"{own[place : place + 3]} instead of {list(supervised[place : place + 3])}",
         )
     remaining = len(supervised)
     matched = [IGNORE_INDEX]
@@ -177,7 +177,9 @@ class DistilledDataset(SampleDataset):
         if isinstance(rows, Skipped):
             return rows
         if len(rows) != (expected := len(supervised_ids(item["labels"]))):
-            raise ValueError(f"{len(rows)} rows of the teacher's logits are kept of a sample with {expected} tokens")
+            raise ValueError(
+                f"{len(rows)} rows of the teacher's logits are cached for a sample with {expected} supervised tokens"
+            )
         return {**item, TEACHER_ROWS: rows}
 
     def _read_rows(self, index: int) -> Tensor | Skipped:

@@ -75,7 +75,7 @@ class TeacherLogitWriter(FeatureCacheWriter[int, TeacherBatch]):
     """
 
     description = "asking the teacher"
-    reason = "it asks the same teacher about the same records"
+    reason = "it needs the logits of the same teacher for the same records"
 
     def __init__(
         self, teacher: Teacher, dataset: SampleDataset, vocabulary: int, options: DistillationConfig,
@@ -105,7 +105,7 @@ class TeacherLogitWriter(FeatureCacheWriter[int, TeacherBatch]):
         held = {tuple(key) for pack in packs for key in pack.keys.tolist()}
         missing = [i for i, place in enumerate(self.places.astype(np.uint64).tolist()) if tuple(place) not in held]
         if not missing:
-            log.info("The teacher's logits of %s records are cached in %s", f"{len(self.first):,}", self.store.folder)
+            log.info("The teacher's logits for %s records are cached in %s", f"{len(self.first):,}", self.store.folder)
             return packs, []
         return packs, [[plan] for plan in self._plan_packs(np.array(missing))]
 
@@ -115,7 +115,7 @@ class TeacherLogitWriter(FeatureCacheWriter[int, TeacherBatch]):
         counts, skipped = self._count(indices.tolist())
         num_bytes = row_bytes(self.options.top_k, self.vocabulary)
         total = int(counts.sum()) * num_bytes
-        log.info("Computing the teacher's logits of %s tokens (%.3g GB)", f"{int(counts.sum()):,}", total / 1e9)
+        log.info("Computing the teacher's logits for %s tokens (%.3g GB)", f"{int(counts.sum()):,}", total / 1e9)
         groups = (counts.cumsum() * num_bytes - 1) // BYTES_PER_PACK
         row_format = FeatureFormat("uint8", tokens=1, width=num_bytes, stride=num_bytes)
         plans = []

@@ -29,7 +29,7 @@ def check_same_vocabulary(student: Processor, teacher: Processor, label: str) ->
         return
     index, token, teachers = min(different)
     raise ValueError(
-        f"{label}: its vocabulary is another one: id {index} is {teachers!r}, for the model that trains {token!r} "
+        f"{label}: its vocabulary differs: id {index} is {teachers!r}, and {token!r} in the model that trains "
         f"({len(different):,} of {len(own):,} ids differ). Choose a teacher whose tokens have the same ids"
     )
 

@@ -136,8 +136,8 @@ class StateTargets:
             targets = features.detach() if read.image_features is None else read.image_features
             if len(targets) != len(features):
                 raise ValueError(
-                    f"{KEY}.image_features_weight: the teacher reads {len(targets)} tokens of a batch's images, the "
-                    f"model that trains {len(features)}; set it to 0, or choose a teacher with the same number"
+                    f"{KEY}.image_features_weight: the teacher has {len(targets)} image tokens in a batch, the "
+                    f"model that trains has {len(features)}; set it to 0, or choose a teacher with the same number"
                 )
             samples, keep = number_samples(inputs), find_predicting(inputs["labels"])
             errors, number = relative_errors(features, targets), samples.max() + 1
@@ -176,13 +176,13 @@ def capture_image_inputs(
         """Read the embeddings that a decoder is called with."""
         embeddings = named.get("inputs_embeds")
         if not isinstance(embeddings, Tensor):
-            raise ValueError(f"{label} gives its decoder no embeddings with images in them; set it to 0")
+            raise ValueError(f"{label} calls its decoder without embeddings; set it to 0")
         features, table = embeddings[places], model.get_input_embeddings()
         if len(features) and cast(Tensor, table.weight).numel():  # ZeRO-3 has its rows elsewhere
             with torch.no_grad():
                 token = table(ids[places][:1])
             if torch.equal(features[:1].to(token.dtype), token):
-                raise ValueError(f"{label} reads images elsewhere than at their tokens; set it to 0")
+                raise ValueError(f"{label} does not put image features at the image tokens; set it to 0")
         receive(features)
 
     handle = model.get_decoder().register_forward_pre_hook(read, with_kwargs=True)

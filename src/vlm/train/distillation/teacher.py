@@ -126,10 +126,10 @@ class Teacher:
         if not scores.in_head:
             if reads_states:
                 raise ValueError(
-                    f"{self.label} changes its logits behind its vocabulary head, so that no hidden states make them; "
-                    f"set {KEY}.hidden_states_weight=0"
+                    f"{self.label} changes its logits after its vocabulary head, so hidden states do not determine "
+                    f"them; set {KEY}.hidden_states_weight=0"
                 )
-            log.info("%s: the logits of all supervised positions of a batch are held in memory at once", self.label)
+            log.info("%s: the logits at all supervised positions of a batch are in memory at once", self.label)
 
     def unload(self) -> None:
         """Let go of the weights."""
@@ -144,18 +144,18 @@ class Teacher:
         """
         if config.trainer.distillation.top_k:
             return
-        keep = f"keep its logits ({KEY}.top_k=64)"
+        keep = f"cache its logits ({KEY}.top_k=64)"
         if config.dataset.streaming and not shares_inputs:
             raise ValueError(
-                f"{self.label} with dataset.streaming=true: it reads other ids or pixels than the model that trains; "
-                "choose a teacher with the same processor and template, or data that are no stream"
+                f"{self.label} with dataset.streaming=true: its ids or pixels differ from those of the model that "
+                "trains; choose a teacher with the same processor and template, or dataset.streaming=false"
             )
         if not config.trainer.packing:
             return
         if not shares_inputs or self.config.model_type != model_config.model_type:
             raise ValueError(
-                f"{self.label} with trainer.packing=true: it reads other ids, pixels or positions than the model that "
-                f"trains, so its rows are others; {keep}, or choose trainer.packing=false"
+                f"{self.label} with trainer.packing=true: its ids, pixels or positions differ from those of the model "
+                f"that trains, so it needs other rows; {keep}, or choose trainer.packing=false"
             )
 
     def autocast(self) -> AbstractContextManager[object]:

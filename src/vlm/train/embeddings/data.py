@@ -83,8 +83,8 @@ def _check_two_documents(dataset: PairDataset) -> None:
     """Raise ValueError where evaluation records are too few to rank anything."""
     if len(dataset) < 2:
         raise ValueError(
-            f"vectors are measured by how high a query's own document ranks, and there is {len(dataset)} evaluation "
-            "record; give more (dataset.eval_split or dataset.eval_path)"
+            f"embeddings are evaluated by the rank of each query's own document, which needs at least 2 evaluation "
+            f"records, got {len(dataset)}; give more (dataset.eval_split or dataset.eval_path)"
         )
     try:
         dataset.members(0)

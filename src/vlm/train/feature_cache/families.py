@@ -74,14 +74,14 @@ def replace_family_images(
     label = f"{KEY}: model_type={model.config.model_type}"
     present = [dataset for dataset in datasets if dataset is not None]
     if any(dataset.has_videos for dataset in present):
-        raise ValueError(f"{label}: records have videos, whose features are not kept; leave it out")
+        raise ValueError(f"{label}: records have videos, whose features cannot be cached; leave it out")
     try:
         part, names = find_frozen_part(model, connector_trains=connector_trains)
         with part_on_device(model, names, args):
             writer = FamilyFeatureWriter(model, part, names, processor, present, config, args)
             packs = writer.open_all()
     except NotCacheable as reason:
-        raise ValueError(f"{label}: {reason}; else leave it out") from reason
+        raise ValueError(f"{label}: {reason}; otherwise leave it out") from reason
     part.attach(model)
     if collate.dummy is not None:
         ids, inputs = collate.dummy
@@ -135,7 +135,7 @@ class FamilyFeatureWriter(FeatureCacheWriter[Place, list[tuple[int, Inputs]]]):
         self._check_without_images(dummy, one)
         self.num_tensors = len(tensors := part.tensors(one))
         if not tensors:
-            raise NotCacheable(f"the language model reads nothing of what its {part.attribute} returns")
+            raise NotCacheable(f"the language model does not use what its {part.attribute} returns")
         size = tensors[0].dtype.itemsize
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         self.format = broadcast_from_rank0(FeatureFormat(dtype, 1, mmap.PAGESIZE // size, mmap.PAGESIZE))
@@ -148,7 +148,7 @@ class FamilyFeatureWriter(FeatureCacheWriter[Place, list[tuple[int, Inputs]]]):
         text: SampleInputs = {"input_ids": [self.collate.pad_token_id], "labels": [IGNORE_INDEX]}
         other = self.part.tensors(self._output(self._batch([dummy, text])))
         if [tensor.shape for tensor in other] != [tensor.shape for tensor in self.part.tensors(one)]:
-            raise NotCacheable(f"its {self.part.attribute} returns features of samples without images too")
+            raise NotCacheable(f"its {self.part.attribute} also returns features for samples without images")
 
     def open_all(self) -> list[Pack]:
         """Open the packs of all samples with images, after those of other samples were computed."""
@@ -294,7 +294,7 @@ class FamilyFeatureWriter(FeatureCacheWriter[Place, list[tuple[int, Inputs]]]):
             tensors = self.part.tensors(self._output(self._batch([item])))
             shapes = [[*tensor.shape, *[0] * (MAX_DIMS - tensor.ndim)] for tensor in tensors]
             if not np.array_equal(np.array(shapes).ravel(), plan.details[index]):
-                raise NotCacheable("the shape of what it returns depends on more than the sizes of images")
+                raise NotCacheable("the shapes of its outputs depend on more than the sizes of images")
             numbers = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
             rows = numbers.new_zeros(int(plan.counts[index]) * self.format.width)
             rows[: len(numbers)] = numbers

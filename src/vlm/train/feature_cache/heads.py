@@ -32,7 +32,7 @@ from vlm.train.run_directory import SkippedRecords
 log = logging.getLogger(__name__)
 
 ADVICE = (
-    "Set dataset.cache_dir to another disk, choose a pooling that keeps one state a record, or "
+    "Set dataset.cache_dir to another disk, choose a pooling that keeps one state per record, or "
     "dataset.cache_features=false"
 )
 
@@ -82,7 +82,7 @@ class HeadFeatureWriter(FeatureCacheWriter[int, RecordBatch]):
     """Runs a frozen body, fingerprinted as `body`, over a dataset; an item is the index of a record's first sample."""
 
     description = "reading prompts and images"
-    reason = "it reads the same records with the same body"
+    reason = "it reads the same records with the same model"
 
     def __init__(
         self, model: VLMForPrediction, body: str, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments,
@@ -112,7 +112,7 @@ class HeadFeatureWriter(FeatureCacheWriter[int, RecordBatch]):
         missing = [self._plan(name) for name in self.heads if name not in packs]
         if not missing:
             log.info(
-                "The heads' features of %s records are cached in %s",
+                "The hidden states that heads read are cached for %s records in %s",
                 f"{len(self.first):,}",
                 self.store.folder,
             )

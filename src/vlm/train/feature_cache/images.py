@@ -55,7 +55,7 @@ VIEWS_PER_PACK = 2**16
 """About so many views are in a pack: a run that is stopped while it encodes loses those of the last pack."""
 
 ADVICE = (
-    "Raise dataset.cache_limit_gb, set dataset.cache_dir to another disk, take fewer records (dataset.max_samples), or "
+    "Raise dataset.cache_limit_gb, set dataset.cache_dir to another disk, use fewer records (dataset.max_samples), or "
     "leave out dataset.cache_features"
 )
 
@@ -71,7 +71,7 @@ def refuse_native_resolution(model_config: PreTrainedConfig) -> None:
     if is_composed(model_config) and model_config.native is not None:
         raise ValueError(
             "dataset.cache_features=true: images at native resolution have different numbers of features, and the "
-            "cache holds equally many of each. Leave it out, or choose dataset.image_mode=square"
+            "cache needs the same number for each. Leave it out, or choose dataset.image_mode=square"
         )
 
 

@@ -131,7 +131,7 @@ class FrozenPart:
         finally:
             recorded, self.recorded = self.recorded, None
         if len(recorded) != 1:
-            raise NotCacheable(f"its {self.attribute} of images is called {len(recorded)} times a batch")
+            raise NotCacheable(f"its {self.attribute} for images is called {len(recorded)} times per batch")
         return recorded[0]
 
     def learn(self, one: object, two: object) -> None:
@@ -157,7 +157,9 @@ class FrozenPart:
                         self._check_doubled(name, first, second)
                 self.fields.append(Field(name, len(value), used=tuple(item is not None for item in value)))
         if not self.fields:
-            raise NotCacheable(f"its {self.attribute} returns {type(one).__name__}, which holds no tensors of samples")
+            raise NotCacheable(
+                f"its {self.attribute} returns {type(one).__name__}, which has no tensor with a row per sample"
+            )
 
     def _named(self, output: object) -> list[tuple[str, object]]:
         if isinstance(output, ModelOutput):
@@ -167,7 +169,10 @@ class FrozenPart:
     def _check_doubled(self, name: str, one: Tensor, two: Tensor) -> None:
         if one.ndim == 0 or one.ndim > MAX_DIMS or two.shape != (2 * one.shape[0], *one.shape[1:]):
             shapes = f"{tuple(one.shape)} for one sample and {tuple(two.shape)} for two"
-            raise NotCacheable(f"{name or 'the output'} of its {self.attribute} is {shapes}, not one after the other")
+            raise NotCacheable(
+                f"{name or 'the output'} of its {self.attribute} has the shape {shapes}, so samples do not follow one "
+                "another"
+            )
 
     def keep_used(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], output: object) -> None:
         """Keep only those of the tensors of an output that the language model's inputs depend on, by their gradient."""
@@ -284,14 +289,14 @@ def find_frozen_part(model: PreTrainedModel, *, connector_trains: bool) -> tuple
         return FrozenPart(owner, FEATURES_METHOD), own
     encoder = model.get_encoder(modality="image")
     if not isinstance(encoder, nn.Module) or encoder in (model, model.base_model):
-        raise NotCacheable("it names no visual encoder of its own (get_encoder)")
+        raise NotCacheable("its class names no visual encoder (get_encoder)")
     ids = {id(parameter) for parameter in encoder.parameters()}
     own = [name for name, parameter in model.named_parameters() if id(parameter) in ids]
     names = get_part_names(model.config)
     within = [name for name in own if names.part_of(name) != "visual_encoder"]
     if within and connector_trains:
         raise NotCacheable(
-            f"its connector, which trains, lies within its visual encoder ({within[0]}); freeze it too "
+            f"its connector, which trains, is inside its visual encoder ({within[0]}); freeze it, too "
             "(trainer.unfreeze.train_connector=false)"
         )
     return FrozenPart(encoder, "forward"), own

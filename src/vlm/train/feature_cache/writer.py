@@ -122,7 +122,7 @@ def require_folder(folder: Path) -> Path:
     """Return the folder of a pack; raise ValueError where another rank has it and this one does not see it."""
     if not folder.is_dir():
         raise ValueError(
-            f"{folder}: another rank has it, and it is not here; dataset.cache_dir must be a folder that all machines "
-            "share, or set dataset.cache_features=false"
+            f"{folder}: another rank wrote it, but this machine cannot see it; dataset.cache_dir must be a folder "
+            "that all machines share, or set dataset.cache_features=false"
         )
     return folder

@@ -1,1 +1,1 @@
-"""Guards of a run: steps that are not finite, spikes, ranks that are stuck, memory that ran out, workers that died."""
+"""Guards of a run against steps that are not finite, spikes, stuck ranks, a lack of memory, and dead workers."""

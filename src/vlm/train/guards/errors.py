@@ -1,4 +1,4 @@
-"""How a guard ends a run, and what it says where data workers die."""
+"""How a guard ends a run, and the message for data workers that die."""
 
 import logging
 import re
@@ -14,10 +14,10 @@ from vlm.config.schema import RunConfig
 log = logging.getLogger(__name__)
 
 WORKER_DIED = re.compile(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)")
-"""How PyTorch's message about data workers that died begins."""
+"""The beginning of PyTorch's message about data workers that died."""
 
 DEATH_SECONDS = 2.0
-"""How long a worker whose connection broke may take to be known to be dead."""
+"""How long it may take until a worker whose connection broke is known to be dead, in seconds."""
 
 
 class GuardStop(SystemExit):
@@ -37,7 +37,7 @@ class DataWorkerDied(RunFailed):
 
 @contextmanager
 def explain_worker_death(config: RunConfig) -> Iterator[None]:
-    """Within, a data worker that dies ends the run with a sentence that says what to do.
+    """Context in which a data worker that dies ends the run with a message that says what to do.
 
     Raises:
         DataWorkerDied: a data worker died.
@@ -63,26 +63,26 @@ def _wait_for_death(error: BaseException) -> str | None:
 
 
 def describe_worker_death(reason: str, config: RunConfig) -> str:
-    """Return which data workers died, most likely of what, and which keys help; `reason` is PyTorch's message."""
+    """Return which data workers died, the likely cause, and the keys that help; `reason` is PyTorch's message."""
     death = WORKER_DIED.search(reason)
     pids = death[1].strip() if death is not None else "?"
     trainer = config.trainer
     workers = f"trainer.dataloader_num_workers (now {trainer.dataloader_num_workers})"
     if "Bus error" in reason or "shared memory" in reason:
-        cause = "there was no room left in shared memory (/dev/shm)"
+        cause = "shared memory (/dev/shm) is full"
         advice = f"Make it larger (docker run --shm-size=16g), or lower {workers}."
     elif "signal: Killed" in reason or "exited unexpectedly" in reason:
-        cause = "most likely the system killed it because memory ran out (dmesg says so)"
+        cause = "the system has probably killed it because memory ran out (see dmesg)"
         advice = f"Lower {workers}{_smaller_buffers(config.dataset, trainer.dataloader_prefetch_factor)}."
     else:
         cause = reason.split("\n")[0].rstrip(".")
-        advice = "trainer.dataloader_num_workers=0 reads records in the run's own process, where the error shows."
-    again = "The same command goes on from the newest checkpoint."
+        advice = "With trainer.dataloader_num_workers=0, the run reads records in its own process and shows the error."
+    again = "The same command resumes from the newest checkpoint."
     return f"A data worker died (process {pids}): {cause}. {advice} {again}"
 
 
 def _smaller_buffers(data: DatasetConfig, prefetch: int | None) -> str:
-    """Return what else holds memory in data workers."""
-    keys = f", or trainer.dataloader_prefetch_factor (now {prefetch or 2} batches a worker)"
-    buffer = f", or dataset.shuffle_buffer (now {data.shuffle_buffer:,} records a worker)"
+    """Return the other keys that lower the memory of data workers."""
+    keys = f", or trainer.dataloader_prefetch_factor (now {prefetch or 2} batches per worker)"
+    buffer = f", or dataset.shuffle_buffer (now {data.shuffle_buffer:,} records per worker)"
     return f"{keys}{buffer}" if data.streaming else keys

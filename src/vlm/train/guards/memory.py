@@ -1,4 +1,4 @@
-"""What held the memory where it ran out, and which keys lower it, in the order in which they cost least."""
+"""Explains a lack of memory: what used it, and which keys lower it, with the cheapest first."""
 
 import errno
 from collections.abc import Iterable, Iterator
@@ -18,15 +18,15 @@ MESSAGES = (
     "can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
 )  # fmt: skip
-"""Parts of what is said where memory ran out that PyTorch's own allocator does not ask for."""
+"""Parts of error messages about a lack of memory that do not come from PyTorch's own allocator."""
 
 
 class OutOfMemory(RunFailed):
-    """Memory ran out; the message says what held it, and what to do."""
+    """Memory ran out; the message says what used it, and what to do."""
 
 
 class MemoryHolder(Protocol):
-    """What is asked of the run's `VLMTrainer`."""
+    """The attributes of the run's `VLMTrainer` that are used here."""
 
     model: nn.Module
     optimizer: Any
@@ -35,7 +35,7 @@ class MemoryHolder(Protocol):
 
 @contextmanager
 def explain_out_of_memory(trainer: MemoryHolder, config: RunConfig) -> Iterator[None]:
-    """Within, memory that runs out ends the run with what held it, and which keys lower it.
+    """Context in which a lack of memory ends the run with a message on what used it, and which keys lower it.
 
     Raises:
         OutOfMemory: memory ran out.
@@ -48,18 +48,18 @@ def explain_out_of_memory(trainer: MemoryHolder, config: RunConfig) -> Iterator[
         held = describe_held(measure_held(trainer), trainer.args.device)
         keys = "; ".join(list_remedies(config))
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OutOfMemory(f"Memory ran out: {reason}\n{held}\nWhat lowers it, in order: {keys}.") from error
+        raise OutOfMemory(f"Memory ran out: {reason}\n{held}\nTry in this order: {keys}.") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory ran out, of a device or of the machine."""
+    """Return whether an error says that the memory of a device or of the machine ran out."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return getattr(error, "errno", None) == errno.ENOMEM or any(text in str(error) for text in MESSAGES)
 
 
 def measure_held(trainer: MemoryHolder) -> dict[str, int]:
-    """Return the bytes that parameters, gradients and optimiser states hold on this rank."""
+    """Return the bytes of parameters, gradients and optimiser states on this rank."""
     model: nn.Module = trainer.model
     parameters = [held_here(parameter) for parameter in model.parameters()]
     gradients = [held_here(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
@@ -94,18 +94,18 @@ def _num_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def describe_held(held: dict[str, int], device: torch.device) -> str:
-    """Return what held memory, in words; what else was used at most is counted to the activations."""
+    """Return what used memory, in words; the rest of the peak counts as activations."""
     gib = {name: number / 2**30 for name, number in held.items()}
     total = peak_memory(device)
     rest = max(total - sum(gib.values()), 0.0)
     parts = ", ".join(f"{name} {size:.2f} GiB" for name, size in gib.items())
     where = "the device" if device.type != "cpu" else "this process"
-    others = f"activations of the batch and the rest {rest:.2f} GiB ({total:.2f} GiB in all at most)"
-    return f"What held it on {where}: {parts}, {others}."
+    others = f"activations and everything else {rest:.2f} GiB ({total:.2f} GiB in all at most)"
+    return f"It was used on {where} by: {parts}, {others}."
 
 
 def list_remedies(config: RunConfig) -> list[str]:
-    """Return the keys that lower the memory of a run, those that change least first; only those that have an effect."""
+    """Return the keys that would lower the memory of this run, starting with those that change least."""
     trainer, data = config.trainer, config.dataset
     size, accumulation = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
     remedies = []
@@ -125,7 +125,7 @@ def list_remedies(config: RunConfig) -> list[str]:
     if data.max_length is None or data.max_length > 512:
         remedies.append(f"dataset.max_length (now {data.max_length})")
     if trainer.unfreeze.train_language_model or trainer.unfreeze.train_vision_model:
-        remedies.append("adapters in place of whole parts (trainer.lora)")
+        remedies.append("adapters instead of whole parts (trainer.lora)")
     if data.streaming or trainer.dataloader_num_workers:
         workers = f"trainer.dataloader_num_workers (now {trainer.dataloader_num_workers})"
         remedies.append(f"for the memory of the machine, {workers}")

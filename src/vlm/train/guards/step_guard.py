@@ -1,7 +1,7 @@
 """Judges each step before its update: NaN or infinity in loss or gradient, and spikes; the same on all ranks.
 
-What is judged is the norm of the gradient of all ranks, which clipping computes anyway. A loss that is not finite makes
-the gradient NaN (`watch_loss`), so that one number, which every rank has, tells of both.
+It judges the norm of the gradient over all ranks, which clipping computes anyway. A loss that is not finite makes the
+gradient NaN (`watch_loss`), so that one number, which every rank has, covers both.
 """
 
 import json
@@ -26,20 +26,20 @@ log = logging.getLogger(__name__)
 GUARD_FILE = "guard.jsonl"
 """The file of the run directory that lists the steps that a guard found, with their samples."""
 STATE_FILE = "guard.json"
-"""The file of a checkpoint that holds what the guard knows of earlier steps."""
+"""The file of a checkpoint with the guard's state about earlier steps."""
 GRADIENT, LOSS = "gradient norm", "loss"
 STOP, SKIP, WARN = "stop", "skip", "warn"
 
 
 @dataclass
 class Step:
-    """What this rank knows of the step that is computed.
+    """What this rank knows about the current step.
 
     Attributes:
         number: the number of its update, from 1.
         rows: the samples of each call of the model, in order.
-        losses: of each call, on the device.
-        is_share: whether losses are parts of the step's, and not means of micro-batches.
+        losses: the loss of each call, on the device.
+        is_share: whether losses are summands of the step's loss, and not means of micro-batches.
     """
 
     number: int
@@ -49,7 +49,7 @@ class Step:
 
     @property
     def next_refs(self) -> list[SampleRef]:
-        """The samples of the call of the model whose loss is the next."""
+        """The samples of the model call whose loss comes next."""
         number = len(self.losses)
         return self.rows[number] if number < len(self.rows) else []
 
@@ -60,16 +60,16 @@ class Step:
 
 
 class StepGuard:
-    """Says of each step whether its update is applied, and ends the run where it must not go on.
+    """Decides for each step whether its update is applied, and ends the run if it must not continue.
 
     Args:
-        options: `on_nonfinite`, `max_skipped_steps`, and what is done about spikes.
+        options: `on_nonfinite`, `max_skipped_steps`, and the settings for spikes.
         folder: the run directory.
         is_writer: whether this rank writes files and messages.
 
     Attributes:
-        skipped: number of updates that were left out.
-        skipped_in_a_row: number of updates that were left out since the last one that was applied.
+        skipped: number of skipped updates.
+        skipped_in_a_row: number of skipped updates since the last applied one.
     """
 
     def __init__(self, options: TrainerOptions, folder: Path, *, is_writer: bool):
@@ -80,24 +80,24 @@ class StepGuard:
 
     @property
     def may_skip(self) -> bool:
-        """Whether updates may be left out."""
+        """Whether updates may be skipped."""
         return SKIP in (self.options.on_nonfinite, self.options.spike_action)
 
     @property
     def skips_spikes(self) -> bool:
-        """Whether the update of a spike is left out, so that it has to be known before."""
+        """Whether the update of a spike is skipped, so that a spike must be detected before the update."""
         return self.options.spike_action == SKIP
 
     # --- before the update ----------------------------------------------------------------------------------------
 
     def begin_step(self, number: int, rows: Sequence[Sequence[SampleRef]]) -> None:
-        """Take note of the samples of a step: those of each call of the model on this rank."""
+        """Store the samples of a step, by call of the model, on this rank."""
         self.step = Step(number, [list(row) for row in rows], [])
 
     def watch_loss(self, loss: Tensor, *, is_share: bool) -> Tensor:
-        """Return a loss as it is or, where it is not finite, so that the gradient is NaN on every rank.
+        """Return a loss unchanged or, if it is not finite, changed so that the gradient is NaN on every rank.
 
-        A constant that is NaN has no gradient of its own. Nothing waits for the device.
+        A constant that is NaN would have no gradient. Nothing waits for the device.
         """
         detached = loss.detach()
         self.step.losses.append(detached)
@@ -105,9 +105,9 @@ class StepGuard:
         return loss * torch.where(detached.isfinite(), 1.0, torch.nan).to(loss.dtype)
 
     def read_numbers(self, norm: Tensor | float) -> dict[str, float]:
-        """Return the gradient norm of a step and, where spikes are looked for, its loss on all ranks.
+        """Return the gradient norm of a step and, if spikes are detected, its loss over all ranks.
 
-        Ranks get the same numbers to the bit, so that they find the same spikes. The device is waited for once.
+        All ranks get bitwise equal numbers, so that they find the same spikes. This waits for the device once.
         """
         if self.options.spike_action is None:
             return {GRADIENT: float(norm)}
@@ -119,7 +119,7 @@ class StepGuard:
         return dict(zip((GRADIENT, LOSS), pair.tolist(), strict=True))
 
     def judge(self, norm: Tensor | float) -> bool:
-        """Return whether the update of a step is applied, by the gradient norm of all ranks; every rank asks.
+        """Return whether the update of a step is applied, given the gradient norm of all ranks; every rank calls this.
 
         Raises:
             GuardStop: the run ends here.
@@ -134,7 +134,7 @@ class StepGuard:
         return True
 
     def has_finite_losses(self) -> bool:
-        """Return whether the losses of a step are finite on every rank; every rank has to ask."""
+        """Return whether the losses of a step are finite on every rank; every rank must call this."""
         finite = torch.stack(self.step.losses).isfinite().all().float()
         if dist.is_initialized():
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -148,29 +148,30 @@ class StepGuard:
         return "the loss is not finite (NaN or infinite)"
 
     def _leave_out(self, action: str, found: str) -> bool:
-        """Act on what was found at a step, as the options say; return whether its update is applied all the same."""
+        """Handle a problem of a step as the options say; return whether its update is applied nevertheless."""
         self._write_step(action, found)
         where = f"Step {self.step.number}: {found}"
-        listed = f"Its samples are in {self.folder / GUARD_FILE}"
+        listed = f"{self.folder / GUARD_FILE} lists its samples"
         if action == WARN:
             if self.is_writer:
                 log.warning("%s. %s.", where, listed)
             return True
         if action == STOP:
             self.stop(
-                f"{where}. Its update was not applied. {listed}, those of this step on its last line. Checkpoints in "
+                f"{where}. Its update was not applied. {listed} on its last line. Checkpoints in "
                 f"{self.folder} are of earlier steps, and their weights are finite. Lower the learning rate, train "
-                "in bf16 or fp32 instead of fp16, or look at the samples; trainer.on_nonfinite=skip leaves such out."
+                "in bf16 or fp32 instead of fp16, or look at the samples; trainer.on_nonfinite=skip skips such steps."
             )
         self.skipped += 1
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row > self.options.max_skipped_steps:
             self.stop(
-                f"{where}. Updates left out in a row: {self.skipped_in_a_row}, and at most trainer.max_skipped_steps="
-                f"{self.options.max_skipped_steps} may be. {listed}. Lower the learning rate, or look at the samples."
+                f"{where}. {self.skipped_in_a_row} updates in a row were skipped; allowed are "
+                f"trainer.max_skipped_steps={self.options.max_skipped_steps}. {listed}. Lower the learning rate, or "
+                "look at the samples."
             )
         if self.is_writer:
-            log.warning("%s. Its update is left out (%d so far). %s.", where, self.skipped, listed)
+            log.warning("%s. Its update is skipped (%d so far). %s.", where, self.skipped, listed)
         return False
 
     def stop(self, message: str) -> None:
@@ -184,7 +185,7 @@ class StepGuard:
         raise GuardStop(message)
 
     def _write_step(self, action: str, found: str) -> None:
-        """Add a step to `guard.jsonl`: what was found, and the samples and the loss of each call of the model."""
+        """Add a step to `guard.jsonl`: its problem, and the samples and the loss of each call of the model."""
         calls = [
             {"loss": _json_number(float(loss)), "samples": [ref._asdict() for ref in refs]}
             for loss, refs in zip(self.step.losses, self.step.rows, strict=True)
@@ -198,14 +199,14 @@ class StepGuard:
     # --- checkpoints ----------------------------------------------------------------------------------------------
 
     def save_to(self, checkpoint: Path) -> None:
-        """Write what is known of earlier steps, which is the same on every rank."""
+        """Write the state about earlier steps, which is the same on every rank."""
         if self.is_writer:
             history = {name: list(values) for name, values in self.spikes.history.items()}
             state = {"history": history, "skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row}
             (checkpoint / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def load_from(self, checkpoint: Path) -> None:
-        """Read it on the rank that wrote it, for all; a checkpoint of an earlier version knows nothing."""
+        """Read the state on the rank that wrote it, for all ranks; a checkpoint of an earlier version has none."""
         file = checkpoint / STATE_FILE
         state = broadcast_from_rank0(json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
         self.skipped, self.skipped_in_a_row = state.get("skipped", 0), state.get("skipped_in_a_row", 0)
@@ -215,5 +216,5 @@ class StepGuard:
 
 
 def _json_number(value: float) -> float | str:
-    """Return a number as JSON has it; the name of one that it does not have."""
+    """Return a number for JSON; NaN and infinity become their names."""
     return value if math.isfinite(value) else str(value)

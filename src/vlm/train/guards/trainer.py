@@ -1,4 +1,4 @@
-"""A `Trainer` under guards: each update is judged, weights are finite where they are saved, and no run hangs."""
+"""A `Trainer` with guards: each update is judged, only finite weights are saved, and no run hangs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,15 +21,15 @@ from vlm.train.guards.weights import describe_nonfinite, find_nonfinite
 
 
 class GuardedTrainer(CheckpointTrainer):
-    """A trainer whose updates, weights, workers, memory and progress are watched over, as `trainer` keys say.
+    """A trainer with guards for updates, weights, workers, memory and progress, as the `trainer` keys say.
 
     A subclass calls `set_up_guards` when it is made, lets `guard` see the samples of each step and each loss, and
     trains `within_guards`.
 
     Attributes:
         guard: judges steps.
-        logged_loss: leaves steps whose update was left out out of the logged loss.
-        watchdog: ends a run that is stuck; None: there is none.
+        logged_loss: keeps skipped steps out of the logged loss.
+        watchdog: ends a run that is stuck; None: no watchdog.
         last_norm: the norm of the last step's gradient, before it was clipped.
     """
 
@@ -52,7 +52,7 @@ class GuardedTrainer(CheckpointTrainer):
 
     @contextmanager
     def within_guards(self) -> Iterator[None]:
-        """Within, memory that runs out and data workers that die are explained; the watchdog ends with it."""
+        """Context that explains a lack of memory and dead data workers, and stops the watchdog at its end."""
         with explain_worker_death(self.guarded_config), explain_out_of_memory(self, self.guarded_config):
             try:
                 yield
@@ -64,7 +64,7 @@ class GuardedTrainer(CheckpointTrainer):
                     self.watchdog.stop()
 
     def mark_progress(self) -> None:
-        """Tell the watchdog that a piece of work is done."""
+        """Tell the watchdog that the run has made progress."""
         if self.watchdog is not None:
             self.watchdog.mark()
 
@@ -77,7 +77,7 @@ class GuardedTrainer(CheckpointTrainer):
         return prepared
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        """As usual; the guard says by it whether the update is applied."""
+        """As usual; the guard uses the norm to decide whether the update is applied."""
         norm = self.last_norm = super()._get_grad_norm(model, grad_norm)
         skipped = self.guard.skipped
         self.guarded_update.finish(model, norm)
@@ -89,7 +89,7 @@ class GuardedTrainer(CheckpointTrainer):
         return norm
 
     def correct_logs(self, logs: dict[str, float]) -> None:
-        """Let a training loss in the logs be that of updates that were applied, and count those that were left out."""
+        """Make the logged training loss that of applied updates, and add the number of skipped ones."""
         if "loss" in logs:
             self.logged_loss.correct(logs)
             if self.guard.may_skip:

@@ -1,7 +1,7 @@
-"""Leaves the update of a step out where the guard says so: in plain training, and within DeepSpeed's own step.
+"""Skips the update of a step if the guard says so: in plain training, and within DeepSpeed's own step.
 
-Under DeepSpeed the backward pass of a step's last batch applies the update. Its optimisers leave it out where the
-gradient norm is not finite; where a spike is to be left out too, the norm that they compute is made so.
+Under DeepSpeed, the backward pass of a step's last batch applies the update. Its optimisers skip the update if the
+gradient norm is not finite. To skip a spike as well, the norm that they compute is replaced by infinity.
 """
 
 import math
@@ -22,7 +22,7 @@ class GuardedUpdate:
 
     Args:
         guard: judges steps.
-        accelerator: of the trainer that updates.
+        accelerator: the trainer's.
     """
 
     def __init__(self, guard: StepGuard, accelerator: Accelerator):
@@ -31,15 +31,15 @@ class GuardedUpdate:
 
     @property
     def engine(self) -> Any:
-        """DeepSpeed's engine; None where training is without it."""
+        """DeepSpeed's engine; None if training is without it."""
         is_deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         return self.accelerator.deepspeed_engine_wrapped.engine if is_deepspeed else None
 
     def prepare(self) -> None:
-        """Let DeepSpeed's optimiser ask the guard where it would not leave an update out by itself.
+        """Make DeepSpeed's optimiser ask the guard about updates that it would not skip by itself.
 
         Raises:
-            ValueError: DeepSpeed is told to apply what is not finite, or cannot leave spikes out.
+            ValueError: DeepSpeed is configured to apply gradients that are not finite, or cannot skip spikes.
         """
         engine = self.engine
         if engine is None:
@@ -52,7 +52,7 @@ class GuardedUpdate:
             )
         if self.guard.skips_spikes and engine.fp16_enabled():
             raise ValueError(
-                "trainer.spike_action=skip: under DeepSpeed in fp16 it would lower the loss scale; train in bf16, "
+                "trainer.spike_action=skip: with DeepSpeed and fp16 it would lower the loss scale; train in bf16, "
                 "leave trainer.deepspeed out, or trainer.spike_action=warn"
             )
         if stage == 3 and self.guard.skips_spikes:
@@ -63,18 +63,18 @@ class GuardedUpdate:
             self._judge_plain_optimizer(engine)
         elif stage == 0 and self.guard.skips_spikes:
             raise ValueError(
-                "trainer.spike_action=skip: with trainer.deepspeed=zero0 in half precision DeepSpeed has no place for "
-                "it; choose zero2, leave trainer.deepspeed out, or trainer.spike_action=warn"
+                "trainer.spike_action=skip: DeepSpeed cannot skip an update with trainer.deepspeed=zero0 in half "
+                "precision; choose zero2, leave trainer.deepspeed out, or trainer.spike_action=warn"
             )
 
     def finish(self, model: nn.Module, norm: Tensor | float | None) -> bool:
         """Return whether the update is applied, between the gradient norm and the optimiser's step.
 
-        Where DeepSpeed has applied it or left it out already, tell what it did.
+        If DeepSpeed has already applied or skipped it, return what it did.
 
         Args:
-            model: the model, whose gradients are dropped where the update is left out: no optimiser acts then.
-            norm: of the gradient on all ranks, before it was clipped.
+            model: the model. Its gradients are dropped if the update is skipped, so that no optimiser acts.
+            norm: the norm of the gradient over all ranks, before clipping.
         """
         if self.was_judged:  # within DeepSpeed's step
             self.was_judged = False
@@ -95,9 +95,9 @@ class GuardedUpdate:
         return applied
 
     def stops_schedule(self, norm: Tensor | float | None) -> bool:
-        """Return whether `Trainer` would leave the learning rate as it is at an update that the guard left out.
+        """Return whether `Trainer` leaves the learning rate unchanged at an update that the guard skipped.
 
-        DeepSpeed has left the update out by now; float16's scaler will where the gradient is not finite.
+        DeepSpeed has already skipped the update; float16's scaler will do so if the gradient is not finite.
         """
         if self.engine is not None:
             return self.accelerator.optimizer_step_was_skipped
@@ -105,9 +105,9 @@ class GuardedUpdate:
         return scaler is not None and scaler.is_enabled() and norm is not None and not math.isfinite(norm)
 
     def _scale_is_searched(self) -> bool:
-        """Return whether float16's loss scale was too high, and was lowered: no fault, and the update is left out.
+        """Return whether float16's loss scale was too high and was lowered. This is no fault; the update is skipped.
 
-        At a scale of 1, or where the loss itself is not finite, a lower scale would not help.
+        At a scale of 1, or if the loss itself is not finite, a lower scale would not help.
         """
         engine, scaler = self.engine, self.accelerator.scaler
         if engine is not None and engine.fp16_enabled():
@@ -119,7 +119,7 @@ class GuardedUpdate:
         return is_dynamic and scale > 1 and self.guard.has_finite_losses()
 
     def _judge_within(self, norm: Tensor | float) -> bool:
-        """Ask the guard within DeepSpeed's step, where the norm is finite; else DeepSpeed leaves the update out."""
+        """Ask the guard within DeepSpeed's step if the norm is finite; otherwise DeepSpeed skips the update."""
         if not math.isfinite(norm) or norm < 0:
             return False
         self.was_judged = True
@@ -129,7 +129,7 @@ class GuardedUpdate:
         compute: Callable[[], Tensor] = optimizer.scaled_global_norm
 
         def scaled_global_norm(*args: object, **kwargs: object) -> Tensor:
-            """Return the norm; infinity, as of an overflow, where the update is to be left out."""
+            """Return the norm, or infinity, as after an overflow, if the update is to be skipped."""
             norm = compute(*args, **kwargs)
             return norm if self._judge_within(norm / optimizer.loss_scale) else torch.full_like(norm, torch.inf)
 
@@ -139,7 +139,7 @@ class GuardedUpdate:
         compute: Callable[[], list[Tensor]] = optimizer._get_norm_groups
 
         def get_norm_groups() -> list[Tensor]:
-            """Return the groups' norms; infinity, as of an overflow, where the update is to be left out."""
+            """Return the norms of the groups, or infinity, as after an overflow, if the update is to be skipped."""
             norms = compute()
             total = torch.linalg.vector_norm(torch.stack([torch.as_tensor(norm).float() for norm in norms]))
             is_valid = all(float(norm) >= 0 for norm in norms)  # DeepSpeed says -1 for one that is not finite
@@ -150,7 +150,7 @@ class GuardedUpdate:
         optimizer._get_norm_groups = get_norm_groups
 
     def _judge_plain_optimizer(self, engine: Any) -> None:
-        """Let an optimiser that DeepSpeed does not wrap, as in stage 0 in float32, leave updates out and say so."""
+        """Make an optimiser that DeepSpeed does not wrap, as in stage 0 in float32, skip updates and report it."""
         optimizer = engine.optimizer
         step = optimizer.step
         norms: list[Tensor] = []

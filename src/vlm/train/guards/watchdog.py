@@ -1,8 +1,8 @@
 """Ends a run that is stuck, on all ranks, with the stacks of all threads.
 
-Each rank has a thread that counts what the rank gets done (`Watchdog.mark`), writes the count into the run directory,
-and reads those of the other ranks there. Where no count of any rank changes for `trainer.stuck_after` seconds, every
-rank writes its stacks and ends. A rank that is stopped (SIGSTOP) cannot: the others of its machine kill it.
+Each rank counts its progress (`Watchdog.mark`). A thread writes the count into the run directory, and reads the counts
+of the other ranks there. If no count changes for `trainer.stuck_after` seconds, every rank writes its stacks and ends.
+A stopped rank (SIGSTOP) cannot do this; the other ranks of its machine kill it.
 """
 
 import faulthandler
@@ -27,19 +27,19 @@ from vlm.train.distributed import barrier
 log = logging.getLogger(__name__)
 
 LONGEST_INTERVAL = 10.0
-"""The most seconds between two looks."""
+"""The maximum number of seconds between two checks."""
 STDERR = 2
-"""Its file descriptor: `sys.stderr` may be no file."""
+"""The file descriptor of stderr; `sys.stderr` may not be a file."""
 LOOKS = 10
-"""Number of looks within `trainer.stuck_after`."""
+"""Number of checks within `trainer.stuck_after`."""
 
 
 class Watchdog:
     """Watches over one rank.
 
-    Progress is what the rank marks: a batch that is fetched, prepared or trained on, a log, an answer. While a
-    checkpoint is written, the bytes that the run directory grows by are progress; while data workers read the first
-    records, the time that they compute.
+    The rank marks progress: a batch that is fetched, prepared or trained on, a log, an answer. While a checkpoint is
+    written, growth of the run directory also counts as progress; while data workers read the first records, their
+    processor time does.
 
     Args:
         folder: the run directory, which all ranks see.
@@ -65,7 +65,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start watching."""
         self.heartbeats.mkdir(parents=True, exist_ok=True)
         self._write_heartbeat()
         if self.rank == 0:
@@ -77,11 +77,11 @@ class Watchdog:
         self._thread.start()
 
     def mark(self) -> None:
-        """Count a piece of work that is done."""
+        """Count a unit of finished work."""
         self._count += 1
 
     def stop(self) -> None:
-        """Watch no more."""
+        """Stop watching."""
         with self._arming:
             self._ended.set()
             faulthandler.cancel_dump_traceback_later()
@@ -107,7 +107,7 @@ class Watchdog:
                 if self._has_progress():
                     self._progress_at = time.monotonic()
                 elif time.monotonic() - self._progress_at > self.stuck_after:
-                    self._end(f"no rank got anything done for trainer.stuck_after={self.stuck_after:g} seconds")
+                    self._end(f"no rank has made progress for trainer.stuck_after={self.stuck_after:g} seconds")
             except OSError as error:  # a disk that is full or away for a while
                 log.warning("The watchdog could not read or write %s: %s", self.heartbeats, error)
 
@@ -119,7 +119,7 @@ class Watchdog:
         partial.replace(self._file(self.rank))
 
     def _measure_work(self) -> tuple[int, int]:
-        """Return how much of the run directory is written, on rank 0, and how long child processes have computed."""
+        """Return the size of the run directory, on rank 0, and the processor time of child processes."""
         seconds = 0.0
         for child in _children():
             with suppress(psutil.Error):
@@ -128,7 +128,7 @@ class Watchdog:
         return _folder_size(self.folder) if self.rank == 0 else 0, int(seconds)
 
     def _has_progress(self) -> bool:
-        """Return whether the count of any rank has changed since the last look."""
+        """Return whether the count of any rank has changed since the last check."""
         changed = False
         for rank in range(self.world_size):
             file = self._file(rank)
@@ -138,13 +138,13 @@ class Watchdog:
         return changed
 
     def _end(self, reason: str) -> None:
-        """Write the stacks of this rank, wait for those of the others, and end this process."""
+        """Write the stacks of this rank, wait for those of the other ranks, and end this process."""
         self.stacks.mkdir(exist_ok=True)
         with self._stack_file(self.rank).open("w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         faulthandler.dump_traceback(STDERR, all_threads=True)
         self.on_end(reason)
-        log.error("Rank %d is stuck and ends: %s. The stacks of each rank are in %s.", self.rank, reason, self.stacks)
+        log.error("Rank %d is stuck and ends: %s. The stacks of all ranks are in %s.", self.rank, reason, self.stacks)
         ranks = range(self.world_size)
         deadline = time.monotonic() + 2 * self.interval + 1
         while time.monotonic() < deadline and not all(self._stack_file(rank).exists() for rank in ranks):
@@ -159,13 +159,13 @@ class Watchdog:
         os._exit(GUARD_EXIT_CODE)
 
     def _kill_frozen(self, rank: int) -> None:
-        """Kill a rank of this machine whose watchdog does not answer, as that of a stopped process."""
+        """Kill a rank of this machine whose watchdog does not answer, for example because its process is stopped."""
         try:
             beat = json.loads(self._file(rank).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return
         if beat["host"] == socket.gethostname() and beat["pid"] != os.getpid() and psutil.pid_exists(beat["pid"]):
-            log.error("Rank %d (process %d) does not answer, as a stopped process, and is killed", rank, beat["pid"])
+            log.error("Rank %d (process %d) does not answer and is killed", rank, beat["pid"])
             os.kill(beat["pid"], signal.SIGKILL)
 
     def _file(self, rank: int) -> Path:
@@ -176,12 +176,12 @@ class Watchdog:
 
 
 def _children() -> list[psutil.Process]:
-    """Return the processes that this one has started, and theirs; unlike `multiprocessing`, without ending any."""
+    """Return the descendants of this process; unlike `multiprocessing`, without reaping any."""
     return psutil.Process().children(recursive=True)
 
 
 def _folder_size(folder: Path) -> int:
-    """Return the bytes of all files below a folder, as far as they stay there while they are looked at."""
+    """Return the bytes of all files below a folder, ignoring files that disappear meanwhile."""
     total = 0
     for path, _, names in os.walk(folder):
         if os.path.basename(path) == "heartbeats":
@@ -201,7 +201,7 @@ class WatchdogCallback(TrainerCallback):
         self.watchdog = watchdog
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Begin to watch."""
+        """Start watching."""
         self.watchdog.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):

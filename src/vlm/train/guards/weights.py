@@ -1,4 +1,4 @@
-"""Refuses to save weights that are not finite; every rank looks at what it holds."""
+"""Refuses to save weights that are not finite; every rank checks what it holds."""
 
 from collections.abc import Iterable
 
@@ -11,9 +11,9 @@ from vlm.train.distributed import all_gather_objects
 
 
 def find_nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return the names of tensors with a NaN or an infinite value on any rank; every rank has to ask.
+    """Return the names of tensors with a NaN or infinite value on any rank; every rank must call this.
 
-    Of parameters that are sharded each rank looks at its own shard. The device is waited for once.
+    For sharded parameters, each rank checks its own shard. This waits for the device once.
     """
     named = [(name, held) for name, tensor in tensors if (held := held_here(tensor)).is_floating_point()]
     device = named[0][1].device if named else None  # offloaded parameters are on another one than buffers
@@ -34,9 +34,9 @@ def held_here(tensor: Tensor) -> Tensor:
 
 
 def describe_nonfinite(names: list[str], what: str) -> str:
-    """Return the message for weights that are not saved; `what` is what they would have been saved as."""
+    """Return the message for weights that are not saved; `what` names the checkpoint or model to be saved."""
     others = f" and {len(names) - 3} others" if len(names) > 3 else ""
     return (
-        f"{what} is not written: weights are NaN or infinite ({', '.join(names[:3])}{others}), although the gradients "
-        "were finite, so an update made them so. Lower the learning rate; go on from an earlier checkpoint."
+        f"{what} is not written: weights are NaN or infinite ({', '.join(names[:3])}{others}). The gradients were "
+        "finite, so an update did this. Lower the learning rate, and resume from an earlier checkpoint."
     )

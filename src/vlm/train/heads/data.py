@@ -148,8 +148,8 @@ def _check_set(role: str, dataset: SampleDataset, heads: Sequence[HeadLabels]) -
     for name, label_values in values.items():
         if all(value is None for value in label_values):
             raise ValueError(
-                f"head {name}: none of {len(label_values)} {role} records has a label for it; give more of them "
-                f"(dataset.{role}_split), or others (dataset.{role}_path)"
+                f"head {name}: none of {len(label_values)} {role} records has a label for it; hold out more records "
+                f"(dataset.{role}_split), or give others (dataset.{role}_path)"
             )
 
 
@@ -170,9 +170,9 @@ def check_labels(dataset: SampleDataset, values: Mapping[str, Sequence[object]],
         return
     source, record = dataset.places[without[0]].tolist()
     raise ValueError(
-        f"{dataset.sources[source].path}: {len(without)} of {len(dataset)} {role} records have no label, the first is "
-        f"record {record}. A label is looked for as `label` of each record; dataset.format=labelled takes another "
-        "column as dataset.options.label_key"
+        f"{dataset.sources[source].path}: {len(without)} of {len(dataset)} {role} records have no label; the first is "
+        f"record {record}. Labels are read from `label`; to read another key, set dataset.format=labelled and "
+        "dataset.options.label_key"
     )
 
 

@@ -57,11 +57,11 @@ def report(
 def _note(name: str, head: HeadSettings) -> str:
     """Return what was chosen by the records of a set; empty for tasks without probabilities."""
     if name == "test":
-        return "nothing was chosen by these records"
+        return "nothing was chosen on these records"
     if head.task not in CLASSIFICATION_TASKS:
         return ""
     calibration = "temperature" if head.threshold is None else "temperature and threshold"
-    return f"its {calibration} was chosen on these records, which flatters what depends on it"
+    return f"its {calibration} was chosen on these records, so metrics that depend on it are too good"
 
 
 def _score_head(

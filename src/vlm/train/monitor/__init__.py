@@ -1,1 +1,1 @@
-"""What a run reports while it trains: speed, operations, profiles, plots, callbacks."""
+"""Reports of a run during training: speed, operations, profiles, plots, callbacks."""

@@ -1,7 +1,7 @@
 """Tells the user how a run ended, by a command of the user's own (`trainer.alert_command`).
 
 The command is started without a shell, on rank 0, with the event as JSON on its standard input and in the environment.
-It gets `ALERT_SECONDS`, and whatever becomes of it, the run goes on. Imports the standard library only.
+It may take `ALERT_SECONDS`; its outcome never affects the run. Imports the standard library only.
 """
 
 import json
@@ -16,9 +16,9 @@ from tempfile import TemporaryFile
 log = logging.getLogger(__name__)
 
 ALERT_SECONDS = 30.0
-"""How long the command may take, in seconds; it and what it started are killed then."""
+"""How long the command may take, in seconds; then it is killed with all processes that it started."""
 MAX_SHOWN = 500
-"""How much of what a command that fails printed is logged, in bytes."""
+"""How many bytes of a failed command's output are logged."""
 
 
 def send_alert(command: Sequence[str], event: Mapping[str, object], seconds: float = ALERT_SECONDS) -> bool:

@@ -25,7 +25,7 @@ class MetricsFile(TrainerCallback):
         self.folder, self.path, self.loss_label = folder, folder / "metrics.jsonl", loss_label
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Drop what was logged after the checkpoint that a run resumes from; a new run starts an empty file."""
+        """Remove the logs after the checkpoint that a run resumes from; a new run starts with an empty file."""
         if state.is_world_process_zero:
             step = state.global_step
             lines = [line for line in read_metrics(self.path) if line["step"] <= step and step]
@@ -34,7 +34,7 @@ class MetricsFile(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Metrics, **kwargs: object
     ):
-        """Append a line: the step, the epoch and what was logged, null in place of NaN and infinity."""
+        """Append a line: the step, the epoch and what was logged, null instead of NaN and infinity."""
         if state.is_world_process_zero and logs:
             values = {key: value if math.isfinite(value) else None for key, value in logs.items()}  # JSON has no NaN
             with self.path.open("a", encoding="utf-8") as file:
@@ -52,9 +52,9 @@ class MetricsFile(TrainerCallback):
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """Return the lines of a `metrics.jsonl`; none where there is no such file.
+    """Return the lines of a `metrics.jsonl`; none if there is no such file.
 
-    Lines that are not whole are left out: a run may be killed, or find the disk full, in the middle of one.
+    Incomplete lines are left out: a run may be killed, or find the disk full, in the middle of a line.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     return [metrics for line in lines if (metrics := _parse_line(line)) is not None]
@@ -79,7 +79,7 @@ class SampleGenerationCallback(TrainerCallback):
         self.last_generated_step = -1
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Find out at which step a run that is resumed answered last; rank 0 knows."""
+        """Find out at which step a resumed run last wrote answers; rank 0 knows."""
         text = self.file.read_text(encoding="utf-8", errors="replace") if self.file.exists() else ""
         steps = [int(step) for step in STEP_HEADING.findall(text)]
         self.last_generated_step = broadcast_from_rank0(steps[-1] if steps and state.global_step else -1)
@@ -95,7 +95,7 @@ class SampleGenerationCallback(TrainerCallback):
 
 
 class SetSamplerEpoch(TrainerCallback):
-    """Tells a sampler the epoch, also where wrappers of a resumed loader would not pass it on."""
+    """Tells a sampler the epoch, even if the wrappers of a resumed loader do not pass it on."""
 
     def __init__(self, get_sampler: Callable[[], Any]):
         self.get_sampler = get_sampler

@@ -2,8 +2,7 @@
 
 A copy of the model on the meta device runs under PyTorch's own counter, with the same adapters and frozen parameters.
 A multiplication and an addition are two operations; only matrix products and convolutions count, as is usual, and no
-recomputation by activation checkpointing. In a mixture of experts, each token counts in the experts that it goes
-through, not in all.
+recomputation by activation checkpointing. In a mixture of experts, each token counts only in its active experts.
 """
 
 import copy
@@ -48,7 +47,7 @@ class StepFlops:
     """Operations of training, forward and backward: of one token, one pair of tokens, one image and so on."""
 
     token: float  # a token in the language model, attention aside
-    pair: float  # a token and one that it attends to: itself or one before it
+    pair: float  # a token and one that it attends to: itself or an earlier one
     supervised: float  # a supervised token in the vocabulary head
     encoded: float  # an image in the visual encoder; in family models, in the connector too
     connected: float  # an image in the connector
@@ -67,13 +66,13 @@ class StepFlops:
 def count_flops(model: PreTrainedModel, image: ModelInputs) -> StepFlops:
     """Count the operations of a model that is ready to train, with its adapters and its frozen parameters.
 
-    DeepSpeed or a compiler must not have wrapped it yet. It is not changed, and no weight is copied. `image` holds its
-    inputs for an image, as the processor returns them.
+    It must not be wrapped by DeepSpeed or a compiler yet. It is not changed, and no weight is copied. `image` holds its
+    inputs for one image, as the processor returns them.
     """
     kind = model.config.model_type
     composed = is_composed_model(model)
     if is_prediction_model(model):
-        raise FlopsNotCountable(f"model_type={kind} does not learn to write alone")
+        raise FlopsNotCountable("it has prediction heads")
     if not composed and kind not in FIXED_IMAGE_SIZE_FAMILIES:
         raise FlopsNotCountable(f"the cost of an image is not the same for all in model_type={kind}")
     try:
@@ -83,7 +82,7 @@ def count_flops(model: PreTrainedModel, image: ModelInputs) -> StepFlops:
     except FlopsNotCountable:
         raise
     except Exception as error:  # any language model may come here, and no run should end for a figure in its log
-        raise FlopsNotCountable(f"without data, it does not run: {type(error).__name__}: {error}") from error
+        raise FlopsNotCountable(f"it does not run on meta tensors: {type(error).__name__}: {error}") from error
 
 
 def copy_to_meta_device(model: nn.Module) -> Any:
@@ -95,7 +94,7 @@ def copy_to_meta_device(model: nn.Module) -> Any:
         blank = torch.empty(shape, dtype=dtype, device="meta")
         if isinstance(tensor, nn.Parameter):
             if getattr(tensor, "quant_state", None) is not None or not tensor.is_floating_point():
-                raise FlopsNotCountable("it has matrices that are stored in 4 or 8 bits")
+                raise FlopsNotCountable("it has matrices in 4 or 8 bits")
             blank = nn.Parameter(blank, requires_grad=tensor.requires_grad)
         replaced[id(tensor)] = blank
     meta_model = copy.deepcopy(model, replaced)
@@ -142,7 +141,7 @@ def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
     token = (base - square * BASE_LENGTH**2) / BASE_LENGTH
     predicted = token * 3 * BASE_LENGTH + square * 9 * BASE_LENGTH**2 + supervised
     if not math.isclose(text(3 * BASE_LENGTH, 1), predicted, rel_tol=1e-9):
-        raise FlopsNotCountable("the cost of its language model is no square function of the length")
+        raise FlopsNotCountable("the cost of its language model is not a quadratic function of the length")
     return StepFlops(token, square, supervised, images.encoded, images.connected, images.batch)
 
 
@@ -151,10 +150,10 @@ EXPERT_ARGUMENTS = ["hidden_states", "top_k_index", "top_k_weights"]
 
 
 def _count_active_experts(decoder: nn.Module) -> None:
-    """Let modules of experts of a model on the meta device compute what `num_experts_per_tok` of them compute.
+    """Make expert modules of a model on the meta device compute only what `num_experts_per_tok` experts compute.
 
-    Which experts a token goes through depends on numbers, but how many do not. Each of an expert's matrices is
-    multiplied with as many rows as tokens go through it.
+    Which experts a token uses depends on its values, but the number of experts does not. Each matrix of an expert is
+    multiplied with one row for each token that uses the expert.
 
     Raises:
         FlopsNotCountable: there are experts of another kind, or convolutions.
@@ -166,7 +165,7 @@ def _count_active_experts(decoder: nn.Module) -> None:
         arguments = list(inspect.signature(module.forward).parameters)[: len(EXPERT_ARGUMENTS)]
         if arguments != EXPERT_ARGUMENTS or any(matrix.ndim != 3 for matrix in matrices):
             raise FlopsNotCountable(
-                "its language model has convolutions, or experts of its own kind, whose cost the lengths do not tell"
+                "its language model has convolutions or special experts, whose cost does not follow from the lengths"
             )
         module.forward = partial(_multiply_active_experts, matrices)
 
@@ -174,7 +173,7 @@ def _count_active_experts(decoder: nn.Module) -> None:
 def _multiply_active_experts(
     matrices: list[nn.Parameter], hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Return something of the shape `(tokens, width)` that costs what active experts cost, forward and backward."""
+    """Return a tensor `(tokens, width)` whose forward and backward cost is that of the active experts."""
     number = top_k_index.shape[-1]
     rows = hidden_states.sum(-1).flatten()[:, None].repeat(number, 1)  # (active * tokens, 1)
     products = [rows.expand(-1, matrix.shape[1]) @ matrix[0] for matrix in matrices]

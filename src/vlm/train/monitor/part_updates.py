@@ -1,12 +1,13 @@
 """The gradient norm and the relative update of each part, at the steps that are logged.
 
 `grad_norm/<part>` is the norm of a part's gradient before it is clipped; their squares add up to that of `grad_norm`.
-`update_norm/<part>` is `||Δw|| / ||w||` of the weights of the part that train: about 1e-3 is usual, far less means that
-a part hardly learns, far more that its weights are thrown about. For tensors of more than `MAX_ELEMENTS` elements it is
-estimated from that many, evenly spaced, so that it costs about the same whatever the size of the model.
+`update_norm/<part>` is `||Δw|| / ||w||` of the trained weights of the part. About 1e-3 is usual; far less means that
+the part hardly learns, far more that its weights change erratically. For tensors of more than `MAX_ELEMENTS` elements
+it is estimated from that many evenly spaced elements, so that the cost hardly depends on the size of the model.
 
-Where weights are sharded (ZeRO, FSDP2), sums of squares are added up over ranks. Neither is known, and so not logged,
-with DeepSpeed's half-precision optimisers of stage 0; no update is known of weights that are swapped to a disk.
+If weights are sharded (ZeRO, FSDP2), sums of squares are added up over ranks. With DeepSpeed's half-precision
+optimisers of stage 0, neither norm is known, so neither is logged; updates of weights that are swapped to a disk are
+not known.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,15 +26,15 @@ from vlm.train.guards.weights import held_here
 from vlm.train.parts import Part
 
 MAX_ELEMENTS = 8192
-"""The most elements of a tensor that an update is measured on."""
+"""The maximum number of elements of a tensor that an update is measured on."""
 MAX_FLAT_ELEMENTS = 2**20
-"""The most elements of a shard that DeepSpeed lays many tensors in."""
+"""The maximum number of elements of a shard that DeepSpeed lays many tensors in."""
 GROUP_NORMS = ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload")
-"""Methods of DeepSpeed's sharding optimisers that compute the norm of a group of parameters, in each step."""
+"""Methods of DeepSpeed's sharding optimisers that compute the norm of a parameter group in each step."""
 
 
 class UpdatingTrainer(Protocol):
-    """What is asked of the run's `VLMTrainer`."""
+    """The attributes of the run's `VLMTrainer` that are used here."""
 
     args: TrainingArguments
     state: TrainerState
@@ -44,7 +45,7 @@ class UpdatingTrainer(Protocol):
 
 
 class DeepSpeedOptimizer(Protocol):
-    """What is asked of DeepSpeed's optimisers; those that shard only have the groups of their stage."""
+    """The attributes of DeepSpeed's optimisers that are used here; each stage of ZeRO has its own groups."""
 
     step: Callable[..., object]
     overflow: bool
@@ -57,7 +58,7 @@ class DeepSpeedOptimizer(Protocol):
 
 
 class PartUpdates(TrainerCallback):
-    """Measures the steps that are logged; `pop_metrics` gives what was measured last."""
+    """Measures the steps that are logged; `pop_metrics` returns the last measurements."""
 
     def __init__(self, trainer: UpdatingTrainer):
         self.trainer = trainer
@@ -71,7 +72,7 @@ class PartUpdates(TrainerCallback):
     # --- when ---------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Measure within DeepSpeed's step, where gradients are gone once it is done."""
+        """Measure within DeepSpeed's step if DeepSpeed drops the gradients at its end."""
         engine = self.trainer.guarded_update.engine
         if engine is None:
             return
@@ -84,7 +85,7 @@ class PartUpdates(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ):
-        """Measure gradients, and keep weights as they are."""
+        """Measure gradients, and store the weights before the update."""
         if self.trainer.guarded_update.engine is None and self.is_due():
             self._begin(self._trained())
             self._total = self.trainer.last_norm
@@ -97,7 +98,7 @@ class PartUpdates(TrainerCallback):
             self._end(self._trained())
 
     def is_due(self) -> bool:
-        """Return whether the step that is computed will be logged, as far as that is known before its end."""
+        """Return whether the current step will be logged, as far as this is known before its end."""
         args, state = self.trainer.args, self.trainer.state
         step, interval = state.global_step + 1, int(state.logging_steps or 0)
         if args.logging_strategy != "steps":
@@ -138,7 +139,7 @@ class PartUpdates(TrainerCallback):
         self._before, self._is_measuring = {}, False
 
     def pop_metrics(self) -> dict[str, float]:
-        """Return what was measured since the last call; nothing where no step was due, or its update was left out."""
+        """Return what was measured since the last call; nothing if no step was due, or its update was left out."""
         metrics: dict[str, float] = {}
         if self._norms:
             clipped = torch.stack([norm.cpu() for norm in self._norms.values()]).norm()
@@ -154,7 +155,7 @@ class PartUpdates(TrainerCallback):
     # --- within DeepSpeed's step --------------------------------------------------------------------------------
 
     def _measure_plain_engine(self, optimizer: DeepSpeedOptimizer) -> None:
-        """Measure an optimiser that DeepSpeed does not wrap; the gradient is clipped when it is called."""
+        """Measure an optimiser that DeepSpeed does not wrap; the gradient is already clipped when it is called."""
         step = optimizer.step
 
         def measured_step(*args: object, **kwargs: object) -> object:
@@ -172,7 +173,7 @@ class PartUpdates(TrainerCallback):
         optimizer.step = measured_step
 
     def _measure_sharded(self, optimizer: DeepSpeedOptimizer, stage: int) -> None:
-        """Measure the groups of parameters that a rank has shards of; their norms are computed by DeepSpeed anyway."""
+        """Measure parameter groups of which a rank has shards; DeepSpeed computes their norms anyway."""
         for name in GROUP_NORMS:
             setattr(optimizer, name, self._recording(getattr(optimizer, name)))
         step = optimizer.step
@@ -197,7 +198,7 @@ class PartUpdates(TrainerCallback):
 
     def _recording(self, compute: Callable[..., Tensor | float]) -> Callable[..., Tensor | float]:
         def recorded(*args: object, **kwargs: object) -> Tensor | float:
-            """Compute the norm of a group, and keep it where the step is measured."""
+            """Compute the norm of a group, and store it if the step is measured."""
             norm = compute(*args, **kwargs)
             if self._is_measuring:
                 self._recorded.append(norm)
@@ -206,7 +207,7 @@ class PartUpdates(TrainerCallback):
         return recorded
 
     def _part_names(self, optimizer: DeepSpeedOptimizer, stage: int) -> list[str]:
-        """Return the part of each group of parameters that DeepSpeed has; none where groups are not as they were."""
+        """Return the part of each of DeepSpeed's parameter groups; nothing if the groups have changed."""
         names = [str(group["name"]).split(".")[0] for group in self.trainer.new_groups]
         if stage == 3:
             numbers = [optimizer.sub_group_to_group_id[i] for i in range(len(optimizer.fp16_groups))]
@@ -214,7 +215,7 @@ class PartUpdates(TrainerCallback):
         return names if len(names) == len(optimizer.bit16_groups) else []
 
     def _shards(self, optimizer: DeepSpeedOptimizer, stage: int) -> dict[str, list[Tensor]]:
-        """Return part -> what this rank holds of its weights in full precision; nothing where a disk has it."""
+        """Return part -> what this rank holds of its weights in full precision; nothing if a disk has it."""
         flat = optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
         shards: dict[str, list[Tensor]] = {}
         if any(tensor.numel() == 0 for tensor in flat):
@@ -224,7 +225,7 @@ class PartUpdates(TrainerCallback):
         return shards
 
     def _norms_of_groups(self, optimizer: DeepSpeedOptimizer, stage: int) -> dict[str, Tensor]:
-        """Return part -> the norm of its gradient, from those of its groups, which are of all ranks."""
+        """Return part -> the norm of its gradient, from the norms of its groups over all ranks."""
         names, scale = self._part_names(optimizer, stage), float(optimizer.loss_scale)
         squares: dict[str, float] = {}
         if len(names) != len(self._recorded):
@@ -237,7 +238,7 @@ class PartUpdates(TrainerCallback):
 def sample(tensors: Sequence[Tensor], limit: int) -> Tensor:
     """Return evenly spaced elements of tensors, `(N,)` in float32, at most `limit` of each.
 
-    They are scaled so that the sum of their squares estimates that of all elements.
+    They are scaled so that the sum of their squares estimates the sum over all elements.
     """
     parts = list(_sample_each(tensors, limit))
     return torch.cat([part.to(parts[0].device) for part in parts])
@@ -257,9 +258,9 @@ def _sample_each(tensors: Sequence[Tensor], limit: int) -> Iterator[Tensor]:
 
 
 def add_up(numbers: Mapping[str, Tensor], device: torch.device, *, is_sharded: bool) -> dict[str, Tensor]:
-    """Return scalars as they are or, where weights are sharded, summed over ranks; every rank has the same names.
+    """Return scalars, summed over ranks if weights are sharded; every rank has the same names.
 
-    `device` is the one that ranks exchange tensors on.
+    `device` is the device on which ranks exchange tensors.
     """
     if not is_sharded or not numbers or not dist.is_initialized():
         return dict(numbers)

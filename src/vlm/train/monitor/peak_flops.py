@@ -1,4 +1,4 @@
-"""The peak of a device: the operations per second that a run's are compared with."""
+"""The peak of a device in operations per second, with which those of a run are compared."""
 
 import time
 from dataclasses import dataclass
@@ -39,19 +39,19 @@ DATA_SHEET_TFLOPS = {
 is two devices, and this is the figure of one. The longest name that matches is taken."""
 
 REDUCED_DEVICE_WORDS = {"LAPTOP", "MIG"}
-"""Words in the name of a device that does less than its data sheet says: part of a GPU, or one with less power."""
+"""Words in the name of a device that is slower than its data sheet: a part of a GPU, or one with less power."""
 
 MEASURED = "measured: "
 MEASURE_SECONDS = 0.3
 """How long a device that is not in the table is measured, in seconds."""
 SIDES = {"cuda": (8192,), "cpu": (256, 512, 1024)}
-"""Sides of the square matrices that a device multiplies. On a CPU, products of the small ones take about a millisecond,
-so that some of many run to their end on a busy machine before another process gets the core."""
+"""Sides of the square matrices that a device multiplies. On a CPU, small products take about a millisecond, so that on
+a busy machine some of them finish before another process gets the core."""
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The peak of a device in 10^12 operations per second, and where the number is from."""
+    """The peak of a device in 10^12 operations per second, and the source of the number."""
 
     tflops: float
     source: str
@@ -75,7 +75,7 @@ def get_peak_tflops(device: torch.device, dtype: torch.dtype, override: float | 
 
 
 def data_sheet_tflops(name: str) -> float | None:
-    """Return the table's entry for a GPU by its name; None where there is none, or the device is part of a GPU."""
+    """Return the table's entry for a GPU by its name; None if there is none, or the device is part of a GPU."""
     words = f" {name.upper().replace('-', ' ')} "
     if REDUCED_DEVICE_WORDS.intersection(words.split()):
         return None
@@ -84,9 +84,9 @@ def data_sheet_tflops(name: str) -> float | None:
 
 
 def measure_tflops(device: torch.device, dtype: torch.dtype, seconds: float = MEASURE_SECONDS) -> float:
-    """Return TFLOP/s of the fastest of many square matrix products of several sizes, which take `seconds` in all.
+    """Return TFLOP/s of the fastest of many square matrix products of several sizes, measured for `seconds` in all.
 
-    The fastest one is hardly slower on a machine that does other work meanwhile.
+    Other work on the machine hardly slows down the fastest one.
     """
     sides = SIDES["cuda" if device.type == "cuda" else "cpu"]
     return max(_measure_side(side, device, dtype, seconds / len(sides)) for side in sides)
@@ -107,6 +107,6 @@ def _measure_side(side: int, device: torch.device, dtype: torch.dtype, seconds: 
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Files for people to look at: plots of loss and speed, the first batch as a page, answers as a list."""
+"""Files to look at: plots of loss and speed, the first batch as a page, answers as a list."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Metrics = dict[str, float]
-"""What was logged at a step: the metrics by name."""
+"""The logged metrics of a step by name."""
 
 LOSS_CURVES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
 
@@ -37,11 +37,11 @@ SHARE_CURVES = {"padding_share": "padding", "data_wait_share": "waiting for data
 
 
 MAX_MARKED = 20
-"""The most points of a curve that are marked: without marks, a single one would not be seen."""
+"""The maximum number of points of a curve that are marked: without marks, a single one would not be seen."""
 
 
 def draw_loss(metrics: Sequence[Metrics], path: Path, label: str = "loss") -> None:
-    """Plot the losses over the steps, as a PNG; `label` says what they are."""
+    """Plot the losses over the steps as a PNG; `label` names them."""
     from matplotlib.figure import Figure  # slow to import, and not needed before a run ends
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -65,7 +65,7 @@ def draw_speed(metrics: Sequence[Metrics], path: Path) -> None:
 
 
 def _draw_curves(axes: "Axes", metrics: Sequence[Metrics], curves: dict[str, str]) -> None:
-    """Draw metrics, by name -> label, over the steps; samples a second only where there are no tokens a second."""
+    """Draw metrics, by name -> label, over the steps; samples a second only if there are no tokens a second."""
     from matplotlib.ticker import MaxNLocator
 
     for key, label in curves.items():
@@ -75,12 +75,12 @@ def _draw_curves(axes: "Axes", metrics: Sequence[Metrics], curves: dict[str, str
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if is_short else "")
     if axes.lines:
         axes.legend()
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # there are no halves of steps
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # steps are whole numbers
     axes.grid(alpha=0.3)
 
 
 def write_first_batch(batch: dict[str, Tensor], processor: Processor, folder: Path) -> None:
-    """`first_batch.html`: each row of a batch as the model sees it, supervised tokens marked, with its images."""
+    """Write `first_batch.html`: each row of a batch as the model sees it, with marked supervised tokens and images."""
     (folder / "first_batch").mkdir(parents=True, exist_ok=True)
     names = []
     for index, pixels in enumerate(_normalised_images(batch, processor)):
@@ -92,7 +92,7 @@ def write_first_batch(batch: dict[str, Tensor], processor: Processor, folder: Pa
         rows.append("".join(f'<img src="{name}" alt="">' for name in waiting))
     for ids, labels, mask in _iterate_rows(batch):
         images = ""
-        if names and not processor.needs_image_sizes:  # none where features were read in place of images
+        if names and not processor.needs_image_sizes:  # none where features were read instead of images
             number = int((ids == processor.image_token_id).sum()) // cast(VLMProcessor, processor).tokens_per_image
             images = "".join(f'<img src="{next(waiting)}" alt="">' for _ in range(number))
         length, supervised = int(mask.sum()), int((labels != IGNORE_INDEX).sum())
@@ -116,7 +116,7 @@ def _iterate_rows(batch: dict[str, Tensor]) -> Iterator[tuple[Tensor, Tensor, Te
 def _normalised_images(batch: dict[str, Tensor], processor: Processor) -> Sequence[Tensor]:
     """Return images, tiles and frames of a batch `(3, height, width)`, as the first visual encoder sees them.
 
-    There are none where the model reads loose patches.
+    There are none if the model reads separate patches.
     """
     if (grids := batch.get("image_grids")) is not None:
         patches = processor.normalise(batch["pixel_values"]).split(grids.prod(1).tolist())
@@ -140,7 +140,7 @@ def _to_image(pixels: Tensor, image_processor: ImageProcessor) -> Image.Image:
 
 @dataclass(frozen=True)
 class AnsweredSample:
-    """What a model answered to a sample; `drawn` is its image with objects on it, where it has any."""
+    """A model's answer to a sample; `drawn` is the image with objects drawn on it, if it has any."""
 
     question: str
     reference: str
@@ -150,7 +150,7 @@ class AnsweredSample:
 
 
 def append_sample_generations(step: int, samples: Iterable[AnsweredSample], folder: Path) -> None:
-    """Append to `samples.md` what the model answered at a step; images with objects are kept for each step."""
+    """Append the model's answers at a step to `samples.md`; images with drawn objects are kept for each step."""
     (folder / "samples").mkdir(exist_ok=True)
     lines = [f"## Step {step}\n"]
     for index, sample in enumerate(samples):

@@ -1,9 +1,9 @@
 """`trainer.profile`: a trace of a few steps, and a table of where their time went.
 
-The forward time of a part is that within its modules' calls. A gradient has the sequence number of its operation in
-autograd, and belongs to the part in whose call that ran. The vocabulary head runs with the loss, so its time is the
-loss's; where logits are computed at once, it is the language model's. Evaluation, saving and logging are in the trace,
-but in no step's time.
+The forward time of a part is the time within the calls of its modules. A gradient has the autograd sequence number of
+its operation, and belongs to the part in whose call the operation ran. The vocabulary head runs with the loss, so its
+time counts for the loss; if all logits are computed at once, it counts for the language model. Evaluation, saving and
+logging are in the trace, but do not count for any step.
 """
 
 import logging
@@ -30,7 +30,7 @@ from vlm.train.monitor.speed import BETWEEN_STEPS
 log = logging.getLogger(__name__)
 
 SKIPPED_STEPS, WARMUP_STEPS, ACTIVE_STEPS = 2, 1, 4
-"""Steps that are skipped, that warm the profiler up, and that are in the trace."""
+"""Numbers of steps that are skipped, that warm up the profiler, and that are in the trace."""
 
 DATA_WAIT, LOSS, OPTIMISER_ROW, OTHER_ROW = "data wait", "loss", "optimiser", "everything else"
 STEP_EVENT_PREFIX = "ProfilerStep"
@@ -40,11 +40,11 @@ BACKWARD_SCOPE = 1
 """The scope of the operations of gradients, as `torch.profiler` numbers it."""
 
 NUM_OPERATORS = 40
-"""Operators in the table."""
+"""Number of operators in the table."""
 
 
 class ProfilerCallback(TrainerCallback):
-    """Profiles `ACTIVE_STEPS` steps after `SKIPPED_STEPS + WARMUP_STEPS`, counted from where the run begins.
+    """Profiles `ACTIVE_STEPS` steps after `SKIPPED_STEPS + WARMUP_STEPS`, counted from the start of this call.
 
     `folder` gets `trace.json.gz` and `table.txt`, in which each part of the model has rows of its own.
     """
@@ -67,7 +67,7 @@ class ProfilerCallback(TrainerCallback):
         self.running.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Go to the next step; stop where the trace is complete."""
+        """Go to the next step; stop once the trace is complete."""
         if self.running is None:
             return
         self.steps += 1
@@ -77,10 +77,10 @@ class ProfilerCallback(TrainerCallback):
             self._stop()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Write what there is of a shorter run."""
+        """Write the steps so far if the run was shorter."""
         self._stop()
         if not self.written:
-            message = "trainer.profile=true: this run had %d steps; the first %d are not in a profile, so there is none"
+            message = "trainer.profile=true: nothing was profiled: the run had %d steps, and the first %d are left out"
             log.warning(message, self.steps, SKIPPED_STEPS + WARMUP_STEPS)
 
     def _stop(self) -> None:
@@ -104,7 +104,7 @@ class ProfilerCallback(TrainerCallback):
 
 
 def part_modules(model: TrainableModel) -> dict[str, list[nn.Module]]:
-    """Return part -> the modules that are called for it, by the table of families."""
+    """Return part -> the modules that are called for it, from the table of families."""
     by_part: dict[str, list[nn.Module]] = {}
     modules = dict(model.named_modules())
     for prefix, part in get_part_names(model.config).prefixes.items():
@@ -114,7 +114,7 @@ def part_modules(model: TrainableModel) -> dict[str, list[nn.Module]]:
 
 
 def _name_calls(module: nn.Module, name: str) -> list[RemovableHandle]:
-    """Let every call of a module run in a range of this name."""
+    """Make every call of a module run in a profiler range of this name."""
     ranges: list[record_function] = []
 
     def open_range(module: nn.Module, args: object) -> None:
@@ -130,7 +130,7 @@ def _name_calls(module: nn.Module, name: str) -> list[RemovableHandle]:
 
 
 def profile_table(finished_profile: profile, parts: Sequence[str], steps: int) -> str:
-    """Return where the time of the profiled steps went: by part, and by operator."""
+    """Return a table of the time of the profiled steps, by part and by operator."""
     rows, whole, on_device = time_by_part(finished_profile.events() or [], parts)
     lines = [
         ("", "ms a step", "share", "GPU ms a step"),
@@ -148,9 +148,9 @@ def profile_table(finished_profile: profile, parts: Sequence[str], steps: int) -
 
 
 def time_by_part(events: Sequence[FunctionEvent], parts: Sequence[str]) -> tuple[dict[str, np.ndarray], float, bool]:
-    """Return microseconds on the host and of kernels by row, those of whole steps, and whether there is a GPU.
+    """Return microseconds of host and kernels by row, those of whole steps, and whether there is a GPU.
 
-    `parts` names the ranges that parts ran in. The time of a range within another counts for the inner one.
+    `parts` names the ranges in which parts ran. The time of nested ranges counts for the innermost one.
     """
     within_steps, between = _exclude_between_steps(events)
     events = [event for event in within_steps if _is_host_event(event)]
@@ -190,7 +190,7 @@ def _exclude_between_steps(events: Sequence[FunctionEvent]) -> tuple[list[Functi
 
 
 class CallTree:
-    """The calls of parts in a profile, some within others; `events` are their ranges."""
+    """The nested calls of parts in a profile; `events` are their ranges."""
 
     def __init__(self, events: Iterable[FunctionEvent]):
         self.events = sorted(events, key=lambda event: (event.time_range.start, -event.time_range.end))
@@ -206,7 +206,7 @@ class CallTree:
         return index
 
     def self_times(self) -> Iterator[tuple[FunctionEvent, float, float]]:
-        """Yield each call with the time on host and device that is in no call within it."""
+        """Yield each call with its time on host and device, without that of nested calls."""
         host = [event.cpu_time_total for event in self.events]
         device = [event.device_time_total for event in self.events]
         for event, enclosing in zip(self.events, self.enclosing, strict=True):

@@ -1,6 +1,6 @@
-"""The line that tells how a run is doing: rewritten in place on a terminal, a line for each log in a file or a pipe.
+"""The progress line of a run: rewritten in place on a terminal, one line for each log in a file or a pipe.
 
-An evaluation has a line of its own, which stays. Both go to `run.log` too.
+Each evaluation has its own line, which stays. Both also go to `run.log`.
 """
 
 import logging
@@ -24,11 +24,11 @@ from vlm.train.monitor.status import RunStatus
 log = logging.getLogger(__name__)
 
 REDRAW_SECONDS = 0.1
-"""How often the line is drawn again at most, between two logs."""
+"""The minimum number of seconds between two drawings of the line, between logs."""
 
 
 class PrintedAbove:
-    """Standard output while a line is rewritten in place: what is printed stands above it, line by line."""
+    """Standard output while a line is rewritten in place: printed lines appear above it."""
 
     def __init__(self, stream: TextIO, bar: "tqdm[NoReturn]"):
         self._stream, self._bar, self._rest = stream, bar, ""
@@ -38,13 +38,13 @@ class PrintedAbove:
         return getattr(self._stream, name)
 
     def __eq__(self, other: object) -> bool:
-        """Return whether it is this stream, for tqdm, which clears its bars before it writes to one that it knows."""
+        """Return whether it is this stream; tqdm clears its bars before it writes to a stream that it knows."""
         return other is self or other is self._stream
 
     __hash__ = object.__hash__
 
     def write(self, text: str) -> int:
-        """Print the lines that are whole, and keep the rest."""
+        """Print complete lines, and keep the rest."""
         lines, end, self._rest = (self._rest + text).rpartition("\n")
         if end:
             self._bar.clear()
@@ -60,11 +60,11 @@ class PrintedAbove:
 
 
 class ProgressLine(TrainerCallback):
-    """Shows the progress of a run, and keeps its status; on all ranks it asks for a log of the last step.
+    """Shows the progress of a run, and updates its status; on all ranks it requests a log of the last step.
 
     Args:
-        status: of the run.
-        is_writer: whether this rank shows anything.
+        status: the status of the run.
+        is_writer: whether this rank shows progress.
     """
 
     def __init__(self, status: RunStatus, *, is_writer: bool):
@@ -87,7 +87,7 @@ class ProgressLine(TrainerCallback):
             self._redirected.callback(printed.close)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Ask for a log of the last step, so that a run that is shorter than `logging_steps` has one; count steps."""
+        """Count steps, and request a log of the last step, so that runs shorter than `logging_steps` have one."""
         if state.global_step >= state.max_steps and args.logging_strategy != "no":
             control.should_log = True
         if not self.is_writer:
@@ -152,5 +152,5 @@ class ProgressLine(TrainerCallback):
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """Return a number that JSON has, or None."""
+    """Return a finite number, or None; JSON has no NaN and no infinity."""
     return value if value is not None and math.isfinite(value) else None

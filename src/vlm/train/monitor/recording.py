@@ -1,4 +1,4 @@
-"""What a run leaves behind of its own course: `run.log`, and how it ended in `status.json`."""
+"""Records the course of a run: its `run.log`, and how it ended in `status.json`."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,18 +13,18 @@ from vlm.train.monitor.run_log import RunLog
 from vlm.train.monitor.status import RunStatus
 
 DIVERGED, STUCK = "diverged", "stuck"
-"""Events of an alert besides the last states of a run: a guard ended it, or no rank got anything done."""
+"""Events of an alert besides the final states of a run: a guard ended it, or no rank made progress."""
 
 
 @contextmanager
 def record_run(folder: Path, run_log: RunLog, alert_command: Sequence[str], *, is_writer: bool) -> Iterator[RunStatus]:
-    """Within, a run has its log and its status; the status and an alert say how it ended.
+    """Context that keeps a run's log and status; at its end, the status and an alert say how the run ended.
 
     Args:
         folder: the run directory.
-        run_log: takes what is logged, on every rank.
+        run_log: receives all log messages, on every rank.
         alert_command: `trainer.alert_command`.
-        is_writer: whether this rank writes the status, and runs that command.
+        is_writer: whether this rank writes the status and runs the command.
     """
     run_log.open(folder)
     status = RunStatus(folder if is_writer else None)
@@ -41,12 +41,12 @@ def record_run(folder: Path, run_log: RunLog, alert_command: Sequence[str], *, i
 
 
 def describe_event(event: str, status: RunStatus) -> dict[str, object]:
-    """Return what an alert says: the event, the run directory, and its status."""
+    """Return the content of an alert: the event, the run directory, and its status."""
     return {"event": event, "run": str(status.folder), **status.values}
 
 
 def record_stuck(status: RunStatus, alert_command: Sequence[str], reason: str) -> None:
-    """Say of a run that the watchdog is about to end that it failed, and alert the user."""
+    """Record that a run, which the watchdog is about to end, has failed, and alert the user."""
     status.update(state=FAILED, message=reason)
     send_alert(alert_command, describe_event(STUCK, status))
 
@@ -59,7 +59,7 @@ def is_stop(error: BaseException) -> bool:
 
 
 def describe_end(error: BaseException) -> str:
-    """Return what ended a run, in a line."""
+    """Return in one line what ended a run."""
     if isinstance(error, SystemExit) and error.code == SAVED_EXIT_CODE:
         return "A signal stopped it after a checkpoint; the same command resumes it"
     lines = str(error).strip().splitlines()
@@ -70,7 +70,7 @@ def describe_end(error: BaseException) -> str:
 
 @contextmanager
 def quiet_bars(*, shows_bars: bool) -> Iterator[None]:
-    """Within, transformers and the Hub's client draw bars only on a terminal; in a file they run into lines."""
+    """Context in which transformers and the Hub's client draw bars only on a terminal; in a file they garble lines."""
     from transformers.utils import logging as transformers_logging
 
     if shows_bars or not transformers_logging.is_progress_bar_enabled():

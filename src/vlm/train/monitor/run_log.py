@@ -1,9 +1,9 @@
 """`run.log` of a run directory: everything that a run and its libraries log, with the time, and tracebacks.
 
 The terminal shows this package's own messages and the errors of libraries; warnings and notes of libraries go to the
-file alone. Rank 0 writes `run.log`; another rank writes `run.log.rankN`, and only if it warns or fails. What is logged
-before the run directory is known is kept, and written once it is. Each line is flushed, so that a run that is killed
-loses none. Imports the standard library and tqdm only: it listens before torch is imported.
+file only. Rank 0 writes `run.log`; another rank writes `run.log.rankN`, and only if it warns or fails. Messages from
+before the run directory is known are kept, and written once it is. Each line is flushed, so that a killed run loses
+none. Imports the standard library and tqdm only, because it listens before torch is imported.
 """
 
 import faulthandler
@@ -25,9 +25,9 @@ LINE_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 OWN = "vlm"
 """The logger of this package."""
 IN_PLACE = "in_place"
-"""The attribute of a record that a terminal shows in a line of its own, so that the console leaves it out."""
+"""The attribute of a record that the terminal shows in its own way, so that the console handler skips it."""
 MAX_KEPT = 100_000
-"""The most records that are kept before the run directory is known."""
+"""The maximum number of records that are kept before the run directory is known."""
 STANDARD_STREAMS = ("<stdout>", "<stderr>")
 
 
@@ -35,10 +35,10 @@ log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Takes what is logged while it is entered; `open` says where it goes.
+    """Collects log messages while it is entered; `open` names their file.
 
     Attributes:
-        file: the open log file; None: nothing was written, or the run directory is not known yet.
+        file: the open log file; None if nothing was written, or the run directory is not known yet.
     """
 
     def __init__(self, rank: int | None = None):
@@ -49,7 +49,7 @@ class RunLog:
 
     @property
     def path(self) -> Path | None:
-        """The file that is written to; None: the run directory is not known yet."""
+        """The log file, or None if the run directory is not known yet."""
         return None if self.handler is None else Path(self.handler.baseFilename)
 
     def __enter__(self) -> "RunLog":
@@ -70,7 +70,7 @@ class RunLog:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Write the traceback of what ended the run, and let loggers be as they were before."""
+        """Write the traceback of the error that ended the run, and restore the loggers."""
         if error is not None and not (isinstance(error, SystemExit) and error.code in (0, None, SAVED_EXIT_CODE)):
             log.error("The run ended with an error", exc_info=error, extra={IN_PLACE: True})
         if self.handler is None:
@@ -81,7 +81,7 @@ class RunLog:
         self.kept.close()
 
     def open(self, folder: Path) -> None:
-        """Write to the log file of a run directory from now on, and first what was logged before."""
+        """Write earlier messages, and all further ones, to the log file of a run directory."""
         if self.handler is not None:
             return
         name = LOG_FILE if self.rank == 0 else f"{LOG_FILE}.rank{self.rank}"
@@ -99,7 +99,7 @@ class RunLog:
         self._write_faults_to_file()
 
     def take_over_libraries(self) -> None:
-        """Let libraries that print their log themselves pass it on instead; some do so from their import on."""
+        """Make libraries that print their own log pass it on instead; some start to print when they are imported."""
         for name, logger in list(logging.root.manager.loggerDict.items()):
             if name.split(".")[0] == OWN or not isinstance(logger, logging.Logger):
                 continue
@@ -116,7 +116,7 @@ class RunLog:
     _owns_faults = False
 
     def _write_faults_to_file(self) -> None:
-        """Let the file have the stacks of a process that the system ends, as on an invalid memory access."""
+        """Write the stacks to the file if the system ends the process, for example on an invalid memory access."""
         if self.rank == 0 and self.handler is not None and not faulthandler.is_enabled():
             self.handler.acquire()
             try:
@@ -128,7 +128,7 @@ class RunLog:
             self._owns_faults = True
 
     def _show_kept_warnings(self) -> None:
-        """Print the warnings of libraries where no run directory was opened that could have them."""
+        """Print the kept warnings of libraries if no run directory was opened."""
         shown = logging.StreamHandler(sys.stderr)
         shown.setFormatter(logging.Formatter("[%(levelname)s] %(name)s: %(message)s"))
         for record in self.kept.buffer:
@@ -137,10 +137,10 @@ class RunLog:
 
 
 class ConsoleHandler(logging.StreamHandler):
-    """Prints notes as they are, and of what is worse, first how bad it is; lines do not run into bars."""
+    """Prints notes unchanged, and warnings and errors with their level; lines do not garble progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a record, unless it is shown otherwise."""
+        """Print a record, unless it is shown in another way."""
         if getattr(record, IN_PLACE, False):
             return
         try:
@@ -165,7 +165,7 @@ def is_console(handler: logging.Handler) -> TypeGuard[logging.StreamHandler]:
 
 @contextmanager
 def logged(run_log: RunLog | None) -> Iterator[RunLog]:
-    """Yield a log that is entered already, or one that is entered here."""
+    """Yield the given log if it is already entered, otherwise a new one that is entered here."""
     if run_log is not None:
         yield run_log
         return

@@ -1,6 +1,6 @@
 """The training loss of each source of a mixture: the mean over its supervised tokens since the last log, on all ranks.
 
-Losses are taken before `loss_weight` and the weights of replies. The device is not waited for.
+These are losses before `loss_weight` and the weights of replies. Nothing waits for the device.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +19,9 @@ class SourceLosses:
     """Adds up losses by the source of their samples.
 
     Args:
-        names: path of a source, as `SampleRef` has it -> its name.
-        get_refs: returns the samples of the batch that the model is called with.
-        device: of the batches.
+        names: path of a source, as in `SampleRef` -> its name.
+        get_refs: returns the samples of the model's current batch.
+        device: the device of the batches.
     """
 
     def __init__(self, names: dict[str, str], get_refs: Callable[[], Sequence[SampleRef]], device: torch.device):
@@ -30,7 +30,7 @@ class SourceLosses:
         self.sums = torch.zeros(2, len(names) + 1, device=device)  # losses and tokens; last, what is no sample
 
     def add(self, losses: Tensor, inputs: Inputs) -> None:
-        """Take the losses of a batch at its supervised positions, `(S,)`."""
+        """Add the losses of a batch at its supervised positions, `(S,)`."""
         if KEY_INDEX in inputs:  # samples that branch
             return
         numbers = [self.numbers.get(ref.source, -1) for ref in self.get_refs()]
@@ -62,7 +62,7 @@ def count_supervised(inputs: Inputs) -> Tensor:
 def make_source_losses(
     dataset: object, get_refs: Callable[[], Sequence[SampleRef]], device: torch.device
 ) -> SourceLosses | None:
-    """Return what adds up the losses of a data set by source; None where it has one alone, or they share a path."""
+    """Return the `SourceLosses` of a data set, or None if it has only one source, or sources share a path."""
     if not isinstance(dataset, SampleDataset | SampleStream):
         return None
     names = {source.shown_path: source.name for source in dataset.sources}

@@ -1,8 +1,8 @@
-"""The speed of a run: real tokens, samples and operations a second, the cost of padding and waiting, and memory.
+"""The speed of a run: real tokens, samples and operations per second, the cost of padding and waiting, and memory.
 
 The clock runs from fetching the batches of a step to the end of its update. Evaluation, saving, sample answers and
-logging are not counted, nor is the first step of a call, in which kernels are chosen and data workers start. The device
-is synchronised only where a run waits for it anyway: where it logs, evaluates or saves.
+logging do not count, nor does the first step of a call, in which kernels are chosen and data workers start. The device
+is synchronised only when a run waits for it anyway: when it logs, evaluates or saves.
 """
 
 import json
@@ -74,8 +74,8 @@ class StepCounts:
 class SpeedMeter:
     """Measures the steps of a run.
 
-    Where the operations of the model (`flops`) are unknown, `note` says why in `speed.json`. Without a folder this file
-    is not written, as on all ranks but the first. `dtype` is the run's precision, in which a peak is measured.
+    If the operations of the model (`flops`) are unknown, `note` says why in `speed.json`. Without a folder, this file
+    is not written; only the first rank has one. `dtype` is the run's precision, in which a peak is measured.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class SpeedMeter:
             self._run_start = time.perf_counter()
 
     def begin_break(self) -> None:
-        """Let a profile show the time from now on as `BETWEEN_STEPS`."""
+        """Make a profile show the time from now on as `BETWEEN_STEPS`."""
         if self._break is None:
             self._break = torch.profiler.record_function(BETWEEN_STEPS)
             self._break.__enter__()
@@ -123,7 +123,7 @@ class SpeedMeter:
             self._break = None
 
     def begin_data_wait(self) -> None:
-        """Note that the loop starts to wait for data, as at the start of an epoch."""
+        """Note that the loop starts to wait for data, for example at the start of an epoch."""
         self._wait_start = time.perf_counter() if self._run_start is not None else None
 
     def time_waits(self, batches: Iterator[T]) -> Iterator[T]:
@@ -141,7 +141,7 @@ class SpeedMeter:
             yield batch
 
     def add(self, batches: Sequence[tuple[BatchStats, int, int]]) -> None:
-        """Count the batches of a step: of each, its statistics, and the images that are encoded and connected."""
+        """Count the batches of a step: the statistics of each, and its encoded and connected images."""
         if self._run_start is None or not batches:
             return
         stats, encoded, connected = zip(*batches, strict=True)
@@ -159,7 +159,7 @@ class SpeedMeter:
     # --- the numbers ----------------------------------------------------------------------------------------------
 
     def gather_metrics(self, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the metrics of the steps since the last call, over all ranks; every rank has to call it.
+        """Return the metrics of the steps since the last call, over all ranks; every rank must call this.
 
         `gather` returns `(ranks, N)` of all ranks for `(1, N)` of this one.
         """
@@ -198,10 +198,10 @@ class SpeedMeter:
         return {**metrics, "peak_memory_gib": self.memory}
 
     def _compute_mfu(self, tflops: float) -> float | None:
-        """Return the share of the peak; None where it is unknown.
+        """Return the share of the peak; None if it is unknown.
 
-        A measured peak that the run exceeds was measured while the machine was busy. It is measured once more; where
-        the run exceeds that one too, there is no share.
+        If the run exceeds a measured peak, the machine was busy during the measurement. The peak is then measured once
+        more; if the run exceeds it again, the share is unknown.
         """
         if self.peak is not None and self.peak.is_measured and tflops > self.peak.tflops and not self._remeasured:
             self._remeasured = True
@@ -223,7 +223,7 @@ class SpeedMeter:
         if self.folder is None:
             return
         if not metrics:
-            log.info("Speed was not measured: the first step is left out, and there was no other")
+            log.info("Speed was not measured: the run had only one step, and the first one does not count")
             return
         steps = round(self.total_counts.steps)
         seconds = self.total_counts.seconds / self.num_ranks
@@ -234,7 +234,7 @@ class SpeedMeter:
             log.info("Operations were not counted: %s", self.note)
         elif self.peak is not None and self.flops is not None and "mfu" not in metrics:
             log.info(
-                "MFU is left out: the run is faster than the peak that was measured (%.3g TFLOP/s, busy machine). "
+                "MFU is left out: the run is faster than the measured peak (%.3g TFLOP/s; was the machine busy?). "
                 "Set trainer.peak_tflops", self.peak.tflops
             )  # fmt: skip
         summary = {
@@ -259,7 +259,7 @@ def speed_table(metrics: Mapping[str, float]) -> str:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the peak memory so far in GiB: allocated on a GPU, else resident in this process without data workers."""
+    """Return the peak memory so far in GiB: allocated on a GPU, or resident in this process without data workers."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -267,21 +267,21 @@ def peak_memory(device: torch.device) -> float:
 
 
 class SpeedCallback(TrainerCallback):
-    """Stops the clock while a run logs, evaluates or saves. It has to be the last callback: others may ask for that.
+    """Stops the clock while a run logs, evaluates or saves. Must be the last callback, since others may request these.
 
-    `VLMTrainer` starts the clock where a step begins.
+    `VLMTrainer` starts the clock at the beginning of a step.
     """
 
     def __init__(self, meter: SpeedMeter):
         self.meter = meter
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Count the time until the first batch is there as waiting for data."""
+        """Count the time until the first batch arrives as waiting for data."""
         self.meter.end_break()
         self.meter.begin_data_wait()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Stop the clock where something else comes between two steps."""
+        """Stop the clock if something else happens between two steps."""
         if control.should_log or control.should_evaluate or control.should_save:
             self.meter.stop(wait_for_device=True)
         self.meter.begin_break()
@@ -293,13 +293,13 @@ def count_images(model: PreTrainedModel, batch: Mapping[str, object], stats: Bat
     """Return how many images of a batch the visual encoder reads, and the connector."""
     encodes_duplicates = connects_duplicates = True
     if is_composed_model(model):
-        model.train()  # as the steps will have it
+        model.train()  # as in training steps
         encodes_duplicates, connects_duplicates = model.encodes_duplicates(), model.connects_duplicates()
     return num_encoded_and_connected(batch, stats.images, encodes_duplicates, connects_duplicates)
 
 
 def make_speed_meter(run: PreparedRun, folder: Path, peak_tflops: float | None, note: str | None) -> SpeedMeter:
-    """Return the meter of a run; the first rank's writes a summary, with operations unless a note says why not."""
+    """Return the meter of a run. The first rank's writes a summary, with operations unless a note says why not."""
     args = run.args
     if args.process_index > 0:
         return SpeedMeter(args.device)

@@ -1,7 +1,7 @@
-"""`status.json` of a run directory: what a run does now, for people and programs that look at it from outside.
+"""`status.json` of a run directory: the current state of a run, for people and programs outside.
 
-The file is replaced as a whole at the start of a run, at each log, and at its end; between two logs it is renewed every
-`RENEWAL_SECONDS` at most, after a step. Imports no torch.
+The file is replaced as a whole at the start of a run, at each log, and at its end. Between two logs it is renewed after
+a step if it is older than `RENEWAL_SECONDS`. Imports no torch.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from vlm.runs.status_line import STARTING, STATUS_FILE
 
 RENEWAL_SECONDS = 5.0
-"""How old the file may get while steps are done, in seconds."""
+"""The maximum age of the file during training, in seconds."""
 
 EMPTY: dict[str, object] = {
     "state": STARTING, "step": None, "max_steps": None, "epoch": None, "loss": None, "loss_trend": None,
@@ -25,14 +25,14 @@ EMPTY: dict[str, object] = {
 
 
 class RunStatus:
-    """The status of a run, written by the rank that has a `folder`; None: nothing is written."""
+    """The status of a run. It is written by the rank that has a `folder`; with None, nothing is written."""
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
         self.values = EMPTY | {"started_at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
 
     def update(self, **values: object) -> None:
-        """Take new values, and write the file; a disk that is full or away for a while does not end the run."""
+        """Set new values, and write the file; a disk that is full or unreachable for a while does not end the run."""
         self.values |= values | {"updated_at": time.time()}
         if self.folder is not None:
             with suppress(OSError):
@@ -41,7 +41,7 @@ class RunStatus:
                 partial.replace(self.folder / STATUS_FILE)
 
     def renew(self, **values: object) -> None:
-        """Take new values, and write the file where it is older than `RENEWAL_SECONDS`."""
+        """Set new values, and write the file if it is older than `RENEWAL_SECONDS`."""
         updated = self.values["updated_at"]
         if not isinstance(updated, float) or time.time() - updated >= RENEWAL_SECONDS:
             self.update(**values)
@@ -50,7 +50,7 @@ class RunStatus:
 
     @contextmanager
     def during(self, state: str) -> Iterator[None]:
-        """Within, the run is in another state."""
+        """Context in which the run is in another state."""
         before = self.values["state"]
         self.update(state=state)
         try:

@@ -39,7 +39,7 @@ class Distillation(Generation):
     """
 
     loss_label = "distillation loss per supervised token"
-    flops_note = "they are of the model that trains, and a teacher runs beside it"
+    flops_note = "only those of the model that trains are known, not those of the teacher"
     teacher: Teacher
     vocabulary: int
     shares_inputs: bool

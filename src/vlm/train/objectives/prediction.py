@@ -41,7 +41,7 @@ class Prediction(Objective):
 
     loss_label = "loss of the prediction heads"
     row_key = "groups"
-    flops_note = "they are of replies, and prediction heads read hidden states"
+    flops_note = "the count assumes a loss on replies, and prediction heads read hidden states"
 
     def refusals(self) -> Iterator[str]:
         """Yield what is wrong with the heads and their data, and keys that are for runs that learn to write."""
@@ -52,13 +52,13 @@ class Prediction(Objective):
         yield from head_problems(config)
         yield from unused_preference_problems(config)
         if config.trainer.packing:
-            yield "trainer.packing=true: prediction heads read one prompt a row; it is for runs that learn to write"
+            yield "trainer.packing=true: prediction heads read one prompt per row; leave it out"
         if (limit := config.dataset.cache_limit_gb) is not None:
             yield f"dataset.cache_limit_gb={limit}: {UNUSED_LIMIT}"
         if (supervise := config.dataset.supervise) != "replies":
-            yield f"dataset.supervise={supervise}: of a run with heads only replies are supervised; leave it out"
+            yield f"dataset.supervise={supervise}: with prediction heads, only replies can be supervised; leave it out"
         if names := config.trainer.eval_metrics:
-            yield f"trainer.eval_metrics={names}: heads have measures of their own; leave it out"
+            yield f"trainer.eval_metrics={names}: prediction heads have their own metrics; leave it out"
 
     def metric_names(self) -> frozenset[str] | None:
         """Return the loss and the metrics of each head; None where a checkpoint has further heads."""

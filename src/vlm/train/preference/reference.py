@@ -61,8 +61,8 @@ def choose_reference(config: RunConfig, run: PreparedRun) -> Reference:
     ]
     if kind == ADAPTER and others:
         raise ValueError(
-            f"trainer.preference.reference=adapter: {others[0]} trains besides the adapters, so that the model without "
-            "them is not its start; choose cached"
+            f"trainer.preference.reference=adapter: {others[0]} trains in addition to the adapters, so the model "
+            "without them is not the reference; choose cached"
         )
     if kind == ADAPTER or (kind == "auto" and not others):
         return AdapterReference()
@@ -139,10 +139,10 @@ class CachedReference:
             if table is None:
                 if trainer.state.global_step > 0:
                     raise ValueError(
-                        f"trainer.preference.reference=cached: what the model at the start says of the {role} records "
-                        f"is neither in the run directory nor in {self.folders[1]}, and the model is trained by now. "
-                        "Begin anew (trainer.resume_from_checkpoint=never), or set trainer.preference.reference=copy "
-                        "and trainer.resume_changes=accept"
+                        f"trainer.preference.reference=cached: the scores of the initial model for the {role} records "
+                        f"are neither in the run directory nor in {self.folders[1]}, and the model has since been "
+                        "trained. Start over (trainer.resume_from_checkpoint=never), or set "
+                        "trainer.preference.reference=copy and trainer.resume_changes=accept"
                     )
                 table = self._compute(trainer, scores, role, dataset)
             on_rank0(lambda role=role, table=table: self._write(role, table))

@@ -1,1 +1,1 @@
-"""Going on with a run: what it is, what changed since it was saved, who trains in its directory, and how it starts."""
+"""Resumes a run: its record, what changed since it was saved, the lock on its directory, and how it starts."""

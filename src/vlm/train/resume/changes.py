@@ -1,4 +1,4 @@
-"""What changed between the run that was saved and the run that goes on: a difference of keys, and what it means."""
+"""What changed between the saved run and the run that resumes it: the changed keys, and what each change means."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +13,7 @@ from vlm.train.resume.record import RunRecord
 
 
 class Missing(Enum):
-    """The value of a key that one of two runs does not have; it stays the same from rank to rank."""
+    """The value of a key that one of two runs does not have; it is the same object on every rank."""
 
     MISSING = "(none)"
 
@@ -21,15 +21,15 @@ class Missing(Enum):
 MISSING = Missing.MISSING
 
 MAX_LISTED = 20
-"""Most changes that a message lists."""
+"""Maximum number of changes that a message lists."""
 
 MAX_VALUE_LENGTH = 120
-"""Most characters of a value in a message."""
+"""Maximum number of characters of a value in a message."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key with two values: before, and now; `MISSING` where there was or is none."""
+    """A key with its values before and now; `MISSING` if there was or is none."""
 
     key: str
     before: object
@@ -37,7 +37,7 @@ class Change:
     kind: KeyClass
 
     def values(self) -> list[object]:
-        """Return both values as JSON can hold them: null where there is none."""
+        """Return both values for JSON: null if there is none."""
         return [None if value is MISSING else value for value in (self.before, self.now)]
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Change:
 def compare_settings(before: RunRecord, now: RunRecord, config: RunConfig) -> list[Change]:
     """Return the changed keys of the configuration, code, versions and number of ranks.
 
-    What the earlier record does not know is passed over.
+    Keys that the earlier record does not have are ignored.
     """
     found = []
     was, is_now = ({current_key(key): value for key, value in _flatten(record.config)} for record in (before, now))
@@ -70,18 +70,18 @@ WORLD_KEYS = (
     "world_size", "trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps", "trainer.sharding",
     "trainer.deepspeed",
 )  # fmt: skip
-"""Keys whose change is safe where the steps of another world have the same samples."""
+"""Keys whose change is safe if the steps of another world have the same samples."""
 
 
 def take_another_world(changes: Sequence[Change]) -> list[Change]:
-    """Return changes, those of ranks and sharding as safe: the steps have the same samples in the same order."""
+    """Mark changes of ranks and sharding as safe, since the steps have the same samples in the same order."""
     return [replace(change, kind=KeyClass.SAFE) if change.key.startswith(WORLD_KEYS) else change for change in changes]
 
 
 def compare_data(before: RunRecord, now: RunRecord, *, streams: bool = False) -> list[Change]:
-    """Return what is other in the records; they must be known of both, else nothing is compared.
+    """Return the differences of the data; if the data of either run are not known, nothing is compared.
 
-    Where training records are a stream, its positions are in the files of before.
+    If the training records are a stream, its positions refer to the earlier files.
     """
     changes = _compare_facts("data", before.data, now.data, KeyClass.CHANGES_RUN) if before.data else []
     return [
@@ -91,7 +91,7 @@ def compare_data(before: RunRecord, now: RunRecord, *, streams: bool = False) ->
 
 
 def _differ(old: object, new: object) -> bool:
-    """Return whether two values of a key differ; one that is not there counts as null."""
+    """Return whether two values of a key differ; a missing value counts as null."""
     return (None if old is MISSING else old) != (None if new is MISSING else new)
 
 
@@ -127,45 +127,45 @@ def list_changes(changes: Sequence[Change]) -> str:
 
 
 ANEW = (
-    "choose another trainer.output_dir, or begin anew in this one with trainer.resume_from_checkpoint=never, which "
+    "choose another trainer.output_dir, or start over in this one with trainer.resume_from_checkpoint=never, which "
     "sets the earlier run aside"
 )
-"""What to do where a run cannot go on."""
+"""What to do if a run cannot be resumed."""
 
 
 def refuse_changes(changes: Sequence[Change], checkpoint: Path, *, accepts: bool) -> None:
-    """Refuse changes that a run cannot go on with, or that nobody has accepted.
+    """Refuse changes with which a run cannot be resumed, or that were not accepted.
 
     Args:
-        changes: what changed.
-        checkpoint: what the run would go on from.
-        accepts: whether changes that make another run of it are accepted.
+        changes: the changes.
+        checkpoint: the checkpoint to resume from.
+        accepts: whether changes that affect training are accepted.
 
     Raises:
         ValueError: with the changed keys and what to do.
     """
     if impossible := [change for change in changes if change.kind is KeyClass.IMPOSSIBLE]:
         raise ValueError(
-            f"{checkpoint} cannot go on with other values of these keys:\n{list_changes(impossible)}\n"
-            f"Give them their earlier values, {ANEW}; a new stage begins with trainer.from_pretrained=…/final"
+            f"{checkpoint} cannot be resumed with other values of these keys:\n{list_changes(impossible)}\n"
+            f"Restore their earlier values, {ANEW}; to begin a new stage, set trainer.from_pretrained=…/final"
         )
     changing = [change for change in changes if change.kind is KeyClass.CHANGES_RUN]
     if changing and not accepts:
         raise ValueError(
-            f"{checkpoint} is of a run with other settings:\n{list_changes(changing)}\n"
-            f"Give them their earlier values, or take the new ones from here on with trainer.resume_changes=accept, or "
+            f"{checkpoint} belongs to a run with other settings:\n{list_changes(changing)}\n"
+            f"Restore their earlier values, or accept the new ones from here on with trainer.resume_changes=accept, or "
             f"{ANEW}"
         )
 
 
 def refuse_changes_of_done(changes: Sequence[Change], final: Path) -> None:
-    """Refuse changes that would have an effect, of a run that is done.
+    """Refuse changes of a finished run that would have an effect.
 
     Raises:
         ValueError: with the changed keys and what to do.
     """
     if changing := [change for change in changes if change.kind is not KeyClass.SAFE]:
         raise ValueError(
-            f"{final} is of a run that is done, and had other settings:\n{list_changes(changing)}\n"
+            f"{final} belongs to a run that is done and had other settings:\n{list_changes(changing)}\n"
             f"Nothing is left to train with the new ones: {ANEW}"
         )

@@ -1,4 +1,4 @@
-"""The run directory while a run has it: locked, its start decided and recorded."""
+"""Opens the run directory of a run: locks it, decides how the run starts, and records this."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -31,8 +31,8 @@ class RunStart:
 
     Attributes:
         folder: the run directory.
-        record: what the run is; its data are known from `begin` on.
-        changed_keys: the keys that are other than at the checkpoint that the run goes on from.
+        record: the record of the run; its data are known from `begin` on.
+        changed_keys: the keys that differ from the checkpoint that the run resumes from.
     """
 
     def __init__(self, config: RunConfig, folder: Path, record: RunRecord, start: Start):
@@ -47,20 +47,20 @@ class RunStart:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the first start in the directory, or the first of which something was saved."""
+        """Whether this is the first start in the directory, or no earlier start saved anything."""
         checkpoint = self._start.checkpoint
         return checkpoint is None or checkpoint.parent.resolve() != self.folder.resolve()
 
     @property
     def checkpoint(self) -> str | None:
-        """The checkpoint that the run goes on from; None: it begins."""
+        """The checkpoint that the run resumes from, or None if it starts anew."""
         return None if self._start.checkpoint is None else str(self._start.checkpoint)
 
     def begin(self, records: Mapping[str, SampleDataset | SampleStream]) -> None:
         """Compare the data with those of the checkpoint, and record the start; every rank calls this.
 
         Raises:
-            ValueError: the data are others, and `trainer.resume_changes` does not accept it.
+            ValueError: the data differ, and `trainer.resume_changes` does not accept it.
         """
         self.record = with_data(self.record, records)
         changes = on_rank0(lambda: self._record(records))
@@ -85,12 +85,12 @@ def open_run_directory(config: RunConfig, folder: Path, world: World) -> Iterato
     """Lock a run directory for as long as the run lives, and decide how the run starts; every rank calls this.
 
     Raises:
-        ValueError: another run trains in it, or it holds a run that this one cannot go on with.
+        ValueError: another run trains in it, or it holds a run that this one cannot continue with.
     """
     with ExitStack() as held:
 
         def lock() -> None:
-            """Lock the run directory; set an earlier run aside first where one begins anew."""
+            """Lock the run directory; if the run starts over, first set the earlier run aside."""
             if config.trainer.resume_from_checkpoint.lower() in ANEW_WORDS:
                 set_aside(folder)
             held.enter_context(RunLock(folder))

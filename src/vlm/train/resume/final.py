@@ -1,4 +1,4 @@
-"""The finished model of a run, which has the run's record with it."""
+"""The finished model of a run, which is saved with the run's record."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from vlm.train.resume.start import FINAL
 
 
 class SavingTrainer(Protocol):
-    """What is asked of the run's `VLMTrainer`."""
+    """The attributes of the run's `VLMTrainer` that are used here."""
 
     args: TrainingArguments
 
@@ -23,10 +23,10 @@ class SavingTrainer(Protocol):
 
 
 def write_final(trainer: SavingTrainer, folder: Path, record: RunRecord, progress: Progress) -> Path:
-    """Write the model of a run that is done into `final` of its directory, in place of an earlier one; every rank."""
+    """Write the model of a finished run into `final`, replacing an earlier one; every rank calls this."""
 
     def write_more(unfinished: Path) -> None:
-        """Write the record of the run beside its weights."""
+        """Write the record of the run next to its weights."""
         if trainer.args.should_save:
             write_record(unfinished, record, progress)
 
@@ -35,9 +35,9 @@ def write_final(trainer: SavingTrainer, folder: Path, record: RunRecord, progres
 
 
 def set_aside_later_final(folder: Path, step: int) -> None:
-    """Rename the finished model of a run that goes back to an earlier step; every rank calls this.
+    """Rename the finished model of a run that resumes from an earlier step; every rank calls this.
 
-    It would say that the run is done.
+    Otherwise the run would count as done.
     """
 
     def is_later() -> bool:
@@ -46,4 +46,4 @@ def set_aside_later_final(folder: Path, step: int) -> None:
         return progress is not None and progress.step > step
 
     if on_rank0(is_later):
-        set_aside(folder / FINAL, SUPERSEDED, f"is of a later step than {step}, from which the run goes on")
+        set_aside(folder / FINAL, SUPERSEDED, f"is of a later step than {step}, from which the run resumes")

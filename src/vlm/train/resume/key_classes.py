@@ -1,7 +1,7 @@
-"""What a change of each key means to a run that goes on: it is safe, it changes the run, or it is impossible.
+"""What a change of each key means to a run that is resumed: it is safe, it changes the run, or it is impossible.
 
-Every key of the schema is named here, and a test walks the schema; a key that the installed transformers has besides
-counts as one that changes the run. Imports the schema only.
+Every key of the schema is named here, and a test checks that; any other key of the installed transformers counts as one
+that changes the run. Imports the schema only.
 """
 
 import re
@@ -12,16 +12,16 @@ from vlm.config.schema import RunConfig
 
 
 class KeyClass(Enum):
-    """What a change of a key means to a run that goes on."""
+    """What a change of a key means to a run that is resumed."""
 
     START = "start"
-    """The key is about one start of the run; it is not compared."""
+    """The key concerns a single start of the run; it is not compared."""
     SAFE = "safe"
-    """The weights stay what they would have been, or training only ends later; the change is taken."""
+    """The weights are not affected, or training only ends later; the change is accepted."""
     CHANGES_RUN = "changes_run"
-    """The weights become others; the change is taken with `trainer.resume_changes=accept`, and else refused."""
+    """The weights are affected; the change is accepted with `trainer.resume_changes=accept`, and otherwise refused."""
     IMPOSSIBLE = "impossible"
-    """What was saved does not fit, or the key has an effect at the beginning only; the change is refused."""
+    """The checkpoint does not fit, or the key has an effect only at the beginning; the change is refused."""
 
 
 def _keys(section: str, names: str) -> frozenset[str]:
@@ -57,7 +57,7 @@ SAFE = (
     | _keys("model", "trust_remote_code unproved visual_encoder.trust_remote_code language_model.trust_remote_code "
             "connector.name head.threshold_by")
 )  # fmt: skip
-"""Records may be moved: what is in them is compared apart, as `data.…`."""
+"""Records may be moved: their content is compared separately, as `data.…`."""
 
 CHANGES_RUN = (
     _keys("trainer", "from_pretrained deepspeed packing packing_strategy max_tokens_per_batch checkpointed_parts "
@@ -104,7 +104,7 @@ IMPOSSIBLE = (
     | _keys("model.visual_encoder", "feature_layer feature_strategy image_size extra_encoders quantization")
     | _keys("model.head", "task labels type options pooling dim name")
 )  # fmt: skip
-"""A checkpoint holds what trains and the state of its optimiser: neither may become something else."""
+"""A checkpoint holds trained parameters and the optimiser's state, so these keys must not change."""
 
 CLASSES = {
     **dict.fromkeys(START, KeyClass.START),
@@ -112,14 +112,14 @@ CLASSES = {
     **dict.fromkeys(CHANGES_RUN, KeyClass.CHANGES_RUN),
     **dict.fromkeys(IMPOSSIBLE, KeyClass.IMPOSSIBLE),
 }
-"""Key -> what its change means; `*` stands for a name of the user's."""
+"""Key -> what its change means; `*` stands for a name chosen by the user."""
 
 STREAM_LAYOUT = frozenset({
     "trainer.dataloader_num_workers", "trainer.seed", "trainer.data_seed", "dataset.shuffle_buffer",
     "dataset.sources.*.weight", "dataset.streaming", "dataset.split", "dataset.subset", "dataset.sources.*.split",
     "dataset.sources.*.subset",
 })  # fmt: skip
-"""What the position of a stream depends on: each data worker of each rank reads a share of its own."""
+"""Keys on which the position of a stream depends: each data worker of each rank reads its own share."""
 
 OF_EVALUATION = frozenset(key for key in SAFE if re.match(r"trainer\.(eval_|metric_|greater_)", key))
 
@@ -138,6 +138,6 @@ def class_of(key: str, config: RunConfig) -> KeyClass:
 
 
 def general_key(key: str) -> str:
-    """Return the key of the table for one below a name of the user's: of a source, or of a further head."""
+    """Return the key in the table for a key below a name chosen by the user: of a source, or of an extra head."""
     key = re.sub(r"^dataset\.sources\.[^.]+", "dataset.sources.*", key)
     return re.sub(r"^model\.head\.extra_heads\.[^.]+", "model.head", key)

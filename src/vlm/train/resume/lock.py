@@ -1,8 +1,8 @@
-"""The lock on a run directory: one run trains in it at a time, and it is held for as long as that run lives.
+"""The lock on a run directory: only one run trains in it at a time, and holds the lock as long as it lives.
 
 The file system's lock on `run.lock` ends with the process that holds it, however that ends. Other machines may share
-the disk without sharing such locks, so the holder, whom `run.lock.json` names, touches that file every few seconds: a
-start on another machine waits for a sign of life before it takes a directory over.
+the disk without sharing such locks. So the holder, which is named in `run.lock.json`, touches that file every few
+seconds. A run that starts on another machine waits for such a sign of life before it takes over a directory.
 """
 
 import errno
@@ -26,20 +26,20 @@ HEARTBEAT_SECONDS = 10.0
 """Seconds between two signs of life of a run."""
 
 ORPHAN_SECONDS = 10.0
-"""Seconds that a process which a dead run has just forked has to let go of the run's lock."""
+"""Seconds within which a process that a dead run has just forked must release the run's lock."""
 
 HELD = (errno.EAGAIN, errno.EACCES)
 """Errors of a lock that another process holds."""
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""Errors of a file system without locks: signs of life are all that there is then."""
+"""Errors of a file system without locks, on which only signs of life can be used."""
 
 
 class RunLock:
-    """The lock of a run directory, which is made where it is missing; a context manager.
+    """The lock of a run directory, which is created if it is missing; a context manager.
 
     Raises:
-        ValueError: another run has it, or nothing can be written there.
+        ValueError: another run holds it, or the directory cannot be written to.
     """
 
     def __init__(self, folder: Path):
@@ -47,7 +47,7 @@ class RunLock:
         self._descriptor: int | None = None
         self._released = threading.Event()
         close = weakref.WeakMethod(self._close)
-        # A data worker would hold the lock of a run that was killed for as long as it lives itself.
+        # Otherwise a data worker would hold the lock of a killed run for as long as the worker lives.
         os.register_at_fork(after_in_child=lambda: method() if (method := close()) is not None else None)
 
     def __enter__(self) -> "RunLock":
@@ -58,7 +58,7 @@ class RunLock:
         self.release()
 
     def acquire(self) -> None:
-        """Take the lock; it stays with this process until `release` or the process's end."""
+        """Take the lock and hold it until `release` or the end of this process."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             is_exclusive = self._lock_file()
@@ -76,7 +76,7 @@ class RunLock:
         threading.Thread(target=self._touch, name="run-lock", daemon=True).start()
 
     def _lock_file(self) -> bool:
-        """Lock `run.lock`; return whether that keeps others of this machine out: some file systems have no locks."""
+        """Lock `run.lock`; return whether this excludes other processes here, as some file systems have no locks."""
         end = time.monotonic() + ORPHAN_SECONDS
         while True:
             self._descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
@@ -104,15 +104,15 @@ class RunLock:
     def _refusal(self) -> str:
         holder = read_holder(self.folder) or "another process"
         return (
-            f"trainer.output_dir={self.folder}: another run trains in it ({holder}). Wait for its end, stop it, or "
-            "choose another directory; several ranks of one run need a launcher (torchrun, deepspeed)"
+            f"trainer.output_dir={self.folder}: another run is training in it ({holder}). Wait until it ends, stop "
+            "it, or choose another directory; several ranks of one run need a launcher (torchrun, deepspeed)"
         )
 
     def _wait_for_silence(self, holder: Holder) -> None:
-        """Return when a holder that may live has shown no sign of life for `PATIENCE` seconds.
+        """Return once a holder that may be alive has shown no sign of life for `PATIENCE` seconds.
 
         Raises:
-            ValueError: it has.
+            ValueError: it has shown one.
         """
         file = self.folder / HOLDER_FILE
         last, now = touched(file), self._now()
@@ -130,7 +130,7 @@ class RunLock:
                 raise ValueError(self._refusal())
 
     def _now(self) -> float:
-        """Return the time by the clock of the file system, which may be that of another machine."""
+        """Return the time of the file system's clock, which may be on another machine."""
         probe = self.folder / f"{HOLDER_FILE}.probe"
         probe.touch()
         now = probe.stat().st_mtime
@@ -147,14 +147,14 @@ class RunLock:
                 log.warning("%s: could not write a sign of life: %s", self.folder, error)
 
     def move(self, target: Path) -> None:
-        """Rename the run directory, and release it: the lock of a directory of the old name is another one."""
+        """Rename the run directory, and release its lock; a new directory of the old name needs a new lock."""
         self._released.set()
         self.folder.rename(target)
         self.folder = target
         self.release()
 
     def release(self) -> None:
-        """Give the lock back, and remove its files."""
+        """Release the lock, and remove its files."""
         self._released.set()
         for name in (HOLDER_FILE, LOCK_FILE):
             (self.folder / name).unlink(missing_ok=True)

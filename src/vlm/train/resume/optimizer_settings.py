@@ -1,4 +1,4 @@
-"""Accepted changes of the optimiser: a checkpoint brings its learning rates and weight decays, the new ones win."""
+"""Applies accepted changes of learning rates and weight decays, which override those of the checkpoint."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ SETTINGS = {
     "trainer.adam_beta": ("betas",),
     "trainer.adam_epsilon": ("eps",),
 }
-"""Beginning of a key -> the settings of a parameter group that it sets."""
+"""Beginning of a key -> the settings of a parameter group that the key sets."""
 
 SCHEDULE_KEYS = ("trainer.learning_rate.", "trainer.lr_scheduler", "trainer.warmup_steps")
 """Beginnings of the keys that the learning rate of a step depends on."""
@@ -23,13 +23,13 @@ SCHEDULE_KEYS = ("trainer.learning_rate.", "trainer.lr_scheduler", "trainer.warm
 def apply_settings(
     optimizer: Optimizer, scheduler: object, new_groups: Sequence[Group], changed_keys: Collection[str]
 ) -> None:
-    """Give an optimiser and a schedule that a checkpoint was loaded into the settings of changed keys.
+    """Apply changed settings to an optimiser and a schedule into which a checkpoint was loaded.
 
     Args:
-        optimizer: the one that the schedule drives.
-        scheduler: the run's schedule, made as the configuration says, with the state of the checkpoint.
-        new_groups: the optimiser's groups as the configuration makes them, before the checkpoint was loaded.
-        changed_keys: the keys that are other than at the checkpoint.
+        optimizer: the optimiser that the schedule drives.
+        scheduler: the run's schedule, made from the configuration, with the state of the checkpoint.
+        new_groups: the optimiser's groups from the configuration, before the checkpoint was loaded.
+        changed_keys: the keys that differ from the checkpoint.
 
     Raises:
         ValueError: the learning rate was changed under a schedule that has no formula for a step.
@@ -42,8 +42,8 @@ def apply_settings(
     if not isinstance(scheduler, LambdaLR):
         if changed:
             raise ValueError(
-                f"{changed[0]}: it cannot change in a run whose trainer.lr_scheduler_type follows what was measured; "
-                "give it its earlier value"
+                f"{changed[0]}: it cannot change in a run whose trainer.lr_scheduler_type depends on measured metrics; "
+                "restore its earlier value"
             )
         return
     if any(key.startswith("trainer.learning_rate.") for key in changed_keys):

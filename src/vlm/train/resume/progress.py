@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had not been stopped, besides weights, optimiser, schedule and random numbers."""
+"""The progress that a run needs to continue exactly, besides weights, optimiser, schedule and random numbers."""
 
 import json
 import os
@@ -17,14 +17,15 @@ from vlm.train.resume.record import Progress, read_record, write_record
 from vlm.train.run_directory import write_json
 
 LOSS_SUMS = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step")
-"""What `Trainer` keeps between two logs: the sum of losses since the last one, that of all logs, and two steps."""
+"""Attributes that `Trainer` keeps between two logs: the sum of losses since the last log, that of all logs, and two
+steps."""
 
 APPENDED_FILES = ("metrics.jsonl", "samples.md", "guard.jsonl")
-"""Files of a run directory that a run adds to."""
+"""Files of a run directory to which a run appends."""
 
 
 class ResumableTrainer(Protocol):
-    """What is asked of the run's `VLMTrainer`; the attributes of `LOSS_SUMS` besides."""
+    """The attributes of the run's `VLMTrainer` that are used here, in addition to `LOSS_SUMS`."""
 
     args: TrainingArguments
     state: TrainerState
@@ -37,10 +38,10 @@ class ResumableTrainer(Protocol):
 
 
 class RunProgress(TrainerCallback):
-    """Saves the run's record and its sums of losses with each checkpoint, and takes them up again.
+    """Saves the run's record and its sums of losses with each checkpoint, and restores them.
 
-    It is saved with checkpoints, see `SavedWithCheckpoint`. It has to be the last callback but those that measure time:
-    an epoch whose last step was saved before its evaluation is ended here.
+    See `SavedWithCheckpoint`. It must be the last callback except those that measure time, because it ends an epoch
+    whose last step was saved before its evaluation.
     """
 
     def __init__(self, trainer: ResumableTrainer, start: RunStart):
@@ -65,7 +66,7 @@ class RunProgress(TrainerCallback):
         write_json(checkpoint / f"loss_sums-{args.process_index}.json", sums)
 
     def load_from(self, checkpoint: Path) -> None:
-        """Read the sums, which `on_train_begin` takes up: `Trainer` sets them to 0 after this."""
+        """Read the sums. `on_train_begin` applies them, since `Trainer` sets them to 0 after this call."""
         args = self.trainer.args
         file = checkpoint / f"loss_sums-{args.process_index}.json"
         saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -77,7 +78,7 @@ class RunProgress(TrainerCallback):
             set_aside_later_final(run_directory, self.trainer.state.global_step)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Take up the sums and this start's intervals; end an epoch that was not ended before it was saved."""
+        """Restore the sums, apply this start's intervals, and end an epoch that was saved before it ended."""
         state.compute_steps(args, state.max_steps)  # a checkpoint brings its own `logging_steps`, `save_steps` …
         for name in LOSS_SUMS if self.saved else ():
             value = self.saved[name]
@@ -92,11 +93,11 @@ class RunProgress(TrainerCallback):
             self.trainer.end_epoch()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Take note that an epoch goes on."""
+        """Note that an epoch continues."""
         self.epoch_ended = False
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
-        """Take note that what follows an epoch, such as its evaluation, comes before the next checkpoint."""
+        """Note that the end of the epoch, such as its evaluation, comes before the next checkpoint."""
         self.epoch_ended = True
 
 
@@ -109,7 +110,7 @@ def _steps_per_epoch(loader: object, args: TrainingArguments) -> int | None:
 
 
 class AppendedFiles:
-    """Cuts what was added to files of the run directory after a checkpoint; see `SavedWithCheckpoint`."""
+    """Removes what was appended to files of the run directory after a checkpoint; see `SavedWithCheckpoint`."""
 
     def __init__(self, folder: Path, *, is_writer: bool):
         self.folder, self.is_writer = folder, is_writer
@@ -122,7 +123,7 @@ class AppendedFiles:
             write_json(checkpoint / "file_sizes.json", sizes)
 
     def load_from(self, checkpoint: Path) -> None:
-        """Cut the files to these sizes, where the checkpoint is one of this run directory."""
+        """Truncate the files to these sizes, if the checkpoint belongs to this run directory."""
         file = checkpoint / "file_sizes.json"
         if not self.is_writer or checkpoint.parent.resolve() != self.folder.resolve() or not file.is_file():
             return

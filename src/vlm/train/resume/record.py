@@ -1,7 +1,7 @@
-"""What a run is: its configuration, data, code, versions and ranks, as each checkpoint and `final` record them.
+"""The record of a run: its configuration, data, code, versions and ranks, saved in each checkpoint and in `final`.
 
-`run.json` is that record, with a fingerprint of each and how far the run had come. Of the data it knows the content of
-the record files; images are not read for it, and of a stream it knows the names and sizes of the files.
+`run.json` is this record, with a fingerprint of each part and the progress of the run. For the data, it covers the
+content of the record files, but not the images; for a stream, only the names and sizes of the files.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ from vlm.train.arguments import deepspeed_config
 from vlm.train.run_directory import CONFIG_FILE, VERSIONS_FILE, versions, write_json
 
 RECORD_FILE = "run.json"
-"""The file of a checkpoint, and of `final`, that says which run it is of."""
+"""The file of a checkpoint, and of `final`, with the record of its run."""
 
 Facts = dict[str, Any]
-"""Values that JSON can hold, by name; they may be nested."""
+"""JSON values by name; they may be nested."""
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run is.
+    """The record of a run.
 
     Attributes:
         config: the resolved configuration.
@@ -67,8 +67,8 @@ class Progress:
         step: the number of its last step.
         max_steps: the number of steps after which it ends.
         epoch: the number of epochs, with a fraction.
-        epoch_ended: whether the evaluation and the log that follow an epoch's last step were done. Between the steps
-            of an epoch it means nothing.
+        epoch_ended: whether the evaluation and the log after an epoch's last step were done. Within an epoch it has no
+            meaning.
     """
 
     step: int
@@ -78,9 +78,9 @@ class Progress:
 
 
 def make_record(config: RunConfig, world_size: int) -> RunRecord:
-    """Return what a run is, as far as it is known before its data are read.
+    """Return the record of a run, as far as it is known before its data are read.
 
-    What the configuration names by a file, a template or DeepSpeed's settings, is recorded by its content.
+    Templates and DeepSpeed settings that the configuration names by file are recorded by their content.
     """
     known = versions()
     code = {"vlm": package_digest(), **dict(user_modules(asdict(config)))}
@@ -97,7 +97,7 @@ def make_record(config: RunConfig, world_size: int) -> RunRecord:
 
 
 def with_data(record: RunRecord, records: Mapping[str, SampleDataset | SampleStream]) -> RunRecord:
-    """Return a record that knows the data of each role."""
+    """Return the record with the data of each role."""
     return replace(record, data=_as_json({role: _describe_data(dataset) for role, dataset in records.items()}))
 
 
@@ -108,10 +108,10 @@ def write_record(folder: Path, record: RunRecord, progress: Progress) -> None:
 
 
 def read_record(folder: Path) -> tuple[RunRecord, Progress | None]:
-    """Return what the run of a checkpoint or of a `final` was, and how far it had come.
+    """Return the record and the progress of the run of a checkpoint or of `final`.
 
-    Those of earlier versions have no `run.json`: what their run directory knows stands in for it, and `Progress` is
-    None where nothing says it.
+    Checkpoints of earlier versions have no `run.json`: the files of their run directory are used instead, and
+    `Progress` is None if it is unknown.
 
     Raises:
         ValueError: `run.json` does not parse.
@@ -130,13 +130,13 @@ def read_record(folder: Path) -> tuple[RunRecord, Progress | None]:
 
 
 def _read_run_directory(folder: Path) -> RunRecord:
-    """Return what the files of a run directory say of its run; parts that they do not say are empty."""
+    """Return the record of a run from the files of its directory; unknown parts are empty."""
     file = folder / CONFIG_FILE
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     try:
         config: Facts = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{file}: it is damaged ({error}); remove it, and nothing is compared with it") from error
+        raise ValueError(f"{file}: it is damaged ({error}); remove it to resume without comparing settings") from error
     known: Facts = {}
     if (folder / VERSIONS_FILE).is_file():
         known = json.loads((folder / VERSIONS_FILE).read_text(encoding="utf-8"))
@@ -154,7 +154,7 @@ def _read_trainer_state(checkpoint: Path) -> Progress | None:
 
 
 def _as_json(facts: Mapping[str, object]) -> Facts:
-    """Return facts as JSON gives them back."""
+    """Return values as they are after a round trip through JSON."""
     return json.loads(json.dumps(facts, default=str))
 
 
@@ -199,7 +199,7 @@ def _describe_data(dataset: SampleDataset | SampleStream) -> Facts:
 
 
 def digest_stream(path: str) -> str:
-    """Return a digest of the names and sizes of a stream's files; of the path, where it names no files."""
+    """Return a digest of the names and sizes of a stream's files; of the path, if it names no files."""
     if is_tar_path(path) and not path.startswith("pipe:"):
         files = list(map(Path, expand_shards(path, follow_links=True)))
     else:

@@ -1,7 +1,7 @@
-"""How a run starts: anew, from a checkpoint of it, or not at all, because it is done.
+"""How a run starts: as a new run, from one of its checkpoints, or not at all, because it is done.
 
-`trainer.resume_from_checkpoint=auto` goes on from the newest whole checkpoint of the run directory and begins where
-there is none, so that one command starts a run, goes on with it after whatever ended it, and leaves it alone once it
+`trainer.resume_from_checkpoint=auto` resumes from the newest whole checkpoint of the run directory and begins if
+there is none, so that one command starts a run, continues it after whatever ended it, and leaves it alone once it
 is done. Rank 0 decides.
 """
 
@@ -37,7 +37,7 @@ FINAL = "final"
 """The folder of a run directory that holds the finished model."""
 
 AUTO_WORDS, ANEW_WORDS = ("auto", "true"), ("never", "false")
-"""Values of `trainer.resume_from_checkpoint`, besides the folder of a checkpoint; the second ones are older names."""
+"""Values of `trainer.resume_from_checkpoint` besides the folder of a checkpoint; the second of each are older names."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Start:
     """How a run starts.
 
     Attributes:
-        checkpoint: what it goes on from; None: it begins, or it is done.
+        checkpoint: the checkpoint to resume from; None if the run starts anew, or is done.
         is_done: whether nothing is left to do.
-        before: what the run of the checkpoint was, and how far it had come.
-        changes: the changed settings that are taken.
+        before: the record and the progress of the checkpoint's run.
+        changes: the accepted changes of settings.
     """
 
     checkpoint: Path | None = None
@@ -59,7 +59,7 @@ class Start:
 
 
 def set_aside(folder: Path) -> None:
-    """Rename a run directory that holds a run, where it is there; a run that trains in it is left alone.
+    """Rename a run directory that contains a run, if it exists and no run is training in it.
 
     Raises:
         ValueError: another run trains in it, or it cannot be renamed.
@@ -68,7 +68,9 @@ def set_aside(folder: Path) -> None:
         return
     key = f"trainer.resume_from_checkpoint=never: trainer.output_dir={folder}"
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise ValueError(f"{key} holds a run and the working directory, so it is not renamed; choose another")
+        raise ValueError(
+            f"{key} contains a run and the working directory, so it cannot be renamed; choose another directory"
+        )
     lock = RunLock(folder)
     lock.acquire()
     number = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
@@ -77,7 +79,7 @@ def set_aside(folder: Path) -> None:
         lock.move(target)
     except OSError as error:
         lock.release()
-        raise ValueError(f"{key} holds a run and cannot be renamed ({error.strerror or error})") from error
+        raise ValueError(f"{key} contains a run and cannot be renamed ({error.strerror or error})") from error
     log.info("trainer.resume_from_checkpoint=never: moved the earlier run from %s to %s", folder, target)
 
 
@@ -87,11 +89,11 @@ def decide_start(config: RunConfig, folder: Path, now: RunRecord, world: World) 
     Args:
         config: the run's configuration.
         folder: its directory, which this run has locked.
-        now: what the run is, without its data.
-        world: its ranks, and how they share it.
+        now: the record of the run, without its data.
+        world: its ranks and sharding.
 
     Raises:
-        ValueError: the directory holds another run, or the checkpoint that was asked for is not whole.
+        ValueError: the directory contains another run, or the requested checkpoint is damaged.
     """
     requested = config.trainer.resume_from_checkpoint
     if requested.lower() in ANEW_WORDS:
@@ -109,7 +111,7 @@ def decide_start(config: RunConfig, folder: Path, now: RunRecord, world: World) 
 
 
 def _resume(config: RunConfig, folder: Path, checkpoint: Path, now: RunRecord, world: World) -> Start:
-    """Return the start from a checkpoint, where its run is this one or its changes are accepted."""
+    """Return the start from a checkpoint, if its run is the same or the changes are accepted."""
     saved = read_world(checkpoint)
     if world.sharding != UNSHARDED or (saved is not None and saved.layout != world.layout):
         require_own_checkpoint(checkpoint, folder)
@@ -127,7 +129,7 @@ def _resume(config: RunConfig, folder: Path, checkpoint: Path, now: RunRecord, w
 
 
 def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, now: RunRecord, world: World) -> Start:
-    """Return the start of a run that has its finished model: it is done, unless more steps or epochs are asked for."""
+    """Return the start of a run with a finished model: it is done, unless more steps or epochs are requested."""
     before, progress = read_record(folder / FINAL)
     changes = compare_settings(before, now, config)
     if not _asks_for_more(config.trainer, before, progress):
@@ -138,14 +140,14 @@ def _start_beside_final(config: RunConfig, folder: Path, newest: Path | None, no
     newest_step = None if newest is None else checkpoint_step(newest)
     if newest is None or newest_step is None or (progress is not None and newest_step < progress.step):
         raise ValueError(
-            f"trainer.output_dir={folder}: its run is done, and it has no checkpoint of its last step to go on from. "
-            f"Choose another directory, and trainer.from_pretrained={folder / FINAL} to begin with its model"
+            f"trainer.output_dir={folder}: its run is done, and there is no checkpoint of its last step to resume "
+            f"from. Choose another directory, and start from its model with trainer.from_pretrained={folder / FINAL}"
         )
     return _resume(config, folder, newest, now, world)
 
 
 def _exceeds(trainer: TrainerOptions, before: RunRecord, progress: Progress) -> str | None:
-    """Return the key that asks for fewer steps or epochs than were trained; None where none does."""
+    """Return the key that requests fewer steps or epochs than were trained, or None."""
     if trainer.max_steps > 0:
         return f"trainer.max_steps={trainer.max_steps}" if progress.step > trainer.max_steps else None
     was = before.config.get("trainer", {}).get("num_train_epochs", trainer.num_train_epochs)
@@ -154,7 +156,7 @@ def _exceeds(trainer: TrainerOptions, before: RunRecord, progress: Progress) -> 
 
 
 def _asks_for_more(trainer: TrainerOptions, before: RunRecord, progress: Progress | None) -> bool:
-    """Return whether a run that is done shall train longer."""
+    """Return whether a finished run is to train longer."""
     was = before.config.get("trainer", {})
     if trainer.max_steps > 0:
         return trainer.max_steps > (progress.step if progress is not None else was.get("max_steps", 0))
@@ -164,10 +166,10 @@ def _asks_for_more(trainer: TrainerOptions, before: RunRecord, progress: Progres
 
 
 def check_data(config: RunConfig, start: Start, now: RunRecord) -> list[Change]:
-    """Return what is other in the data than at the checkpoint, where that is accepted; every rank calls this.
+    """Return the accepted differences between the data and those of the checkpoint; every rank calls this.
 
     Raises:
-        ValueError: something is, and `trainer.resume_changes` does not accept it.
+        ValueError: the data differ, and `trainer.resume_changes` does not accept it.
     """
     if start.checkpoint is None or start.before is None:
         return []
@@ -181,7 +183,7 @@ def describe_start(start: Start, folder: Path) -> str:
     if start.is_done:
         steps = f" after {start.progress.step:,} steps" if start.progress is not None else ""
         return (
-            f"The run in {folder} is done{steps}: nothing is left to do. Its model is {folder / FINAL}. To train "
+            f"The run in {folder} is done{steps}. Its model is {folder / FINAL}. To train "
             "longer, raise trainer.num_train_epochs or trainer.max_steps; to start over, set "
             "trainer.resume_from_checkpoint=never, which moves it aside"
         )

@@ -31,8 +31,8 @@ def enable_activation_checkpointing(
     with_gradient = parts_with_gradient(parts)
     if frozen := [name for name in named or () if name not in with_gradient]:
         raise ValueError(
-            f"trainer.checkpointed_parts={named}: no gradient flows through the {frozen[0]}, so that it keeps nothing; "
-            f"name of {', '.join(with_gradient) or 'none'}"
+            f"trainer.checkpointed_parts={named}: no gradient flows through the {frozen[0]}, so it stores no "
+            f"activations; allowed are {', '.join(with_gradient) or 'none'}"
         )
     kwargs = args.activation_checkpointing_kwargs
     assert not isinstance(kwargs, str), "TrainingArguments parses text"
@@ -46,7 +46,7 @@ def enable_activation_checkpointing(
     args.activation_checkpointing = False
     if missing := [name for name in named or () if not num_layers[name]]:
         raise ValueError(
-            f"trainer.checkpointed_parts={named}: the {missing[0]} has no layers that transformers can compute anew; "
+            f"trainer.checkpointed_parts={named}: the {missing[0]} has no layers that transformers can recompute; "
             "leave it out"
         )
 

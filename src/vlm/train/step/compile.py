@@ -37,8 +37,8 @@ def compile_layers(model: nn.Module, args: TrainingArguments) -> None:
     options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
     if options["mode"] in ("reduce-overhead", "max-autotune"):
         raise ValueError(
-            f"trainer.torch_compile_mode={args.torch_compile_mode}: it records each length as a graph of its own; "
-            "default and max-autotune-no-cudagraphs take all lengths"
+            f"trainer.torch_compile_mode={args.torch_compile_mode}: it would record a graph for every length; "
+            "choose default or max-autotune-no-cudagraphs"
         )
     args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
     layers = list(repeated_layers(model))

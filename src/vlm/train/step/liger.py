@@ -27,15 +27,15 @@ def apply_liger_kernels(model: PreTrainedModel, options: Mapping[str, bool] | No
     options = dict(options or {})
     if losses := [name for name in ("cross_entropy", "fused_linear_cross_entropy") if options.get(name)]:
         raise ValueError(
-            f"trainer.liger_kernel_config.{losses[0]}=true: the loss is computed at supervised positions, which "
-            "Liger's takes no note of; leave it out"
+            f"trainer.liger_kernel_config.{losses[0]}=true: the loss is computed only at supervised positions, which "
+            "Liger's loss does not support; leave it out"
         )
     target = get_language_model(model)
     _apply_liger_kernel_to_instance(model=target, **{"fused_linear_cross_entropy": False, **options})
     changed = [name for name, module in target.named_modules() if "forward" in vars(module)]
     if not changed:
         raise ValueError(
-            f"trainer.use_liger_kernel=true: Liger computes nothing of model_type={target.config.model_type} with "
+            f"trainer.use_liger_kernel=true: Liger has no kernel for model_type={target.config.model_type} with "
             f"trainer.liger_kernel_config={options}; leave it out"
         )
     return changed

@@ -201,8 +201,8 @@ class StepPacking:
             )
         if self.args.world_size > 1 and type(get_inner_sampler(batches)) is RandomSampler:
             raise ValueError(
-                "trainer.accelerator_config.use_seedable_sampler=false: each rank would draw an order of its own for "
-                "packed steps; leave it out, so that all draw the same, or choose trainer.packing_strategy=best_fit"
+                "trainer.accelerator_config.use_seedable_sampler=false: each rank would shuffle packed steps in its "
+                "own order; leave it out, or choose trainer.packing_strategy=best_fit"
             )
         costs = self.costs.of(np.asarray(dataset.lengths), np.asarray(dataset.num_images))
         self.sampler = StepSampler(
