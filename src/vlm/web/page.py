@@ -29,8 +29,8 @@ ONCE_LOADED_JS = """() => {
         if (event.key === 'Tab' && event.target.matches('[role=combobox]')) event.stopPropagation();
     }, true);
 }"""
-"""Names the field of questions for screen readers: Gradio shows its label but does not connect it. And lets the lists of
-fields close when Tab leaves them: Gradio handles the key after the field has lost the focus, and opens the list again."""
+"""Names the field of questions for screen readers: Gradio shows its label but does not connect it. Keeps Tab from
+Gradio's lists of choices: it handles the key after the field has lost the focus, and opens the list again."""
 
 STARTUP_PATH = "/gradio_api/startup-events"
 """What Gradio asks itself for when it begins to listen, without a secret; it does nothing after the first time."""

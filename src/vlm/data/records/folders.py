@@ -45,11 +45,11 @@ def folder_problem(folder: Path, key: str) -> str | None:
     names = ", *".join(RECORD_SUFFIXES)
     stem = key.removesuffix("path")
     told = f"{key}=captions.csv {stem}image_folder={folder} {stem.replace('eval_', '').replace('test_', '')}format="
-    if "image" in counts and "text" in counts:
+    if "image" in counts and "text" in counts and not stem.endswith(("eval_", "test_")):  # which are never streamed
         return (
             f"{found}Pack texts that are named like their images: tar --sort=name -cf pairs.tar -C {folder} . "
             f"(then {key}=pairs.tar dataset.format=caption dataset.streaming=true), or write a table with the columns "
-            f"image and caption ({told}caption)"
+            "image and caption (docs/data.md)"
         )
     if "image" in counts:
         return f"{found}Write a table with the columns image and caption, and give {told}caption (docs/data.md)"
