@@ -1,12 +1,17 @@
 """What TAB offers: in this process for all kinds of words, and in a real bash for the script."""
 
+import contextlib
+import os
+import pty
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_until
 from vlm.cli.completion import SHELLS, find_candidates
 from vlm.cli.main import COMMANDS, main
 from vlm.config.packaged import group_names, run_names
@@ -127,14 +132,91 @@ ask "vlm gene"
 ask "vlm -cn finetune-smol model/language_model=qwen2.5-0"
 ask "X=1 vlm -cn finetune-smol trainer.learn"
 ask "vlm generate x --dtype "
+ask 'vlm generate my\\ data/'
+ask "vlm generate 'my"
 """
 
 
-def test_a_real_bash_gets_what_follows_the_last_break_of_a_word(tmp_path: Path):
+def test_a_real_bash_gets_what_follows_the_last_break_of_a_word(spaced: Path):
     """readline breaks words at = and : and puts in what the script returns behind the last one."""
     done = subprocess.run(
         ["bash", "--norc"], input=ASK_BASH.format(python=sys.executable), capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines() == [
         "generate", "qwen2.5-0.5b", "compopt -o nospace", "trainer.learning_rate.", "auto float32 bfloat16 float16",
+        "compopt -o filenames", "my data/a b.json", "compopt -o filenames", "compopt -o nospace", "my data/",
     ], done.stderr  # fmt: skip
+
+
+@pytest.fixture
+def spaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, whose only file has spaces in its path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my data").mkdir()
+    (tmp_path / "my data" / "a b.json").write_text("[]")
+    return tmp_path
+
+
+TYPED = {
+    "vlm gene": "vlm generate ",
+    "vlm -cn finetune-sm": "vlm -cn finetune-smol ",
+    "vlm -cn finetune-smol model/language_model=qwen2.5-0": (
+        "vlm -cn finetune-smol model/language_model=qwen2.5-0.5b "
+    ),
+    "vlm -cn finetune-smol trainer.learn": "vlm -cn finetune-smol trainer.learning_rate.",
+    "vlm -cn finetune-smol dataset.path=my": r"vlm -cn finetune-smol dataset.path=my\ data/",
+    r"vlm generate my\ data/": r"vlm generate my\ data/a\ b.json ",
+    "vlm generate ~/.bas": "vlm generate ~/.basis/",
+}
+"""A line as it is typed -> the line after TAB."""
+ZSH = """
+vlm() {{ "{python}" -m vlm "$@" }}
+eval "$(vlm completion zsh)"
+report() {{ print -r -- "$BUFFER" >> "$HOME/lines"; BUFFER= }}
+zle -N report
+bindkey '^X' report
+print ready >> "$HOME/lines"
+"""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_a_real_zsh_completes_what_is_typed(spaced: Path):
+    """Without a ~/.zshrc that loads completions: the script does that."""
+    home = spaced / ".home"
+    (home / ".basis").mkdir(parents=True)
+    (home / "init").write_text(ZSH.format(python=sys.executable))
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "HOME": str(home), "TERM": "dumb"})
+    os.set_blocking(terminal, False)
+
+    def has_lines(number: int) -> bool:
+        """Whether there are so many lines; what the shell shows is read, so that it goes on."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(terminal, 1 << 16)
+        return (home / "lines").exists() and len((home / "lines").read_text().splitlines()) >= number
+
+    try:
+        os.write(terminal, b"source $HOME/init\n")
+        wait_until(lambda: has_lines(1))
+        for number, line in enumerate(TYPED, start=2):
+            os.write(terminal, f"{line}\t\x18".encode())
+            wait_until(lambda number=number: has_lines(number))
+        assert (home / "lines").read_text().splitlines()[1:] == list(TYPED.values())
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(terminal)
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_a_real_fish_is_offered_what_fits(spaced: Path):
+    script = f'function vlm; "{sys.executable}" -m vlm $argv; end; vlm completion fish | source\n'
+    asked = {line: whole.split()[-1] for line, whole in TYPED.items() if "\\" not in whole and "~" not in line}
+    asked["vlm generate my"] = "my data/"
+    script += "".join(f"complete -C '{line}'\n" for line in asked)
+    done = subprocess.run(
+        ["fish", "--no-config"], input=script, capture_output=True, text=True, check=True,
+        env={**os.environ, "HOME": str(spaced)},
+    )  # fmt: skip
+    assert done.stdout.splitlines() == list(asked.values()), done.stderr

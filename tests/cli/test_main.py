@@ -1,6 +1,8 @@
 """The console script: the overview, the version and the names of the package."""
 
+import os
 import re
+import sys
 
 import pytest
 
@@ -29,6 +31,15 @@ def test_public_names_load_when_asked_for():
         assert getattr(vlm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = vlm.nothing
+
+
+def test_a_plot_needs_no_backend_of_the_process_that_started_it(monkeypatch: pytest.MonkeyPatch):
+    """Jupyter's kernel names one to its commands; matplotlib raises on import where that is not installed."""
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.nowhere")
+    monkeypatch.setattr(sys, "argv", ["vlm", "--version"])
+    monkeypatch.setattr("vlm.cli.main.hush_leak_reports", lambda: None)
+    main()
+    assert os.environ["MPLBACKEND"] == "agg"
 
 
 def raise_value_error(words: list[str]) -> None:

@@ -32,6 +32,10 @@ SHORT = (
     "trainer/sharding=none", "inference.max_new_tokens=4", "dataset.max_length=1024", "trainer.warmup_steps=0",
 )  # fmt: skip
 """What makes any run a short one on a CPU; these come after a page's own overrides."""
+NARROW = ("model.head.loss_options.widths=[8,16,32]",)
+"""What a run that makes vectors needs, since those of small parts are `WIDTH` numbers wide."""
+WIDTH = 32
+COLOURS = ("red", "green", "blue", "orange")
 PARTS = {"visual_encoder": "parts/visual_encoder", "language_model": "parts/language_model"}
 FAMILIES = packaged_names("vlm.config", "model", ".yaml")
 RECORDS = re.compile(r"[\w./-]+\.(?:jsonl?|csv|tsv)")
@@ -82,6 +86,8 @@ def reason_to_skip(command: Command) -> str | None:
         return "needs the environment of lmms-eval"
     if "BASE" in words or "--dry-run" in words or "--load-4bit" in words or "--video" in words or "--base" in words:
         return "needs more than a small checkpoint"
+    if words[0] == "push-to-hub" and "--repo" not in words:
+        return "asks for the repository: tests/hub/test_publishing.py"
     if "://" in text or re.search(r"\bmodel=", text) or "…" in text.split():
         return "names a model or data of the Hub, or is not whole"
     if run and "trainer.from_pretrained=" not in text and is_of_hub(run):
@@ -105,13 +111,16 @@ def is_of_hub(run: str) -> bool:
 
 
 class Stage:
-    """The folder; `base` is a small finetuned checkpoint that stands for those which a page takes for given."""
+    """The folder; `base` has a small checkpoint, and an adapter on it, for those which a page takes for given."""
 
     def __init__(self, folder: Path, base: Path, hub: LocalHub):
         self.folder, self.base, self.hub = folder, base, hub
+        self._num_pushed = 0
         (folder / "parts").symlink_to(base / "parts")
         (folder / "examples").symlink_to(ROOT / "examples")
         self._write_images(folder / "images")
+        for image in (folder / "images").iterdir():  # for records without an image folder
+            (folder / image.name).symlink_to(image)
         for name in ("cat.png", "a.png", "b.png", "picture.png"):
             shutil.copy(folder / "images" / "0.png", folder / name)
 
@@ -129,8 +138,12 @@ class Stage:
                 if RECORDS.fullmatch(word) and words[words.index(word) - 1] not in WHERE_OUTPUT_IS:
                     self._write_records(word, words)
                     break
+        if words[0] == "compare":
+            self._copy_runs([self.folder / word for word in words[1:] if word.startswith("outputs/")])
         if words[0] == "push-to-hub":
-            words = [re.sub(r"^(?:OWNER|me)/", "ann/", word) for word in words]
+            self._num_pushed += 1  # a page's examples are no sequence: each has a repository of its own
+            names = (re.sub(r"^OWNER/NAME$", f"ann/new-{self._num_pushed}", word) for word in words)
+            words = [re.sub(r"^me/", "ann/", name) for name in names]
             return self.run_alone(["-m", "vlm", *words, *([] if "--yes" in words else ["--yes"])])
         if words[0] == "compare-models":
             words += ["--max-samples", "8", "--probe", "1", "--max-new-tokens", "4"]
@@ -152,17 +165,25 @@ class Stage:
 
     def _short(self, words: Sequence[str]) -> list[str]:
         text = " ".join(words)
+        narrow = NARROW if find_run(words) == "embed-smol" else ()
         parts = () if "trainer.from_pretrained=" in text or "--config-dir" in words else PARTS.items()
         wanted = [f"model.{part}.hf_name={folder}" for part, folder in parts if f"model.{part}.hf_name" not in text]
         own = {word.partition("=")[0] for word in words}
-        return [*wanted, *(word for word in SHORT if word.partition("=")[0] not in own - {"trainer/deepspeed"})]
+        return [
+            *wanted,
+            *narrow,
+            *(word for word in SHORT if word.partition("=")[0] not in own - {"trainer/deepspeed"}),
+        ]
 
     def _provide(self, word: str, words: Sequence[str]) -> str:
         """Return a word as it is typed here, after making the records, images or checkpoint that it names."""
+        if words[words.index(word) - 1] == "--width":
+            return str(WIDTH // 2)
         key, _, value = word.partition("=")
         if key.startswith("dataset.") and key.endswith("path"):
             self._write_records(value, words)
         elif key.endswith("image_folder") and not (self.folder / value).exists():
+            (self.folder / value).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / value).symlink_to(self.folder / "images")
         elif key in ("trainer.from_pretrained", "trainer.distillation.teacher"):
             self._link_checkpoint(value)
@@ -174,7 +195,14 @@ class Stage:
         path = self.folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(self.base / "final", path)
+            shutil.copytree(self.base / ("adapter" if "lora" in name else "final"), path)
+
+    def _copy_runs(self, runs: Sequence[Path]) -> None:
+        """Make the runs of a comparison that are not there, as copies of one that is."""
+        trained = next(run for run in runs if run.is_dir())
+        for run in runs:
+            if not run.exists():
+                shutil.copytree(trained, run)
 
     def _write_images(self, folder: Path) -> None:
         sys.path.insert(0, str(ROOT / "examples"))
@@ -193,6 +221,7 @@ class Stage:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         kind = "preference" if any("preference" in word for word in words) else (find_run(words) or "")
+        kind = "pair" if kind == "embed-smol" or "pair" in words else kind
         records = [make_record(number, kind) for number in range(24)]
         if path.suffix in (".csv", ".tsv"):
             flat = [{key: value for key, value in record.items() if isinstance(value, str)} for record in records]
@@ -209,31 +238,42 @@ class Stage:
 def make_record(number: int, kind: str) -> dict[str, Any]:
     """Return a record about image `number`, in the forms of conversations, captions, questions, labels and pairs."""
     shape, image = SHAPES[number % 3], f"{number}.png"
+    reply = f"A {COLOURS[number % 4]} {shape}."  # twelve, so that ten can be ranked against each other
     if kind == "preference":
         wrong = SHAPES[(number + 1) % 3]
-        return {"image": image, "question": "Which shape?", "chosen": f"A {shape}.", "rejected": f"A {wrong}."}
+        return {"image": image, "question": "Which shape?", "chosen": reply, "rejected": f"A {wrong}."}
+    if kind == "pair":
+        return {"id": str(number), "query": {"text": reply}, "positive": {"image": image}}
     label = {"head-binary": ["no", "yes"][number % 2], "head-regression": number / 10}.get(kind, shape)
-    turns = [{"from": "human", "value": "<image>\nWhich shape?"}, {"from": "gpt", "value": f"A {shape}."}]
+    turns = [{"from": "human", "value": "<image>\nWhich shape?"}, {"from": "gpt", "value": reply}]
     return {
-        "id": str(number), "image": image, "file": image, "conversations": turns, "caption": f"A {shape}.",
+        "id": str(number), "image": image, "file": image, "conversations": turns, "caption": reply,
         "question": "Which shape?", "answer": shape, "prompt": "Which shape?", "text": "Which shape?", "label": label,
-        "query": {"text": shape}, "positive": {"image": image},
     }  # fmt: skip
 
 
 def write_base(folder: Path) -> None:
-    """Write small parts, and a checkpoint that has seen a few records, into a folder."""
+    """Write small parts, a checkpoint that has seen a few records, and an adapter on it, into a folder."""
     from vlm.demo.tiny_models import build_tiny_parts
 
-    build_tiny_parts(folder / "parts", width=32)
+    build_tiny_parts(folder / "parts", width=WIDTH)
     image = Image.new("RGB", (48, 48), "red")
     (folder / "images").mkdir()
     for number in range(24):
         image.save(folder / "images" / f"{number}.png")
     records = [make_record(number, "") for number in range(24)]
     (folder / "train.json").write_text(json.dumps(records), encoding="utf-8")
-    words = ["dataset.path=train.json", "dataset.image_folder=images", "trainer.output_dir=run", *SHORT]
-    words += [f"model.{part}.hf_name={place}" for part, place in PARTS.items()]
-    (done,) = run_forked(["-m", "vlm", "-cn", "pretrain-smol", *words], cwd=folder)
+    data = ("dataset.path=train.json", "dataset.image_folder=images", *SHORT)
+    parts = (f"model.{part}.hf_name={place}" for part, place in PARTS.items())
+    _train(folder, "final", "-cn", "pretrain-smol", "dataset.template=tokenizer", *data, *parts)
+    adapter = ("trainer/unfreeze=connector", "trainer/lora=language-model")
+    rate = "trainer.learning_rate.language_model_learning_rate=2e-4"
+    _train(folder, "adapter", "-cn", "finetune-smol", "trainer.from_pretrained=final", *adapter, rate, *data)
+
+
+def _train(folder: Path, name: str, *words: str) -> None:
+    """Train in a folder, and move what it ends with to `name`."""
+    (done,) = run_forked(["-m", "vlm", *words, "trainer.output_dir=run"], cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    shutil.move(folder / "run" / "final", folder / "final")
+    shutil.move(folder / "run" / "final", folder / name)
+    shutil.rmtree(folder / "run")

@@ -507,6 +507,19 @@ def test_an_export_stays_below_the_outputs(served: Served, visit: Callable[..., 
     assert not (served.outputs / "exported").exists()
 
 
+@pytest.mark.slow
+def test_an_export_is_written_and_read_back(served: Served, visit: Callable[..., Any]):
+    page = visit("Export")
+    choose(page, "export-checkpoint", str(served.chat))
+    fill(page, "export-name", "as-llava")
+    page.locator("#export-start").click()
+    page.locator("#export-status .vlm-state").wait_for()
+    wait_until(lambda: "running" not in page.locator("#export-status h3").inner_text(), page)
+    assert "finished" in page.locator("#export-status h3").inner_text(), page.locator("#export-log").inner_text()
+    assert f"written to {served.outputs / 'as-llava'}" in page.locator("#export-status").inner_text()
+    assert (served.outputs / "as-llava" / "model.safetensors").is_file()
+
+
 def test_the_chat_says_that_weights_are_loading(visit: Callable[..., Any], monkeypatch: pytest.MonkeyPatch):
     loaded = threading.Event()
     whole = ModelHolder.load
@@ -572,6 +585,7 @@ def test_the_keyboard_reaches_everything(visit: Callable[..., Any]):
             reached.append(name)
             if page.evaluate("id => document.getElementById(id).contains(document.activeElement)", ids[-1]):
                 break
+        wait_until(lambda: page.locator("[role=listbox]:visible").count() == 0, page)  # lists close behind the focus
         places = [next((at for at, name in enumerate(reached) if is_within(page, id_, name)), None) for id_ in ids]
         assert None not in places, (tab, ids, reached)
         assert places == sorted(places), (tab, reached)

@@ -15,6 +15,7 @@ from vlm.config.named import is_custom_name
 from vlm.config.packaged import packaged_names
 from vlm.config.schema import RunConfig
 from vlm.config.suggestions import suggest_value
+from vlm.data.records.folders import folder_problem
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.paths import is_tar_path, path_problem
 
@@ -35,7 +36,7 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
         yield from _folder_problems(f"dataset.{name}", getattr(data, name))
     for key, path in {"dataset.eval_path": data.eval_path, "dataset.test_path": data.test_path}.items():
         if path is not None:
-            yield from _records_problems(key, path)
+            yield from _records_problems(key, path, data.format)
             if is_tar_path(path):
                 yield f"{key}={path}: tar shards are for training only; give evaluation records in another form"
     if data.streaming:
@@ -74,7 +75,7 @@ def _source_problems(key: str, source: SourceConfig, data: DatasetConfig) -> Ite
         if not data.allow_pipe:
             yield f"{key}.path={path}: a shell would run this; dataset.allow_pipe=true allows it"
     elif "{" not in path:
-        yield from _records_problems(f"{key}.path", path)
+        yield from _records_problems(f"{key}.path", path, source.format)
     if is_tar_path(path) and not data.streaming:
         yield f"{key}.path={path}: tar shards can only be streamed; set dataset.streaming=true"
     if source.format in FORMATS:
@@ -113,11 +114,17 @@ def _stream_problems(config: RunConfig, sources: dict[str, SourceConfig]) -> Ite
             yield f"{key}.max_samples: it does not work with dataset.streaming=true; set trainer.max_steps instead"
 
 
-def _records_problems(key: str, path: str) -> Iterator[str]:
-    """Yield what is wrong with a path that has to name a file, a folder or a data set on the Hub."""
+def _records_problems(key: str, path: str, reader: str) -> Iterator[str]:
+    """Yield what is wrong with a path that has to name a file, a folder or a data set on the Hub.
+
+    A reader of the user's own may train on images alone, others need texts beside them.
+    """
     if "://" not in path and not Path(path).exists():
         yield f"{key}={path}: no such file (seen from {Path.cwd()})"
-    if problem := path_problem(path):
+    problem = path_problem(path)
+    if Path(path).is_dir() and not is_custom_name(reader):
+        problem = folder_problem(Path(path), key)
+    if problem is not None:
         yield f"{key}={path}: {problem}"
 
 

@@ -1,5 +1,6 @@
 """The console script `vlm`: subcommands, the overview, and the training entry for everything else."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     if argv is None:  # the process is this command's
         hush_leak_reports()
+        os.environ["MPLBACKEND"] = "agg"  # plots are files; Jupyter names a backend that only its kernel may have
     present_what_is_printed()
     with end_with_pipes(), rare_collection():
         _run_command(list(sys.argv[1:] if argv is None else argv))

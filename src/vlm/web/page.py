@@ -23,8 +23,14 @@ from vlm.web.task_view import TaskContext
 UPLOAD_SWEEP_SECONDS, UPLOAD_LIFETIME_SECONDS = 600, 24 * 3600
 """How often uploaded images are looked through, and after which time they are removed."""
 
-NAME_QUESTION_JS = "() => document.querySelector('#chat-question textarea').setAttribute('aria-label', 'Your question')"
-"""Names the field of questions for screen readers: Gradio shows its label but does not connect it."""
+ONCE_LOADED_JS = """() => {
+    document.querySelector('#chat-question textarea').setAttribute('aria-label', 'Your question');
+    document.addEventListener('keydown', event => {
+        if (event.key === 'Tab' && event.target.matches('[role=combobox]')) event.stopPropagation();
+    }, true);
+}"""
+"""Names the field of questions for screen readers: Gradio shows its label but does not connect it. Keeps Tab from
+Gradio's lists of choices: it handles the key after the field has lost the focus, and opens the list again."""
 
 STARTUP_PATH = "/gradio_api/startup-events"
 """What Gradio asks itself for when it begins to listen, without a secret; it does nothing after the first time."""
@@ -50,7 +56,7 @@ def build(settings: PageSettings) -> gr.Blocks:
     with gr.Blocks(analytics_enabled=False, title="vlm", delete_cache=sweep) as page:
         gr.HTML(header_html(outputs), elem_classes="vlm-top", padding=False)
         _build_tabs(settings, page)
-        page.load(None, None, None, js=NAME_QUESTION_JS, **QUIET)
+        page.load(None, None, None, js=ONCE_LOADED_JS, **QUIET)
     return page
 
 

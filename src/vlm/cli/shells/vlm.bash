@@ -2,15 +2,19 @@
 _vlm_complete() {
     local line=${COMP_LINE:0:COMP_POINT} candidate stem= cur
     local -a words
-    read -r -a words <<< "$line"
+    read -a words <<< "$line" # without -r, which would end a word at an escaped space
     while [[ ${#words[@]} -gt 1 && ${words[0]} != "$1" ]]; do words=("${words[@]:1}"); done
-    [[ $line == *[[:space:]] ]] && words+=("")
+    [[ $line == *[[:space:]] && $line != *\\[[:space:]] ]] && words+=("")
     cur=${words[${#words[@]}-1]}
-    # readline replaces only what follows the last = or : of a word
-    [[ $cur == *[=:]* ]] && stem=${cur%"${cur##*[=:]}"}
+    if [[ $cur == [\'\"]* ]]; then
+        words[${#words[@]}-1]=${cur#[\'\"]} # readline replaces all that follows the quote
+    elif [[ $cur == *[=:]* ]]; then
+        stem=${cur%"${cur##*[=:]}"} # readline replaces only what follows the last = or : of a word
+    fi
     COMPREPLY=()
     while IFS= read -r candidate; do
         COMPREPLY+=("${candidate#"$stem"}")
+        [[ $candidate == *[[:space:]]* ]] && compopt -o filenames # escapes spaces
     done < <("$1" __complete "${words[@]:1}" 2> /dev/null)
     [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[=./] ]] && compopt -o nospace
     return 0

@@ -40,6 +40,7 @@ QUESTION_AND_ANSWER_KEYS = (
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box", "objects", "segmentation", "annotations")
 NEEDS_READER = "no format has these keys; write a reader of your own (docs/extending.md)"
 
+NEEDS_TEXT = "each needs one in its record, such as a caption (docs/data.md)"
 IMAGE_PATTERN = "'COCO_train2014_{{image_id:012d}}.jpg'"
 """The names of VQAv2's images, with braces doubled for `str.format`."""
 CONVERT_FIRST = "convert them first: vlm data convert {path} OUT.jsonl"
@@ -169,6 +170,12 @@ def _labelled(record: Mapping[str, object]) -> Guess | None:
     return Guess("images with labels", "labelled", options if label == "label" else {**options, "label_key": label})
 
 
+def _media_alone(record: Mapping[str, object]) -> Guess | None:
+    media = {"images": _image_key(record), "videos": "video" if record.get("video") is not None else None}
+    kind = next((kind for kind, key in media.items() if key is not None and set(record) <= {key, "id"}), None)
+    return None if kind is None else Guess(f"{kind} without texts", advice=NEEDS_TEXT)
+
+
 FORMS: tuple[Callable[[Mapping[str, object]], Guess | None], ...] = (
     _preference,
     _conversation,
@@ -178,6 +185,7 @@ FORMS: tuple[Callable[[Mapping[str, object]], Guess | None], ...] = (
     _boxes,
     _caption,
     _labelled,
+    _media_alone,
 )
 """Functions that recognise a form; the first that does counts."""
 

@@ -5,6 +5,7 @@ JSONL are indexed (`index`), CSV and TSV written as tables of texts (`tables`); 
 Hugging Face's `datasets`, tar shards read by `webdataset`.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vlm.config.model_schema import Options
 from vlm.data.records.files import check_is_records
+from vlm.data.records.folders import is_empty
 from vlm.data.records.index import IndexedRecords, parse_record, read_lines
 from vlm.data.records.layout import find_layout
 from vlm.data.records.links import check_data_files, check_data_folder
@@ -179,9 +181,12 @@ def _load_hf_dataset(
         if hub is not None:
             cells = _text_cells(hub[1], subset, split, revision=hub[2])
             return datasets.load_dataset(hub[1], subset, revision=hub[2], **cells, **options)
-        if (kind := TABLE_BUILDERS.get(split_suffix(path)[0])) is not None:
+        kind = TABLE_BUILDERS.get(split_suffix(path)[0])
+        if kind is not None and not Path(path).is_dir():  # Spark writes folders with such names
             return datasets.load_dataset(kind, data_files={split: path}, **options)
         if Path(path).is_dir():
+            if is_empty(Path(path)):
+                raise ValueError("the folder is empty")
             check_data_folder(Path(path), follow_links=follow_links)
         if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
             dataset = datasets.load_from_disk(path)
@@ -191,7 +196,8 @@ def _load_hf_dataset(
                 dataset = dataset[split]
             return HubTableRecords(dataset) if streaming else dataset
         if Path(path).is_dir():
-            return datasets.load_dataset(path, subset, **_text_cells(path, subset, split), **options)
+            folder = os.path.abspath(path)  # a relative name such as parquet would be taken for a builder's
+            return datasets.load_dataset(folder, subset, **_text_cells(folder, subset, split), **options)
     except (DatasetsError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path}: does not open (split {split}, subset {subset}): {error}") from error
     raise ValueError(f"{path}: {path_problem(path) or 'there is no such file'}")

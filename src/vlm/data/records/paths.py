@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from vlm.data.file_kinds import describe_bytes, read_head
+
 HUB_PATTERN = re.compile(r"hf://(?:datasets/)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 """A data set on the Hub: `hf://owner/name` or `hf://owner/name@revision`."""
 PIPE_PREFIX = "pipe:"
@@ -63,4 +65,17 @@ def path_problem(path: str) -> str | None:
     if Path(path).is_dir() or names_records(path):
         return None
     names = ", *".join(RECORD_SUFFIXES)
-    return f"a file named *{names}, a folder of a Hugging Face data set, or hf://owner/name is needed"
+    needed = f"file named *{names}, a folder of a Hugging Face data set, or hf://owner/name is needed"
+    kind = _describe_file(path)
+    return f"a {needed}" if kind is None else f"{kind}. A {needed}"
+
+
+def _describe_file(path: str) -> str | None:
+    """Say what a file is by its first bytes; None where it is text or not known, or where there is no such file."""
+    try:
+        kind = describe_bytes(read_head(Path(path)))
+    except OSError:
+        return None
+    if kind is None or kind.startswith("it is text"):
+        return None
+    return kind if kind.startswith(("it ", "the ", "nothing")) else f"it is {kind}"
