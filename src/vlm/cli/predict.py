@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vlm.cli.model_options import add_loading_options
+from vlm.cli.progress_note import tell
 from vlm.cli.record_options import add_question_options, check_question_options, source_config
 from vlm.config.shown import PresentableParser, printable
 from vlm.inference.resumable_table import SUFFIXES
@@ -58,6 +59,7 @@ def _load(args: argparse.Namespace) -> "Predictor | Embedder":
     Raises:
         ValueError: options of vectors are given, and the model predicts.
     """
+    tell(f"Loading {args.checkpoint}")
     from transformers.utils.logging import disable_progress_bar
 
     from vlm.inference.embed import load_with_heads

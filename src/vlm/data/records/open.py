@@ -191,7 +191,8 @@ def _load_hf_dataset(
                 dataset = dataset[split]
             return HubTableRecords(dataset) if streaming else dataset
         if Path(path).is_dir():
-            return datasets.load_dataset(path, subset, **_text_cells(path, subset, split), **options)
+            folder = str(Path(path).resolve())  # the library names a data set after its folder, which . has no name for
+            return datasets.load_dataset(folder, subset, **_text_cells(folder, subset, split), **options)
     except (DatasetsError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path}: does not open (split {split}, subset {subset}): {error}") from error
     raise ValueError(f"{path}: {path_problem(path) or 'there is no such file'}")
