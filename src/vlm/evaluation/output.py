@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from vlm.config.choices import LOSS_METRICS
 from vlm.config.schema import SourceConfig
@@ -48,7 +49,7 @@ def resolve_output_folder(checkpoint: str, data: str, requested: Path | None) ->
     parent = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{output}: {parent} cannot be written to; choose a folder with --output")
-    return output
+    return output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
 
 
 def check_no_results(folder: Path, *, overwrite: bool) -> None:
@@ -66,6 +67,7 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
     """
     from vlm.data.cache import resolve_cache_folder
     from vlm.data.records.formats import get_reader
+    from vlm.data.records.guess import with_hint
     from vlm.data.records.open import open_records
     from vlm.data.records.positions import value_or_bad_sample
 
@@ -86,7 +88,8 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
     first = [value_or_bad_sample(read_sample, number) for number in range(min(len(records), NUM_INSPECTED))]
     samples = [sample for sample in first if not isinstance(sample, BadSample)]
     if not samples:
-        raise ValueError(f"--data {config.path}: none of the first {len(first)} records can be read; {first[0]}")
+        reason = with_hint(cast(BadSample, first[0]), records[0], config.format, config.options, "clean")
+        raise ValueError(f"--data {config.path}: none of the first {len(first)} records can be read; {reason}")
     have_replies = any(turn.role == "assistant" for sample in samples for turn in sample.turns)
     have_references = any(sample.references or sample.turns[-1].role == "assistant" for sample in samples)
     loss_names = [name for name in names if name in LOSS_METRICS]

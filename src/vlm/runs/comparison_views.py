@@ -24,8 +24,8 @@ MAX_IMAGE_BYTES = 8 << 20
 CURVES = ("loss", "eval_loss")
 MORE_CURVES = ("grad_norm", "tokens_per_second")
 INDEPENDENT = (
-    "Differences are against the first run, with 95% intervals. Paired ones are of the same records; others take the "
-    "runs for independent, which is too wide where both were evaluated on the same records."
+    "Differences are from the first run, with 95% intervals. Paired intervals compare the same records. The others "
+    "treat the runs as independent, so they are too wide if both runs were evaluated on the same records."
 )
 MORE_STYLE = """\
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:.4rem 1rem}
@@ -130,8 +130,9 @@ def _spark_text(comparison: RunComparison, name: str) -> str:
     bounds = (min(steps), max(steps), min(values), max(values))
     width = max(map(len, comparison.labels))
     lines = [
-        f"{label:<{width}}  {sparkline(curve, bounds)}  {f'{curve[-1][1]:.4g}' if curve else ''}".rstrip()
+        f"{label:<{width}}  {sparkline(curve, bounds)}  {curve[-1][1]:.4g}"
         for label, curve in zip(comparison.labels, curves, strict=True)
+        if curve
     ]
     scale = f"{name}, steps {bounds[0]:,} to {bounds[1]:,}, from {bounds[2]:.4g} (▁) to {bounds[3]:.4g} (█)"
     return "\n".join([scale, *lines])
@@ -155,7 +156,7 @@ def make_comparison_page(comparison: RunComparison) -> str:
     curves = "".join(_figure(comparison, name) for name in (*CURVES, *_other_curves(comparison), *MORE_CURVES))
     names = comparison.labels
     body = (
-        f'<p class="meta">{len(names)} runs; differences are against {text(comparison.names[0])}</p>'
+        f'<p class="meta">{len(names)} runs; differences are from {text(comparison.names[0])}</p>'
         + section("Runs", table(TITLES, _run_rows(comparison), numeric=range(2, len(TITLES))))
         + section("Settings that differ", table(("", *names), settings) if settings else "<p>None.</p>")
         + section("Metrics", _metrics_html(comparison))

@@ -148,7 +148,8 @@ def render(run: LiveRun, width: int = 100, height: int | None = None) -> str:
     Args:
         run: the run.
         width: the columns that there are.
-        height: the rows that there are; the log gets what the rest leaves. None: any number.
+        height: the rows that there are; the log gets what the rest leaves. None: any number, and whole lines of the
+            log.
     """
     shown = [*_render_head(run, width), *_render_losses(run.lines, width)]
     evaluations = [line for line in run.lines if "eval_loss" in line or any(name.startswith("eval_") for name in line)]
@@ -160,8 +161,12 @@ def render(run: LiveRun, width: int = 100, height: int | None = None) -> str:
     if height is not None:
         log = log[-max(height - len(shown) - 3, 0) :] if height - len(shown) > 3 else []
     if log:
-        shown += ["", *(line[:width] for line in log)]
+        shown += ["", *(log if height is None else (_cut(line, width) for line in log))]
     return "\n".join(shown)
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def _render_head(run: LiveRun, width: int) -> list[str]:

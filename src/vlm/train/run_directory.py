@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import asdict
 from datetime import datetime
 from functools import cache
@@ -178,6 +178,14 @@ def contribution_table(contributions: Sequence[Contribution]) -> str:
         for source in contributions
     ]  # fmt: skip
     return tabulate(rows, header, tablefmt="plain", colalign=("left", *["right"] * 7), disable_numparse=True)
+
+
+def describe_held_out(train: SampleDataset, evaluation: Sized | None) -> str:
+    """Return how many samples of a run's table are held out of its training; empty where all are trained on."""
+    total = sum(source.samples for source in train.contributions)
+    if evaluation is None or len(train) >= total:
+        return ""
+    return f"{len(train):,} of these samples are trained on; {len(evaluation):,} are held out for evaluation."
 
 
 def _skipped_as_json_line(record: Skipped) -> str:

@@ -37,6 +37,9 @@ from vlm.data.sample import Record
 if TYPE_CHECKING:
     import datasets
 
+FOLDER_TABLES = ("metadata.csv", "metadata.jsonl")
+"""Tables of a folder of images. The library would choose its images by words in their names, such as `train`."""
+
 
 class Records(Protocol):
     """Records by index; none is in memory before it is read."""
@@ -172,6 +175,11 @@ def _load_hf_dataset(
     hub = HUB_PATTERN.fullmatch(path)
     if hub is None and is_address(path):  # of which the library would open many kinds, one in another
         raise ValueError(f"{path}: {path_problem(path)}")
+    if table := next((table for name in FOLDER_TABLES if (table := Path(path, name)).is_file()), None):
+        raise ValueError(
+            f"{path}: a folder of images with a table; give the table: dataset.path={table} "
+            f"dataset.image_folder={path}. vlm data show then names the format and the columns"
+        )
     options: Options = {"split": split, "streaming": streaming}
     if not streaming:
         options["cache_dir"] = str(cache / "datasets")

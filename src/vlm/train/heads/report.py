@@ -57,11 +57,11 @@ def report(
 def _note(name: str, head: HeadSettings) -> str:
     """Return what was chosen by the records of a set; empty for tasks without probabilities."""
     if name == "test":
-        return "nothing was chosen by these records"
+        return "nothing was tuned on these records"
     if head.task not in CLASSIFICATION_TASKS:
         return ""
     calibration = "temperature" if head.threshold is None else "temperature and threshold"
-    return f"its {calibration} was chosen on these records, which flatters what depends on it"
+    return f"the {calibration} was tuned on these records, so scores that depend on it are optimistic"
 
 
 def _score_head(

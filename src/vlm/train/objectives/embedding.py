@@ -36,7 +36,7 @@ class Embedding(Objective):
 
     loss_label = "contrastive loss"
     row_key = "groups"
-    flops_note = "they are of replies, and vectors are read of hidden states"
+    flops_note = "the count is of training on replies, which embeddings have none of"
 
     def refusals(self) -> Iterator[str]:
         """Yield what is wrong with the head and its data, and keys that are for runs that learn to write."""

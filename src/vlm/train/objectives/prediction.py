@@ -41,7 +41,7 @@ class Prediction(Objective):
 
     loss_label = "loss of the prediction heads"
     row_key = "groups"
-    flops_note = "they are of replies, and prediction heads read hidden states"
+    flops_note = "the count is of training on replies, which prediction heads have none of"
 
     def refusals(self) -> Iterator[str]:
         """Yield what is wrong with the heads and their data, and keys that are for runs that learn to write."""
