@@ -246,7 +246,7 @@ REFUSALS = {
     "share below zero": (["dataset.eval_split=-0.5"], f"dataset.eval_split=-0.5: {EVAL_SPLIT}"),
     "evaluating on nothing": (
         ["trainer.eval_strategy=epoch"],
-        "trainer.eval_strategy=epoch: give dataset.eval_path=FILE or a share, such as dataset.eval_split=0.05",
+        "trainer.eval_strategy=epoch: give dataset.eval_path=FILE or a share: dataset.eval_split=0.05",
     ),
     "not evaluating on something": (
         ["dataset.eval_split=0.5"],

@@ -113,10 +113,12 @@ def _predict_file(args: argparse.Namespace) -> None:
     from vlm.assembly.adapter_folder import local_folder
     from vlm.data.cache import resolve_cache_folder
     from vlm.evaluation.embed_file import embed_file
+    from vlm.evaluation.output import read_first_samples
     from vlm.evaluation.predict_file import predict_file
     from vlm.inference.embed import Embedder
 
     config = source_config(args)
+    read_first_samples(config, "--input")
     predictor = _load(args)
     place = {"cache": resolve_cache_folder(None), "fingerprint": fingerprint(local_folder(args.checkpoint))}
     options = {name: getattr(args, name) for name in ("batch_size", "num_workers", "max_frames", "overwrite")}
