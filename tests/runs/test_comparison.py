@@ -79,7 +79,7 @@ def test_a_run_without_evaluation_has_no_other_records(tmp_path: Path):
     assert RunComparison([first, second]).has_other_records
     comparison = RunComparison([none, first])
     assert not comparison.has_other_records
-    assert re.search(r"^eval_loss, steps .*\na  █", describe_comparison(comparison), re.MULTILINE), "no empty row"
+    assert re.search(r"^eval_loss, steps .*\na  ▅", describe_comparison(comparison), re.MULTILINE), "no empty row"
 
 
 def test_losses_and_gains_have_the_direction_that_is_better(tmp_path: Path):

@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from functools import cache
@@ -180,10 +180,10 @@ def contribution_table(contributions: Sequence[Contribution]) -> str:
     return tabulate(rows, header, tablefmt="plain", colalign=("left", *["right"] * 7), disable_numparse=True)
 
 
-def describe_held_out(train: SampleDataset, evaluation: Sized | None) -> str:
+def describe_held_out(train: SampleDataset, evaluation: SampleDataset | SampleStream | None) -> str:
     """Return how many samples of a run's table are held out of its training; empty where all are trained on."""
     total = sum(source.samples for source in train.contributions)
-    if evaluation is None or len(train) >= total:
+    if not isinstance(evaluation, SampleDataset) or len(train) >= total:
         return ""
     return f"{len(train):,} of these samples are trained on; {len(evaluation):,} are held out for evaluation."
 

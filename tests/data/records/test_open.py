@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
