@@ -101,13 +101,13 @@ def _template(settings: Mapping[str, object]) -> object:
 
 
 def _schedule(settings: Mapping[str, object]) -> str:
-    """Return the schedule of the learning rates in words, such as `cosine, 3% of the steps are warm-up`."""
+    """Return the schedule of the learning rates in words, such as `cosine, warm-up over 3% of the steps`."""
     kind, warmup = settings.get("trainer.lr_scheduler_type"), as_number(settings.get("trainer.warmup_steps"))
     if kind is None:
         return ""
     if not warmup:
         return str(kind)
-    return f"{kind}, {f'{warmup:.0%} of the steps' if warmup < 1 else f'{warmup:,.0f} steps'} of warm-up"
+    return f"{kind}, warm-up over {f'{warmup:.0%} of the steps' if warmup < 1 else f'{warmup:,.0f} steps'}"
 
 
 def _samples_a_step(run: RunDirectory) -> str:
