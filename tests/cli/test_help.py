@@ -9,7 +9,6 @@ import pytest
 
 from vlm.cli.main import COMMANDS, main
 from vlm.cli.overview import format_entry, overview
-from vlm.config.packaged import read_run_summary, run_names
 from vlm.config.shown import PresentableParser, explain_arguments, wrap_command
 
 OWN_HELP = ("data",)
@@ -65,14 +64,6 @@ def test_two_columns_never_run_together():
     rows = [line for line in overview().splitlines() if re.match(r"  \S", line)]
     assert len(rows) > 50
     assert [row for row in rows if not re.match(r"  \S.*?\S*( {2,}\S.*)?$", row) or len(row) > 120] == []
-
-
-def test_each_run_is_listed_with_one_statement():
-    summaries = {name: read_run_summary(name) for name in run_names()}
-    assert {name: text for name, text in summaries.items() if not 20 < len(text) < 190} == {}
-    assert {name: text for name, text in summaries.items() if re.search("Differs|arXiv|Starts from|as in ", text)} == {}
-    said = "LLaVA-1.5's first stage: the connector alone, on 558k captions, 8 GPUs"
-    assert summaries["pretrain-llava"] == said
 
 
 def test_the_help_of_a_run_begins_with_its_description(
