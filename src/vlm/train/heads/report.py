@@ -61,7 +61,7 @@ def _note(name: str, head: HeadSettings) -> str:
     if head.task not in CLASSIFICATION_TASKS:
         return ""
     calibration = "temperature" if head.threshold is None else "temperature and threshold"
-    return f"the {calibration} was tuned on these records, so scores that depend on it are optimistic"
+    return f"{calibration} tuned on these records: scores that depend on this are optimistic"
 
 
 def _score_head(
