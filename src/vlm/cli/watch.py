@@ -38,9 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--interval", type=float, default=2.0, metavar="SECONDS", help="time between two updates (%(default)g)"
     )
-    parser.add_argument(
-        "--lines", type=int, default=8, metavar="N", help="lines of run.log to show (%(default)d)"
-    )
+    parser.add_argument("--lines", type=int, default=8, metavar="N", help="lines of run.log to show (%(default)d)")
     return parser
 
 
