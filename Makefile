@@ -13,7 +13,7 @@ install: .venv/installed ## Install the locked versions and this package into .v
 
 .venv/installed: requirements.lock pyproject.toml | $(UV)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make install PYTHON=python3.12")'
-	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	$(UV) venv --quiet --seed --allow-existing --python $(PYTHON) .venv
 	$(UV) pip install --quiet --python .venv --compile-bytecode --require-hashes -r requirements.lock
 	$(UV) pip install --quiet --python .venv --no-deps --no-build-isolation -e .
 	@touch $@

@@ -103,7 +103,6 @@ TESTED_ELSEWHERE = {
     "evaluation/comparison/worse.py": "cli/test_compare_models.py",
     "evaluation/embed_file.py": "inference/test_embed.py",
     "evaluation/lmms_run.py": "cli/test_evaluate.py",
-    "evaluation/output.py": "cli/test_evaluate.py",
     "evaluation/predict_file.py": "inference/test_predict.py",
     "evaluation/records.py": "cli/test_evaluate.py",
     "evaluation/probe/drawing.py": "evaluation/probe/test_abilities.py",

@@ -125,7 +125,10 @@ def test_choosing_no_run_lists_them():
 
 
 def test_a_missing_value_is_named():
-    assert refusal("-cn", "pretrain-smol") == "vlm: dataset.path: a value is needed, for example dataset.path=…"
+    assert (
+        refusal("-cn", "pretrain-smol")
+        == "vlm: dataset.path: a value is needed: the file of your records, such as train.json (docs/data.md)"
+    )
 
 
 def test_quoting_as_the_message_says_works():

@@ -113,7 +113,7 @@ REFUSALS = {
     ),
     "neither a path nor sources": (
         ["dataset.path=null"],
-        "dataset.path: a value is needed, for example dataset.path=…",
+        "dataset.path: a value is needed: the file of your records, such as train.json (docs/data.md)",
     ),
     "no kind of records": (
         ["dataset.path=pyproject.toml"],
@@ -246,7 +246,7 @@ REFUSALS = {
     "share below zero": (["dataset.eval_split=-0.5"], f"dataset.eval_split=-0.5: {EVAL_SPLIT}"),
     "evaluating on nothing": (
         ["trainer.eval_strategy=epoch"],
-        "trainer.eval_strategy=epoch: give dataset.eval_path or dataset.eval_split",
+        "trainer.eval_strategy=epoch: give dataset.eval_path=FILE or a share: dataset.eval_split=0.05",
     ),
     "not evaluating on something": (
         ["dataset.eval_split=0.5"],

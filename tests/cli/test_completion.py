@@ -73,6 +73,15 @@ def test_values_are_those_that_a_key_may_have(files: Path):
     assert offered(*RUN, "trainer.max_steps=") == []
 
 
+def test_names_of_tables_are_offered(files: Path):
+    assert offered(*RUN, "dataset.format=cap") == ["dataset.format=caption"]
+    assert offered(*RUN, "dataset.format=rec") == ["dataset.format=records.json"]  # a reader of one's own
+    assert offered(*RUN, "dataset.template=tok") == ["dataset.template=tokenizer"]
+    assert offered("eval", "x", "--format", "cap") == ["caption"]
+    assert offered("eval", "x", "--metrics", "exact_match,ci") == ["exact_match,cider"]
+    assert offered("eval", "x", "--metrics", "lo") == ["loss"]
+
+
 def test_checkpoints_are_paths(files: Path):
     assert offered("generate", "out") == ["outputs/"]
     assert offered("generate", "outputs/first/") == ["outputs/first/final/"]

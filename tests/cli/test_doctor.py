@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from vlm.assembly import hub_reach
 from vlm.cli import doctor_facts
 from vlm.cli.doctor_facts import EXTRAS, describe_endpoint, find_facts, hide_home
 from vlm.cli.main import main
@@ -87,7 +88,7 @@ def test_the_hub_is_asked_for_a_connection(monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object, **__: object) -> None:
         raise ConnectionRefusedError(111, "Connection refused")
 
-    monkeypatch.setattr(doctor_facts.socket, "create_connection", refuse)
+    monkeypatch.setattr(hub_reach.socket, "create_connection", refuse)
     assert describe_endpoint("https://hub.example", offline=False).startswith(
         "https://hub.example, cannot be reached (Connection refused); "
     )

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from importlib import import_module
 
 import pytest
@@ -63,6 +64,26 @@ def test_two_columns_never_run_together():
     rows = [line for line in overview().splitlines() if re.match(r"  \S", line)]
     assert len(rows) > 50
     assert [row for row in rows if not re.match(r"  \S.*?\S*( {2,}\S.*)?$", row) or len(row) > 120] == []
+
+
+def test_the_help_of_a_run_begins_with_its_description(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    with pytest.raises(SystemExit) as stopped:
+        main(["-cn", "pretrain-llava", "--help"])
+    assert not stopped.value.code
+    said = capsys.readouterr().out
+    assert said.startswith("LLaVA-1.5's first stage (Liu et al. 2023, arXiv:2310.03744): the connector alone")
+    assert "\n  num_train_epochs: 1" in said
+    assert "shell-completion" not in said  # `vlm completion` is ours
+
+
+@pytest.mark.parametrize(("word", "said"), [("shwo", "no such tool. Did you mean show?"), ("xyz", "no such tool")])
+def test_a_misspelled_tool_is_told_the_right_one(word: str, said: str):
+    with pytest.raises(SystemExit) as stopped:
+        main(["data", word])
+    assert stopped.value.code == f"vlm data {word}: {said}"
 
 
 def make_parser() -> PresentableParser:

@@ -25,6 +25,7 @@ def test_every_installed_type_is_listed(capsys: pytest.CaptureFixture[str]):
         assert model_type in words
     assert "qwen2.5-vl-3b" in said
     assert "openai/clip-vit-base-patch16" in said
+    assert "facebook/dinov2-with-registers-large and google/siglip-so400m-patch14-384" in said
 
 
 def test_the_list_imports_no_torch():

@@ -76,7 +76,10 @@ def test_what_every_rank_finds_one_says():
 @pytest.mark.parametrize("rank", [[], ["--local_rank=0"], ["--local-rank", "0"]], ids=str)
 def test_python_m_reaches_the_entry(rank: list[str]):
     done = start("-m", "vlm", *rank, "-cn", "pretrain-smol")
-    assert (done.returncode, done.stderr) == (1, "vlm: dataset.path: a value is needed, for example dataset.path=…\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "vlm: dataset.path: a value is needed: the file of your records, such as train.json (docs/data.md)\n",
+    )
 
 
 def test_the_console_script_reaches_the_entry():

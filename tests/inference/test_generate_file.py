@@ -303,7 +303,7 @@ def test_the_command_writes_what_the_function_does(
     change_record(records, 2, image=["missing.png"])
     output = records.with_name("said.jsonl")
     ask(checkpoint, "--input", records, "--output", output, "--max-new-tokens", 6, "--batch-size", 4)
-    assert capsys.readouterr().out == f"{NUMBER} records: {output}; 1 were not asked, column error says why\n"
+    assert capsys.readouterr().out == f"{NUMBER} records: {output}; 1 were not asked, the column error says why\n"
     assert [json.loads(line) for line in output.read_text().splitlines()] == generate_rows(ours, records)
 
 

@@ -67,6 +67,21 @@ def test_other_records_are_not_paired(tmp_path: Path, pair: list[RunDirectory]):
     assert difference.low < difference.value == 0.5
 
 
+def test_a_run_without_evaluation_has_no_other_records(tmp_path: Path):
+    def evaluated_on(name: str, fingerprint: str | None) -> RunDirectory:
+        folder = write_run(tmp_path / name, logged([2.0, 1.0])[:2] if fingerprint is None else logged([2.0, 1.0]))
+        sources = [{"source": "val.json", "samples": 3, "fingerprint": fingerprint}]
+        data = {} if fingerprint is None else {"eval": {"sources": sources}}
+        (folder / "data.json").write_text(json.dumps(data))
+        return RunDirectory(folder)
+
+    first, second, none = evaluated_on("a", "1"), evaluated_on("b", "2"), evaluated_on("c", None)
+    assert RunComparison([first, second]).has_other_records
+    comparison = RunComparison([none, first])
+    assert not comparison.has_other_records
+    assert re.search(r"^eval_loss, steps .*\na  ▅", describe_comparison(comparison), re.MULTILINE), "no empty row"
+
+
 def test_losses_and_gains_have_the_direction_that_is_better(tmp_path: Path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, value in zip(folders, (1.0, 0.5), strict=True):

@@ -23,7 +23,7 @@ def test_a_sweep_ends_in_a_table_a_plot_and_a_page(tmp_path: Path, capsys: pytes
     assert header.split()[:4] == ["connector_learning_rate", "eval_loss", "±", "seeds"]
     assert [row.split()[0] for row in rows] == ["0.001", "0.01", "0.5"]
     assert "more than noise" in verdict
-    assert page == str(tmp_path / "sweep.html")
+    assert page == f"Page: {tmp_path / 'sweep.html'}"
     check_page((tmp_path / "sweep.html").read_text())
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 

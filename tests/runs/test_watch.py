@@ -29,6 +29,15 @@ def write_run(folder: Path, state: str | None = "training", **status: Any) -> Pa
     return folder
 
 
+def test_lines_of_the_log_are_whole_or_end_in_an_ellipsis(tmp_path: Path):
+    folder = write_run(tmp_path / "run")
+    command = f"ask it  vlm generate {'outputs/' * 20}final"
+    (folder / "run.log").write_text(f"{command}\n")
+    run = read_live_run(folder)
+    assert render(run, 80).endswith(command)
+    assert render(run, 80, 60).splitlines()[-1] == f"{command[:79]}…"
+
+
 def test_a_run_is_shown_from_its_files(tmp_path: Path):
     text = render(read_live_run(write_run(tmp_path / "run"), 2), 100)
     assert re.search(r"training on elsewhere, \d+ s ago", text)

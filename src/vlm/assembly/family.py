@@ -6,6 +6,7 @@ import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from vlm.assembly.foreign_config import ForeignCodeError, load_config
+from vlm.assembly.hub_reach import check_hub_answers
 from vlm.assembly.loading import inspect_checkpoint, load_complete
 from vlm.assembly.opening import opening, shorten
 from vlm.families.meta_model import NotAFamilyError, get_auto_class
@@ -17,6 +18,7 @@ def read_config(
     name: str, label: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedConfig:
     """Return the configuration of a Hub name or folder; messages call it `label`, such as `model.hf_name=NAME`."""
+    check_hub_answers(name, label, revision)
     with opening(label):
         has_config = inspect_checkpoint(name, revision) is not None
     with opening(label, "its config.json"):

@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from vlm.assembly.opening import quiet_loading
 from vlm.config.choices import LOSSES
 from vlm.config.derived import extra_tokens, head_key, query_token, query_tokens
 from vlm.config.model_schema import HeadConfig, ModelConfig
@@ -39,7 +40,8 @@ def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def grow_rows(model: PreTrainedModel, rows: int, multiple: int | None = None) -> None:
     """Give a model's embeddings and vocabulary head at least this many rows, or a multiple of a number if given."""
     if rows > get_num_embeddings(model):
-        resize_vocabulary(model, rows, multiple)
+        with quiet_loading():  # transformers tells how it draws the new rows
+            resize_vocabulary(model, rows, multiple)
 
 
 def get_num_embeddings(model: PreTrainedModel) -> int:

@@ -209,12 +209,12 @@ def describe_processor(processor: Processor) -> str:
         budget = processor.image_token_budget
         limit = [] if budget is None else [f"dataset.max_image_tokens={budget}"]
         return f"{_name(processor.native.image_processor)}: {', '.join(limit + shown) or 'no option'}"
-    tokens = f"{len(processor.image_token_ids())} tokens a square"
+    tokens = len(processor.image_token_ids())
     tiling = processor.tiling
     if tiling is None:
-        return f"images are squares: {tokens}"
+        return f"each image is read as one square: {tokens} tokens"
     grids = ", ".join(f"{rows}×{columns}" for rows, columns in tiling.grids)
-    return f"images are squares and tiles: {tokens}, grids of tiles (rows×columns) {grids}"
+    return f"each image is read as one square and as tiles: {tokens} tokens each, grids (rows×columns) {grids}"
 
 
 def mirror_options(config: PreTrainedConfig, before: Settings, after: Settings) -> list[str]:

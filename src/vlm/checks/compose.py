@@ -39,7 +39,7 @@ from vlm.checks.messages import (
 from vlm.checks.run import ObjectiveChecks, check, check_overridden_rates
 from vlm.checks.start import check_start
 from vlm.checks.surface import named_by_user
-from vlm.checks.sweep import is_sweep, place_run, register_sweep_names, worst_value
+from vlm.checks.sweep import is_sweep, place_run, register_resolvers, worst_value
 from vlm.config.named import permit_names
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig, key_names
@@ -133,7 +133,7 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
     sys.argv = ["vlm", *map(open_mapping_key, words)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing: `explain` says it better
     ConfigStore.instance().store(name="schema", node=RunConfig)
-    register_sweep_names()
+    register_resolvers()
     refused: list[Exception] = []
     is_composed = False
 

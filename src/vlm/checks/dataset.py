@@ -24,7 +24,7 @@ def dataset_problems(config: RunConfig) -> Iterator[str]:
     """Yield what is wrong with the sources of a run, its evaluation and test records, and its templates."""
     data = config.dataset
     if data.path is None and not data.sources:
-        yield "dataset.path: a value is needed, for example dataset.path=…"
+        yield "dataset.path: a value is needed: the file of your records, such as train.json (docs/data.md)"
     if data.path is not None and data.sources:
         yield "dataset.path and dataset.sources: choose one (dataset.path=null leaves it out)"
     sources = {f"dataset.sources.{name}": source for name, source in data.sources.items()}

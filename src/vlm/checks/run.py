@@ -204,6 +204,6 @@ def evaluation_problems(config: RunConfig) -> Iterator[str]:
     """Yield evaluations without data, and evaluation data without evaluations."""
     data, strategy = config.dataset, config.trainer.eval_strategy
     if strategy != "no" and not (data.eval_path or data.eval_split):
-        yield f"trainer.eval_strategy={strategy}: give dataset.eval_path or dataset.eval_split"
+        yield f"trainer.eval_strategy={strategy}: give dataset.eval_path=FILE or a share: dataset.eval_split=0.05"
     if strategy == "no" and (data.eval_path or data.eval_split) and not config.trainer.before_after:
         yield "trainer.eval_strategy=no, but there is evaluation data: set it to epoch or steps"

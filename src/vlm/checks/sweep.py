@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import fill
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -15,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vlm.checks.fields import ConfigError
+from vlm.config.packaged import read_run_description
 from vlm.config.secrets import is_secret_key, mask
 from vlm.config.short_names import folder_name
 
@@ -22,8 +24,9 @@ MULTIRUN_FILE = "multirun.yaml"
 """The file that Hydra writes into the folder of a sweep: its own settings, with the whole command line."""
 
 
-def register_sweep_names() -> None:
-    """Register the resolvers for the folder of a sweep and for the name of a run in it."""
+def register_resolvers() -> None:
+    """Register the resolvers for a run's description, for the folder of a sweep and for the name of a run in it."""
+    OmegaConf.register_new_resolver("run_description", lambda run: fill(read_run_description(run), 118), replace=True)
     OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, replace=True)
     OmegaConf.register_new_resolver("sweep_job", lambda: job_name(HydraConfig.get().overrides.task, sys.argv[1:]),
                                     replace=True)  # fmt: skip

@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from vlm.checks.compose import with_config
+from vlm.cli.progress_note import tell
 from vlm.config.schema import RunConfig
 from vlm.config.shown import PresentableParser
 from vlm.train.objectives.table import make_objective
@@ -33,7 +35,7 @@ def without_data(words: Sequence[str], folder: Path) -> list[str]:
 def make_parser() -> PresentableParser:
     """Return the parser of `vlm check`, which leaves the words of the run."""
     usage = "vlm check [options] -cn RUN dataset.path=… [key=value …]"
-    purpose = "Show what a run will do, in under a minute and without training: parts, data, memory, time, problems."
+    purpose = "Show what a run will do, from a few steps that are thrown away: parts, data, memory, time, problems."
     parser = PresentableParser("vlm check", usage, purpose, examples=EXAMPLES, allow_abbrev=False)
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the page to write (default: outputs/preflight-RUN.html)"
@@ -62,10 +64,13 @@ def main(words: Sequence[str]) -> None:
             options = {"samples": args.samples, "tokens": args.tokens, "mfu": args.mfu}
             print(make_plan(config, name, overrides, args.plan, **options))
             return
+        from vlm.cli.train import without_deepspeed
         from vlm.train.preflight.inspect import inspect_run
         from vlm.train.preflight.report import as_html, as_text
 
-        findings = inspect_run(config, name, overrides)
+        tell("Loading the model and the records, then a few steps that are thrown away")
+        with nullcontext() if config.trainer.deepspeed else without_deepspeed():
+            findings = inspect_run(config, name, overrides)
         print(as_text(findings))
         file = args.output or Path("outputs", f"preflight-{name}.html")
         file.parent.mkdir(parents=True, exist_ok=True)

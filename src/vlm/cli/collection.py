@@ -1,7 +1,8 @@
-"""How often a command collects garbage, and what is not said about it. Imports the standard library only."""
+"""How often a command collects garbage, and which notes of libraries it hides. Imports the standard library only."""
 
 import atexit
 import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ USUAL = gc.get_threshold()
 RARE = (10_000, 10, 10)
 """Thresholds for commands. With Python's own, 700 new objects, collections take a quarter of the time of the imports,
 which bring a million objects and no garbage."""
+
+DEVICE_NOTE = "Setting accelerator to CPU"
 
 
 @contextmanager
@@ -46,6 +49,11 @@ def collect_as_usual() -> None:
     if not gc.get_freeze_count():
         gc.freeze()
     gc.set_threshold(*USUAL)
+
+
+def hush_device_notes() -> None:
+    """Keep DeepSpeed from saying, when it is imported, that it found no accelerator; `vlm doctor` says so."""
+    logging.getLogger("DeepSpeed").addFilter(lambda record: not str(record.msg).startswith(DEVICE_NOTE))
 
 
 def hush_leak_reports() -> None:

@@ -18,11 +18,11 @@ EXAMPLES = ("vlm compare outputs/first outputs/second", "vlm compare outputs/swe
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm compare`."""
     parser = PresentableParser(
-        "vlm compare", "vlm compare RUN RUN … [options]",
+        "vlm compare", "vlm compare FOLDER FOLDER … [options]",
         "Compare runs: settings that differ, metrics with intervals, curves, sample answers. The others are compared "
         "with the first run.", examples=EXAMPLES,
     )  # fmt: skip
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory; two at least")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="a run directory; two at least")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all curves and images too")
     return parser
 
@@ -43,4 +43,4 @@ def main(argv: Sequence[str]) -> None:
     print(printable(describe_comparison(comparison)))
     if args.html is not None:
         args.html.write_text(make_comparison_page(comparison), encoding="utf-8")
-        print(printable(f"\n{args.html}"))
+        print(printable(f"\nPage: {args.html}"))

@@ -8,7 +8,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from importlib import import_module, resources
 
-from vlm.cli.completion_words import find_paths, find_run_words, matching
+from vlm.cli.completion_words import find_paths, find_run_words, list_formats, matching
+from vlm.config.choices import EVAL_METRICS, LOSS_METRICS
 from vlm.config.packaged import packaged_names
 from vlm.config.shown import PresentableParser
 
@@ -86,6 +87,11 @@ def find_parser_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> 
         return [f"{option}={value}" for value in find_parser_words(parser, [option, current.partition("=")[2]])]
     if previous in actions and actions[previous].nargs != 0:
         chosen = actions[previous].choices
+        if previous == "--format" and chosen is None:
+            return matching(current, list_formats())
+        if previous == "--metrics":
+            begun, comma, last = current.rpartition(",")
+            return [f"{begun}{comma}{name}" for name in matching(last, (*EVAL_METRICS, *LOSS_METRICS[:1]))]
         return find_paths(current) if chosen is None else matching(current, [*map(str, chosen)])
     if current.startswith("-"):
         return matching(current, [name for name in actions if name != "-h"])

@@ -73,6 +73,8 @@ def _find_values(key: str, typed: str) -> list[str]:
 
     if (field := find_field(key)) is None:
         return find_paths(typed)
+    if key in ("dataset.format", "dataset.template"):
+        return matching(typed, list_formats() if key == "dataset.format" else list_templates()) or find_paths(typed)
     rule = get_rule(field)
     if isinstance(rule, Choices):
         return matching(typed, rule.names)
@@ -80,6 +82,18 @@ def _find_values(key: str, typed: str) -> list[str]:
     if bool in kinds:
         return matching(typed, ("true", "false"))
     return [] if kinds & {int, float} else find_paths(typed)
+
+
+def list_formats() -> list[str]:
+    """Return the names of the formats of records."""
+    from vlm.data.records.formats import FORMATS  # imports no torch
+
+    return list(FORMATS)
+
+
+def list_templates() -> list[str]:
+    """Return the names of the packaged chat templates, and the one of the tokenizer's own."""
+    return [*packaged_names("vlm.data", "templates", ".jinja"), "tokenizer"]
 
 
 def find_paths(typed: str) -> list[str]:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 from vlm.checks.compose import with_config
 from vlm.checks.fields import ConfigError
+from vlm.cli.progress_note import tell
 from vlm.config.schema import RunConfig
 from vlm.config.shown import PresentableParser, printable
+from vlm.config.suggestions import nearest_names
 from vlm.train.objectives.table import make_objective
 
 if TYPE_CHECKING:
@@ -40,7 +42,11 @@ def main(words: Sequence[str]) -> None:
     if not words or words[0] not in TOOLS:
         listing = "\n".join(f"  {name:<10}{purpose}" for name, (purpose, _) in TOOLS.items())
         print(f"usage: vlm data TOOL …\n\n{listing}\n\n{EXAMPLES}\nRun vlm data TOOL --help for options and examples.")
-        sys.exit(0 if list(words) in ([], ["--help"], ["-h"]) else f"vlm data {words[0]}: no such tool")
+        if list(words) in ([], ["--help"], ["-h"]):
+            sys.exit(0)
+        near = nearest_names(words[0], list(TOOLS))
+        hint = f". Did you mean {' or '.join(near)}?" if near else ""
+        sys.exit(f"vlm data {words[0]}: no such tool{hint}")
     tool = TOOLS[words[0]][1]
     if callable(tool):
         tool(words[1:])
@@ -69,6 +75,7 @@ def show(words: Sequence[str]) -> None:
         from vlm.assembly.processor_options import describe_processor
         from vlm.data.tools.show import as_text, load_shown_records, write_page
 
+        tell("Opening the model's tokenizer and processor, and the records")
         encoder = _make_sample_encoder(config, overrides)
         described = describe_processor(encoder.processor)
         print(printable(described))
@@ -83,6 +90,8 @@ def show(words: Sequence[str]) -> None:
             shown.append(record)
         write_page(shown, args.output, described)
         print(f"With images: {args.output}")
+        if shown and all(record.problem for record in shown):
+            sys.exit("vlm data show: none of these records can be used")
 
     with_config(rest, action, make_objective)
 
@@ -121,9 +130,12 @@ def stats(words: Sequence[str]) -> None:
             raise ConfigError(
                 "dataset.streaming=true: a stream has no length, so it cannot be counted; set dataset.streaming=false"
             )
+        tell("Opening the model's tokenizer and processor, and the records")
         encoder = _make_sample_encoder(config, overrides)
         statistics = compute_stats(config.dataset, encoder)
         print(printable(as_text(statistics)))
+        if not any(stats.usable_mask.any() for stats in statistics):
+            sys.exit("vlm data stats: none of the records can be used")
         if args.compare > 0:
             print(printable(describe_copies(config.dataset, encoder, args.compare)))
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -7,15 +7,14 @@ its section; to add an extra, add it to `EXTRAS`.
 import os
 import platform
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
-from urllib.parse import urlsplit
+
+from vlm.assembly.hub_reach import behind_proxy, why_unreachable, without_password
 
 EXTRAS = {
     "eval": (("rouge_score", "sacrebleu", "rapidfuzz", "pycocoevalcap"), "metrics of answers: vlm eval --data"),
@@ -44,9 +43,6 @@ VARIABLES = (
     "DS_ACCELERATOR", "NCCL_DEBUG", "TORCHDYNAMO_DISABLE",
 )  # fmt: skip
 """Environment variables that change what runs do, shown where they are set."""
-
-SECONDS_FOR_HUB = 3
-"""How long the Hub may take to accept a connection."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +141,7 @@ def _find_caches(*, offline: bool) -> Iterator[tuple[str, str]]:
     yield "endpoint", describe_endpoint(constants.ENDPOINT, offline=offline or constants.HF_HUB_OFFLINE)
     for name in VARIABLES:
         if name in os.environ:
-            yield name, _without_password(os.environ[name])
+            yield name, without_password(os.environ[name])
 
 
 def _free_space(folder: Path) -> int:
@@ -155,38 +151,14 @@ def _free_space(folder: Path) -> int:
 
 def describe_endpoint(address: str, *, offline: bool) -> str:
     """Return the Hub's address, without a password in it, and whether its host accepts a connection."""
-    parts, shown = urlsplit(address), _without_password(address)
+    shown = without_password(address)
     if offline:
         return f"{shown}, not asked (offline)"
-    if any(name.lower() in ("https_proxy", "http_proxy", "all_proxy") for name in os.environ):
+    if behind_proxy():
         return f"{shown}, through a proxy, not asked"
-    port = parts.port or (80 if parts.scheme == "http" else 443)
-    outcome: list[str] = []
-    asked = Thread(target=lambda: outcome.append(_try_connection(parts.hostname or "", port)), daemon=True)
-    asked.start()
-    asked.join(SECONDS_FOR_HUB)  # a name server may take longer than any timeout of sockets
-    reason = outcome[0] if outcome else f"no answer within {SECONDS_FOR_HUB} seconds"
-    if not reason:
-        return f"{shown}, can be reached"
-    return f"{shown}, cannot be reached ({reason}); use local folders, or a mirror in HF_ENDPOINT"
-
-
-def _try_connection(host: str, port: int) -> str:
-    """Return why a host accepts no connection; empty if it does."""
-    try:
-        with socket.create_connection((host, port), timeout=SECONDS_FOR_HUB):
-            return ""
-    except OSError as error:
-        return error.strerror or str(error) or type(error).__name__
-
-
-def _without_password(address: str) -> str:
-    """Return an address without user, password and query; other texts as they are."""
-    parts = urlsplit(address)
-    if not parts.hostname:
-        return address
-    port = f":{parts.port}" if parts.port else ""
-    return f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
+    if reason := why_unreachable(address):
+        return f"{shown}, cannot be reached ({reason}); use local folders, or a mirror in HF_ENDPOINT"
+    return f"{shown}, can be reached"
 
 
 def _find_abilities() -> Iterator[tuple[str, str]]:

@@ -113,7 +113,7 @@ def _evaluate_records(args: argparse.Namespace) -> None:
     )  # fmt: skip
     generation = {} if set(names) <= set(LOSS_METRICS) else {"inference": vars(settings), "seed": args.seed}
     write_results(folder, evaluation, {**_describe_run(args), "data": args.input, **generation})
-    print(printable(f"\n{evaluation.records:,} records\n\n{evaluation}\n\n{folder / 'results.json'}"))
+    print(printable(f"\n{evaluation.records:,} records\n\n{evaluation}\n\nResults: {folder / 'results.json'}"))
 
 
 def _run_tasks(args: argparse.Namespace) -> None:
@@ -148,7 +148,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
     parts = [f"`{args.checkpoint}`", tabulate(rows, "firstrow", tablefmt="github", disable_numparse=True), *limited]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     plain = tabulate(rows, tablefmt="plain", disable_numparse=True)
-    print(printable(f"\n{plain}\n\n{folder / 'results.json'}"))
+    print(printable(f"\n{plain}\n\nResults: {folder / 'results.json'}"))
 
 
 def _describe_run(args: argparse.Namespace) -> dict[str, object]:

@@ -56,9 +56,11 @@ def _generate_file(args: argparse.Namespace, settings: InferenceConfig) -> None:
     from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
     from vlm.data.cache import json_digest, resolve_cache_folder
+    from vlm.evaluation.output import read_first_samples
     from vlm.inference.generate_file import generate_file
 
     config = source_config(args)
+    read_first_samples(config, "--input")
     model = load_model(args, settings)
     loaded_as = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
     rows = generate_file(
@@ -67,4 +69,5 @@ def _generate_file(args: argparse.Namespace, settings: InferenceConfig) -> None:
         overwrite=args.overwrite,
     )  # fmt: skip
     bad = sum(bool(row["error"]) for row in rows)
-    print(f"{len(rows):,} records: {args.output}" + (f"; {bad} were not asked, column error says why" if bad else ""))
+    note = f"; {bad} were not asked, the column error says why" if bad else ""
+    print(f"{len(rows):,} records: {args.output}{note}")

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from vlm.cli.collection import hush_leak_reports, rare_collection
+from vlm.cli.collection import hush_device_notes, hush_leak_reports, rare_collection
 from vlm.cli.overview import FIRST_STEPS, overview
 from vlm.cli.pipes import end_with_pipes
 from vlm.cli.unknown_command import describe_unknown_command
@@ -57,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         hush_leak_reports()
         os.environ["MPLBACKEND"] = "agg"  # plots are files; Jupyter names a backend that only its kernel may have
     present_what_is_printed()
+    hush_device_notes()
     with end_with_pipes(), rare_collection():
         _run_command(list(sys.argv[1:] if argv is None else argv))
 

@@ -60,7 +60,9 @@ def part_rows(part: str) -> Iterator[tuple[str, str]]:
     folder = resources.files("vlm.config").joinpath("model", part)
     for name in packaged_names("vlm.config", f"model/{part}", ".yaml"):
         values = OmegaConf.create(folder.joinpath(f"{name}.yaml").read_text(encoding="utf-8"))
-        yield name, values.hf_name or "any, by its hf_name" if "hf_name" in values else ""
+        names = [values.hf_name] if "hf_name" in values else []
+        names += [encoder.hf_name for encoder in values.extra_encoders] if "extra_encoders" in values else []
+        yield name, " and ".join(filter(None, names)) or ("any, by its hf_name" if names else "")
 
 
 def family_section() -> Section:

@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING
 
 from vlm.checks.fields import ConfigError, check_fields
+from vlm.cli.progress_note import tell
 from vlm.config.choices import CACHE_IMPLEMENTATIONS
 from vlm.config.schema import InferenceConfig
 
@@ -121,6 +122,7 @@ def load_model(args: argparse.Namespace, settings: InferenceConfig | None = None
 
     `settings` say whether it thinks; None: as it was trained.
     """
+    tell(f"Loading {args.checkpoint}")
     from transformers.utils.logging import disable_progress_bar
 
     from vlm.inference.generate import VisionLanguageModel

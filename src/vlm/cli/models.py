@@ -36,14 +36,14 @@ def main(words: Sequence[str]) -> None:
 
 def make_parser() -> PresentableParser:
     """Return the parser of `vlm models`."""
-    purpose = "List the parts and models that can be trained, with what was proved of each."
+    purpose = "List the parts and models that can be trained, and which of them were tested."
     examples = ("vlm models", "vlm models qwen", "vlm models --check HuggingFaceTB/SmolVLM-256M-Instruct")
     parser = PresentableParser("vlm models", "vlm models [NAME] [options]", purpose, examples=examples)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="list only what has this in its name")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="list only those whose name contains this")
     parser.add_argument("--details", action="store_true", help="also describe connectors, heads and families (slower)")
     told = (
-        "prove on a small model that training handles a model (a Hub name or folder), a model_type, or `all` types of "
-        "the installed transformers; the exit status is 1 if a proof fails"
+        "test on a small model that training handles a model (a Hub name or folder), a model_type, or `all` types of "
+        "the installed transformers; the exit status is 1 if a test fails"
     )
     parser.add_argument("--check", metavar="MODEL", help=told)
     parser.add_argument("--trust-remote-code", action="store_true", help="allow code that comes with MODEL to run")

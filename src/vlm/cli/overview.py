@@ -2,7 +2,7 @@
 
 from textwrap import fill
 
-from vlm.config.packaged import group_names, packaged_names, read_run_description, run_names
+from vlm.config.packaged import group_names, packaged_names, read_run_summary, run_names
 
 FIRST_STEPS = """\
 vlm trains vision-language models: from a visual encoder, a connector and a language model, or from a whole model of
@@ -27,10 +27,10 @@ vlm trains, runs and publishes vision-language models.
 Train
   vlm -cn RUN dataset.path=RECORDS [key=value …]            train a run; the runs are listed below
   vlm check -cn RUN dataset.path=RECORDS …                  before training: memory, time, data, likely problems
-  vlm watch RUN                                             follow a run while it trains, from its files
+  vlm watch FOLDER                                          follow a run while it trains, from its files
   vlm runs [FOLDER]                                         list runs with their state and results
-  vlm compare RUN RUN …                                     compare runs: settings, curves, metrics, answers
-  vlm report RUN                                            write report.html of a run again
+  vlm compare FOLDER FOLDER …                               compare runs: settings, curves, metrics, answers
+  vlm report FOLDER                                         write report.html of a run again
   vlm launch --nproc 8 -- -cn RUN …                         train on several GPUs or machines
   vlm submit --target slurm -cn RUN nodes=4 …               write a job file for a cluster
 
@@ -64,7 +64,7 @@ torchrun --nproc-per-node 8 -m vlm -cn RUN …; deepspeed --module vlm -cn RUN �
 
 HINTS = """\
 Set any key (trainer.num_train_epochs=2) and choose in any group (model/language_model=qwen2.5-0.5b).
-vlm -cn RUN --cfg job prints every key with its value, without training. --config-dir FOLDER adds your own runs."""
+vlm -cn RUN --help describes a run, its paper and its keys. --config-dir FOLDER adds your own runs."""
 
 MAX_NAME_WIDTH = 28
 """The longest name that has its text next to it; the text of a longer one begins on the next line."""
@@ -72,7 +72,7 @@ MAX_NAME_WIDTH = 28
 
 def overview() -> str:
     """Return the usage, the shipped runs with their purposes, and the groups with their choices."""
-    runs = "\n".join(format_entry(name, read_run_description(name)) for name in run_names())
+    runs = "\n".join(format_entry(name, read_run_summary(name)) for name in run_names())
     groups = "\n".join(
         format_entry(group, ", ".join(packaged_names("vlm.config", group, ".yaml"))) for group in group_names()
     )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vlm.cli.model_options import add_loading_options
+from vlm.cli.progress_note import tell
 from vlm.cli.record_options import add_question_options, check_question_options, source_config
 from vlm.config.shown import PresentableParser, printable
 from vlm.inference.resumable_table import SUFFIXES
@@ -58,6 +59,7 @@ def _load(args: argparse.Namespace) -> "Predictor | Embedder":
     Raises:
         ValueError: options of vectors are given, and the model predicts.
     """
+    tell(f"Loading {args.checkpoint}")
     from transformers.utils.logging import disable_progress_bar
 
     from vlm.inference.embed import load_with_heads
@@ -111,10 +113,12 @@ def _predict_file(args: argparse.Namespace) -> None:
     from vlm.assembly.adapter_folder import local_folder
     from vlm.data.cache import resolve_cache_folder
     from vlm.evaluation.embed_file import embed_file
+    from vlm.evaluation.output import read_first_samples
     from vlm.evaluation.predict_file import predict_file
     from vlm.inference.embed import Embedder
 
     config = source_config(args)
+    read_first_samples(config, "--input")
     predictor = _load(args)
     place = {"cache": resolve_cache_folder(None), "fingerprint": fingerprint(local_folder(args.checkpoint))}
     options = {name: getattr(args, name) for name in ("batch_size", "num_workers", "max_frames", "overwrite")}

@@ -19,6 +19,7 @@ from vlm.checks.lora import QUANTIZABLE_PARTS
 from vlm.checks.sweep import check_direction, is_sweep, worst_value
 from vlm.cli.collection import collect_as_usual, no_collection
 from vlm.cli.pipes import outlive_pipes
+from vlm.cli.progress_note import tell
 from vlm.clusters.processes import GUARD_EXIT_CODE
 from vlm.clusters.world import take_world_from_scheduler
 from vlm.config.derived import lower_is_better
@@ -97,6 +98,7 @@ def train(config: RunConfig, name: str, overrides: list[str]) -> None:
 
 
 def _train(config: RunConfig, name: str, overrides: list[str], run_log: RunLog) -> None:
+    tell("Loading PyTorch and transformers")
     with uncompiled_bitsandbytes(config), without_libraries(*UNUSED_LIBRARIES), no_collection():
         from vlm.train.distributed import Rank0Failed, close_process_group
         from vlm.train.run import run  # torch comes with it

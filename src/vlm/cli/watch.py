@@ -1,4 +1,4 @@
-"""`vlm watch RUN`: a run in the terminal while it trains, from its files. Imports no torch."""
+"""`vlm watch FOLDER`: a run in the terminal while it trains, from its files. Imports no torch."""
 
 import argparse
 import shutil
@@ -28,17 +28,17 @@ def main(argv: Sequence[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm watch`."""
     parser = PresentableParser(
-        "vlm watch", "vlm watch RUN [options]",
+        "vlm watch", "vlm watch FOLDER [options]",
         "Show a run while it trains, from its files: progress, loss, speed, last evaluation, log. The run may be on "
         "another machine whose disk is mounted here. Ctrl-C stops watching, never the run. The exit code is 1 if the "
         "run failed.", examples=EXAMPLES,
     )  # fmt: skip
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run directory")
+    parser.add_argument("run", type=Path, metavar="FOLDER", help="the run directory")
     parser.add_argument("--once", action="store_true", help="print once and end")
     parser.add_argument(
-        "--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (%(default)g)"
+        "--interval", type=float, default=2.0, metavar="SECONDS", help="time between two updates (%(default)g)"
     )
-    parser.add_argument("--lines", type=int, default=8, metavar="N", help="lines of run.log (%(default)d)")
+    parser.add_argument("--lines", type=int, default=8, metavar="N", help="lines of run.log to show (%(default)d)")
     return parser
 
 
@@ -51,7 +51,7 @@ def watch(folder: Path, interval: float, num_log_lines: int) -> LiveRun:
         run = read_live_run(folder, num_log_lines)
         if on_terminal:
             columns, rows = shutil.get_terminal_size((100, 24))
-            lines = render(run, columns, rows - 1).splitlines()
+            lines = render(run, columns, None if run.has_ended else rows - 1).splitlines()
             print(HOME + "".join(f"{line}{CLEAR_LINE}\n" for line in lines) + CLEAR_BELOW, end="", flush=True)
         elif (line := summarize(run)) != last:
             print(line, flush=True)

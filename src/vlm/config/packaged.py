@@ -3,6 +3,7 @@
 Imports the standard library. Functions that parse a file import OmegaConf, which cannot be installed with lmms-eval.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -11,6 +12,12 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 """The folder of the packaged YAML files."""
+
+CITATION = re.compile(r" \((?:[^()]|\([^()]*\))*(?:arXiv|https?):(?:[^()]|\([^()]*\))*\)")
+"""A paper or an address in parentheses, with the space before it."""
+
+SUMMARY_END = re.compile(r"(?<=[A-Za-z0-9)])(?:\.(?= [A-Z]|$)|; |, as in )")
+"""Where the first statement of a description ends."""
 
 NON_RUN_CONFIGS = ("base",)
 """Top-level YAML files that are not runs but the base of others."""
@@ -43,6 +50,13 @@ def packaged_names(package: str, folder: str, suffix: str) -> list[str]:
 
 
 def read_run_description(run: str) -> str:
-    """Return the comment at the head of a run's YAML."""
-    lines = (FOLDER / f"{run}.yaml").read_text(encoding="utf-8").splitlines()
+    """Return the comment at the head of a shipped run's YAML; empty for a run of the user's own."""
+    if not (file := FOLDER / f"{run}.yaml").is_file():
+        return ""
+    lines = file.read_text(encoding="utf-8").splitlines()
     return " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+
+
+def read_run_summary(run: str) -> str:
+    """Return the first statement of a run's description, without citations."""
+    return SUMMARY_END.split(CITATION.sub("", read_run_description(run)), maxsplit=1)[0]

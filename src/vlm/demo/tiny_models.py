@@ -14,7 +14,9 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from transformers.utils.logging import disable_progress_bar
 
+from vlm.cli.collection import hush_device_notes
 from vlm.data.encoding.labels import read_template
 from vlm.demo import scenes
 
@@ -28,6 +30,8 @@ def build_tiny_parts(folder: Path, *, width: int = WIDTH) -> None:
     The encoder's patches are the cells of `scenes.py`; the tokenizer has a token for each word of its texts, and bytes
     for all other words. Hidden states are `width` wide, a multiple of 8.
     """
+    hush_device_notes()
+    disable_progress_bar()
     torch.manual_seed(0)
     side = scenes.CELLS * scenes.CELL
     vision = CLIPVisionConfig(

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from vlm.config.choices import LOSS_METRICS
 from vlm.config.dataset_schema import SourceConfig
@@ -48,7 +49,7 @@ def resolve_output_folder(checkpoint: str, data: str, requested: Path | None) ->
     parent = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{output}: {parent} cannot be written to; choose a folder with --output")
-    return output
+    return output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
 
 
 def check_no_results(folder: Path, *, overwrite: bool) -> None:
@@ -58,14 +59,20 @@ def check_no_results(folder: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{file} exists; choose another --output, or add --overwrite")
 
 
-def check_references(config: SourceConfig, names: Sequence[str]) -> None:
-    """Refuse a file whose first records have no references.
+def read_first_samples(config: SourceConfig, option: str) -> list[Sample]:
+    """Return the samples of a file's first records, without those that cannot be read.
+
+    Args:
+        config: the file, its format and its images.
+        option: the option that named the file, for messages.
 
     Raises:
-        ValueError: the file has no records; none of the first ones has a reply or `answers`; or, for losses, a reply.
+        ValueError: the file has no records, or none of the first ones can be read; with the format that they seem to
+            have.
     """
     from vlm.data.cache import resolve_cache_folder
     from vlm.data.records.formats import get_reader
+    from vlm.data.records.guess import with_hint
     from vlm.data.records.open import open_records
     from vlm.data.records.positions import value_or_bad_sample
 
@@ -75,7 +82,7 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
         follow_links=config.follow_links,
     )  # fmt: skip
     if not len(records):
-        raise ValueError(f"--data {config.path}: the file has no records")
+        raise ValueError(f"{option} {config.path}: the file has no records")
     folder = Path(config.image_folder or Path(config.path).parent)
     read = get_reader(config.format)
 
@@ -86,18 +93,31 @@ def check_references(config: SourceConfig, names: Sequence[str]) -> None:
     first = [value_or_bad_sample(read_sample, number) for number in range(min(len(records), NUM_INSPECTED))]
     samples = [sample for sample in first if not isinstance(sample, BadSample)]
     if not samples:
-        raise ValueError(f"--data {config.path}: none of the first {len(first)} records can be read; {first[0]}")
+        record, reason = value_or_bad_sample(lambda number: records[number], 0), cast(BadSample, first[0])
+        if not isinstance(record, BadSample):
+            reason = with_hint(reason, record, config.format, config.options, "clean")
+        raise ValueError(f"{option} {config.path}: none of the first {len(first)} records can be read; {reason}")
+    return samples
+
+
+def check_references(config: SourceConfig, names: Sequence[str]) -> None:
+    """Refuse a file whose first records have no references.
+
+    Raises:
+        ValueError: the file has no records; none of the first ones has a reply or `answers`; or, for losses, a reply.
+    """
+    samples = read_first_samples(config, "--data")
     have_replies = any(turn.role == "assistant" for sample in samples for turn in sample.turns)
     have_references = any(sample.references or sample.turns[-1].role == "assistant" for sample in samples)
     loss_names = [name for name in names if name in LOSS_METRICS]
     if loss_names and not have_replies:
         needing = ", ".join(loss_names)
         raise ValueError(
-            f"--data {config.path}: {needing} needs records with replies; the first {len(first)} have none"
+            f"--data {config.path}: {needing} needs records with replies; the first {len(samples)} have none"
         )
     if len(loss_names) < len(names) and not have_references:
         raise ValueError(
-            f"--data {config.path}: the first {len(first)} records end with no reply and list no `answers`, which "
+            f"--data {config.path}: the first {len(samples)} records end with no reply and list no `answers`, which "
             "an answer can be compared with; vlm generate --input writes answers without measuring them"
         )
 

@@ -219,7 +219,7 @@ class InferenceLosses:
         """Yield batches on the model's device; see `LossSource`."""
         size, collate_fn = (self.batch_size, Collator.of(self.ready.processor)) if collate is None else (1, collate)
         loader = DataLoader(dataset, size, collate_fn=collate_fn, num_workers=self.num_workers)
-        for batch in tqdm(loader, title, unit="batch" if collate is None else "record"):
+        for batch in tqdm(loader, title, unit="batch" if collate is None else "record", disable=None):
             for skipped in batch.pop(SKIPPED_KEY, []):
                 raise skipped.as_error()
             yield (

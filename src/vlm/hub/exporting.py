@@ -101,7 +101,9 @@ def _export_llava(
 def _write_weights(checkpoint: Path, folder: Path, names: Mapping[str, str], largest_shard: int) -> None:
     """Write the weights that have a foreign name under it."""
     writer = ShardWriter(folder, largest_shard)
-    for ours, tensor in tqdm(chain.from_iterable(map(read_shard, weight_files(checkpoint))), desc="weights", unit=""):
+    for ours, tensor in tqdm(
+        chain.from_iterable(map(read_shard, weight_files(checkpoint))), desc="weights", unit="", disable=None
+    ):
         if ours in names:
             writer.add(names[ours], tensor)
     writer.finish()

@@ -154,7 +154,7 @@ def _write_weights(
     table = source.stores[-1].table
     deltas = {rename_to_ours(name, table) or name: delta for name, delta in source.adapter.deltas.items()}
     writer, missing = ShardWriter(folder, largest_shard), set(expected)
-    with tqdm(total=len(expected), desc="weights", unit="") as bar:
+    with tqdm(total=len(expected), desc="weights", unit="", disable=None) as bar:
 
         def write(name: str, tensor: Tensor) -> None:
             """Write a tensor under our name, with its adapter's change, and with rows for all tokens."""

@@ -106,7 +106,7 @@ def fill_table(
     collate = Collator.of(processor, left=left)
     with (
         table.open_writer() as write,
-        tqdm(total=len(source), initial=len(done), desc=progress_label, unit="record") as bar,
+        tqdm(total=len(source), initial=len(done), desc=progress_label, unit="record", disable=None) as bar,
     ):
         for window in read_windows(source, done, batch_size, num_workers, is_blank=is_blank):
             for batch in batch_by_length(window, batch_size):

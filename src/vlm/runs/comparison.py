@@ -96,8 +96,9 @@ class RunComparison:
 
     @property
     def has_other_records(self) -> bool:
-        """Whether the runs evaluated different records during training."""
-        return any(key.startswith("eval data") for key in self.surroundings)
+        """Whether two runs evaluated different records during training."""
+        rows = [row for key, row in self.surroundings.items() if key.startswith("eval data")]
+        return len({held for held in zip(*rows, strict=True) if any(held)}) > 1
 
     @cached_property
     def metrics(self) -> list[MetricRow]:

@@ -126,8 +126,9 @@ def _spark_text(comparison: RunComparison, name: str) -> str:
     bounds = (min(steps), max(steps), min(values), max(values))
     width = max(map(len, comparison.labels))
     lines = [
-        f"{label:<{width}}  {sparkline(curve, bounds)}  {f'{curve[-1][1]:.4g}' if curve else ''}".rstrip()
+        f"{label:<{width}}  {sparkline(curve, bounds)}  {curve[-1][1]:.4g}"
         for label, curve in zip(comparison.labels, curves, strict=True)
+        if curve
     ]
     scale = f"{name}, steps {bounds[0]:,} to {bounds[1]:,}, from {bounds[2]:.4g} (▁) to {bounds[3]:.4g} (█)"
     return "\n".join([scale, *lines])
@@ -151,7 +152,7 @@ def make_comparison_page(comparison: RunComparison) -> str:
     curves = "".join(_figure(comparison, name) for name in (*CURVES, *_other_curves(comparison), *MORE_CURVES))
     names = comparison.labels
     body = (
-        f'<p class="meta">{len(names)} runs; differences are against {text(comparison.names[0])}</p>'
+        f'<p class="meta">{len(names)} runs; differences are from {text(comparison.names[0])}</p>'
         + section("Runs", table(TITLES, _run_rows(comparison), numeric=range(2, len(TITLES))))
         + section("Settings that differ", table(("", *names), settings) if settings else "<p>None.</p>")
         + section("Metrics", _metrics_html(comparison))

@@ -60,7 +60,7 @@ def unusual_settings(runs: Sequence[RunDirectory]) -> list[dict[str, object]]:
     return [
         {
             key: value for key, most in usual[run.recipe].items()
-            if _differ(value := setting_of(run, key), most) and (value is not None or key in run.settings)
+            if _differ(value := setting_of(run, key), most) and (value is not None or key in run.overrides)
         }
         for run in runs
     ]  # fmt: skip

@@ -33,7 +33,7 @@ white-space:pre-wrap}.plots{display:grid;grid-template-columns:repeat(auto-fill,
 .plots.single{max-width:44rem;grid-template-columns:1fr}
 summary{cursor:pointer}nav a{margin-right:1rem;white-space:nowrap}
 table{overflow-wrap:normal}td{max-width:34rem;overflow-wrap:break-word}h2+table,h3+table{margin-top:.3rem}
-@media(max-width:640px){.chart text{font-size:21px}}.plots{align-items:start}
+@media(max-width:640px){.chart{overflow:visible}.chart text{font-size:20px}}.plots{align-items:start}
 .warning,.hint{border-left:4px solid var(--bad);margin:.5rem 0;padding:.3rem .8rem;background:var(--panel)}
 .hint{border-color:var(--line);color:var(--muted)}pre{white-space:pre-wrap}
 """

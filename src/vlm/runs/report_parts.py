@@ -68,7 +68,7 @@ def _find_hints(run: RunDirectory) -> Iterator[str]:
             "that."
         )
     if run.versions.get("git_changes"):
-        yield "The source had uncommitted changes, so its git revision alone does not reproduce the run."
+        yield "The code had uncommitted changes, so its commit alone does not reproduce the run."
 
 
 # What was trained from what
@@ -84,11 +84,11 @@ def model(run: RunDirectory) -> str:
         "run": run.recipe,
         "starts from": start or "the parts below, with a new connector",
         "objective": settings.get("trainer.objective"),
-        "chat template": settings.get("dataset.template"),
+        "chat template": _template(settings),
         "connector": settings.get("model.connector.type"),
         "precision": next((key for key in ("bf16", "fp16") if settings.get(f"trainer.{key}")), "float32"),
         "samples a step": _samples_a_step(run),
-        "schedule": _join(settings, "trainer.lr_scheduler_type", "trainer.warmup_steps"),
+        "schedule": _schedule(settings),
         "optimiser": settings.get("trainer.optim"),
         "seed": settings.get("trainer.seed"),
         "finished model": "" if run.final is None else str(run.final),
@@ -98,9 +98,19 @@ def model(run: RunDirectory) -> str:
     return table(("", ""), rows) + (f"<h3>Parts</h3>{parts}" if parts else "")
 
 
-def _join(settings: Mapping[str, object], *keys: str) -> str:
-    named = [f"{key.rpartition('.')[2]}={show_value(settings[key])}" for key in keys if settings.get(key) is not None]
-    return ", ".join(named)
+def _template(settings: Mapping[str, object]) -> object:
+    name = settings.get("dataset.template")
+    return "the tokenizer's own" if name == "tokenizer" else name
+
+
+def _schedule(settings: Mapping[str, object]) -> str:
+    """Return the schedule of the learning rates in words, such as `cosine, warm-up over 3% of the steps`."""
+    kind, warmup = settings.get("trainer.lr_scheduler_type"), as_number(settings.get("trainer.warmup_steps"))
+    if kind is None:
+        return ""
+    if not warmup:
+        return str(kind)
+    return f"{kind}, warm-up over {f'{warmup:.0%} of the steps' if warmup < 1 else f'{warmup:,.0f} steps'}"
 
 
 def _samples_a_step(run: RunDirectory) -> str:

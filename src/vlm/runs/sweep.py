@@ -171,4 +171,4 @@ def finish_sweep(folder: Path) -> None:
         log.exception("%s: the table of the sweep could not be written", folder)
         return
     if summary is not None:
-        print(f"\n{summary}\n\n{folder / PAGE_FILE}", flush=True)
+        print(f"\n{summary}\n\nPage: {folder / PAGE_FILE}", flush=True)

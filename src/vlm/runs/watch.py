@@ -148,7 +148,7 @@ def render(run: LiveRun, width: int = 100, height: int | None = None) -> str:
     Args:
         run: the run.
         width: the number of columns.
-        height: the number of rows; the log gets the remaining ones. None: no limit.
+        height: the number of rows; the log gets the remaining ones. None: no limit, and whole lines of the log.
     """
     shown = [*_render_head(run, width), *_render_losses(run.lines, width)]
     evaluations = [line for line in run.lines if "eval_loss" in line or any(name.startswith("eval_") for name in line)]
@@ -160,8 +160,12 @@ def render(run: LiveRun, width: int = 100, height: int | None = None) -> str:
     if height is not None:
         log = log[-max(height - len(shown) - 3, 0) :] if height - len(shown) > 3 else []
     if log:
-        shown += ["", *(line[:width] for line in log)]
+        shown += ["", *(log if height is None else (_cut(line, width) for line in log))]
     return "\n".join(shown)
+
+
+def _cut(line: str, width: int) -> str:
+    return line if len(line) <= width else f"{line[: width - 1]}…"
 
 
 def _render_head(run: LiveRun, width: int) -> list[str]:

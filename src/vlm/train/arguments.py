@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -159,7 +160,7 @@ def loader_options(args: TrainingArguments) -> dict[str, Any]:
     """Return the options that `Trainer` gives its own loaders: data workers and pinned memory."""
     return {
         "num_workers": args.dataloader_num_workers,
-        "pin_memory": args.dataloader_pin_memory,
+        "pin_memory": args.dataloader_pin_memory and torch.accelerator.is_available(),
         "persistent_workers": args.dataloader_persistent_workers,
         "prefetch_factor": args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
         "multiprocessing_context": args.dataloader_multiprocessing_context,

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm.clusters.processes import GUARD_EXIT_CODE
+from vlm.runs.metrics import METRICS_FILE
 from vlm.runs.read import PARTS_FILE
 from vlm.runs.report import try_to_write_report
 from vlm.runs.status_line import DONE, FAILED, STOPPED
@@ -34,5 +35,6 @@ def reporting(folder: Path, *, is_writer: bool) -> Iterator[None]:
         report = None
         if is_writer and (folder / CONFIG_FILE).is_file():
             report = try_to_write_report(folder, state)
-        if report is not None and state != DONE:  # the last lines of a run that is done name it
+        has_trained = (folder / METRICS_FILE).is_file()  # a run that was refused has nothing to report
+        if report is not None and has_trained and state != DONE:  # the last lines of a run that is done name it
             log.info("Report: %s", report)

@@ -37,7 +37,7 @@ from vlm.train.reporting import reporting, write_parts
 from vlm.train.resume.directory import RunStart, open_run_directory
 from vlm.train.resume.final import write_final
 from vlm.train.resume.progress import RunProgress
-from vlm.train.run_directory import choose_directory, contribution_table
+from vlm.train.run_directory import choose_directory, contribution_table, describe_held_out
 from vlm.train.sharding import check_same_calls
 from vlm.train.world_check import check_same_data, check_same_setup
 
@@ -149,7 +149,9 @@ def _train(
 
 
 def _log_data(data: RunData) -> None:
-    if isinstance(data.records["train"], SampleDataset):
-        log.info("Training data:\n\n%s\n", contribution_table(data.records["train"].contributions))
+    if isinstance(train := data.records["train"], SampleDataset):
+        log.info("Training data:\n\n%s\n", contribution_table(train.contributions))
+        if not data.summary and (held_out := describe_held_out(train, data.records.get("eval"))):
+            log.info("%s\n", held_out)
     if data.summary:
         log.info("Records:\n\n%s\n", data.summary)

@@ -182,6 +182,14 @@ def contribution_table(contributions: Sequence[Contribution]) -> str:
     return tabulate(rows, header, tablefmt="plain", colalign=("left", *["right"] * 7), disable_numparse=True)
 
 
+def describe_held_out(train: SampleDataset, evaluation: SampleDataset | SampleStream | None) -> str:
+    """Return how many samples of a run's table are held out of its training; empty where all are trained on."""
+    total = sum(source.samples for source in train.contributions)
+    if not isinstance(evaluation, SampleDataset) or len(train) >= total:
+        return ""
+    return f"{len(train):,} of these samples are trained on; {len(evaluation):,} are held out for evaluation."
+
+
 def _skipped_as_json_line(record: Skipped) -> str:
     return f"{json.dumps(asdict(record), ensure_ascii=False)}\n"
 

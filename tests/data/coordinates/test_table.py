@@ -201,7 +201,7 @@ def test_a_convention_of_the_users_own():
     (read,) = convention.read(convention.write(Place(BOX, (0.1, 0.2, 0.3, 0.4))), (1, 1))
     assert read.values == (0.1, 0.2, 0.3, 0.4)
     permit_names([f"{__name__}:draw_place"])
-    with pytest.raises(ValueError, match="no subclass"):
+    with pytest.raises(ValueError, match="is not a subclass"):
         get_convention(f"{__name__}:draw_place")
     with pytest.raises(ValueError, match="allowed are auto, llava"):
         get_convention("yolo")

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -221,6 +222,14 @@ def test_what_holds_no_records_is_refused_by_name(tmp_path: Path, name: str):
         open_records(str(tmp_path / name), tmp_path / "cache")
     with pytest.raises(ValueError, match=said):
         list(stream_records(str(tmp_path / name), tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("table", ["metadata.csv", "metadata.jsonl"])
+def test_a_folder_of_images_with_a_table_is_told_to_name_the_table(tmp_path: Path, table: str):
+    (tmp_path / table).write_text("file_name,text\na.png,A cat.\n")
+    said = f"{tmp_path}: a folder of images with a table; give the table: dataset.path={tmp_path / table} "
+    with pytest.raises(ValueError, match=re.escape(said)):
+        open_records(str(tmp_path), tmp_path / "cache")
 
 
 # Tar shards

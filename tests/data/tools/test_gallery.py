@@ -49,6 +49,8 @@ def test_each_record_has_a_card_with_its_verdict_and_marked_tokens(page: str):
     assert page.count('data-verdict="left out"') == 3
     assert page.count('src="data:image/webp;base64,') == 1
     assert "<mark>a red square&lt;|im_end|&gt;</mark>" in page
+    assert re.search(r'<p class="text">[^<]*what\? [^<]*<mark>a red square</mark></p>', page)  # the closed card
+    assert "not shown" not in page
     assert "<option" in page.partition('<select id="verdict">')[2]
     assert "2 × image file … does not exist" in page
     assert page.count('data-reason="image file … does not exist"') == 2

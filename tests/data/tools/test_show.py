@@ -47,6 +47,18 @@ def test_records_of_these_numbers_and_what_is_wrong_with_them(words, capsys):
         main(["data", "show", "--records", "26", *words])
 
 
+def test_records_of_another_form_end_with_an_error(words, tmp_path: Path, capsys):
+    (tmp_path / "captions.csv").write_text("image,caption\na.png,A cat.\n")
+    for tool, what in (("show", "these"), ("stats", "the")):
+        with pytest.raises(SystemExit, match=f"vlm data {tool}: none of {what} records can be used"):
+            main(["data", tool, *words, f"dataset.path={tmp_path / 'captions.csv'}"])
+        said = capsys.readouterr().out
+        assert "add dataset.format=caption" in said
+        assert "supervised tokens" not in said  # a count of nothing
+        assert "id ?" not in said
+    assert not (tmp_path / "stats.png").exists()
+
+
 def test_both_sides_of_a_preference_are_shown(common: list[str], tmp_path: Path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     picture().save(tmp_path / "a.png")

@@ -314,8 +314,8 @@ def test_what_is_measured_on_is_held_out(train_head: Callable[..., Path], labell
     data = json.loads((folder / "data.json").read_text())
     assert {role: one["samples"] for role, one in data.items()} == {"train": 27, "eval": 5, "test": 12}
     found = json.loads((folder / "scores.json").read_text())
-    assert found["test"]["label"]["note"] == "nothing was chosen on these records"
-    assert "chosen on these records" in found["evaluation"]["label"]["note"]
+    assert found["test"]["label"]["note"] == "nothing was tuned on these records"
+    assert "tuned on these records" in found["evaluation"]["label"]["note"]
     folder = train_head(
         "head-binary", "bright", tmp_path / "paths", *SHORT, f"dataset.eval_path={labelled}", "dataset.eval_split=null",
         f"dataset.test_path={labelled}", "dataset.max_eval_samples=20",

@@ -5,7 +5,6 @@ JSONL are indexed (`index`), CSV and TSV written as tables of texts (`tables`); 
 Hugging Face's `datasets`, tar shards read by `webdataset`.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -38,6 +37,9 @@ from vlm.data.sample import Record
 
 if TYPE_CHECKING:
     import datasets
+
+FOLDER_TABLES = ("metadata.csv", "metadata.jsonl")
+"""Tables of a folder of images. The library would choose its images by words in their names, such as `train`."""
 
 
 class Records(Protocol):
@@ -174,6 +176,11 @@ def _load_hf_dataset(
     hub = HUB_PATTERN.fullmatch(path)
     if hub is None and is_address(path):  # of which the library would open many kinds, one in another
         raise ValueError(f"{path}: {path_problem(path)}")
+    if table := next((table for name in FOLDER_TABLES if (table := Path(path, name)).is_file()), None):
+        raise ValueError(
+            f"{path}: a folder of images with a table; give the table: dataset.path={table} "
+            f"dataset.image_folder={path}. vlm data show then names the format and the columns"
+        )
     options: Options = {"split": split, "streaming": streaming}
     if not streaming:
         options["cache_dir"] = str(cache / "datasets")
@@ -196,7 +203,7 @@ def _load_hf_dataset(
                 dataset = dataset[split]
             return HubTableRecords(dataset) if streaming else dataset
         if Path(path).is_dir():
-            folder = os.path.abspath(path)  # a relative name such as parquet would be taken for a builder's
+            folder = str(Path(path).resolve())  # the library names a data set after its folder, which . has no name for
             return datasets.load_dataset(folder, subset, **_text_cells(folder, subset, split), **options)
     except (DatasetsError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"{path}: does not open (split {split}, subset {subset}): {error}") from error

@@ -147,7 +147,7 @@ def write_verdicts(
     counts, examples = dict.fromkeys(REASONS, 0), {}
     uniform, first_uniform = 0, ""
     with kept.open("wb") as output, dropped.open("w", encoding="ascii") as others:
-        for number, verdict in enumerate(tqdm(verdicts, "records", len(records), unit="record")):
+        for number, verdict in enumerate(tqdm(verdicts, "records", len(records), unit="record", disable=None)):
             verdict = duplicate_finder.mark_duplicate(number, verdict)
             if verdict.reason is None:
                 output.write(record_to_json_line(records[number]))

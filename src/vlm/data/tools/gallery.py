@@ -31,8 +31,8 @@ THUMBNAIL_BYTES = 8_000_000
 """Bytes of all thumbnails of a page, before base64; images of further records are counted, not shown."""
 MAX_TOKENS = 4000
 """Tokens of a conversation that a page shows."""
-SNIPPET = 140
-"""Characters of a record's text that are shown before it is opened."""
+SNIPPET, CONTEXT = 140, 50
+"""Characters of a record's text that are shown before it is opened, and how many of them precede its first reply."""
 MAX_REASONS = 12
 """The number of reasons that can be filtered by: the commonest."""
 
@@ -128,8 +128,8 @@ def make_gallery(records: Iterable[ShownRecord], processor: str = "") -> Gallery
     used = len(cards) - left_out
     hidden = thumbnails.num_left_out
     intro = f"<p>{used} records are used, {left_out} left out. <mark>Marked</mark> tokens are supervised. "
-    intro += f"Thumbnails have at most {THUMBNAIL_SIDE} pixels a side and {THUMBNAIL_BYTES / 1e6:g} MB in all"
-    intro += f"; {hidden} images are not shown.</p>" if hidden else ".</p>"
+    room = f"{THUMBNAIL_BYTES / 1e6:g} MB"
+    intro += f"{hidden} images are not shown: a page has at most {room} of thumbnails.</p>" if hidden else "</p>"
     intro += f'<p class="muted">{escape(printable(processor))}</p>' if processor else ""
     body = f'{intro}{_filters(sources, reasons)}<p id="shown" role="status" aria-live="polite"></p>'
     body += f'<div id="records">{"".join(cards)}</div><script>{SCRIPT}</script>'
@@ -184,12 +184,13 @@ def _card(record: ShownRecord, thumbnails: Thumbnails) -> str:
     supervised = sum(label != IGNORE_INDEX for _, encoded in record.sides for label in encoded.labels)
     place = record.source.name if record.record is None else f"{record.source.name} {record.record}"
     if record.problem is None:
-        verdict, text = "used", record.text()
+        verdict, snippet = "used", _snippet(*record.texts())
         counts = f"{tokens} tokens, {supervised} supervised"
         whole = _tokens(record)
     else:
         verdict, counts = "left out", "left out"
         text = presentable(record.problem)
+        snippet = escape(_cut(text, SNIPPET))
         raw = json.dumps(record.raw, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>")[:4000]
         whole = f'<p class="bad">left out: {escape(text)}</p><pre>{escape(printable(raw))}</pre>'
     attributes = {
@@ -199,12 +200,27 @@ def _card(record: ShownRecord, thumbnails: Thumbnails) -> str:
     data = "".join(f' data-{name}="{escape(printable(str(value)))}"' for name, value in attributes.items())
     notes = "".join(f"<p>{escape(presentable(note))}</p>" for note in record.notes)
     style = "muted" if record.problem is None else "bad"
+    name = "" if record.id in ("", "?") else f"<small>id {escape(presentable(record.id))}</small>"
     return (
         f"<details{data}><summary>{thumbnails.as_html(images)}<b>{escape(printable(place))}</b> "
-        f'<small>id {escape(presentable(record.id))}</small><small class="{style}">{counts}</small>'
-        f'<p class="text">{escape(shorten(printable(text))[:SNIPPET])}</p></summary>'
+        f'{name}<small class="{style}">{counts}</small>'
+        f'<p class="text">{snippet}</p></summary>'
         f'<div class="whole">{notes}{whole}</div></details>'
     )
+
+
+def _snippet(before: str, reply: str) -> str:
+    """Return the reply, marked, and the end of what comes before it."""
+    before, reply = (" ".join(shorten(printable(text)).split()) for text in (before, reply))
+    if len(before) > CONTEXT:
+        before = f"… {before[-CONTEXT:].partition(' ')[2] or before[-CONTEXT:]}"
+    marked = f" <mark>{escape(_cut(reply, SNIPPET - len(before)))}</mark>" if reply else ""
+    return escape(before) + marked
+
+
+def _cut(text: str, length: int) -> str:
+    """Return a text of at most about `length` letters, with an ellipsis where it goes on."""
+    return text if len(text) <= length else f"{text[:length].rpartition(' ')[0] or text[:length]} …"
 
 
 def _tokens(record: ShownRecord) -> str:

@@ -54,17 +54,26 @@ class ShownRecord:
     def title(self) -> str:
         """Return the record's source, name and counts."""
         place = self.source.name if self.record is None else f"{self.source.name}, record {self.record}"
+        if self.id not in ("", "?"):  # a record without an id
+            place += f", id {self.id}"
         if not self.sides:
-            return f"{place}, id {self.id}"
+            return place
         counts = "; ".join(self._describe_counts(name, encoded) for name, encoded in self.sides)
         sizes = ", ".join(map(_describe_size, self.images, self.views)) or "no image"
-        return f"{place}, id {self.id}: {counts}; {sizes}"
+        return f"{place}: {counts}; {sizes}"
 
-    def text(self) -> str:
-        """Return the text of all tokens but those of images and videos and those that templates write."""
-        processor = self.source.encoder.processor
-        texts = [processor.tokenizer.decode(encoded.input_ids, skip_special_tokens=True) for _, encoded in self.sides]
-        return " ".join(map(str, texts))
+    def texts(self) -> tuple[str, str]:
+        """Return the text before the first supervised token and the text from it on, without special tokens.
+
+        Of a preference, those of its first side.
+        """
+        decode = self.source.encoder.processor.tokenizer.decode
+        encoded = self.sides[0][1]
+        supervised = (place for place, label in enumerate(encoded.labels) if label != IGNORE_INDEX)
+        first = next(supervised, len(encoded.input_ids))
+        parts = (encoded.input_ids[:first], encoded.input_ids[first:])
+        before, reply = (str(decode(part, skip_special_tokens=True)) for part in parts)
+        return before, reply
 
     def _describe_counts(self, name: str, encoded: Encoded) -> str:
         supervised = sum(label != IGNORE_INDEX for label in encoded.labels)

@@ -132,7 +132,14 @@ def as_text(sources: list[SourceStats]) -> str:
     for stats in sources:
         figures: list[tuple[str, str]] = []
         counters = []
-        for name, value in stats.summary().items():
+        shown = stats.summary()
+        if not stats.usable_mask.any():  # what is counted of usable records would be a column of zeros
+            shown = {
+                name: value
+                for name, value in shown.items()
+                if name in ("records", "usable") or (value and isinstance(value, dict))
+            }
+        for name, value in shown.items():
             if not isinstance(value, dict):
                 numbers = [value] if isinstance(value, int) else value
                 figures.append((name, ", ".join(f"{number:,}" for number in numbers)))

@@ -237,7 +237,7 @@ def _describe_error(error: Exception, image_ref: ImageRef) -> str:
     """Describe why an image does not open, in the same words for the same fault."""
     if isinstance(error, UnidentifiedImageError):
         return _describe_non_image(image_ref)
-    text = str(error) or type(error).__name__
+    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__  # no `[Errno 2]`
     return TRUNCATION_DETAIL.sub("", text) if TRUNCATION.search(text) else text
 
 

@@ -171,7 +171,10 @@ class _Tables:
         table = ResumableTable(path, (), fingerprint)
         done = table.begin_or_resume(overwrite=self.settings.overwrite)
         size = self.settings.batch_size
-        with table.open_writer() as write, tqdm(total=number, initial=len(done), desc=name, unit="record") as bar:
+        with (
+            table.open_writer() as write,
+            tqdm(total=number, initial=len(done), desc=name, unit="record", disable=None) as bar,
+        ):
             for start in range(0, number, size):
                 numbers = range(start, min(start + size, number))
                 if done.issuperset(numbers):

@@ -129,7 +129,7 @@ def _write(
 ) -> None:
     """Write both files, a tensor at a time."""
     files = [TensorFile(folder / name, writers[name], plan) for name, plan in plans.items()]
-    for source, tensor in tqdm(_tensors(checkpoint), desc="weights", unit=""):
+    for source, tensor in tqdm(_tensors(checkpoint), desc="weights", unit="", disable=None):
         for file in files:
             file.add(source, tensor)
     for file in files:

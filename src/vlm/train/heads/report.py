@@ -57,11 +57,11 @@ def report(
 def _note(name: str, head: HeadSettings) -> str:
     """Return what was chosen by the records of a set; empty for tasks without probabilities."""
     if name == "test":
-        return "nothing was chosen on these records"
+        return "nothing was tuned on these records"
     if head.task not in CLASSIFICATION_TASKS:
         return ""
     calibration = "temperature" if head.threshold is None else "temperature and threshold"
-    return f"its {calibration} was chosen on these records, so metrics that depend on it are too good"
+    return f"{calibration} tuned on these records: scores that depend on this are optimistic"
 
 
 def _score_head(

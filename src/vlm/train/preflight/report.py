@@ -19,7 +19,7 @@ Table = tuple[Sequence[str], list[Sequence[str]]]
 SHOWN_SAMPLE = 900
 """Characters of the first sample that a terminal shows."""
 PAGE_STYLE = "td.fits{color:var(--good)}td.over{color:var(--bad)}.problem{border-left:4px solid var(--bad);" \
-    "padding-left:.8rem}.memory td,.memory th{white-space:nowrap}"  # fmt: skip
+    "padding-left:.8rem}.memory td,.memory th{white-space:nowrap}.memory td:last-child{white-space:normal}"  # fmt: skip
 
 
 def format_duration(seconds: float) -> str:
@@ -164,7 +164,7 @@ def as_html(findings: Findings) -> str:
         ("First batch, supervised tokens marked", findings.first_batch),
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
-    return html_page(f"Before {findings.name}", printable(body), style=STYLE + PAGE_STYLE)
+    return html_page(f"Check of {findings.name}", printable(body), style=STYLE + PAGE_STYLE)
 
 
 def _paragraphs(text: str) -> str:

@@ -1,0 +1,34 @@
+"""What `vlm eval` and other readers of files refuse before a model loads."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlm.config.schema import SourceConfig
+from vlm.evaluation.output import read_first_samples, resolve_output_folder
+
+
+def test_a_table_of_captions_is_told_its_format(tmp_path: Path):
+    table = tmp_path / "captions.csv"
+    table.write_text("file_name,text\na.png,A cat.\n")
+    with pytest.raises(ValueError, match="none of the first 1 records can be read") as caught:
+        read_first_samples(SourceConfig(path=str(table), format="labelled"), "--input")
+    assert str(caught.value).startswith(f"--input {table}: ")
+    assert str(caught.value).endswith("add --format caption --option image_key=file_name --option caption_key=text")
+
+
+def test_records_that_can_be_read_are_returned(tmp_path: Path):
+    file = tmp_path / "records.jsonl"
+    good = {"conversations": [{"from": "human", "value": "Why?"}]}
+    file.write_text(f"{json.dumps({'id': 1})}\n{json.dumps(good)}\n")
+    (sample,) = read_first_samples(SourceConfig(path=str(file)), "--input")
+    assert sample.turns[0].content == ("Why?",)
+
+
+def test_results_are_named_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/run/final").mkdir(parents=True)
+    assert resolve_output_folder("outputs/run/final", "val", None) == Path("outputs/run/eval/val")
+    monkeypatch.chdir(tmp_path / "outputs/run/final")
+    assert resolve_output_folder(".", "val", None) == tmp_path / "outputs/run/eval/val"
