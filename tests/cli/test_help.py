@@ -74,7 +74,7 @@ def test_the_help_of_a_run_begins_with_its_description(
         main(["-cn", "pretrain-llava", "--help"])
     assert not stopped.value.code
     said = capsys.readouterr().out
-    assert said.startswith("LLaVA-1.5's first stage (Liu et al. 2023, arXiv:2310.03744): the connector alone")
+    assert said.startswith("LLaVA-1.5's first stage (Liu et al. 2023, arXiv:2310.03744): only the connector")
     assert "\n  num_train_epochs: 1" in said
     assert "shell-completion" not in said  # `vlm completion` is ours
 
