@@ -59,11 +59,13 @@ def test_a_trend_is_told_from_noise():
 
 def test_an_evaluation_has_the_gain_with_its_interval():
     metrics = {
-        "eval_loss": 4.8821, "eval_blank_loss": 6.553, "eval_image_gain": 1.768, "eval_image_gain_ci95": 0.2387,
-        "eval_exact_match": 0.5, "eval_runtime": 2.0, "eval_samples_per_second": 3.0,
+        "eval_loss": 4.8821, "eval_loss_ci95": 0.05, "eval_blank_loss": 6.553, "eval_image_gain": 1.768,
+        "eval_image_gain_ci95": 0.2387, "eval_exact_match": 0.5, "eval_exact_match_ci95": 0.1, "eval_runtime": 2.0,
+        "eval_samples_per_second": 3.0,
     }  # fmt: skip
     assert format_evaluation(1200, metrics) == (
-        "evaluation at step 1,200:  loss 4.882  on blank images 6.553  image gain 1.768 ± 0.24  exact_match 0.5  (2 s)"
+        "evaluation at step 1,200:  loss 4.882 ± 0.05  on blank images 6.553  image gain 1.768 ± 0.24  "
+        "exact_match 0.5 ± 0.1  (2 s)"
     )
 
 

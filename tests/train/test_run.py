@@ -20,6 +20,7 @@ from tests.fixtures import compose_config, losses, newest_checkpoint
 from tests.forked import find_free_port, run_forked
 from tests.tiny_parts import Parts
 from tests.waiting import wait_until
+from vlm.runs.read import RunDirectory
 from vlm.train.checkpoints.find import find_whole_checkpoint
 from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer
@@ -36,7 +37,7 @@ def pretrained(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     """A pretrain run over the tiny world, evaluated at its end."""
     folder = tmp_path_factory.mktemp("runs") / "pretrain"
     return train(
-        "pretrain-smol", folder, "trainer.num_train_epochs=1", "dataset.eval_split=0.25",
+        "pretrain-smol", folder, "trainer.num_train_epochs=1", "dataset.eval_split=0.5",
         "trainer.eval_strategy=epoch", plots=True,
     )  # fmt: skip
 
@@ -46,7 +47,7 @@ def test_a_run_leaves_everything_behind(pretrained: Path):
         assert (pretrained / name).is_file(), name
     assert list(pretrained.glob("runs/*/events.out.tfevents.*"))
     data = json.loads((pretrained / "data.json").read_text())
-    assert (data["train"]["samples"], data["eval"]["samples"]) == (18, 6)
+    assert (data["train"]["samples"], data["eval"]["samples"]) == (12, 12)
     page = (pretrained / "first_batch.html").read_text()
     assert "<mark>" in page
     assert "image token" in page
@@ -56,8 +57,21 @@ def test_a_run_leaves_everything_behind(pretrained: Path):
 def test_evaluation_logs_the_loss_on_blank_pictures(pretrained: Path):
     lines = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
     logged = next(line for line in lines if "eval_loss" in line)
-    assert {"eval_blank_loss", "eval_image_gain", "eval_image_gain_ci95"} <= logged.keys()
+    assert {"eval_blank_loss", "eval_image_gain", "eval_loss_ci95", "eval_blank_loss_ci95"} <= logged.keys()
     assert logged["eval_blank_loss"] != logged["eval_loss"]
+
+
+def test_what_the_evaluation_found_of_each_record_is_kept(pretrained: Path):
+    run = RunDirectory(pretrained)
+    kept = run.records_at(run.step)
+    assert kept is not None
+    loss = kept.metrics["loss"]
+    assert len(loss.sums) == 12
+    assert loss.value == pytest.approx(run.metrics.last("eval_loss"), abs=1e-4)
+    assert (loss.score.high or 0) - loss.value == pytest.approx(run.metrics.last("eval_loss_ci95"), rel=1e-3)
+    assert kept.metrics["image_gain"].counts.sum() == sum(json.loads(text)["eval"]["images"] for text in [
+        (pretrained / "data.json").read_text()
+    ])  # fmt: skip
 
 
 def test_connector_checkpoints_hold_the_connector_alone(pretrained: Path):

@@ -24,8 +24,9 @@ MAX_IMAGE_BYTES = 8 << 20
 CURVES = ("loss", "eval_loss")
 MORE_CURVES = ("grad_norm", "tokens_per_second")
 INDEPENDENT = (
-    "Differences are against the first run, with 95% intervals. Paired ones are of the same records; others take the "
-    "runs for independent, which is too wide where both were evaluated on the same records."
+    "Differences are against the first run, with 95% intervals over records. Paired ones are of the same records; "
+    "others take the runs for independent, which is too wide where both were evaluated on the same records. No "
+    "interval says what another seed would change."
 )
 MORE_STYLE = """\
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:.4rem 1rem}
@@ -90,7 +91,9 @@ def _metric_rows(comparison: RunComparison) -> Iterator[tuple[MetricRow, tuple[s
                 cells.append("")
                 continue
             shown = f"{'+' if difference.value > 0 else ''}{_show(difference)}"
-            cells.append(" ".join(filter(None, [shown, row.verdict(number), "(paired)" if row.is_paired else ""])))
+            cells.append(
+                " ".join(filter(None, [shown, row.verdict(number), "(paired)" if row.is_paired(number) else ""]))
+            )
         name = row.metric if row.place == "training" else f"{row.place}: {row.metric}"
         yield row, (name, *cells)
 

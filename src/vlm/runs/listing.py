@@ -94,6 +94,14 @@ class RunTable:
         name = key if key in settings else next((name for name in settings if name.endswith(f".{key}")), None)
         return None if name is None else _plain(settings[name])
 
+    def text(self, run: RunDirectory, key: str) -> str:
+        """Return the value of a column as text, a metric's with half the width of its 95% interval."""
+        shown, metrics = format_value(key, self.value(run, key)), run.last_metrics
+        width = next(
+            (found for name in (key, f"eval_{key}") if (found := metrics.last_half_width(name)) is not None), None
+        )
+        return shown if width is None or not shown else f"{shown} ± {width:.2g}"
+
     def check_keys(self, keys: Sequence[str]) -> None:
         """Refuse a column that no run has, and the last word of several settings.
 
@@ -137,7 +145,7 @@ class RunTable:
 
     def format(self, runs: Sequence[RunDirectory], columns: Sequence[str], width: int = 0) -> str:
         """Return a table for a terminal; its longest column is cut where it is wider than `width` (0: never)."""
-        texts = [[format_value(column, self.value(run, column)) for column in columns] for run in runs]
+        texts = [[self.text(run, column) for column in columns] for run in runs]
         used = [
             at for at, column in enumerate(columns) if column in ("name", *columns[:1]) or any(row[at] for row in texts)
         ]

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
 
 from vlm.runs.files import Folder, JsonObject, as_number, parse_line
+from vlm.runs.status_line import INTERVAL_SUFFIX
 
 METRICS_FILE = "metrics.jsonl"
-INTERVAL_SUFFIX = "_ci95"
-"""How the name of half the width of a metric's 95% interval ends."""
 MAX_LINE_BYTES = 256 * 1024
 
 
@@ -77,6 +76,13 @@ class Metrics(Mapping[str, Column]):
         """Return the last value of a metric; None where it has none."""
         column = self._columns.get(name)
         return column.last if column is not None else None
+
+    def last_half_width(self, name: str) -> float | None:
+        """Return half the width of the 95% interval of a metric's last value; None where it was logged without one."""
+        column, widths = self._columns.get(name), self._columns.get(f"{name}{INTERVAL_SUFFIX}")
+        if column is None or widths is None or not column.steps or not widths.steps:
+            return None
+        return widths.values[-1] if widths.steps[-1] == column.steps[-1] else None
 
     def last_values(self) -> dict[str, float]:
         """Return metric -> its last value, for those that have one."""

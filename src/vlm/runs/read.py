@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from vlm.config.secrets import mask, mask_settings
+from vlm.runs.evaluated_records import RESAMPLES_FILE, EvaluatedRecords, read_evaluated_records
 from vlm.runs.files import (
     MEGABYTE,
     Folder,
@@ -88,6 +89,7 @@ class RunDirectory:
     def __init__(self, path: Path, name: str | None = None):
         self.path, self.name = path, name or path.name or path.resolve().name
         self.files = Folder(path)
+        self._records: dict[int, EvaluatedRecords | None] = {}
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
@@ -161,6 +163,12 @@ class RunDirectory:
     def last_metrics(self) -> Metrics:
         """The end of what was logged, with the last evaluation; enough for a list."""
         return read_last_metrics(self.files)
+
+    def records_at(self, step: int) -> EvaluatedRecords | None:
+        """Return what the evaluation at a step found of each record; None where that was not kept."""
+        if step not in self._records:
+            self._records[step] = read_evaluated_records(self.files, step)
+        return self._records[step]
 
     @cached_property
     def status(self) -> JsonObject:
@@ -280,6 +288,11 @@ class RunDirectory:
     def heads(self) -> JsonObject:
         """`scores.json`: set of records -> head -> records, note, threshold, scores, baseline."""
         return self.files.json("scores.json")
+
+    @cached_property
+    def head_resamples(self) -> JsonObject:
+        """`scores_resampled.json`: set of records -> head -> its metrics on each resample; earlier runs have none."""
+        return self.files.json(RESAMPLES_FILE)
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:

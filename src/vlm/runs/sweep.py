@@ -45,7 +45,7 @@ class SweepSummary:
         self.gaps: dict[str, Gap] = {str(gap.setting): gap for gap in gaps}
         ranked = [] if best is None else [best, *(gap.setting for gap in gaps)]
         self.settings = [*ranked, *(one for one in settings if not one.outcomes)]
-        self.verdict = describe_verdict(settings, self.metric, self.sign)
+        self.verdict = describe_verdict(settings, self.metric, self.sign, in_sweep=True)
 
     def __str__(self) -> str:
         rows = [[str(cell) for cell in row] for row in self.rows()]

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from vlm.train.monitor.callbacks import MetricsFile, SetSamplerEpoch
+from vlm.train.monitor.evaluation_records import EvaluationRecords
 from vlm.train.monitor.profiler import ProfilerCallback
 from vlm.train.monitor.progress_line import ProgressLine
 from vlm.train.monitor.recording import record_stuck
@@ -35,6 +36,10 @@ def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
         trainer.watchdog.on_end = partial(record_stuck, run.status, config.trainer.alert_command)
     trainer.saved_with_checkpoint += [skipped, AppendedFiles(output_dir, is_writer=is_writer)]
     trainer.add_callback(SetSamplerEpoch(lambda: trainer.sampler))
+    evaluated, best = run.data.records.get("eval"), trainer.best_model
+    trainer.add_callback(
+        EvaluationRecords(output_dir, objective, evaluated, lambda: None if best is None else best.step)
+    )
     if config.trainer.profile and is_writer:  # the profile ends before the callbacks of the objective
         trainer.add_callback(ProfilerCallback(run.folder / "profile", run.model))
     for callback in objective.callbacks(run, trainer):

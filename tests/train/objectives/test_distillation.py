@@ -211,7 +211,11 @@ def test_runs_agree_however_the_teacher_is_asked(
     (agreement,), (divergence,) = logged(live, "eval_agreement"), logged(live, "eval_divergence")
     assert 0 <= agreement <= 1
     assert divergence > 0
-    assert losses(distil("packed", *EVALUATED, "trainer.packing=true")) == pytest.approx(losses(live), abs=2e-4)
+    packed = distil("packed", *EVALUATED, "trainer.packing=true")
+    assert losses(packed) == pytest.approx(losses(live), abs=2e-4)
+    for name in ("eval_loss_ci95", "eval_divergence_ci95"):
+        (width,) = logged(live, name)
+        assert logged(packed, name) == pytest.approx([width], rel=1e-2)
     kept = distil("kept", *EVALUATED, f"{KEY}.top_k={VOCABULARY}")
     assert losses(kept) == pytest.approx(losses(live), abs=2e-3)
     assert logged(kept, "eval_divergence") == pytest.approx([divergence], abs=1e-3)

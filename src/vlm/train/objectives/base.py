@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vlm.data.encoding.sample_encoder import SampleEncoder
     from vlm.data.processor import Processor
     from vlm.data.stream import SampleStream
+    from vlm.evaluation.record_sums import RecordSums
     from vlm.train.parts import Part
 
 Inputs = dict[str, Any]
@@ -132,6 +133,8 @@ class Objective(ABC):
             where there is one; packed steps need that for `trainer.loss_average=micro_batch`.
         watch_losses: called in training with the losses at the supervised positions `(S,)`, before they are weighted,
             and the batch; None: nobody asks for them.
+        record_sums: metric of the last evaluation, without `eval_` -> its sum and count of each record, which another
+            run that is evaluated on the same records is compared by; `evaluate` sets it.
         packing_proofs: the proofs of a family's trial that packed rows need, see `assembly/family_trial/table.py`.
     """
 
@@ -144,6 +147,7 @@ class Objective(ABC):
 
     def __init__(self, config: RunConfig):
         self.config = config
+        self.record_sums: Mapping[str, RecordSums] = {}
 
     # Before torch is imported.
 
