@@ -1,7 +1,6 @@
 """The line of a run: what it shows, what a narrow terminal loses first, and what a trend is."""
 
 import random
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,6 @@ from vlm.runs.status_line import (
     format_line,
     format_rate,
     format_seconds,
-    read_status,
 )
 
 VALUES = {
@@ -86,10 +84,3 @@ def test_numbers_are_short():
         "2.5M",
     ]
     assert [format_rate(rate) for rate in (0.0, 2e-5, 1.854e-3, 1.0)] == ["0", "2e-5", "1.85e-3", "1e0"]
-
-
-def test_a_status_that_cannot_be_read_is_empty(tmp_path: Path):
-    assert read_status(tmp_path) == {}
-    for text in ("", "[1]", "{", "\0"):
-        (tmp_path / "status.json").write_text(text)
-        assert read_status(tmp_path) == {}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.fixtures import compose_config, losses, newest_checkpoint
@@ -52,6 +53,24 @@ def test_a_run_leaves_everything_behind(pretrained: Path):
     assert "<mark>" in page
     assert "image token" in page
     assert "**answer**" in (pretrained / "samples.md").read_text()
+
+
+def test_answers_go_to_tensorboard_with_their_images(pretrained: Path):
+    """Also those at the end, where its callback closes the file; an image that stays the same goes once."""
+    (folder,) = pretrained.glob("runs/*")
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    tags, run = events.Tags(), RunDirectory(pretrained)
+    answers = run.samples[run.step]
+    assert tags["images"] == [f"samples/{number}" for number, one in enumerate(answers) if one.image is not None]
+    assert {event.step for event in events.Images("samples/0")} == {run.step}
+    (text,) = events.Tensors("samples/0/text_summary")
+    assert text.step == run.step
+    shown = text.tensor_proto.string_val[0].decode()
+    assert " ".join(shown.split()).endswith(f"**answer** {answers[0].answer}".strip())
+    (settings,) = events.Tensors("settings/text_summary")
+    assert b"    dataset.eval_split: 0.5\n" in settings.tensor_proto.string_val[0]
+    assert "eval/loss_ci95" in tags["scalars"]
 
 
 def test_evaluation_logs_the_loss_on_blank_pictures(pretrained: Path):

@@ -102,8 +102,8 @@ def read_last_metrics(folder: Folder) -> Metrics:
     """Return the end of what a run logged, with its last evaluation: enough for a list, however long the log is."""
     *lines, _ = folder.tail(METRICS_FILE).split("\n")
     objects = [found for line in lines if (found := parse_line(line)) is not None]
-    if not any("eval_loss" in found for found in objects) and (evaluation := _find_last(folder, b'"eval_loss"')):
-        objects.insert(0, evaluation)
+    if not any(name.startswith("eval_") for found in objects for name in found):
+        objects[:0] = [evaluation] if (evaluation := _find_last(folder, b'"eval_')) else []
     return Metrics(objects)
 
 

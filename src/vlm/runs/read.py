@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm.config.secrets import mask, mask_settings
-from vlm.runs.evaluated_records import RESAMPLES_FILE, EvaluatedRecords, read_evaluated_records
 from vlm.runs.files import (
     MEGABYTE,
     Folder,
@@ -30,6 +30,9 @@ from vlm.runs.holder import is_held
 from vlm.runs.metrics import METRICS_FILE, Metrics, read_last_metrics, read_metrics
 from vlm.runs.samples import Answer, read_samples
 from vlm.runs.status_line import ACTIVE_STATES, DONE, ENDED_STATES, FAILED, STATUS_FILE, STOPPED, TRAINING
+
+if TYPE_CHECKING:
+    from vlm.runs.evaluated_records import EvaluatedRecords
 
 CONFIG_FILE, COMMAND_FILE, VERSIONS_FILE, DATA_FILE = "config.yaml", "command.txt", "versions.json", "data.json"
 PARTS_FILE, REPORT_FILE = "parts.json", "report.html"
@@ -164,9 +167,11 @@ class RunDirectory:
         """The end of what was logged, with the last evaluation; enough for a list."""
         return read_last_metrics(self.files)
 
-    def records_at(self, step: int) -> EvaluatedRecords | None:
+    def records_at(self, step: int) -> "EvaluatedRecords | None":
         """Return what the evaluation at a step found of each record; None where that was not kept."""
         if step not in self._records:
+            from vlm.runs.evaluated_records import read_evaluated_records  # numpy comes with it, which no list needs
+
             self._records[step] = read_evaluated_records(self.files, step)
         return self._records[step]
 
@@ -292,7 +297,7 @@ class RunDirectory:
     @cached_property
     def head_resamples(self) -> JsonObject:
         """`scores_resampled.json`: set of records -> head -> its metrics on each resample; earlier runs have none."""
-        return self.files.json(RESAMPLES_FILE)
+        return self.files.json("scores_resampled.json")
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:

@@ -3,10 +3,8 @@
 `train/monitor` shows them while a run trains, `vlm watch` from the files of a run. Imports the standard library only.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import linear_regression, pvariance
 
 STATUS_FILE = "status.json"
@@ -136,12 +134,3 @@ def format_evaluation(step: int, metrics: Mapping[str, float]) -> str:
         fields.append(f"{FIRST_METRICS.get(name, name)} {values[name]:.4g}{interval}")
     time_taken = f"  ({format_seconds(values['runtime'])})" if "runtime" in values else ""
     return f"evaluation at step {step:,}:  {'  '.join(fields)}{time_taken}"
-
-
-def read_status(folder: Path) -> dict[str, object]:
-    """Return the `status.json` of a run directory; empty where there is none that can be read."""
-    try:
-        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}

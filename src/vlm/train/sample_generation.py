@@ -34,6 +34,7 @@ from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, check_me
 from vlm.evaluation.text_metrics import compute_answer_metrics
 from vlm.inference.generate import VisionLanguageModel, prompt_inputs
 from vlm.train.monitor.plots import AnsweredSample, append_sample_generations
+from vlm.train.monitor.trackers import SampleSender
 from vlm.train.objectives.base import ObjectiveTrainer
 from vlm.train.step.compile import force_eager
 
@@ -119,11 +120,12 @@ def _answerable_samples(
 def make_sample_generator(
     settings: InferenceConfig, trainer: ObjectiveTrainer, processor: Processor, samples: Sequence[Sample], folder: Path
 ) -> Callable[[int], None]:
-    """Return what answers a few samples at a step, and adds the answers to `samples.md`.
+    """Return what answers a few samples at a step, adds the answers to `samples.md` and sends them to trackers.
 
     All ranks generate, since ZeRO-3 needs them; rank 0 writes. Samples of which a template leaves no prompt (`plain`,
     text only), whose images do not open, or which the processor refuses, are passed over.
     """
+    send = SampleSender(trainer)
     prompts, prompt_media, references, tools, answered = [], [], [], [], []
     for sample in samples:
         replies = [index for index, turn in enumerate(sample.turns) if turn.role == "assistant"]
@@ -151,7 +153,9 @@ def make_sample_generator(
             questions = [_join_text(turns[-1:]) for turns in prompts]
             drawn = [_draw(processor, *item) for item in zip(answered, answers, prompt_media, strict=True)]
             rows = zip(questions, references, answers, map(_preview, prompt_media), drawn, strict=True)
-            append_sample_generations(step, (AnsweredSample(*row) for row in rows), folder)
+            generated = [AnsweredSample(*row) for row in rows]
+            append_sample_generations(step, generated, folder)
+            send(step, generated)
 
     return generate
 

@@ -56,7 +56,8 @@ def test_metrics_of_several_heads_have_their_names():
 def test_the_losses_of_samples_or_groups_are_those_of_their_mean(task: str):
     random, number = np.random.default_rng(0), 3 if task == "multiclass" else 2
     labels = {"labels": [str(at) for at in range(number)]} if task in ("binary", "multiclass") else {}
-    head = HeadSettings(name="it", task=task, **labels)
+    loss = {"binary": "bce", "multiclass": "ce", "regression": "mse", "pairwise": "margin"}[task]
+    head = HeadSettings(name="it", task=task, loss=loss, **labels)
     width = {"binary": 1, "multiclass": 3, "regression": 1, "pairwise": 1}[task]
     batch = {
         "outputs": {"it": torch.tensor(random.normal(size=(24, width)))},

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from torch.utils.data import Dataset, Sampler
     from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
     from transformers.utils import ModelOutput
 
     from vlm.data.batching.step_layout import SampleCosts
@@ -91,6 +92,7 @@ class ObjectiveTrainer(Protocol):
         args: the run's arguments.
         accelerator: gathers tensors of all ranks.
         state: where the run is.
+        callback_handler: has the callbacks of the run, those of its trackers among them.
     """
 
     model: PreTrainedModel
@@ -98,6 +100,7 @@ class ObjectiveTrainer(Protocol):
     args: TrainingArguments
     accelerator: Any  # accelerate declares what it gathers as a union of everything
     state: TrainerState
+    callback_handler: CallbackHandler
 
     def evaluation_batches(
         self, dataset: Dataset[object], title: str, collate: Callable[[Sequence[Any]], Any] | None = None
