@@ -11,7 +11,7 @@ from vlm.evaluation.bootstrap import Score
 from vlm.runs.charts import Curve, draw_figure
 from vlm.runs.comparison import MetricRow, RunComparison, sparkline
 from vlm.runs.html import STYLE, ImageBudget, section, table, text
-from vlm.runs.listing import RunTable, format_value
+from vlm.runs.listing import RunTable
 from vlm.runs.report_outcomes import THUMBNAIL, show_score
 
 COLUMNS = ("state", "step", "loss", "eval_loss", "tokens_per_second", "duration")
@@ -56,7 +56,7 @@ def _run_rows(comparison: RunComparison) -> list[tuple[str, ...]]:
     runs, letters = RunTable(comparison.runs), comparison.labels != comparison.names
     titles = [f"{label}  {name}" if letters else name for label, name in _both(comparison)]
     return [
-        (name, *(format_value(column, runs.value(run, column)) for column in COLUMNS))
+        (name, *(runs.text(run, column) for column in COLUMNS))
         for name, run in zip(titles, comparison.runs, strict=True)
     ]
 
@@ -183,7 +183,7 @@ def _other_curves(comparison: RunComparison) -> list[str]:
 def _figure(comparison: RunComparison, name: str) -> str:
     pairs = zip(comparison.labels, comparison.runs, strict=True)
     return draw_figure(name, [
-        Curve(label, run.metrics[name].points(), marked=name.startswith("eval_"))
+        Curve(label, run.metrics[name].points(), name.startswith("eval_"), run.metrics.half_widths(name))
         for label, run in pairs if name in run.metrics
     ], from_zero=name == "tokens_per_second")  # fmt: skip
 

@@ -77,12 +77,15 @@ class Metrics(Mapping[str, Column]):
         column = self._columns.get(name)
         return column.last if column is not None else None
 
+    def half_widths(self, name: str) -> dict[int, float]:
+        """Return step -> half the width of a metric's 95% interval there, for those that were logged with one."""
+        column = self._columns.get(f"{name}{INTERVAL_SUFFIX}")
+        return {} if column is None else dict(column.points())
+
     def last_half_width(self, name: str) -> float | None:
         """Return half the width of the 95% interval of a metric's last value; None where it was logged without one."""
-        column, widths = self._columns.get(name), self._columns.get(f"{name}{INTERVAL_SUFFIX}")
-        if column is None or widths is None or not column.steps or not widths.steps:
-            return None
-        return widths.values[-1] if widths.steps[-1] == column.steps[-1] else None
+        column = self._columns.get(name)
+        return None if column is None or not column.steps else self.half_widths(name).get(column.steps[-1])
 
     def last_values(self) -> dict[str, float]:
         """Return metric -> its last value, for those that have one."""

@@ -15,7 +15,6 @@ from vlm.config.short_names import describe_values
 from vlm.runs.differences import SEED_KEYS, setting_of, varied_settings
 from vlm.runs.evaluated_records import EvaluatedRecords, paired_metric
 from vlm.runs.files import as_number
-from vlm.runs.metrics import INTERVAL_SUFFIX
 from vlm.runs.read import RunDirectory
 
 EVALUATION_LOSS, TRAINING_LOSS = "eval_loss", "loss"
@@ -76,10 +75,8 @@ def outcome_of(run: RunDirectory, metric: str) -> Outcome | None:
         sign = sign_of(metric, [run])
         place = max(range(len(column.values)), key=lambda at: sign * column.values[at])
     step = column.steps[place]
-    widths = run.metrics.get(f"{metric}{INTERVAL_SUFFIX}")
-    half_width = dict(widths.points()).get(step) if widths is not None else None
     records = None if metric == TRAINING_LOSS else run.records_at(step)
-    return Outcome(column.values[place], step, half_width, metric, records)
+    return Outcome(column.values[place], step, run.metrics.half_widths(metric).get(step), metric, records)
 
 
 @dataclass

@@ -138,14 +138,14 @@ def _make_page(summary: SweepSummary) -> str:
     metrics = dict.fromkeys(("loss", summary.metric, "eval_loss"))
     curves = "".join(
         draw_figure(name, [
-            Curve(run.name, run.metrics[name].points(), marked=name.startswith("eval_"))
+            Curve(run.name, run.metrics[name].points(), name.startswith("eval_"), run.metrics.half_widths(name))
             for run in order if name in run.metrics
         ])
         for name in metrics
     )  # fmt: skip
     runs = RunTable(order)
     columns = ("name", "state", "step", "loss", "eval_loss", "tokens_per_second", "duration")
-    rows = [[format_value(column, runs.value(run, column)) for column in columns] for run in summary.runs]
+    rows = [[runs.text(run, column) for column in columns] for run in summary.runs]
     image = embed_image(summary.folder / PLOT_FILE)
     plot = (
         f'<div class="plots single"><img src="{image}" alt="{text(summary.metric)} of each setting"></div>'
