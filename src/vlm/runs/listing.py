@@ -88,7 +88,7 @@ class RunTable:
             return describe_values(self._differs[id(run)])
         if key in FIELDS:
             return FIELDS[key](run)
-        if metric := next((name for name in (key, f"eval_{key}") if name in self._metrics), None):
+        if metric := self._find_metric(key):
             return run.last_metrics.last(metric)
         settings = run.settings
         name = key if key in settings else next((name for name in settings if name.endswith(f".{key}")), None)
@@ -96,11 +96,14 @@ class RunTable:
 
     def text(self, run: RunDirectory, key: str) -> str:
         """Return the value of a column as text, a metric's with half the width of its 95% interval."""
-        shown, metrics = format_value(key, self.value(run, key)), run.last_metrics
-        width = next(
-            (found for name in (key, f"eval_{key}") if (found := metrics.last_half_width(name)) is not None), None
-        )
-        return shown if width is None or not shown else f"{shown} ± {width:.2g}"
+        shown, metric = format_value(key, self.value(run, key)), self._find_metric(key)
+        if key in FIELDS or metric is None or (width := run.last_metrics.last_half_width(metric)) is None:
+            return shown
+        return f"{shown} ± {width:.2g}"
+
+    def _find_metric(self, key: str) -> str | None:
+        """Return the logged name of a metric, which may be given without `eval_`; None where no run has it."""
+        return next((name for name in (key, f"eval_{key}") if name in self._metrics), None)
 
     def check_keys(self, keys: Sequence[str]) -> None:
         """Refuse a column that no run has, and the last word of several settings.
