@@ -11,7 +11,7 @@ from html import escape
 from vlm.config.shown import printable
 
 WIDTH, HEIGHT = 720, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 80, 12, 12, 40
 """The size of a chart, and the margins around its axes, in units of its own."""
 MAX_POINTS = 800
 """Points of a curve that are drawn: of more, the lowest and the highest of each stretch."""
@@ -181,8 +181,8 @@ def _draw_chart(curves: Sequence[Curve], x_title: str, label: str, kind: str, sc
     for tick in nice_ticks(first, last, 6):
         if whole and not float(tick).is_integer():
             continue
-        parts.append(f'<text x="{x_of(tick):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{show_tick(tick)}</text>')
-    parts.append(f'<text x="0" y="{HEIGHT - 16}">{_text(x_title)}</text>')
+        parts.append(f'<text x="{x_of(tick):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{show_tick(tick)}</text>')
+    parts.append(f'<text x="0" y="{HEIGHT - 12}">{_text(x_title)}</text>')
     for number, curve in enumerate(curves):
         places = [(x_of(x), y_of(y)) for x, y in curve.points]
         if len(places) > 1:

@@ -12,13 +12,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from vlm.config.shown import printable
-from vlm.runs.files import Folder, text_at
+from vlm.runs.files import text_at
 from vlm.runs.holder import Holder, has_ended
 from vlm.runs.metrics import METRICS_FILE
+from vlm.runs.read import read_run
 from vlm.runs.status_line import (
     ACTIVE_STATES,
     ENDED_STATES,
-    STATUS_FILE,
     format_evaluation,
     format_line,
     format_seconds,
@@ -81,22 +81,18 @@ class LiveRun:
 
 
 def read_live_run(folder: Path, num_log_lines: int = 8) -> LiveRun:
-    """Read the files of a run directory.
+    """Read the files of a run directory, which may also be named by its folder `final`.
 
     Raises:
-        ValueError: the folder holds no run.
+        ValueError: the folder is not that of a run.
     """
-    files = Folder(folder)
-    status, lines = files.json(STATUS_FILE), [
+    run = read_run(folder)
+    lines = [
         {name: value for name, value in line.items() if isinstance(value, int | float)}
-        for line in files.json_lines(METRICS_FILE) if isinstance(line.get("step"), int)
+        for line in run.files.json_lines(METRICS_FILE) if isinstance(line.get("step"), int)
     ]  # fmt: skip
-    if not status and not lines and not files.has("config.yaml"):
-        raise ValueError(
-            f"{folder} holds no run: neither status.json, nor metrics.jsonl, nor config.yaml. Give the run directory, "
-            "which a run prints when it begins"
-        )
-    return LiveRun(folder, status, lines, _last_lines(files.tail(LOG_FILE), num_log_lines), time.time())
+    log = _last_lines(run.files.tail(LOG_FILE), num_log_lines)
+    return LiveRun(run.path, run.status, lines, log, time.time())
 
 
 def _last_lines(log: str, number: int) -> list[str]:
