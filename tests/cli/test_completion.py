@@ -111,7 +111,7 @@ def test_every_command_offers_options(command: str):
 def test_an_answer_needs_neither_torch_nor_hydra():
     code = (
         "import sys; from vlm.cli.main import main\n"
-        "for words in (['-cn', 'x', 'trainer.l'], ['verify', '--'], ['generate', 'x', '--dtype', '']):\n"
+        "for words in (['-cn', 'x', 'trainer.l'], ['verify', '--'], ['generate', 'x', '--dtype', ''], ['data', '']):\n"
         "    main(['__complete', *words])\n"
         "print([name for name in ('torch', 'hydra', 'omegaconf', 'huggingface_hub') if name in sys.modules])"
     )

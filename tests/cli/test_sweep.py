@@ -77,6 +77,21 @@ def test_a_run_that_is_refused_or_diverges_does_not_end_the_sweep(
     assert "Best by eval_loss (lowest): connector_learning_rate=2" in shown.out
 
 
+def test_several_ranks_are_told_to_name_the_folder(
+    commands: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Once, and before anything is written."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = "^vlm: --multirun on 2 ranks: .* add trainer.output_dir=outputs/pretrain-smol-sweep$"
+    with pytest.raises(SystemExit, match=told):
+        sweep(monkeypatch, f"{RATE}=1,2")
+    assert not commands
+    assert "--multirun on" not in capsys.readouterr().err
+    assert not (tmp_path / "outputs").exists()
+    sweep(monkeypatch, f"{RATE}=1,2", "trainer.output_dir=out")
+    assert len(commands) == 2
+
+
 def test_a_signal_ends_the_sweep_in_a_folder_of_its_name_and_time(
     commands: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

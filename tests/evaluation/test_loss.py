@@ -14,7 +14,7 @@ from vlm.data.batching.collator import Collator
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sample import Sample
-from vlm.evaluation.loss import last_reply_text, loss_scores, replace_reply, row_losses
+from vlm.evaluation.loss import last_reply_text, loss_sums, replace_reply, row_losses
 
 CAPTIONS = ("red", "a blue square", "two cats on a mat", "12", "a blue square")
 
@@ -69,12 +69,9 @@ def test_a_reply_is_replaced(samples: list[Sample]):
     assert changed.images == samples[0].images
 
 
-def test_a_gain_has_the_interval_of_a_mean():
-    """Of the samples with images alone; without any there is the loss only."""
+def test_losses_are_per_token_and_a_gain_is_of_samples_with_images():
+    """Without any image there is the loss only."""
     sums, counts, blank = torch.tensor([2.0, 4.0, 9.0]), torch.tensor([2.0, 2.0, 3.0]), torch.tensor([4.0, 10.0, 9.0])
-    scores = loss_scores(sums, counts, blank, torch.tensor([True, True, False]))
-    assert (scores["loss"].value, scores["blank_loss"].value) == pytest.approx((15 / 7, 23 / 7))
-    gain = scores["image_gain"]
-    half = 1.96 * 2**0.5 / 2**0.5  # gains of 1 and 3
-    assert (gain.value, gain.low, gain.high) == pytest.approx((2, 2 - half, 2 + half))
-    assert set(loss_scores(sums, counts, None, torch.zeros(3, dtype=torch.bool))) == {"loss"}
+    found = loss_sums(sums, counts, blank, torch.tensor([True, True, False]))
+    assert [found[name].value for name in ("loss", "blank_loss", "image_gain")] == pytest.approx([15 / 7, 23 / 7, 2])
+    assert set(loss_sums(sums, counts, None, torch.zeros(3, dtype=torch.bool))) == {"loss"}

@@ -32,10 +32,10 @@ SETTINGS = LossMetricSettings(retrieval_candidates=3, max_samples=None, advice="
 
 @pytest.fixture
 def data(parts: Parts, tmp_path: Path) -> SampleDataset:
-    """Five images with texts of different lengths, and a record without an image."""
-    records = [make_record(number, f"a thing {number} " * (1 + number % 3)) for number in range(5)]
-    records.insert(2, make_record(9, "no image here", image=None))
-    for number in range(5):
+    """Ten images with texts of different lengths, and a record without an image."""
+    records = [make_record(number, f"a thing {number} " * (1 + number % 3)) for number in range(10)]
+    records.insert(2, make_record(19, "no image here", image=None))
+    for number in range(10):
         picture(number).save(tmp_path / f"{number}.png")
     (tmp_path / "records.json").write_text(json.dumps(records))
     config = DatasetConfig(path=str(tmp_path / "records.json"))
@@ -102,6 +102,7 @@ def test_two_ranks_find_what_one_finds(parts: Parts, data: SampleDataset, name: 
     assert both[0] == both[1]
     assert sources[0].num_batches == sources[1].num_batches
     assert flatten_scores(both[0]) == pytest.approx(flatten_scores(single), abs=1e-5)
+    assert f"{name}_ci95" in flatten_scores(single)
 
 
 def test_retrieval_has_the_interval_of_a_mean_and_chance(parts: Parts, data: SampleDataset, monkeypatch: Any):
@@ -112,7 +113,7 @@ def test_retrieval_has_the_interval_of_a_mean_and_chance(parts: Parts, data: Sam
     )
     model, processor = parts.model()
     metric = LOSS_METRICS["retrieval"](data, SETTINGS)
-    assert metric.num_samples == 5
+    assert metric.num_samples == 10
     scores = metric.compute(data, InferenceLosses(VisionLanguageModel(model.eval(), processor), 4, 0)).scores
     assert scores["retrieval"] == mean_score(found[0], 1000)
     assert scores["retrieval"].value == found[0].mean()

@@ -4,8 +4,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import yaml
 from PIL import Image
+
+from vlm.evaluation.record_sums import RecordSums
+from vlm.runs.evaluated_records import RECORDS_FOLDER, EvaluatedRecords, records_file
 
 CONFIG = {
     "model": {"language_model": {"hf_name": "tiny"}, "connector": {"type": "mlp"}},
@@ -50,6 +54,15 @@ def write_run(
         (folder / "final").mkdir()
         (folder / "final" / "config.json").write_text('{"model_type": "vlm"}')
     return folder
+
+
+def write_records(
+    folder: Path, step: int, metrics: Mapping[str, tuple[np.ndarray, np.ndarray]], *, records: str = "val"
+) -> None:
+    """Write what an evaluation found of each record: metric -> sums and counts."""
+    (folder / RECORDS_FOLDER).mkdir(exist_ok=True)
+    kept = EvaluatedRecords(records, {name: RecordSums(*columns) for name, columns in metrics.items()})
+    (folder / records_file(step)).write_text(kept.to_json())
 
 
 def write_samples(folder: Path, step: int, answers: Sequence[str]) -> None:

@@ -51,3 +51,12 @@ def test_curves_that_lie_on_each_other_are_one():
     figure = draw(Curve("a", [(1, 2.0), (2, 1.0)]), Curve("b", [(1, 2.0), (2, 1.0)]), Curve("c", [(1, 3.0), (2, 1.0)]))
     assert "</svg>a, b</li>" in figure
     assert figure.count("<polyline") == 4
+
+
+def test_points_have_their_intervals_within_the_axes():
+    figure = draw(Curve("a", [(1, 2.0), (2, 1.0)], True, {2: 0.5}), log_scale=False)
+    ((x1, y1, x2, y2),) = re.findall(r'<line x1="([\d.]+)" y1="([\d.]+)" x2="([\d.]+)" y2="([\d.]+)"/></g>', figure)
+    dots = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', figure)
+    assert x1 == x2 == dots[1][0]
+    assert float(y2) < float(dots[1][1]) < float(y1) <= 260
+    assert draw(Curve("a", [(1, 2.0), (2, 0.4)], True, {2: 0.5})).count("<svg class=") == 1, "it reaches below 0"

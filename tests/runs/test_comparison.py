@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.runs.directories import logged, write_run, write_samples
+from tests.runs.directories import logged, write_records, write_run, write_samples
 from tests.runs.test_report import EVIL, check_page
 from vlm.cli import compare as cli
 from vlm.evaluation.paired import paired_difference
@@ -49,9 +49,9 @@ def test_settings_that_differ_are_shown_alone(pair: list[RunDirectory]):
 def test_the_same_records_are_paired(pair: list[RunDirectory]):
     (row,) = [row for row in RunComparison(pair).metrics if row.metric == "exact_match"]
     before, after = np.array([0.0, 1.0] * 15), np.array([1.0, 1.0, 1.0, 0.0] * 7 + [1.0, 1.0])
-    assert row.is_paired
+    assert row.is_paired(0)
     assert row.differences == [paired_difference(before, after, np.arange(30))]
-    unpaired = {row.metric: row.is_paired for row in RunComparison(pair).metrics}
+    unpaired = {row.metric: row.is_paired(0) for row in RunComparison(pair).metrics}
     assert not unpaired["mine:f"]
     assert not unpaired["bleu"]
 
@@ -60,26 +60,25 @@ def test_other_records_are_not_paired(tmp_path: Path, pair: list[RunDirectory]):
     other = write_run(tmp_path / "three", logged([1.0]))
     write_answers(other, [1] * 30, first=7)
     (row,) = [row for row in RunComparison([pair[0], RunDirectory(other)]).metrics if row.metric == "exact_match"]
-    assert not row.is_paired
+    assert not row.is_paired(0)
     (difference,) = row.differences
     assert difference is not None
     assert difference.low is not None
     assert difference.low < difference.value == 0.5
 
 
-def test_a_run_without_evaluation_has_no_other_records(tmp_path: Path):
-    def evaluated_on(name: str, fingerprint: str | None) -> RunDirectory:
-        folder = write_run(tmp_path / name, logged([2.0, 1.0])[:2] if fingerprint is None else logged([2.0, 1.0]))
-        sources = [{"source": "val.json", "samples": 3, "fingerprint": fingerprint}]
-        data = {} if fingerprint is None else {"eval": {"sources": sources}}
-        (folder / "data.json").write_text(json.dumps(data))
-        return RunDirectory(folder)
-
-    first, second, none = evaluated_on("a", "1"), evaluated_on("b", "2"), evaluated_on("c", None)
-    assert RunComparison([first, second]).has_other_records
-    comparison = RunComparison([none, first])
-    assert not comparison.has_other_records
-    assert re.search(r"^eval_loss, steps .*\na  ▅", describe_comparison(comparison), re.MULTILINE), "no empty row"
+def test_losses_of_the_same_records_are_paired(tmp_path: Path):
+    """Of more than two runs, those that were evaluated on the records of the first."""
+    hardness, runs = np.linspace(1, 9, 40), []
+    for name, shift, records in (("a", 0.0, "val"), ("b", 0.1, "val"), ("c", 0.1, "others")):
+        line = {"step": 7, "eval_loss": 5 + shift, "eval_loss_ci95": 0.8, "eval_runtime": 1.0}
+        runs.append(RunDirectory(write_run(tmp_path / name, [line])))
+        noise = np.tile([-0.01, 0.01], 20) if shift else 0
+        write_records(runs[-1].path, 7, {"loss": (hardness + shift + noise, np.ones(40))}, records=records)
+    (row,) = RunComparison(runs).metrics
+    assert [row.is_paired(number) for number in (0, 1)] == [True, False]
+    assert [row.verdict(number) for number in (0, 1)] == ["worse", "within noise"]
+    assert "+0.1 [0.0968" in describe_comparison(RunComparison(runs))
 
 
 def test_losses_and_gains_have_the_direction_that_is_better(tmp_path: Path):

@@ -35,6 +35,12 @@ def test_conditions_compare_metrics_settings_and_fields(outputs: Path):
     assert names(outputs, "state<3") == []
 
 
+def test_metrics_are_shown_with_their_own_intervals(outputs: Path):
+    table = RunTable(find_runs(outputs))
+    (low,) = table.select([Filter.parse("name=low")], None)
+    assert [table.text(low, key) for key in ("loss", "eval_loss", "image_gain")] == ["1", "1.1", "0.5 ± 0.2"]
+
+
 def test_runs_without_a_value_come_last_in_either_order(outputs: Path):
     assert names(outputs, sort="eval_loss") == ["low", "high", "empty"]
     assert names(outputs, sort="image_gain", reverse=True)[-1] == "empty"

@@ -31,4 +31,7 @@ def test_the_end_of_a_long_log_comes_with_its_last_evaluation(tmp_path: Path):
     assert last.last_step == 4999
     assert len(last["loss"].values) < 4000
     assert last.last("eval_loss") == 2.1
+    text = (tmp_path / "metrics.jsonl").read_text().replace("eval_loss", "eval_colour_loss")  # of several heads
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert read_last_metrics(Folder(tmp_path)).last("eval_colour_loss") == 2.1
     assert len(read_last_metrics(Folder(tmp_path / "nowhere"))) == 0

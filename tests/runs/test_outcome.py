@@ -7,26 +7,28 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_ind
 
-from tests.runs.directories import write_run
+from tests.runs.directories import write_records, write_run
 from vlm.runs.outcome import describe_verdict, group_by_setting, metric_of, outcome_of, rank, sign_of
 from vlm.runs.read import RunDirectory
 
 
-def make_runs(folder: Path, values: dict[float, Sequence[float]], *, width: float | None = None) -> list[RunDirectory]:
+def make_runs(
+    folder: Path, values: dict[float, Sequence[float]], *, width: float | None = None, name: str = "eval_loss"
+) -> list[RunDirectory]:
     """Runs of several seeds: a setting's learning rate -> the loss of each seed."""
     key, runs = "trainer.learning_rate.connector_learning_rate", []
     for rate, losses in values.items():
         for seed, loss in enumerate(losses):
-            line = {"step": 1, "eval_loss": loss} | ({} if width is None else {"eval_loss_ci95": width})
+            line = {"step": 1, name: loss} | ({} if width is None else {f"{name}_ci95": width})
             path = folder / f"{rate}-{seed}"
             runs.append(RunDirectory(write_run(path, [line], settings={key: rate, "trainer.seed": seed})))
     return runs
 
 
-def verdict(runs: list[RunDirectory]) -> str:
+def verdict(runs: list[RunDirectory], *, in_sweep: bool = False) -> str:
     """The sentence about runs."""
     metric = metric_of(runs)
-    return describe_verdict(group_by_setting(runs, metric), metric, sign_of(metric, runs))
+    return describe_verdict(group_by_setting(runs, metric), metric, sign_of(metric, runs), in_sweep=in_sweep)
 
 
 def test_the_spread_between_seeds_is_the_noise_of_a_t_test(tmp_path: Path):
@@ -50,7 +52,7 @@ def test_the_spread_between_seeds_is_the_noise_of_a_t_test(tmp_path: Path):
             "by the evaluation's intervals, taken for independent: that is more than noise",
         ),
         ({1e-3: [1.0], 1e-4: [1.1]}, 0.1, "that is within noise"),
-        ({1e-3: [1.0], 1e-4: [2.0]}, None, "cannot be told from one seed of each: add trainer.seed=1,2,3"),
+        ({1e-3: [1.0], 1e-4: [2.0]}, None, "one seed of each: train each with several values of trainer.seed."),
         ({1e-3: [1.0, 1.1]}, None, "There is no other setting"),
     ],
 )
@@ -60,6 +62,26 @@ def test_a_verdict_says_what_it_knows_of_noise(
     text = verdict(make_runs(tmp_path, values, width=width))
     assert said in text
     assert text.startswith("Best by eval_loss (lowest): ")
+
+
+def test_what_is_advised_fits_the_case(tmp_path: Path):
+    evaluated, trained = (make_runs(tmp_path / name, {1e-3: [1.0], 1e-4: [2.0]}, name=name)
+                          for name in ("eval_loss", "loss"))  # fmt: skip
+    assert verdict(evaluated, in_sweep=True).endswith("add trainer.seed=1,2,3 to the sweep.")
+    assert "evaluate (dataset.eval_split=0.05 trainer.eval_strategy=epoch), or train each" in verdict(trained)
+
+
+def test_the_same_records_tell_smaller_differences(tmp_path: Path):
+    """Two runs whose losses differ a little on each of many records, which differ much from each other."""
+    runs = make_runs(tmp_path, {1e-3: [1.0], 1e-4: [1.1]}, width=0.5)
+    hardness = np.linspace(0.1, 1.9, 40)
+    for run, sums in zip(runs, (hardness, hardness + np.tile([0.05, 0.15], 20)), strict=True):
+        write_records(run.path, 1, {"loss": (sums, np.ones(40))})
+    assert "by the evaluation's records, which are the same: that is more than noise. Each has one seed" in verdict(
+        runs
+    )
+    write_records(runs[1].path, 1, {"loss": (hardness + 0.1, np.ones(40))}, records="others")
+    assert "taken for independent: that is within noise" in verdict([RunDirectory(run.path) for run in runs])
 
 
 def test_runs_without_an_outcome_are_no_best(tmp_path: Path):

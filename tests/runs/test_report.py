@@ -131,7 +131,10 @@ def test_an_empty_directory_has_a_page_too(tmp_path: Path):
 
 
 def test_the_state_that_a_run_ends_with_is_shown(run: Path):
-    assert "The run failed at step 30" in write_report(run, "failed").read_text()
+    (run / "status.json").write_text('{"state": "failed", "message": "the disk is full"}')
+    assert "The run failed at step 30: the disk is full" in write_report(run, "failed").read_text()
+    (run / "status.json").write_text('{"state": "training"}')
+    assert "at step 30: its process ended without a word" in write_report(run, "failed").read_text()
     assert "The run did not finish" in write_report(run, "stopped").read_text()
 
 

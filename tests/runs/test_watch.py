@@ -22,6 +22,7 @@ def write_run(folder: Path, state: str | None = "training", **status: Any) -> Pa
     evaluation = {"step": 12, "eval_loss": 4.2, "eval_blank_loss": 6.3, "eval_image_gain": 2.1}
     lines = [*LINES, evaluation]
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 20, "lo')
+    (folder / "config.yaml").write_text("trainer: {}\n")
     (folder / "run.log").write_text("first\n\nline with \x1b[31m control\nlast\n")
     now = {"step": 18, "max_steps": 36, "loss": 2.4, "updated_at": time.time(), "host": "elsewhere", "pid": 1}
     if state is not None:
@@ -109,8 +110,13 @@ def test_a_line_is_printed_for_each_change(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"has no run: status.json.* Give the run directory"):
+    with pytest.raises(ValueError, match=r"this is no run directory; a run directory has config\.yaml"):
         read_live_run(tmp_path)
+    run = write_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=re.escape(f"runs are in it, such as {run}")):
+        read_live_run(tmp_path)
+    (run / "final").mkdir()
+    assert read_live_run(run / "final").folder.resolve() == run
 
 
 @pytest.mark.parametrize("status", [{"step": "x", "max_steps": []}, {"learning_rates": 3, "mfu": "a"}, {"state": 5}])

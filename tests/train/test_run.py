@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from tests.fixtures import compose_config, losses, newest_checkpoint
 from tests.forked import find_free_port, run_forked
 from tests.tiny_parts import Parts
 from tests.waiting import wait_until
+from vlm.runs.read import RunDirectory
 from vlm.train.checkpoints.find import find_whole_checkpoint
 from vlm.train.run import run
 from vlm.train.trainer import VLMTrainer
@@ -36,7 +38,7 @@ def pretrained(train: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     """A pretrain run over the tiny world, evaluated at its end."""
     folder = tmp_path_factory.mktemp("runs") / "pretrain"
     return train(
-        "pretrain-smol", folder, "trainer.num_train_epochs=1", "dataset.eval_split=0.25",
+        "pretrain-smol", folder, "trainer.num_train_epochs=1", "dataset.eval_split=0.5",
         "trainer.eval_strategy=epoch", plots=True,
     )  # fmt: skip
 
@@ -46,18 +48,49 @@ def test_a_run_leaves_everything_behind(pretrained: Path):
         assert (pretrained / name).is_file(), name
     assert list(pretrained.glob("runs/*/events.out.tfevents.*"))
     data = json.loads((pretrained / "data.json").read_text())
-    assert (data["train"]["samples"], data["eval"]["samples"]) == (18, 6)
+    assert (data["train"]["samples"], data["eval"]["samples"]) == (12, 12)
     page = (pretrained / "first_batch.html").read_text()
     assert "<mark>" in page
     assert "image token" in page
     assert "**answer**" in (pretrained / "samples.md").read_text()
 
 
+def test_answers_go_to_tensorboard_with_their_images(pretrained: Path):
+    """Also those at the end, where its callback closes the file; an image that stays the same goes once."""
+    (folder,) = pretrained.glob("runs/*")
+    events = EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    tags, run = events.Tags(), RunDirectory(pretrained)
+    answers = run.samples[run.step]
+    assert tags["images"] == [f"samples/{number}" for number, one in enumerate(answers) if one.image is not None]
+    assert {event.step for event in events.Images("samples/0")} == {run.step}
+    (text,) = events.Tensors("samples/0/text_summary")
+    assert text.step == run.step
+    shown = text.tensor_proto.string_val[0].decode()
+    assert " ".join(shown.split()).endswith(f"**answer** {answers[0].answer}".strip())
+    (settings,) = events.Tensors("settings/text_summary")
+    assert b"    dataset.eval_split: 0.5\n" in settings.tensor_proto.string_val[0]
+    assert "eval/loss_ci95" in tags["scalars"]
+
+
 def test_evaluation_logs_the_loss_on_blank_pictures(pretrained: Path):
     lines = [json.loads(line) for line in (pretrained / "metrics.jsonl").read_text().splitlines()]
     logged = next(line for line in lines if "eval_loss" in line)
-    assert {"eval_blank_loss", "eval_image_gain", "eval_image_gain_ci95"} <= logged.keys()
+    assert {"eval_blank_loss", "eval_image_gain", "eval_loss_ci95", "eval_blank_loss_ci95"} <= logged.keys()
     assert logged["eval_blank_loss"] != logged["eval_loss"]
+
+
+def test_what_the_evaluation_found_of_each_record_is_kept(pretrained: Path):
+    run = RunDirectory(pretrained)
+    kept = run.records_at(run.step)
+    assert kept is not None
+    loss = kept.metrics["loss"]
+    assert len(loss.sums) == 12
+    assert loss.value == pytest.approx(run.metrics.last("eval_loss"), abs=1e-4)
+    assert (loss.score.high or 0) - loss.value == pytest.approx(run.metrics.last("eval_loss_ci95"), rel=1e-3)
+    assert kept.metrics["image_gain"].counts.sum() == sum(json.loads(text)["eval"]["images"] for text in [
+        (pretrained / "data.json").read_text()
+    ])  # fmt: skip
 
 
 def test_connector_checkpoints_hold_the_connector_alone(pretrained: Path):

@@ -139,5 +139,5 @@ def test_two_ranks_answer_as_one_does(
     ])  # fmt: skip
     two = evaluated(tmp_path / "two")
     assert single["eval_exact_match"] == 0.5
-    for measure in ("loss", "exact_match", "anls", "rouge", "retrieval", "retrieval_ci95"):
+    for measure in ("loss", "loss_ci95", "exact_match", "anls", "rouge", "retrieval", "retrieval_ci95"):
         assert two[f"eval_{measure}"] == pytest.approx(single[f"eval_{measure}"], abs=2e-3)

@@ -9,7 +9,12 @@ from dataclasses import is_dataclass
 
 from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 from yaml import YAMLError
 
 from vlm.checks.fields import ConfigError, format_value
@@ -42,10 +47,16 @@ KEY_VALUE_NEEDED = "key=value is needed; vlm --help has examples"
 ALL_KEYS_HINT = "vlm -cn RUN --cfg job shows all."
 
 
+RESOLVER_REFUSED = f"{ConfigError.__name__} raised while resolving interpolation: "
+"""What OmegaConf puts before the message of an error that a resolver of this package raised; it keeps no cause."""
+
+
 def explain(error: BaseException) -> str:
     """Return the message for an error of Hydra or OmegaConf during composition."""
     if isinstance(error, ConfigError):
         return str(error)
+    if isinstance(error, InterpolationResolutionError) and RESOLVER_REFUSED in str(error):
+        return str(error).partition(RESOLVER_REFUSED)[2].splitlines()[0]
     link: BaseException | None = error
     while link is not None:
         match link:

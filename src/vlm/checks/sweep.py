@@ -33,6 +33,16 @@ def register_resolvers() -> None:
 
 
 def _sweep_folder(output_dir: str | None, name: str, time: str) -> str:
+    """Return the folder of a sweep; called before anything is written.
+
+    Raises:
+        ConfigError: there are several ranks, each of which would name the sweep's folder after another time.
+    """
+    if output_dir is None and (ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise ConfigError(
+            f"--multirun on {ranks} ranks: they have to agree on the folder of the sweep; add "
+            f"trainer.output_dir=outputs/{name}-sweep"
+        )
     return output_dir or f"outputs/{name}-sweep-{time}"
 
 
@@ -57,13 +67,7 @@ def is_sweep() -> bool:
 
 
 def place_run(composed: DictConfig) -> None:
-    """Give a run of a sweep its folder as `trainer.output_dir`, and mask secrets in what Hydra wrote next to it.
-
-    Raises:
-        ConfigError: there are several ranks, each of which would name the sweep's folder after another time.
-    """
-    if composed.trainer.output_dir is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("--multirun on several ranks: name the folder of the sweep with trainer.output_dir=…")
+    """Give a run of a sweep its folder as `trainer.output_dir`, and mask secrets in what Hydra wrote next to it."""
     sweep = HydraConfig.get().sweep
     composed.trainer.output_dir = str(Path(sweep.dir) / sweep.subdir)
     file = Path(sweep.dir) / MULTIRUN_FILE

@@ -105,7 +105,7 @@ def find_parser_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> 
 
 def _find_data_words(words: Sequence[str]) -> list[str]:
     """Return candidates for `vlm data TOOL …`."""
-    from vlm.cli.data import TOOLS  # imports Hydra
+    from vlm.cli.data import TOOLS
 
     if len(words) == 2:
         return matching(words[-1], list(TOOLS))

@@ -16,7 +16,7 @@ EXAMPLES = (
     "vlm runs --filter state=done --filter 'eval_loss<1.2'",
     "vlm runs --columns name,eval_loss,trainer.seed,connector_learning_rate",
 )
-JSON_COLUMNS = ("path", "recipe", "started", "max_steps", *DEFAULT_COLUMNS)
+JSON_COLUMNS = ("path", "recipe", "started", "max_steps", *DEFAULT_COLUMNS, "eval_loss_ci95")
 
 
 def make_parser() -> argparse.ArgumentParser:

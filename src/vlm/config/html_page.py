@@ -18,7 +18,7 @@ a{color:var(--accent)}small,.muted{color:var(--muted)}.good{color:var(--good)}.b
 section{border-top:1px solid var(--line);padding:1rem 0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}
 th,td{padding:.3rem .8rem .3rem 0;text-align:left;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600}td.number,th.number{text-align:right}
+th{font-weight:600}td.number,th.number{text-align:right;white-space:nowrap}
 code,pre{font:13px/1.5 ui-monospace,monospace}
 pre{background:var(--panel);padding:.8rem;overflow-x:auto;border-radius:6px}
 img,svg{max-width:100%}mark{background:var(--mark);color:inherit}

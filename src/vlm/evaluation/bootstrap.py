@@ -1,7 +1,7 @@
 """Metrics with 95% intervals by the percentile bootstrap, as tables and as JSON."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tabulate import tabulate
@@ -15,14 +15,16 @@ class Score:
     """The value of a metric.
 
     Attributes:
-        value: the metric on all data; None where it is undefined.
-        low: lower end of its 95% interval; None where there is none.
+        value: the metric on all data; None if it is undefined.
+        low: lower end of its 95% interval; None if there is none.
         high: upper end.
+        resampled: what `bootstrap` found on each resample, NaN where it is undefined; empty for other intervals.
     """
 
     value: float | None
     low: float | None = None
     high: float | None = None
+    resampled: Sequence[float] = field(default=(), compare=False, repr=False)
 
 
 def bootstrap(
@@ -35,7 +37,8 @@ def bootstrap(
     random = np.random.RandomState(seed)
     points = compute_metrics(np.arange(num_units))
     resampled = [compute_metrics(random.randint(num_units, size=num_units)) for _ in range(num_resamples)]
-    return {name: make_score(value, [metrics[name] for metrics in resampled]) for name, value in points.items()}
+    values = {name: [metrics[name] for metrics in resampled] for name in points}
+    return {name: replace(make_score(value, values[name]), resampled=values[name]) for name, value in points.items()}
 
 
 def mean_score(values: np.ndarray, num_resamples: int) -> Score:
@@ -79,7 +82,7 @@ def _format_number(value: float) -> str:
 
 def scores_to_json(scores: dict[str, Score]) -> dict[str, dict[str, float | None]]:
     """Return metrics for a JSON file."""
-    return {name: asdict(score) for name, score in scores.items()}
+    return {name: {"value": score.value, "low": score.low, "high": score.high} for name, score in scores.items()}
 
 
 def flatten_scores(scores: Mapping[str, Score]) -> dict[str, float]:

@@ -1,15 +1,15 @@
 """Losses of samples, and what they say about a model's use of images."""
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.sample import Sample, Turn
-from vlm.evaluation.bootstrap import Score
+from vlm.evaluation.record_sums import RecordSums
 from vlm.models.text_loss import SupervisedScores
 
 
@@ -41,26 +41,28 @@ def sample_losses(
     return torch.cat(sums), torch.cat(counts)
 
 
-def loss_scores(sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_images: Tensor) -> dict[str, Score]:
+def loss_sums(
+    sums: Tensor, counts: Tensor, blank_sums: Tensor | None, with_images: Tensor, records: np.ndarray | None = None
+) -> dict[str, RecordSums]:
     """Return the loss per supervised token, and the same on blank images: does the model use the image at all?
 
-    All tensors are `(samples,)`: summed losses, numbers of supervised tokens, summed losses with blank images (None
-    where no sample has images), and whether a sample has images.
+    All arguments are `(samples,)`: summed losses, numbers of supervised tokens, summed losses with blank images (None
+    where no sample has images), whether a sample has images, and the number of its record (None: each is its own).
 
     Returns:
         `loss`, `blank_loss`, and over the samples with images `image_gain`: the mean of blank minus real loss, each
-        the mean over its sample's tokens. Its 95% interval is the normal approximation.
+        the mean over its sample's tokens. See `record_sums` for their intervals.
     """
-    scores = {"loss": Score((sums.sum() / counts.sum()).item())}
+    own, number = sums.double().numpy(), counts.double().numpy()
+    metrics = {"loss": RecordSums.of_samples(own, number, records)}
     if blank_sums is None:
-        return scores
-    gains = ((blank_sums - sums) / counts)[with_images]
-    gain = gains.mean().item()
-    scores |= {"blank_loss": Score((blank_sums.sum() / counts.sum()).item()), "image_gain": Score(gain)}
-    if len(gains) > 1:
-        half_width = 1.96 * gains.std().item() / math.sqrt(len(gains))
-        scores["image_gain"] = Score(gain, gain - half_width, gain + half_width)
-    return scores
+        return metrics
+    blank, shown = blank_sums.double().numpy(), with_images.numpy() & (number > 0)
+    gains = np.divide(blank - own, number, out=np.zeros_like(own), where=shown)
+    return metrics | {
+        "blank_loss": RecordSums.of_samples(blank, number, records),
+        "image_gain": RecordSums.of_samples(gains, shown, records),
+    }
 
 
 def last_reply_text(sample: Sample) -> str:

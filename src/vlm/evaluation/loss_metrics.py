@@ -4,18 +4,21 @@ To add one, write a function that prepares it for a data set, and add it to `LOS
 `vlm.config.choices.LOSS_METRICS` (to `EVAL_METRICS` too, for use while a model trains).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlm.data.dataset import SampleDataset
+from vlm.data.holdout import unique_records
 from vlm.data.processor import SampleInputs
 from vlm.evaluation.bootstrap import Score, mean_score
-from vlm.evaluation.loss import loss_scores, sample_losses
+from vlm.evaluation.loss import loss_sums, sample_losses
+from vlm.evaluation.record_sums import RecordSums, scores_of
 from vlm.evaluation.retrieval import (
     CandidateDataset,
     CandidateLosses,
@@ -84,10 +87,12 @@ class LossResult:
     Attributes:
         scores: its values by name.
         rows: the results of single samples, for a file with the metric's name; empty: no such file is written.
+        sums: those of its values that are a ratio of sums over records, with these.
     """
 
     scores: dict[str, Score]
     rows: Sequence[Row] = ()
+    sums: Mapping[str, RecordSums] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ class LossMetric:
 
 
 def prepare_loss(dataset: SampleDataset, settings: LossMetricSettings) -> LossMetric:
-    """Prepare `loss`, and where there are images `blank_loss` and `image_gain`, see `loss_scores`."""
+    """Prepare `loss`, and where there are images `blank_loss` and `image_gain`, see `loss_sums`."""
     return LossMetric(len(dataset), compute_loss)
 
 
@@ -116,24 +121,27 @@ def compute_loss(dataset: SampleDataset, losses: LossSource) -> LossResult:
     if with_images.any():
         blank = losses.batches(dataset.blank(), "loss on blank images")
         blank_sums, _ = sample_losses(losses.compute_losses, blank, losses.gather)
-    return LossResult(loss_scores(sums, counts, blank_sums, with_images) | loss_by_source(dataset, sums, counts))
+    _, records = unique_records(dataset)
+    metrics = loss_sums(sums, counts, blank_sums, with_images, records)
+    metrics |= loss_by_source(dataset, sums, counts, records)
+    return LossResult(scores_of(metrics), sums=metrics)
 
 
-def loss_by_source(dataset: SampleDataset, sums: Tensor, counts: Tensor) -> dict[str, Score]:
+def loss_by_source(dataset: SampleDataset, sums: Tensor, counts: Tensor, records: np.ndarray) -> dict[str, RecordSums]:
     """Return `loss/<source>` of each source of a mixture: the mean over its supervised tokens; nothing for one alone.
 
     Args:
         dataset: the data set.
         sums: `(samples,)`, the sum of each sample's losses.
         counts: `(samples,)`, its number of supervised tokens.
+        records: `(samples,)`, the number of its record.
     """
-    scores: dict[str, Score] = {}
-    numbers = torch.as_tensor(dataset.places[:, 0].astype("int64"))
+    metrics: dict[str, RecordSums] = {}
     for number, source in enumerate(dataset.sources if len(dataset.sources) > 1 else ()):
-        own = (numbers == number).to(sums.device)
-        if tokens := float(counts[own].sum()):
-            scores[f"loss/{source.name}"] = Score(float(sums[own].sum()) / tokens)
-    return scores
+        own = dataset.places[:, 0] == number
+        if counts.numpy()[own].any():
+            metrics[f"loss/{source.name}"] = RecordSums.of_samples(sums.numpy() * own, counts.numpy() * own, records)
+    return metrics
 
 
 def prepare_retrieval(dataset: SampleDataset, settings: LossMetricSettings) -> LossMetric:

@@ -6,7 +6,7 @@ Shapes: B rows of this rank, D numbers of a vector, Q queries of all ranks, C ca
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -148,14 +148,22 @@ def loss_of_step(
     width_weights: Sequence[float] | None = None,
 ) -> Tensor:  # fmt: skip
     """Return this rank's share of the mean loss of a step, times the number of ranks; arguments as of `contrastive`."""
+    losses = [
+        factor * _loss_of_width(step._replace(vectors=vectors), temperature, symmetric)
+        for vectors, factor in _vectors_of_widths(step, widths, width_weights)
+    ]
+    return torch.stack(losses).sum()
+
+
+def _vectors_of_widths(
+    step: StepRows, widths: Sequence[int] | None, width_weights: Sequence[float] | None
+) -> Iterator[tuple[Tensor, float]]:
+    """Yield the vectors of a step at each width, and the factor of its loss."""
     whole = step.vectors.shape[1]
     sizes = [whole] if widths is None else list(widths)
     factors = [1.0] * len(sizes) if width_weights is None else list(width_weights)
-    losses = []
     for size, factor in zip(sizes, factors, strict=True):
-        vectors = step.vectors if size == whole else shorten_vectors(step.vectors, size)
-        losses.append(factor * _loss_of_width(step._replace(vectors=vectors), temperature, symmetric))
-    return torch.stack(losses).sum()
+        yield step.vectors if size == whole else shorten_vectors(step.vectors, size), factor
 
 
 def shorten_vectors(vectors: Tensor, width: int) -> Tensor:
@@ -163,8 +171,29 @@ def shorten_vectors(vectors: Tensor, width: int) -> Tensor:
     return F.normalize(vectors[..., :width], dim=-1)
 
 
+def query_losses(
+    step: StepRows, temperature: float | Tensor, symmetric: bool = True, widths: Sequence[int] | None = None,
+    width_weights: Sequence[float] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the loss of each of this rank's queries, `(q,)`; arguments as of `contrastive`."""
+    return sum(
+        (
+            factor * _losses_of_width(step._replace(vectors=vectors), temperature, symmetric)
+            for vectors, factor in _vectors_of_widths(step, widths, width_weights)
+        ),
+        step.vectors.new_zeros(()),
+    )
+
+
 def _loss_of_width(step: StepRows, temperature: float | Tensor, symmetric: bool) -> Tensor:
     """Return the loss of whole vectors, see `loss_of_step`."""
+    losses = _losses_of_width(step, temperature, symmetric)
+    number = int((step.roles == QUERY).sum())
+    return losses.sum() * step.num_ranks / max(number, 1) + 0 * step.vectors.sum()
+
+
+def _losses_of_width(step: StepRows, temperature: float | Tensor, symmetric: bool) -> Tensor:
+    """Return the loss of each of this rank's queries by whole vectors: `(q,)`."""
     queries, positives = step.roles == QUERY, step.roles == POSITIVE
     candidates = torch.cat([positives.nonzero()[:, 0], (step.roles == NEGATIVE).nonzero()[:, 0]])
     own = step.is_own[queries].nonzero()[:, 0]  # indices of this rank's queries, and of their positives
@@ -178,7 +207,7 @@ def _loss_of_width(step: StepRows, temperature: float | Tensor, symmetric: bool)
         excluded = (query_keys == query_keys[own, None]) | (query_keys == positive_keys[own, None])
         excluded |= positive_keys == positive_keys[own, None]
         losses = (losses + _losses(positive_vectors[own] @ query_vectors.T / temperature, own, excluded)) / 2
-    return losses.sum() * step.num_ranks / max(len(query_keys), 1) + 0 * step.vectors.sum()
+    return losses
 
 
 def _losses(logits: Tensor, right: Tensor, excluded: Tensor) -> Tensor:

@@ -139,9 +139,21 @@ def head_loss(
         groups = torch.zeros(len(outputs), device=outputs.device) if groups is None else groups.to(outputs.device)
         return STEP_LOSSES[task](outputs, targets, groups, **options)
     known = ~targets.isnan().any(dim=1)
-    label_weights = None if weights is None else outputs.new_tensor(list(weights))
-    losses = LOSSES[task][loss](outputs, targets.nan_to_num(), label_weights, smoothing, **options)
+    losses = row_losses(task, loss, outputs, targets, weights=weights, smoothing=smoothing, options=options)
     return losses.where(known, 0).sum() / known.sum().clamp(min=1)
+
+
+def row_losses(
+    task: str, loss: str, outputs: Tensor, targets: Tensor, *, weights: Sequence[float] | None = None,
+    smoothing: float = 0.0, options: Mapping[str, object] | None = None,
+) -> Tensor:  # fmt: skip
+    """Return the loss of each row, `(B,)`, which means nothing where a row has no label; arguments as of `head_loss`.
+
+    Raises:
+        KeyError: the task has no such loss, as those of `STEP_LOSSES`, which compare rows.
+    """
+    label_weights = None if weights is None else outputs.new_tensor(list(weights))
+    return LOSSES[task][loss](outputs, targets.nan_to_num(), label_weights, smoothing, **(options or {}))
 
 
 def _binary_label_weights(targets: Tensor, weights: Tensor | None) -> Tensor:

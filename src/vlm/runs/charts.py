@@ -4,14 +4,14 @@ Colours are variables of the page, see `STYLE`; a figure holds both scales, and 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from html import escape
 
 from vlm.config.shown import printable
 
 WIDTH, HEIGHT = 720, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 80, 12, 12, 40
 """The size of a chart and the margins around its axes, in SVG units."""
 MAX_POINTS = 800
 """Maximum number of drawn points of a curve; of more, the lowest and the highest of each stretch are drawn."""
@@ -26,7 +26,8 @@ STYLE = """\
 figure{margin:1.2rem 0}figcaption{display:flex;flex-wrap:wrap;gap:.2rem 1rem;align-items:baseline;font-weight:600}
 figcaption label{font-weight:400;color:var(--muted);font-size:.85rem;margin-left:auto;cursor:pointer}
 .chart{width:100%;height:auto;display:block}.chart text{fill:var(--muted);font:12px system-ui,sans-serif}
-.chart .grid{stroke:var(--line);stroke-width:1}.chart polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
+.chart .grid{stroke:var(--line);stroke-width:1}.chart .interval{stroke-width:2;opacity:.5}
+.chart polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}
 .legend{display:flex;flex-wrap:wrap;gap:.1rem 1.2rem;font-size:.85rem;color:var(--muted);padding:0;margin:.2rem 0 0;
 list-style:none}.legend svg{width:22px;height:10px;margin-right:.35rem;vertical-align:middle}
 figure:has(.scale:checked) .linear,figure:not(:has(.scale:checked)) .log{display:none}
@@ -38,11 +39,24 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a chart; with `marked`, its points are drawn too, for example those of a few evaluations."""
+    """A line of a chart.
+
+    Attributes:
+        name: its name in the legend.
+        points: its points.
+        marked: whether its points are drawn too, for example those of a few evaluations.
+        half_widths: x of a point -> half the width of its interval, which is drawn if `marked` is set.
+    """
 
     name: str
     points: Sequence[Point]
     marked: bool = False
+    half_widths: Mapping[int, float] = field(default_factory=dict)
+
+    def interval(self, point: Point) -> Point:
+        """Return the ends of the interval of a point; the point itself where it has none."""
+        width = self.half_widths.get(int(point[0]), 0.0) if self.marked else 0.0
+        return point[1] - width, point[1] + width
 
 
 def draw_figure(title: str, curves: Sequence[Curve], *, x_title: str = "step", from_zero: bool = False,
@@ -57,13 +71,13 @@ def draw_figure(title: str, curves: Sequence[Curve], *, x_title: str = "step", f
         log_scale: whether it can be switched to a logarithmic scale, if all values are above 0.
         note: plain text below the legend.
     """
-    drawn = [Curve(curve.name, _thin(curve.points), curve.marked) for curve in _merge_equal(curves) if curve.points]
+    drawn = [replace(curve, points=_thin(curve.points)) for curve in _merge_equal(curves) if curve.points]
     if not drawn:
         return ""
     label = f"{title}: {', '.join(curve.name for curve in drawn)}"
     charts = _draw_chart(drawn, x_title, label, "linear", _linear_scale(drawn, from_zero=from_zero))
     switch = ""
-    if log_scale and all(y > 0 for curve in drawn for _, y in curve.points):
+    if log_scale and all(curve.interval(point)[0] > 0 for curve in drawn for point in curve.points):
         charts += _draw_chart(drawn, x_title, label, "log", _log_scale(drawn))
         switch = '<label><input type="checkbox" class="scale"> log scale</label>'
     legend = "".join(
@@ -84,7 +98,7 @@ def _merge_equal(curves: Sequence[Curve]) -> list[Curve]:
     for curve in curves:
         points = tuple(curve.points)
         name = f"{merged[points].name}, {curve.name}" if points in merged else curve.name
-        merged[points] = Curve(name, points, curve.marked)
+        merged[points] = replace(curve, name=name, points=points)
     return list(merged.values())
 
 
@@ -106,7 +120,7 @@ class _Scale:
 
 
 def _linear_scale(curves: Sequence[Curve], *, from_zero: bool) -> _Scale:
-    values = [y for curve in curves for _, y in curve.points]
+    values = [end for curve in curves for point in curve.points for end in curve.interval(point)]
     low, high = min(values), max(values)
     low = min(0.0, low) if from_zero else low
     pad = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
@@ -115,7 +129,7 @@ def _linear_scale(curves: Sequence[Curve], *, from_zero: bool) -> _Scale:
 
 
 def _log_scale(curves: Sequence[Curve]) -> _Scale:
-    logs = [math.log10(y) for curve in curves for _, y in curve.points]
+    logs = [math.log10(end) for curve in curves for point in curve.points for end in curve.interval(point)]
     low, high = min(logs), max(logs)
     pad = 0.05 * (high - low) or 0.1
     low, high = low - pad, high + pad
@@ -169,8 +183,8 @@ def _draw_chart(curves: Sequence[Curve], x_title: str, label: str, kind: str, sc
     for tick in nice_ticks(first, last, 6):
         if whole and not float(tick).is_integer():
             continue
-        parts.append(f'<text x="{x_of(tick):.1f}" y="{HEIGHT - 16}" text-anchor="middle">{show_tick(tick)}</text>')
-    parts.append(f'<text x="0" y="{HEIGHT - 16}">{_text(x_title)}</text>')
+        parts.append(f'<text x="{x_of(tick):.1f}" y="{HEIGHT - 12}" text-anchor="middle">{show_tick(tick)}</text>')
+    parts.append(f'<text x="0" y="{HEIGHT - 12}">{_text(x_title)}</text>')
     for number, curve in enumerate(curves):
         places = [(x_of(x), y_of(y)) for x, y in curve.points]
         if len(places) > 1:
@@ -179,6 +193,11 @@ def _draw_chart(curves: Sequence[Curve], x_title: str, label: str, kind: str, sc
         if curve.marked or len(places) == 1:
             dots = (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in places)
             parts.append(f'<g fill="var(--c{number % NUM_COLOURS})">{"".join(dots)}</g>')
+        ends = [(x_of(point[0]), *map(y_of, curve.interval(point))) for point in curve.points if curve.half_widths]
+        bars = (
+            f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}"/>' for x, low, high in ends if low > high
+        )
+        parts.append(f'<g class="interval" stroke="var(--c{number % NUM_COLOURS})">{"".join(bars)}</g>' if ends else "")
     return "".join(parts) + "</svg>"
 
 

@@ -1,7 +1,8 @@
 """Two runs or more next to each other: what differs in their configurations, metrics and answers.
 
-If two runs answered the same records (`vlm eval` on the same data), the difference of a metric is paired by record;
-otherwise the interval comes from the recorded intervals of both runs.
+If two runs were evaluated on the same records, the difference of a metric is paired: by record for evaluations during
+training and for answers of `vlm eval`, by resample for heads. Otherwise the interval comes from the recorded intervals
+of both runs.
 """
 
 import math
@@ -17,6 +18,7 @@ from vlm.evaluation.bootstrap import Score
 from vlm.evaluation.paired import paired_difference, units_of
 from vlm.evaluation.text_metrics import METRICS
 from vlm.runs.differences import differing_settings
+from vlm.runs.evaluated_records import paired_metric, paired_resamples
 from vlm.runs.files import Folder, JsonObject, list_at, mapping_at, text_at
 from vlm.runs.metrics import INTERVAL_SUFFIX
 from vlm.runs.outcome import sign_of
@@ -41,14 +43,18 @@ class MetricRow:
         scores: its value in each run with its interval; None if a run does not have it.
         differences: for each run but the first, its value minus the first run's, with its interval; None if either
             lacks it.
-        is_paired: whether the differences are of the same records.
+        paired: for each difference, whether it is of the same records; empty: none is.
     """
 
     place: str
     metric: str
     scores: list[Score | None]
     differences: list[Score | None]
-    is_paired: bool = False
+    paired: Sequence[bool] = ()
+
+    def is_paired(self, number: int) -> bool:
+        """Return whether a difference is of the same records."""
+        return bool(self.paired) and self.paired[number]
 
     def verdict(self, number: int) -> str:
         """Return whether a run is better than the first: `better`, `worse`, `within noise`, empty if unknown."""
@@ -114,7 +120,8 @@ class RunComparison:
         for name in names:
             scores = [_logged_score(run, name) for run in self.runs]
             if any(scores):
-                rows.append(MetricRow("training", name, scores, _differences(scores)))
+                pairs = [_paired_logged(self.runs[0], other, name) for other in self.runs[1:]]
+                rows.append(_make_row("training", name, scores, pairs))
         return rows
 
     def _evaluated_metrics(self) -> list[MetricRow]:
@@ -125,16 +132,21 @@ class RunComparison:
             paired = _PairedAnswers(evaluations)
             for metric in dict.fromkeys(metric for one in evaluations if one is not None for metric in one.scores):
                 scores = [_evaluated_score(one, metric) for one in evaluations]
-                differences = paired.differences(metric) or _differences(scores)
-                rows.append(MetricRow(name, metric, scores, differences, is_paired=paired.has(metric)))
+                rows.append(_make_row(name, metric, scores, paired.differences(metric) or []))
         return rows
 
     def _head_metrics(self) -> list[MetricRow]:
         found = [dict(_head_scores(run.heads)) for run in self.runs]
         rows = []
-        for place, metric in dict.fromkeys(key for scores in found for key in scores):
-            scores = [one.get((place, metric)) for one in found]
-            rows.append(MetricRow(place, metric, scores, _differences(scores)))
+        for records, head, metric in dict.fromkeys(key for scores in found for key in scores):
+            scores = [one.get((records, head, metric)) for one in found]
+            values = [None if score is None else score.value for score in scores]
+            entries = [mapping_at(run.head_resamples, records, head) for run in self.runs]
+            pairs = [
+                paired_resamples(entries[0], entry, metric, [values[0], value])
+                for entry, value in zip(entries[1:], values[1:], strict=True)
+            ]
+            rows.append(_make_row(f"{head}, {records}", metric, scores, pairs))
         return rows
 
     @cached_property
@@ -164,8 +176,25 @@ def _surroundings(run: RunDirectory) -> dict[str, str]:
     return facts | packages | others | {"devices": devices}
 
 
+def _make_row(place: str, metric: str, scores: list[Score | None], pairs: Sequence[Score | None]) -> MetricRow:
+    """Return a metric of all runs, with those differences paired that can be."""
+    differences = _differences(scores)
+    pairs = pairs or [None] * len(differences)
+    chosen = [other if pair is None else pair for pair, other in zip(pairs, differences, strict=True)]
+    return MetricRow(place, metric, scores, chosen, [pair is not None for pair in pairs])
+
+
+def _paired_logged(first: RunDirectory, other: RunDirectory, name: str) -> Score | None:
+    """Return the difference of a metric's last values on the same records; None if they cannot be paired."""
+    columns = first.metrics.get(name), other.metrics.get(name)
+    if name == "loss" or columns[0] is None or columns[1] is None or not columns[0].steps or not columns[1].steps:
+        return None
+    steps = columns[0].steps[-1], columns[1].steps[-1]
+    return paired_metric(first.records_at(steps[0]), other.records_at(steps[1]), name)
+
+
 def _logged_score(run: RunDirectory, name: str) -> Score | None:
-    value, width = run.metrics.last(name), run.metrics.last(f"{name}{INTERVAL_SUFFIX}")
+    value, width = run.metrics.last(name), run.metrics.last_half_width(name)
     if value is None:
         return None
     return Score(value) if width is None else Score(value, value - width, value + width)
@@ -176,11 +205,11 @@ def _evaluated_score(evaluation: Evaluation | None, metric: str) -> Score | None
     return None if found is None or found[0] is None else Score(*found)
 
 
-def _head_scores(heads: JsonObject) -> Iterator[tuple[tuple[str, str], Score]]:
+def _head_scores(heads: JsonObject) -> Iterator[tuple[tuple[str, str, str], Score]]:
     for records in heads:
         for head in mapping_at(heads, records):
             for metric, score in read_scores({"metrics": mapping_at(heads, records, head, "scores")}).items():
-                yield (f"{head}, {records}", metric), Score(*score)
+                yield (records, head, metric), Score(*score)
 
 
 def _differences(scores: Sequence[Score | None]) -> list[Score | None]:
@@ -209,10 +238,6 @@ class _PairedAnswers:
         self.tables: list[Mapping[tuple[str, ...], JsonObject]] = []
         if all(table for table in tables) and len({tuple(table) for table in tables if table}) == 1:
             self.tables = [table for table in tables if table]
-
-    def has(self, metric: str) -> bool:
-        """Return whether a metric can be paired: one of this package's that has a value for each answer."""
-        return bool(self.tables) and self.values(metric) is not None
 
     def values(self, metric: str) -> list[np.ndarray] | None:
         """Return a metric of each answer, `(records,)` for each run; None if it has no value for each."""

@@ -11,7 +11,7 @@ from vlm.evaluation.bootstrap import Score
 from vlm.runs.charts import Curve, draw_figure
 from vlm.runs.comparison import MetricRow, RunComparison, sparkline
 from vlm.runs.html import STYLE, ImageBudget, section, table, text
-from vlm.runs.listing import RunTable, format_value
+from vlm.runs.listing import RunTable
 from vlm.runs.report_outcomes import THUMBNAIL, show_score
 
 COLUMNS = ("state", "step", "loss", "eval_loss", "tokens_per_second", "duration")
@@ -24,8 +24,9 @@ MAX_IMAGE_BYTES = 8 << 20
 CURVES = ("loss", "eval_loss")
 MORE_CURVES = ("grad_norm", "tokens_per_second")
 INDEPENDENT = (
-    "Differences are relative to the first run, with 95% intervals. Paired intervals compare the same records; the "
-    "others treat the runs as independent, which makes them too wide if both were evaluated on the same records."
+    "Differences are relative to the first run, with 95% intervals over records. Paired intervals compare the same "
+    "records; the others treat the runs as independent, so they are too wide if both runs were evaluated on the same "
+    "records. No interval covers what another seed would change."
 )
 MORE_STYLE = """\
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:.4rem 1rem}
@@ -55,7 +56,7 @@ def _run_rows(comparison: RunComparison) -> list[tuple[str, ...]]:
     runs, letters = RunTable(comparison.runs), comparison.labels != comparison.names
     titles = [f"{label}  {name}" if letters else name for label, name in _both(comparison)]
     return [
-        (name, *(format_value(column, runs.value(run, column)) for column in COLUMNS))
+        (name, *(runs.text(run, column) for column in COLUMNS))
         for name, run in zip(titles, comparison.runs, strict=True)
     ]
 
@@ -86,7 +87,9 @@ def _metric_rows(comparison: RunComparison) -> Iterator[tuple[MetricRow, tuple[s
                 cells.append("")
                 continue
             shown = f"{'+' if difference.value > 0 else ''}{_show(difference)}"
-            cells.append(" ".join(filter(None, [shown, row.verdict(number), "(paired)" if row.is_paired else ""])))
+            cells.append(
+                " ".join(filter(None, [shown, row.verdict(number), "(paired)" if row.is_paired(number) else ""]))
+            )
         name = row.metric if row.place == "training" else f"{row.place}: {row.metric}"
         yield row, (name, *cells)
 
@@ -177,7 +180,7 @@ def _other_curves(comparison: RunComparison) -> list[str]:
 def _figure(comparison: RunComparison, name: str) -> str:
     pairs = zip(comparison.labels, comparison.runs, strict=True)
     return draw_figure(name, [
-        Curve(label, run.metrics[name].points(), marked=name.startswith("eval_"))
+        Curve(label, run.metrics[name].points(), name.startswith("eval_"), run.metrics.half_widths(name))
         for label, run in pairs if name in run.metrics
     ], from_zero=name == "tokens_per_second")  # fmt: skip
 

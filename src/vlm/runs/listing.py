@@ -88,11 +88,22 @@ class RunTable:
             return describe_values(self._differs[id(run)])
         if key in FIELDS:
             return FIELDS[key](run)
-        if metric := next((name for name in (key, f"eval_{key}") if name in self._metrics), None):
+        if metric := self._find_metric(key):
             return run.last_metrics.last(metric)
         settings = run.settings
         name = key if key in settings else next((name for name in settings if name.endswith(f".{key}")), None)
         return None if name is None else _plain(settings[name])
+
+    def text(self, run: RunDirectory, key: str) -> str:
+        """Return the value of a column as text, a metric's with half the width of its 95% interval."""
+        shown, metric = format_value(key, self.value(run, key)), self._find_metric(key)
+        if key in FIELDS or metric is None or (width := run.last_metrics.last_half_width(metric)) is None:
+            return shown
+        return f"{shown} ± {width:.2g}"
+
+    def _find_metric(self, key: str) -> str | None:
+        """Return the logged name of a metric, which may be given without `eval_`; None if no run has it."""
+        return next((name for name in (key, f"eval_{key}") if name in self._metrics), None)
 
     def check_keys(self, keys: Sequence[str]) -> None:
         """Refuse a column that no run has, and the last word of several settings.
@@ -137,7 +148,7 @@ class RunTable:
 
     def format(self, runs: Sequence[RunDirectory], columns: Sequence[str], width: int = 0) -> str:
         """Return a table for a terminal; if it is wider than `width` (0: never), its longest column is cut."""
-        texts = [[format_value(column, self.value(run, column)) for column in columns] for run in runs]
+        texts = [[self.text(run, column) for column in columns] for run in runs]
         used = [
             at for at, column in enumerate(columns) if column in ("name", *columns[:1]) or any(row[at] for row in texts)
         ]

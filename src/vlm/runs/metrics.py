@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from mmap import ACCESS_READ, mmap
 
 from vlm.runs.files import Folder, JsonObject, as_number, parse_line
+from vlm.runs.status_line import INTERVAL_SUFFIX
 
 METRICS_FILE = "metrics.jsonl"
-INTERVAL_SUFFIX = "_ci95"
-"""The ending of the name of half the width of a metric's 95% interval."""
 MAX_LINE_BYTES = 256 * 1024
 
 
@@ -78,6 +77,16 @@ class Metrics(Mapping[str, Column]):
         column = self._columns.get(name)
         return column.last if column is not None else None
 
+    def half_widths(self, name: str) -> dict[int, float]:
+        """Return step -> half the width of a metric's 95% interval there, for those that were logged with one."""
+        column = self._columns.get(f"{name}{INTERVAL_SUFFIX}")
+        return {} if column is None else dict(column.points())
+
+    def last_half_width(self, name: str) -> float | None:
+        """Return half the width of the 95% interval of a metric's last value; None if it was logged without one."""
+        column = self._columns.get(name)
+        return None if column is None or not column.steps else self.half_widths(name).get(column.steps[-1])
+
     def last_values(self) -> dict[str, float]:
         """Return metric -> its last value, for those that have one."""
         return {name: column.values[-1] for name, column in self._columns.items() if column.values}
@@ -96,8 +105,8 @@ def read_last_metrics(folder: Folder) -> Metrics:
     """Return the end of a run's log with its last evaluation, which is enough for a list, however long the log is."""
     *lines, _ = folder.tail(METRICS_FILE).split("\n")
     objects = [found for line in lines if (found := parse_line(line)) is not None]
-    if not any("eval_loss" in found for found in objects) and (evaluation := _find_last(folder, b'"eval_loss"')):
-        objects.insert(0, evaluation)
+    if not any(name.startswith("eval_") for found in objects for name in found):
+        objects[:0] = [evaluation] if (evaluation := _find_last(folder, b'"eval_')) else []
     return Metrics(objects)
 
 

@@ -1,8 +1,9 @@
 """The one number that a run is judged by, and whether the difference between settings is more than noise.
 
 With several seeds per setting, noise is the spread between seeds: a pooled variance within settings, as in the analysis
-of variance, and Student's t for the difference of two means. With one seed each, noise is the interval over records
-that the evaluation logged. Otherwise the noise is unknown, and the result says so.
+of variance, and Student's t for the difference of two means. With one seed each, noise is that of the evaluation's
+records: of the paired difference if both runs were evaluated on the same records, otherwise the logged intervals. This
+leaves out what another seed would change. Otherwise the noise is unknown, and the result says so.
 """
 
 import math
@@ -12,11 +13,18 @@ from dataclasses import dataclass, field
 from vlm.config.derived import lower_is_better
 from vlm.config.short_names import describe_values
 from vlm.runs.differences import SEED_KEYS, setting_of, varied_settings
+from vlm.runs.evaluated_records import EvaluatedRecords, paired_metric
 from vlm.runs.files import as_number
-from vlm.runs.metrics import INTERVAL_SUFFIX
 from vlm.runs.read import RunDirectory
 
 EVALUATION_LOSS, TRAINING_LOSS = "eval_loss", "loss"
+SEEDS, PAIRED, INDEPENDENT = "seeds", "paired", "independent"
+SOURCES = {
+    SEEDS: "by the spread between seeds",
+    PAIRED: "by the evaluation's records, which are the same",
+    INDEPENDENT: "by the evaluation's intervals, taken for independent",
+}
+"""Source of the noise of a difference -> its name in messages."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +35,15 @@ class Outcome:
         value: the metric of the best evaluation if the run keeps it, else of the last one.
         step: when it was measured.
         half_width: half the width of its 95% interval over records; None if it was not logged.
+        metric: its name.
+        records: what the evaluation found of each record; None if that was not kept.
     """
 
     value: float
     step: int
     half_width: float | None = None
+    metric: str = ""
+    records: EvaluatedRecords | None = None
 
 
 def metric_of(runs: Sequence[RunDirectory]) -> str:
@@ -61,9 +73,8 @@ def outcome_of(run: RunDirectory, metric: str) -> Outcome | None:
         sign = sign_of(metric, [run])
         place = max(range(len(column.values)), key=lambda at: sign * column.values[at])
     step = column.steps[place]
-    widths = run.metrics.get(f"{metric}{INTERVAL_SUFFIX}")
-    half_width = dict(widths.points()).get(step) if widths is not None else None
-    return Outcome(column.values[place], step, half_width)
+    records = None if metric == TRAINING_LOSS else run.records_at(step)
+    return Outcome(column.values[place], step, run.metrics.half_widths(metric).get(step), metric, records)
 
 
 @dataclass
@@ -107,11 +118,13 @@ class Gap:
         setting: the setting.
         difference: the best one's mean minus its mean.
         half_width: half the width of the difference's 95% interval; None if the noise is unknown.
+        source: the source of that noise, a key of `SOURCES`.
     """
 
     setting: Setting
     difference: float
     half_width: float | None
+    source: str = SEEDS
 
     @property
     def is_clear(self) -> bool | None:
@@ -144,34 +157,45 @@ def rank(settings: Sequence[Setting], sign: int) -> tuple[Setting | None, list[G
         return None, []
     best, *others = measured
     noise = _seed_noise(measured) or _record_noise
-    return best, [Gap(other, best.mean - other.mean, noise(best, other)) for other in others]
+    return best, [Gap(other, best.mean - other.mean, *noise(best, other)) for other in others]
 
 
-def _seed_noise(settings: Sequence[Setting]) -> Callable[[Setting, Setting], float] | None:
+def _seed_noise(settings: Sequence[Setting]) -> Callable[[Setting, Setting], tuple[float, str]] | None:
     """Return half the width of a difference's interval from the spread between seeds; None without a spread."""
     freedom = sum(len(one.outcomes) - 1 for one in settings)
     if freedom < 1:
         return None
     variance = sum(one.squares for one in settings) / freedom
 
-    def half_width(one: Setting, other: Setting) -> float:
-        """Return it for two settings."""
+    def half_width(one: Setting, other: Setting) -> tuple[float, str]:
+        """Return it for two settings, and its source."""
         from scipy.stats import t  # slow to import
 
         error = math.sqrt(variance * (1 / len(one.outcomes) + 1 / len(other.outcomes)))
-        return float(t.ppf(0.975, freedom)) * error
+        return float(t.ppf(0.975, freedom)) * error, SEEDS
 
     return half_width
 
 
-def _record_noise(one: Setting, other: Setting) -> float | None:
-    """Return half the width of a difference's interval from the intervals over records, treated as independent."""
-    widths = one.outcomes[0].half_width, other.outcomes[0].half_width
-    return None if widths[0] is None or widths[1] is None else math.hypot(widths[0], widths[1])
+def _record_noise(one: Setting, other: Setting) -> tuple[float | None, str]:
+    """Return half the width of the interval of a difference over records, and whether these are the same."""
+    first, second = one.outcomes[0], other.outcomes[0]
+    pair = paired_metric(first.records, second.records, first.metric)
+    if pair is not None and pair.low is not None and pair.high is not None:
+        return (pair.high - pair.low) / 2, PAIRED
+    widths = first.half_width, second.half_width
+    return None if widths[0] is None or widths[1] is None else math.hypot(widths[0], widths[1]), INDEPENDENT
 
 
-def describe_verdict(settings: Sequence[Setting], metric: str, sign: int) -> str:
-    """Return in a few sentences which setting is best, and whether that is more than noise."""
+def describe_verdict(settings: Sequence[Setting], metric: str, sign: int, *, in_sweep: bool = False) -> str:
+    """Return in a few sentences which setting is best, and whether that is more than noise; else what would tell.
+
+    Args:
+        settings: the settings.
+        metric: what they are compared by.
+        sign: 1 where more is better.
+        in_sweep: whether the runs are those of a sweep.
+    """
     best, gaps = rank(settings, sign)
     if best is None:
         return f"No run has a value of {metric}, so none is best."
@@ -185,17 +209,24 @@ def describe_verdict(settings: Sequence[Setting], metric: str, sign: int) -> str
     if nearest.half_width is None:
         return (
             f"{text} The next, {nearest.setting}, is {abs(nearest.difference):.4g} behind. Whether that is more than "
-            "noise cannot be told from one seed of each: add trainer.seed=1,2,3 to the sweep."
+            f"noise cannot be told from one seed of each: {_advise(metric, in_sweep=in_sweep)}."
         )
-    seeds = any(len(one.outcomes) > 1 for one in settings)
-    source = "by the spread between seeds" if seeds else "by the evaluation's intervals, taken for independent"
     low, high = sorted((abs(nearest.difference) - nearest.half_width, abs(nearest.difference) + nearest.half_width))
-    interval = f"{abs(nearest.difference):.4g} behind [95%: {low:.4g} to {high:.4g}], {source}"
+    interval = f"{abs(nearest.difference):.4g} behind [95%: {low:.4g} to {high:.4g}], {SOURCES[nearest.source]}"
     if nearest.is_clear:
-        return f"{text} The next, {nearest.setting}, is {interval}: that is more than noise."
+        untold = "" if nearest.source == SEEDS else " Each has one seed; what another would change is not known."
+        return f"{text} The next, {nearest.setting}, is {interval}: that is more than noise.{untold}"
     unclear = sum(gap.is_clear is False for gap in gaps)
     more = "" if unclear == 1 else f" {unclear} settings cannot be told from the best."
     return f"{text} The next, {nearest.setting}, is {interval}: that is within noise.{more}"
+
+
+def _advise(metric: str, *, in_sweep: bool) -> str:
+    """Return what would tell whether the difference of settings with one seed each is noise."""
+    seeds = "add trainer.seed=1,2,3 to the sweep" if in_sweep else "train each with several values of trainer.seed"
+    if metric != TRAINING_LOSS:
+        return seeds
+    return f"evaluate (dataset.eval_split=0.05 trainer.eval_strategy=epoch), or {seeds}"
 
 
 def _describe_mean(setting: Setting) -> str:

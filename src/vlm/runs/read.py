@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlm.config.secrets import mask, mask_settings
 from vlm.runs.files import (
@@ -29,6 +30,9 @@ from vlm.runs.holder import is_held
 from vlm.runs.metrics import METRICS_FILE, Metrics, read_last_metrics, read_metrics
 from vlm.runs.samples import Answer, read_samples
 from vlm.runs.status_line import ACTIVE_STATES, DONE, ENDED_STATES, FAILED, STATUS_FILE, STOPPED, TRAINING
+
+if TYPE_CHECKING:
+    from vlm.runs.evaluated_records import EvaluatedRecords
 
 CONFIG_FILE, COMMAND_FILE, VERSIONS_FILE, DATA_FILE = "config.yaml", "command.txt", "versions.json", "data.json"
 PARTS_FILE, REPORT_FILE = "parts.json", "report.html"
@@ -88,6 +92,7 @@ class RunDirectory:
     def __init__(self, path: Path, name: str | None = None):
         self.path, self.name = path, name or path.name or path.resolve().name
         self.files = Folder(path)
+        self._records: dict[int, EvaluatedRecords | None] = {}
 
     def __repr__(self) -> str:
         return f"RunDirectory({str(self.path)!r})"
@@ -161,6 +166,14 @@ class RunDirectory:
     def last_metrics(self) -> Metrics:
         """The end of the log with the last evaluation; enough for a list."""
         return read_last_metrics(self.files)
+
+    def records_at(self, step: int) -> "EvaluatedRecords | None":
+        """Return what the evaluation at a step found of each record; None if that was not kept."""
+        if step not in self._records:
+            from vlm.runs.evaluated_records import read_evaluated_records  # numpy comes with it, which no list needs
+
+            self._records[step] = read_evaluated_records(self.files, step)
+        return self._records[step]
 
     @cached_property
     def status(self) -> JsonObject:
@@ -280,6 +293,11 @@ class RunDirectory:
     def heads(self) -> JsonObject:
         """`scores.json`: set of records -> head -> records, note, threshold, scores, baseline."""
         return self.files.json("scores.json")
+
+    @cached_property
+    def head_resamples(self) -> JsonObject:
+        """`scores_resampled.json`: set of records -> head -> its metrics on each resample; earlier runs have none."""
+        return self.files.json("scores_resampled.json")
 
     @cached_property
     def evaluations(self) -> list[Evaluation]:

@@ -60,7 +60,7 @@ def _tiles(run: RunDirectory) -> str:
         "steps": f"{run.step:,}" + (f" of {run.max_steps:,}" if run.max_steps and run.max_steps != run.step else ""),
         "epochs": "" if epochs is None else f"{epochs:.3g}",
         "training loss": _number(last("loss")),
-        "evaluation loss": _number(last("eval_loss")),
+        "evaluation loss": _number(last("eval_loss"), run.metrics.last_half_width("eval_loss")),
         "tokens/s": _number(last("tokens_per_second")),
         "duration": "" if run.seconds is None else format_duration(run.seconds),
         "peak memory": "" if (memory := last("peak_memory_gib")) is None else f"{memory:.3g} GiB",
@@ -69,8 +69,8 @@ def _tiles(run: RunDirectory) -> str:
     return f'<ul class="tiles">{tiles}</ul>'
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else format_number(value)
+def _number(value: float | None, half_width: float | None = None) -> str:
+    return "" if value is None else format_number(value) + ("" if half_width is None else f" ± {half_width:.2g}")
 
 
 def write_report(folder: Path, state: str | None = None) -> Path:

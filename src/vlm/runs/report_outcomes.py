@@ -59,7 +59,7 @@ def _last_evaluation(run: RunDirectory) -> str:
     rows = []
     for name, column in named.items():
         width = columns.get(f"{name}{INTERVAL_SUFFIX}")
-        spread = f" ± {format_number(width.values[-1])}" if width is not None and width.values else ""
+        spread = f" ± {width.values[-1]:.2g}" if width is not None and width.values else ""
         best = ""
         if len(column.values) > 1:
             low, high = min(column.values), max(column.values)

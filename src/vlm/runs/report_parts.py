@@ -15,7 +15,7 @@ from vlm.runs.files import JsonObject, as_number, get, list_at, mapping_at, numb
 from vlm.runs.html import ImageBudget, details, table, text
 from vlm.runs.listing import format_number
 from vlm.runs.read import UNFINISHED, RunDirectory
-from vlm.runs.status_line import FAILED, STOPPED
+from vlm.runs.status_line import ACTIVE_STATES, FAILED, INTERVAL_SUFFIX, STOPPED
 
 LOSSES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
 FINGERPRINT_LENGTH = 12
@@ -45,7 +45,10 @@ def warnings(run: RunDirectory, images: ImageBudget) -> str:
 
 def _find_warnings(run: RunDirectory) -> Iterator[str]:
     if run.state == FAILED:
-        yield f"The run failed at step {run.step:,}."
+        message = text_at(run.status, "message")
+        if not message and run.status.get("state") in ACTIVE_STATES:
+            message = "its process ended without a word; run.log has its last lines"
+        yield f"The run failed at step {run.step:,}" + (f": {message}" if message else ".")
     elif run.state in (STOPPED, UNFINISHED):
         saved = f"; its newest checkpoint is of step {run.checkpoints[-1]:,}" if run.checkpoints else ""
         yield f"The run did not finish: it was at step {run.step:,}{saved}."
@@ -192,7 +195,8 @@ def curves(run: RunDirectory) -> str:
     """Return figures of losses, rates, gradients, evaluations and throughput."""
     metrics = run.metrics
     figures = [draw_figure("Loss", [
-        Curve(name, metrics[key].points(), marked=key != "loss") for key, name in LOSSES.items() if key in metrics
+        Curve(name, metrics[key].points(), key != "loss", metrics.half_widths(key))
+        for key, name in LOSSES.items() if key in metrics
     ])]  # fmt: skip
     groups = {
         "Loss by source": ("loss/", "eval_loss/"),
@@ -202,7 +206,7 @@ def curves(run: RunDirectory) -> str:
     }
     for title, prefixes in groups.items():
         named = {name: column for prefix in prefixes for name, column in metrics.starting_with(prefix).items()}
-        lines = [Curve(name, column.points()) for name, column in named.items()]
+        lines = [Curve(name, column.points()) for name, column in named.items() if not name.endswith(INTERVAL_SUFFIX)]
         if title == "Gradient norm" and "grad_norm" in metrics:
             lines = [Curve("whole model", metrics["grad_norm"].points()), *lines]
         figures.append(draw_figure(title, lines, from_zero=title == "Learning rate"))
@@ -213,10 +217,11 @@ def curves(run: RunDirectory) -> str:
 
 def _evaluation_figures(run: RunDirectory) -> Iterator[str]:
     named = {name: column for name, column in run.metrics.starting_with("eval_").items()
-             if name not in OF_NO_FIGURE and not name.endswith("_ci95") and "/" not in name}  # fmt: skip
+             if name not in OF_NO_FIGURE and not name.endswith(INTERVAL_SUFFIX) and "/" not in name}  # fmt: skip
     for name, column in list(named.items())[:MAX_FIGURES]:
         if len(column.values) > 1:
-            yield draw_figure(f"Evaluation: {name}", [Curve(name, column.points(), marked=True)])
+            widths = run.metrics.half_widths(f"eval_{name}")
+            yield draw_figure(f"Evaluation: {name}", [Curve(name, column.points(), True, widths)])
 
 
 def _throughput(run: RunDirectory) -> str:
@@ -251,7 +256,7 @@ def speed(run: RunDirectory) -> str:
 def resumes(run: RunDirectory) -> str:
     """Return what changed at later starts."""
     rows = [
-        (f"{change.step:,}", change.time, key, show_value(before), show_value(now))
+        (f"{change.step:,}", change.time.replace("T", " "), key, show_value(before), show_value(now))
         for change in run.changes
         for key, (before, now) in change.values.items()
     ]

@@ -3,10 +3,8 @@
 `train/monitor` shows them during training, `vlm watch` from the files of a run. Imports the standard library only.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import linear_regression, pvariance
 
 STATUS_FILE = "status.json"
@@ -23,8 +21,12 @@ COLOURS = {"falling": "\x1b[32m", "rising": "\x1b[31m", "dim": "\x1b[2m"}
 END_OF_COLOUR = "\x1b[0m"
 RATE_NAMES = {"visual_encoder": "encoder", "language_model": "llm"}
 """Part -> its short name in the line."""
-NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch", "image_gain_ci95", "blank_loss", "loss")
-"""Logged values of an evaluation that are not listed as metrics in its line."""
+NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "epoch")
+"""Logged values of an evaluation that are not metrics."""
+FIRST_METRICS = {"loss": "loss", "blank_loss": "on blank images", "image_gain": "image gain"}
+"""Metric -> its name in the line of an evaluation, which begins with these."""
+INTERVAL_SUFFIX = "_ci95"
+"""The ending of the name of half the width of a metric's 95% interval."""
 
 
 def find_trend(steps: Sequence[int], losses: Sequence[float]) -> str | None:
@@ -120,26 +122,15 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_evaluation(step: int, metrics: Mapping[str, float]) -> str:
-    """Return the metrics of an evaluation in a line: the losses, the gain by images with its interval, then others."""
+    """Return the metrics of an evaluation in a line, with their intervals: losses, the gain by images, then others."""
     values = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+    others = [
+        name for name in values if not name.endswith(INTERVAL_SUFFIX) and name not in (*NO_METRICS, *FIRST_METRICS)
+    ]
     fields = []
-    if "loss" in values:
-        fields.append(f"loss {values['loss']:.4g}")
-    if "blank_loss" in values:
-        fields.append(f"on blank images {values['blank_loss']:.4g}")
-    if "image_gain" in values:
-        interval = f" ± {values['image_gain_ci95']:.2g}" if "image_gain_ci95" in values else ""
-        fields.append(f"image gain {values['image_gain']:.4g}{interval}")
-    others = {name: value for name, value in values.items() if name not in (*NO_METRICS, "image_gain")}
-    fields += [f"{name} {value:.4g}" for name, value in others.items()]
+    for name in (*(first for first in FIRST_METRICS if first in values), *others):
+        width = values.get(f"{name}{INTERVAL_SUFFIX}")
+        interval = "" if width is None else f" ± {width:.2g}"
+        fields.append(f"{FIRST_METRICS.get(name, name)} {values[name]:.4g}{interval}")
     time_taken = f"  ({format_seconds(values['runtime'])})" if "runtime" in values else ""
     return f"evaluation at step {step:,}:  {'  '.join(fields)}{time_taken}"
-
-
-def read_status(folder: Path) -> dict[str, object]:
-    """Return the `status.json` of a run directory; empty if there is none that can be read."""
-    try:
-        status = json.loads((folder / STATUS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return status if isinstance(status, dict) else {}

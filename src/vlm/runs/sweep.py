@@ -45,7 +45,7 @@ class SweepSummary:
         self.gaps: dict[str, Gap] = {str(gap.setting): gap for gap in gaps}
         ranked = [] if best is None else [best, *(gap.setting for gap in gaps)]
         self.settings = [*ranked, *(one for one in settings if not one.outcomes)]
-        self.verdict = describe_verdict(settings, self.metric, self.sign)
+        self.verdict = describe_verdict(settings, self.metric, self.sign, in_sweep=True)
 
     def __str__(self) -> str:
         rows = [[str(cell) for cell in row] for row in self.rows()]
@@ -138,14 +138,14 @@ def _make_page(summary: SweepSummary) -> str:
     metrics = dict.fromkeys(("loss", summary.metric, "eval_loss"))
     curves = "".join(
         draw_figure(name, [
-            Curve(run.name, run.metrics[name].points(), marked=name.startswith("eval_"))
+            Curve(run.name, run.metrics[name].points(), name.startswith("eval_"), run.metrics.half_widths(name))
             for run in order if name in run.metrics
         ])
         for name in metrics
     )  # fmt: skip
     runs = RunTable(order)
     columns = ("name", "state", "step", "loss", "eval_loss", "tokens_per_second", "duration")
-    rows = [[format_value(column, runs.value(run, column)) for column in columns] for run in summary.runs]
+    rows = [[runs.text(run, column) for column in columns] for run in summary.runs]
     image = embed_image(summary.folder / PLOT_FILE)
     plot = (
         f'<div class="plots single"><img src="{image}" alt="{text(summary.metric)} of each setting"></div>'

@@ -2,11 +2,8 @@
 run may be on another machine whose disk is mounted.
 """
 
-import json
 import math
-import os
 import re
-import socket
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +12,16 @@ from itertools import pairwise
 from pathlib import Path
 
 from vlm.config.shown import printable
+from vlm.runs.files import text_at
+from vlm.runs.holder import Holder, has_ended
 from vlm.runs.metrics import METRICS_FILE
+from vlm.runs.read import read_run
 from vlm.runs.status_line import (
     ACTIVE_STATES,
     ENDED_STATES,
     format_evaluation,
     format_line,
     format_seconds,
-    read_status,
 )
 
 LOG_FILE = "run.log"
@@ -31,8 +30,6 @@ GONE = "gone"
 STALE_SECONDS = 120.0
 """If the status of an active run is older than this, in seconds, its age is shown."""
 PLOT_ROWS = 10
-LOG_BYTES = 65536
-"""How many bytes of the end of `run.log` are read."""
 LOG_RECORD = re.compile(r"\d{4}-\d\d-\d\d (?P<time>\d\d:\d\d:\d\d),\d+ (?P<level>[A-Z]+) [\w.]+: ")
 PROGRESS_RECORD = re.compile(r" INFO vlm\.[\w.]+\.progress_line: ")
 """Progress lines in the log, which are already shown above it."""
@@ -80,56 +77,27 @@ class LiveRun:
 
     def _has_gone(self) -> bool:
         pid = self.status.get("pid")
-        if self.status.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
-            return False
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, OverflowError):  # another user's process, or no process id
-            pass
-        return False
+        return isinstance(pid, int) and pid > 0 and has_ended(Holder(text_at(self.status, "host"), pid, 0.0))
 
 
 def read_live_run(folder: Path, num_log_lines: int = 8) -> LiveRun:
-    """Read the files of a run directory.
+    """Read the files of a run directory, which may also be named by its folder `final`.
 
     Raises:
-        ValueError: the folder holds no run.
+        ValueError: the folder is not that of a run.
     """
-    status, lines = read_status(folder), list(_read_metrics(folder / METRICS_FILE))
-    if not status and not lines and not (folder / "config.yaml").is_file():
-        raise ValueError(
-            f"{folder} has no run: status.json, metrics.jsonl and config.yaml are missing. Give the run directory, "
-            "which a run prints when it begins"
-        )
-    return LiveRun(folder, status, lines, _read_tail(folder / LOG_FILE, num_log_lines), time.time())
+    run = read_run(folder)
+    lines = [
+        {name: value for name, value in line.items() if isinstance(value, int | float)}
+        for line in run.files.json_lines(METRICS_FILE) if isinstance(line.get("step"), int)
+    ]  # fmt: skip
+    log = _last_lines(run.files.tail(LOG_FILE), num_log_lines)
+    return LiveRun(run.path, run.status, lines, log, time.time())
 
 
-def _read_metrics(file: Path) -> Iterator[dict[str, float]]:
-    """Yield the numbers of each line; incomplete lines are left out."""
-    try:
-        texts = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for text in texts:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            yield {name: value for name, value in line.items() if isinstance(value, int | float)}
-
-
-def _read_tail(file: Path, number: int) -> list[str]:
-    """Return the last lines of a log, printable; none if there is no log."""
-    try:
-        with file.open("rb") as opened:
-            opened.seek(max(0, opened.seek(0, os.SEEK_END) - LOG_BYTES))
-            text = opened.read().decode("utf-8", errors="replace")
-    except OSError:
-        return []
-    lines = (_shorten(line) for line in text.splitlines() if line and not PROGRESS_RECORD.search(line))
+def _last_lines(log: str, number: int) -> list[str]:
+    """Return the last lines of a log, printable."""
+    lines = (_shorten(line) for line in log.splitlines() if line and not PROGRESS_RECORD.search(line))
     return [printable(line, single_line=True) for line in deque(lines, number)]
 
 
@@ -151,7 +119,7 @@ def render(run: LiveRun, width: int = 100, height: int | None = None) -> str:
         height: the number of rows; the log gets the remaining ones. None: no limit, and whole lines of the log.
     """
     shown = [*_render_head(run, width), *_render_losses(run.lines, width)]
-    evaluations = [line for line in run.lines if "eval_loss" in line or any(name.startswith("eval_") for name in line)]
+    evaluations = [line for line in run.lines if any(name.startswith("eval_") for name in line)]
     if evaluations:
         last = evaluations[-1]
         metrics = {name: value for name, value in last.items() if name.startswith("eval_")}

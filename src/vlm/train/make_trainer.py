@@ -1,13 +1,18 @@
 """The trainer of a run, with everything that it writes on the way."""
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from vlm.config.secrets import mask_settings
+from vlm.runs.files import flatten
 from vlm.train.monitor.callbacks import MetricsFile, SetSamplerEpoch
+from vlm.train.monitor.evaluation_records import EvaluationRecords
 from vlm.train.monitor.profiler import ProfilerCallback
 from vlm.train.monitor.progress_line import ProgressLine
 from vlm.train.monitor.recording import record_stuck
 from vlm.train.monitor.speed import make_speed_meter
+from vlm.train.monitor.trackers import add_trackers
 from vlm.train.objectives.base import Objective, PreparedRun
 from vlm.train.resume.progress import AppendedFiles
 from vlm.train.run_directory import SkippedRecords
@@ -35,8 +40,13 @@ def make_trainer(objective: Objective, run: PreparedRun) -> VLMTrainer:
         trainer.watchdog.on_end = partial(record_stuck, run.status, config.trainer.alert_command)
     trainer.saved_with_checkpoint += [skipped, AppendedFiles(output_dir, is_writer=is_writer)]
     trainer.add_callback(SetSamplerEpoch(lambda: trainer.sampler))
+    evaluated, best = run.data.records.get("eval"), trainer.best_model
+    trainer.add_callback(
+        EvaluationRecords(output_dir, objective, evaluated, lambda: None if best is None else best.step)
+    )
     if config.trainer.profile and is_writer:  # the profile ends before the callbacks of the objective
         trainer.add_callback(ProfilerCallback(run.folder / "profile", run.model))
     for callback in objective.callbacks(run, trainer):
         trainer.add_callback(callback)
+    add_trackers(trainer, flatten(mask_settings(asdict(config))))
     return trainer

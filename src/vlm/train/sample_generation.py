@@ -34,6 +34,7 @@ from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, check_me
 from vlm.evaluation.text_metrics import compute_answer_metrics
 from vlm.inference.generate import VisionLanguageModel, prompt_inputs
 from vlm.train.monitor.plots import AnsweredSample, append_sample_generations
+from vlm.train.monitor.trackers import SampleSender
 from vlm.train.objectives.base import ObjectiveTrainer
 from vlm.train.step.compile import force_eager
 
@@ -119,11 +120,12 @@ def _answerable_samples(
 def make_sample_generator(
     settings: InferenceConfig, trainer: ObjectiveTrainer, processor: Processor, samples: Sequence[Sample], folder: Path
 ) -> Callable[[int], None]:
-    """Return what answers a few samples at a step, and adds the answers to `samples.md`.
+    """Return what answers a few samples at a step, adds the answers to `samples.md` and sends them to trackers.
 
     All ranks generate, since ZeRO-3 needs them; rank 0 writes. Samples of which a template leaves no prompt (`plain`,
     text only), whose images do not open, or which the processor refuses, are passed over.
     """
+    send = SampleSender(trainer)
     prompts, prompt_media, references, tools, answered = [], [], [], [], []
     for sample in samples:
         replies = [index for index, turn in enumerate(sample.turns) if turn.role == "assistant"]
@@ -151,7 +153,9 @@ def make_sample_generator(
             questions = [_join_text(turns[-1:]) for turns in prompts]
             drawn = [_draw(processor, *item) for item in zip(answered, answers, prompt_media, strict=True)]
             rows = zip(questions, references, answers, map(_preview, prompt_media), drawn, strict=True)
-            append_sample_generations(step, (AnsweredSample(*row) for row in rows), folder)
+            generated = [AnsweredSample(*row) for row in rows]
+            append_sample_generations(step, generated, folder)
+            send(step, generated)
 
     return generate
 
@@ -159,7 +163,7 @@ def make_sample_generator(
 def _open_prompt(
     processor: Processor, turns: Sequence[Turn], sample: Sample
 ) -> Sequence[Image.Image | DecodedVideo] | None:
-    """Return the opened images and videos of a prompt, the first ones of a sample; None where nothing is left of it.
+    """Return the opened images and videos of a prompt, the first ones of a sample; None if nothing is left of it.
 
     Raises:
         BadSample: one does not open, or the template or the processor refuses the prompt.
@@ -172,7 +176,7 @@ def _open_prompt(
 
 
 def _preview(opened: Sequence[object]) -> Any:
-    """Return the first image of a sample, or of its first video; None where it has neither."""
+    """Return the first image of a sample, or of its first video; None if it has neither."""
     first = next(iter(opened), None)
     return first.frames[0] if isinstance(first, DecodedVideo) else first
 
@@ -180,7 +184,7 @@ def _preview(opened: Sequence[object]) -> Any:
 def _draw(
     processor: Processor, sample: Sample, answer: str, opened: Sequence[Image.Image | DecodedVideo]
 ) -> Image.Image | None:
-    """Return the first image of a sample with its true objects and those of an answer; None where it has neither."""
+    """Return the first image of a sample with its true objects and those of an answer; None if it has neither."""
     first = next(iter(opened), None)
     if not isinstance(first, Image.Image) or sample.images[0].frame is not None:
         return None

@@ -33,6 +33,7 @@ from vlm.train.monitor.part_updates import PartUpdates
 from vlm.train.monitor.progress_line import ProgressLine
 from vlm.train.monitor.source_losses import make_source_losses
 from vlm.train.monitor.speed import SpeedCallback, SpeedMeter
+from vlm.train.monitor.trackers import tracked_run
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun
 from vlm.train.optimizers import make_optimizer, read_learning_rates
 from vlm.train.random_state import separate_random_state
@@ -123,7 +124,8 @@ class VLMTrainer(BatchTrainer):
         """As usual, timed; a run that fails listens to signals as the process did before it."""
         self.add_callback(SpeedCallback(self.meter))  # the last one: others may ask for an evaluation or a checkpoint
         self.add_callback(EvaluateWhenDue(self))
-        with self.within_guards(), self.stoppable(), closing(self.progress):
+        tracked = tracked_run(self.callback_handler, is_writer=self.args.process_index == 0)
+        with self.within_guards(), self.stoppable(), closing(self.progress), tracked:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[object]:

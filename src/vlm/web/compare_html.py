@@ -85,7 +85,10 @@ def _settings(runs: Sequence[RunDirectory]) -> str:
 
 
 def _figure(runs: Sequence[RunDirectory], metric: str, title: str) -> str:
-    curves = [Curve(run.name, run.metrics[metric].points(), metric != "loss") for run in runs if metric in run.metrics]
+    curves = [
+        Curve(run.name, run.metrics[metric].points(), metric != "loss", run.metrics.half_widths(metric))
+        for run in runs if metric in run.metrics
+    ]  # fmt: skip
     return draw_figure(title, curves)
 
 

@@ -2,9 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 
 from vlm.models.configuration_prediction import HeadSettings
-from vlm.train.heads.outputs import HeadOutputs, concatenate_outputs, head_metrics
+from vlm.train.heads.outputs import (
+    HeadOutputs,
+    _make_head_outputs,
+    concatenate_outputs,
+    head_metrics,
+    record_losses,
+)
 
 
 def outputs(*values: float, targets: list[float], loss: float, groups: list[int] | None = None) -> HeadOutputs:
@@ -43,3 +50,25 @@ def test_metrics_of_several_heads_have_their_names():
     assert both["bright_accuracy"] == 1
     assert both["light_mae"] == pytest.approx(0.5 / 3)
     assert "loss" not in both
+
+
+@pytest.mark.parametrize("task", ["binary", "multiclass", "regression", "pairwise"])
+def test_the_losses_of_samples_or_groups_are_those_of_their_mean(task: str):
+    random, number = np.random.default_rng(0), 3 if task == "multiclass" else 2
+    labels = {"labels": [str(at) for at in range(number)]} if task in ("binary", "multiclass") else {}
+    loss = {"binary": "bce", "multiclass": "ce", "regression": "mse", "pairwise": "margin"}[task]
+    head = HeadSettings(name="it", task=task, loss=loss, **labels)
+    width = {"binary": 1, "multiclass": 3, "regression": 1, "pairwise": 1}[task]
+    batch = {
+        "outputs": {"it": torch.tensor(random.normal(size=(24, width)))},
+        "labels": {"it": torch.tensor(random.integers(0, number, (24, 1))).float()},
+        "groups": torch.arange(24) // 2,
+    }
+    batch["labels"]["it"][5] = torch.nan
+    outputs = _make_head_outputs(head, [batch])
+    losses = record_losses([head], {"it": outputs})["loss"]
+    assert losses.value == pytest.approx(outputs.loss, rel=1e-5)
+    assert len(losses.sums) == (12 if task == "pairwise" else 23)
+    logged = head_metrics([head], {"it": outputs})
+    if task != "pairwise":
+        assert logged["loss_ci95"] == pytest.approx(1.96 * losses.sums.std(ddof=1) / 23**0.5)

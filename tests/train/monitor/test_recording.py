@@ -39,6 +39,8 @@ def fake_trackio() -> Iterator[list[dict[str, float]]]:
     module.init = lambda **options: told.append({"name": options["name"]})
     module.log = lambda values, **options: told.append(values)
     module.finish = lambda: None
+    module.Markdown = lambda text: text
+    module.Image = lambda image, caption: (image.size, caption)
     module.config = {}
     module.config = type("Config", (dict,), {"update": lambda self, values, **options: None})()
     module.context_vars = SimpleNamespace(current_space_id=SimpleNamespace(get=lambda: None))
@@ -103,6 +105,15 @@ def test_a_tracker_gets_our_keys_under_the_name_of_the_run(watched: Any):
     assert first == {"name": "run"}
     keys = {key for values in logs for key in values}
     assert {"train/loss", "train/grad_norm/connector", "train/update_norm/connector", "eval/loss"} <= keys
+
+
+def test_a_tracker_gets_the_answers_to_samples_with_their_images(watched: Any):
+    (sent,) = [values for values in watched[2] if "samples/0" in values]
+    assert sent["train/global_step"] == 3
+    assert "**question**\n\n    what is in this picture?\n\n**reference**" in sent["samples/0"]
+    size, caption = sent["samples/0/image"]
+    assert max(size) <= 224
+    assert caption == "what is in this picture?"
 
 
 def test_the_log_of_a_run_is_in_its_directory(watched: Any):

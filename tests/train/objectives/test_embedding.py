@@ -15,6 +15,7 @@ from tests.train.embeddings.embedding_runs import WORDS, few_resamples, write_pa
 from tests.train.test_distributed_runs import launch
 from vlm import Embedder, Predictor
 from vlm.checks.fields import ConfigError
+from vlm.runs.read import RunDirectory
 
 METRICS = {"loss", "mrr", "reverse_mrr", *(f"{way}recall@{depth}" for way in ("", "reverse_") for depth in (1, 5, 10))}
 
@@ -40,10 +41,15 @@ def test_a_run_measures_recall_in_both_directions(finished: Path):
     evaluations = [line for line in lines if "eval_loss" in line]
     assert len(evaluations) == 2
     assert {f"eval_{name}" for name in METRICS} <= evaluations[0].keys()
+    kept = RunDirectory(finished).records_at(evaluations[-1]["step"])
+    assert kept is not None
+    assert kept.metrics["loss"].value == pytest.approx(evaluations[-1]["eval_loss"], rel=1e-4)
     assert evaluations[0]["eval_loss"] != evaluations[1]["eval_loss"]
     assert all(line["temperature"] != 0.02 for line in lines if "loss" in line)
     found = json.loads((finished / "scores.json").read_text())
     assert found.keys() == {"evaluation", "test"}
+    resampled = json.loads((finished / "scores_resampled.json").read_text())
+    assert resampled["test"]["label"]["metrics"].keys() == found["test"]["label"]["scores"].keys()
     scores = found["test"]["label"]
     assert scores["scores"].keys() == METRICS - {"loss"}
     assert scores["widths"].keys() == {"8"}

@@ -11,6 +11,8 @@ import pytest
 from tests.fixtures import losses
 from tests.train.heads.head_runs import SHORT, alone, ask, rewritten, scores_of
 from vlm.models.poolings import POOLINGS
+from vlm.runs.comparison import RunComparison
+from vlm.runs.read import RunDirectory
 from vlm.train import run as train_run
 from vlm.train.heads.outputs import HeadOutputs
 
@@ -79,6 +81,21 @@ def test_a_run_leaves_everything_behind(trained: Any, task: str):
     assert all(score["low"] <= score["value"] <= score["high"]
                for score in found["evaluation"]["label"]["scores"].values())  # fmt: skip
     assert found["test"]["label"]["baseline"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_heads_are_compared_on_the_same_records(trained: Any, task: str):
+    """A run beside itself: of the same records, so that no difference is left."""
+    run = RunDirectory(trained(task)[0])
+    rows = RunComparison([run, RunDirectory(run.path)]).metrics
+    heads = [row for row in rows if row.place.startswith("label, ")]
+    assert {row.place for row in heads} == {"label, evaluation", "label, test"}
+    for row in heads:
+        assert row.is_paired(0), row
+        difference = row.differences[0]
+        assert difference is not None
+        assert difference.value == 0
+        assert difference.low == difference.high == 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from vlm.train.preference.losses import (
     rewards,
     uses_reference,
 )
-from vlm.train.preference.metrics import StepMetrics, evaluate_scores, metric_sums
+from vlm.train.preference.metrics import StepMetrics, bootstrap_records, evaluate_records, metric_sums
 
 PAIRS = 4
 
@@ -173,7 +173,7 @@ def test_what_is_logged_of_single_replies():
 def test_evaluations_have_intervals_over_records():
     options = PreferenceOptions(beta=0.5)
     sides = scores_of([-1.0, -3.0, -2.0] * 20, [-2.0, -1.0, -6.0] * 20)
-    scores = evaluate_scores(sides, options)
+    scores = bootstrap_records(evaluate_records(sides, options))
     assert scores["loss"].value == pytest.approx(float(record_losses(sides, options).mean()))
     margin = scores["margin"]
     assert margin.value == pytest.approx(0.5)

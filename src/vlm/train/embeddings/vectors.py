@@ -1,5 +1,6 @@
 """The vectors of whole data sets, what is measured of them, and the report at the end of a run."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 
 from vlm.data.pairs.dataset import MemberDataset, Members, PairDataset, find_members
-from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
+from vlm.evaluation.bootstrap import Score, flatten_scores, format_scores, scores_to_json
 from vlm.evaluation.embedding_metrics import chance_scores, embedding_scores
+from vlm.evaluation.record_sums import RecordSums
 from vlm.models import VLMForPrediction
 from vlm.models.configuration_prediction import HeadSettings
-from vlm.models.contrastive import POSITIVE, QUERY, StepRows, loss_of_step
+from vlm.models.contrastive import POSITIVE, QUERY, StepRows, query_losses
+from vlm.runs.evaluated_records import RESAMPLES_FILE, resamples_as_json
+from vlm.train.checkpoints.files import write_text_whole
 from vlm.train.objectives.base import ObjectiveTrainer
 from vlm.train.run_directory import write_json
 
@@ -32,12 +36,12 @@ class Vectors:
     Attributes:
         vectors: `(M, D)`, float32.
         members: what they are of.
-        loss: the mean loss of all records, each among the documents of all.
+        losses: the loss of each record among the documents of all.
     """
 
     vectors: Tensor
     members: Members
-    loss: float
+    losses: RecordSums
 
 
 def collect_vectors(
@@ -63,11 +67,11 @@ def collect_vectors(
     vectors = torch.cat(parts)
     with torch.no_grad():
         options = {name: value for name, value in model.head(head.name).loss_options().items() if value is not None}
-    return Vectors(vectors, members, mean_loss(vectors, members, options))
+    return Vectors(vectors, members, record_losses(vectors, members, options))
 
 
-def mean_loss(vectors: Tensor, members: Members, options: Mapping[str, object]) -> float:
-    """Return the mean loss of all records, each among the documents of all; `options` are those of `contrastive`."""
+def record_losses(vectors: Tensor, members: Members, options: Mapping[str, object]) -> RecordSums:
+    """Return the loss of each record among the documents of all; `options` are those of `contrastive`."""
     known = {name: value for name, value in options.items() if name != "learned_temperature"}
     temperature = known.pop("temperature", 0.05)
     negatives = np.setdiff1d(members.documents, members.positives)
@@ -75,26 +79,27 @@ def mean_loss(vectors: Tensor, members: Members, options: Mapping[str, object]) 
     number = len(members.queries)
     roles = torch.full((len(places),), POSITIVE + 1)
     roles[:number], roles[number : 2 * number] = QUERY, POSITIVE
-    total = 0.0
+    losses = []
     for start in range(0, number, LOSS_BLOCK):
         is_own = torch.zeros(len(places), dtype=torch.bool)
         is_own[start : start + LOSS_BLOCK] = True
         step = StepRows(vectors[places], roles, places, is_own)
-        total += float(loss_of_step(step, torch.as_tensor(temperature).cpu(), **known))  # pyright: ignore[reportArgumentType] - the options of a checked configuration
-    return total
+        losses.append(query_losses(step, torch.as_tensor(temperature).cpu(), **known))  # pyright: ignore[reportArgumentType] - the options of a checked configuration
+    return RecordSums(torch.cat(losses).double().numpy(), np.ones(number))
 
 
 def evaluation_metrics(vectors: Vectors) -> dict[str, float]:
-    """Return loss and metrics of vectors, as evaluations log them."""
+    """Return loss and metrics of vectors, as evaluations log them; the loss has an interval, see `record_sums`."""
     scores = embedding_scores(vectors.vectors, vectors.members, num_resamples=0)
     values = {name: score.value for name, score in scores.items() if score.value is not None}
-    return {"loss": vectors.loss, **values}
+    return flatten_scores({"loss": vectors.losses.score}) | values
 
 
 def report(
-    folder: Path, head: HeadSettings, sets: Mapping[str, Vectors], blank: Vectors | None, widths: Sequence[int]
-) -> None:
-    """Write `scores.json` and print the tables: metrics with intervals, beside those of a random order.
+    folder: Path, head: HeadSettings, sets: Mapping[str, Vectors], blank: Vectors | None, widths: Sequence[int],
+    identities: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Write `scores.json`, `scores_resampled.json` and print the tables: metrics beside those of a random order.
 
     Args:
         folder: the run directory.
@@ -102,8 +107,10 @@ def report(
         sets: vectors of the evaluation records, named `evaluation`, and of those of `test`, if there are any.
         blank: those of the last set with blank images; None: it has no images.
         widths: the widths of vectors that the run trained for, besides whole ones.
+        identities: set -> a digest of its records, see `identify_records`.
     """
     contents: dict[str, dict[str, object]] = {}
+    resamples: dict[str, dict[str, object]] = {}
     for name, vectors in sets.items():
         scores = embedding_scores(vectors.vectors, vectors.members)
         others = {"random order": chance_scores(vectors.members)}
@@ -123,4 +130,6 @@ def report(
             f"{len(vectors.members.documents):,}", format_scores(scores, others | columns),
         )  # fmt: skip
         contents[name] = {head.name: entry}
+        resamples[name] = {head.name: resamples_as_json(identities[name], scores)}
     write_json(folder / "scores.json", contents)
+    write_text_whole(folder / RESAMPLES_FILE, f"{json.dumps(resamples)}\n")

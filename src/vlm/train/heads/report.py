@@ -1,5 +1,6 @@
 """The report at the end of a run with heads: metrics with intervals, beside those of a constant answer; plots."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -7,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vlm.evaluation.bootstrap import format_scores, scores_to_json
+from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.calibration import Calibration
 from vlm.evaluation.head_metrics import baseline, confusion, scores
 from vlm.evaluation.head_plots import plot_head_scores
 from vlm.models.configuration_prediction import HeadSettings
 from vlm.models.head_tasks import CLASSIFICATION_TASKS
+from vlm.runs.evaluated_records import RESAMPLES_FILE, resamples_as_json
+from vlm.train.checkpoints.files import write_text_whole
 from vlm.train.heads.outputs import HeadOutputs
 from vlm.train.run_directory import write_json
 
@@ -28,8 +31,9 @@ def report(
     train_targets: Mapping[str, np.ndarray],
     sets: Mapping[str, Mapping[str, HeadOutputs]],
     blank_outputs: Mapping[str, HeadOutputs] | None,
+    identities: Mapping[str, str],
 ) -> None:
-    """Write `scores.json` and the plots in `scores/`, and print the tables.
+    """Write `scores.json`, `scores_resampled.json` and the plots in `scores/`, and print the tables.
 
     Args:
         folder: the run directory.
@@ -38,8 +42,10 @@ def report(
         sets: outputs for the records that temperature and threshold were chosen by, named `evaluation` or `folds`;
             then, named `test`, those for records that nothing was chosen by, if there are any.
         blank_outputs: outputs for the last set with blank images: do the heads use the images at all?
+        identities: set -> a digest of its records, see `identify_records`.
     """
     report_json: dict[str, dict[str, object]] = {}
+    resamples: dict[str, dict[str, object]] = {}
     for name, head_outputs in sets.items():
         is_last = name == list(sets)[-1]
         for head in heads:
@@ -49,9 +55,11 @@ def report(
             blank = blank_outputs[head.name] if blank_outputs is not None and is_last else None
             title = f"{name}: {head.name} ({head.task}), {len(outputs.targets):,} records"
             log.info("%s%s", title, f"; {note}" if note else "")
-            head_json = _score_head(head, train_targets[head.name], outputs, blank, output_dir)
+            metrics, head_json = _score_head(head, train_targets[head.name], outputs, blank, output_dir)
+            resamples.setdefault(name, {})[head.name] = resamples_as_json(outputs.identify(identities[name]), metrics)
             report_json.setdefault(name, {})[head.name] = {"records": len(outputs.targets), "note": note, **head_json}
     write_json(folder / "scores.json", report_json)
+    write_text_whole(folder / RESAMPLES_FILE, f"{json.dumps(resamples)}\n")
 
 
 def _note(name: str, head: HeadSettings) -> str:
@@ -66,8 +74,8 @@ def _note(name: str, head: HeadSettings) -> str:
 
 def _score_head(
     head: HeadSettings, train_targets: np.ndarray, outputs: HeadOutputs, blank: HeadOutputs | None, output_dir: Path
-) -> dict[str, object]:
-    """Print and plot the metrics of one head on one set of records, and return them as JSON."""
+) -> tuple[dict[str, Score], dict[str, object]]:
+    """Print and plot the metrics of one head on one set of records; return them, and the same as JSON with others."""
     calibration = Calibration(head.temperature, head.threshold)
     known = train_targets[~np.isnan(train_targets).any(axis=1)]
     known = known if head.task == "multilabel" else known[:, 0]
@@ -82,7 +90,7 @@ def _score_head(
     )  # fmt: skip
     counts = confusion(head.task, outputs.outputs, outputs.targets, calibration, len(head.labels))
     log.info("\n%s\n\nPlots: %s\n", format_scores(metrics, comparisons), output_dir)
-    return {
+    return metrics, {
         "temperature": head.temperature,
         "threshold": head.threshold,
         "scores": scores_to_json(metrics),

@@ -4,10 +4,11 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from vlm.runs.files import Folder
 from vlm.runs.samples import STEP_HEADING
 from vlm.train.checkpoints.files import write_text_whole
 from vlm.train.distributed import broadcast_from_rank0
@@ -56,16 +57,7 @@ def read_metrics(path: Path) -> list[Metrics]:
 
     Incomplete lines are left out: a run may be killed, or find the disk full, in the middle of a line.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return [metrics for line in lines if (metrics := _parse_line(line)) is not None]
-
-
-def _parse_line(line: str) -> Metrics | None:
-    try:
-        metrics = json.loads(line)
-    except ValueError:
-        return None
-    return metrics if isinstance(metrics, dict) and "step" in metrics else None
+    return [cast(Metrics, line) for line in Folder(path.parent).json_lines(path.name) if "step" in line]
 
 
 class SampleGenerationCallback(TrainerCallback):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from torch.utils.data import Dataset, Sampler
     from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+    from transformers.trainer_callback import CallbackHandler
     from transformers.utils import ModelOutput
 
     from vlm.data.batching.step_layout import SampleCosts
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from vlm.data.encoding.sample_encoder import SampleEncoder
     from vlm.data.processor import Processor
     from vlm.data.stream import SampleStream
+    from vlm.evaluation.record_sums import RecordSums
     from vlm.train.parts import Part
 
 Inputs = dict[str, Any]
@@ -90,6 +92,7 @@ class ObjectiveTrainer(Protocol):
         args: the run's arguments.
         accelerator: gathers tensors of all ranks.
         state: where the run is.
+        callback_handler: has the callbacks of the run, those of its trackers among them.
     """
 
     model: PreTrainedModel
@@ -97,6 +100,7 @@ class ObjectiveTrainer(Protocol):
     args: TrainingArguments
     accelerator: Any  # accelerate declares what it gathers as a union of everything
     state: TrainerState
+    callback_handler: CallbackHandler
 
     def evaluation_batches(
         self, dataset: Dataset[object], title: str, collate: Collate | None = None
@@ -132,6 +136,8 @@ class Objective(ABC):
             where there is one; packed steps need that for `trainer.loss_average=micro_batch`.
         watch_losses: called in training with the losses at the supervised positions `(S,)`, before they are weighted,
             and the batch; None: nobody asks for them.
+        record_sums: metric of the last evaluation, without `eval_` -> its sum and count of each record, which another
+            run that is evaluated on the same records is compared by; `evaluate` sets it.
         packing_proofs: the proofs of a family's trial that packed rows need, see `assembly/family_trial/table.py`.
     """
 
@@ -144,6 +150,7 @@ class Objective(ABC):
 
     def __init__(self, config: RunConfig):
         self.config = config
+        self.record_sums: Mapping[str, RecordSums] = {}
 
     # Before torch is imported.
 

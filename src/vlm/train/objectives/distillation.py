@@ -204,7 +204,10 @@ class Distillation(Generation):
         """
         import torch
 
+        from vlm.data.holdout import unique_records
+        from vlm.evaluation.bootstrap import flatten_scores
         from vlm.evaluation.loss import row_losses
+        from vlm.evaluation.record_sums import RecordSums, scores_of
 
         metrics = super().evaluate(trainer, dataset)
         assert self.compared is not None
@@ -217,5 +220,11 @@ class Distillation(Generation):
                 rows = [row_losses(values.contiguous(), inputs["labels"]) for values in scores.unbind(1)]
                 row = torch.stack([rows[0][0], rows[1][0], rows[0][1]], dim=1)  # (B, 3)
                 gathered.append(trainer.accelerator.gather_for_metrics(row).double().cpu())
-        divergence, agreement, number = torch.cat(gathered).sum(0).tolist()
-        return metrics | {"divergence": divergence / number, "agreement": agreement / number}
+        divergences, agreements, numbers = torch.cat(gathered).numpy().T
+        _, records = unique_records(cast("SampleDataset", dataset))
+        sums = {
+            "divergence": RecordSums.of_samples(divergences, numbers, records),
+            "agreement": RecordSums.of_samples(agreements, numbers, records),
+        }
+        self.record_sums = {**self.record_sums, **sums}
+        return metrics | flatten_scores(scores_of(sums))

@@ -126,17 +126,20 @@ class Embedding(Objective):
             return {"temperature": float(temperature())}
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
-        """Return loss, recall and mean reciprocal rank in both directions, without intervals."""
+        """Return loss, recall and mean reciprocal rank in both directions, the loss alone with an interval."""
         from vlm.data.pairs.dataset import find_members
         from vlm.train.embeddings.vectors import collect_vectors, evaluation_metrics
 
         pairs = cast("PairDataset", dataset)
         if self.members is None:
             self.members = find_members(pairs)
-        return evaluation_metrics(collect_vectors(trainer, pairs, self.members))
+        vectors = collect_vectors(trainer, pairs, self.members)
+        self.record_sums = {"loss": vectors.losses}
+        return evaluation_metrics(vectors)
 
     def after_training(self, run: PreparedRun, trainer: ObjectiveTrainer) -> None:
         """Measure with intervals: on test records too, at every width, and on blank images."""
+        from vlm.data.record_identity import identify_records
         from vlm.train.embeddings.vectors import collect_vectors, report
 
         data = self.data
@@ -150,7 +153,9 @@ class Embedding(Objective):
         (head,) = self.model_config.settings
         widths = [width for width in head.loss_options.get("widths") or [] if width < self.width]
         if run.args.process_index == 0:
-            report(run.folder, head, sets, blank, widths)
+            datasets = {"evaluation": data.evaluation, "test": data.test}
+            identities = {name: identify_records(one.dataset) for name, one in datasets.items() if one is not None}
+            report(run.folder, head, sets, blank, widths, identities)
 
     @property
     def width(self) -> int:

@@ -240,7 +240,7 @@ class Generation(Objective):
         return {"balance_loss": float(trainer.accelerator.gather(mean.reshape(1)).mean())}
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
-        """Return the loss, exact to the token, the same on blank images, and `trainer.eval_metrics`."""
+        """Return the loss, exact to the token, and that on blank images, with intervals; `trainer.eval_metrics`."""
         from vlm.evaluation.bootstrap import flatten_scores
         from vlm.evaluation.loss_metrics import compute_loss
         from vlm.train.evaluation_losses import TrainerLosses
@@ -248,7 +248,8 @@ class Generation(Objective):
 
         samples, losses = cast("SampleDataset", dataset), TrainerLosses(trainer, self._reply_scores(trainer))
         with trainer.compute_loss_context_manager():
-            scores = compute_loss(samples, losses).scores
+            result = compute_loss(samples, losses)
+            scores, self.record_sums = result.scores, result.sums
             with force_eager():
                 for metric in self.loss_metrics:
                     scores |= metric.compute(samples, losses).scores

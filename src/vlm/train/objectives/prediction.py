@@ -61,7 +61,7 @@ class Prediction(Objective):
             yield f"trainer.eval_metrics={names}: prediction heads have their own metrics; leave it out"
 
     def metric_names(self) -> frozenset[str] | None:
-        """Return the loss and the metrics of each head; None where a checkpoint has further heads."""
+        """Return the loss and the metrics of each head; None if a checkpoint has further heads."""
         if self.config.trainer.from_pretrained is not None:
             return None
         heads = self.config.model.head.by_name
@@ -183,14 +183,18 @@ class Prediction(Objective):
         return outputs.loss, outputs
 
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
-        """Return loss and metrics of each head, without intervals; `<head>_<metric>` where there are several."""
-        from vlm.train.heads.outputs import collect_outputs, head_metrics
+        """Return loss and metrics of each head, the loss alone with an interval; `<head>_<metric>` of several."""
+        from vlm.train.heads.outputs import collect_outputs, head_metrics, record_losses
 
-        return head_metrics(self.model_config.settings, collect_outputs(trainer, dataset))
+        heads, outputs = self.model_config.settings, collect_outputs(trainer, dataset)
+        self.record_sums = record_losses(heads, outputs)
+        return head_metrics(heads, outputs)
 
     def after_training(self, run: PreparedRun, trainer: ObjectiveTrainer) -> None:
         """Choose temperatures and thresholds, and measure: on test records too, and on blank images."""
+        from vlm.data.cache import json_digest
         from vlm.data.heads.dataset import BlankHeadDataset
+        from vlm.data.record_identity import identify_records
         from vlm.train.heads.data import targets_by_head
         from vlm.train.heads.model import calibrate_heads
         from vlm.train.heads.outputs import collect_outputs
@@ -207,7 +211,12 @@ class Prediction(Objective):
         if measured is not None and measured.num_images.any():
             blank = collect_outputs(trainer, self.read(BlankHeadDataset(measured.dataset, data.heads)))
         if run.args.process_index == 0:
-            report(run.folder, model.config.settings, targets_by_head(data.train), sets, blank)
+            datasets = {"folds": [fold for _, fold in data.folds], "evaluation": [data.evaluation], "test": [data.test]}
+            identities = {
+                name: json_digest(*(identify_records(one.dataset) for one in datasets[name] if one is not None))
+                for name in sets
+            }
+            report(run.folder, model.config.settings, targets_by_head(data.train), sets, blank, identities)
 
     def next_command(self, final: Path) -> str:
         """Return a prediction for an image and a prompt."""

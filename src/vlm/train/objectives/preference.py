@@ -194,7 +194,7 @@ class Preference(Generation):
     def evaluate(self, trainer: ObjectiveTrainer, dataset: Dataset[object]) -> dict[str, float]:
         """Return the loss of held-out records, rewards, margin, accuracy and divergence, with intervals."""
         from vlm.evaluation.bootstrap import flatten_scores
-        from vlm.train.preference.metrics import evaluate_scores
+        from vlm.train.preference.metrics import bootstrap_records, evaluate_records
         from vlm.train.preference.scores import score_batch, score_dataset
 
         scores, reference = self._get_scores(trainer), self.reference
@@ -205,7 +205,8 @@ class Preference(Generation):
             return sides if reference is None else replace(sides, reference=reference.evaluation(inputs))
 
         sides = score_dataset(trainer, cast("PreferenceDataset", dataset), "preference", score)
-        return flatten_scores(evaluate_scores(sides, self.config.trainer.preference))
+        self.record_sums = evaluate_records(sides, self.config.trainer.preference)
+        return flatten_scores(bootstrap_records(self.record_sums))
 
     def next_commands(self, final: Path, image: str) -> dict[str, str]:
         """Return a question about an image, and more; `vlm eval` does not read pairs, which its evaluation has."""

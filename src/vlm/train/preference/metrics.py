@@ -1,6 +1,6 @@
 """What is logged of preferences: rewards of both sides, margins, accuracy, and the divergence from the reference."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from vlm.config.preference_schema import PreferenceOptions
 from vlm.data.encoding.preference import CHOSEN, REJECTED
 from vlm.evaluation.bootstrap import Score, bootstrap
 from vlm.evaluation.loss_metrics import NUM_RESAMPLES
+from vlm.evaluation.record_sums import RecordSums
 from vlm.train.preference.losses import (
     SideScores,
     estimate_divergence,
@@ -71,8 +72,8 @@ class StepMetrics:
         return {name: float(total / number) for name, (total, number) in zip(METRICS, sums, strict=True) if number > 0}
 
 
-def evaluate_scores(sides: SideScores, options: PreferenceOptions) -> dict[str, Score]:
-    """Return the loss of a data set and `PREFERENCE_METRICS`, with intervals over its records.
+def evaluate_records(sides: SideScores, options: PreferenceOptions) -> dict[str, RecordSums]:
+    """Return the loss of a data set and `PREFERENCE_METRICS`, by record.
 
     The reference point of `kto` is estimated over all of them.
     """
@@ -86,13 +87,19 @@ def evaluate_scores(sides: SideScores, options: PreferenceOptions) -> dict[str, 
         [torch.stack([losses, weights], dim=1)[:, None], metric_sums(sides, options, divergence)], dim=1
     )
     table = columns.double().numpy()  # (N, 6, 2)
+    return {name: RecordSums(table[:, at, 0], table[:, at, 1]) for at, name in enumerate(("loss", *METRICS))}
+
+
+def bootstrap_records(metrics: Mapping[str, RecordSums]) -> dict[str, Score]:
+    """Return metrics of the same records, with intervals over these."""
+    table = np.stack([np.stack([one.sums, one.counts], axis=1) for one in metrics.values()], axis=1)
 
     def compute(rows: np.ndarray) -> dict[str, float]:
         """Return the metrics of some records."""
         sums = table[rows].sum(axis=0)
         return {
             name: total / number if number else float("nan")
-            for name, (total, number) in zip(("loss", *METRICS), sums.tolist(), strict=True)
+            for name, (total, number) in zip(metrics, sums.tolist(), strict=True)
         }
 
     return bootstrap(compute, len(table), NUM_RESAMPLES, seed=0)
