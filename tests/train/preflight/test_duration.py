@@ -23,13 +23,21 @@ def test_evaluations_are_counted(strategy: str, every: float | None, number: int
 
 def test_without_known_lengths_each_step_is_as_the_probed_ones():
     args: Any = SimpleNamespace(
-        num_train_epochs=1, eval_strategy="no", eval_steps=None, save_strategy="no", save_steps=1
+        num_train_epochs=1,
+        max_steps=-1,
+        world_size=1,
+        eval_on_start=False,
+        eval_strategy="no",
+        eval_steps=None,
+        save_strategy="no",
+        save_steps=1,
     )
     config = compose_config("pretrain-smol", ["dataset.path=x"])
     probe = Probe(seconds=[2.0, 4.0], stats=[(BatchStats(), 0, 0, 1)] * 2, max_steps=10, batch_samples=4)
     found = predict_time(probe, config, args, object(), None, DiskFindings(0, 0, 0, 1))
     assert found is not None
     assert (found.steps, found.step, found.training, found.evaluation, found.saving) == (10, 3.0, 30.0, 0, 0)
+    assert found.margin == pytest.approx(6.31 * 2**0.5 * (1 / 2 + 1 / 10) ** 0.5)
     assert predict_time(Probe(), config, args, object(), None, DiskFindings(0, 0, 0, 1)) is None
 
 

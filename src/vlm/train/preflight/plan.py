@@ -4,7 +4,6 @@ Memory is counted on the model without numbers (`fake_step.py`), operations by `
 peak of the GPU's data sheet and a share of it that is assumed.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,7 @@ from typing import cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from vlm.assembly.checkpoint import is_composed_config
 from vlm.assembly.resolve import resolve_model
 from vlm.checks.disk import format_bytes
 from vlm.checks.start import start_problem
@@ -25,18 +22,17 @@ from vlm.data.batching.stats import BatchStats
 from vlm.data.blank_images import dummy_image
 from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
-from vlm.families.meta_model import build_meta_model
-from vlm.models import VLMForConditionalGeneration
 from vlm.train.arguments import training_arguments
-from vlm.train.model import prepare
 from vlm.train.monitor.flops import FlopsNotCountable, count_flops
 from vlm.train.monitor.peak_flops import data_sheet_tflops
 from vlm.train.objectives.base import Objective
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
 from vlm.train.preflight.fake_step import BatchShape, MemoryNotCountable
-from vlm.train.preflight.memory import SHARDINGS, ModelSizes, predict_memory, predict_sharded
+from vlm.train.preflight.memory import ModelSizes, predict_memory
+from vlm.train.preflight.paper import paper_config, prepare_on_paper
 from vlm.train.preflight.report import format_duration
+from vlm.train.preflight.sharded import SHARDINGS, predict_sharded
 
 MEMORY_GB = {
     "GB200": 186, "B200": 180, "B100": 192, "H200 NVL": 141, "H200": 141, "H100 NVL": 94, "H100": 80, "H800": 80,
@@ -113,35 +109,14 @@ def make_plan(
     model_config, processor = resolve_model(config, overrides)
     args = training_arguments(config.trainer, [*objective.training_keys(), *embedding_row_keys(config)])
     data = plan_data(config, objective, model_config, processor, args, samples, tokens)
-    model = build_without_weights(model_config)
     half = torch.bfloat16
-    args.bf16 = True
-    parts = prepare(model, config, args, processor)
+    model, config, args, parts = prepare_on_paper(objective, model_config, processor, half=True)
     lines = [table(parts), "", f"data: {data.source}"]
     lines += _memory_lines(model, config, args, processor, data, devices, half)
     lines += ["", *_time_lines(model, config, processor, data, devices, mfu)]
     if (problem := start_problem(config, name)) is not None:
         lines += ["", f"✗ {problem}"]
     return "\n".join(lines)
-
-
-def paper_config(config: RunConfig) -> RunConfig:
-    """Return the configuration of a run of one process without sharding, whose memory others are computed from."""
-    paper = copy.deepcopy(config)
-    changes = {"deepspeed": None, "sharding": None, "use_cpu": True, "tf32": None, "report_to": "none", "fp16": False,
-               "torch_compile": False, "use_liger_kernel": False}  # fmt: skip
-    for key, value in changes.items():
-        setattr(paper.trainer, key, value)
-    unset_hf_deepspeed_config()
-    return paper
-
-
-def build_without_weights(model_config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model on the meta device, with kernels of attention as runs choose them."""
-    if not is_composed_config(model_config):
-        return build_meta_model(model_config)
-    with torch.device("meta"):
-        return VLMForConditionalGeneration(copy.deepcopy(model_config))
 
 
 def plan_data(

@@ -69,21 +69,25 @@ def _data_text(data: DataFindings) -> str:
 
 def memory_text(memory: MemoryFindings) -> str:
     """Return what was predicted and measured, in sentences."""
-    lines = []
-    if memory.predicted is not None:
+    lines, where = [], ""
+    if memory.ranks > 1 or memory.way != "none":
+        where = f" on each of {memory.ranks} ranks" + (f" with {memory.way}" if memory.way != "none" else "")
+    if memory.predicted is not None and memory.expected is not None:
         found = memory.predicted
         held = {"weights": found.weights, "gradients": found.gradients, "optimiser states": found.states,
                 "activations": found.activations}  # fmt: skip
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in held.items())
-        lines.append(f"predicted peak of the probe's step: {format_bytes(found.peak)} ({parts})")
+        whole = f"; without sharding {format_bytes(found.peak)}" if memory.expected != found.peak else ""
+        lines.append(f"predicted peak of the probe's step{where}: {format_bytes(memory.expected)}{whole} ({parts})")
     if memory.note:
-        lines.append(f"not predicted: {memory.note}")
+        lines.append(f"not predicted: {memory.note}; what follows is measured, of the batches of the probe alone")
     if memory.measured:
-        off = "" if memory.predicted is None else f", prediction {memory.predicted.peak / memory.measured - 1:+.1%}"
-        lines.append(f"measured: {format_bytes(memory.measured)} ({memory.method}){off}")
+        off = "" if memory.expected is None else f", prediction {memory.expected / memory.measured - 1:+.1%}"
+        lines.append(f"measured{where}: {format_bytes(memory.measured)} ({memory.method}){off}")
     if memory.worst is not None:
-        lines.append(f"where the longest samples come together: {format_bytes(memory.worst.peak)}")
-    lines.append(f"a device has {format_bytes(memory.available)}")
+        lines.append(f"where the longest samples come together{where}: {format_bytes(memory.needed)}")
+    share = "a device has" if memory.ranks == 1 or memory.method.startswith("alloc") else "the share of a rank is"
+    lines.append(f"{share} {format_bytes(memory.available)}")
     return "\n".join(lines)
 
 
@@ -106,14 +110,25 @@ def _cell(device: int | None, host: int | None, available: int) -> str:
 
 def time_text(duration: TimeFindings) -> str:
     """Return the time of the run, in sentences."""
+    spread = ""
+    if duration.margin is not None:
+        off = duration.margin * duration.steps
+        least, most = format_duration(max(duration.total - off, 0)), format_duration(duration.total + off)
+        spread = f", between {least} and {most} if the machine stays as busy as it is"
     lines = [
-        f"{format_duration(duration.total)} in all: {duration.steps:,} steps of {format_duration(duration.step)}"
-        f" are {format_duration(duration.training)}",
-        f"evaluation, {duration.evaluations} times: {format_duration(duration.evaluation)}; saving, "
-        f"{duration.checkpoints} checkpoints and final: {format_duration(duration.saving)}",
-        f"from the probe, each step by {duration.basis}; metrics of answers are not in it",
+        f"{format_duration(duration.total)} in all{spread}",
+        f"{_times(duration.steps, 'step')} of {format_duration(duration.step)}: {format_duration(duration.training)}",
+        f"loading: {format_duration(duration.loading)}; {_times(duration.evaluations, 'evaluation')}: "
+        f"{format_duration(duration.evaluation)}; {_times(duration.checkpoints, 'checkpoint')} and final: "
+        f"{format_duration(duration.saving)}",
+        f"fitted to {duration.timed} timed steps by {duration.basis}",
+        "not included: sample answers, metrics of answers, and waiting for data",
     ]
     return "\n".join(lines)
+
+
+def _times(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def disk_text(findings: Findings) -> str:
