@@ -35,5 +35,5 @@ def test_a_plan_says_what_fits_and_how_long(common: list[str]):
 
 def test_data_that_is_not_here_is_asked_for(common: list[str]):
     config = compose_config("finetune-smol", [*common, "dataset.path=nowhere.json"])
-    with pytest.raises(ValueError, match=r"dataset.path=nowhere.json is not on this machine: say --samples and --tok"):
+    with pytest.raises(ValueError, match=r"dataset.path=nowhere.json is not on this machine: give --samples and --tok"):
         make_plan(config, "finetune-smol", (), "GPUS=1xH100")

@@ -14,7 +14,7 @@ BUCKET = 2 * 500_000_000
 
 
 def test_zero_shards_states_then_gradients_then_weights():
-    needed = {name: device for name, device, _ in predict_sharded(PREDICTION, SIZES, 4, half=True)}
+    needed = {name: row.device for name, row in predict_sharded(PREDICTION, SIZES, 4, half=True).items()}
     assert needed.keys() == SHARDINGS.keys()
     weights, gradients, master, bare = 2 * 1500, 2 * 1000, 8000 + 4000, 3000 - 2000
     assert needed["zero0"] == weights + gradients + master + bare
@@ -26,14 +26,14 @@ def test_zero_shards_states_then_gradients_then_weights():
 
 
 def test_offloading_moves_states_to_the_host():
-    host = {name: host for name, _, host in predict_sharded(PREDICTION, SIZES, 2, half=True)}
+    host = {name: row.host for name, row in predict_sharded(PREDICTION, SIZES, 2, half=True).items()}
     assert host["zero2 + offload"] == 12000 // 2
     assert host["zero3 + offload"] == (12000 + 3000) // 2
     assert host["zero3"] == 0
 
 
 def test_one_device_has_no_fsdp2():
-    assert "fsdp2" not in {name for name, _, _ in predict_sharded(PREDICTION, SIZES, 1, half=False)}
+    assert "fsdp2" not in predict_sharded(PREDICTION, SIZES, 1, half=False)
 
 
 def test_the_configuration_of_the_run_counts(tmp_path: Path):
@@ -43,8 +43,8 @@ def test_the_configuration_of_the_run_counts(tmp_path: Path):
     trainer = compose_config("pretrain-smol", ["dataset.path=x", f"trainer.deepspeed={file}"]).trainer
     assert sharding_of(trainer) == "zero2 + offload"
     assert ZeroBuffers.of({"zero_optimization": zero}).reduced == 10
-    own = {name: device for name, device, _ in predict_sharded(PREDICTION, SIZES, 4, half=True, own=trainer)}
-    assert own["zero2"] == 3000 + 500 + 3000 + 1000 + 2 * 10
+    own = predict_sharded(PREDICTION, SIZES, 4, half=True, own=trainer)["zero2"]
+    assert own.device == 3000 + 500 + 3000 + 1000 + 2 * 10
 
 
 def test_the_way_of_a_run_has_a_name():

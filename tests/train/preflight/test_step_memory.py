@@ -14,6 +14,6 @@ def test_what_a_run_needs_is_its_worst_step(findings: Findings):
     assert memory is not None
     assert memory.worst is not None
     assert memory.predicted is not None
-    assert (memory.way, memory.ranks, memory.expected) == ("none", 1, memory.predicted.peak)
+    assert (memory.way, memory.ranks, memory.expected_bytes) == ("none", 1, memory.predicted.peak)
     assert memory.needed == max(memory.worst.peak, memory.measured)
     assert memory.held["optimiser states"] == memory.predicted.states

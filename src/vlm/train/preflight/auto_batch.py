@@ -96,8 +96,7 @@ def choose_max_tokens(
         lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
         shape = BatchShape(1, tokens, max(tokens // max(len(ids), 1), 1), tokens // 2, lengths)
         found = predict_memory(model, paper, own, image, [shape] * 2, dtype)
-        rows = predict_sharded(found, sizes, ranks, half=dtype != torch.float32, own=config.trainer)
-        return next((device for name, device, _ in rows if name == way), found.peak)
+        return predict_sharded(found, sizes, ranks, half=dtype != torch.float32, own=config.trainer)[way].device
 
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps
     return search(needed, _limit(config.trainer, args.device, ranks), longest, samples * longest)

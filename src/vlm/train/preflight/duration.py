@@ -25,6 +25,8 @@ WRITTEN_BYTES = 32 << 20
 """Bytes that are written to find out how fast the disk is."""
 NUM_DRAWN = 2000
 """Batches that are drawn to find out how much padding a mean one has."""
+MEAN_BASIS = "nothing"
+"""What a step's time grows with where the sizes of steps are not known."""
 FORWARD_SHARE = 0.4
 """Time of a forward pass as a share of a step's, where the probe could not time one."""
 
@@ -43,7 +45,7 @@ def predict_time(
     samples = samples_of_step(probe, args, train)
     timed, size = sizes.timed, sizes.of_samples(train, samples)
     if size is None:
-        timed, size, sizes.basis = [1.0] * len(probe.seconds), 1.0, "the steps of the probe"
+        timed, size, sizes.basis = [1.0] * len(probe.seconds), 1.0, MEAN_BASIS
     step = fit_step_time(timed, probe.seconds, size, steps)
     evaluations = number_of_times(args.eval_strategy, args.eval_steps, steps, args) + bool(args.eval_on_start)
     checkpoints = number_of_times(args.save_strategy, args.save_steps, steps, args)
@@ -51,6 +53,7 @@ def predict_time(
     speed = disk_speed(Path(config.trainer.output_dir or "outputs")) if checkpoints or disk.final else 1.0
     return TimeFindings(
         steps=steps, step=step.mean, margin=step.margin, timed=len(probe.seconds), basis=sizes.basis,
+        computing=sum(probe.cpu_seconds) / sum(probe.seconds) if args.use_cpu and probe.cpu_seconds else None,
         loading=probe.loading_seconds, evaluation=once * evaluations, evaluations=evaluations,
         saving=(checkpoints * disk.checkpoint + disk.final) / speed, checkpoints=checkpoints,
     )  # fmt: skip

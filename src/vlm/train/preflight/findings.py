@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vlm.train.preflight.memory import MemoryPrediction
+from vlm.train.preflight.sharded import ShardedMemory
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class MemoryFindings:
         note: why nothing is predicted.
         way: the run's way of sharding.
         ranks: number of ranks.
-        expected: bytes predicted of the probe's step on each rank, as the run shards it; None: not predicted.
+        expected: the memory predicted of the probe's step on each rank, as the run shards it; None: not predicted.
+        expected_bytes: its bytes on the device; where the device is the CPU, with those of the host.
         needed: the same of the worst step; where nothing is predicted, what was measured.
         held: bytes that this rank held behind a step: parameters, gradients, states of the optimiser.
     """
@@ -85,7 +87,8 @@ class MemoryFindings:
     note: str = ""
     way: str = "none"
     ranks: int = 1
-    expected: int | None = None
+    expected: ShardedMemory | None = None
+    expected_bytes: int = 0
     needed: int = 0
     held: dict[str, int] = field(default_factory=dict)
 
@@ -100,6 +103,8 @@ class TimeFindings:
         margin: half the width of the interval around `step`; None: not known.
         timed: number of steps that were timed.
         basis: what a step's time is taken to grow with.
+        computing: share of the timed steps in which this process computed on the CPU, several threads counted as more;
+            None: the steps are not computed on the CPU.
         loading: from the start to the first step.
         evaluation: of all evaluations.
         evaluations: number of evaluations.
@@ -112,6 +117,7 @@ class TimeFindings:
     margin: float | None
     timed: int
     basis: str
+    computing: float | None
     loading: float
     evaluation: float
     evaluations: int

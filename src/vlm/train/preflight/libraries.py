@@ -18,6 +18,7 @@ def libraries_restored() -> Iterator[None]:
     """Let a run begin afterwards as if nothing had been trained within; the memory of what was is freed."""
     reference = deepspeed_integration._hf_deepspeed_config_weak_ref
     process = dict(PartialState._shared_state)  # the device among others
+    deepspeed_integration.unset_hf_deepspeed_config()  # a model is resolved before arguments are made, and unsharded
     try:
         yield
     finally:

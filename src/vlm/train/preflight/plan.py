@@ -134,8 +134,8 @@ def plan_data(
         return PlannedData(samples, tokens, min(longest, 2 * tokens), 1.0, said)
     if config.dataset.path is None or not Path(config.dataset.path).exists():
         raise ValueError(
-            f"dataset.path={config.dataset.path} is not on this machine: say --samples and --tokens (of a mean sample, "
-            "image tokens included)"
+            f"dataset.path={config.dataset.path} is not on this machine: give --samples and --tokens (of a mean "
+            "sample, image tokens included)"
         )
     train = cast(SampleDataset, objective.load_data(model_config, processor, args).records["train"])
     lengths, images = train.lengths, train.num_images
@@ -163,14 +163,13 @@ def _memory_lines(
     except MemoryNotCountable as reason:
         return [*lines, f"memory is not predicted: {reason}"]
     room, fitting = int(devices.memory * USABLE), None
-    for way, device, host in predict_sharded(found, ModelSizes.of(model), devices.number, half=True):
-        fits = device <= room
+    for way, memory in predict_sharded(found, ModelSizes.of(model), devices.number, half=True).items():
+        fits = memory.device <= room
         fitting = way if fits and fitting is None else fitting
-        beside = f" + {format_bytes(host)} of the host's" if host else ""
-        lines.append(f"  {'fits' if fits else '    '}  {way:<16}{format_bytes(device):>10}{beside}")
-    memory = f"{format_bytes(devices.memory)} a GPU, {USABLE:.0%} of it usable"
+        beside = f" + {format_bytes(memory.host)} of the host's" if memory.host else ""
+        lines.append(f"  {'fits' if fits else '    '}  {way:<16}{format_bytes(memory.device):>10}{beside}")
     verdict = "nothing fits: lower trainer.per_device_train_batch_size or dataset.max_length, or choose larger GPUs"
-    lines.append(memory)
+    lines.append(f"{format_bytes(devices.memory)} a GPU, {USABLE:.0%} of it usable")
     lines.append(verdict if fitting is None else f"the first that fits: {SHARDINGS[fitting]}")
     if not config.trainer.activation_checkpointing and fitting is None:
         lines.append("trainer.activation_checkpointing=true takes most of the activations away")
@@ -198,7 +197,7 @@ def _time_lines(
     operations = flops.total(stats, images, images, steps)
     performed = operations * (RECOMPUTED if trainer.activation_checkpointing else 1)
     seconds = performed / (devices.number * devices.tflops * 1e12 * mfu)
-    again = f", {performed:.2e} with what checkpointing computes anew" if performed > operations else ""
+    again = f", {performed:.2e} with what checkpointing recomputes" if performed > operations else ""
     lines.append(f"{operations:.2e} operations{again}")
     gpus = f"{devices.number} x {devices.name} at {mfu:.0%} of {devices.tflops:g} TFLOP/s each, which is assumed"
     lines.append(f"{format_duration(seconds)} on {gpus}; evaluation, saving and waiting for data are not in it")

@@ -72,6 +72,7 @@ class Probe:
         peak: bytes that were alive at most in the second step, weights and states included.
         shapes: the batches of that step.
         seconds: of each timed step, reading its data included.
+        cpu_seconds: of this process's processor time in each timed step, all threads together.
         timed_shapes: the batches of each timed step.
         forward_seconds: of a forward pass of the last micro-batch, without gradients.
         loading_seconds: from the start of the preflight to the first step; 0: not known.
@@ -85,6 +86,7 @@ class Probe:
     peak: int = 0
     shapes: list[BatchShape] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     timed_shapes: list[list[BatchShape]] = field(default_factory=list)
     forward_seconds: float = 0.0
     loading_seconds: float = 0.0
@@ -109,7 +111,7 @@ class ProbeCallback(TrainerCallback):
     def __init__(self, probe: Probe, trainer: VLMTrainer, loading_began: float | None = None):
         self.probe, self.trainer, self.loading_began = probe, trainer, loading_began
         self.live: LiveBytes | None = None
-        self.begun = 0.0
+        self.begun = self.cpu_begun = 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Begin to count with the first step, and anew with the second, in which the optimiser has its states."""
@@ -137,10 +139,11 @@ class ProbeCallback(TrainerCallback):
             self.counted_shapes = list(self.probe.shapes)
         elif state.global_step > NUM_UNTIMED:
             self.probe.seconds.append(now - self.begun)
+            self.probe.cpu_seconds.append(time.process_time() - self.cpu_begun)
             self.probe.timed_shapes.append(list(self.probe.shapes))
             if broadcast_from_rank0(self._is_enough()):
                 control.should_training_stop = True
-        self.begun = time.perf_counter()
+        self.begun, self.cpu_begun = time.perf_counter(), time.process_time()
 
     def _is_enough(self) -> bool:
         """Return whether enough steps have been timed."""

@@ -4,7 +4,7 @@ Of DeepSpeed's rows, everything that its engine holds beside the model counts to
 buffers in which gradients are reduced.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,41 +69,71 @@ def sharding_of(trainer: TrainerOptions) -> str:
     return f"zero{zero_stage(trainer.deepspeed)}{' + offload' if any(offloads) else ''}"
 
 
+@dataclass(frozen=True)
+class ShardedMemory:
+    """Bytes of a rank at the highest moment of a step.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients: of what trains.
+        states: of the optimiser, with copies of the weights in single precision.
+        buffers: in which gradients are exchanged or weights are gathered.
+        activations: activations and the like.
+        host: of the machine's memory, for this rank.
+    """
+
+    weights: int
+    gradients: int
+    states: int
+    buffers: int
+    activations: int
+    host: int = 0
+
+    @property
+    def device(self) -> int:
+        """Bytes of the device."""
+        return self.weights + self.gradients + self.states + self.buffers + self.activations
+
+
 def predict_sharded(
-    prediction: MemoryPrediction, sizes: ModelSizes, ranks: int, *, half: bool, own: TrainerOptions | None = None
-) -> Iterator[tuple[str, int, int]]:
-    """Yield each way of sharding with the bytes of a device and of the host's memory that it takes for each rank.
+    found: MemoryPrediction, sizes: ModelSizes, ranks: int, *, half: bool, own: TrainerOptions | None = None
+) -> dict[str, ShardedMemory]:
+    """Return the memory of a rank by way of sharding, as in `SHARDINGS`.
 
     Args:
-        prediction: without sharding.
+        found: the memory without sharding.
         sizes: of the model.
         ranks: number of devices.
         half: whether matrix products run in half precision; DeepSpeed then holds weights in it too.
         own: options of the run, whose configuration of DeepSpeed counts where it has one.
     """
-    trained, frozen = sizes.trained, sizes.frozen
+    trained, frozen, states = sizes.trained, sizes.frozen, found.states
+    rest = found.peak - found.weights - found.gradients - states
+    exchanged = FULL * trained if ranks > 1 else 0
+    rows = {"none": ShardedMemory(found.weights, found.gradients, states, exchanged, rest)}
     width = HALF if half else FULL
-    copies = HALF * trained if half else 0  # what autocast holds of weights in single precision
-    bare = max(prediction.activations - copies, 0)
-    yield "none", prediction.peak + (FULL * trained if ranks > 1 else 0), 0  # the buckets that ranks exchange
-    weights, gradients, states = width * (trained + frozen), width * trained, prediction.states
-    master = states + FULL * trained  # DeepSpeed updates a copy in single precision
-    yield "zero0", weights + gradients + (master if half else states) + bare, 0
-    buffers = {stage: width * _buffers(stage, own).reduced for stage in (1, 2, 3)}
-    yield "zero1", weights + gradients + master // ranks + buffers[1] + bare, 0
-    yield "zero2", weights + gradients // ranks + master // ranks + buffers[2] + bare, 0
-    gathered = width * min(max(_buffers(3, own).gathered, 2 * sizes.largest_layer), trained + frozen)
-    held = weights + gradients + (master if half else states)
-    yield "zero3", held // ranks + gathered + buffers[3] + bare, 0
+    bare = max(found.activations - (HALF * trained if half else 0), 0)  # without copies of weights that autocast makes
+    weights, gradients = width * (trained + frozen), width * trained
+    master = states + FULL * trained  # ZeRO-1 and ZeRO-2 update a copy in single precision, whatever the weights are
+    if half:
+        states = master
+    settings = {stage: ZeroBuffers.of(_settings(stage, own)) for stage in (1, 2, 3)}
+    reduced = {stage: width * buffers.reduced for stage, buffers in settings.items()}
+    gathered = width * min(max(settings[3].gathered, 2 * sizes.largest_layer), trained + frozen)
+    whole, share = gradients, gradients // ranks
+    rows["zero0"] = ShardedMemory(weights, whole, states, 0, bare)
+    rows["zero1"] = ShardedMemory(weights, whole, master // ranks, reduced[1], bare)
+    rows["zero2"] = ShardedMemory(weights, share, master // ranks, reduced[2], bare)
+    rows["zero3"] = ShardedMemory(weights // ranks, share, states // ranks, gathered + reduced[3], bare)
     if ranks > 1:
-        layers = 2 * width * sizes.largest_layer
-        held = FULL * trained + width * frozen + FULL * trained + states
-        yield "fsdp2", held // ranks + layers + bare, 0
-    yield "zero2 + offload", weights + gradients // ranks + buffers[2] + bare, master // ranks
-    yield "zero3 + offload", gathered + gradients // ranks + buffers[3] + bare, (weights + master) // ranks
+        held, layers = (FULL * trained + width * frozen) // ranks, 2 * width * sizes.largest_layer
+        rows["fsdp2"] = ShardedMemory(held, FULL * trained // ranks, found.states // ranks, layers, bare)
+    rows["zero2 + offload"] = ShardedMemory(weights, share, 0, reduced[2], bare, master // ranks)
+    rows["zero3 + offload"] = ShardedMemory(0, share, 0, gathered + reduced[3], bare, (weights + states) // ranks)
+    return rows
 
 
-def _buffers(stage: int, own: TrainerOptions | None) -> ZeroBuffers:
-    """Return the buffers of a stage: as the run has them, or as the packaged configuration."""
+def _settings(stage: int, own: TrainerOptions | None) -> Mapping[str, Any] | None:
+    """Return DeepSpeed's configuration of a stage: the run's own, or the packaged one."""
     is_own = own is not None and own.deepspeed and zero_stage(own.deepspeed) == stage
-    return ZeroBuffers.of(deepspeed_config(own.deepspeed if is_own and own is not None else f"zero{stage}"))
+    return deepspeed_config(own.deepspeed if is_own and own is not None else f"zero{stage}")

@@ -15,10 +15,10 @@ from vlm.train.objectives.base import Objective, PreparedRun
 from vlm.train.preflight.available import available_bytes, ranks_here
 from vlm.train.preflight.fake_step import BatchShape, MemoryNotCountable
 from vlm.train.preflight.findings import MemoryFindings, ShardedRow
-from vlm.train.preflight.memory import MemoryPrediction, ModelSizes, predict_memory
+from vlm.train.preflight.memory import FULL, MemoryPrediction, ModelSizes, predict_memory
 from vlm.train.preflight.paper import prepare_on_paper
 from vlm.train.preflight.probe import Probe
-from vlm.train.preflight.sharded import SHARDINGS, predict_sharded, sharding_of
+from vlm.train.preflight.sharded import SHARDINGS, ShardedMemory, predict_sharded, sharding_of
 
 DEVICES = (1, 2, 8)
 """Numbers of devices that the memory of sharding is told for, beside the run's own."""
@@ -46,18 +46,22 @@ def inspect_memory(
     except MemoryNotCountable as reason:
         note = str(reason)
 
-    def on_each(found: MemoryPrediction) -> int:
-        """Return the bytes of a rank, as the run shards them."""
-        rows = predict_sharded(found, sizes, ranks, half=half, own=config.trainer)
-        return next((device for name, device, _ in rows if name == way), found.peak)
+    def on_each(found: MemoryPrediction) -> ShardedMemory:
+        """Return the memory of a rank, as the run shards it."""
+        return predict_sharded(found, sizes, ranks, half=half, own=config.trainer)[way]
 
+    def bytes_of(memory: ShardedMemory) -> int:
+        """Return the bytes of a rank; what is offloaded from a CPU stays there."""
+        return memory.device + (memory.host if device.type == "cpu" else 0)
+
+    expected = None if predicted is None else on_each(predicted)
     measured = max(all_gather_objects(probe.peak))
-    base = worst or predicted or (measured_prediction(measured, sizes) if way == "none" else None)
+    base = worst or predicted or (measured_prediction(measured, probe, sizes) if way == "none" else None)
     return MemoryFindings(
         predicted, measured, worst, _rows(base, sizes, ranks, config, half=half), available,
         "allocated by PyTorch" if device.type == "cuda" else "tensors alive at once, counted by PyTorch",
-        note, way, ranks, expected=None if predicted is None else on_each(predicted),
-        needed=measured if worst is None else max(on_each(worst), measured), held=probe.held,
+        note, way, ranks, expected, expected_bytes=0 if expected is None else bytes_of(expected),
+        needed=measured if worst is None else max(bytes_of(on_each(worst)), measured), held=probe.held,
     )  # fmt: skip
 
 
@@ -76,15 +80,15 @@ def _rows(
 ) -> list[ShardedRow]:
     rows: dict[str, ShardedRow] = {}
     for devices in sorted({*DEVICES, ranks}) if base is not None else ():
-        for name, on_device, on_host in predict_sharded(base, sizes, devices, half=half, own=config.trainer):
+        for name, memory in predict_sharded(base, sizes, devices, half=half, own=config.trainer).items():
             row = rows.setdefault(name, ShardedRow(name, SHARDINGS[name], {}, {}))
-            row.device[devices], row.host[devices] = on_device, on_host
+            row.device[devices], row.host[devices] = memory.device, memory.host
     return [rows[way] for way in SHARDINGS if way in rows]
 
 
-def measured_prediction(peak: int, sizes: ModelSizes) -> MemoryPrediction:
-    """Return what a measured peak says where activations cannot be counted: AdamW's states are assumed."""
-    gradients, states = 4 * sizes.trained, 8 * sizes.trained
+def measured_prediction(peak: int, probe: Probe, sizes: ModelSizes) -> MemoryPrediction:
+    """Return what a measured peak says where activations cannot be counted."""
+    gradients, states = FULL * sizes.trained, probe.held.get("optimiser states", 2 * FULL * sizes.trained)
     activations = max(peak - sizes.weights - gradients - states, 0)
     return MemoryPrediction(sizes.weights, gradients, states, activations, peak, "measured in the probe")
 
