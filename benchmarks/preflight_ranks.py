@@ -103,7 +103,7 @@ def measure(way: str, words: Sequence[str], folder: Path) -> Held:
 
 
 def main() -> None:
-    """Measure every way, print the table and write `results/preflight_ranks.json`."""
+    """Measure every way, print the table and put it into `results/preflight_ranks.json`."""
     given = strip_launcher_arguments(sys.argv[1:])
     if given[:1] == ["--inspect"]:
         inspect_on_rank(Path(given[1]), given[2:])
@@ -134,10 +134,11 @@ def main() -> None:
                 for name, (predicted, counted) in asdict(held[way]).items()), flush=True)  # fmt: skip
     hits = sum(abs(found.off()["peak"]) <= WITHIN for found in held.values())
     print(f"peak: {hits} of {len(held)} within {WITHIN:.0%}")
-    if set(held) == set(WAYS):
-        content = json.loads(file.read_text()) if (file := RESULTS / "preflight_ranks.json").is_file() else {}
-        content["bfloat16" if args.bf16 else "float32"] = {way: asdict(found) for way, found in held.items()}
-        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    file = RESULTS / "preflight_ranks.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    rows = content.setdefault("bfloat16" if args.bf16 else "float32", {})
+    rows |= {way: asdict(found) for way, found in held.items()}
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

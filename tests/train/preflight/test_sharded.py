@@ -18,11 +18,17 @@ def test_zero_shards_states_then_gradients_then_weights():
     assert needed.keys() == SHARDINGS.keys()
     weights, gradients, master, bare = 2 * 1500, 2 * 1000, 8000 + 4000, 3000 - 2000
     assert needed["zero0"] == weights + gradients + master + bare
-    assert needed["zero1"] == weights + gradients + master // 4 + bare + BUCKET
+    assert needed["zero1"] == weights + gradients // 4 + master // 4 + bare + BUCKET
     assert needed["zero2"] == weights + gradients // 4 + master // 4 + bare + 2 * BUCKET  # it overlaps
     assert needed["zero3"] == (weights + gradients + master) // 4 + weights + bare + BUCKET  # a small model stays whole
     assert needed["zero2 + offload"] == weights + gradients // 4 + bare + 2 * BUCKET
     assert needed["none"] == 19000 + 4 * 1000  # and the buckets that ranks exchange
+
+
+def test_zero1_holds_accumulated_gradients_whole():
+    own = compose_config("pretrain-smol", ["dataset.path=x", "trainer.gradient_accumulation_steps=2"]).trainer
+    rows = predict_sharded(PREDICTION, SIZES, 4, half=True, own=own)
+    assert (rows["zero1"].gradients, rows["zero2"].gradients) == (2000, 500)
 
 
 def test_offloading_moves_states_to_the_host():

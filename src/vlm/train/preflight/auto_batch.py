@@ -5,6 +5,7 @@ Rows alone change: the samples of a step, its loss and its gradient stay those o
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -96,7 +97,8 @@ def choose_max_tokens(
         lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
         shape = BatchShape(1, tokens, max(tokens // max(len(ids), 1), 1), tokens // 2, lengths)
         found = predict_memory(model, paper, own, image, [shape] * 2, dtype)
-        return predict_sharded(found, sizes, ranks, half=dtype != torch.float32, own=config.trainer)[way].device
+        limited = replace(config.trainer, max_tokens_per_batch=tokens)
+        return predict_sharded(found, sizes, ranks, half=dtype != torch.float32, own=limited)[way].device
 
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps
     return search(needed, _limit(config.trainer, args.device, ranks), longest, samples * longest)

@@ -163,7 +163,9 @@ def _memory_lines(
     except MemoryNotCountable as reason:
         return [*lines, f"memory is not predicted: {reason}"]
     room, fitting = int(devices.memory * USABLE), None
-    for way, memory in predict_sharded(found, ModelSizes.of(model), devices.number, half=True).items():
+    for way, memory in predict_sharded(
+        found, ModelSizes.of(model), devices.number, half=True, own=config.trainer
+    ).items():
         fits = memory.device <= room
         fitting = way if fits and fitting is None else fitting
         beside = f" + {format_bytes(memory.host)} of the host's" if memory.host else ""

@@ -105,7 +105,8 @@ def predict_sharded(
         sizes: of the model.
         ranks: number of devices.
         half: whether matrix products run in half precision; DeepSpeed then holds weights in it too.
-        own: options of the run, whose configuration of DeepSpeed counts where it has one.
+        own: options of the run, whose configuration of DeepSpeed counts where it has one, and whether gradients are
+            accumulated: ZeRO-1 then holds them whole.
     """
     trained, frozen, states = sizes.trained, sizes.frozen, found.states
     rest = found.peak - found.weights - found.gradients - states
@@ -122,7 +123,8 @@ def predict_sharded(
     gathered = width * min(max(settings[3].gathered, 2 * sizes.largest_layer), trained + frozen)
     whole, share = gradients, gradients // ranks
     rows["zero0"] = ShardedMemory(weights, whole, states, 0, bare)
-    rows["zero1"] = ShardedMemory(weights, whole, master // ranks, reduced[1], bare)
+    accumulated = whole if own is not None and accumulates(own) else share
+    rows["zero1"] = ShardedMemory(weights, accumulated, master // ranks, reduced[1], bare)
     rows["zero2"] = ShardedMemory(weights, share, master // ranks, reduced[2], bare)
     rows["zero3"] = ShardedMemory(weights // ranks, share, states // ranks, gathered + reduced[3], bare)
     if ranks > 1:
@@ -131,6 +133,11 @@ def predict_sharded(
     rows["zero2 + offload"] = ShardedMemory(weights, share, 0, reduced[2], bare, master // ranks)
     rows["zero3 + offload"] = ShardedMemory(0, share, 0, gathered + reduced[3], bare, (weights + states) // ranks)
     return rows
+
+
+def accumulates(trainer: TrainerOptions) -> bool:
+    """Return whether a step may have several backward passes: micro-batches, or rows of a limited length."""
+    return trainer.gradient_accumulation_steps > 1 or (trainer.packing and trainer.max_tokens_per_batch is not None)
 
 
 def _settings(stage: int, own: TrainerOptions | None) -> Mapping[str, Any] | None:
