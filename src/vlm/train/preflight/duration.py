@@ -51,9 +51,10 @@ def predict_time(
     checkpoints = number_of_times(args.save_strategy, args.save_steps, steps, args)
     once = evaluation_seconds(probe, evaluation, sizes, step.mean / size, step.mean / max(samples, 1))
     speed = disk_speed(Path(config.trainer.output_dir or "outputs")) if checkpoints or disk.final else 1.0
+    on_cpu = bool(probe.cpu_seconds) and args.device.type == "cpu"
     return TimeFindings(
         steps=steps, step=step.mean, margin=step.margin, timed=len(probe.seconds), basis=sizes.basis,
-        computing=sum(probe.cpu_seconds) / sum(probe.seconds) if args.use_cpu and probe.cpu_seconds else None,
+        computing=sum(probe.cpu_seconds) / sum(probe.seconds) if on_cpu else None,
         loading=probe.loading_seconds, evaluation=once * evaluations, evaluations=evaluations,
         saving=(checkpoints * disk.checkpoint + disk.final) / speed, checkpoints=checkpoints,
     )  # fmt: skip

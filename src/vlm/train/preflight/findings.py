@@ -64,7 +64,8 @@ class MemoryFindings:
 
     Attributes:
         predicted: of the probe's second step, without sharding; None: it cannot be counted, and `note` says why.
-        measured: of the same step, as the run shards it; the most of all ranks; 0: it was not.
+        measured: of the same step on this rank, as the run shards it; 0: it was not.
+        highest: the most that any rank measured.
         worst: predicted where the longest samples come together, without sharding; None: not known.
         rows: of ways of sharding, for that step; where it is not known, for the probe's.
         available: bytes of a device, or a rank's share of the machine.
@@ -80,6 +81,7 @@ class MemoryFindings:
 
     predicted: MemoryPrediction | None
     measured: int
+    highest: int
     worst: MemoryPrediction | None
     rows: Sequence[ShardedRow]
     available: int

@@ -87,6 +87,8 @@ def memory_text(memory: MemoryFindings) -> str:
         lines.append(f"  {whole}{parts}")
     if memory.measured:
         lines.append(f"measured in the same step: {format_bytes(memory.measured)} ({memory.method}){_off(memory)}")
+    if memory.highest > memory.measured:
+        lines.append(f"highest of all ranks: {format_bytes(memory.highest)}")
     if memory.note:
         lines.append(f"not predicted: {memory.note}")
         below = "; the rows below follow from it" if memory.rows else ""
@@ -142,7 +144,7 @@ def time_text(duration: TimeFindings) -> str:
         f"{format_duration(duration.saving)}",
         f"the time of a step is {fitted}",
         *_waiting_lines(duration.computing),
-        "not included: sample answers, metrics of answers, and waiting for data",
+        "not included: sample answers and metrics of answers",
     ])  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def inspect_memory(
 ) -> MemoryFindings:  # fmt: skip
     """Return the memory of the probe's step and of the worst one, with what sharding makes of it.
 
-    Every rank calls it; what was measured is the most of all ranks.
+    Every rank calls it.
     """
     args = run.args
     dtype, device, ranks = compute_dtype(args), args.device, max(args.world_size, 1)
@@ -55,13 +55,13 @@ def inspect_memory(
         return memory.device + (memory.host if device.type == "cpu" else 0)
 
     expected = None if predicted is None else on_each(predicted)
-    measured = max(all_gather_objects(probe.peak))
-    base = worst or predicted or (measured_prediction(measured, probe, sizes) if way == "none" else None)
+    highest = max(all_gather_objects(probe.peak))
+    base = worst or predicted or (measured_prediction(highest, probe, sizes) if way == "none" else None)
     return MemoryFindings(
-        predicted, measured, worst, _rows(base, sizes, ranks, config, half=half), available,
+        predicted, probe.peak, highest, worst, _rows(base, sizes, ranks, config, half=half), available,
         "allocated by PyTorch" if device.type == "cuda" else "tensors alive at once, counted by PyTorch",
         note, way, ranks, expected, expected_bytes=0 if expected is None else bytes_of(expected),
-        needed=measured if worst is None else max(bytes_of(on_each(worst)), measured), held=probe.held,
+        needed=highest if worst is None else max(bytes_of(on_each(worst)), highest), held=probe.held,
     )  # fmt: skip
 
 
