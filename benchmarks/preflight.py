@@ -43,9 +43,9 @@ from vlm.train.preflight.memory import MemoryPrediction, ModelSizes, predict_mem
 from vlm.train.preflight.step_time import StepTime, fit_step_time
 
 SHAPE = "small"
-NUM_RECORDS = 48
+NUM_RECORDS = 24
 NUM_STEPS = 12
-"""Steps of a run: an epoch of the records, of which a step has four."""
+"""Steps of a run: an epoch of the records, of which a step has two."""
 MEMORY_WITHIN, TIME_WITHIN = 0.10, 0.15
 WHOLE_RUN = ("trainer.eval_strategy=epoch", "trainer.save_strategy=steps", "trainer.save_steps=3")
 """A run that evaluates and saves, whose time as a whole is compared too."""
@@ -60,7 +60,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "checkpointed": ("trainer.activation_checkpointing=true",),
     "checkpointed, LoRA": (*LORA, "trainer.activation_checkpointing=true"),
     "bfloat16": ("trainer.bf16=true",),
-    "accumulated, padded": ("trainer.packing=false", "trainer.per_device_train_batch_size=2",
+    "accumulated, padded": ("trainer.packing=false", "trainer.per_device_train_batch_size=1",
                             "trainer.gradient_accumulation_steps=2"),
     "pixel shuffle": ("model/connector=pixel_shuffle",),
     "resampler": ("model/connector=resampler",),
@@ -126,8 +126,8 @@ def words_of(case: Sequence[str], folder: Path) -> list[str]:
     return [
         f"model.visual_encoder.hf_name={encoder}", f"model.language_model.hf_name={language_model}",
         f"dataset.path={data / 'records.json'}", f"dataset.image_folder={data / 'images'}",
-        f"dataset.cache_dir={data / 'cache'}", "dataset.template=chatml", "dataset.max_length=512",
-        "trainer.use_cpu=true", "trainer.per_device_train_batch_size=4", "trainer.train_sampling_strategy=random",
+        f"dataset.cache_dir={data / 'cache'}", "dataset.template=chatml", "dataset.max_length=256",
+        "trainer.use_cpu=true", "trainer.per_device_train_batch_size=2", "trainer.train_sampling_strategy=random",
         *(() if is_tiny else case),
     ]  # fmt: skip
 
@@ -208,13 +208,11 @@ def describe_machine(threads: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measure every case, print the table and write `results/preflight.json`."""
+    """Measure every case, print the table and put them into `results/preflight.json`."""
     from tests.fixtures import compose_config
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all; some write no file"
-    )
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -230,6 +228,7 @@ def main() -> None:
             config = compose_config("finetune-smol", words_of(CASES[case], folder))
             outcomes[case] = measure(config, folder / str(number))
             print(row_of(case, outcomes[case]), flush=True)
+            write(machine, {case: asdict(outcomes[case])})
         records = folder / "data"
         evaluated = [f"dataset.eval_path={records / 'records.json'}", f"dataset.eval_image_folder={records / 'images'}"]
         words = [*words_of((), folder), *WHOLE_RUN, *evaluated, "trainer.num_samples=0", "trainer.num_train_epochs=1"]
@@ -237,11 +236,20 @@ def main() -> None:
     print("with evaluation and 5 checkpoints: " + ", ".join(f"{key} {value:.2f} s" for key, value in whole.items()))
     print(f"{time.perf_counter() - begun:.0f} s in all")
     summarise(outcomes)
-    if len(outcomes) == len(CASES):
-        RESULTS.mkdir(exist_ok=True)
-        cases = {case: asdict(found) for case, found in outcomes.items()}
-        content = {"machine": machine, "whole run": whole, "cases": cases}
-        (RESULTS / "preflight.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write(machine, {}, whole)
+
+
+def write(
+    machine: dict[str, object], cases: dict[str, dict[str, object]], whole: dict[str, float] | None = None
+) -> None:
+    """Put outcomes into `results/preflight.json`, as soon as they are there; other cases stay as they were measured."""
+    file = RESULTS / "preflight.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    content["machine"] = machine
+    content["cases"] = {**content.get("cases", {}), **cases}
+    if whole is not None:
+        content["whole run"] = whole
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def row_of(case: str, found: Outcome) -> str:
