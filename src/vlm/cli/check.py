@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -68,10 +69,12 @@ def main(words: Sequence[str]) -> None:
             options = {"samples": args.samples, "tokens": args.tokens, "mfu": args.mfu}
             print(make_plan(config, name, overrides, args.plan, **options))
             return
+        from vlm.cli.train import without_deepspeed
         from vlm.train.distributed import close_process_group
         from vlm.train.preflight.inspect import inspect_run
 
-        findings = inspect_run(config, name, overrides)
+        with nullcontext() if config.trainer.deepspeed else without_deepspeed():
+            findings = inspect_run(config, name, overrides)
         if os.environ.get("RANK", "0") == "0":
             show(findings, args.output or Path("outputs", f"preflight-{name}.html"))
             refused = findings.is_refused

@@ -1,6 +1,7 @@
 """A step on fake tensors takes the memory that the real one takes, whatever is frozen, packed or computed anew."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,8 @@ def test_images_of_different_lengths_are_not_counted(parts: Parts):
 def test_families_whose_images_have_one_size_are_counted(family: str, tmp_path: Path):
     save_family(family, tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
-    model, image = checkpoint.load_model(), dummy_image(checkpoint.load_processor())[1]
+    model: Any = checkpoint.load_model()
+    image = dummy_image(checkpoint.load_processor())[1]
     with torch.no_grad():
         model.get_image_features(**image)  # transformers then takes hidden states of the encoder by hooks on its layers
     found = count_step_bytes(model, image, [BatchShape(2, 60, 2, 40)], torch.float32)

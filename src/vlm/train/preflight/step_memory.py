@@ -79,7 +79,9 @@ def _rows(
     base: MemoryPrediction | None, sizes: ModelSizes, ranks: int, config: RunConfig, *, half: bool
 ) -> list[ShardedRow]:
     rows: dict[str, ShardedRow] = {}
-    for devices in sorted({*DEVICES, ranks}) if base is not None else ():
+    if base is None:
+        return []
+    for devices in sorted({*DEVICES, ranks}):
         for name, memory in predict_sharded(base, sizes, devices, half=half, own=config.trainer).items():
             row = rows.setdefault(name, ShardedRow(name, SHARDINGS[name], {}, {}))
             row.device[devices], row.host[devices] = memory.device, memory.host
