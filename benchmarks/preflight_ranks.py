@@ -69,51 +69,54 @@ def words_of_way(way: str, folder: Path, bucket: int = BUCKET) -> list[str]:
     return [f"trainer.deepspeed={file}"]
 
 
-def inspect_on_rank(file: Path, words: Sequence[str]) -> None:
-    """Inspect a run on this rank, and write what was found of its memory."""
+def inspect_on_rank(folder: Path, ways: Sequence[str], words: Sequence[str]) -> None:
+    """Inspect a run on this rank under each way of sharding, and write what was found of its memory."""
     from tests.fixtures import compose_config
     from vlm.train.preflight import probe
     from vlm.train.preflight.inspect import inspect_run
 
     logging.disable(logging.WARNING)
     probe.MIN_TIMED = probe.MAX_TIMED = 1  # time is not asked for
-    config = compose_config("finetune-smol", list(words))
-    memory = inspect_run(config, "finetune-smol").memory
-    assert memory is not None
-    row = memory.expected
-    assert row is not None, memory.note
-    held = Held(
-        (row.weights, memory.held["parameters"]), (row.states, memory.held["optimiser states"]),
-        (memory.expected_bytes, memory.measured),
-    )  # fmt: skip
-    if os.environ["RANK"] == "0":
-        file.write_text(json.dumps(asdict(held)))
+    for way in ways:
+        config = compose_config("finetune-smol", [*words, *words_of_way(way, folder)])
+        memory = inspect_run(config, "finetune-smol").memory
+        assert memory is not None
+        row = memory.expected
+        assert row is not None, memory.note
+        parameters, states = memory.held["parameters"], memory.held["optimiser states"]
+        held = Held((row.weights, parameters), (row.states, states), (memory.expected_bytes, memory.measured))
+        if os.environ["RANK"] == "0":
+            file_of(way, folder).write_text(json.dumps(asdict(held)))
 
 
-def measure(way: str, words: Sequence[str], folder: Path) -> Held:
-    """Return what a rank holds under a way of sharding."""
-    file = folder / "held.json"
-    command = [sys.executable, "-m", "benchmarks.preflight_ranks", "--inspect", str(file), *words]
+def file_of(way: str, folder: Path) -> Path:
+    """Return where a way's figures are written."""
+    return folder / f"held-{way.replace(' ', '')}.json"
+
+
+def measure(ways: Sequence[str], words: Sequence[str], folder: Path) -> dict[str, Held]:
+    """Return what a rank holds under each way of sharding."""
+    command = [sys.executable, "-m", "benchmarks.preflight_ranks", "--inspect", str(folder), ",".join(ways), *words]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen(command, env={**environment, **own}) for own in rank_environments(RANKS)]
     codes = [rank.wait() for rank in ranks]
     if any(codes):
-        raise SystemExit(f"{way}: a rank failed")
-    return Held(*(tuple(pair) for pair in json.loads(file.read_text()).values()))
+        print(f"ranks ended with {codes}", file=sys.stderr)
+    files = {way: file_of(way, folder) for way in ways}
+    return {way: Held(**json.loads(file.read_text())) for way, file in files.items() if file.is_file()}
 
 
 def main() -> None:
     """Measure every way, print the table and put it into `results/preflight_ranks.json`."""
     given = strip_launcher_arguments(sys.argv[1:])
     if given[:1] == ["--inspect"]:
-        inspect_on_rank(Path(given[1]), given[2:])
+        inspect_on_rank(Path(given[1]), given[2].split(","), given[3:])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--bf16", action="store_true", help="matrix products in half precision")
     args = parser.parse_args()
-    held: dict[str, Held] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_parts(folder / "parts", SHAPES[args.shape])
@@ -126,12 +129,11 @@ def main() -> None:
             "trainer.use_cpu=true", "trainer.per_device_train_batch_size=1", "trainer.starts_from=null",
             "trainer.train_sampling_strategy=random", f"trainer.bf16={str(args.bf16).lower()}",
         ]  # fmt: skip
-        for way in args.ways:
-            held[way] = measure(way, [*words, *words_of_way(way, folder)], folder)
-            off = held[way].off()
-            print(f"{way:<16}" + "".join(
-                f"  {name} {predicted / 2**20:.1f} {counted / 2**20:.1f} MiB {off[name]:+.1%}"
-                for name, (predicted, counted) in asdict(held[way]).items()), flush=True)  # fmt: skip
+        held = measure(args.ways, words, folder)
+    for way, found in held.items():
+        cells = (f"  {name} {predicted / 2**20:.1f} {counted / 2**20:.1f} MiB {found.off()[name]:+.1%}"
+                 for name, (predicted, counted) in asdict(found).items())  # fmt: skip
+        print(f"{way:<16}{''.join(cells)}", flush=True)
     hits = sum(abs(found.off()["peak"]) <= WITHIN for found in held.values())
     print(f"peak: {hits} of {len(held)} within {WITHIN:.0%}")
     file = RESULTS / "preflight_ranks.json"

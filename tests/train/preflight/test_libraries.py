@@ -15,7 +15,7 @@ def test_a_run_finds_what_it_has_left():
     with libraries_restored():
         assert not is_deepspeed_zero3_enabled()
         HfDeepSpeedConfig({"zero_optimization": {"stage": 2}})
-        AcceleratorState(_from_accelerator=True)
+        AcceleratorState._shared_state["device"] = "another"
         PartialState._shared_state["device"] = "another"
     assert is_deepspeed_zero3_enabled()
     assert PartialState._shared_state == before

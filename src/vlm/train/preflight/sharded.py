@@ -6,7 +6,7 @@ buffers in which gradients are reduced.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 from vlm.config.derived import zero_stage
 from vlm.config.schema import TrainerOptions
@@ -43,19 +43,20 @@ class ZeroBuffers:
     gathered: int
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any] | None) -> "ZeroBuffers":
+    def of(cls, settings: Mapping[str, object] | None) -> "ZeroBuffers":
         """Read them from a configuration of DeepSpeed."""
-        zero: Mapping[str, Any] = (settings or {}).get("zero_optimization", {})
-        bucket, live, reuse = (
-            int(LIVE if value in (None, "auto") else value)
-            for value, LIVE in (
-                (zero.get("reduce_bucket_size"), REDUCE_BUCKET),
-                (zero.get("stage3_max_live_parameters"), LIVE_PARAMETERS),
-                (zero.get("stage3_max_reuse_distance"), LIVE_PARAMETERS),
-            )
-        )
+        zero = cast("Mapping[str, object]", (settings or {}).get("zero_optimization", {}))
+        bucket = _number(zero, "reduce_bucket_size", REDUCE_BUCKET)
+        live = _number(zero, "stage3_max_live_parameters", LIVE_PARAMETERS)
+        reuse = _number(zero, "stage3_max_reuse_distance", LIVE_PARAMETERS)
         buffers = 2 if zero.get("overlap_comm") and zero.get("stage") != 3 else 1
         return cls(bucket * buffers * bool(zero.get("contiguous_gradients", True)), min(live, reuse))
+
+
+def _number(zero: Mapping[str, object], name: str, default: int) -> int:
+    """Return a number of DeepSpeed's configuration; the default where it has none, or `auto`."""
+    value = zero.get(name)
+    return int(value) if isinstance(value, (int, float)) else default
 
 
 def sharding_of(trainer: TrainerOptions) -> str:
@@ -140,7 +141,7 @@ def accumulates(trainer: TrainerOptions) -> bool:
     return trainer.gradient_accumulation_steps > 1 or (trainer.packing and trainer.max_tokens_per_batch is not None)
 
 
-def _settings(stage: int, own: TrainerOptions | None) -> Mapping[str, Any] | None:
+def _settings(stage: int, own: TrainerOptions | None) -> Mapping[str, object] | None:
     """Return DeepSpeed's configuration of a stage: the run's own, or the packaged one."""
     is_own = own is not None and own.deepspeed and zero_stage(own.deepspeed) == stage
     return deepspeed_config(own.deepspeed if is_own and own is not None else f"zero{stage}")
