@@ -5,9 +5,9 @@
 Small models of different parts train on the CPU, on one thread. The memory of the probe's second step is counted on
 fake tensors (predicted) and on the tensors of the step itself (measured): both see tensors, neither what a kernel takes
 for itself. The time of a step is predicted from the timed steps of a probe, and compared with the mean of the steps of
-a whole epoch, which begins right behind the probe, without its first step. Each time is told by the clock, and by the
-processor time of the process, which other programs disturb less. A fixed product of matrices is timed before and after
-each probe and run: where it takes longer, the machine was busy. Four minutes on a machine that does nothing else.
+a whole epoch, which begins right behind the probe: steps of a part of it would have another mean size. Each time is
+told by the clock, and by the processor time of the process, which other programs disturb less. A fixed product of
+matrices is timed before and after each probe and run: where it takes longer, the machine was busy.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from tests.tiny_parts import Parts
 from vlm.assembly.resolve import resolve_model
 from vlm.config.schema import RunConfig
 from vlm.data.blank_images import dummy_image
+from vlm.data.dataset import SampleDataset
 from vlm.train.arguments import training_arguments
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype
@@ -44,8 +45,9 @@ from vlm.train.preflight.step_time import StepTime, fit_step_time
 
 SHAPE = "small"
 NUM_RECORDS = 24
-NUM_STEPS = 12
-"""Steps of a run: an epoch of the records, of which a step has two."""
+"""Records that are drawn; those that are too long are left out."""
+BATCH = 2
+"""Samples of a step."""
 MEMORY_WITHIN, TIME_WITHIN = 0.10, 0.15
 WHOLE_RUN = ("trainer.eval_strategy=epoch", "trainer.save_strategy=steps", "trainer.save_steps=3")
 """A run that evaluates and saves, whose time as a whole is compared too."""
@@ -91,17 +93,21 @@ class Outcome:
 
 
 class StepClock(TrainerCallback):
-    """Notes the processor time and the clock at the end of each step."""
+    """Notes the processor time and the clock before the first step, and at the end of each."""
 
     def __init__(self):
         self.ends: list[tuple[float, float]] = []
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
+        """Note the times."""
+        self.ends.append((time.process_time(), time.perf_counter()))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Note the times."""
         self.ends.append((time.process_time(), time.perf_counter()))
 
     def mean(self, clock: int) -> float:
-        """Return the seconds of a step without the first one: by processor time (0) or by the clock (1)."""
+        """Return the seconds of a step: by processor time (0) or by the clock (1)."""
         return (self.ends[-1][clock] - self.ends[0][clock]) / (len(self.ends) - 1)
 
 
@@ -127,7 +133,8 @@ def words_of(case: Sequence[str], folder: Path) -> list[str]:
         f"model.visual_encoder.hf_name={encoder}", f"model.language_model.hf_name={language_model}",
         f"dataset.path={data / 'records.json'}", f"dataset.image_folder={data / 'images'}",
         f"dataset.cache_dir={data / 'cache'}", "dataset.template=chatml", "dataset.max_length=256",
-        "trainer.use_cpu=true", "trainer.per_device_train_batch_size=2", "trainer.train_sampling_strategy=random",
+        "trainer.use_cpu=true", f"trainer.per_device_train_batch_size={BATCH}",
+        "trainer.train_sampling_strategy=random",
         *(() if is_tiny else case),
     ]  # fmt: skip
 
@@ -151,23 +158,28 @@ def probe_run(config: RunConfig, folder: Path) -> tuple[probe.Probe, Objective, 
     return found, objective, run, memory
 
 
-def predict_steps(found: probe.Probe, run: PreparedRun, seconds: list[float], config: RunConfig) -> StepTime:
-    """Predict the mean step from the seconds of the timed ones."""
+def predict_steps(
+    found: probe.Probe, run: PreparedRun, seconds: list[float], config: RunConfig, steps: int
+) -> StepTime:
+    """Predict the mean step of an epoch from the seconds of the timed ones."""
     train, strategy = run.data.records["train"], str(config.trainer.train_sampling_strategy)
     sizes = duration.StepSizes(found, 1, strategy)
-    size = sizes.of_samples(train, NUM_RECORDS / NUM_STEPS)
+    assert isinstance(train, SampleDataset)
+    size = sizes.of_samples(train, len(train) / steps)
     assert size is not None
-    return fit_step_time(sizes.timed, seconds, size, NUM_STEPS)
+    return fit_step_time(sizes.timed, seconds, size, steps)
 
 
 def measure(config: RunConfig, folder: Path) -> Outcome:
     """Predict a run from a probe, then make its steps."""
     load, references = os.getloadavg()[0], [reference_seconds()]
     found, objective, run, predicted = probe_run(config, folder / "probe")
-    cpu, wall = (predict_steps(found, run, seconds, config) for seconds in (found.cpu_seconds, found.seconds))
+    steps = -(-len(run.data.records["train"]) // BATCH)
+    times = (found.cpu_seconds, found.seconds)
+    cpu, wall = (predict_steps(found, run, seconds, config, steps) for seconds in times)
     references.append(reference_seconds())
     args = copy.copy(run.args)
-    args.max_steps, args.output_dir = NUM_STEPS, str(folder / "run")
+    args.max_steps, args.output_dir = steps, str(folder / "run")
     trainer, watch = make_trainer(objective, replace(run, folder=folder / "run", args=args)), StepClock()
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(watch)

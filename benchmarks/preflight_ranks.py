@@ -5,7 +5,8 @@
 Two processes on the CPU train a few steps with data parallelism, ZeRO-1, 2, 3, FSDP2 and offloaded states. Parameters
 and states of the optimiser are the tensors that a rank holds behind the second step; the peak is the most bytes of
 tensors that were alive at once within it, gradients and DeepSpeed's buffers included. Where states or weights are
-offloaded, the CPU is both device and host: the peak is compared with the sum of both.
+offloaded, the CPU is both device and host: the peak is compared with the sum of both, and states with the host's.
+PyTorch's count has weights that FSDP2 gathered once even where it has freed them since.
 """
 
 import argparse
@@ -84,7 +85,11 @@ def inspect_on_rank(folder: Path, ways: Sequence[str], words: Sequence[str]) -> 
         row = memory.expected
         assert row is not None, memory.note
         parameters, states = memory.held["parameters"], memory.held["optimiser states"]
-        held = Held((row.weights, parameters), (row.states, states), (memory.expected_bytes, memory.measured))
+        held = Held(
+            (row.weights, parameters),
+            (row.states + (row.host if "offload" in way else 0), states),
+            (memory.expected_bytes, memory.measured),
+        )
         if os.environ["RANK"] == "0":
             file_of(way, folder).write_text(json.dumps(asdict(held)))
 

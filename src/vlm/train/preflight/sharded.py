@@ -131,7 +131,8 @@ def predict_sharded(
     if ranks > 1:
         held, layers = (FULL * trained + width * frozen) // ranks, 2 * width * sizes.largest_layer
         rows["fsdp2"] = ShardedMemory(held, FULL * trained // ranks, found.states // ranks, layers, bare)
-    rows["zero2 + offload"] = ShardedMemory(weights, share, 0, reduced[2], bare, master // ranks)
+    # Beside the states, the host has room for new weights, as many as it has gradients.
+    rows["zero2 + offload"] = ShardedMemory(weights, share, 0, reduced[2], bare, (master + gradients) // ranks)
     rows["zero3 + offload"] = ShardedMemory(0, share, 0, gathered + reduced[3], bare, (weights + states) // ranks)
     return rows
 
