@@ -27,6 +27,9 @@ NUM_DRAWN = 2000
 """Batches that are drawn to find out how much padding a mean one has."""
 MEAN_BASIS = "nothing"
 """What a step's time grows with where the sizes of steps are not known."""
+DRIFT = 0.15
+"""How much slower or faster a run is than its probe, as a share of a step: twelve of fourteen runs of
+`benchmarks/preflight.py` are within it. The scatter of the timed steps comes on top."""
 FORWARD_SHARE = 0.4
 """Time of a forward pass as a share of a step's, where the probe could not time one."""
 
@@ -51,9 +54,10 @@ def predict_time(
     checkpoints = number_of_times(args.save_strategy, args.save_steps, steps, args)
     once = evaluation_seconds(probe, evaluation, sizes, step.mean / size, step.mean / max(samples, 1))
     speed = disk_speed(Path(config.trainer.output_dir or "outputs")) if checkpoints or disk.final else 1.0
+    margin = None if step.margin is None else math.hypot(step.margin, DRIFT * step.mean)
     on_cpu = bool(probe.cpu_seconds) and args.device.type == "cpu"
     return TimeFindings(
-        steps=steps, step=step.mean, margin=step.margin, timed=len(probe.seconds), basis=sizes.basis,
+        steps=steps, step=step.mean, margin=margin, timed=len(probe.seconds), basis=sizes.basis,
         computing=sum(probe.cpu_seconds) / sum(probe.seconds) if on_cpu else None,
         loading=probe.loading_seconds, evaluation=once * evaluations, evaluations=evaluations,
         saving=(checkpoints * disk.checkpoint + disk.final) / speed, checkpoints=checkpoints,

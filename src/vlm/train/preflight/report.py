@@ -130,7 +130,7 @@ def time_text(duration: TimeFindings) -> str:
     if duration.margin is not None:
         off = duration.margin * duration.steps
         least, most = format_duration(max(duration.total - off, 0)), format_duration(duration.total + off)
-        spread = f" (90% interval: {least} to {most}, if the machine stays as busy as it is now)"
+        spread = f" (probably {least} to {most}, if the machine stays as busy as it is now)"
     steps, evaluations = _count(duration.steps, "step"), _count(duration.evaluations, "evaluation")
     checkpoints = _count(duration.checkpoints, "checkpoint")
     fitted = f"fitted to {duration.timed} timed steps, growing with {duration.basis}"

@@ -1,7 +1,8 @@
 """The seconds of a run's mean step, from the timed steps of a probe, with an interval.
 
 A step takes a constant time and a time that grows with its size: operations, or tokens. Both are fitted to the timed
-steps by least squares. What the steps scatter around the fit tells how far off the mean of the run may be.
+steps by least squares. What the steps scatter around the fit tells how far off the mean of the run may be, if it runs
+as fast as the probe did; see `duration.DRIFT`.
 """
 
 import math
