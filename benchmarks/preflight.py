@@ -174,7 +174,9 @@ def measure(config: RunConfig, folder: Path) -> Outcome:
     """Predict a run from a probe, then make its steps."""
     load, references = os.getloadavg()[0], [reference_seconds()]
     found, objective, run, predicted = probe_run(config, folder / "probe")
-    steps = -(-len(run.data.records["train"]) // BATCH)
+    train = run.data.records["train"]
+    assert isinstance(train, SampleDataset)
+    steps = -(-len(train) // BATCH)
     times = (found.cpu_seconds, found.seconds)
     cpu, wall = (predict_steps(found, run, seconds, config, steps) for seconds in times)
     references.append(reference_seconds())
