@@ -3,10 +3,12 @@
 from typing import Any
 
 import pytest
+from torch import nn
 
 from tests.tiny_parts import NATIVE_ENCODERS, Parts
 from vlm.assembly.compose import compose
 from vlm.config.model_schema import AnyResConfig, NativeConfig
+from vlm.models.connectors import CONNECTORS
 from vlm.train.sharding import check_same_calls
 
 
@@ -46,6 +48,13 @@ def test_bounds_are_checked_and_need_native_resolution(parts: Parts):
     recipe.anyres = AnyResConfig([[1, 2]])
     with pytest.raises(ValueError, match=r"model.anyres.grids: .* a single encoder reads"):
         compose(recipe, None, "native")
+
+
+def test_a_connector_of_the_users_own_may_be_any_module(parts: Parts, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(CONNECTORS, "their_module:Theirs", nn.Linear)
+    with pytest.raises(ValueError, match="allowed are identity") as refusal:
+        compose(parts.recipe("dinov2", connector="pooling", options={"output_side": 1}), None, "native")
+    assert "Theirs" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("encoder", NATIVE_ENCODERS)

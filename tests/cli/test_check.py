@@ -46,3 +46,22 @@ def test_a_plan_reads_no_records(tmp_path: Path):
     expected = ["-cn", "finetune-smol", f"dataset.path={records}", f"dataset.eval_path={records}"]
     assert without_data(words, tmp_path) == expected
     assert records.read_text() == "[]"
+
+
+def test_the_first_rank_alone_prints_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(inspect, "inspect_run", lambda config, name, overrides: Findings(name, "nothing"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.json").write_text("[]")
+    main(["check", "-cn", "finetune-smol", "dataset.path=x.json"])
+    assert capsys.readouterr().out == ""
+    assert not Path("outputs").exists()
+
+
+def test_a_plan_needs_one_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="a plan needs one process; start it without a launcher"):
+        main(["check", "--plan", "GPUS=8xH100", "-cn", "finetune-smol"])

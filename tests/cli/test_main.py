@@ -26,6 +26,14 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
 
 
+def test_a_command_takes_the_rank_that_deepspeeds_launcher_puts_before_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # so that the environment is put back
+    main(["--local_rank=1", "--version"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
 def test_public_names_load_when_asked_for():
     for name in vlm.__all__:
         assert getattr(vlm, name) is not None

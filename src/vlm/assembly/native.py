@@ -80,7 +80,7 @@ def resolve_native(
     _check_keys(model)
     side = square_side(model.connector.type, options)
     if side is None:
-        able = [name for name, kind in CONNECTORS.items() if kind.map_native is not Connector.map_native]
+        able = [name for name, kind in CONNECTORS.items() if _maps_native(kind)]
         raise ValueError(
             f"model.connector.type={model.connector.type}: with these options it reads squares of one size only, but "
             f"images at native resolution differ in size; allowed are {', '.join(able)}"
@@ -106,6 +106,11 @@ def resolve_native(
     }
     values["num_patches"] = values["native"]["max_patches"]
     return values, _plain_processor(load_image_processor("visual_encoder", source, config.model_type), patch * multiple)
+
+
+def _maps_native(kind: type[nn.Module]) -> bool:
+    """Return whether a connector reads images of any size; one of the user's own may be any module."""
+    return issubclass(kind, Connector) and kind.map_native is not Connector.map_native
 
 
 def _check_keys(model: ModelConfig) -> None:

@@ -99,6 +99,16 @@ PRIVATE_NAMES = {
             "is_deepspeed_available",
             "a run without DeepSpeed does not import it (set)",
         ),
+        PrivateName(
+            "accelerate.state:AcceleratorState",
+            "_reset_state",
+            "a run begins after its preflight as if nothing had been trained",
+        ),
+        PrivateName(
+            "accelerate.state:PartialState",
+            "_shared_state",
+            "a run begins after its preflight on the device that it had before (set)",
+        ),
     ),
     "datasets": (
         PrivateName("datasets.arrow_dataset:Dataset.__init__", "_fingerprint", "a run records which data it read"),

@@ -1,16 +1,22 @@
 """`vlm check -cn RUN …`: what a run will do, before it is started; `--plan` on paper, without weights."""
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from vlm.checks.compose import with_config
 from vlm.cli.progress_note import tell
+from vlm.clusters.world import take_world_from_scheduler
 from vlm.config.schema import RunConfig
 from vlm.config.shown import PresentableParser
 from vlm.train.objectives.table import make_objective
+
+if TYPE_CHECKING:
+    from vlm.train.preflight.findings import Findings
 
 DATA_KEYS = ("dataset.path=", "dataset.image_folder=", "dataset.eval_path=", "dataset.eval_image_folder=",
              "dataset.sources.")  # fmt: skip
@@ -56,7 +62,7 @@ def main(words: Sequence[str]) -> None:
     refused = False
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
-        """Inspect the run, print the page, and write it as HTML."""
+        """Inspect the run on every rank; the first one prints the page, and writes it as HTML."""
         nonlocal refused
         if args.plan is not None:
             from vlm.train.preflight.plan import make_plan
@@ -65,19 +71,20 @@ def main(words: Sequence[str]) -> None:
             print(make_plan(config, name, overrides, args.plan, **options))
             return
         from vlm.cli.train import without_deepspeed
+        from vlm.train.distributed import close_process_group
         from vlm.train.preflight.inspect import inspect_run
-        from vlm.train.preflight.report import as_html, as_text
 
         tell("Loading the model and the records, then a few steps that are thrown away")
         with nullcontext() if config.trainer.deepspeed else without_deepspeed():
             findings = inspect_run(config, name, overrides)
-        print(as_text(findings))
-        file = args.output or Path("outputs", f"preflight-{name}.html")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(as_html(findings), encoding="utf-8")
-        print(f"\nWith images and plots: {file}")
-        refused = findings.is_refused
+        if os.environ.get("RANK", "0") == "0":
+            show(findings, args.output or Path("outputs", f"preflight-{name}.html"))
+            refused = findings.is_refused
+        close_process_group()
 
+    take_world_from_scheduler()
+    if args.plan is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.exit(f"vlm check --plan {args.plan}: a plan needs one process; start it without a launcher")
     if args.plan is not None and args.samples and args.tokens:
         with TemporaryDirectory() as folder:
             with_config(without_data(rest, Path(folder)), action, make_objective)
@@ -85,3 +92,13 @@ def main(words: Sequence[str]) -> None:
         with_config(rest, action, make_objective)
     if refused:
         sys.exit(REFUSED_STATUS)
+
+
+def show(findings: "Findings", file: Path) -> None:
+    """Print the page of a preflight, and write it as HTML."""
+    from vlm.train.preflight.report import as_html, as_text
+
+    print(as_text(findings))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(as_html(findings), encoding="utf-8")
+    print(f"\nWith images and plots: {file}")

@@ -63,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run_command(words: list[str]) -> None:
+    if words[:1] and words[0].startswith(("--local_rank", "--local-rank")):  # of DeepSpeed's launcher
+        from vlm.checks.compose import strip_launcher_arguments
+
+        words = strip_launcher_arguments(words)
     if not words:
         print(FIRST_STEPS)
     elif words in (["--help"], ["-h"], ["help"]):

@@ -140,7 +140,7 @@ def test_labelled_replies_are_sides_by_themselves(load: Load):
     batch: Any = collator(dataset)([dataset[index] for index in range(3)])
     assert batch[ROLES].tolist() == [CHOSEN, CHOSEN, REJECTED, REJECTED]
     assert batch[RECORDS].tolist() == [0, 2, 1, 2]
-    with pytest.raises(ValueError, match="loss=kto is for"):
+    with pytest.raises(ValueError, match="loss=kto reads labels"):
         load(LABELLED)
     with pytest.raises(ValueError, match="neither a rejected reply nor a label"):
         load([{"question": "a", "chosen": "b"}], labelled=True)

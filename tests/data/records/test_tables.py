@@ -83,7 +83,7 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         "image,text,more\nx,y,z\nx,y\n",
         r"line 3: 2 cell\(s\), but the header has 3 \(image, text, more\)",
     ),
-    "backslashes": ('image,text\n"x","he said \\"hi\\""\n', "line 2: .*doubled"),
+    "backslashes": ('image,text\n"x","he said \\"hi\\""\n', "line 2: .* double its own"),
     "Latin-1": ("image,text\nx,un café noir\n".encode("latin-1"), "not UTF-8; if '.*un café noir.*iconv"),
     "Latin-1, late": (b"a,b\n" + b"x,y\n" * 3000 + "x,é\n".encode("latin-1"), "not UTF-8; if .*iconv"),
     "UTF-16 without a mark": ("image,text\nx,y\n".encode("utf-16-le"), "zero bytes.*iconv -f UTF-16LE"),

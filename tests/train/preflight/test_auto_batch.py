@@ -11,7 +11,8 @@ from tests.train.preflight.conftest import WORDS
 from vlm.assembly.resolve import resolve_model
 from vlm.train.arguments import training_arguments
 from vlm.train.objectives.table import make_objective
-from vlm.train.preflight.auto_batch import choose_max_tokens, read_recorded, search, sharding_of
+from vlm.train.preflight import auto_batch
+from vlm.train.preflight.auto_batch import choose_max_tokens, read_recorded, search
 
 AUTO = ("trainer.auto_batch=true", "dataset.max_length=64")
 
@@ -41,6 +42,15 @@ def test_a_run_records_what_it_found_and_keeps_it(train: Callable[..., Path], tm
     assert len(losses(run)) == 2  # not refused, as a changed max_tokens_per_batch would be
 
 
+def test_ranks_agree_on_what_fits_on_every_one(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = compose_config("finetune-smol", [*common, *WORDS, *AUTO])
+    monkeypatch.setattr(auto_batch, "choose_max_tokens", lambda *given: 512)
+    monkeypatch.setattr(auto_batch, "all_gather_objects", lambda own: [own, 256])  # another rank has less memory
+    args = training_arguments(config.trainer)
+    auto_batch.set_auto_batch(make_objective(config), *resolve_model(config), args, tmp_path)
+    assert config.trainer.max_tokens_per_batch == 256
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -56,9 +66,3 @@ def test_a_run_records_what_it_found_and_keeps_it(train: Callable[..., Path], tm
 def test_what_it_does_not_go_with_is_refused(common: list[str], words: list[str], message: str):
     with pytest.raises(ValueError, match=message):
         check_config(compose_config("finetune-smol", [*common, *WORDS, *AUTO, *words]))
-
-
-def test_the_memory_is_that_of_the_runs_sharding():
-    words = {"zero3": "trainer.deepspeed=zero3", "fsdp2": "trainer.sharding=fsdp2", "none": "trainer.deepspeed=null"}
-    for way, word in words.items():
-        assert sharding_of(compose_config("pretrain-smol", ["dataset.path=x", word]).trainer) == way

@@ -1,5 +1,6 @@
 """The time of a run grows with its operations or tokens; evaluations and checkpoints are those of the run."""
 
+from math import hypot
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from tests.fixtures import compose_config
 from vlm.data.batching.stats import BatchStats
-from vlm.train.preflight.duration import disk_speed, number_of_times, predict_time
+from vlm.train.preflight.duration import DRIFT, disk_speed, number_of_times, predict_time
 from vlm.train.preflight.findings import DiskFindings
 from vlm.train.preflight.probe import Probe
 
@@ -23,13 +24,21 @@ def test_evaluations_are_counted(strategy: str, every: float | None, number: int
 
 def test_without_known_lengths_each_step_is_as_the_probed_ones():
     args: Any = SimpleNamespace(
-        num_train_epochs=1, eval_strategy="no", eval_steps=None, save_strategy="no", save_steps=1
+        num_train_epochs=1,
+        max_steps=-1,
+        world_size=1,
+        eval_on_start=False,
+        eval_strategy="no",
+        eval_steps=None,
+        save_strategy="no",
+        save_steps=1,
     )
     config = compose_config("pretrain-smol", ["dataset.path=x"])
     probe = Probe(seconds=[2.0, 4.0], stats=[(BatchStats(), 0, 0, 1)] * 2, max_steps=10, batch_samples=4)
     found = predict_time(probe, config, args, object(), None, DiskFindings(0, 0, 0, 1))
     assert found is not None
     assert (found.steps, found.step, found.training, found.evaluation, found.saving) == (10, 3.0, 30.0, 0, 0)
+    assert found.margin == pytest.approx(hypot(6.31 * 2**0.5 * (1 / 2 + 1 / 10) ** 0.5, DRIFT * 3.0))
     assert predict_time(Probe(), config, args, object(), None, DiskFindings(0, 0, 0, 1)) is None
 
 

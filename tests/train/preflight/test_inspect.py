@@ -1,12 +1,11 @@
-"""What a preflight finds of a tiny run: where it starts, its data, its first batch, rates and worst batch."""
+"""What a preflight finds of a tiny run: where it starts, its data, its first batch and rates."""
 
 import pytest
 
 from tests.fixtures import compose_config
 from vlm.config.schema import RunConfig
-from vlm.train.preflight.fake_step import BatchShape
 from vlm.train.preflight.findings import Findings
-from vlm.train.preflight.inspect import describe_start, worst_batch
+from vlm.train.preflight.inspect import describe_start
 
 
 def test_the_start_is_told():
@@ -48,7 +47,3 @@ def test_time_and_disk_are_predicted(findings: Findings, config: RunConfig):
     assert duration.basis == "its counted operations"
     assert 0 < disk.final < disk.needed
     assert disk.checkpoint > 0
-
-
-def test_of_data_that_is_no_set_of_samples_no_worst_batch_is_known():
-    assert worst_batch(object(), [BatchShape(1, 10, 1, 5)]) is None

@@ -10,7 +10,7 @@ from tests.fixtures import losses
 from tests.train.preflight.conftest import WORDS
 from vlm.checks.compose import open_mapping_key
 from vlm.config.schema import RunConfig
-from vlm.train.preflight.probe import NUM_TIMED, NUM_UNTIMED, batch_shape, quiet_config
+from vlm.train.preflight.probe import MAX_TIMED, NUM_UNTIMED, batch_shape, quiet_config
 
 SHORT = (*WORDS, "trainer.max_steps=3", "trainer.save_strategy=no")
 
@@ -34,7 +34,7 @@ def test_a_probe_saves_evaluates_and_answers_nothing(config: RunConfig, tmp_path
         "no",
         0,
     )
-    assert probing.trainer.max_steps == NUM_UNTIMED + NUM_TIMED
+    assert probing.trainer.max_steps == NUM_UNTIMED + MAX_TIMED
     assert config.trainer.output_dir is None  # the run's own configuration stays
 
 

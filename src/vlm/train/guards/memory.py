@@ -60,6 +60,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def measure_held(trainer: MemoryHolder) -> dict[str, int]:
     """Return the bytes of parameters, gradients and optimiser states on this rank."""
+    return {name: _num_bytes(tensors) for name, tensors in find_held(trainer).items()}
+
+
+def find_held(trainer: MemoryHolder) -> dict[str, list[Tensor]]:
+    """Return the tensors of parameters, gradients and optimiser states on this rank, as far as each holds them."""
     model: nn.Module = trainer.model
     parameters = [held_here(parameter) for parameter in model.parameters()]
     gradients = [held_here(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
@@ -72,9 +77,9 @@ def measure_held(trainer: MemoryHolder) -> dict[str, int]:
     optimized = [held_here(parameter) for group in groups for parameter in group["params"]]
     copies = [tensor for tensor in optimized if tensor.data_ptr() not in own]  # in float32, of DeepSpeed
     return {
-        "parameters": _num_bytes([*parameters, *model.buffers()]),
-        "gradients": _num_bytes(gradients),
-        "optimiser states": _num_bytes([*states, *copies]),
+        "parameters": [*parameters, *model.buffers()],
+        "gradients": gradients,
+        "optimiser states": [*states, *copies],
     }
 
 

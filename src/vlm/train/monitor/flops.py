@@ -222,7 +222,7 @@ def _count_family_images(model: Any, image: ModelInputs) -> ImageFlops:
     def encode() -> Tensor:
         """Return the features of all images."""
         if model.config.model_type in PATCH_MASK_FAMILIES:
-            return _encode_with_patch_mask(model.model, pixels.flatten(0, -4))
+            return encode_with_patch_mask(model.model, pixels.flatten(0, -4))
         features = model.get_image_features(pixel_values=pixels, return_dict=True, **sizes).pooler_output
         return features if isinstance(features, Tensor) else torch.cat(list(features))
 
@@ -230,10 +230,10 @@ def _count_family_images(model: Any, image: ModelInputs) -> ImageFlops:
     return ImageFlops(operations / num_images(image), 0.0, 0.0, features.requires_grad)
 
 
-def _encode_with_patch_mask(model: Any, pixels: Tensor) -> Tensor:
+def encode_with_patch_mask(model: Any, pixels: Tensor) -> Tensor:
     """Return features of Idefics3's encoder, all patches being real: `(I, 3, h, w) -> (I, N, D)`."""
     encoder = model.vision_model
     patches = [side // encoder.config.patch_size for side in pixels.shape[-2:]]
-    mask = torch.ones(len(pixels), *patches, dtype=torch.bool, device="meta")
+    mask = torch.ones(len(pixels), *patches, dtype=torch.bool, device=pixels.device)
     states = encoder.encoder(inputs_embeds=encoder.embeddings(pixel_values=pixels, patch_attention_mask=mask))
     return model.connector(encoder.post_layernorm(states.last_hidden_state))

@@ -5,26 +5,27 @@ Rows alone change: the samples of a step, its loss and its gradient stay those o
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
 from transformers import PreTrainedConfig, TrainingArguments
 
-from vlm.config.derived import embedding_row_keys, zero_stage
 from vlm.config.schema import TrainerOptions
 from vlm.data.blank_images import dummy_image
 from vlm.data.processor import Processor
-from vlm.train.arguments import training_arguments
 from vlm.train.checkpoints.find import list_checkpoints
 from vlm.train.data import max_sample_length
 from vlm.train.distributed import all_gather_objects
-from vlm.train.model import compute_dtype, prepare
+from vlm.train.model import compute_dtype
 from vlm.train.objectives.base import Objective
-from vlm.train.preflight.available import available_bytes
+from vlm.train.preflight.available import available_bytes, ranks_here
 from vlm.train.preflight.fake_step import BatchShape, MemoryNotCountable
-from vlm.train.preflight.memory import ModelSizes, predict_memory, predict_sharded
-from vlm.train.preflight.plan import build_without_weights, paper_config
+from vlm.train.preflight.libraries import libraries_restored
+from vlm.train.preflight.memory import ModelSizes, predict_memory
+from vlm.train.preflight.paper import prepare_on_paper
+from vlm.train.preflight.sharded import predict_sharded, sharding_of
 from vlm.train.resume.start import ANEW_WORDS, AUTO_WORDS
 from vlm.train.run_directory import CONFIG_FILE
 
@@ -84,13 +85,11 @@ def choose_max_tokens(
         MemoryNotCountable: the model does not run without data.
     """
     config = objective.config
-    paper = paper_config(config)
-    own = training_arguments(paper.trainer, [*objective.training_keys(), *embedding_row_keys(paper)])
-    model = build_without_weights(model_config)
-    prepare(model, paper, own, processor)
+    with libraries_restored():
+        model, paper, own, _ = prepare_on_paper(objective, model_config, processor)
     ids, image = dummy_image(processor)
     sizes, dtype = ModelSizes.of(model), compute_dtype(args)
-    way = sharding_of(config.trainer)
+    way, ranks = sharding_of(config.trainer), max(args.world_size, 1)
     longest = max_sample_length(config.dataset, model_config)
 
     def needed(tokens: int) -> int:
@@ -98,11 +97,11 @@ def choose_max_tokens(
         lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
         shape = BatchShape(1, tokens, max(tokens // max(len(ids), 1), 1), tokens // 2, lengths)
         found = predict_memory(model, paper, own, image, [shape] * 2, dtype)
-        rows = predict_sharded(found, sizes, max(args.world_size, 1), half=dtype != torch.float32)
-        return next((device for name, device, _ in rows if name == way), found.peak)
+        limited = replace(config.trainer, max_tokens_per_batch=tokens)
+        return predict_sharded(found, sizes, ranks, half=dtype != torch.float32, own=limited)[way].device
 
     samples = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return search(needed, _limit(config.trainer, args.device), longest, samples * longest)
+    return search(needed, _limit(config.trainer, args.device, ranks), longest, samples * longest)
 
 
 def search(needed: Callable[[int], int], limit: int, least: int, most: int) -> int:
@@ -126,13 +125,6 @@ def search(needed: Callable[[int], int], limit: int, least: int, most: int) -> i
     return max(low * MULTIPLE, least)
 
 
-def sharding_of(trainer: TrainerOptions) -> str:
-    """Return the name of a run's way of sharding, as in `memory.SHARDINGS`."""
-    if trainer.sharding is not None:
-        return trainer.sharding
-    return f"zero{zero_stage(trainer.deepspeed)}" if trainer.deepspeed else "none"
-
-
-def _limit(trainer: TrainerOptions, device: torch.device) -> int:
+def _limit(trainer: TrainerOptions, device: torch.device, ranks: int) -> int:
     gigabytes = trainer.auto_batch_memory_gb
-    return int(USABLE * available_bytes(device)) if gigabytes is None else int(gigabytes * 1e9)
+    return int(USABLE * available_bytes(device, ranks_here(ranks))) if gigabytes is None else int(gigabytes * 1e9)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,54 +19,131 @@ from vlm.train.preflight.fake_step import BatchShape
 from vlm.train.preflight.findings import DiskFindings, TimeFindings
 from vlm.train.preflight.memory import MemoryPrediction, ModelSizes
 from vlm.train.preflight.probe import Probe
+from vlm.train.preflight.step_time import fit_step_time
 
 WRITTEN_BYTES = 32 << 20
 """Bytes that are written to find out how fast the disk is."""
 NUM_DRAWN = 2000
 """Batches that are drawn to find out how much padding a mean one has."""
+MEAN_BASIS = "nothing"
+"""What a step's time grows with where the sizes of steps are not known."""
+DRIFT = 0.15
+"""How much slower or faster a run is than its probe, as a share of a step: twelve of fourteen runs of
+`benchmarks/preflight.py` are within it. The scatter of the timed steps comes on top."""
+FORWARD_SHARE = 0.4
+"""Time of a forward pass as a share of a step's, where the probe could not time one."""
 
 
 def predict_time(
     probe: Probe, config: RunConfig, args: TrainingArguments, train: object, evaluation: object, disk: DiskFindings
 ) -> TimeFindings | None:
-    """Return the time of a run; None where no step was timed.
+    """Return the time of a run; None if no step was timed.
 
     A step's time is taken to grow with its counted operations, else with its tokens, else with nothing.
     """
     if not probe.seconds:
         return None
-    steps = probe.max_steps
-    mean, basis = _mean_step(probe, train, str(config.trainer.train_sampling_strategy))
-    per_sample = mean / max(probe.batch_samples, 1)
-    evaluations = number_of_times(args.eval_strategy, args.eval_steps, steps, args)
+    steps, strategy = probe.max_steps, str(config.trainer.train_sampling_strategy)
+    sizes = StepSizes(probe, max(args.world_size, 1), strategy)
+    samples = samples_of_step(probe, args, train)
+    timed, size = sizes.timed, sizes.of_samples(train, samples)
+    if size is None:
+        timed, size, sizes.basis = [1.0] * len(probe.seconds), 1.0, MEAN_BASIS
+    step = fit_step_time(timed, probe.seconds, size, steps)
+    evaluations = number_of_times(args.eval_strategy, args.eval_steps, steps, args) + bool(args.eval_on_start)
     checkpoints = number_of_times(args.save_strategy, args.save_steps, steps, args)
-    share = min(probe.forward_seconds / statistics.median(probe.seconds), 1.0) if probe.forward_seconds else 0.4
-    samples = len(evaluation) if isinstance(evaluation, SampleDataset) else 0
-    passes = 2 if samples and evaluation.num_images.any() else 1  # pyright: ignore[reportAttributeAccessIssue]
-    once = samples * per_sample * share * passes
+    once = evaluation_seconds(probe, evaluation, sizes, step.mean / size, step.mean / max(samples, 1))
     speed = disk_speed(Path(config.trainer.output_dir or "outputs")) if checkpoints or disk.final else 1.0
-    saving = (checkpoints * disk.checkpoint + disk.final) / speed
-    return TimeFindings(steps, mean, mean * steps, once * evaluations, saving, basis, evaluations, checkpoints)
+    margin = None if step.margin is None else math.hypot(step.margin, DRIFT * step.mean)
+    on_cpu = bool(probe.cpu_seconds) and args.device.type == "cpu"
+    return TimeFindings(
+        steps=steps, step=step.mean, margin=margin, timed=len(probe.seconds), basis=sizes.basis,
+        computing=sum(probe.cpu_seconds) / sum(probe.seconds) if on_cpu else None,
+        loading=probe.loading_seconds, evaluation=once * evaluations, evaluations=evaluations,
+        saving=(checkpoints * disk.checkpoint + disk.final) / speed, checkpoints=checkpoints,
+    )  # fmt: skip
 
 
-def _mean_step(probe: Probe, train: object, strategy: str = "random") -> tuple[float, str]:
-    """Return the seconds of a mean step of the run, and what they are taken to grow with."""
-    seconds = statistics.mean(probe.seconds)
-    if not isinstance(train, SampleDataset) or not probe.batch_samples:
-        return seconds, "the steps of the probe"
-    steps = probe.stats[: len(probe.seconds)]
-    padded = zip(steps, probe.timed_shapes, strict=True)
-    probed = sum((_with_padding(step[0], shapes) for step, shapes in padded), BatchStats())
-    if not probed.tokens:
-        return seconds, "the steps of the probe"
-    mean = _mean_stats(probe, train, probed, strategy)
-    if probe.flops is None:
-        return seconds * len(steps) * mean.tokens / probed.tokens, "its tokens"
-    encoded, connected, batches = (sum(numbers) for numbers in zip(*(step[1:] for step in steps), strict=True))
-    share = mean.images / probed.images if probed.images else 0.0
-    run = probe.flops.total(mean, encoded * share, connected * share, batches / len(steps))
-    done = probe.flops.total(probed, encoded, connected, batches)
-    return sum(probe.seconds) * run / done, "its counted operations"
+def samples_of_step(probe: Probe, args: TrainingArguments, train: object) -> float:
+    """Return the number of samples of a mean step on all ranks: the last step of an epoch may have fewer."""
+    if not isinstance(train, SampleDataset) or not len(train):
+        return probe.batch_samples
+    if args.max_steps <= 0:
+        return len(train) * args.num_train_epochs / max(probe.max_steps, 1)
+    return min(probe.batch_samples, len(train))
+
+
+def evaluation_seconds(
+    probe: Probe, evaluation: object, sizes: "StepSizes", per_size: float, per_sample: float
+) -> float:
+    """Return the seconds of an evaluation: a forward pass of each sample, and of each with a blank image.
+
+    Args:
+        probe: it timed a forward pass.
+        evaluation: the samples; 0 seconds where there are none.
+        sizes: how large samples are.
+        per_size: seconds of a training step of size 1.
+        per_sample: seconds of a training step for each of its samples, where sizes are not known.
+    """
+    if not isinstance(evaluation, SampleDataset) or not len(evaluation):
+        return 0.0
+    share = FORWARD_SHARE
+    if probe.forward_seconds:
+        batches = probe.stats[-1][3] if probe.stats else 1
+        share = min(probe.forward_seconds * batches / probe.seconds[-1], 1.0)
+    size = sizes.of_samples(evaluation, len(evaluation))
+    passes = 2 if evaluation.num_images.any() else 1
+    return (per_sample * len(evaluation) if size is None else per_size * size) * share * passes
+
+
+class StepSizes:
+    """How large steps are, for one rank: what their time grows with.
+
+    Attributes:
+        timed: of each timed step; empty: not known.
+        basis: what is counted.
+    """
+
+    def __init__(self, probe: Probe, world_size: int, strategy: str):
+        self.probe, self.world_size, self.strategy = probe, world_size, strategy
+        self.steps = list(zip(probe.stats, probe.timed_shapes, strict=False))
+        self.timed = [self._size(_with_padding(step[0], shapes), *step[1:]) for step, shapes in self.steps]
+        self.basis = "its tokens" if probe.flops is None else "its counted operations"
+        if len(self.timed) < len(probe.seconds) or not all(self.timed):
+            self.timed = []
+
+    def _size(self, stats: BatchStats, encoded: float, connected: float, batches: float) -> float:
+        if self.probe.flops is None:
+            return stats.tokens
+        return self.probe.flops.total(stats, encoded, connected, batches)
+
+    def of_samples(self, dataset: object, samples: float) -> float | None:
+        """Return the size of so many samples of a data set, divided among the ranks; None: not known."""
+        if not self.timed or not isinstance(dataset, SampleDataset) or not samples:
+            return None
+        probed = sum((_with_padding(step[0], shapes) for step, shapes in self.steps), BatchStats())
+        encoded, connected, batches = (
+            sum(numbers) for numbers in zip(*(step[1:] for step, _ in self.steps), strict=True)
+        )
+        mean = self._mean_stats(dataset, samples / self.world_size, probed)
+        share = mean.images / probed.images if probed.images else 0.0
+        per_sample = batches / max(probed.samples, 1)
+        return self._size(mean, encoded * share, connected * share, per_sample * mean.samples)
+
+    def _mean_stats(self, dataset: SampleDataset, samples: float, probed: BatchStats) -> BatchStats:
+        """Return the statistics of so many samples, drawn as the run draws them, with their padding."""
+        lengths = np.asarray(dataset.lengths, dtype=np.float64)
+        shapes = [shape for step in self.probe.timed_shapes for shape in step]
+        tokens, squares = lengths.mean() * samples, (lengths**2).mean() * samples
+        if shapes and not any(shape.lengths for shape in shapes) and self.strategy not in GROUPED_STRATEGIES:
+            rows = max(shape.rows for shape in shapes)
+            longest = np.random.default_rng(0).choice(lengths, (NUM_DRAWN, rows)).max(axis=1)
+            tokens, squares = longest.mean() * samples, (longest**2).mean() * samples
+        supervised = probed.supervised * tokens / probed.tokens
+        images = float(np.mean(dataset.num_images)) * samples
+        return BatchStats(
+            round(samples), round(tokens), round(tokens), round(supervised), round(images), round(squares)
+        )
 
 
 def _with_padding(stats: BatchStats, shapes: Sequence[BatchShape]) -> BatchStats:
@@ -76,21 +152,6 @@ def _with_padding(stats: BatchStats, shapes: Sequence[BatchShape]) -> BatchStats
         return stats
     tokens = sum(shape.rows * shape.tokens for shape in shapes)
     return replace(stats, tokens=tokens, squared_lengths=sum(shape.rows * shape.tokens**2 for shape in shapes))
-
-
-def _mean_stats(probe: Probe, train: SampleDataset, probed: BatchStats, strategy: str) -> BatchStats:
-    """Return the statistics of a mean step: samples drawn as the run draws them, with their padding."""
-    lengths = np.asarray(train.lengths, dtype=np.float64)
-    samples = min(probe.batch_samples, len(lengths))
-    shapes = [shape for step in probe.timed_shapes for shape in step]
-    tokens, squares = lengths.mean() * samples, (lengths**2).mean() * samples
-    if shapes and not any(shape.lengths for shape in shapes) and strategy not in GROUPED_STRATEGIES:
-        rows = max(shape.rows for shape in shapes)
-        longest = np.random.default_rng(0).choice(lengths, (NUM_DRAWN, rows)).max(axis=1)
-        tokens, squares = longest.mean() * samples, (longest**2).mean() * samples
-    supervised = probed.supervised * tokens / probed.tokens
-    images = float(np.mean(train.num_images)) * samples
-    return BatchStats(samples, round(tokens), round(tokens), round(supervised), round(images), round(squares))
 
 
 def number_of_times(strategy: object, every: float | None, steps: int, args: TrainingArguments) -> int:

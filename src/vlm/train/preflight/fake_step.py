@@ -23,7 +23,7 @@ from vlm.assembly.model_kinds import is_composed_model, is_prediction_model
 from vlm.data.batching.stats import ModelInputs
 from vlm.models.text_loss import chunked_scores, mean_loss
 from vlm.models.vocabulary import find_vocabulary_head
-from vlm.train.monitor.flops import FIXED_IMAGE_SIZE_FAMILIES, PATCH_MASK_FAMILIES
+from vlm.train.monitor.flops import FIXED_IMAGE_SIZE_FAMILIES, PATCH_MASK_FAMILIES, encode_with_patch_mask
 from vlm.train.preflight.live_bytes import LiveBytes
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -88,6 +88,8 @@ def count_step_bytes(
         raise MemoryNotCountable("it has prediction heads, whose memory is measured alone")
     if not is_composed_model(model) and model.config.model_type not in FIXED_IMAGE_SIZE_FAMILIES:
         raise MemoryNotCountable(f"images of model_type={model.config.model_type} have different numbers of tokens")
+    # Sizes of images decide on shapes, so that they have to be numbers.
+    image = {name: value.tolist() if name == "image_sizes" else value for name, value in image.items()}
     try:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         fake = copy_to_fake(model, mode)
@@ -119,7 +121,9 @@ def copy_to_fake(model: ModelT, mode: FakeTensorMode) -> ModelT:
             replaced[id(tensor)] = blank
         fake = copy.deepcopy(model, replaced)
     for module in fake.modules():
-        module._forward_hooks.clear()
+        for handle, hook in list(module._forward_hooks.items()):
+            if not getattr(hook, "__module__", "").startswith("transformers."):  # those take outputs of layers
+                del module._forward_hooks[handle]
     return fake.train()
 
 
@@ -186,10 +190,10 @@ def _image_features(model: PreTrainedModel, image: ModelInputs, number: int) -> 
         features = model.encode_images(torch.empty(number, *pixels.shape[1:]))
         return model.connector(features.to(next(model.connector.parameters(), features).dtype))
     if model.config.model_type in PATCH_MASK_FAMILIES:
-        raise MemoryNotCountable(f"the encoder of model_type={model.config.model_type} reads which patches are real")
+        return encode_with_patch_mask(model.model, torch.empty(number, *pixels.shape[-3:]))
     repeats = -(-number // max(pixels.shape[:-3].numel(), 1))
     shape = (pixels.shape[0] * repeats, *pixels.shape[1:])
-    sizes = {"image_sizes": image["image_sizes"].repeat(repeats, 1)} if "image_sizes" in image else {}
+    sizes = {"image_sizes": image["image_sizes"] * repeats} if "image_sizes" in image else {}
     encode = cast(Callable[..., BaseModelOutputWithPooling], model.get_image_features)
     features = encode(pixel_values=torch.empty(shape), return_dict=True, **sizes).pooler_output
     return features if isinstance(features, Tensor) else torch.cat(list(features or ()))

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vlm.train.preflight.memory import MemoryPrediction
+from vlm.train.preflight.sharded import ShardedMemory
 
 
 @dataclass(frozen=True)
@@ -63,51 +64,77 @@ class MemoryFindings:
 
     Attributes:
         predicted: of the probe's second step, without sharding; None: it cannot be counted, and `note` says why.
-        measured: of the same step; 0: it was not.
-        worst: predicted where the longest samples come together; None: not known.
-        rows: of ways of sharding, for that step.
-        available: bytes of a device, or of the machine.
+        measured: of the same step on this rank, as the run shards it; 0: it was not.
+        highest: the most that any rank measured.
+        worst: predicted where the longest samples come together, without sharding; None: not known.
+        rows: of ways of sharding, for that step; where it is not known, for the probe's.
+        available: bytes of a device, or a rank's share of the machine.
         method: how `measured` was measured.
         note: why nothing is predicted.
+        way: the run's way of sharding.
+        ranks: number of ranks.
+        expected: the memory predicted of the probe's step on each rank, as the run shards it; None: not predicted.
+        expected_bytes: its bytes on the device; where the device is the CPU, with those of the host.
+        needed: the same of the worst step; where nothing is predicted, what was measured.
+        held: bytes that this rank held behind a step: parameters, gradients, states of the optimiser.
     """
 
     predicted: MemoryPrediction | None
     measured: int
+    highest: int
     worst: MemoryPrediction | None
     rows: Sequence[ShardedRow]
     available: int
     method: str
     note: str = ""
+    way: str = "none"
+    ranks: int = 1
+    expected: ShardedMemory | None = None
+    expected_bytes: int = 0
+    needed: int = 0
+    held: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TimeFindings:
-    """The time of a run, from the probe.
+    """The time of a run, from the probe; seconds.
 
     Attributes:
         steps: number of steps.
-        step: seconds of a step on average.
-        training: seconds of all steps.
-        evaluation: seconds of all evaluations.
-        saving: seconds of all checkpoints.
+        step: of a step on average.
+        margin: half the width of the interval around `step`; None: not known.
+        timed: number of steps that were timed.
         basis: what a step's time is taken to grow with.
+        computing: share of the timed steps in which this process computed on the CPU, several threads counted as more;
+            None: the steps are not computed on the CPU.
+        loading: from the start to the first step.
+        evaluation: of all evaluations.
         evaluations: number of evaluations.
+        saving: of all checkpoints.
         checkpoints: number of checkpoints.
     """
 
     steps: int
     step: float
-    training: float
-    evaluation: float
-    saving: float
+    margin: float | None
+    timed: int
     basis: str
+    computing: float | None
+    loading: float
+    evaluation: float
     evaluations: int
+    saving: float
     checkpoints: int
+
+    @property
+    def training(self) -> float:
+        """Seconds of all steps."""
+        return self.step * self.steps
 
     @property
     def total(self) -> float:
         """Seconds of everything."""
-        return self.training + self.evaluation + self.saving
+        return self.loading + self.training + self.evaluation + self.saving
 
 
 @dataclass(frozen=True)

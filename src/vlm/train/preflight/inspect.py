@@ -3,6 +3,7 @@
 import base64
 import logging
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,6 @@ from vlm.assembly.resolve import resolve_model
 from vlm.checks.start import start_problem
 from vlm.config.derived import embedding_row_keys
 from vlm.config.schema import RunConfig
-from vlm.data.blank_images import dummy_image
 from vlm.data.counted_later import CountedLater
 from vlm.data.dataset import SampleDataset
 from vlm.data.pages import tokens_as_text
@@ -26,31 +26,20 @@ from vlm.data.records.guess import guess_form
 from vlm.data.sample import group_reasons
 from vlm.data.skipped import Skipped
 from vlm.train.family_trial import check_family, check_videos
-from vlm.train.model import compute_dtype
 from vlm.train.objectives.base import PreparedRun, RunData
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import parameter_groups, table
-from vlm.train.preflight.available import available_bytes
 from vlm.train.preflight.duration import predict_disk, predict_time
-from vlm.train.preflight.fake_step import BatchShape, MemoryNotCountable
-from vlm.train.preflight.findings import DataFindings, Findings, MemoryFindings, Problem, ShardedRow
-from vlm.train.preflight.memory import SHARDINGS, MemoryPrediction, ModelSizes, predict_memory, predict_sharded
-from vlm.train.preflight.probe import (
-    Probe,
-    prepare_run,
-    probe_arguments,
-    quiet_config,
-    remove,
-    run_probe,
-    throwaway_folder,
-)
+from vlm.train.preflight.findings import DataFindings, Findings, Problem
+from vlm.train.preflight.libraries import libraries_restored
+from vlm.train.preflight.memory import ModelSizes
+from vlm.train.preflight.probe import prepare_run, probe_arguments, quiet_config, remove, run_probe, throwaway_folder
 from vlm.train.preflight.problems import find_problems
+from vlm.train.preflight.step_memory import inspect_memory
 from vlm.train.run_directory import contribution_table
 
 log = logging.getLogger(__name__)
 
-DEVICES = (1, 2, 8)
-"""Numbers of devices that the memory of sharding is told for."""
 NUM_POINTS = 200
 """Points of a learning-rate curve."""
 
@@ -64,7 +53,7 @@ def inspect_run(config: RunConfig, name: str, overrides: Sequence[str] = ()) -> 
     check_private_names()
     folder = throwaway_folder()
     try:
-        with without_chatter():
+        with without_chatter(), libraries_restored():
             return _inspect(config, quiet_config(config, folder), name, overrides, folder)
     finally:
         remove(folder)
@@ -86,6 +75,7 @@ def without_chatter() -> Iterator[None]:
 
 
 def _inspect(config: RunConfig, probing: RunConfig, name: str, overrides: Sequence[str], folder: Path) -> Findings:
+    begun = time.perf_counter()
     findings = Findings(name, describe_start(config, name))
     objective = make_objective(probing)
     resolved = resolve_model(probing, overrides)
@@ -101,10 +91,10 @@ def _inspect(config: RunConfig, probing: RunConfig, name: str, overrides: Sequen
     sizes = ModelSizes.of(run.model)
     findings.first_sample = first_sample(data)
     steps = (config.trainer.max_steps, config.trainer.num_train_epochs)
-    probe = run_probe(objective, run, steps)
+    probe = run_probe(objective, run, steps, begun)
     findings.first_batch = inline_images(folder)
     own = _own_arguments(config, args)
-    findings.memory = inspect_memory(run, config, own, probe, sizes)
+    findings.memory = inspect_memory(objective, run, config, resolved, probe, sizes)
     findings.disk = predict_disk(config, own, sizes, findings.memory.predicted)
     findings.duration = predict_time(probe, config, own, data.records["train"], data.evaluation, findings.disk)
     findings.rates = learning_rates(run, own, probe.max_steps)
@@ -116,7 +106,8 @@ def _inspect(config: RunConfig, probing: RunConfig, name: str, overrides: Sequen
 
 def _own_arguments(config: RunConfig, args: TrainingArguments) -> TrainingArguments:
     """Return the arguments with what the probe has changed as the run has it."""
-    names = ("save_strategy", "save_steps", "eval_strategy", "eval_steps", "max_steps", "num_train_epochs")
+    names = ("save_strategy", "save_steps", "eval_strategy", "eval_steps", "eval_on_start", "max_steps",
+             "num_train_epochs")  # fmt: skip
     for key in names:
         if (value := getattr(config.trainer, key)) is not None:
             setattr(args, key, value)
@@ -180,53 +171,6 @@ def inline_images(folder: Path) -> str:
         return f'src="data:image/png;base64,{content}"'
 
     return re.sub(r'src="(first_batch/[\w./-]+)"', inline, "".join(body))
-
-
-def inspect_memory(
-    run: PreparedRun, config: RunConfig, args: TrainingArguments, probe: Probe, sizes: ModelSizes
-) -> MemoryFindings:
-    """Return the memory of the probe's step and of the worst one, with what sharding makes of it."""
-    dtype, device = compute_dtype(args), args.device
-    method = "allocated by PyTorch" if device.type == "cuda" else "tensors alive at once, counted by PyTorch"
-    note, predicted, worst = "", None, None
-    try:
-        image = dummy_image(run.processor)[1]
-        predicted = predict_memory(run.model, config, args, image, probe.shapes, dtype)
-        shape = worst_batch(run.data.records["train"], probe.shapes)
-        worst = predicted if shape is None else predict_memory(run.model, config, args, image, [shape] * 2, dtype)
-    except MemoryNotCountable as reason:
-        note = str(reason)
-    base = worst or predicted or measured_prediction(probe.peak, sizes)
-    rows: dict[str, ShardedRow] = {}
-    for devices in DEVICES:
-        for name, on_device, on_host in predict_sharded(base, sizes, devices, half=dtype != torch.float32):
-            row = rows.setdefault(name, ShardedRow(name, SHARDINGS[name], {}, {}))
-            row.device[devices], row.host[devices] = on_device, on_host
-    ordered = [rows[way] for way in SHARDINGS if way in rows]
-    return MemoryFindings(predicted, probe.peak, worst, ordered, available_bytes(device), method, note)
-
-
-def measured_prediction(peak: int, sizes: ModelSizes) -> MemoryPrediction:
-    """Return what a measured peak says where activations cannot be counted: AdamW's states are assumed."""
-    gradients, states = 4 * sizes.trained, 8 * sizes.trained
-    activations = max(peak - sizes.weights - gradients - states, 0)
-    return MemoryPrediction(sizes.weights, gradients, states, activations, peak, "measured in the probe")
-
-
-def worst_batch(train: object, shapes: Sequence[BatchShape]) -> BatchShape | None:
-    """Return a batch of the longest samples of a run, as many as the largest batch of the probe has; None: unknown."""
-    if not isinstance(train, SampleDataset) or not shapes or not len(train.lengths):
-        return None
-    largest = max(shapes, key=lambda shape: shape.rows * shape.tokens)
-    number = len(largest.lengths) or largest.rows
-    lengths = sorted(train.lengths.tolist(), reverse=True)[:number]
-    grown = sum(lengths) / max(sum(largest.lengths) or largest.rows * largest.tokens, 1)
-    images = sorted(train.num_images.tolist(), reverse=True)[:number]
-    supervised = max(round(largest.supervised * max(grown, 1)), largest.supervised)
-    count = max(largest.images, sum(images))
-    if largest.lengths:
-        return BatchShape(1, sum(lengths), count, supervised, tuple(lengths))
-    return BatchShape(len(lengths), max(lengths), count, supervised)
 
 
 def learning_rates(run: PreparedRun, args: TrainingArguments, steps: int) -> dict[str, list[tuple[int, float]]]:

@@ -1,6 +1,6 @@
-"""The memory of a run on each device, predicted: what holds it, and what each way of sharding makes of it."""
+"""The memory of a step without sharding, predicted: what holds it. See `sharded.py` for what sharding makes of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +17,6 @@ from vlm.train.preflight.live_bytes import LiveBytes
 
 HALF, FULL = 2, 4
 """Bytes of a number in half and in single precision."""
-
-SHARDINGS = {
-    "none": "trainer/deepspeed=none",
-    "zero0": "trainer/deepspeed=zero0",
-    "zero1": "trainer/deepspeed=zero1",
-    "zero2": "trainer/deepspeed=zero2",
-    "zero3": "trainer/deepspeed=zero3",
-    "fsdp2": "trainer/deepspeed=none trainer/sharding=fsdp2",
-    "zero2 + offload": "trainer.deepspeed=FILE.json (offload_optimizer)",
-    "zero3 + offload": "trainer.deepspeed=FILE.json (offload_optimizer, offload_param)",
-}
-"""Way of sharding -> the override that chooses it."""
 
 
 @dataclass(frozen=True)
@@ -130,39 +118,6 @@ def count_optimizer_bytes(model: PreTrainedModel, config: RunConfig, args: Train
         return held, max(live.peak - held, 0)
     except Exception:  # an optimiser of the user's, or one with kernels of its own, may do anything
         return 2 * FULL * trained, 0
-
-
-def predict_sharded(
-    prediction: MemoryPrediction, sizes: ModelSizes, ranks: int, *, half: bool
-) -> Iterator[tuple[str, int, int]]:
-    """Yield each way of sharding with the bytes of a device and of the host's memory that it takes for each rank.
-
-    Args:
-        prediction: without sharding.
-        sizes: of the model.
-        ranks: number of devices.
-        half: whether matrix products run in half precision; DeepSpeed then holds weights in it too, and a copy in
-            single precision with the optimiser's states.
-    """
-    trained, frozen = sizes.trained, sizes.frozen
-    width = HALF if half else FULL
-    copies = HALF * trained if half else 0  # what autocast holds of weights in single precision
-    activations, states = prediction.activations, prediction.states
-    bare = max(activations - copies, 0)
-    buckets = FULL * trained if ranks > 1 else 0
-    yield "none", prediction.peak + buckets, 0
-    master = states + (FULL * trained if half else 0)
-    weights, gradients = width * (trained + frozen), width * trained
-    yield "zero0", weights + gradients + master + bare, 0
-    yield "zero1", weights + gradients + master // ranks + bare, 0
-    yield "zero2", weights + gradients // ranks + master // ranks + bare, 0
-    gathered = 2 * width * sizes.largest_layer
-    yield "zero3", (weights + gradients + master) // ranks + gathered + bare, 0
-    if ranks > 1:
-        held = FULL * trained + width * frozen + FULL * trained + states
-        yield "fsdp2", held // ranks + gathered + bare, 0
-    yield "zero2 + offload", weights + gradients // ranks + bare, master // ranks
-    yield "zero3 + offload", gathered + gradients // ranks + bare, (weights + master) // ranks
 
 
 def _bytes(tensor: Tensor) -> int:

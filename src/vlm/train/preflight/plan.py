@@ -4,7 +4,6 @@ Memory is counted on the model without numbers (`fake_step.py`), operations by `
 peak of the GPU's data sheet and a share of it that is assumed.
 """
 
-import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,7 @@ from typing import cast
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from vlm.assembly.model_kinds import is_composed_config
 from vlm.assembly.resolve import resolve_model
 from vlm.checks.disk import format_bytes
 from vlm.checks.start import start_problem
@@ -25,18 +22,17 @@ from vlm.data.batching.stats import BatchStats
 from vlm.data.blank_images import dummy_image
 from vlm.data.dataset import SampleDataset
 from vlm.data.processor import Processor
-from vlm.families.meta_model import build_meta_model
-from vlm.models import VLMForConditionalGeneration
 from vlm.train.arguments import training_arguments
-from vlm.train.model import prepare
 from vlm.train.monitor.flops import FlopsNotCountable, count_flops
 from vlm.train.monitor.peak_flops import data_sheet_tflops
 from vlm.train.objectives.base import Objective
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
 from vlm.train.preflight.fake_step import BatchShape, MemoryNotCountable
-from vlm.train.preflight.memory import SHARDINGS, ModelSizes, predict_memory, predict_sharded
+from vlm.train.preflight.memory import ModelSizes, predict_memory
+from vlm.train.preflight.paper import paper_config, prepare_on_paper
 from vlm.train.preflight.report import format_duration
+from vlm.train.preflight.sharded import SHARDINGS, predict_sharded
 
 MEMORY_GB = {
     "GB200": 186, "B200": 180, "B100": 192, "H200 NVL": 141, "H200": 141, "H100 NVL": 94, "H100": 80, "H800": 80,
@@ -113,35 +109,14 @@ def make_plan(
     model_config, processor = resolve_model(config, overrides)
     args = training_arguments(config.trainer, [*objective.training_keys(), *embedding_row_keys(config)])
     data = plan_data(config, objective, model_config, processor, args, samples, tokens)
-    model = build_without_weights(model_config)
     half = torch.bfloat16
-    args.bf16 = True
-    parts = prepare(model, config, args, processor)
+    model, config, args, parts = prepare_on_paper(objective, model_config, processor, half=True)
     lines = [table(parts), "", f"data: {data.source}"]
     lines += _memory_lines(model, config, args, processor, data, devices, half)
     lines += ["", *_time_lines(model, config, processor, data, devices, mfu)]
     if (problem := start_problem(config, name)) is not None:
         lines += ["", f"✗ {problem}"]
     return "\n".join(lines)
-
-
-def paper_config(config: RunConfig) -> RunConfig:
-    """Return the configuration of a run of one process without sharding, whose memory others are computed from."""
-    paper = copy.deepcopy(config)
-    changes = {"deepspeed": None, "sharding": None, "use_cpu": True, "tf32": None, "report_to": "none", "fp16": False,
-               "torch_compile": False, "use_liger_kernel": False}  # fmt: skip
-    for key, value in changes.items():
-        setattr(paper.trainer, key, value)
-    unset_hf_deepspeed_config()
-    return paper
-
-
-def build_without_weights(model_config: PreTrainedConfig) -> PreTrainedModel:
-    """Return a model on the meta device, with kernels of attention as runs choose them."""
-    if not is_composed_config(model_config):
-        return build_meta_model(model_config)
-    with torch.device("meta"):
-        return VLMForConditionalGeneration(copy.deepcopy(model_config))
 
 
 def plan_data(
@@ -159,8 +134,8 @@ def plan_data(
         return PlannedData(samples, tokens, min(longest, 2 * tokens), 1.0, said)
     if config.dataset.path is None or not Path(config.dataset.path).exists():
         raise ValueError(
-            f"dataset.path={config.dataset.path} is not on this machine: say --samples and --tokens (of a mean sample, "
-            "image tokens included)"
+            f"dataset.path={config.dataset.path} is not on this machine: give --samples and --tokens (of a mean "
+            "sample, image tokens included)"
         )
     train = cast(SampleDataset, objective.load_data(model_config, processor, args).records["train"])
     lengths, images = train.lengths, train.num_images
@@ -188,14 +163,15 @@ def _memory_lines(
     except MemoryNotCountable as reason:
         return [*lines, f"memory is not predicted: {reason}"]
     room, fitting = int(devices.memory * USABLE), None
-    for way, device, host in predict_sharded(found, ModelSizes.of(model), devices.number, half=True):
-        fits = device <= room
+    for way, memory in predict_sharded(
+        found, ModelSizes.of(model), devices.number, half=True, own=config.trainer
+    ).items():
+        fits = memory.device <= room
         fitting = way if fits and fitting is None else fitting
-        beside = f" + {format_bytes(host)} of the host's" if host else ""
-        lines.append(f"  {'fits' if fits else '    '}  {way:<16}{format_bytes(device):>10}{beside}")
-    memory = f"{format_bytes(devices.memory)} a GPU, {USABLE:.0%} of it usable"
+        beside = f" + {format_bytes(memory.host)} of the host's" if memory.host else ""
+        lines.append(f"  {'fits' if fits else '    '}  {way:<16}{format_bytes(memory.device):>10}{beside}")
     verdict = "nothing fits: lower trainer.per_device_train_batch_size or dataset.max_length, or choose larger GPUs"
-    lines.append(memory)
+    lines.append(f"{format_bytes(devices.memory)} a GPU, {USABLE:.0%} of it usable")
     lines.append(verdict if fitting is None else f"the first that fits: {SHARDINGS[fitting]}")
     if not config.trainer.activation_checkpointing and fitting is None:
         lines.append("trainer.activation_checkpointing=true takes most of the activations away")
@@ -223,7 +199,7 @@ def _time_lines(
     operations = flops.total(stats, images, images, steps)
     performed = operations * (RECOMPUTED if trainer.activation_checkpointing else 1)
     seconds = performed / (devices.number * devices.tflops * 1e12 * mfu)
-    again = f", {performed:.2e} with what checkpointing computes anew" if performed > operations else ""
+    again = f", {performed:.2e} with what checkpointing recomputes" if performed > operations else ""
     lines.append(f"{operations:.2e} operations{again}")
     gpus = f"{devices.number} x {devices.name} at {mfu:.0%} of {devices.tflops:g} TFLOP/s each, which is assumed"
     lines.append(f"{format_duration(seconds)} on {gpus}; evaluation, saving and waiting for data are not in it")

@@ -33,6 +33,8 @@ from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.processor import Processor
 from vlm.train.arguments import training_arguments
 from vlm.train.batches import NumItems
+from vlm.train.distributed import broadcast_from_rank0
+from vlm.train.guards.memory import find_held, measure_held
 from vlm.train.make_trainer import make_trainer
 from vlm.train.model import compute_dtype, prepare
 from vlm.train.monitor.flops import StepFlops
@@ -43,9 +45,15 @@ from vlm.train.preflight.live_bytes import LiveBytes
 from vlm.train.random_state import seed_everything
 from vlm.train.trainer import VLMTrainer
 
-NUM_COUNTED, NUM_SETTLING, NUM_TIMED = 2, 1, 2
-"""Steps whose memory is counted, a step after which caches are warm again, and steps that are timed."""
+NUM_COUNTED, NUM_SETTLING = 2, 1
+"""Steps whose memory is counted, and a step after which caches are warm again."""
 NUM_UNTIMED = NUM_COUNTED + NUM_SETTLING
+MIN_TIMED, MAX_TIMED = 4, 12
+"""Steps that are timed: the fewest, and the most."""
+NUM_FORWARD = 2
+"""Forward passes of a batch, of which the quicker one is taken: the first finds no memory that fits."""
+TIMED_SECONDS = 10.0
+"""Where steps are slow, no more are timed than take this long, once there are `MIN_TIMED`."""
 
 QUIET = {
     "save_strategy": "no", "eval_strategy": "no", "eval_on_start": False, "report_to": "none", "num_samples": 0,
@@ -64,8 +72,11 @@ class Probe:
         peak: bytes that were alive at most in the second step, weights and states included.
         shapes: the batches of that step.
         seconds: of each timed step, reading its data included.
+        cpu_seconds: of this process's processor time in each timed step, all threads together.
         timed_shapes: the batches of each timed step.
-        forward_seconds: of a forward pass of the last batch, without gradients.
+        forward_seconds: of a forward pass of the last micro-batch, without gradients.
+        loading_seconds: from the start of the preflight to the first step; 0: not known.
+        held: bytes that this rank held behind the second step: parameters, gradients, states of the optimiser.
         stats: of each timed step: what its batches hold, images encoded and connected, and their number.
         flops: of the model; None: they cannot be counted.
         max_steps: number of steps of the whole run.
@@ -75,8 +86,11 @@ class Probe:
     peak: int = 0
     shapes: list[BatchShape] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     timed_shapes: list[list[BatchShape]] = field(default_factory=list)
     forward_seconds: float = 0.0
+    loading_seconds: float = 0.0
+    held: dict[str, int] = field(default_factory=dict)
     stats: list[tuple[BatchStats, int, int, int]] = field(default_factory=list)
     flops: StepFlops | None = None
     max_steps: int = 0
@@ -86,7 +100,7 @@ class Probe:
 def quiet_config(config: RunConfig, folder: Path) -> RunConfig:
     """Return the configuration of a probe of a run."""
     probing = copy.deepcopy(config)
-    for name, value in {**QUIET, "output_dir": str(folder), "max_steps": NUM_UNTIMED + NUM_TIMED}.items():
+    for name, value in {**QUIET, "output_dir": str(folder), "max_steps": NUM_UNTIMED + MAX_TIMED}.items():
         setattr(probing.trainer, name, value)
     return probing
 
@@ -94,20 +108,20 @@ def quiet_config(config: RunConfig, folder: Path) -> RunConfig:
 class ProbeCallback(TrainerCallback):
     """Counts the memory of the first steps, and times those behind them."""
 
-    def __init__(self, probe: Probe, trainer: VLMTrainer):
-        self.probe, self.trainer = probe, trainer
+    def __init__(self, probe: Probe, trainer: VLMTrainer, loading_began: float | None = None):
+        self.probe, self.trainer, self.loading_began = probe, trainer, loading_began
         self.live: LiveBytes | None = None
-        self.begun = 0.0
+        self.begun = self.cpu_begun = 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Begin to count with the first step, and anew with the second, in which the optimiser has its states."""
         self.probe.shapes.clear()
         device = self.trainer.args.device
+        if state.global_step == 0 and self.loading_began is not None:
+            self.probe.loading_seconds = time.perf_counter() - self.loading_began
         if state.global_step == 0 and device.type == "cpu" and not args.torch_compile:
-            model = self.trainer.model
-            known = [*model.parameters(), *model.buffers()]
-            self.live = LiveBytes(known)
-            self.live.now = self.live.peak = sum(tensor.numel() * tensor.element_size() for tensor in known)
+            self.live = LiveBytes(tensor for held in find_held(self.trainer).values() for tensor in held)
+            self.live.now = self.live.peak = sum(measure_held(self.trainer).values())
             self.live.__enter__()
         elif self.live is not None:
             self.live.peak = self.live.now
@@ -121,12 +135,19 @@ class ProbeCallback(TrainerCallback):
         now = time.perf_counter()
         if state.global_step == NUM_COUNTED:
             self.probe.peak = self._end_counting(device)
+            self.probe.held = measure_held(self.trainer)
             self.counted_shapes = list(self.probe.shapes)
-            now = time.perf_counter()
         elif state.global_step > NUM_UNTIMED:
             self.probe.seconds.append(now - self.begun)
+            self.probe.cpu_seconds.append(time.process_time() - self.cpu_begun)
             self.probe.timed_shapes.append(list(self.probe.shapes))
-        self.begun = now
+            if broadcast_from_rank0(self._is_enough()):
+                control.should_training_stop = True
+        self.begun, self.cpu_begun = time.perf_counter(), time.process_time()
+
+    def _is_enough(self) -> bool:
+        """Return whether enough steps have been timed."""
+        return len(self.probe.seconds) >= MIN_TIMED and sum(self.probe.seconds) >= TIMED_SECONDS
 
     def _end_counting(self, device: torch.device) -> int:
         if device.type == "cuda":
@@ -172,30 +193,36 @@ def watch(trainer: VLMTrainer, probe: Probe) -> Callable[[], float]:
         add(batches)
 
     def forward() -> float:
-        """Return the seconds of a forward pass of the last batch without gradients."""
+        """Return the seconds of a forward pass of the last micro-batch without gradients."""
         model, inputs, number = last[0]
-        with torch.no_grad(), trainer.compute_loss_context_manager():
-            *_, row = get_rows(inputs)
-            prepared = trainer._prepare_inputs(row)
+        rows = [trainer._prepare_inputs(row) for row in get_rows(inputs)]
+        seconds = []
+        for _ in range(NUM_FORWARD):
             begun = time.perf_counter()
-            trainer.objective.compute_loss(trainer, model, prepared, number)
+            with torch.no_grad(), trainer.compute_loss_context_manager():
+                for row in rows:
+                    trainer.objective.compute_loss(trainer, model, row, number)
             synchronize(trainer.args.device)
-        return time.perf_counter() - begun
+            seconds.append(time.perf_counter() - begun)
+        return min(seconds)
 
     trainer.training_step, trainer.meter.add = training_step, count
     return forward
 
 
-def run_probe(objective: Objective, run: PreparedRun, steps: tuple[int, float]) -> Probe:
+def run_probe(
+    objective: Objective, run: PreparedRun, steps: tuple[int, float], loading_began: float | None = None
+) -> Probe:
     """Train a few steps on a prepared run that is thrown away afterwards; its arguments are those of a probe.
 
-    `steps` are the run's own `max_steps` and `num_train_epochs`, which tell how many it will make.
+    `steps` are the run's own `max_steps` and `num_train_epochs`, which tell how many it will make; `loading_began` is
+    the time, as `time.perf_counter` tells it, at which the preflight began.
     """
     probe = Probe()
     objective.before_training(run)
     trainer = make_trainer(objective, run)
     trainer.remove_callback(PrinterCallback)
-    forward, callback = watch(trainer, probe), ProbeCallback(probe, trainer)
+    forward, callback = watch(trainer, probe), ProbeCallback(probe, trainer, loading_began)
     trainer.add_callback(callback)
     try:
         trainer.train()

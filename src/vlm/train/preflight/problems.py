@@ -23,10 +23,11 @@ def _memory_problems(config: RunConfig, findings: Findings) -> Iterator[Problem]
     memory = findings.memory
     if memory is None:
         return
-    worst = max(memory.measured, *(found.peak for found in (memory.worst, memory.predicted) if found), 0)
-    if worst > memory.available:
+    if memory.needed > memory.available:
         fits = [row.override for row in memory.rows if min(row.device.values()) < memory.available]
-        text = f"the largest step needs {format_bytes(worst)}, and a device has {format_bytes(memory.available)}"
+        text = (
+            f"the largest step needs {format_bytes(memory.needed)}, and a device has {format_bytes(memory.available)}"
+        )
         yield Problem(text, "; ".join([*list_remedies(config)[:3], *fits[:1]]), is_fatal=True)
 
 

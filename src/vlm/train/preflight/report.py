@@ -12,10 +12,13 @@ from vlm.checks.disk import format_bytes
 from vlm.config.html_page import html_page
 from vlm.config.shown import printable
 from vlm.data.pages import STYLE
+from vlm.train.preflight.duration import MEAN_BASIS
 from vlm.train.preflight.findings import DataFindings, Findings, MemoryFindings, TimeFindings
 
 Table = tuple[Sequence[str], list[Sequence[str]]]
 """The header of a table, and its rows."""
+MOSTLY_COMPUTING = 0.9
+"""Where a step on the CPU computes for a smaller share of its time, the page says so."""
 SHOWN_SAMPLE = 900
 """Characters of the first sample that a terminal shows."""
 PAGE_STYLE = "td.fits{color:var(--good)}td.over{color:var(--bad)}.problem{border-left:4px solid var(--bad);" \
@@ -38,7 +41,8 @@ def as_text(findings: Findings) -> str:
         sample = shorten(findings.first_sample, SHOWN_SAMPLE, placeholder=" …")
         blocks.append(("First sample, supervised tokens in 【 】", sample))
     if memory is not None:
-        blocks.append(("Memory", f"{memory_text(memory)}\n\n{_plain(memory_table(memory))}"))
+        rows = f"\n\n{_plain(memory_table(memory))}" if memory.rows else ""
+        blocks.append(("Memory", f"{memory_text(memory)}{rows}"))
     if duration is not None:
         blocks.append(("Time", time_text(duration)))
     if findings.disk is not None:
@@ -61,7 +65,8 @@ def _data_text(data: DataFindings) -> str:
         ordered = sorted(data.lengths)
         middle, high = ordered[len(ordered) // 2], ordered[min(int(len(ordered) * 0.99), len(ordered) - 1)]
         lines.append(
-            f"tokens a sample: median {middle:,}, 99 % {high:,}, most {ordered[-1]:,} of {data.longest:,} allowed"
+            f"tokens per sample: median {middle:,}, 99th percentile {high:,}, longest {ordered[-1]:,} of "
+            f"{data.longest:,} allowed"
         )
     lines += [f"left out, {number:,}: {reason}" for reason, number in data.skipped]
     return "\n".join(lines)
@@ -69,22 +74,37 @@ def _data_text(data: DataFindings) -> str:
 
 def memory_text(memory: MemoryFindings) -> str:
     """Return what was predicted and measured, in sentences."""
-    lines = []
+    lines, where = [], ""
+    if memory.ranks > 1 or memory.way != "none":
+        where = f" on each of {memory.ranks} ranks" + (f" with {memory.way}" if memory.way != "none" else "")
     if memory.predicted is not None:
         found = memory.predicted
         held = {"weights": found.weights, "gradients": found.gradients, "optimiser states": found.states,
                 "activations": found.activations}  # fmt: skip
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in held.items())
-        lines.append(f"predicted peak of the probe's step: {format_bytes(found.peak)} ({parts})")
+        lines.append(f"predicted peak of a probe step{where}: {format_bytes(memory.expected_bytes)}")
+        whole = f"without sharding {format_bytes(found.peak)}: " if memory.expected_bytes != found.peak else ""
+        lines.append(f"  {whole}{parts}")
+    if memory.measured:
+        lines.append(f"measured in the same step: {format_bytes(memory.measured)} ({memory.method}){_off(memory)}")
+    if memory.highest > memory.measured:
+        lines.append(f"highest of all ranks: {format_bytes(memory.highest)}")
     if memory.note:
         lines.append(f"not predicted: {memory.note}")
-    if memory.measured:
-        off = "" if memory.predicted is None else f", prediction {memory.predicted.peak / memory.measured - 1:+.1%}"
-        lines.append(f"measured: {format_bytes(memory.measured)} ({memory.method}){off}")
+        below = "; the rows below follow from it" if memory.rows else ""
+        lines.append(f"the measurement stands in for a prediction, and longer samples need more{below}")
     if memory.worst is not None:
-        lines.append(f"where the longest samples come together: {format_bytes(memory.worst.peak)}")
-    lines.append(f"a device has {format_bytes(memory.available)}")
+        lines.append(f"predicted with the longest samples in one batch: {format_bytes(memory.needed)}")
+    lines.append(f"available{' to each rank' if memory.ranks > 1 else ''}: {format_bytes(memory.available)}")
     return "\n".join(lines)
+
+
+def _off(memory: MemoryFindings) -> str:
+    """Return how far the prediction is off, in words."""
+    if memory.predicted is None:
+        return ""
+    off = memory.expected_bytes / memory.measured - 1
+    return f"; the prediction is {abs(off):.1%} too {'high' if off >= 0 else 'low'}"
 
 
 def memory_table(memory: MemoryFindings) -> Table:
@@ -106,14 +126,37 @@ def _cell(device: int | None, host: int | None, available: int) -> str:
 
 def time_text(duration: TimeFindings) -> str:
     """Return the time of the run, in sentences."""
-    lines = [
-        f"{format_duration(duration.total)} in all: {duration.steps:,} steps of {format_duration(duration.step)}"
-        f" are {format_duration(duration.training)}",
-        f"evaluation, {duration.evaluations} times: {format_duration(duration.evaluation)}; saving, "
-        f"{duration.checkpoints} checkpoints and final: {format_duration(duration.saving)}",
-        f"from the probe, each step by {duration.basis}; metrics of answers are not in it",
-    ]
-    return "\n".join(lines)
+    spread = ""
+    if duration.margin is not None:
+        off = duration.margin * duration.steps
+        least, most = format_duration(max(duration.total - off, 0)), format_duration(duration.total + off)
+        spread = f" (probably {least} to {most}, if the machine stays as busy as it is now)"
+    steps, evaluations = _count(duration.steps, "step"), _count(duration.evaluations, "evaluation")
+    checkpoints = _count(duration.checkpoints, "checkpoint")
+    fitted = f"fitted to {duration.timed} timed steps, growing with {duration.basis}"
+    if duration.basis == MEAN_BASIS:
+        fitted = f"the mean of {duration.timed} timed steps"
+    return "\n".join([
+        f"{format_duration(duration.total)} in all{spread}",
+        f"loading {format_duration(duration.loading)}; {steps} of {format_duration(duration.step)}: "
+        f"{format_duration(duration.training)}",
+        f"{evaluations}: {format_duration(duration.evaluation)}; {checkpoints} and final: "
+        f"{format_duration(duration.saving)}",
+        f"the time of a step is {fitted}",
+        *_waiting_lines(duration.computing),
+        "not included: sample answers and metrics of answers",
+    ])  # fmt: skip
+
+
+def _waiting_lines(computing: float | None) -> list[str]:
+    """Return a line where steps on the CPU took much longer than they computed."""
+    if computing is None or computing >= MOSTLY_COMPUTING:
+        return []
+    return [f"this process waited for {1 - computing:.0%} of that time: for a free core, for data or for other ranks"]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def disk_text(findings: Findings) -> str:
@@ -172,6 +215,8 @@ def _paragraphs(text: str) -> str:
 
 
 def _memory_html(memory: MemoryFindings) -> str:
+    if not memory.rows:
+        return _paragraphs(memory_text(memory))
     header, rows = memory_table(memory)
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
     lines = []
