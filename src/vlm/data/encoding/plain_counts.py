@@ -88,30 +88,28 @@ class PlainCounter:
             self._outlines[skeleton] = make_outline(self.processor, self.words, skeleton)
         if (outline := self._outlines[skeleton]) is None:
             return None
-        images = None
-        if self.processor.needs_image_sizes and any(isinstance(step, ImagePlace) for step in outline):
-            if (images := self._image_lengths(outline, sizes)) is None:
-                return None
-        return self._count_outline(outline, texts, images)
+        images = self._image_lengths(outline, sizes)
+        return None if images is None else self._count_outline(outline, texts, images)
 
     def _image_lengths(self, outline: Outline, sizes: Sequence[MediaSize]) -> list[int] | None:
-        """Return the number of tokens of each image, where it depends on their sizes; None where these do not fit."""
-        token = self.processor.image_token
+        """Return the number of tokens of each image; None where they depend on sizes, and these are not as many."""
         number = sum(isinstance(step, ImagePlace) for step in outline)
+        if not number or not self.processor.needs_image_sizes:
+            return [self._image_length] * number
         if number != len(sizes):
             return None
-        _, spans = self.processor.tokenize(token * number, (), sizes)
+        _, spans = self.processor.tokenize(self.processor.image_token * number, (), sizes)
         return [len(list(group)) for _, group in groupby(spans)]
 
-    def _count_outline(self, outline: Outline, texts: list[str], images: list[int] | None) -> TokenCounts | None:
-        """Return the counts of a conversation; `images` has the number of tokens of each, where they differ."""
+    def _count_outline(self, outline: Outline, texts: list[str], images: list[int]) -> TokenCounts | None:
+        """Return the counts of a conversation; `images` has the number of tokens of each."""
         length = supervised = behind_media = num_images = 0
         first: int | None = None
         for step in outline:
             if isinstance(step, int):
                 length += step
             elif isinstance(step, ImagePlace):
-                length += self._image_length if images is None else images[num_images]
+                length += images[num_images]
                 behind_media = length - self._behind_image
                 num_images += 1
             elif (counts := self._count_stretch(step, texts)) is None:
@@ -146,12 +144,12 @@ def make_plain_counter(encoder: SampleEncoder) -> PlainCounter | None:
     """Return what counts the samples of an encoder; None where another class or tokenizer decides about tokens."""
     from vlm.models import VLMProcessor  # imports torch
 
-    kind, processor = type(encoder), encoder.processor
+    kind = type(encoder)
     encodes = kind.encode is SampleEncoder.encode and kind.min_length is SampleEncoder.min_length
-    is_own = type(processor).tokenize is VLMProcessor.tokenize
-    if not (encodes and is_own and encoder.supervise == "replies"):
+    if not encodes or encoder.supervise != "replies":
         return None
-    words = make_word_counts(processor.tokenizer)
+    is_own = type(encoder.processor).tokenize is VLMProcessor.tokenize
+    words = make_word_counts(encoder.processor.tokenizer) if is_own else None
     return None if words is None else PlainCounter(encoder, words)
 
 

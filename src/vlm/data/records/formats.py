@@ -99,7 +99,7 @@ def _read_conversations(record: Record, image_folder: Path, key: str = "conversa
         turns.append(make_turn(role, content, learned, turn, where, sample_id))
     turns = join_calls(turns)
     check_question_first(turns, sample_id)
-    return replace(make_sample(record, turns, media), tools=read_tools(record, sample_id))
+    return with_tools(make_sample(record, turns, media), record)
 
 
 ITEM_KEYS = ("type", "text", "index", "source", *FILE_KEYS, *ITEM_KINDS, *RATE_KEYS, *TIME_KEYS)
@@ -128,7 +128,7 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
 
 
 def _read_chat_with_tools(record: Record, image_folder: Path, key: str = "messages") -> Sample:
-    return replace(_read_chat(record, image_folder, key), tools=read_tools(record, read_id(record)))
+    return with_tools(_read_chat(record, image_folder, key), record)
 
 
 def _read_chat(record: Record, image_folder: Path, key: str = "messages") -> Sample:
@@ -378,6 +378,12 @@ def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample
     turns = add_system_turn(record, turns, media.sample_id)
     references = read_references(record, media.sample_id)
     return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references, objects=objects)
+
+
+def with_tools(sample: Sample, record: Record) -> Sample:
+    """Return a sample with the tools of its record."""
+    tools = read_tools(record, sample.id)
+    return replace(sample, tools=tools) if tools else sample
 
 
 def _rename_image(record: Record, image_key: str) -> Record:
