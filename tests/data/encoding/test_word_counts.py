@@ -12,7 +12,21 @@ from vlm.data.encoding import word_counts
 from vlm.data.encoding.word_counts import SPLIT_WORDS, make_word_counts
 
 LETTERS = "".join(map(chr, range(128)))
-PIECES = (*LETTERS, *"  \n\n\r\tsdmtlrve''", "'ll", "'RE", "it's", " a", "  a", "12", "1234", " 3", "...", " --\n", "\r\n")
+PIECES = (
+    *LETTERS,
+    *"  \n\n\r\tsdmtlrve''",
+    "'ll",
+    "'RE",
+    "it's",
+    " a",
+    "  a",
+    "12",
+    "1234",
+    " 3",
+    "...",
+    " --\n",
+    "\r\n",
+)
 
 
 def with_pre_tokenizer(pre_tokenizer: Any, normalizer: Any = None) -> PreTrainedTokenizerFast:
