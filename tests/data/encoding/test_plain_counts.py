@@ -17,8 +17,9 @@ from vlm.models import VLMProcessor
 
 IMAGE = ImageRef(Path("image.png"))
 TEXTS = (
-    "a cat", "It's 12 o'clock.", "two\nlines", "  blanks ", "\nwhat is it?", "yes", "...", "\t(x) ", "1, 2, 345", "naïve",
-    "it says <image>", "a < b", "<s>", "'s", "say 'll", "-", "end\n\n", "", " ", "\x1f", "\x1c\x1d.", "\n\n1", "[INST]",
+    "a cat", "It's 12 o'clock.", "two\nlines", "  blanks ", "\nwhat is it?", "yes", "...", "\t(x) ", "1, 2, 345",
+    "naïve", "it says <image>", "a < b", "<s>", "'s", "say 'll", "-", "end\n\n", "", " ", "\x1f", "\x1c\x1d.", "\n\n1",
+    "[INST]",
 )  # fmt: skip
 SIZES: tuple[MediaSize, ...] = ((40, 30), (24, 90))
 NATIVE = {"patch_size": 8, "multiple": 1, "factor": 1, "min_patches": 4, "max_patches": 20}

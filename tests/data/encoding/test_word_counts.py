@@ -79,15 +79,16 @@ def test_words_and_their_tokens_are_those_of_the_tokenizer(name: str):
 def bad_tokenizers(parts: Parts) -> dict[str, Any]:
     """Tokenizers whose tokens depend on more than words, or that are not known."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    other = Regex(LLAMA + "|x")
     made = {
-        "another expression": with_pre_tokenizer(split_then_bytes(pre_tokenizers.Split(Regex(LLAMA + "|x"), "isolated"))),
+        "another expression": with_pre_tokenizer(split_then_bytes(pre_tokenizers.Split(other, "isolated"))),
         "removed": with_pre_tokenizer(split_then_bytes(pre_tokenizers.Split(Regex(LLAMA), "removed"))),
         "blank in front": with_pre_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=True)),
         "no words": with_pre_tokenizer(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
         "lower case": with_pre_tokenizer(byte_level, normalizers.Lowercase()),
-        "wide token": byte_tokenizer(), "cut": byte_tokenizer(), "dropout": byte_tokenizer(), "split": byte_tokenizer(),
         "sentencepiece": AutoTokenizer.from_pretrained(parts.language_model("vicuna")),
-    }  # fmt: skip
+        **{name: byte_tokenizer() for name in ("wide token", "cut", "dropout", "split")},
+    }
     made["wide token"].add_tokens([AddedToken("<wide>", lstrip=True)])
     made["cut"].backend_tokenizer.enable_truncation(8)
     made["dropout"].backend_tokenizer.model.dropout = 0.1
