@@ -57,20 +57,21 @@ from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sources import make_sources
 from vlm.models import VLMProcessor
 
-folder, path, way = sys.argv[1:]
+folder, way, *paths = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 processor = VLMProcessor(CLIPImageProcessor(), tokenizer, chat_template=tokenizer.chat_template)
 encoder = SampleEncoder(processor, 4096, truncate=False)
-(source,) = make_sources(DatasetConfig(path=path, cache_dir=folder), encoder)
-counter, numbers = token_counts.TokenCounter(encoder), range(len(source))
-if way == "encode":
-    counter._plain = None
 token_counts._collect_seldom(0)
-begun = time.process_time()
-rows = [token_counts.count_record(source, number, decode=False, counter=counter)[1:4] for number in numbers]
-print("measured", time.process_time() - begun, *map(sum, zip(*rows)))
+for path in paths:
+    (source,) = make_sources(DatasetConfig(path=path, cache_dir=folder), encoder)
+    counter, numbers = token_counts.TokenCounter(encoder), range(len(source))
+    if way == "encode":
+        counter._plain = None
+    begun = time.process_time()
+    rows = [token_counts.count_record(source, number, decode=False, counter=counter)[1:4] for number in numbers]
+    print("measured", (time.process_time() - begun) / len(rows), *map(sum, zip(*rows)))
 """
-"""A program that counts records as a worker does, and prints its processor time and the sums of what it counted."""
+"""A program that counts records as a worker does, and prints the processor time of each and the sums of what it counted."""
 TINY_RECORDS = 64
 COUNTED = {"short": (short_lengths, 20_000), "LLaVA": (llava_lengths, 4_000)}
 """Records that are counted: their lengths, and how many there are."""
@@ -137,27 +138,26 @@ def compare_counting(folder: Path, repeats: int, other: Path | None) -> list[Row
         RuntimeError: the counts differ.
     """
     make_prose_tokenizer().save_pretrained(folder / "tokenizer")
+    paths = [str(write_prose_records(folder / name, lengths(number))) for name, (lengths, number) in COUNTED.items()]
     variants = {"words": None, "encode": None, **({} if other is None else {"other": other})}
-    rows = []
-    for name, (lengths, number) in COUNTED.items():
-        path = write_prose_records(folder / f"{name} records", lengths(number))
-        seconds: dict[str, list[float]] = {way: [] for way in variants}
-        sums = set()
-        for turn in range(repeats + 1):  # the first one fills caches
-            for way, source in variants.items():
-                words = [str(folder / "tokenizer"), str(path), way]
-                _, output = run_python(["-c", COUNT, *words], source)
-                _, measured, *counts = output.split()
-                sums.add(tuple(counts))
+    seconds: dict[tuple[str, str], list[float]] = {(name, way): [] for name in COUNTED for way in variants}
+    sums: set[tuple[str, ...]] = set()
+    for turn in range(repeats + 1):  # the first one fills caches
+        for way, source in variants.items():
+            _, output = run_python(["-c", COUNT, str(folder / "tokenizer"), way, *paths], source)
+            lines = [line.split()[1:] for line in output.splitlines() if line.startswith("measured")]
+            sums.add(tuple(number for _, *counted in lines for number in counted))
+            for name, (measured, *_) in zip(COUNTED, lines, strict=True):
                 if turn:
-                    seconds[way].append(1e6 * float(measured) / number)
-                    print(f"{name}, {way}: {seconds[way][-1]:.1f} µs a record", flush=True)
-        if len(sums) > 1:
-            raise RuntimeError(f"the counts of {name} records differ: {sums}")
-        for way in list(variants)[1:]:
-            rows.append(compared(f"counting {name} records, by words over {way}", seconds["words"], seconds[way],
-                                 ("words", way), "µs", BY_WORDS, "lower"))  # fmt: skip
-    return rows
+                    seconds[name, way].append(1e6 * float(measured))
+                    print(f"{name}, {way}: {seconds[name, way][-1]:.1f} µs a record", flush=True)
+    if len(sums) > 1:
+        raise RuntimeError(f"the counts of records differ: {sums}")
+    return [
+        compared(f"counting {name} records, by words over {way}", seconds[name, "words"], seconds[name, way],
+                 ("words", way), "µs", BY_WORDS, "lower")
+        for name in COUNTED for way in list(variants)[1:]
+    ]  # fmt: skip
 
 
 def compare_new_records(folder: Path, number: int, repeats: int) -> list[Row]:
