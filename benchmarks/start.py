@@ -71,7 +71,7 @@ for path in paths:
     rows = [token_counts.count_record(source, number, decode=False, counter=counter)[1:4] for number in numbers]
     print("measured", (time.process_time() - begun) / len(rows), *map(sum, zip(*rows)))
 """
-"""A program that counts records as a worker does, and prints the processor time of each and the sums of what it counted."""
+"""A program that counts records as a worker does, and prints the processor time of each, and sums of counts."""
 TINY_RECORDS = 64
 COUNTED = {"short": (short_lengths, 20_000), "LLaVA": (llava_lengths, 4_000)}
 """Records that are counted: their lengths, and how many there are."""

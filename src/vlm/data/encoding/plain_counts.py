@@ -36,12 +36,10 @@ class Stretch:
     Attributes:
         prompt: what is not supervised.
         reply: what is: a reply with blanks around it; empty where there is none. The special token behind it is, too.
-        prompt_words: the words of `prompt`, where they are the same in all conversations; else None.
     """
 
     prompt: tuple[Part, ...]
     reply: tuple[Part, ...]
-    prompt_words: list[str] | None
 
 
 @dataclass(frozen=True)
@@ -124,16 +122,17 @@ class PlainCounter:
 
     def _count_stretch(self, stretch: Stretch, texts: list[str]) -> tuple[int, int] | None:
         """Return the tokens of a prompt, and of its reply with the token that ends it."""
-        count, split, prompt = self.words.count, self.words.split, stretch.prompt_words
-        if prompt is None:
-            prompt = split(_join(stretch.prompt, texts))
+        prompt, words = _join(stretch.prompt, texts), self.words
         if not stretch.reply:
-            return count(prompt), 0
-        words = split(_join((*stretch.prompt, *stretch.reply), texts))
-        place = len(prompt)
-        if words[:place] != prompt:  # a word would reach into the reply
-            return None
-        return count(prompt), count(words[place:]) + 1
+            return words.count(words.split(prompt)), 0
+        found = words.split(prompt + _join(stretch.reply, texts))
+        place = length = 0
+        while length < len(prompt):
+            length += len(found[place])
+            place += 1
+        if length > len(prompt):
+            return None  # a word reaches into the reply
+        return words.count(found[:place]), words.count(found[place:]) + 1
 
 
 def _join(parts: Sequence[Part], texts: Sequence[str]) -> str:
@@ -184,10 +183,8 @@ def make_outline(processor: Processor, words: WordCounts, skeleton: Skeleton) ->
 
 
 def _add(outline: Outline, stretch: Stretch, words: WordCounts) -> None:
-    if stretch.reply or stretch.prompt_words is None:
-        outline.append(stretch)
-    else:
-        outline.append(words.count(stretch.prompt_words))
+    is_constant = not stretch.reply and all(isinstance(part, str) for part in stretch.prompt)
+    outline.append(words.count(words.split(_join(stretch.prompt, ()))) if is_constant else stretch)
 
 
 def _make_stretch(parts: Sequence[Part], blanks_before: Mapping[int, int], words: WordCounts) -> Stretch | None:
@@ -195,7 +192,7 @@ def _make_stretch(parts: Sequence[Part], blanks_before: Mapping[int, int], words
 
     `blanks_before` holds the number of each text that is a learned reply, and how many blanks before it belong to it.
     """
-    if not all(words.is_plain(part) for part in parts if isinstance(part, str)):
+    if any(not part.isascii() or words.may_begin_token(part) for part in parts if isinstance(part, str)):
         return None
     place = next((place for place, part in enumerate(parts) if isinstance(part, int) and part in blanks_before), None)
     prompt, reply = list(parts), []
@@ -212,5 +209,4 @@ def _make_stretch(parts: Sequence[Part], blanks_before: Mapping[int, int], words
         start -= literal.endswith(" ", 0, start)  # a reply begins at the blank before it, see `labels`
         prompt.append(literal[:start])
         reply.insert(0, literal[start:])
-    is_constant = all(isinstance(part, str) for part in prompt)
-    return Stretch(tuple(prompt), tuple(reply), words.split(_join(prompt, ())) if is_constant else None)
+    return Stretch(tuple(prompt), tuple(reply))

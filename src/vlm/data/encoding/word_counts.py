@@ -71,6 +71,7 @@ class WordCounts:
 
     def __init__(self, model: BPE, words: str, added: Sequence[str]):
         self.split = re.compile(words).findall
+        self._added = tuple(added)
         self.starts = tuple(dict.fromkeys(token[0] for token in added))
         self.added = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
         self._numbers = _NumbersOfTokens(model)
@@ -87,6 +88,10 @@ class WordCounts:
             if start in text:
                 return False
         return True
+
+    def may_begin_token(self, text: str) -> bool:
+        """Return whether a text ends as an added token begins, so that what follows it may complete one."""
+        return any(text.endswith(token[:end]) for token in self._added for end in range(1, len(token)))
 
 
 class _NumbersOfTokens(dict[str, int]):
