@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
 from tests.data.encoding.test_word_counts import PRE_TOKENIZERS
 from tests.tiny_parts import CHAT_TEMPLATES, Parts, byte_tokenizer
@@ -17,9 +18,9 @@ from vlm.models import VLMProcessor
 
 IMAGE = ImageRef(Path("image.png"))
 TEXTS = (
-    "a cat", "It's 12 o'clock.", "two\nlines", "  blanks ", "\nwhat is it?", "yes", "...", "\t(x) ", "1, 2, 345",
-    "naïve", "it says <image>", "a < b", "<s>", "'s", "say 'll", "-", "end\n\n", "", " ", "\x1f", "\x1c\x1d.", "\n\n1",
-    "[INST]",
+    "a cat", "It's 12 o'clock.", "two\nlines", "  blanks ", "\nwhat is it?", "yes", "...", "\t(x) ", "1, 2, 345", "'s",
+    "naïve", "\u00e9\u0301", "\u0301a", "“猫” 🐱", "\u3000 x\u00a0", "it says <image>", "a < b", "<s>", "say 'll", "-",
+    "end\n\n", "", " ", "\x1f", "\x1c\x1d.", "\n\n1", "[INST]",
 )  # fmt: skip
 SIZES: tuple[MediaSize, ...] = ((40, 30), (24, 90))
 NATIVE = {"patch_size": 8, "multiple": 1, "factor": 1, "min_patches": 4, "max_patches": 20}
@@ -30,6 +31,8 @@ def make_processor(parts: Parts, template: str, words: str, **options: Any) -> V
     """Return a processor whose tokenizer cuts texts into `words` as a row of `PRE_TOKENIZERS` does."""
     tokenizer = byte_tokenizer(template)
     tokenizer.backend_tokenizer.pre_tokenizer = PRE_TOKENIZERS[words]()
+    if words == "qwen":
+        tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<begin>", "<end>"]})
     options = {"tokens_per_image": 3, **options}
     return VLMProcessor(parts.processor().image_processor, tokenizer, chat_template=template, **options)

@@ -69,8 +69,8 @@ class PlainCounter:
     def count(self, sample: Sample, sizes: Sequence[MediaSize] = ()) -> TokenCounts | None:
         """Return the counts of a sample; `sizes` of its images, where the processor needs them.
 
-        None: its structure is new or has no outline, it has tools or thinking, a text is not ASCII or may hold an added
-        token, or a word reaches from a prompt into a reply.
+        None: its structure is new or has no outline, it has tools or thinking, a text may hold an added token, or
+        a word reaches from a prompt into a reply.
         """
         if sample.rejected is not None or needs_whole_turns(sample.turns, sample.tools):
             return None
@@ -124,8 +124,14 @@ class PlainCounter:
         """Return the tokens of a prompt, and of its reply with the token that ends it."""
         prompt, words = _join(stretch.prompt, texts), self.words
         if not stretch.reply:
-            return words.count(words.split(prompt)), 0
-        found = words.split(prompt + _join(stretch.reply, texts))
+            return words.count(words.split(prompt)) if prompt.isascii() else words.encode(prompt)[0], 0
+        text = prompt + _join(stretch.reply, texts)
+        if not text.isascii():
+            number, spans = words.encode(text)
+            learned = sum(end > len(prompt) for _, end in spans)
+            is_apart = learned and all(start >= len(prompt) for start, _ in spans[-learned:])
+            return (number - learned, learned + 1) if is_apart else None
+        found = words.split(text)
         place = length = 0
         while length < len(prompt):
             length += len(found[place])

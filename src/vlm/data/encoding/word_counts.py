@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase
 
@@ -59,7 +60,7 @@ class WordCounts:
     """Numbers of tokens of words.
 
     Args:
-        model: splits a word into tokens.
+        backend: the tokenizer; its model splits words into tokens.
         words: matches the words of a text of ASCII characters.
         added: the texts of the tokenizer's added tokens.
 
@@ -69,21 +70,25 @@ class WordCounts:
         added: matches an added token.
     """
 
-    def __init__(self, model: BPE, words: str, added: Sequence[str]):
+    def __init__(self, backend: Tokenizer, words: str, added: Sequence[str]):
         self.split = re.compile(words).findall
         self._added = tuple(added)
         self.starts = tuple(dict.fromkeys(token[0] for token in added))
         self.added = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
-        self._numbers = _NumbersOfTokens(model)
+        self._encode = backend.encode
+        self._numbers = _NumbersOfTokens(backend.model)
 
     def count(self, words: Sequence[str]) -> int:
         """Return the number of tokens of words."""
         return sum(map(self._numbers.__getitem__, words))
 
+    def encode(self, text: str) -> tuple[int, list[tuple[int, int]]]:
+        """Return the number of tokens of any text, and the characters that each comes from."""
+        encoding = self._encode(text, add_special_tokens=False)
+        return len(encoding), encoding.offsets
+
     def is_plain(self, text: str) -> bool:
-        """Return whether a text is ASCII, and no added token begins in it."""
-        if not text.isascii():
-            return False
+        """Return whether no added token begins in a text."""
         for start in self.starts:  # noqa: SIM110 - a generator takes twice as long
             if start in text:
                 return False
@@ -126,7 +131,7 @@ def make_word_counts(tokenizer: PreTrainedTokenizerBase) -> WordCounts | None:
     added = list(backend.get_added_tokens_decoder().values())
     if words is None or any(token.lstrip or token.rstrip or token.single_word for token in added):
         return None
-    return WordCounts(model, words, [token.content for token in added])
+    return WordCounts(backend, words, [token.content for token in added])
 
 
 def _settings(part: Any) -> dict[str, Any]:
