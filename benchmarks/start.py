@@ -112,7 +112,7 @@ def compare_tiny_runs(folder: Path, repeats: int, other: Path | None) -> list[Ro
     """Return the processor time of a tiny run against that of its libraries, and of another version."""
     records = write_prose_records(folder / "tiny records", short_lengths(TINY_RECORDS))
     words = ["-m", "vlm", *run_words(folder / "tiny", records, folder / "run")]
-    variants = {"run": (words, None), "imports": (["-c", BARE], None)}
+    variants: dict[str, tuple[list[str], Path | None]] = {"run": (words, None), "imports": (["-c", BARE], None)}
     if other is not None:
         variants["other"] = (words, other)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -139,7 +139,7 @@ def compare_counting(folder: Path, repeats: int, other: Path | None) -> list[Row
     """
     make_prose_tokenizer().save_pretrained(folder / "tokenizer")
     paths = [str(write_prose_records(folder / name, lengths(number))) for name, (lengths, number) in COUNTED.items()]
-    variants = {"words": None, "encode": None, **({} if other is None else {"other": other})}
+    variants: dict[str, Path | None] = {"words": None, "encode": None, **({} if other is None else {"other": other})}
     seconds: dict[tuple[str, str], list[float]] = {(name, way): [] for name in COUNTED for way in variants}
     sums: set[tuple[str, ...]] = set()
     for turn in range(repeats + 1):  # the first one fills caches

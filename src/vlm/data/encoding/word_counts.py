@@ -8,10 +8,11 @@ split once only. Python's expressions find the same words as the tokenizer's whe
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
+from tokenizers.normalizers import Normalizer
+from tokenizers.pre_tokenizers import PreTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from vlm.models.text_processing import calls_backend
@@ -117,7 +118,7 @@ class _NumbersOfTokens(dict[str, int]):
 
 def make_word_counts(tokenizer: PreTrainedTokenizerBase) -> WordCounts | None:
     """Return what counts the tokens of words; None for a tokenizer that does not work word by word, as far as known."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not calls_backend(type(tokenizer)) or tokenizer.split_special_tokens:
         return None
     if backend.truncation is not None or backend.padding is not None or backend.encode_special_tokens:
@@ -134,22 +135,23 @@ def make_word_counts(tokenizer: PreTrainedTokenizerBase) -> WordCounts | None:
     return WordCounts(backend, words, [token.content for token in added])
 
 
-def _settings(part: Any) -> dict[str, Any]:
+def _settings(part: Normalizer | PreTokenizer) -> dict[str, object]:
     return json.loads(part.__getstate__())
 
 
-def find_words(pre_tokenizer: Mapping[str, Any]) -> str | None:
+def find_words(pre_tokenizer: Mapping[str, object]) -> str | None:
     """Return the expression that finds the words of a pre-tokenizer, by its settings, in ASCII; None: not known."""
-    *before, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        return None
-    uses_own = last.get("use_regex", True)
+    match pre_tokenizer:
+        case {"type": "Sequence", "pretokenizers": [before, {"type": "ByteLevel", "add_prefix_space": False, **last}]}:
+            pass
+        case {"type": "ByteLevel", "add_prefix_space": False, **last}:
+            return GPT2_WORDS if last.get("use_regex", True) else None
+        case _:
+            return None
     match before:
-        case []:
-            return GPT2_WORDS if uses_own else None
-        case [{"type": "Digits", "individual_digits": bool(individual)}] if uses_own:
+        case {"type": "Digits", "individual_digits": bool(individual)} if last.get("use_regex", True):
             return DIGIT_WORDS[individual]
-        case [{"type": "Split", "pattern": {"Regex": written}, "behavior": "Isolated", "invert": False}]:
-            return None if uses_own else SPLIT_WORDS.get(written)
+        case {"type": "Split", "pattern": {"Regex": str(written)}, "behavior": "Isolated", "invert": False}:
+            return None if last.get("use_regex", True) else SPLIT_WORDS.get(written)
         case _:
             return None

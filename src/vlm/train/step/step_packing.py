@@ -247,13 +247,20 @@ class StepPacking:
                 "trainer.accelerator_config.use_seedable_sampler=false: each rank would draw an order of its own for "
                 "packed steps; leave it out, so that all draw the same, or choose trainer.packing_strategy=best_fit"
             )
-        options: Any = {"accumulation": self.args.gradient_accumulation_steps, "max_tokens": self.max_tokens}
         if isinstance(dataset, CountedLater) and not dataset.is_counted:
             sizes = MeasuredSizes(dataset, self.costs, self.max_tokens)
-            self.sampler = StepSampler(batches, sizes.lengths, sizes.costs, measure=sizes.measure, **options)
+            lengths, costs, measure = sizes.lengths, sizes.costs, sizes.measure
         else:
-            costs = self.costs.of(np.asarray(dataset.lengths), np.asarray(dataset.num_images))
-            self.sampler = StepSampler(batches, dataset.lengths, costs, **options)
+            lengths, measure = np.asarray(dataset.lengths), None
+            costs = self.costs.of(lengths, np.asarray(dataset.num_images))
+        self.sampler = StepSampler(
+            batches,
+            lengths,
+            costs,
+            accumulation=self.args.gradient_accumulation_steps,
+            max_tokens=self.max_tokens,
+            measure=measure,
+        )
         rows = RowDataset(dataset)
         return DataLoader(rows, batch_sampler=self.sampler, collate_fn=self.collate, **loader_options(self.args))
 
