@@ -1,13 +1,16 @@
-"""What a start costs: processor time of a whole tiny run, and of a start with many new records, up to the first step.
+"""What a start costs: processor time of a whole tiny run, of counting new records, and of a start with many of them.
 
     python -m benchmarks.start [--repeats N] [--records N] [--other SRC]
 
 Each measurement is a process of its own; variants take turns, and processor time (user and system) is compared, which
-other work on the machine changes little. The tiny run, of one step, is compared with a program that only imports
-PyTorch and transformers' `Trainer`, which no run goes without; with `--other`, with the same run of the package in
-another checkout, too. New records (a short question and answer each, with 1,000 different texts) are counted while the
-run trains, or before, as they are where `dataset.over_length=skip`; the process of the run and those that have ended by
-the first step are added up. About a quarter of an hour on two cores.
+other work on the machine changes little.
+
+Records are counted by their words, by encoding each of them, and, with `--other`, as another checkout counts them; the
+counts must be the same. The tiny run, of one step, is compared with a program that only imports PyTorch and
+transformers' `Trainer`, which no run goes without, and with the same run of the other checkout. At last, many new
+records, of a short question and answer each, are counted while a run trains, or before, as they are where
+`dataset.over_length=skip`; the process of the run and those that have ended by the first step are added up. About a
+quarter of an hour on two cores.
 """
 
 import argparse
@@ -20,7 +23,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.growth import write_text_records
+from benchmarks.prose import llava_lengths, make_prose_tokenizer, short_lengths, write_prose_records
 from benchmarks.report import Row, below, compared, report
 from benchmarks.shapes import SHAPES, model_keys, write_parts
 from benchmarks.variants import data_keys
@@ -45,7 +48,35 @@ from vlm.cli.main import main
 main(sys.argv[1:])
 """
 """A run that prints its processor time and the seconds at the end of its first step."""
+COUNT = """
+import sys, time
+from transformers import AutoTokenizer, CLIPImageProcessor
+from vlm.config.schema import DatasetConfig
+from vlm.data import token_counts
+from vlm.data.encoding.sample_encoder import SampleEncoder
+from vlm.data.sources import make_sources
+from vlm.models import VLMProcessor
+
+folder, way, *paths = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(folder)
+processor = VLMProcessor(CLIPImageProcessor(), tokenizer, chat_template=tokenizer.chat_template)
+encoder = SampleEncoder(processor, 4096, truncate=False)
+token_counts._collect_seldom(0)
+for path in paths:
+    (source,) = make_sources(DatasetConfig(path=path, cache_dir=folder), encoder)
+    counter, numbers = token_counts.TokenCounter(encoder), range(len(source))
+    if way == "encode":
+        counter._plain = None
+    begun = time.process_time()
+    rows = [token_counts.count_record(source, number, decode=False, counter=counter)[1:4] for number in numbers]
+    print("measured", (time.process_time() - begun) / len(rows), *map(sum, zip(*rows)))
+"""
+"""A program that counts records as a worker does, and prints the processor time of each, and sums of counts."""
 TINY_RECORDS = 64
+COUNTED = {"short": (short_lengths, 20_000), "LLaVA": (llava_lengths, 4_000)}
+"""Records that are counted: their lengths, and how many there are."""
+BY_WORDS = 0.6
+"""Largest allowed processor time of counting records by words, as a share of encoding them."""
 SECONDS = 20.0
 """Largest allowed time up to the first step with a million new records, on two idle cores."""
 OF_BARE = 2.0
@@ -79,9 +110,9 @@ def run_python(words: Sequence[str], source: Path | None = None) -> tuple[float,
 
 def compare_tiny_runs(folder: Path, repeats: int, other: Path | None) -> list[Row]:
     """Return the processor time of a tiny run against that of its libraries, and of another version."""
-    records = write_text_records(folder / "tiny records", TINY_RECORDS, TINY_RECORDS)
+    records = write_prose_records(folder / "tiny records", short_lengths(TINY_RECORDS))
     words = ["-m", "vlm", *run_words(folder / "tiny", records, folder / "run")]
-    variants = {"run": (words, None), "imports": (["-c", BARE], None)}
+    variants: dict[str, tuple[list[str], Path | None]] = {"run": (words, None), "imports": (["-c", BARE], None)}
     if other is not None:
         variants["other"] = (words, other)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -100,9 +131,38 @@ def compare_tiny_runs(folder: Path, repeats: int, other: Path | None) -> list[Ro
     return rows
 
 
+def compare_counting(folder: Path, repeats: int, other: Path | None) -> list[Row]:
+    """Return the processor time of counting records by words against that of encoding them, and of another version.
+
+    Raises:
+        RuntimeError: the counts differ.
+    """
+    make_prose_tokenizer().save_pretrained(folder / "tokenizer")
+    paths = [str(write_prose_records(folder / name, lengths(number))) for name, (lengths, number) in COUNTED.items()]
+    variants: dict[str, Path | None] = {"words": None, "encode": None, **({} if other is None else {"other": other})}
+    seconds: dict[tuple[str, str], list[float]] = {(name, way): [] for name in COUNTED for way in variants}
+    sums: set[tuple[str, ...]] = set()
+    for turn in range(repeats + 1):  # the first one fills caches
+        for way, source in variants.items():
+            _, output = run_python(["-c", COUNT, str(folder / "tokenizer"), way, *paths], source)
+            lines = [line.split()[1:] for line in output.splitlines() if line.startswith("measured")]
+            sums.add(tuple(number for _, *counted in lines for number in counted))
+            for name, (measured, *_) in zip(COUNTED, lines, strict=True):
+                if turn:
+                    seconds[name, way].append(1e6 * float(measured))
+                    print(f"{name}, {way}: {seconds[name, way][-1]:.1f} µs a record", flush=True)
+    if len(sums) > 1:
+        raise RuntimeError(f"the counts of records differ: {sums}")
+    return [
+        compared(f"counting {name} records, by words over {way}", seconds[name, "words"], seconds[name, way],
+                 ("words", way), "µs", BY_WORDS, "lower")
+        for name in COUNTED for way in list(variants)[1:]
+    ]  # fmt: skip
+
+
 def compare_new_records(folder: Path, number: int, repeats: int) -> list[Row]:
     """Return the processor time up to the first step with many new records, counted while it trains and before."""
-    records = write_text_records(folder / "many records", number, 1_000)
+    records = write_prose_records(folder / "many records", short_lengths(number))
     processor: dict[str, list[float]] = {"error": [], "skip": []}
     seconds: dict[str, list[float]] = {"error": [], "skip": []}
     for _ in range(repeats):
@@ -132,7 +192,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_parts(folder / "tiny", SHAPES["tiny"])
-        rows = compare_tiny_runs(folder, args.repeats, args.other)
+        rows = compare_counting(folder, args.repeats, args.other)
+        rows += compare_tiny_runs(folder, args.repeats, args.other)
         if args.records:
             rows += compare_new_records(folder, args.records, max(args.repeats // 2, 1))
     report("start", rows, json.loads(json.dumps({"repeats": args.repeats, "records": args.records})))

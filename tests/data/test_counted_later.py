@@ -14,13 +14,16 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from tests.fixtures import compose_config
+from vlm.data.batching.step_layout import SampleCosts
 from vlm.data.counted_later import COUNTS, CountedLater, when_counted
 from vlm.data.dataset import SampleDataset
 from vlm.train import data as train_data
 from vlm.train.data import needs_counts
 from vlm.train.finish_counting import FinishCounting, counting
+from vlm.train.step.step_packing import MeasuredSizes
 
 RANDOM = ["dataset.over_length=error", "trainer.train_sampling_strategy=random", "trainer.num_train_epochs=2"]
+PACKED = [*RANDOM, "trainer.packing=true", "trainer.max_tokens_per_batch=64"]
 
 Train = Callable[..., Path]
 
@@ -55,11 +58,12 @@ def trained(folder: Path) -> tuple[object, ...]:
 def test_a_run_that_begins_early_is_the_one_that_counts_first(
     train: Train, tmp_path: Path, counted_later: list[CountedLater], monkeypatch: pytest.MonkeyPatch
 ):
-    early = train("pretrain-smol", tmp_path / "early", *RANDOM, f"dataset.cache_dir={tmp_path / 'cache'}")
+    """Its packed steps are laid out by lengths that are measured as they are needed."""
+    early = train("pretrain-smol", tmp_path / "early", *PACKED, f"dataset.cache_dir={tmp_path / 'cache'}")
     assert len(counted_later) == 1
     monkeypatch.setattr(train_data, "MANY_RECORDS", 1_000)
-    first = train("pretrain-smol", tmp_path / "first", *RANDOM, f"dataset.cache_dir={tmp_path / 'other'}")
-    again = train("pretrain-smol", tmp_path / "again", *RANDOM, f"dataset.cache_dir={tmp_path / 'cache'}")
+    first = train("pretrain-smol", tmp_path / "first", *PACKED, f"dataset.cache_dir={tmp_path / 'other'}")
+    again = train("pretrain-smol", tmp_path / "again", *PACKED, f"dataset.cache_dir={tmp_path / 'cache'}")
     assert trained(early) == trained(first) == trained(again)
     assert len(counted_later) == 1, "what is counted is not counted later"
 
@@ -82,7 +86,7 @@ def test_a_record_that_cannot_be_used_ends_the_run(
 
 
 NEEDS = {
-    "packing": ["trainer.packing=true"],
+    "rows of many steps": ["trainer.packing=true", "trainer.packing_strategy=best_fit"],
     "grouped": ["trainer.train_sampling_strategy=group_by_modality_length"],
     "skipped": ["dataset.on_bad_sample=skip"],
     "cut": ["dataset.over_length=truncate"],
@@ -95,6 +99,7 @@ NEEDS = {
 def test_runs_whose_samples_depend_on_counts_wait_for_them(words: list[str]):
     given = ["dataset.path=x.json", "trainer.packing=false", "dataset.over_length=error"]
     assert not needs_counts(compose_config("pretrain-smol", given), 1)
+    assert not needs_counts(compose_config("pretrain-smol", [*given, "trainer.packing=true"]), 1)
     assert needs_counts(compose_config("pretrain-smol", given), 2)
     assert needs_counts(compose_config("pretrain-smol", [*given, *words]), 1)
 
@@ -133,6 +138,21 @@ def test_data_workers_get_what_they_read():
     other = pickle.loads(pickle.dumps(dataset))
     assert len(other) == 3
     dataset.stop()
+
+
+def test_a_packed_step_has_the_lengths_of_its_samples():
+    """They are measured as steps come, and each is measured once; afterwards all are known."""
+    dataset, measured = make(load_three), []
+    dataset.measure = lambda index: (measured.append(index) or index + 4, 1)
+    sizes = MeasuredSizes(dataset, SampleCosts(token=2.0, pair=0.0, image=1.0), max_tokens=6)
+    sizes.measure([2, 0])
+    sizes.measure([0])
+    assert (measured, sizes.lengths.tolist(), sizes.costs.tolist()) == ([2, 0], [4, 0, 6], [9, 0, 13])
+    dataset.measure = lambda index: (7, 0)
+    with pytest.raises(ValueError, match="a sample of 7 tokens does not fit"):
+        sizes.measure([1])
+    dataset.wait()
+    assert (sizes.lengths.tolist(), sizes.costs.tolist()) == ([0, 1, 2], [0, 3, 6])
 
 
 def fail() -> SampleDataset:

@@ -110,7 +110,7 @@ def test_a_line_is_printed_for_each_change(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"this is no run directory; a run directory has config\.yaml"):
+    with pytest.raises(ValueError, match=r"this is not a run directory; a run directory has config\.yaml"):
         read_live_run(tmp_path)
     run = write_run(tmp_path / "run")
     with pytest.raises(ValueError, match=re.escape(f"runs are in it, such as {run}")):

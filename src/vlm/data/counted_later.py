@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlm.data.dataset import SampleDataset
+from vlm.data.dataset import SampleDataset, Skipped
+from vlm.data.sample import BadSample
 from vlm.data.sources import Source
+from vlm.data.vision.images import read_media_sizes
 
 COUNTS = frozenset({"lengths", "num_images", "has_videos", "has_thinking", "skipped", "contributions"})
 """The attributes of a `SampleDataset` that are known once its records are counted."""
@@ -97,6 +99,21 @@ class CountedLater(SampleDataset):
         waiting, self._waiting = self._waiting, []
         for act in waiting:
             act()
+
+    def measure(self, index: int) -> tuple[int, int]:
+        """Return the number of tokens of a sample, and of its images and videos, as they will be counted.
+
+        Raises:
+            ValueError: its record cannot be used.
+        """
+        number, record = self.places[index].tolist()
+        source = self.sources[number]
+        try:
+            sample = source.sample(record)
+            encoded = source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))
+        except BadSample as error:
+            raise Skipped.from_error(error, source, record).as_error() from error
+        return min(len(encoded.input_ids), source.encoder.longest), len(sample.media)
 
     def stop(self) -> None:
         """End the other process; what it has counted stays in the cache."""

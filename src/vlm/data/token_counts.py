@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vlm.data.cache import create_once, json_digest
 from vlm.data.encoding.labels import IGNORE_INDEX
+from vlm.data.encoding.plain_counts import TokenCounts, make_plain_counter
 from vlm.data.encoding.processor_errors import processor_errors
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.encoding.thinking import is_thinking_asked
@@ -49,8 +50,6 @@ LONGEST_REMEMBERED = 2048
 
 CountedRow = tuple[object, ...]
 """A row of `SCHEMA`."""
-TokenCounts = tuple[int, int, int]
-"""`length`, `needed` and `supervised` of `SCHEMA`."""
 
 
 @dataclass(frozen=True)
@@ -207,10 +206,14 @@ def _collect_seldom(worker: int) -> None:
 
 
 class TokenCounter:
-    """Counts the tokens of samples; short conversations without images that equal an earlier one are encoded once."""
+    """Counts the tokens of samples: by their words, or else by encoding them.
+
+    Of those that are encoded, short conversations without images that equal an earlier one are encoded once.
+    """
 
     def __init__(self, encoder: SampleEncoder):
         self.encoder = encoder
+        self._plain = make_plain_counter(encoder)
         self._known: dict[tuple[Turn, ...], TokenCounts] = {}
 
     def count(self, sample: Sample, sizes: Sequence[MediaSize]) -> TokenCounts:
@@ -219,6 +222,8 @@ class TokenCounter:
         Raises:
             BadSample: it cannot be used.
         """
+        if self._plain is not None and (counts := self._plain.count(sample, sizes)) is not None:
+            return counts
         is_long = sum(len(str(part)) for turn in sample.turns for part in turn.content) > LONGEST_REMEMBERED
         if sample.media or sample.rejected is not None or is_long:
             return self._count(sample, sizes)
@@ -236,7 +241,7 @@ class TokenCounter:
     def _count(self, sample: Sample, sizes: Sequence[MediaSize]) -> TokenCounts:
         encoded = self.encoder.encode(sample, sizes)
         supervised = len(encoded.labels) - encoded.labels.count(IGNORE_INDEX)
-        return len(encoded.input_ids), self.encoder.min_length(encoded), supervised
+        return TokenCounts(len(encoded.input_ids), self.encoder.min_length(encoded), supervised)
 
 
 class _RecordChunks(Dataset[pa.RecordBatch | Exception]):

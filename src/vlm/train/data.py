@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedConfig, TrainingArguments
 
 from vlm.assembly.language_models import max_positions
-from vlm.config.choices import GROUP_BY_MODALITY_LENGTH
+from vlm.config.choices import BEST_FIT, GROUP_BY_MODALITY_LENGTH
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.schema import InferenceConfig, RunConfig
 from vlm.data.batching.collator import Collator
@@ -73,7 +73,8 @@ def needs_counts(config: RunConfig, world_size: int) -> bool:
     """
     data, trainer = config.dataset, config.trainer
     leaves_out = data.on_bad_sample != "error" or data.over_length != "error"
-    is_ordered = trainer.packing or trainer.train_sampling_strategy not in ("random", "sequential")
+    fills_rows = trainer.packing and trainer.packing_strategy == BEST_FIT
+    is_ordered = fills_rows or trainer.train_sampling_strategy not in ("random", "sequential")
     uses_all = data.eval_split or data.cache_features
     return bool(leaves_out or is_ordered or uses_all or world_size > 1 or sys.platform != "linux")
 

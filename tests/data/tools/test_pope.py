@@ -88,4 +88,4 @@ def test_what_cannot_be_read_is_refused(records: Path, tmp_path: Path):
     assert "name their key with --objects-key" in refused({"image": "a.png", "labels": ["dog"]})
     (tmp_path / "twice.txt").write_text("dog, pup\nseal, pup\n")
     said = refused({"image": "a.png", "objects": ["dog"]}, "--synonyms", str(tmp_path / "twice.txt"))
-    assert "'pup' stands for 'dog' and for 'seal'" in said
+    assert "'pup' is a synonym of 'dog' and of 'seal'" in said

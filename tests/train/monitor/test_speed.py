@@ -274,7 +274,7 @@ def test_a_run_of_one_step_says_that_nothing_was_measured(
     with caplog.at_level("INFO", logger="vlm.train.monitor.speed"):
         folder = train("pretrain-smol", tmp_path / "run", "trainer.max_steps=1", "trainer.num_samples=0")
     assert not (folder / "speed.json").exists()
-    assert "the first step is left out" in caplog.text
+    assert "the first one does not count" in caplog.text
 
 
 def test_heads_say_how_many_samples_a_second_they_see(train_head: Callable[..., Path], tmp_path: Path):

@@ -22,7 +22,7 @@ Structure = tuple[object, ...]
 for images."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Skeleton:
     """A rendered conversation without its texts.
 
@@ -86,6 +86,14 @@ class Renderer:
             if not skeleton.is_confirmed:
                 self._skeletons[structure] = None
         return rendered
+
+    def find_skeleton(self, turns: Sequence[Turn]) -> tuple[Skeleton, list[str]] | None:
+        """Return the skeleton of a conversation and its texts; None where it is not known to give the rendering."""
+        if (found := self._find_structure(turns)) is None:
+            return None
+        structure, texts = found
+        skeleton = self._skeletons.get(structure)
+        return None if skeleton is None or not skeleton.is_confirmed else (skeleton, texts)
 
     def _find_structure(self, turns: Sequence[Turn]) -> tuple[Structure, list[str]] | None:
         """Return the structure of a conversation and its texts; None if the template might see the texts."""

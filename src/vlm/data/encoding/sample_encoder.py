@@ -67,14 +67,15 @@ class SampleEncoder:
         sample = self.with_thinking(sample)
         keep = self.thinking == "keep"
         label = SUPERVISIONS[self.supervise]
-        return encode(self.processor, sample, sizes, label, self._renderer, keep_thinking=keep, factors=self.factors)
+        return encode(self.processor, sample, sizes, label, self.renderer, keep_thinking=keep, factors=self.factors)
 
     def with_thinking(self, sample: Sample) -> Sample:
         """Return a sample with the thinking that the run uses."""
         return drop_thinking(sample) if self.thinking == "drop" else sample
 
     @cached_property
-    def _renderer(self) -> Renderer:
+    def renderer(self) -> Renderer:
+        """Renders conversations with the processor's template."""
         return Renderer(self.processor)
 
     def min_length(self, encoded: Encoded) -> int:

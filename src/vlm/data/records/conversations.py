@@ -86,7 +86,7 @@ def parse_llava(record: Record, image_folder: Path, key: str = "conversations") 
         turns.append(make_turn(role, content, learned, turn, where, sample_id))
     turns = join_calls(turns)
     check_question_first(turns, sample_id)
-    return replace(make_sample(record, turns, media), tools=read_tools(record, sample_id))
+    return with_tools(make_sample(record, turns, media), record)
 
 
 ITEM_KEYS = ("type", "text", "index", "source", *FILE_KEYS, *ITEM_KINDS, *RATE_KEYS, *TIME_KEYS)
@@ -116,7 +116,7 @@ def read_messages(record: Record, image_folder: Path, *, key: str = "messages") 
 
 def parse_messages_with_tools(record: Record, image_folder: Path, key: str = "messages") -> Sample:
     """Parse chat messages as `read_messages` does, without a look at the record's other keys."""
-    return replace(parse_messages(record, image_folder, key), tools=read_tools(record, read_id(record)))
+    return with_tools(parse_messages(record, image_folder, key), record)
 
 
 def parse_messages(record: Record, image_folder: Path, key: str = "messages") -> Sample:
@@ -159,6 +159,12 @@ def make_sample(record: Record, turns: list[Turn], media: MediaPlacer) -> Sample
     turns = add_system_turn(record, turns, media.sample_id)
     references = read_references(record, media.sample_id)
     return Sample(media.sample_id, tuple(turns), record.get("label"), read_group(record), references, objects=objects)
+
+
+def with_tools(sample: Sample, record: Record) -> Sample:
+    """Return a sample with the tools of its record."""
+    tools = read_tools(record, sample.id)
+    return replace(sample, tools=tools) if tools else sample
 
 
 def _as_text(content: object) -> object:

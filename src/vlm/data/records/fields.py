@@ -18,11 +18,13 @@ SYSTEM_KEYS = ("system", "system_prompt")
 
 def is_empty(value: object) -> bool:
     """Return whether a value is empty: None, false, a blank text, or a list or mapping of such values."""
+    if value is None:  # as nearly always
+        return True
     if isinstance(value, dict):
         return all(map(is_empty, value.values()))
     if isinstance(value, list):
         return all(map(is_empty, value))
-    return value is None or value is False or (isinstance(value, str) and value.strip() in NEUTRAL_TEXTS)
+    return value is False or (isinstance(value, str) and value.strip() in NEUTRAL_TEXTS)
 
 
 def first_present(record: Record, *keys: str) -> Any:

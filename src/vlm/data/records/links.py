@@ -41,7 +41,7 @@ def leads_outside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) 
     path = os.fspath(path)
     parent, name = os.path.split(os.path.abspath(path))
     real = os.path.realpath(path) if os.path.islink(path) else os.path.join(_resolve(parent), name)
-    return not _is_within(real, find_root(os.path.abspath(folder)))
+    return not is_within(real, find_root(os.path.abspath(folder)))
 
 
 def check_links(sample: Sample, folder: Path) -> None:
@@ -51,7 +51,7 @@ def check_links(sample: Sample, folder: Path) -> None:
     for path in [*paths, *(video.path for video in sample.videos if not video.frames)]:
         if (
             path is not None
-            and _is_within(os.path.abspath(path), os.path.abspath(folder))
+            and is_within(os.path.abspath(path), os.path.abspath(folder))
             and leads_outside(path, folder)
         ):
             raise BadSample(
@@ -102,7 +102,7 @@ def check_data_files(files: Iterable[str], source: str) -> None:
     """
     is_folder = os.path.isdir(source)
     for file in files:
-        is_own = _is_within(os.path.abspath(file), os.path.abspath(source)) and "::" not in file
+        is_own = is_within(os.path.abspath(file), os.path.abspath(source)) and "::" not in file
         if not (is_own if is_folder else file.startswith(f"hf://datasets/{source}@")):
             raise ValueError(f"{source}: its card names the file {file[:80]}, which is not its own")
 
@@ -177,5 +177,6 @@ def _is_elsewhere(name: str) -> bool:
     return os.path.isabs(name) or "::" in name or "://" in name or name[:1] == "~" or ".." in Path(name).parts
 
 
-def _is_within(path: str, folder: str) -> bool:
+def is_within(path: str, folder: str) -> bool:
+    """Return whether an absolute path is a folder, or lies in it."""
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)

@@ -14,6 +14,7 @@ from pathlib import Path
 from vlm.data.records import extracted_frames
 from vlm.data.records.embedded import decode_base64, is_base64_image
 from vlm.data.records.fields import first_present, is_empty
+from vlm.data.records.links import is_within
 from vlm.data.records.marks import (
     BOX_MARKS,
     MEDIA_NAMES,
@@ -98,7 +99,7 @@ def resolve_media_file(name: str, folder: Path, sample_id: str, kind: str = "ima
     path = folder / name
     if not os.path.isfile(path):  # unlike pathlib's, false for names that no file can have, such as base64
         raise BadSample(sample_id, f"{kind} file {path} does not exist", name)
-    if not Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder)):  # links are the user's own
+    if not is_within(os.path.abspath(path), os.path.abspath(folder)):  # links are the user's own
         raise BadSample(sample_id, f"{name} leaves the image folder {folder}", name)
     return path
 

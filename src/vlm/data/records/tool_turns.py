@@ -27,6 +27,7 @@ TOOL_KEYS = ("tools", "functions")
 """Keys of a record that list tools."""
 TOOL_TURN_KEYS = (*THINKING_KEYS, "tool_calls", "function_call", "tool_call_id", "name")
 """Keys of a turn that are read here."""
+_TOOL_TURN_KEY_SET = frozenset(TOOL_TURN_KEYS)
 
 
 def read_tools(record: Record, sample_id: str) -> tuple[Record, ...]:
@@ -138,6 +139,8 @@ def make_turn(
         where: its place, for messages.
         sample_id: the name of the record.
     """
+    if role != "tool" and _TOOL_TURN_KEY_SET.isdisjoint(turn):  # as nearly always
+        return Turn(role, content, *learned)
     thinking = read_thinking(turn, role, where, sample_id)
     calls = read_calls(turn, where, sample_id)
     if calls and role != "assistant":
@@ -156,6 +159,8 @@ def join_calls(turns: Sequence[Turn]) -> list[Turn]:
     So ms-swift and ShareGPT write a reply with a call, or with several calls at once. Turns that are trained on
     otherwise stay apart.
     """
+    if not any(isinstance(turn, ToolCallTurn) for turn in turns):
+        return list(turns)
     joined: list[Turn] = []
     for turn in turns:
         last = joined[-1] if joined else None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
-from itertools import islice, tee
+from itertools import chain, islice, tee
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -33,6 +33,7 @@ from vlm.data.batching.step_layout import (
     get_rows,
     lay_out_step,
 )
+from vlm.data.counted_later import CountedLater
 from vlm.data.dataset import LOSS_WEIGHTS, SampleDataset
 from vlm.data.encoding.labels import IGNORE_INDEX
 from vlm.data.feature_cache.families import CachedFamilyDataset
@@ -86,6 +87,8 @@ class StepSampler(EpochSampler[Row]):
         costs: cost of each sample.
         accumulation: number of accumulation steps of an optimiser step.
         max_tokens: the most tokens of a row; None: any number.
+        measure: called with the indices of a step's samples before their lengths and costs are read; None: all are
+            known.
 
     Raises:
         ValueError: a sample is longer than a row.
@@ -99,8 +102,10 @@ class StepSampler(EpochSampler[Row]):
         *,
         accumulation: int,
         max_tokens: int | None = None,
+        measure: Callable[[Sequence[int]], object] | None = None,
     ):
         super().__init__(batches)
+        self.measure = measure
         self.lengths, self.costs = np.asarray(lengths), costs
         self.accumulation, self.max_tokens = accumulation, max_tokens
         if max_tokens is not None:
@@ -114,10 +119,48 @@ class StepSampler(EpochSampler[Row]):
         turns = _deal(shard) if shard else ((list(batch),) for batch in cast(BatchSampler, self.batches))
         while step := list(islice(turns, self.accumulation)):
             micro_batches = [batch for turn in step for batch in turn]
+            if self.measure is not None:
+                self.measure(list(chain(*micro_batches)))
             ranks = lay_out_step(
                 micro_batches, self.lengths, self.costs, num_ranks=num_ranks, max_tokens=self.max_tokens
             )
             yield from ranks[rank]
+
+
+class MeasuredSizes:
+    """Lengths and costs of samples that are counted while a run trains: those of a step are measured when it comes.
+
+    Args:
+        dataset: the samples.
+        costs: of samples, by their lengths and images.
+        max_tokens: the most tokens of a row; None: any number.
+
+    Attributes:
+        lengths: `(samples,)`, 0 where they are not known yet.
+        costs: `(samples,)`, likewise.
+    """
+
+    def __init__(self, dataset: CountedLater, costs: SampleCosts, max_tokens: int | None):
+        self._dataset, self._costs, self._max_tokens = dataset, costs, max_tokens
+        self.lengths, self.costs = np.zeros(len(dataset), dtype=np.int64), np.zeros(len(dataset))
+        dataset.when_counted(self._take_counts)
+
+    def measure(self, indices: Sequence[int]) -> None:
+        """Fill in the lengths and costs of some samples.
+
+        Raises:
+            ValueError: a record cannot be used, or a sample is longer than a row.
+        """
+        if unknown := [index for index in indices if not self.lengths[index]]:
+            self._fill(unknown, *np.array([self._dataset.measure(index) for index in unknown]).T)
+
+    def _take_counts(self) -> None:
+        self._fill(slice(None), self._dataset.lengths, self._dataset.num_images)
+
+    def _fill(self, places: Sequence[int] | slice, lengths: np.ndarray, num_images: np.ndarray) -> None:
+        if self._max_tokens is not None:
+            check_row_capacity(lengths, self._max_tokens)
+        self.lengths[places], self.costs[places] = lengths, self._costs.of(lengths, num_images)
 
 
 def get_inner_sampler(batches: BatchSampler | BatchSamplerShard) -> Any:
@@ -204,13 +247,19 @@ class StepPacking:
                 "trainer.accelerator_config.use_seedable_sampler=false: each rank would shuffle packed steps in its "
                 "own order; leave it out, or choose trainer.packing_strategy=best_fit"
             )
-        costs = self.costs.of(np.asarray(dataset.lengths), np.asarray(dataset.num_images))
+        if isinstance(dataset, CountedLater) and not dataset.is_counted:
+            sizes = MeasuredSizes(dataset, self.costs, self.max_tokens)
+            lengths, costs, measure = sizes.lengths, sizes.costs, sizes.measure
+        else:
+            lengths, measure = np.asarray(dataset.lengths), None
+            costs = self.costs.of(lengths, np.asarray(dataset.num_images))
         self.sampler = StepSampler(
             batches,
-            dataset.lengths,
+            lengths,
             costs,
             accumulation=self.args.gradient_accumulation_steps,
             max_tokens=self.max_tokens,
+            measure=measure,
         )
         rows = RowDataset(dataset)
         return DataLoader(rows, batch_sampler=self.sampler, collate_fn=self.collate, **loader_options(self.args))
