@@ -158,7 +158,7 @@ def _write(file: Path, rows: Sequence[Measured]) -> None:
 
 
 def _read(file: Path) -> list[Measured] | None:
-    """Return the rows of a file; None where there is none."""
+    """Return the rows of a file; None if there is none."""
     if not file.is_file():
         return None
     return [Measured.from_row(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]

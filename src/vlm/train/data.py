@@ -80,7 +80,7 @@ def needs_counts(config: RunConfig, world_size: int) -> bool:
 
 
 def _count_later(config: DatasetConfig, encoder: SampleEncoder, seed: int) -> CountedLater | None:
-    """Return training samples whose records another process counts; None where that is no gain.
+    """Return training samples whose records another process counts; None if that is no gain.
 
     Raises:
         ValueError: one of the first records cannot be used.

@@ -118,7 +118,7 @@ def versions() -> dict[str, object]:
 
 @cache
 def package_versions() -> dict[str, str | None]:
-    """Return package -> its installed version, None where it is not installed."""
+    """Return package -> its installed version, None if it is not installed."""
     return {name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES}
 
 

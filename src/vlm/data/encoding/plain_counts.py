@@ -90,7 +90,7 @@ class PlainCounter:
         return None if images is None else self._count_outline(outline, texts, images)
 
     def _image_lengths(self, outline: Outline, sizes: Sequence[MediaSize]) -> list[int] | None:
-        """Return the number of tokens of each image; None where they depend on sizes, and these are not as many."""
+        """Return the number of tokens of each image; None if they depend on sizes, and these are not as many."""
         number = sum(isinstance(step, ImagePlace) for step in outline)
         if not number or not self.processor.needs_image_sizes:
             return [self._image_length] * number
@@ -146,7 +146,7 @@ def _join(parts: Sequence[Part], texts: Sequence[str]) -> str:
 
 
 def make_plain_counter(encoder: SampleEncoder) -> PlainCounter | None:
-    """Return what counts the samples of an encoder; None where another class or tokenizer decides about tokens."""
+    """Return what counts the samples of an encoder; None if another class or tokenizer decides about tokens."""
     from vlm.models import VLMProcessor  # imports torch
 
     kind = type(encoder)
@@ -159,7 +159,7 @@ def make_plain_counter(encoder: SampleEncoder) -> PlainCounter | None:
 
 
 def make_outline(processor: Processor, words: WordCounts, skeleton: Skeleton) -> Outline | None:
-    """Return the outline of a skeleton; None where a reply does not end with a special token, or a token is uncertain.
+    """Return the outline of a skeleton; None if a reply does not end with a special token, or a token is uncertain.
 
     A token is uncertain where what the template writes may be the beginning of an added token.
     """
@@ -194,7 +194,7 @@ def _add(outline: Outline, stretch: Stretch, words: WordCounts) -> None:
 
 
 def _make_stretch(parts: Sequence[Part], blanks_before: Mapping[int, int], words: WordCounts) -> Stretch | None:
-    """Return the stretch of some parts; None where more than blanks follow a reply, or an added token may begin.
+    """Return the stretch of some parts; None if more than blanks follow a reply, or an added token may begin.
 
     `blanks_before` holds the number of each text that is a learned reply, and how many blanks before it belong to it.
     """

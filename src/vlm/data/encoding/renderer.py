@@ -88,7 +88,7 @@ class Renderer:
         return rendered
 
     def find_skeleton(self, turns: Sequence[Turn]) -> tuple[Skeleton, list[str]] | None:
-        """Return the skeleton of a conversation and its texts; None where it is not known to give the rendering."""
+        """Return the skeleton of a conversation and its texts; None if it is not known to give the rendering."""
         if (found := self._find_structure(turns)) is None:
             return None
         structure, texts = found

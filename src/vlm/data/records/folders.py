@@ -21,7 +21,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def folder_problem(folder: Path, key: str) -> str | None:
-    """Return why a folder holds nothing to train on, with what to do; None where it may hold records.
+    """Return why a folder holds nothing to train on, with what to do; None if it may hold records.
 
     Folders of images that are sorted into folders by their labels are records for prediction heads.
 

@@ -71,7 +71,7 @@ def path_problem(path: str) -> str | None:
 
 
 def _describe_file(path: str) -> str | None:
-    """Say what a file is by its first bytes; None where it is text or not known, or where there is no such file."""
+    """Say what a file is by its first bytes; None if it is text or not known, or where there is no such file."""
     try:
         kind = describe_bytes(read_head(Path(path)))
     except OSError:

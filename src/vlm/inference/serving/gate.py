@@ -16,7 +16,7 @@ from vlm.inference.serving.metrics import Metrics
 from vlm.inference.serving.service import refuse
 
 RefusalReason = Callable[[str, str | None, str | None, str], str | None]
-"""Returns why a request is refused by its Host, Origin, Sec-Fetch-Site and method; None where it is not."""
+"""Returns why a request is refused by its Host, Origin, Sec-Fetch-Site and method; None if it is not."""
 
 OPEN_PATHS = ("/health",)
 """Paths that need no key."""

@@ -81,7 +81,7 @@ def replace_images_with_features(
 ) -> tuple[CachedFeatureDataset | None, ...]:  # fmt: skip
     """Return the samples of a run with features in place of images; those that are not in the cache are computed.
 
-    The datasets are training data, then evaluation data, which is seen with blank images too; None where there is none.
+    The datasets are training data, then evaluation data, which is seen with blank images too; None if there is none.
     The collator's dummy image becomes one of features.
 
     Raises:

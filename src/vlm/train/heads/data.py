@@ -40,7 +40,7 @@ class HeadData:
     Attributes:
         all_datasets: all records of training, and of other files that are named, before any are held out of them.
         train: the records that train the heads.
-        evaluation: the records that thresholds and temperatures are chosen by; None where there are folds.
+        evaluation: the records that thresholds and temperatures are chosen by; None if there are folds.
         test: the records that are only measured on; None: there are none.
         folds: for each, what trains and what is held out; empty where there is `evaluation`.
         heads: what each head learns.
