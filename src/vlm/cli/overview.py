@@ -64,7 +64,7 @@ torchrun --nproc-per-node 8 -m vlm -cn RUN â€¦; deepspeed --module vlm -cn RUN â
 
 HINTS = """\
 Set any key (trainer.num_train_epochs=2) and choose in any group (model/language_model=qwen2.5-0.5b).
-vlm -cn RUN --help describes a run and its keys, --cfg job prints every value. --config-dir FOLDER adds your own runs."""
+vlm -cn RUN --help describes a run; --cfg job prints its keys, without training. --config-dir FOLDER adds your runs."""
 
 MAX_NAME_WIDTH = 28
 """The longest name that has its text next to it; the text of a longer one begins on the next line."""

@@ -580,7 +580,7 @@ def test_bad_records_stop_or_are_listed(folder: Path, capsys: pytest.CaptureFixt
     lines = [json.dumps(LLAVA[0]), "{broken", json.dumps(asked("<image>", "no", id="9", image="no.png")), "5"]
     source = put("in.jsonl", "\n".join([*lines, json.dumps(LLAVA[1])]))
     told = fails(capsys, source, "out.jsonl")
-    assert told.startswith("vlm data convert: record 1 ('?'): not JSON")
+    assert told.startswith("vlm data convert: record 1: not JSON")
     assert told.endswith("; --on-bad skip lists such records and continues")
     assert run(source, "out.jsonl", "--on-bad", "skip") == LLAVA[:2]
     assert "2 records written" in (told := capsys.readouterr().out)

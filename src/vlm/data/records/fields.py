@@ -43,6 +43,11 @@ def read_id(record: object, *names: str) -> str:
     return "?" if name is None else str(name)
 
 
+def label_record(number: int, sample_id: str) -> str:
+    """Return how messages name a record of a file: by its number from 0, and by its id if it has one."""
+    return f"record {number}" if sample_id in ("", "?") else f"record {number} ({sample_id!r})"
+
+
 def read_turn_list(record: Record, key: str, sample_id: str, kind: str) -> list[Any]:
     """Return the turns of a record; `kind` is what messages call one of them.
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from vlm.config.shown import PresentableParser, presentable, printable
 from vlm.data.cache import resolve_cache_folder
+from vlm.data.records.fields import label_record
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.open import Records
 from vlm.data.sample import Record
@@ -153,10 +154,10 @@ def write_verdicts(
                 output.write(record_to_json_line(records[number]))
                 uniform += verdict.uniform
                 if verdict.uniform and not first_uniform:
-                    first_uniform = f"record {number} ({verdict.id!r})"
+                    first_uniform = label_record(number, verdict.id)
                 continue
             counts[verdict.reason] += 1
-            examples.setdefault(verdict.reason, f"record {number} ({verdict.id!r}): {verdict.detail}")
+            examples.setdefault(verdict.reason, f"{label_record(number, verdict.id)}: {verdict.detail}")
             line = {key: getattr(verdict, key) for key in ("id", "reason", "detail", "file")}
             others.write(json.dumps({"record": number, **line}) + "\n")
     counts = {reason: count for reason, count in counts.items() if count}

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from vlm.config.model_schema import Options
 from vlm.config.shown import PresentableParser, presentable, printable
 from vlm.data.cache import resolve_cache_folder
+from vlm.data.records.fields import label_record
 from vlm.data.records.formats import FORMATS
 from vlm.data.records.guess import Guess, guess_form, with_hint
 from vlm.data.records.layout import find_layout
@@ -283,7 +284,7 @@ def _write_all(
                 writer.write(record)
                 tally.num_moved += sum(map(is_image_moved_by_llava, sample.turns))
             except BadSample as error:
-                tally.first = tally.first or f"record {number} ({error.sample_id!r}): {error.reason}"
+                tally.first = tally.first or f"{label_record(number, error.sample_id)}: {error.reason}"
                 if skipped is None:
                     raise ValueError(f"{tally.first}; --on-bad skip lists such records and continues") from error
                 if journal is None:
