@@ -51,7 +51,7 @@ main(sys.argv[1:])
 COUNT = """
 import sys, time
 from transformers import AutoTokenizer, CLIPImageProcessor
-from vlm.config.schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig
 from vlm.data import token_counts
 from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.sources import make_sources

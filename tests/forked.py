@@ -70,14 +70,23 @@ def run_forked(
         ]
 
 
+FROZEN_PARTS = {
+    "preference-smol": ("connector",), "embed-smol": ("connector",), "head-": ("connector", "language_model"),
+}  # fmt: skip
+"""How the names of small runs begin -> the parts that they freeze."""
+
+
 def run_ranks(module: str, words: list[str], number: int = 2) -> list[Ended]:
     """Run a module on so many ranks of this machine's CPU, as `deepspeed --num_gpus N --module` does.
 
-    The rate of the connector that all small runs have (`tests.fixtures.brief`) is left out where that is frozen: on the
-    command line it is refused.
+    The rates that all small runs have (`tests.fixtures`) are left out for parts that are frozen: on the command line they
+    are refused.
     """
-    if {"preference-smol", "embed-smol"} & set(words) and "trainer.unfreeze.train_connector=true" not in words:
-        words = [word for word in words if not word.startswith("trainer.learning_rate.connector_learning_rate=")]
+    for start, parts in FROZEN_PARTS.items():
+        for part in parts if any(word.startswith(start) for word in words) else ():
+            if not any(word.startswith((f"trainer.unfreeze.train_{part}", f"trainer.lora.{part}")) for word in words):
+                rate = f"trainer.learning_rate.{part}_learning_rate="
+                words = [word for word in words if not word.startswith(rate)]
     commands = [["-m", module, f"--local_rank={rank}", *words] for rank in range(number)]
     return run_forked(*commands, environments=rank_environments(number))
 

@@ -9,9 +9,18 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vlm.checks.fields import ConfigError
-from vlm.checks.sweep import check_direction, is_sweep, job_name, place_run, words_of_run, worst_value
+from vlm.checks.sweep import (
+    check_direction,
+    is_sweep,
+    job_name,
+    place_run,
+    register_resolvers,
+    words_of_run,
+    worst_value,
+)
 
 WORDS = [
     "-m",
@@ -58,12 +67,17 @@ def test_a_run_of_a_sweep_gets_its_folder_and_secrets_beside_it_are_masked(tmp_p
     assert "abcdefg" not in file.read_text()
 
 
-def test_ranks_have_to_agree_on_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_ranks_have_to_agree_on_the_folder(monkeypatch: pytest.MonkeyPatch):
+    register_resolvers()
+    config = OmegaConf.create({"output_dir": None, "folder": "${sweep_folder:${output_dir},smol,now}"})
+    assert config.folder == "outputs/smol-sweep-now"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with hydra(["trainer.seed=1"], tmp_path):
-        with pytest.raises(ConfigError, match=r"name the folder of the sweep with trainer\.output_dir"):
-            place_run(OmegaConf.create({"trainer": {"output_dir": None}}))
-        place_run(OmegaConf.create({"trainer": {"output_dir": "out"}}))
+    with pytest.raises(
+        OmegaConfBaseException, match=r"--multirun on 2 ranks: .*add trainer\.output_dir=outputs/smol-sweep"
+    ):
+        print(config.folder)
+    config.output_dir = "out"
+    assert config.folder == "out"
 
 
 def test_the_command_of_a_run_repeats_it_alone(tmp_path: Path):

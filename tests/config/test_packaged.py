@@ -9,7 +9,7 @@ def test_each_run_is_listed_with_one_statement():
     summaries = {name: read_run_summary(name) for name in run_names()}
     assert {name: text for name, text in summaries.items() if not 20 < len(text) < 190} == {}
     assert {name: text for name, text in summaries.items() if re.search("Differs|arXiv|Starts from|as in ", text)} == {}
-    assert summaries["pretrain-llava"] == "LLaVA-1.5's first stage: the connector alone, on 558k captions, 8 GPUs"
+    assert summaries["pretrain-llava"] == "LLaVA-1.5's first stage: only the connector, on 558k captions, 8 GPUs"
 
 
 def test_a_description_is_the_comment_at_the_head_of_a_run():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm.config.schema import SourceConfig
+from vlm.config.dataset_schema import SourceConfig
 from vlm.evaluation.output import read_first_samples, resolve_output_folder
 
 

@@ -112,7 +112,10 @@ def test_videos_refuse_records_that_have_some(folder: Path, tmp_path: Path, monk
 
     start(fail, has_videos=False)
     for words in ((), ("model.unproved=true",)):
-        with pytest.raises(ValueError, match=r"model_type=llava\): records have videos, and its .*failed: the replies"):
+        with pytest.raises(
+            ValueError,
+            match=r"model_type=llava\): records have videos, but .*failed: the replies",
+        ):
             start(fail, *words)
     with pytest.raises(ValueError, match=r"not made: its template.*frames as images.*model\.unproved=true trains"):
         start(give_up)

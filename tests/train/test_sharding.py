@@ -112,7 +112,9 @@ def test_heads_reach_the_single_process(
 
 
 def test_one_process_has_nobody_to_share_with(common: list[str], train: Callable[..., Path], tmp_path: Path):
-    with pytest.raises(ValueError, match=r"trainer.sharding=fsdp2: one process .*torchrun --nproc-per-node N"):
+    with pytest.raises(
+        ValueError, match=r"trainer.sharding=fsdp2: it needs more than one process\. .*torchrun --nproc-per-node N"
+    ):
         train("pretrain-smol", tmp_path / "run", "trainer.sharding=fsdp2")
 
 

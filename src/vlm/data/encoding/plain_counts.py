@@ -153,7 +153,7 @@ def make_plain_counter(encoder: SampleEncoder) -> PlainCounter | None:
     encodes = kind.encode is SampleEncoder.encode and kind.min_length is SampleEncoder.min_length
     if not encodes or encoder.supervise != "replies":
         return None
-    is_own = type(encoder.processor).tokenize is VLMProcessor.tokenize
+    is_own = getattr(type(encoder.processor), "tokenize", None) is VLMProcessor.tokenize
     words = make_word_counts(encoder.processor.tokenizer) if is_own else None
     return None if words is None else PlainCounter(encoder, words)
 
