@@ -79,8 +79,8 @@ FROZEN_PARTS = {
 def run_ranks(module: str, words: list[str], number: int = 2) -> list[Ended]:
     """Run a module on so many ranks of this machine's CPU, as `deepspeed --num_gpus N --module` does.
 
-    The rates that all small runs have (`tests.fixtures`) are left out for parts that are frozen: on the command line they
-    are refused.
+    The rates that all small runs have (`tests.fixtures`) are left out for parts that are frozen: on the command line
+    they are refused.
     """
     for start, parts in FROZEN_PARTS.items():
         for part in parts if any(word.startswith(start) for word in words) else ():
