@@ -70,7 +70,11 @@ _TOKEN = re.compile(
 
 def mask(text: str) -> str:
     """Return a text with all tokens, keys and passwords masked."""
-    for value in _environment_secrets():
+    return _mask(text, _environment_secrets())
+
+
+def _mask(text: str, secrets: Sequence[str]) -> str:
+    for value in secrets:
         text = text.replace(value, MASK)
     for form in _FORMS:
         text = form.sub(rf"\g<keep>{MASK}", text)
@@ -87,19 +91,25 @@ def is_secret_key(path: str) -> bool:
     return _KEY.fullmatch(name) is not None
 
 
-def mask_settings(settings: Mapping[str, object], path: str = "") -> dict[str, Any]:
+def mask_settings(settings: Mapping[str, object]) -> dict[str, Any]:
     """Return nested settings with the values of keys that name secrets masked, and secrets within other texts."""
-    return {name: _mask_value(value, f"{path}.{name}" if path else str(name)) for name, value in settings.items()}
+    return _mask_mapping(settings, "", _environment_secrets())
 
 
-def _mask_value(value: object, path: str) -> object:
+def _mask_mapping(settings: Mapping[str, object], path: str, secrets: Sequence[str]) -> dict[str, Any]:
+    return {
+        name: _mask_value(value, f"{path}.{name}" if path else str(name), secrets) for name, value in settings.items()
+    }
+
+
+def _mask_value(value: object, path: str, secrets: Sequence[str]) -> object:
     if isinstance(value, Mapping):
-        return mask_settings(value, path)
+        return _mask_mapping(value, path, secrets)
     if isinstance(value, list | tuple):
-        return [_mask_value(item, path) for item in value]
+        return [_mask_value(item, path, secrets) for item in value]
     if value is not None and not isinstance(value, bool) and value != "" and is_secret_key(path):
         return MASK
-    return mask(value) if isinstance(value, str) else value
+    return _mask(value, secrets) if isinstance(value, str) else value
 
 
 def mask_words(words: Sequence[str]) -> list[str]:
