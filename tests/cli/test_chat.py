@@ -124,7 +124,7 @@ def test_help_lists_what_can_be_typed(chat: Any):
     assert [line.split()[0] for line in said[: len(COMMANDS)]] == [f"/{name}" for name in COMMANDS]
 
 
-@pytest.mark.parametrize("lines", [["/exit", "what?"], []])
+@pytest.mark.parametrize("lines", [["/exit", "what?"], ["/quit", "what?"], []])
 def test_it_ends(chat: Any, lines: list[str]):
     assert chat(*lines) == ([], "")
 

@@ -211,7 +211,11 @@ def test_what_cannot_be_measured_is_refused_before_a_model_loads(checkpoint: Pat
     for name, content, reason in (
         ("empty.json", [], "the file has no records"),
         ("mute.json", json.loads(records.read_text())[7:], "loss needs records with replies"),
-        ("bad.json", [{"id": "a"}], "none of the first 1 records can be read; record 'a': it has no `conversations`"),
+        (
+            "bad.json",
+            [{"id": "a"}],
+            "none of the first 1 records can be read; record 0 ('a'): it has no `conversations`",
+        ),
     ):
         path = records.with_name(name)
         path.write_text(json.dumps(content))

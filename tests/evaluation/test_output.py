@@ -18,6 +18,20 @@ def test_a_table_of_captions_is_told_its_format(tmp_path: Path):
     assert str(caught.value).endswith("add --format caption --option image_key=file_name --option caption_key=text")
 
 
+def test_prompts_without_answers_are_told_what_reads_them(tmp_path: Path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps({"image": "a.png", "question": "Which animal?"}) + "\n")
+    with pytest.raises(ValueError, match="records can be read; record 0: it has no `conversations`") as caught:
+        read_first_samples(SourceConfig(path=str(file)), "--input")
+    assert "vlm generate and vlm predict read them with --format labelled --option prompt_key=question" in str(
+        caught.value
+    )
+    (tmp_path / "a.png").touch()
+    source = SourceConfig(path=str(file), format="labelled", options={"prompt_key": "question"})
+    (sample,) = read_first_samples(source, "--input")
+    assert "Which animal?" in str(sample.turns[0].content)
+
+
 def test_records_that_can_be_read_are_returned(tmp_path: Path):
     file = tmp_path / "records.jsonl"
     good = {"conversations": [{"from": "human", "value": "Why?"}]}

@@ -256,6 +256,22 @@ def test_a_server_that_is_away(online: LocalHub, final: Path, monkeypatch: pytes
     assert said.startswith("vlm push-to-hub: no connection to http://127.0.0.1:9")
 
 
+@pytest.mark.parametrize("is_disabled", [False, True])
+def test_a_mirror_may_not_support_xet(
+    online: LocalHub, final: Path, monkeypatch: pytest.MonkeyPatch, *, is_disabled: bool
+):
+    from huggingface_hub import HfApi, constants
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("broken")
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", is_disabled)
+    monkeypatch.setattr(HfApi, "whoami", fail)
+    said = refusal("push-to-hub", str(final), "--repo", "ann/mirror", "--yes")
+    assert "ann/mirror" in said
+    assert (f"If {online.address} does not support Xet, set HF_HUB_DISABLE_XET=1." in said) is not is_disabled
+
+
 def test_offline_mode_is_named(online: LocalHub, final: Path, monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import constants
 

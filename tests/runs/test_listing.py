@@ -72,6 +72,15 @@ def test_the_command_prints_a_table_and_json(outputs: Path, capsys: pytest.Captu
     ]  # fmt: skip
 
 
+def test_the_speed_of_a_finished_run_is_that_of_the_whole_run(tmp_path: Path):
+    write_run(tmp_path / "run", logged([3.0, 1.0]))
+    (run,) = find_runs(tmp_path)
+    assert run.tokens_per_second == 1000
+    (tmp_path / "run" / "speed.json").write_text(json.dumps({"tokens_per_second": 640.0}))
+    (run,) = find_runs(tmp_path)
+    assert RunTable([run]).text(run, "tokens_per_second") == "640"
+
+
 def test_folders_without_runs_say_so(tmp_path: Path):
     with pytest.raises(ValueError, match="no runs in it"):
         cli.main([str(tmp_path)])

@@ -27,9 +27,12 @@ COMMANDS = {
     "reset": ("", "clear the conversation and the attached images"),
     "history": ("", "print the conversation"),
     "help": ("", "print this help"),
-    "exit": ("", "leave the chat (or press Ctrl-D)"),
+    "exit": ("", "leave the chat (or press Ctrl-D, or type /quit)"),
 }
 """Command after `/` -> the name of its argument, and its purpose."""
+
+ALIASES = {"quit": "exit"}
+"""Another name of a command -> its name."""
 
 HINTS = """\
 Everything else is a question; put a space before one that starts with /. Ctrl-C stops an answer.
@@ -114,6 +117,7 @@ class Chat:
     def handle_line(self, line: str) -> bool:
         """Ask a question or run a command, and print errors; return whether the chat continues."""
         name, _, argument = line[1:].partition(" ")
+        name = ALIASES.get(name, name)
         try:
             if not line.startswith("/"):
                 if line.strip():

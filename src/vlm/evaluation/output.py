@@ -71,6 +71,7 @@ def read_first_samples(config: SourceConfig, option: str) -> list[Sample]:
             have.
     """
     from vlm.data.cache import resolve_cache_folder
+    from vlm.data.records.fields import label_record
     from vlm.data.records.formats import get_reader
     from vlm.data.records.guess import with_hint
     from vlm.data.records.open import open_records
@@ -96,7 +97,10 @@ def read_first_samples(config: SourceConfig, option: str) -> list[Sample]:
         record, reason = value_or_bad_sample(lambda number: records[number], 0), cast(BadSample, first[0])
         if not isinstance(record, BadSample):
             reason = with_hint(reason, record, config.format, config.options, "clean")
-        raise ValueError(f"{option} {config.path}: none of the first {len(first)} records can be read; {reason}")
+        raise ValueError(
+            f"{option} {config.path}: none of the first {len(first)} records can be read; "
+            f"{label_record(0, reason.sample_id)}: {reason.reason}"
+        )
     return samples
 
 

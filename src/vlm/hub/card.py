@@ -27,7 +27,7 @@ inputs = processor.apply_chat_template(
 CHAT = """\
 messages = [
     {"role": "user", "content": [
-        {"type": "image", "path": "picture.png"},
+        {"type": "image", "path": "image.png"},
         {"type": "text", "text": "What is in this image?"},
     ]}
 ]
@@ -212,7 +212,7 @@ def _heads_example(config: JsonObject) -> str:
     return (
         "from PIL import Image\n\n"
         "text = processor.apply_chat_template(messages, add_generation_prompt=True) + model.config.suffix\n"
-        'inputs = processor(images=[Image.open("picture.png")], text=[text], return_tensors="pt").to(model.device)\n'
+        'inputs = processor(images=[Image.open("image.png")], text=[text], return_tensors="pt").to(model.device)\n'
         "print(model.predict(**inputs))\n"
     )
 

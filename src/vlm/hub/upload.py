@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -26,6 +26,8 @@ KEPT_FILES = (".gitattributes",)
 
 REFUSAL_STATUS_CODES = (400, 401, 403, 404)
 """Answers after which trying again is of no use."""
+
+HUB_ENDPOINT = "https://huggingface.co"
 
 RESUME_HINT = "Run the same command again to continue: files that have arrived are not sent again."
 
@@ -154,4 +156,10 @@ class HubClient:
             return f"{repo}: {self.endpoint} answers {code}: {said}.{hint}"
         if isinstance(error, httpx2.HTTPError):
             return f"no connection to {self.endpoint} ({error or type(error).__name__}). {RESUME_HINT}"
-        return f"{repo}: {error}. {RESUME_HINT}"
+        return f"{repo}: {error}. {RESUME_HINT}{self._xet_hint()}"
+
+    def _xet_hint(self) -> str:
+        """Return what to try if the endpoint is not the Hub's own, because mirrors may not support Xet uploads."""
+        if self.endpoint == HUB_ENDPOINT or constants.HF_HUB_DISABLE_XET:
+            return ""
+        return f" If {self.endpoint} does not support Xet, set HF_HUB_DISABLE_XET=1."

@@ -29,6 +29,7 @@ FIELDS: Mapping[str, Callable[[RunDirectory], Value]] = {
     "progress": lambda run: run.progress,
     "duration": lambda run: run.seconds,
     "started": lambda run: run.started,
+    "tokens_per_second": lambda run: run.tokens_per_second,
 }
 """Columns that are neither metrics nor settings -> how they are read."""
 OPERATORS = {

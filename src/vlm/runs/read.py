@@ -253,6 +253,12 @@ class RunDirectory:
         """`speed.json`: tokens, samples and operations per second of the last call, padding, waiting, memory."""
         return self.files.json("speed.json")
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second: of the last logged steps while the run goes on, then of its whole last call."""
+        whole = None if self.is_alive else number_at(self.speed, "tokens_per_second")
+        return self.last_metrics.last("tokens_per_second") if whole is None else whole
+
     @cached_property
     def samples(self) -> dict[int, list[Answer]]:
         """Step -> the model's sample answers."""

@@ -61,7 +61,7 @@ def _tiles(run: RunDirectory) -> str:
         "epochs": "" if epochs is None else f"{epochs:.3g}",
         "training loss": _number(last("loss")),
         "evaluation loss": _number(last("eval_loss"), run.metrics.last_half_width("eval_loss")),
-        "tokens/s": _number(last("tokens_per_second")),
+        "tokens/s": _number(run.tokens_per_second),
         "duration": "" if run.seconds is None else format_duration(run.seconds),
         "peak memory": "" if (memory := last("peak_memory_gib")) is None else f"{memory:.3g} GiB",
     }

@@ -272,8 +272,8 @@ LETTERS = ("a", "b")
 @pytest.mark.parametrize(
     ("of", "share", "groups", "said"),
     [
-        ([0, 0, 1], 0.5, None, "dataset.eval_split=0.5: one for each side, so at least 2 records of each label are "
-                               "needed; 'b' has 1"),
+        ([0, 0, 1], 0.5, None, "dataset.eval_split=0.5: one for training and one to hold out, so at least 2 records of "
+                               "each label are needed; 'b' has 1; leave out the records of rarer labels, or add"),
         ([0, 0, 2], 0.5, None, "number 2 has 1"),
         ([0], 0.5, None, "dataset.eval_split=0.5: at least two records are needed, got 1"),
         ([], 0.5, None, "at least two records are needed, got 0"),

@@ -351,7 +351,7 @@ def split(
     else:
         if number < 2:
             raise ValueError(f"{key}: at least two records are needed, got {number}")
-        _check_stratum_sizes(strata, 2, names, f"{key}: one for each side")
+        _check_stratum_sizes(strata, 2, names, f"{key}: one for training and one to hold out")
         num_strata = len(np.unique(strata))
         if (smaller := min(held_out, left)) < num_strata:
             raise ValueError(
@@ -401,4 +401,7 @@ def _check_stratum_sizes(strata: np.ndarray, least: int, names: Sequence[object]
     if counts.min() < least:
         number = int(numbers[counts.argmin()])
         name = repr(names[number]) if number < len(names) else f"number {number}"
-        raise ValueError(f"{why}, so at least {least} records of each label are needed; {name} has {counts.min()}")
+        raise ValueError(
+            f"{why}, so at least {least} records of each label are needed; {name} has {counts.min()}; "
+            "leave out the records of rarer labels, or add some"
+        )

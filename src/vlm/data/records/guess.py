@@ -37,6 +37,7 @@ QUESTION_AND_ANSWER_KEYS = (
     ("problem", "answer"),
     ("input", "output"),
 )
+PROMPT_KEYS = ("prompt", "question", "query")
 BOX_KEYS = ("bbox", "bboxes", "boxes", "box", "objects", "segmentation", "annotations")
 NEEDS_READER = "no format has these keys; write a reader of your own (docs/extending.md)"
 
@@ -170,6 +171,17 @@ def _labelled(record: Mapping[str, object]) -> Guess | None:
     return Guess("images with labels", "labelled", options if label == "label" else {**options, "label_key": label})
 
 
+def _prompt_alone(record: Mapping[str, object]) -> Guess | None:
+    key = next((key for key in PROMPT_KEYS if isinstance(record.get(key), str)), None)
+    if key is None:
+        return None
+    words = ["--format labelled", *([] if key == "prompt" else [f"--option prompt_key={key}"])]
+    image = _image_key(record)
+    words += [] if image in (None, "image", "images") else [f"--option image_key={image}"]
+    advice = f"vlm generate and vlm predict read them with {' '.join(words)}; training needs an answer in each record"
+    return Guess("questions without answers", advice=advice)
+
+
 def _media_alone(record: Mapping[str, object]) -> Guess | None:
     media = {"images": _image_key(record), "videos": "video" if record.get("video") is not None else None}
     kind = next((kind for kind, key in media.items() if key is not None and set(record) <= {key, "id"}), None)
@@ -185,6 +197,7 @@ FORMS: tuple[Callable[[Mapping[str, object]], Guess | None], ...] = (
     _boxes,
     _caption,
     _labelled,
+    _prompt_alone,
     _media_alone,
 )
 """Functions that recognise a form; the first that does counts."""

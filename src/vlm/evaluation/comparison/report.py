@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from vlm.data.sample import Sample
 from vlm.evaluation.bootstrap import Score
-from vlm.evaluation.comparison.changes import Change, compute_changes
+from vlm.evaluation.comparison.changes import ALL, Change, compute_changes
 from vlm.evaluation.comparison.drift import Drift, compute_drift
 from vlm.evaluation.comparison.measure import Measured
 from vlm.evaluation.comparison.plot import FIGURE_FILE, draw_changes
@@ -45,7 +45,9 @@ class Comparison:
         """Return the summary for a terminal: groups, drift, and the proposal."""
         shown = [change for change in self.changes if not change.is_blank or change.split == "all"]
         parts = [
-            tabulate([HEADER, *map(_row, shown)], "firstrow", tablefmt="plain", disable_numparse=True),
+            tabulate(
+                [HEADER, *map(_row, _without_repeats(shown))], "firstrow", tablefmt="plain", disable_numparse=True
+            ),
             *map(_describe_drift, self.drifts),
             str(self.replay),
             *_describe_left_out(self.left_out),
@@ -138,7 +140,18 @@ def _format_report(comparison: Comparison) -> str:
 def _table(changes: Sequence[Change]) -> str:
     if not changes:
         return "None."
-    return tabulate([HEADER, *map(_row, changes)], "firstrow", tablefmt="github", disable_numparse=True)
+    return tabulate(
+        [HEADER, *map(_row, _without_repeats(changes))], "firstrow", tablefmt="github", disable_numparse=True
+    )
+
+
+def _without_repeats(changes: Sequence[Change]) -> list[Change]:
+    """Return the changes without those of a group that is a whole set, as its only kind of question is."""
+    sizes = {(row.dataset, row.measure, row.is_blank): row.num_records for row in changes if row.split == ALL}
+    return [
+        row for row in changes
+        if row.split == ALL or row.num_records != sizes.get((row.dataset, row.measure, row.is_blank))
+    ]  # fmt: skip
 
 
 def _row(change: Change) -> tuple[str, ...]:

@@ -131,10 +131,23 @@ def _hold_out_sets(
         if share:
             train, key = sets["train"], f"dataset.{role}_split"
             groups = _strata(train, heads)
-            sets["train"], sets[role] = split_by_label(train, groups, share, seed, heads[0].labels, key)
+            try:
+                sets["train"], sets[role] = split_by_label(train, groups, share, seed, heads[0].labels, key)
+            except ValueError as error:
+                raise ValueError(f"{error}{_explain_share(config, role)}") from error
     if config.max_eval_samples is not None and "eval" in sets:
         sets["eval"] = sets["eval"].subset(range(len(sets["eval"]))[: config.max_eval_samples])
     return sets
+
+
+def _explain_share(config: DatasetConfig, role: str) -> str:
+    """Return what a message about a share adds: that it is the default, and that test records were held out before."""
+    notes = []
+    if role == "eval" and config.eval_split is None:
+        notes.append(f"{DEFAULT_EVAL_SHARE} is the default; dataset.eval_path=FILE names records instead")
+    if role == "eval" and config.test_split:
+        notes.append(f"dataset.test_split={config.test_split} was held out before")
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _check_set(role: str, dataset: SampleDataset, heads: Sequence[HeadLabels]) -> None:
