@@ -74,6 +74,8 @@ FROZEN_PARTS = {
     "preference-smol": ("connector",), "embed-smol": ("connector",), "head-": ("connector", "language_model"),
 }  # fmt: skip
 """How the names of small runs begin -> the parts that they freeze."""
+TRAINING = ("trainer/unfreeze=", "trainer/lora=", "model.head.pooling=query")
+"""How words begin that train parts, or rows of them."""
 
 
 def run_ranks(module: str, words: list[str], number: int = 2) -> list[Ended]:
@@ -84,7 +86,8 @@ def run_ranks(module: str, words: list[str], number: int = 2) -> list[Ended]:
     """
     for start, parts in FROZEN_PARTS.items():
         for part in parts if any(word.startswith(start) for word in words) else ():
-            if not any(word.startswith((f"trainer.unfreeze.train_{part}", f"trainer.lora.{part}")) for word in words):
+            trains = (f"trainer.unfreeze.train_{part}=true", f"trainer.lora.{part}", *TRAINING)
+            if not any(word.startswith(trains) for word in words):
                 rate = f"trainer.learning_rate.{part}_learning_rate="
                 words = [word for word in words if not word.startswith(rate)]
     commands = [["-m", module, f"--local_rank={rank}", *words] for rank in range(number)]

@@ -96,7 +96,7 @@ def mask_settings(settings: Mapping[str, object]) -> dict[str, Any]:
     return _mask_mapping(settings, "", _environment_secrets())
 
 
-def _mask_mapping(settings: Mapping[str, object], path: str, secrets: Sequence[str]) -> dict[str, Any]:
+def _mask_mapping(settings: Mapping[str, object], path: str, secrets: Sequence[str]) -> dict[str, object]:
     return {
         name: _mask_value(value, f"{path}.{name}" if path else str(name), secrets) for name, value in settings.items()
     }
