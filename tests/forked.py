@@ -74,8 +74,9 @@ FROZEN_PARTS = {
     "preference-smol": ("connector",), "embed-smol": ("connector",), "head-": ("connector", "language_model"),
 }  # fmt: skip
 """How the names of small runs begin -> the parts that they freeze."""
-TRAINING = ("trainer/unfreeze=", "trainer/lora=", "model.head.pooling=query")
-"""How words begin that train parts, or rows of them."""
+GROUPS = ("trainer/unfreeze=", "trainer/lora=")
+TRAINING = {"connector": (), "language_model": ("model.head.pooling=query",)}
+"""Part -> how words begin that train some of it, besides its own keys."""
 
 
 def run_ranks(module: str, words: list[str], number: int = 2) -> list[Ended]:
@@ -86,7 +87,7 @@ def run_ranks(module: str, words: list[str], number: int = 2) -> list[Ended]:
     """
     for start, parts in FROZEN_PARTS.items():
         for part in parts if any(word.startswith(start) for word in words) else ():
-            trains = (f"trainer.unfreeze.train_{part}=true", f"trainer.lora.{part}", *TRAINING)
+            trains = (f"trainer.unfreeze.train_{part}=true", f"trainer.lora.{part}", *GROUPS, *TRAINING[part])
             if not any(word.startswith(trains) for word in words):
                 rate = f"trainer.learning_rate.{part}_learning_rate="
                 words = [word for word in words if not word.startswith(rate)]
