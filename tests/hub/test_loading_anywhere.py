@@ -130,7 +130,7 @@ def talking_to(hub: LocalHub) -> Iterator[None]:
 
 def chat(folder: Path) -> list[dict[str, Any]]:
     """A question about the picture that lies in a folder."""
-    image = {"type": "image", "path": str(folder / "picture.png")}
+    image = {"type": "image", "path": str(folder / "image.png")}
     return [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}]
 
 
@@ -149,7 +149,7 @@ def publish(hub: LocalHub, folder: Path, name: str, model: Any, processor: Any) 
 def loaded(hub: LocalHub, parts: Parts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the other process found, under `found`, and what is right, under `expected`; each by the repository."""
     folder = tmp_path_factory.mktemp("pushed")
-    picture().save(folder / "picture.png")
+    picture().save(folder / "image.png")
     (folder / "my_connector.py").write_text(OWN_CONNECTOR)
     sys.path.insert(0, str(folder))
     try:

@@ -121,7 +121,7 @@ class Stage:
         self._write_images(folder / "images")
         for image in (folder / "images").iterdir():  # for records without an image folder
             (folder / image.name).symlink_to(image)
-        for name in ("cat.png", "a.png", "b.png", "picture.png"):
+        for name in ("cat.png", "a.png", "b.png", "picture.png", "image.png"):
             shutil.copy(folder / "images" / "0.png", folder / name)
 
     def run(self, command: Command) -> Ended:
