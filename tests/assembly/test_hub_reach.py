@@ -53,3 +53,10 @@ def test_what_needs_no_hub_is_not_looked_up(closed_hub: str, monkeypatch: pytest
 def test_addresses_are_shown_without_passwords():
     assert hub_reach.without_password("https://ann:secret@hub.example:8443/a?token=1") == "https://hub.example:8443/a"
     assert hub_reach.without_password("1") == "1"
+
+
+def test_an_empty_variable_names_no_proxy(closed_hub: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HTTPS_PROXY", "")
+    assert not hub_reach.behind_proxy()
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    assert hub_reach.behind_proxy()

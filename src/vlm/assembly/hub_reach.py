@@ -38,7 +38,7 @@ def check_hub_answers(name: str, label: str, revision: str | None = None) -> Non
 
 def behind_proxy() -> bool:
     """Return whether connections go through a proxy, so that a direct one says nothing."""
-    return any(name.lower() in PROXIES for name in os.environ)
+    return any(value and name.lower() in PROXIES for name, value in os.environ.items())
 
 
 @cache

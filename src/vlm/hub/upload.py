@@ -27,7 +27,7 @@ KEPT_FILES = (".gitattributes",)
 REFUSAL_STATUS_CODES = (400, 401, 403, 404)
 """Answers after which trying again is of no use."""
 
-HUB_ENDPOINT = "https://huggingface.co"
+HUB_ENDPOINT = constants.HUGGINGFACE_CO_URL_HOME.rstrip("/")
 
 RESUME_HINT = "Run the same command again to continue: files that have arrived are not sent again."
 

@@ -176,13 +176,20 @@ def reads(
                 levels[0].check_lost_media(ignored, sample_id)
             return sample
 
-        option = inspect.Parameter("ignore_keys", inspect.Parameter.KEYWORD_ONLY, default=(), annotation=Sequence[str])
-        image_key = inspect.Parameter("image_key", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=str | None)
-        parameters = [*signature.parameters.values(), option, *([image_key] if renames_image else [])]
-        vars(checked).update(__signature__=signature.replace(parameters=parameters), declared_keys=declared)
+        signature = _with_options(signature, renames_image=renames_image)
+        vars(checked).update(__signature__=signature, declared_keys=declared)
         return checked
 
     return declare
+
+
+def _with_options(signature: inspect.Signature, *, renames_image: bool) -> inspect.Signature:
+    """Return a reader's signature with the options that every reader has: `ignore_keys`, and `image_key`."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    options = [inspect.Parameter("ignore_keys", keyword, default=(), annotation=Sequence[str])]
+    if renames_image:
+        options.append(inspect.Parameter("image_key", keyword, default=None, annotation=str | None))
+    return signature.replace(parameters=[*signature.parameters.values(), *options])
 
 
 def _rename_image(record: Record, key: str) -> Record:
