@@ -9,6 +9,7 @@ operations again, or proving again that they are loaded as they are saved.
 import copy
 import gc
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -109,6 +110,12 @@ def pytest_sessionfinish(session: Any) -> None:
 def seeded() -> None:
     """The same chance for each test, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def package_logs_as_the_root_does() -> None:
+    """Undo what runs of earlier tests set: a run on a rank other than the first logs warnings alone, and stays so."""
+    logging.getLogger("vlm").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
