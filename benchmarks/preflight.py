@@ -152,7 +152,7 @@ def probe_run(config: RunConfig, folder: Path) -> tuple[probe.Probe, Objective, 
     """Return what a probe of a run shows, what it was made of, and the memory of its second step."""
     probing = probe.quiet_config(config, folder)
     objective, run = prepare(probing, folder)
-    found = probe.run_probe(objective, run, (-1, 1.0))
+    found = probe.run_probe(objective, run, config)
     image = dummy_image(run.processor)[1]
     memory = predict_memory(run.model, probing, run.args, image, found.shapes, compute_dtype(run.args))
     return found, objective, run, memory
@@ -211,8 +211,9 @@ def measure_whole(config: RunConfig, folder: Path) -> dict[str, float]:
     trainer.train()
     measured = time.perf_counter() - begun
     margin = (times.margin or 0.0) * times.steps
-    return {"predicted": times.training + times.evaluation + times.saving, "margin": margin, "measured": measured,
-            "steps": times.training, "evaluation": times.evaluation, "saving": times.saving}  # fmt: skip
+    return {"predicted": times.total - times.loading, "margin": margin, "measured": measured, "steps": times.training,
+            "evaluation": times.evaluation, "answers": times.answering, "saving": times.saving,
+            "plots": times.drawing}  # fmt: skip
 
 
 def describe_machine(threads: int) -> dict[str, object]:
@@ -245,9 +246,10 @@ def main() -> None:
             write(machine, {case: asdict(outcomes[case])})
         records = folder / "data"
         evaluated = [f"dataset.eval_path={records / 'records.json'}", f"dataset.eval_image_folder={records / 'images'}"]
-        words = [*words_of((), folder), *WHOLE_RUN, *evaluated, "trainer.num_samples=0", "trainer.num_train_epochs=1"]
+        words = [*words_of((), folder), *WHOLE_RUN, *evaluated, "trainer.num_train_epochs=1"]
         whole = measure_whole(compose_config("finetune-smol", words), folder / "whole")
-    print("with evaluation and 5 checkpoints: " + ", ".join(f"{key} {value:.2f} s" for key, value in whole.items()))
+    shown = ", ".join(f"{key} {value:.2f} s" for key, value in whole.items())
+    print(f"with an evaluation, sample answers and 5 checkpoints: {shown}")
     print(f"{time.perf_counter() - begun:.0f} s in all")
     summarise(outcomes)
     write(machine, {}, whole)

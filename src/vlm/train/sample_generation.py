@@ -5,7 +5,7 @@ All ranks answer the same records in the same batches, since under ZeRO-3 every 
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ from vlm.data.vision.video import DecodedVideo
 from vlm.evaluation.loss import last_reply_text
 from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, check_measurable
 from vlm.evaluation.text_metrics import compute_answer_metrics
-from vlm.inference.generate import VisionLanguageModel, prompt_inputs
+from vlm.inference.generate import VisionLanguageModel, decode_answer, prompt_inputs
 from vlm.train.monitor.plots import AnsweredSample, append_sample_generations
 from vlm.train.monitor.trackers import SampleSender
 from vlm.train.objectives.base import ObjectiveTrainer
@@ -117,43 +117,74 @@ def _answerable_samples(
     return selected
 
 
-def make_sample_generator(
-    settings: InferenceConfig, trainer: ObjectiveTrainer, processor: Processor, samples: Sequence[Sample], folder: Path
-) -> Callable[[int], None]:
-    """Return what answers a few samples at a step, adds the answers to `samples.md` and sends them to trackers.
+@dataclass(frozen=True)
+class OpenedPrompt:
+    """What a model answers of a sample: the turns before the last reply, and their opened images and videos."""
 
-    All ranks generate, since ZeRO-3 needs them; rank 0 writes. Samples of which a template leaves no prompt (`plain`,
-    text only), whose images do not open, or which the processor refuses, are passed over.
+    sample: Sample
+    turns: list[Turn]
+    media: Sequence[Image.Image | DecodedVideo]
+    reference: str
+
+
+def open_prompts(processor: Processor, samples: Sequence[Sample]) -> list[OpenedPrompt]:
+    """Return the prompts of samples.
+
+    Samples of which a template leaves no prompt (`plain`, text only), whose images do not open, or which the processor
+    refuses, are passed over.
     """
-    send = SampleSender(trainer)
-    prompts, prompt_media, references, tools, answered = [], [], [], [], []
+    prompts = []
     for sample in samples:
         replies = [index for index, turn in enumerate(sample.turns) if turn.role == "assistant"]
         turns = list(sample.turns[: replies[-1] if replies else 0])
         media = value_or_bad_sample(partial(_open_prompt, processor, turns), sample) if turns else None
         if media is not None and not isinstance(media, BadSample):
-            prompts.append(turns)
-            answered.append(sample)
-            prompt_media.append(media)
-            tools.append(sample.tools)
-            references.append(_join_text([sample.turns[replies[-1]]]))
+            prompts.append(OpenedPrompt(sample, turns, media, _join_text([sample.turns[replies[-1]]])))
+    return prompts
+
+
+def generate_answers(
+    trainer: ObjectiveTrainer, processor: Processor, prompts: Sequence[OpenedPrompt], settings: InferenceConfig,
+    **options: object,
+) -> list[list[int]]:  # fmt: skip
+    """Return the ids of a training model's answers, with ends and padding; all ranks call it together.
+
+    Further `options` are transformers' own of generation.
+    """
+    training = trainer.model.training
+    trainer.model.eval()
+    generator = VisionLanguageModel(trainer.model, processor)
+    inputs = generator.inputs(
+        [prompt.turns for prompt in prompts],
+        [prompt.media for prompt in prompts],
+        tools_of=[prompt.sample.tools for prompt in prompts],
+    )
+    with trainer.compute_loss_context_manager(), force_eager():
+        answers = generator.answer_ids(inputs, settings, synced_gpus=dist.is_initialized(), **options)
+    trainer.model.train(training)
+    return answers
+
+
+def make_sample_generator(
+    settings: InferenceConfig, trainer: ObjectiveTrainer, processor: Processor, samples: Sequence[Sample], folder: Path
+) -> Callable[[int], None]:
+    """Return what answers a few samples at a step, adds the answers to `samples.md` and sends them to trackers.
+
+    All ranks generate, since ZeRO-3 needs them; rank 0 writes. See `open_prompts` for the samples that are passed over.
+    """
+    send, prompts = SampleSender(trainer), open_prompts(processor, samples)
 
     def generate(step: int) -> None:
         """Let the model answer the prompts, and write its answers down."""
         if not prompts:
             return
-        training = trainer.model.training
-        trainer.model.eval()
-        generator = VisionLanguageModel(trainer.model, processor)
-        with trainer.compute_loss_context_manager(), force_eager():
-            synced = dist.is_initialized()
-            answers = generator.answer(prompts, prompt_media, settings, tools=tools, synced_gpus=synced)
-        trainer.model.train(training)
+        ids = generate_answers(trainer, processor, prompts, settings)
         if trainer.args.process_index == 0:
-            questions = [_join_text(turns[-1:]) for turns in prompts]
-            drawn = [_draw(processor, *item) for item in zip(answered, answers, prompt_media, strict=True)]
-            rows = zip(questions, references, answers, map(_preview, prompt_media), drawn, strict=True)
-            generated = [AnsweredSample(*row) for row in rows]
+            generated = []
+            for prompt, answer in zip(prompts, (decode_answer(processor, row) for row in ids), strict=True):
+                drawn = _draw(processor, prompt.sample, answer, prompt.media)
+                question, shown = _join_text(prompt.turns[-1:]), _preview(prompt.media)
+                generated.append(AnsweredSample(question, prompt.reference, answer, shown, drawn))
             append_sample_generations(step, generated, folder)
             send(step, generated)
 

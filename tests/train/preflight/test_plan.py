@@ -25,7 +25,7 @@ def test_other_words_are_refused(text: str):
 def test_a_plan_says_what_fits_and_how_long(common: list[str]):
     config = compose_config("finetune-smol", [*common, "trainer.deepspeed=zero3", "dataset.max_length=64"])
     plan = make_plan(config, "finetune-smol", (), "GPUS=2xH100", samples=10**6, tokens=40, mfu=0.5)
-    assert re.search(r"fits  zero3 +[\d.]+ GB", plan)
+    assert re.search(r"fits  zero3 +[\d.]+ MB", plan)
     assert "the first that fits: trainer/deepspeed=none" in plan
     (operations,) = re.findall(r"([\d.e+]+) operations", plan)
     (shown,) = re.findall(r"([\d.]+) s on 2 x H100 at 50% of 989.4", plan)

@@ -7,10 +7,10 @@ from tests.fixtures import compose_config
 from vlm.train.preflight.memory import MemoryPrediction, ModelSizes
 from vlm.train.preflight.sharded import SHARDINGS, ZeroBuffers, predict_sharded, sharding_of
 
-SIZES = ModelSizes(trained=1000, frozen=500, weights=6000, largest_layer=100)
+SIZES = ModelSizes(trained=1000, frozen=500, weights=6000, largest_layer=100, hidden=8)
 PREDICTION = MemoryPrediction(weights=6000, gradients=4000, states=8000, activations=3000, peak=19000)
-BUCKET = 2 * 500_000_000
-"""Bytes of one of DeepSpeed's buffers for gradients in half precision, as it is by default."""
+BUCKET = 2 * 8**2
+"""Bytes of one of DeepSpeed's buffers for gradients in half precision, as the packaged configurations have it."""
 
 
 def test_zero_shards_states_then_gradients_then_weights():
@@ -48,9 +48,15 @@ def test_the_configuration_of_the_run_counts(tmp_path: Path):
     file.write_text(json.dumps({"zero_optimization": zero}))
     trainer = compose_config("pretrain-smol", ["dataset.path=x", f"trainer.deepspeed={file}"]).trainer
     assert sharding_of(trainer) == "zero2 + offload"
-    assert ZeroBuffers.of({"zero_optimization": zero}).reduced == 10
+    assert ZeroBuffers.of({"zero_optimization": zero}, 8).reduced == 10
     own = predict_sharded(PREDICTION, SIZES, 4, half=True, own=trainer)["zero2"]
     assert own.device == 3000 + 500 + 3000 + 1000 + 2 * 10
+
+
+def test_a_bucket_that_is_not_set_is_deepspeeds_default():
+    assert ZeroBuffers.of({"zero_optimization": {"stage": 1}}, 8).reduced == 500_000_000
+    assert ZeroBuffers.of({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, 8).reduced == 64
+    assert ZeroBuffers.of({"zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}, 0).reduced == 500_000_000
 
 
 def test_the_way_of_a_run_has_a_name():

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from transformers import TrainingArguments
@@ -15,11 +16,12 @@ from vlm.config.choices import GROUPED_STRATEGIES
 from vlm.config.schema import RunConfig
 from vlm.data.batching.stats import BatchStats
 from vlm.data.dataset import SampleDataset
+from vlm.train.preflight.answering import num_answers
 from vlm.train.preflight.fake_step import BatchShape
 from vlm.train.preflight.findings import DiskFindings, TimeFindings
 from vlm.train.preflight.memory import MemoryPrediction, ModelSizes
 from vlm.train.preflight.probe import Probe
-from vlm.train.preflight.step_time import fit_step_time
+from vlm.train.preflight.step_time import DRIFT, fit_step_time
 
 WRITTEN_BYTES = 32 << 20
 """Bytes that are written to find out how fast the disk is."""
@@ -27,9 +29,6 @@ NUM_DRAWN = 2000
 """Batches that are drawn to find out how much padding a mean one has."""
 MEAN_BASIS = "nothing"
 """What a step's time grows with where the sizes of steps are not known."""
-DRIFT = 0.15
-"""How much slower or faster a run is than its probe, as a share of a step: twelve of fourteen runs of
-`benchmarks/preflight.py` are within it. The scatter of the timed steps comes on top."""
 FORWARD_SHARE = 0.4
 """Time of a forward pass as a share of a step's, where the probe could not time one."""
 
@@ -51,6 +50,7 @@ def predict_time(
         timed, size, sizes.basis = [1.0] * len(probe.seconds), 1.0, MEAN_BASIS
     step = fit_step_time(timed, probe.seconds, size, steps)
     evaluations = number_of_times(args.eval_strategy, args.eval_steps, steps, args) + bool(args.eval_on_start)
+    answers = num_answers(config, evaluation, evaluations, ends_with_one=evaluates_last(args, steps))
     checkpoints = number_of_times(args.save_strategy, args.save_steps, steps, args)
     once = evaluation_seconds(probe, evaluation, sizes, step.mean / size, step.mean / max(samples, 1))
     speed = disk_speed(Path(config.trainer.output_dir or "outputs")) if checkpoints or disk.final else 1.0
@@ -60,7 +60,9 @@ def predict_time(
         steps=steps, step=step.mean, margin=margin, timed=len(probe.seconds), basis=sizes.basis,
         computing=sum(probe.cpu_seconds) / sum(probe.seconds) if on_cpu else None,
         loading=probe.loading_seconds, evaluation=once * evaluations, evaluations=evaluations,
+        answering=probe.answer_seconds * answers, answers=answers if probe.answer_seconds else 0,
         saving=(checkpoints * disk.checkpoint + disk.final) / speed, checkpoints=checkpoints,
+        drawing=probe.drawing_seconds * (evaluations + checkpoints + 1),
     )  # fmt: skip
 
 
@@ -160,8 +162,22 @@ def number_of_times(strategy: object, every: float | None, steps: int, args: Tra
     if name == "epoch":
         return max(round(args.num_train_epochs), 1)
     if name == "steps" and every:
-        return steps // max(math.ceil(every if every >= 1 else every * steps), 1)
+        return steps // _interval(every, steps)
     return 0
+
+
+def evaluates_last(args: TrainingArguments, steps: int) -> bool:
+    """Return whether a run evaluates behind its last step."""
+    if getattr(args.eval_strategy, "value", args.eval_strategy) == "epoch":
+        return True
+    return bool(number_of_times(args.eval_strategy, args.eval_steps, steps, args)) and (
+        steps % _interval(cast(float, args.eval_steps), steps) == 0
+    )
+
+
+def _interval(every: float, steps: int) -> int:
+    """Return a number of steps that may be given as a share of all."""
+    return max(math.ceil(every if every >= 1 else every * steps), 1)
 
 
 def disk_speed(folder: Path) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from vlm.train.preflight.memory import MemoryPrediction
 from vlm.train.preflight.sharded import ShardedMemory
+from vlm.train.preflight.step_time import DRIFT
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,11 @@ class TimeFindings:
         loading: from the start to the first step.
         evaluation: of all evaluations.
         evaluations: number of evaluations.
+        answering: of all answers to samples, as long as the model writes them before it is trained.
+        answers: number of these answers.
         saving: of all checkpoints.
         checkpoints: number of checkpoints.
+        drawing: of plots, at each evaluation and checkpoint and at the end.
     """
 
     steps: int
@@ -123,8 +127,11 @@ class TimeFindings:
     loading: float
     evaluation: float
     evaluations: int
+    answering: float
+    answers: int
     saving: float
     checkpoints: int
+    drawing: float
 
     @property
     def training(self) -> float:
@@ -132,9 +139,15 @@ class TimeFindings:
         return self.step * self.steps
 
     @property
+    def total_margin(self) -> float | None:
+        """Half the width of the interval around `total`; None: not known. What is no step may drift as a step does."""
+        others = self.evaluation + self.answering + self.saving + self.drawing
+        return None if self.margin is None else self.margin * self.steps + DRIFT * others
+
+    @property
     def total(self) -> float:
         """Seconds of everything."""
-        return self.loading + self.training + self.evaluation + self.saving
+        return self.loading + self.training + self.evaluation + self.answering + self.saving + self.drawing
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
 from vlm.config.schema import RunConfig
 from vlm.data.batching.stats import ModelInputs
@@ -28,12 +28,14 @@ class ModelSizes:
         frozen: number of elements that do not.
         weights: bytes of all parameters and buffers, as the model holds them.
         largest_layer: the most elements of a module that is gathered at once where weights are sharded.
+        hidden: width of the language model, by which `auto` sizes DeepSpeed's buffers; 0 where it has none.
     """
 
     trained: int
     frozen: int
     weights: int
     largest_layer: int
+    hidden: int = 0
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelSizes":
@@ -46,7 +48,8 @@ class ModelSizes:
         tensors = [*parameters, *model.buffers()]
         weights = sum(_num_elements(tensor) * tensor.element_size() for tensor in tensors)
         trained = sum(count for count, trains in counts if trains)
-        return cls(trained, sum(count for count, _ in counts) - trained, weights, largest)
+        hidden = _hidden_size(getattr(model, "config", None))
+        return cls(trained, sum(count for count, _ in counts) - trained, weights, largest, hidden)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,15 @@ def count_optimizer_bytes(model: PreTrainedModel, config: RunConfig, args: Train
 
 def _bytes(tensor: Tensor) -> int:
     return _num_elements(tensor) * tensor.element_size()
+
+
+def _hidden_size(config: PretrainedConfig | None) -> int:
+    """Return the width that transformers puts in place of `auto` in a configuration of DeepSpeed; 0: there is none."""
+    for source in (config, getattr(config, "text_config", None)):
+        width = getattr(source, "hidden_size", None) or max(getattr(source, "hidden_sizes", None) or [0])
+        if width:
+            return int(width)
+    return 0
 
 
 def _num_elements(tensor: Tensor) -> int:

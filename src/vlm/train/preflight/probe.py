@@ -40,6 +40,7 @@ from vlm.train.model import compute_dtype, prepare
 from vlm.train.monitor.flops import StepFlops
 from vlm.train.monitor.peak_flops import synchronize
 from vlm.train.objectives.base import Inputs, Objective, PreparedRun, RunData
+from vlm.train.preflight.answering import time_answer, time_drawing
 from vlm.train.preflight.fake_step import BatchShape
 from vlm.train.preflight.live_bytes import LiveBytes
 from vlm.train.random_state import seed_everything
@@ -75,6 +76,8 @@ class Probe:
         cpu_seconds: of this process's processor time in each timed step, all threads together.
         timed_shapes: the batches of each timed step.
         forward_seconds: of a forward pass of the last micro-batch, without gradients.
+        answer_seconds: of an answer of the model to a sample.
+        drawing_seconds: of the plots that are drawn anew at each evaluation.
         loading_seconds: from the start of the preflight to the first step; 0: not known.
         held: bytes that this rank held behind the second step: parameters, gradients, states of the optimiser.
         stats: of each timed step: what its batches hold, images encoded and connected, and their number.
@@ -89,6 +92,8 @@ class Probe:
     cpu_seconds: list[float] = field(default_factory=list)
     timed_shapes: list[list[BatchShape]] = field(default_factory=list)
     forward_seconds: float = 0.0
+    answer_seconds: float = 0.0
+    drawing_seconds: float = 0.0
     loading_seconds: float = 0.0
     held: dict[str, int] = field(default_factory=dict)
     stats: list[tuple[BatchStats, int, int, int]] = field(default_factory=list)
@@ -210,13 +215,11 @@ def watch(trainer: VLMTrainer, probe: Probe) -> Callable[[], float]:
     return forward
 
 
-def run_probe(
-    objective: Objective, run: PreparedRun, steps: tuple[int, float], loading_began: float | None = None
-) -> Probe:
+def run_probe(objective: Objective, run: PreparedRun, config: RunConfig, loading_began: float | None = None) -> Probe:
     """Train a few steps on a prepared run that is thrown away afterwards; its arguments are those of a probe.
 
-    `steps` are the run's own `max_steps` and `num_train_epochs`, which tell how many it will make; `loading_began` is
-    the time, as `time.perf_counter` tells it, at which the preflight began.
+    `config` is that of the run itself; `loading_began` is the time, as `time.perf_counter` tells it, at which the
+    preflight began.
     """
     probe = Probe()
     objective.before_training(run)
@@ -230,9 +233,11 @@ def run_probe(
         callback.close()
     with suppress(Exception):  # an objective's own batches may need what only a step has
         probe.forward_seconds = forward()
+    probe.answer_seconds = time_answer(run, trainer, config)
+    probe.drawing_seconds = time_drawing(run.folder)
     args, loader = copy.copy(run.args), trainer.callback_handler.train_dataloader
     assert loader is not None
-    args.max_steps, args.num_train_epochs = steps
+    args.max_steps, args.num_train_epochs = config.trainer.max_steps, config.trainer.num_train_epochs
     probe.max_steps = trainer.set_initial_training_values(args, loader)[-1]
     probe.shapes = getattr(callback, "counted_shapes", probe.shapes)
     probe.stats, probe.flops = probe.stats[NUM_UNTIMED:], trainer.meter.flops

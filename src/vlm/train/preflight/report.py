@@ -127,12 +127,14 @@ def _cell(device: int | None, host: int | None, available: int) -> str:
 def time_text(duration: TimeFindings) -> str:
     """Return the time of the run, in sentences."""
     spread = ""
-    if duration.margin is not None:
-        off = duration.margin * duration.steps
+    if (off := duration.total_margin) is not None:
         least, most = format_duration(max(duration.total - off, 0)), format_duration(duration.total + off)
         spread = f" (probably {least} to {most}, if the machine stays as busy as it is now)"
     steps, evaluations = _count(duration.steps, "step"), _count(duration.evaluations, "evaluation")
     checkpoints = _count(duration.checkpoints, "checkpoint")
+    answers = ""
+    if duration.answers:
+        answers = f"; {_count(duration.answers, 'answer')} to samples: {format_duration(duration.answering)}"
     fitted = f"fitted to {duration.timed} timed steps, growing with {duration.basis}"
     if duration.basis == MEAN_BASIS:
         fitted = f"the mean of {duration.timed} timed steps"
@@ -140,11 +142,10 @@ def time_text(duration: TimeFindings) -> str:
         f"{format_duration(duration.total)} in all{spread}",
         f"loading {format_duration(duration.loading)}; {steps} of {format_duration(duration.step)}: "
         f"{format_duration(duration.training)}",
-        f"{evaluations}: {format_duration(duration.evaluation)}; {checkpoints} and final: "
-        f"{format_duration(duration.saving)}",
+        f"{evaluations}: {format_duration(duration.evaluation)}{answers}; {checkpoints} and final: "
+        f"{format_duration(duration.saving)}; plots: {format_duration(duration.drawing)}",
         f"the time of a step is {fitted}",
         *_waiting_lines(duration.computing),
-        "not included: sample answers and metrics of answers",
     ])  # fmt: skip
 
 

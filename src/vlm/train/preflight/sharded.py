@@ -43,10 +43,11 @@ class ZeroBuffers:
     gathered: int
 
     @classmethod
-    def of(cls, settings: Mapping[str, object] | None) -> "ZeroBuffers":
-        """Read them from a configuration of DeepSpeed."""
+    def of(cls, settings: Mapping[str, object] | None, hidden: int) -> "ZeroBuffers":
+        """Read them from a configuration of DeepSpeed, for a model of a width (0: not known)."""
         zero = cast("Mapping[str, object]", (settings or {}).get("zero_optimization", {}))
-        bucket = _number(zero, "reduce_bucket_size", REDUCE_BUCKET)
+        is_auto = zero.get("reduce_bucket_size") == "auto"
+        bucket = hidden**2 if is_auto and hidden else _number(zero, "reduce_bucket_size", REDUCE_BUCKET)
         live = _number(zero, "stage3_max_live_parameters", LIVE_PARAMETERS)
         reuse = _number(zero, "stage3_max_reuse_distance", LIVE_PARAMETERS)
         buffers = 2 if zero.get("overlap_comm") and zero.get("stage") != 3 else 1
@@ -119,7 +120,7 @@ def predict_sharded(
     master = states + FULL * trained  # ZeRO-1 and ZeRO-2 update a copy in single precision, whatever the weights are
     if half:
         states = master
-    settings = {stage: ZeroBuffers.of(_settings(stage, own)) for stage in (1, 2, 3)}
+    settings = {stage: ZeroBuffers.of(_settings(stage, own), sizes.hidden) for stage in (1, 2, 3)}
     reduced = {stage: width * buffers.reduced for stage, buffers in settings.items()}
     gathered = width * min(max(settings[3].gathered, 2 * sizes.largest_layer), trained + frozen)
     whole, share = gradients, gradients // ranks

@@ -2,7 +2,7 @@
 
 A step takes a constant time and a time that grows with its size: operations, or tokens. Both are fitted to the timed
 steps by least squares. What the steps scatter around the fit tells how far off the mean of the run may be, if it runs
-as fast as the probe did; see `duration.DRIFT`.
+as fast as the probe did; see `DRIFT`.
 """
 
 import math
@@ -10,6 +10,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+DRIFT = 0.15
+"""How much slower or faster a run is than its probe, as a share of a step: twelve of fourteen runs of
+`benchmarks/preflight.py` are within it. The scatter of the timed steps comes on top."""
 MIN_FITTED = 4
 """Timed steps that a constant time is fitted to; with fewer, the time is proportional to the size."""
 CONFIDENCE = 0.9
