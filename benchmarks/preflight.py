@@ -154,7 +154,7 @@ def probe_run(config: RunConfig, folder: Path) -> tuple[probe.Probe, Objective, 
     objective, run = prepare(probing, folder)
     found = probe.run_probe(objective, run, config)
     image = dummy_image(run.processor)[1]
-    memory = predict_memory(run.model, probing, run.args, image, found.shapes, compute_dtype(run.args))
+    memory = predict_memory(objective, run.model, probing, run.args, image, found.shapes, compute_dtype(run.args))
     return found, objective, run, memory
 
 

@@ -8,6 +8,7 @@ from vlm.train.preflight.fake_step import StepBytes
 from vlm.train.preflight.findings import Findings
 from vlm.train.preflight.memory import ModelSizes, combine
 
+
 class Configured(nn.Linear):
     """Nine numbers with a configuration."""
 

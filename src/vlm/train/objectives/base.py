@@ -132,6 +132,8 @@ class Objective(ABC):
         row_key: the input of a batch that has one row for each sample.
         loss_label: what the loss is, for plots.
         flops_note: why the operations of a step are not counted, for `speed.json`; None: they are counted.
+        memory_note: why the memory of a step is measured and not predicted, for preflights; None: it is that of text
+            generation.
         takes_loss_weights: whether `compute_loss` multiplies the loss at each position with the input `loss_weights`,
             where there is one; packed steps need that for `trainer.loss_average=micro_batch`.
         watch_losses: called in training with the losses at the supervised positions `(S,)`, before they are weighted,
@@ -144,6 +146,7 @@ class Objective(ABC):
     row_key: ClassVar[str] = "input_ids"
     loss_label: ClassVar[str] = "loss"
     flops_note: ClassVar[str | None] = None
+    memory_note: ClassVar[str | None] = None
     takes_loss_weights: ClassVar[bool] = False
     packing_proofs: ClassVar[tuple[str, ...]] = ("packing",)
     watch_losses: Callable[[Tensor, Inputs], None] | None = None

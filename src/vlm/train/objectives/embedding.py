@@ -36,6 +36,7 @@ class Embedding(Objective):
 
     loss_label = "contrastive loss"
     row_key = "groups"
+    memory_note = "embeddings of a whole batch are compared, and the prediction knows replies"
     flops_note = "the count assumes a loss on replies, and embeddings are computed from hidden states"
 
     def refusals(self) -> Iterator[str]:

@@ -41,6 +41,7 @@ class Prediction(Objective):
 
     loss_label = "loss of the prediction heads"
     row_key = "groups"
+    memory_note = "it has prediction heads, whose memory is measured alone"
     flops_note = "the count assumes a loss on replies, and prediction heads read hidden states"
 
     def refusals(self) -> Iterator[str]:

@@ -42,6 +42,7 @@ class Preference(Generation):
     """
 
     loss_label = "preference loss"
+    memory_note = "the replies of a pair are computed together, and the prediction knows single replies"
     row_key = "record_index"
     takes_loss_weights = False
     packing_proofs = ("packing", "pairs")

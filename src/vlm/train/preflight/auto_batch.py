@@ -96,7 +96,7 @@ def choose_max_tokens(
         """Return the bytes of a device for a step with rows of so many tokens."""
         lengths = (longest,) * (tokens // longest) + ((tokens % longest,) if tokens % longest else ())
         shape = BatchShape(1, tokens, max(tokens // max(len(ids), 1), 1), tokens // 2, lengths)
-        found = predict_memory(model, paper, own, image, [shape] * 2, dtype)
+        found = predict_memory(objective, model, paper, own, image, [shape] * 2, dtype)
         limited = replace(config.trainer, max_tokens_per_batch=tokens)
         return predict_sharded(found, sizes, ranks, half=dtype != torch.float32, own=limited)[way].device
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlm.assembly.model_kinds import is_composed_model, is_prediction_model
+from vlm.assembly.model_kinds import is_composed_model
 from vlm.data.batching.stats import ModelInputs
 from vlm.models.text_loss import chunked_scores, mean_loss
 from vlm.models.vocabulary import find_vocabulary_head
@@ -84,8 +84,6 @@ def count_step_bytes(
     Raises:
         MemoryNotCountable: the model does not run without data.
     """
-    if is_prediction_model(model):
-        raise MemoryNotCountable("it has prediction heads, whose memory is measured alone")
     if not is_composed_model(model) and model.config.model_type not in FIXED_IMAGE_SIZE_FAMILIES:
         raise MemoryNotCountable(f"images of model_type={model.config.model_type} have different numbers of tokens")
     # Sizes of images decide on shapes, so that they have to be numbers.

@@ -10,9 +10,10 @@ from transformers import PretrainedConfig, PreTrainedModel, TrainingArguments
 
 from vlm.config.schema import RunConfig
 from vlm.data.batching.stats import ModelInputs
+from vlm.train.objectives.base import Objective
 from vlm.train.optimizers import make_optimizer
 from vlm.train.parts import make_parts
-from vlm.train.preflight.fake_step import BatchShape, StepBytes, copy_to_fake, count_step_bytes
+from vlm.train.preflight.fake_step import BatchShape, MemoryNotCountable, StepBytes, copy_to_fake, count_step_bytes
 from vlm.train.preflight.live_bytes import LiveBytes
 
 HALF, FULL = 2, 4
@@ -74,12 +75,13 @@ class MemoryPrediction:
 
 
 def predict_memory(
-    model: PreTrainedModel, config: RunConfig, args: TrainingArguments, image: ModelInputs,
+    objective: Objective, model: PreTrainedModel, config: RunConfig, args: TrainingArguments, image: ModelInputs,
     batches: Sequence[BatchShape], dtype: torch.dtype,
 ) -> MemoryPrediction:  # fmt: skip
     """Predict the memory of a step, without sharding.
 
     Args:
+        objective: what the model trains for.
         model: ready to train; real, or on the meta device.
         config: the run's configuration.
         args: the run's arguments, which choose the optimiser.
@@ -88,8 +90,10 @@ def predict_memory(
         dtype: the precision of matrix products.
 
     Raises:
-        MemoryNotCountable: the model does not run without data.
+        MemoryNotCountable: the model does not run without data, or the objective's steps are of another kind.
     """
+    if objective.memory_note is not None:
+        raise MemoryNotCountable(objective.memory_note)
     step = count_step_bytes(model, image, batches, dtype)
     states, extra = count_optimizer_bytes(model, config, args)
     return combine(ModelSizes.of(model), step, states, extra)

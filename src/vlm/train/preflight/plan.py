@@ -112,7 +112,7 @@ def make_plan(
     half = torch.bfloat16
     model, config, args, parts = prepare_on_paper(objective, model_config, processor, half=True)
     lines = [table(parts), "", f"data: {data.source}"]
-    lines += _memory_lines(model, config, args, processor, data, devices, half)
+    lines += _memory_lines(objective, model, config, args, processor, data, devices, half)
     lines += ["", *_time_lines(model, config, processor, data, devices, mfu)]
     if (problem := start_problem(config, name)) is not None:
         lines += ["", f"✗ {problem}"]
@@ -145,8 +145,8 @@ def plan_data(
 
 
 def _memory_lines(
-    model: PreTrainedModel, config: RunConfig, args: TrainingArguments, processor: Processor, data: PlannedData,
-    devices: Devices, dtype: torch.dtype,
+    objective: Objective, model: PreTrainedModel, config: RunConfig, args: TrainingArguments, processor: Processor,
+    data: PlannedData, devices: Devices, dtype: torch.dtype,
 ) -> list[str]:  # fmt: skip
     """Return what each way of sharding needs, and the first that fits."""
     rows = config.trainer.per_device_train_batch_size
@@ -159,7 +159,7 @@ def _memory_lines(
         f"largest step: {shape.rows * shape.tokens:,} positions, {shape.images} images, matrix products in bfloat16"
     ]
     try:
-        found = predict_memory(model, config, args, dummy_image(processor)[1], [shape] * 2, dtype)
+        found = predict_memory(objective, model, config, args, dummy_image(processor)[1], [shape] * 2, dtype)
     except MemoryNotCountable as reason:
         return [*lines, f"memory is not predicted: {reason}"]
     room, fitting = int(devices.memory * USABLE), None

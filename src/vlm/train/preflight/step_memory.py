@@ -40,9 +40,9 @@ def inspect_memory(
     try:
         model, own = _countable(objective, run, resolved, way)
         image = dummy_image(run.processor)[1]
-        predicted = predict_memory(model, config, own, image, probe.shapes, dtype)
+        predicted = predict_memory(objective, model, config, own, image, probe.shapes, dtype)
         shape = worst_batch(run.data.records["train"], probe.shapes)
-        worst = predicted if shape is None else predict_memory(model, config, own, image, [shape] * 2, dtype)
+        worst = predicted if shape is None else predict_memory(objective, model, config, own, image, [shape] * 2, dtype)
     except MemoryNotCountable as reason:
         note = str(reason)
 
