@@ -262,9 +262,18 @@ INCOMPATIBLE = [
 @pytest.mark.parametrize(("names", "options", "reasons"), INCOMPATIBLE, ids=str)
 def test_all_that_hinders_is_said_at_once(parts: Parts, tmp_path: Path, names: tuple, options: dict, reasons: list):
     saved(parts, tmp_path / "ours", *names, template="chatml", **options)
-    said = refusal("export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "llava")
+    words = ("export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "llava")
+    said = refusal(*words)
     assert "does not fit --format llava:\n  - " in said
+    assert refusal(*words, "--check") == said
     assert [reason for reason in reasons if reason not in said] == []
+    assert [file.name for file in tmp_path.iterdir()] == ["ours"]
+
+
+def test_a_checkpoint_that_fits_is_only_checked(parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    saved(parts, tmp_path / "ours", "clip", "llama", template="chatml")
+    main(["export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "llava", "--check"])
+    assert capsys.readouterr().out == f"{tmp_path / 'ours'} fits --format llava. Nothing was written.\n"
     assert [file.name for file in tmp_path.iterdir()] == ["ours"]
 
 

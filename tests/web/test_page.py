@@ -24,6 +24,7 @@ from tests.tiny_parts import Parts, picture
 from tests.web.test_results import row, write_results
 from tests.web.test_runs import write_run
 from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
+from vlm.config.choices import FORMAT_DESCRIPTIONS
 from vlm.config.schema import InferenceConfig
 from vlm.config.shown import printable
 from vlm.inference.conversation import Conversation
@@ -505,6 +506,10 @@ def test_an_export_stays_below_the_outputs(served: Served, visit: Callable[..., 
     wait_until(lambda: "Ready to start" in page.locator("#export-message").inner_text(), page)
     assert "--format=llava" in page.locator("#export-command .cm-content").inner_text()
     assert not (served.outputs / "exported").exists()
+    choose(page, "export-format", f"gguf: {FORMAT_DESCRIPTIONS['gguf']}")
+    page.locator("#export-check").click()
+    page.locator("#export-message .vlm-problem").wait_for()
+    assert "does not fit --format gguf" in page.locator("#export-message").inner_text()
 
 
 @pytest.mark.slow

@@ -22,6 +22,13 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--vision-tower {args.vision_tower}: it goes with --format llava-original; leave it out")
         if args.dtype is not None:
             raise ValueError(f"--dtype {args.dtype}: an adapter keeps the precision it was trained in; leave it out")
+    if args.check:
+        from vlm.hub.export_check import check_export
+
+        check_export(args.checkpoint, args.format)
+        print(f"{args.checkpoint} fits --format {args.format}. Nothing was written.")
+        return
+    if args.format in ADAPTER_FORMAT_DESCRIPTIONS:
         from vlm.hub.vllm_lora import export_vllm_lora
 
         differences = export_vllm_lora(args.checkpoint, args.out, args.base)
@@ -53,5 +60,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--vision-tower", metavar="NAME", help="llava-original: the name of the visual encoder to record"
     )
+    parser.add_argument("--check", action="store_true", help="only say whether the checkpoint fits; write nothing")
     parser.add_argument("--dtype", choices=DTYPES, help="gguf: how matrices are stored (default: unchanged)")
     return parser

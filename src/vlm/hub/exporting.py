@@ -4,9 +4,11 @@ Weights go from file to file, one at a time. What was written is then read back,
 """
 
 import gc
+import importlib
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 
 from tqdm import tqdm
 from transformers import ProcessorMixin
@@ -58,16 +60,23 @@ def export_checkpoint(
     opened = open_for_export(name)
     if format_name in EXPORT_FORMATS:
         return _export_llava(opened, out, format_name, vision_tower, largest_shard)
+    exporting = exporting_module(format_name)
+    export = exporting.export_gguf if format_name == "gguf" else exporting.export_onnx
+    return export(opened, out, dtype)
+
+
+def exporting_module(format_name: str) -> ModuleType:
+    """Return the module that exports to a format which needs further packages.
+
+    Raises:
+        ValueError: a package is missing.
+    """
     try:
-        if format_name == "gguf":
-            from vlm.hub.gguf.exporting import export_gguf as export
-        else:
-            from vlm.hub.onnx.exporting import export_onnx as export
+        return importlib.import_module(f"vlm.hub.{format_name}.exporting")
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--format {format_name} needs the package {error.name}: pip install 'small-vlm[export]'"
         ) from error
-    return export(opened, out, dtype)
 
 
 def _export_llava(

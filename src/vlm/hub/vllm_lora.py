@@ -24,6 +24,7 @@ from vlm.checks.checkpoint import checkpoint_problem
 from vlm.hub.adapters import PEFT_PREFIX, LoraDelta, read_adapter
 from vlm.hub.exporting import export_checkpoint
 from vlm.hub.folders import create_folder, read_json, resolve_folder, write_json
+from vlm.hub.opening import refuse_incompatible
 from vlm.hub.readback import (
     NATIVE,
     Probe,
@@ -68,12 +69,7 @@ def export_vllm_lora(name: str, out: Path, base_paths: Sequence[str] = ()) -> li
         ValueError: the checkpoint is none with an adapter, vLLM has no place for a part of it, or base and adapter
             together compute something else than the checkpoint.
     """
-    checkpoint = resolve_folder(name)
-    _require_adapter(name, checkpoint)
-    deltas = read_adapter(checkpoint).deltas
-    if problems := list(_incompatibilities(deltas)):
-        listing = "".join(f"\n  - {problem}" for problem in problems)
-        raise ValueError(f"{name} does not fit --format vllm-lora:{listing}")
+    checkpoint, deltas = open_adapter(name)
     with create_folder(out) as folder:
         with TemporaryDirectory(prefix="vllm-lora-") as space:
             notes = _write_base(checkpoint, Path(space), folder / BASE_FOLDER, base_paths)
@@ -91,6 +87,19 @@ def export_vllm_lora(name: str, out: Path, base_paths: Sequence[str] = ()) -> li
         f"--lora-modules {out.name}={out / ADAPTER_FOLDER}"
     )
     return [f"serve it: {command}", *notes, *_describe_base(checkpoint)]
+
+
+def open_adapter(name: str) -> tuple[Path, dict[str, LoraDelta]]:
+    """Return the folder of an adapter checkpoint, and what its adapter adds.
+
+    Raises:
+        ValueError: the checkpoint is none with an adapter, or vLLM has no place for a part of it.
+    """
+    checkpoint = resolve_folder(name)
+    _require_adapter(name, checkpoint)
+    deltas = read_adapter(checkpoint).deltas
+    refuse_incompatible(name, "vllm-lora", _incompatibilities(deltas))
+    return checkpoint, deltas
 
 
 def _require_adapter(name: str, checkpoint: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import gradio as gr
 
 from vlm.config.choices import EXPORT_DTYPES
-from vlm.web.commands import EXPORT_DESCRIPTIONS, Export
+from vlm.web.commands import EXPORT_DESCRIPTIONS, MERGED, Export
 from vlm.web.components import QUIET, checkpoint_dropdown, heading
 from vlm.web.html import note_html
 from vlm.web.task_view import TaskContext, TaskView
@@ -49,5 +49,13 @@ def build(outputs: Path, context: TaskContext, names: list[str]) -> gr.Dropdown:
         return gr.update(visible=name == "gguf"), gr.update(visible=name == "llava-original")
 
     form.change(show_options, form, [dtype, tower], **QUIET)
-    view.connect_events(context, start, check, [checkpoint, form, name, dtype, tower], Export)
+    view.connect_events(context, start, check, [checkpoint, form, name, dtype, tower], Export, _examine)
     return checkpoint
+
+
+def _examine(checkpoint: object, form: object) -> None:
+    """Refuse a checkpoint that does not fit a format; merging says itself what is no adapter."""
+    from vlm.hub.export_check import check_export  # imports torch
+
+    if form != MERGED:
+        check_export(str(checkpoint), str(form))

@@ -58,14 +58,20 @@ class TaskView:
 
     def connect_events(
         self, context: TaskContext, start: gr.Button, check: gr.Button, fields: Sequence[gr.components.Component],
-        make: Callable[..., Evaluation | Export],
+        make: Callable[..., Evaluation | Export], examine: Callable[[object, object], None] | None = None,
     ) -> None:  # fmt: skip
-        """Connect the buttons and the timer; `make` takes the values of the fields."""
+        """Connect the buttons and the timer.
+
+        `make` takes the values of the fields. `examine` takes the first two of them when a command is only checked,
+        and raises ValueError where it would be refused.
+        """
 
         def show_command(*values: object) -> tuple[object, object]:
             """Return a message and the command of the fields."""
             try:
                 task, command = make(*values).make(context.place)
+                if examine is not None:
+                    examine(*values[:2])
             except (ValueError, OSError) as error:
                 return error_html(str(error)), gr.update(visible=False)
             return note_html(f"Ready to start. It will write to {task.result}."), _shown_command(command)

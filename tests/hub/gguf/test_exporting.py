@@ -181,8 +181,10 @@ INCOMPATIBLE = [
 @pytest.mark.parametrize(("names", "options", "reasons"), INCOMPATIBLE, ids=str)
 def test_what_llama_cpp_has_no_place_for(parts: Parts, tmp_path: Path, names: tuple, options: dict, reasons: list):
     saved(parts, tmp_path / "ours", *names, template="chatml", **options)
-    said = refusal("export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "gguf")
+    words = ("export", str(tmp_path / "ours"), str(tmp_path / "out"), "--format", "gguf")
+    said = refusal(*words)
     assert "does not fit --format gguf:\n  - " in said
+    assert refusal(*words, "--check") == said
     assert [reason for reason in reasons if reason not in said] == []
     assert [file.name for file in tmp_path.iterdir()] == ["ours"]
 
