@@ -1,5 +1,6 @@
 """What differs between runs."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.runs.directories import write_run
@@ -7,7 +8,7 @@ from vlm.runs.differences import differing_settings, unusual_settings, varied_se
 from vlm.runs.read import RunDirectory
 
 
-def make_runs(folder: Path, *settings: dict[str, object]) -> list[RunDirectory]:
+def make_runs(folder: Path, *settings: Mapping[str, object]) -> list[RunDirectory]:
     """Runs with these settings, in numbered folders."""
     return [RunDirectory(write_run(folder / str(at), settings=one)) for at, one in enumerate(settings)]
 

@@ -170,9 +170,9 @@ class RunDirectory:
     def records_at(self, step: int) -> "EvaluatedRecords | None":
         """Return what the evaluation at a step found of each record; None if that was not kept."""
         if step not in self._records:
-            from vlm.runs.evaluated_records import read_evaluated_records  # numpy comes with it, which no list needs
+            from vlm.runs import evaluated_records as kept  # numpy comes with it, which no list needs
 
-            self._records[step] = read_evaluated_records(self.files, step)
+            self._records[step] = kept.read_evaluated_records(self.files, kept.records_file(step))
         return self._records[step]
 
     @cached_property
