@@ -16,7 +16,7 @@ import numpy as np
 from vlm.config.short_names import show_value
 from vlm.evaluation.bootstrap import Score
 from vlm.evaluation.paired import paired_difference, units_of
-from vlm.evaluation.text_metrics import METRICS
+from vlm.evaluation.text_metrics import METRICS, UNBOUNDED_METRICS
 from vlm.runs.differences import differing_settings
 from vlm.runs.evaluated_records import (
     RECORD_SUMS_FILE,
@@ -271,7 +271,8 @@ class _PairedAnswers:
         if columns is None:
             return None
         units = units_of([text_at(row, "image_path") for row in self.tables[0].values()])
-        return [paired_difference(columns[0], other, units) for other in columns[1:]]
+        is_bounded = metric not in UNBOUNDED_METRICS
+        return [paired_difference(columns[0], other, units, is_bounded=is_bounded) for other in columns[1:]]
 
 
 def _read_record_sums(evaluation: Evaluation | None) -> EvaluatedRecords | None:
