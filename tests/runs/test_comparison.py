@@ -102,12 +102,20 @@ def test_losses_of_vlm_eval_are_paired_where_they_are_of_the_same_records(tmp_pa
 def test_losses_and_gains_have_the_direction_that_is_better(tmp_path: Path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, value in zip(folders, (1.0, 0.5), strict=True):
-        names = ("eval_loss", "eval_exact_match", "eval_blank_loss")
+        names = (
+            "eval_loss",
+            "eval_exact_match",
+            "eval_blank_loss",
+            "eval_loss/my_photos",
+            "eval_image_gain",
+            "eval_kl",
+        )
         line = {"step": 1} | dict.fromkeys(names, value) | {f"{name}_ci95": 0.1 for name in names}
         write_run(folder, [line])
     rows = RunComparison(list(map(RunDirectory, folders))).metrics
     assert {row.metric: row.verdict(0) for row in rows} == {
-        "eval_loss": "better", "eval_exact_match": "worse", "eval_blank_loss": ""
+        "eval_loss": "better", "eval_exact_match": "worse", "eval_loss/my_photos": "better",
+        "eval_blank_loss": "", "eval_image_gain": "", "eval_kl": "",
     }  # fmt: skip
 
 

@@ -107,3 +107,13 @@ def test_the_metric_of_keep_best_decides_with_its_best_evaluation(tmp_path: Path
     outcome = outcome_of(run, metric)
     assert (metric, sign_of(metric), outcome and (outcome.value, outcome.step)) == ("eval_exact_match", 1, (0.9, 2))
     assert outcome_of(run, "eval_loss") == outcome_of(run, "eval_loss")
+
+
+@pytest.mark.parametrize("metric", ["eval_loss", "eval_loss/my_photos", "chair_i", "blank_chair_s", "head_mae"])
+def test_less_is_better_of_losses_and_of_objects_that_are_not_there(metric: str):
+    assert sign_of(metric) == -1
+
+
+@pytest.mark.parametrize("metric", ["eval_exact_match", "chair_recall", "accuracy"])
+def test_more_is_better_of_right_answers(metric: str):
+    assert sign_of(metric) == 1

@@ -35,6 +35,10 @@ from vlm.runs.samples import Answer
 ANSWERS_FILE = "answers.jsonl"
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40
+NEUTRAL_METRICS = frozenset({
+    "image_gain", "retrieval_chance", "pope_yes", "chair_objects", "reward_chosen", "reward_rejected", "kl",
+})  # fmt: skip
+"""Metrics of which neither more nor less is better in itself, and those of blank images."""
 MAX_WIDTH = 32
 """If the names have more characters in all, tables show letters instead."""
 
@@ -63,10 +67,14 @@ class MetricRow:
         return bool(self.paired) and self.paired[number]
 
     def verdict(self, number: int) -> str:
-        """Return whether a run is better than the first: `better`, `worse`, `within noise`, empty if unknown."""
+        """Return whether a run is better than the first: `better`, `worse`, `within noise`.
+
+        Empty if that is unknown, and for metrics that are neither good nor bad in themselves.
+        """
         difference = self.differences[number]
         if (
             "blank" in self.metric
+            or self.metric.removeprefix("eval_") in NEUTRAL_METRICS
             or difference is None
             or difference.value is None
             or difference.low is None
