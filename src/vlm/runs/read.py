@@ -29,7 +29,7 @@ from vlm.runs.files import (
 from vlm.runs.holder import is_held
 from vlm.runs.metrics import METRICS_FILE, Metrics, read_last_metrics, read_metrics
 from vlm.runs.samples import Answer, read_samples
-from vlm.runs.status_line import ACTIVE_STATES, DONE, ENDED_STATES, FAILED, STATUS_FILE, STOPPED, TRAINING
+from vlm.runs.status_line import ACTIVE_STATES, DONE, ENDED_STATES, FAILED, STATUS_FILE, TRAINING
 
 if TYPE_CHECKING:
     from vlm.runs.evaluated_records import EvaluatedRecords
@@ -191,7 +191,7 @@ class RunDirectory:
         told = self.status.get("state")
         if self.is_alive:
             return told if isinstance(told, str) and told in ACTIVE_STATES else TRAINING
-        if told in (DONE, STOPPED, FAILED):
+        if told in ENDED_STATES:
             return str(told)
         if self.final is not None:
             return DONE
