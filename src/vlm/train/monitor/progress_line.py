@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 REDRAW_SECONDS = 0.1
 """The minimum number of seconds between two drawings of the line, between logs."""
 EVALUATION_SECONDS = 10.0
-"""The minimum number of seconds between two lines of evaluations on a terminal; that of the last step has one anyway."""
+"""The minimum number of seconds between two lines of evaluations on a terminal; the last step has one anyway."""
 
 
 class PrintedAbove:
