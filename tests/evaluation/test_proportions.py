@@ -57,6 +57,8 @@ def test_other_means_keep_the_bootstrap_and_say_nothing_where_all_agree():
     assert parts.low is not None
     assert 0.1 < parts.low < 0.25
     assert make_score(2.0, [2.0] * 10) == Score(2.0)
+    assert make_score(1.0, [1.0, 1 - 4e-8] * 5) == Score(1.0), "that is single precision"
+    assert make_score(1.0, [1.0, 1 - 4e-5] * 5).low is not None
 
 
 def test_shares_of_clusters_are_bounded_by_the_number_of_clusters():

@@ -14,8 +14,8 @@ from vlm.evaluation.proportions import share_interval
 
 INTERVAL_PERCENTILES = (2.5, 97.5)
 """Percentiles of the resampled values that bound the interval."""
-ROUNDING = 1e-12
-"""Relative to a metric above 1: how much equal values may differ."""
+ROUNDING = 1e-6
+"""How much equal values may differ, in single precision; relative to a metric above 1."""
 
 
 @dataclass(frozen=True)
