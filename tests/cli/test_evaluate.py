@@ -20,8 +20,11 @@ from vlm.cli.main import main
 from vlm.config.dataset_schema import SourceConfig
 from vlm.data.blank_images import make_blank_image
 from vlm.data.dataset import BlankImageDataset
+from vlm.data.record_identity import identify_records
 from vlm.evaluation.lmms_run import format_model_args, make_environment
 from vlm.evaluation.records import load_supervised_dataset
+from vlm.runs.evaluated_records import RECORD_SUMS_FILE, read_evaluated_records
+from vlm.runs.files import Folder
 
 COLOURS = ["red", "green", "blue"]
 
@@ -61,7 +64,8 @@ def evaluate(*words: object) -> None:
 def test_answers_and_losses_are_measured(checkpoint: Path, records: Path, capsys: pytest.CaptureFixture[str]):
     evaluate(checkpoint, "--data", records, "--metrics", "exact_match,rouge,bleu,loss", "--batch-size", "3")
     place = checkpoint.parent / "eval" / "val"
-    assert sorted(file.name for file in place.iterdir()) == ["answers.jsonl", "results.json", "results.md"]
+    written = ["answers.jsonl", "record_sums.json", "results.json", "results.md"]
+    assert sorted(file.name for file in place.iterdir()) == written
     results = json.loads((place / "results.json").read_text())
     assert (results["records"], results["answered"]) == (8, 6)
     assert results["metrics"]["exact_match"]["value"] == pytest.approx(4 / 6)
@@ -86,6 +90,8 @@ def test_the_losses_are_those_of_the_model(checkpoint: Path, records: Path, tmp_
     metrics = json.loads((tmp_path / "results.json").read_text())["metrics"]
     ready = VisionLanguageModel.load(checkpoint, device="cpu")
     dataset = load_supervised_dataset(ready, SourceConfig(path=str(records)), 8)
+    kept = read_evaluated_records(Folder(tmp_path), RECORD_SUMS_FILE)
+    assert kept is not None
     for data, name in ((dataset, "loss"), (BlankImageDataset(dataset), "blank_loss")):
         total, tokens = 0.0, 0
         for index in range(len(data)):
@@ -97,6 +103,11 @@ def test_the_losses_are_those_of_the_model(checkpoint: Path, records: Path, tmp_
             number = int((labels[:, 1:] != -100).sum())
             total, tokens = total + loss.item() * number, tokens + number
         assert metrics[name]["value"] == pytest.approx(total / tokens, rel=1e-4)
+        assert kept.metrics[name].value == pytest.approx(total / tokens, rel=1e-4)
+        assert kept.metrics[name].counts.sum() == tokens
+    assert kept.records == identify_records(dataset)
+    evaluate(checkpoint, "--data", records, "--metrics", "exact_match", "--output", tmp_path, "--overwrite")
+    assert not (tmp_path / RECORD_SUMS_FILE).exists()
 
 
 def test_retrieval_stands_beside_chance(

@@ -11,9 +11,12 @@ import pytest
 from tests.runs.directories import logged, write_records, write_run, write_samples
 from tests.runs.test_report import EVIL, check_page
 from vlm.cli import compare as cli
+from vlm.evaluation.bootstrap import scores_to_json
 from vlm.evaluation.paired import paired_difference
+from vlm.evaluation.record_sums import RecordSums
 from vlm.runs.comparison import RunComparison, short_paths, sparkline
 from vlm.runs.comparison_views import describe_comparison, make_comparison_page
+from vlm.runs.evaluated_records import RECORD_SUMS_FILE, EvaluatedRecords
 from vlm.runs.read import RunDirectory
 
 
@@ -81,15 +84,38 @@ def test_losses_of_the_same_records_are_paired(tmp_path: Path):
     assert "+0.1 [0.0968" in describe_comparison(RunComparison(runs))
 
 
+def test_losses_of_vlm_eval_are_paired_where_they_are_of_the_same_records(tmp_path: Path):
+    hardness, runs = np.linspace(1, 9, 40), []
+    for name, shift, records in (("a", 0.0, "val"), ("b", 0.1, "val"), ("c", 0.1, "others")):
+        sums = RecordSums(hardness + shift + (np.tile([-0.01, 0.01], 20) if shift else 0), np.ones(40))
+        folder = write_run(tmp_path / name) / "eval" / "val"
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"metrics": scores_to_json({"loss": sums.score})}))
+        (folder / RECORD_SUMS_FILE).write_text(EvaluatedRecords(records, {"loss": sums}).to_json())
+        runs.append(RunDirectory(tmp_path / name))
+    (row,) = RunComparison(runs).metrics
+    assert [row.is_paired(number) for number in (0, 1)] == [True, False]
+    assert [row.verdict(number) for number in (0, 1)] == ["worse", "within noise"]
+    assert "+0.1 [0.0968" in describe_comparison(RunComparison(runs))
+
+
 def test_losses_and_gains_have_the_direction_that_is_better(tmp_path: Path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder, value in zip(folders, (1.0, 0.5), strict=True):
-        names = ("eval_loss", "eval_exact_match", "eval_blank_loss")
+        names = (
+            "eval_loss",
+            "eval_exact_match",
+            "eval_blank_loss",
+            "eval_loss/my_photos",
+            "eval_image_gain",
+            "eval_kl",
+        )
         line = {"step": 1} | dict.fromkeys(names, value) | {f"{name}_ci95": 0.1 for name in names}
         write_run(folder, [line])
     rows = RunComparison(list(map(RunDirectory, folders))).metrics
     assert {row.metric: row.verdict(0) for row in rows} == {
-        "eval_loss": "better", "eval_exact_match": "worse", "eval_blank_loss": ""
+        "eval_loss": "better", "eval_exact_match": "worse", "eval_loss/my_photos": "better",
+        "eval_blank_loss": "", "eval_image_gain": "", "eval_kl": "",
     }  # fmt: skip
 
 

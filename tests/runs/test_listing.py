@@ -81,6 +81,18 @@ def test_the_speed_of_a_finished_run_is_that_of_the_whole_run(tmp_path: Path):
     assert RunTable([run]).text(run, "tokens_per_second") == "640"
 
 
+def test_a_refused_run_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = write_run(tmp_path / "run", is_done=False)
+    status = {"state": "refused", "message": "train.json: none of its 3 records can be used"}
+    (run / "status.json").write_text(json.dumps(status))
+    cli.main([str(tmp_path)])
+    table, reason = capsys.readouterr().out.split("\n\n")
+    assert table.splitlines()[1].split()[:2] == ["run", "refused"]
+    assert reason == "run was refused: train.json: none of its 3 records can be used\n"
+    cli.main([str(tmp_path), "--columns", "name,message"])
+    assert capsys.readouterr().out.count("none of its 3 records") == 1
+
+
 def test_folders_without_runs_say_so(tmp_path: Path):
     with pytest.raises(ValueError, match="no runs in it"):
         cli.main([str(tmp_path)])

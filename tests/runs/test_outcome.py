@@ -53,7 +53,6 @@ def test_the_spread_between_seeds_is_the_noise_of_a_t_test(tmp_path: Path):
         ),
         ({1e-3: [1.0], 1e-4: [1.1]}, 0.1, "that is within noise"),
         ({1e-3: [1.0], 1e-4: [2.0]}, None, "one seed of each: train each with several values of trainer.seed."),
-        ({1e-3: [1.0, 1.1]}, None, "There is no other setting"),
     ],
 )
 def test_a_verdict_says_what_it_knows_of_noise(
@@ -62,6 +61,12 @@ def test_a_verdict_says_what_it_knows_of_noise(
     text = verdict(make_runs(tmp_path, values, width=width))
     assert said in text
     assert text.startswith("Best by eval_loss (lowest): ")
+
+
+def test_runs_that_differ_in_nothing_but_the_seed_are_not_ranked(tmp_path: Path):
+    text = verdict(make_runs(tmp_path, {1e-3: [1.0, 1.1]}))
+    assert text.startswith("Nothing was varied but the seed in 2 runs: eval_loss is 1.05 ± 0.071 over 2 seeds. ")
+    assert text.endswith("such as trainer.learning_rate.connector_learning_rate=1e-4.")
 
 
 def test_what_is_advised_fits_the_case(tmp_path: Path):
@@ -107,3 +112,13 @@ def test_the_metric_of_keep_best_decides_with_its_best_evaluation(tmp_path: Path
     outcome = outcome_of(run, metric)
     assert (metric, sign_of(metric), outcome and (outcome.value, outcome.step)) == ("eval_exact_match", 1, (0.9, 2))
     assert outcome_of(run, "eval_loss") == outcome_of(run, "eval_loss")
+
+
+@pytest.mark.parametrize("metric", ["eval_loss", "eval_loss/my_photos", "chair_i", "blank_chair_s", "head_mae"])
+def test_less_is_better_of_losses_and_of_objects_that_are_not_there(metric: str):
+    assert sign_of(metric) == -1
+
+
+@pytest.mark.parametrize("metric", ["eval_exact_match", "chair_recall", "accuracy"])
+def test_more_is_better_of_right_answers(metric: str):
+    assert sign_of(metric) == 1

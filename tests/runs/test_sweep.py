@@ -37,6 +37,19 @@ def test_settings_that_are_no_numbers_are_plotted_too(tmp_path: Path):
     assert summary.header()[:2] == ["connector", "dataset.path"]
 
 
+def test_a_sweep_that_varies_nothing_says_so(tmp_path: Path):
+    write_run(tmp_path / "only", logged([3.0, 1.0]))
+    summary = write_sweep(tmp_path)
+    assert summary is not None
+    assert "all runs" not in str(summary)
+    assert summary.verdict == (
+        "Nothing was varied in the one run: eval_loss is 1.1. To vary a setting, give it several values, separated by "
+        "commas: trainer.learning_rate.connector_learning_rate=1e-4,1e-3."
+    )
+    write_run(tmp_path / "empty", is_done=False)
+    assert write_sweep(tmp_path).verdict.startswith("Nothing was varied but the seed in 2 runs")  # pyright: ignore
+
+
 def test_a_sweep_without_runs_says_nothing(tmp_path: Path):
     assert write_sweep(tmp_path) is None
 

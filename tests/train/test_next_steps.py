@@ -6,14 +6,18 @@ from pathlib import Path
 import pytest
 
 from tests.fixtures import compose_config
-from vlm.train.next_steps import describe_next_steps, override, sample_image
+from vlm.train.example_question import ExampleQuestion
+from vlm.train.next_steps import describe_next_steps, override
 from vlm.train.objectives.table import make_objective
 
 
-def commands(name: str, *words: str, final: Path = Path("outputs/run/final")) -> dict[str, list[str]]:
+def commands(
+    name: str, *words: str, final: Path = Path("outputs/run/final"), example: ExampleQuestion | None = None
+) -> dict[str, list[str]]:
     """Purpose -> words of the command, of a run."""
     config = compose_config(name, ["dataset.path=a.json", *words])
-    text = describe_next_steps(make_objective(config).next_commands(final, "FILE"), config, name, final)
+    found = make_objective(config).next_commands(final, example or ExampleQuestion())
+    text = describe_next_steps(found, config, name, final)
     lines = (line.strip().split("  ", 1) for line in text.splitlines())
     return {purpose: shlex.split(command) for purpose, command in lines}
 
@@ -54,8 +58,13 @@ def test_an_override_gives_the_text_itself(value: str):
     assert compose_config("finetune-smol", [override("dataset.path", value)]).dataset.path == value
 
 
-def test_the_first_sample_is_the_image_to_ask_about(tmp_path: Path):
-    assert sample_image(tmp_path) == "FILE"
-    (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "0.png").write_bytes(b"")
-    assert sample_image(tmp_path) == str(tmp_path / "samples" / "0.png")
+@pytest.mark.parametrize("name", ["finetune-smol", "head-binary"])
+def test_the_question_is_one_of_the_records(name: str):
+    example = ExampleQuestion("my images/1.png", "What's on this stamp?")
+    asked = commands(name, example=example)["ask it"]
+    assert asked[3:] == ["--image", "my images/1.png", "--prompt", "What's on this stamp?"]
+
+
+def test_without_such_a_question_any_image_can_be_asked_about():
+    assert commands("finetune-smol")["ask it"][3:] == ["--image", "FILE", "--prompt", "What is in this image?"]
+    assert commands("head-binary")["ask it"][3:] == ["--image", "FILE", "--prompt", "PROMPT"]

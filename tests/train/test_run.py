@@ -153,6 +153,16 @@ def test_a_checkpoints_architecture_is_not_contradicted(
     assert "checkpoint has" in str(refused.value)
 
 
+def test_a_run_without_a_usable_record_is_refused(train: Callable[..., Path], tmp_path: Path):
+    (tmp_path / "records.json").write_text('[{"id": "a", "image": "no.png", "conversations": []}]')
+    with pytest.raises(ValueError, match="conversations"):
+        train("pretrain-smol", tmp_path / "run", f"dataset.path={tmp_path / 'records.json'}")
+    refused = RunDirectory(tmp_path / "run")
+    assert refused.state == "refused"
+    assert "conversations" in refused.status["message"]
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
 @pytest.mark.parametrize("sampling", ["random", "group_by_modality_length", "group_by_modality_blocks"])
 def test_a_resumed_run_equals_an_uninterrupted_one(train: Callable[..., Path], tmp_path: Path, sampling: str):
     options = [

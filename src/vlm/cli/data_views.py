@@ -64,10 +64,10 @@ def show(words: Sequence[str]) -> None:
         for record in records:
             print(as_text(record, colours=sys.stdout.isatty()))
             shown.append(record)
-        write_page(shown, args.output, described)
-        print(f"With images: {args.output}")
         if shown and all(record.problem for record in shown):
             sys.exit("vlm data show: none of these records can be used")
+        write_page(shown, args.output, described)
+        print(f"{'With images' if any(record.images for record in shown) else 'As a page'}: {args.output}")
 
     with_config(rest, action, make_objective)
 

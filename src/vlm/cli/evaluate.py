@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
@@ -17,6 +18,9 @@ from vlm.config.named import permit_names
 from vlm.config.schema import TrainerOptions
 from vlm.config.shown import PresentableParser, printable
 from vlm.evaluation.output import check_no_results, check_references, resolve_output_folder, write_json
+
+if TYPE_CHECKING:
+    from vlm.evaluation.records import EvaluationResult
 
 RECORD_OPTIONS = (
     "format", "option", "image_folder", "temperature", "top_p", "num_beams", "max_new_tokens", "cache_implementation",
@@ -112,8 +116,21 @@ def _evaluate_records(args: argparse.Namespace) -> None:
         overwrite=args.overwrite, retrieval_candidates=candidates,
     )  # fmt: skip
     generation = {} if set(names) <= set(LOSS_METRICS) else {"inference": vars(settings), "seed": args.seed}
+    _write_record_sums(folder, evaluation)
     write_results(folder, evaluation, {**_describe_run(args), "data": args.input, **generation})
     print(printable(f"\n{evaluation.records:,} records\n\n{evaluation}\n\nResults: {folder / 'results.json'}"))
+
+
+def _write_record_sums(folder: Path, evaluation: "EvaluationResult") -> None:
+    """Write what the losses are of each record, for `vlm compare`; remove what an earlier evaluation wrote."""
+    from vlm.runs.evaluated_records import RECORD_SUMS_FILE, EvaluatedRecords
+
+    kept, file = EvaluatedRecords.to_keep(evaluation.identity, evaluation.sums), folder / RECORD_SUMS_FILE
+    if kept is None:
+        file.unlink(missing_ok=True)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(kept.to_json(), encoding="utf-8")
 
 
 def _run_tasks(args: argparse.Namespace) -> None:

@@ -7,16 +7,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlm.config.shown import PresentableParser, printable
+from vlm.config.shown import PresentableParser, presentable, printable
+from vlm.runs.files import text_at
 from vlm.runs.listing import DEFAULT_COLUMNS, Filter, RunTable
 from vlm.runs.read import find_runs
+from vlm.runs.status_line import REFUSED
 
 EXAMPLES = (
     "vlm runs outputs/sweep --sort eval_loss",
     "vlm runs --filter state=done --filter 'eval_loss<1.2'",
     "vlm runs --columns name,eval_loss,trainer.seed,connector_learning_rate",
 )
-JSON_COLUMNS = ("path", "recipe", "started", "max_steps", *DEFAULT_COLUMNS, "eval_loss_ci95")
+JSON_COLUMNS = ("path", "recipe", "started", "max_steps", *DEFAULT_COLUMNS, "eval_loss_ci95", "message")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,6 +68,10 @@ def main(argv: Sequence[str]) -> None:
         return
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
     print(printable(table.format(runs, columns, width)))
+    refused = [] if "message" in columns else [run for run in runs if run.state == REFUSED]
+    reasons = [f"{run.name} was refused: {text_at(run.status, 'message')}" for run in refused]
+    if reasons:
+        print("", *map(presentable, reasons), sep="\n")
     damaged = [f"{run.name}/{name}: {why}" for run in runs for name, why in run.files.damaged.items()]
     for line in damaged[:5]:
         print(printable(f"damaged: {line}"), file=sys.stderr)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vlm.config.shown import PresentableParser
-from vlm.runs.watch import LiveRun, read_live_run, render, summarize
+from vlm.runs.status_line import FAILED, REFUSED
+from vlm.runs.watch import GONE, LiveRun, read_live_run, render, summarize
 
 EXAMPLES = ("vlm watch outputs/smol-finetune", "vlm watch outputs/smol-finetune --once")
 HOME, CLEAR_LINE, CLEAR_BELOW, CLEAR_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J", "\x1b[2J"
@@ -22,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
         print(render(run, shutil.get_terminal_size((100, 24)).columns))
     else:
         run = watch(args.run, args.interval, args.lines)
-    sys.exit(1 if run.state in ("failed", "gone") else 0)
+    sys.exit(1 if run.state in (FAILED, REFUSED, GONE) else 0)
 
 
 def make_parser() -> argparse.ArgumentParser:

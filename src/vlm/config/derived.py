@@ -17,6 +17,8 @@ BASE_FILE = "base.json"
 
 LOWER_IS_BETTER = ("loss", "divergence", "mae", "mse", "rmse", "ece", "perplexity", "error")
 """Last words of the names of metrics for which lower values are better."""
+LOWER_IS_BETTER_NAMES = ("chair_i", "chair_s", "pope_unclear")
+"""Further metrics of which this holds."""
 
 
 def training_keys(trainer: TrainerOptions) -> dict[str, str]:
@@ -41,7 +43,8 @@ def zero_stage(deepspeed: str | Mapping[str, Any] | None) -> int:
 
 def lower_is_better(metric: str) -> bool:
     """Return whether lower values of an evaluation metric are better, judging by its name."""
-    return metric.rpartition("_")[2] in LOWER_IS_BETTER
+    name = metric.partition("/")[0]  # `loss/SOURCE` is the loss of one source
+    return name.rpartition("_")[2] in LOWER_IS_BETTER or name.endswith(LOWER_IS_BETTER_NAMES)
 
 
 def shards_weights(trainer: TrainerOptions) -> bool:

@@ -1,13 +1,21 @@
-"""Metrics with 95% intervals by the percentile bootstrap, as tables and as JSON."""
+"""Metrics with 95% intervals by the percentile bootstrap, and those of shares, as tables and as JSON.
 
-from collections.abc import Callable, Mapping, Sequence
+An interval of the bootstrap without width is left out: all resamples agree where all records do, which says nothing
+about other records. Shares have Wilson's interval, see `proportions.py`.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from tabulate import tabulate
 
+from vlm.evaluation.proportions import share_interval
+
 INTERVAL_PERCENTILES = (2.5, 97.5)
 """Percentiles of the resampled values that bound the interval."""
+ROUNDING = 1e-6
+"""How much equal values may differ, in single precision; relative to a metric above 1."""
 
 
 @dataclass(frozen=True)
@@ -28,32 +36,63 @@ class Score:
 
 
 def bootstrap(
-    compute_metrics: Callable[[np.ndarray], dict[str, float]], num_units: int, num_resamples: int, seed: int
-) -> dict[str, Score]:
+    compute_metrics: Callable[[np.ndarray], dict[str, float]], num_units: int, num_resamples: int, seed: int, *,
+    shares: Collection[str] = (), clustered_shares: Collection[str] = (),
+) -> dict[str, Score]:  # fmt: skip
     """Return metrics of all units, with intervals from resampling units with replacement.
 
-    `compute_metrics` takes the indices of units, `(units,)`, and returns NaN where a metric is undefined.
+    Args:
+        compute_metrics: takes the indices of units, `(units,)`, and returns NaN where a metric is undefined.
+        num_units: number of units.
+        num_resamples: number of resamples; 0: no intervals.
+        seed: seeds the resamples.
+        shares: metrics that are the share of units of which something is true; they have Wilson's interval instead.
+        clustered_shares: metrics that are the share of things, of which a unit has several; at 0 and at 1, they have
+            Wilson's interval for as many things as there are units.
     """
     random = np.random.RandomState(seed)
     points = compute_metrics(np.arange(num_units))
     resampled = [compute_metrics(random.randint(num_units, size=num_units)) for _ in range(num_resamples)]
     values = {name: [metrics[name] for metrics in resampled] for name in points}
-    return {name: replace(make_score(value, values[name]), resampled=values[name]) for name, value in points.items()}
+    scores = {name: replace(make_score(value, values[name]), resampled=values[name]) for name, value in points.items()}
+    for name, score in scores.items():
+        is_share = name in shares or (name in clustered_shares and score.value in (0.0, 1.0))
+        if num_resamples and is_share and score.value is not None:
+            low, high = share_interval(score.value, num_units)
+            scores[name] = replace(score, low=low, high=high)
+    return scores
 
 
-def mean_score(values: np.ndarray, num_resamples: int) -> Score:
-    """Return the mean of a metric of single samples, `(samples,)`; undefined without samples."""
+def mean_score(values: np.ndarray, num_resamples: int, *, is_bounded: bool = True) -> Score:
+    """Return the mean of a metric of single samples, `(samples,)`; undefined without samples.
+
+    If all values are 0 or 1, it is a share; unless `is_bounded` is False, for a metric that may be greater than 1.
+    """
     if not len(values):
         return Score(None)
-    return bootstrap(lambda rows: {"mean": float(values[rows].mean())}, len(values), num_resamples, seed=0)["mean"]
+    shares = ("mean",) if is_bounded and is_binary(values) else ()
+    scores = bootstrap(
+        lambda rows: {"mean": float(values[rows].mean())}, len(values), num_resamples, seed=0, shares=shares
+    )
+    return scores["mean"]
+
+
+def is_binary(values: np.ndarray) -> bool:
+    """Return whether all values are 0 or 1."""
+    return bool(np.isin(values, (0, 1)).all())
 
 
 def make_score(value: float, resampled: Sequence[float] = ()) -> Score:
-    """Return a value with the interval of the resampled values that are defined; NaN is undefined."""
+    """Return a value with the interval of the resampled values that are defined; NaN is undefined.
+
+    There is no interval where all of these are the same.
+    """
     if np.isnan(value):
         return Score(None)
     defined = [number for number in resampled if not np.isnan(number)]
     if not defined:
+        return Score(float(value))
+    if np.ptp(defined) <= ROUNDING * max(abs(value), 1.0):
         return Score(float(value))
     low, high = np.percentile(defined, INTERVAL_PERCENTILES)
     return Score(float(value), float(low), float(high))

@@ -17,6 +17,7 @@ from vlm.models.contrastive import shorten_vectors
 
 DEPTHS = (1, 5, 10)
 """The k of each `recall@k`."""
+RECALLS = tuple(f"recall@{depth}" for depth in DEPTHS)
 BLOCK = 1024
 """Most queries that are compared with all documents at once."""
 
@@ -31,7 +32,8 @@ def embedding_scores(
 
     `recall@k` is the share of queries of which a positive is among the first k documents, `mrr` the mean of 1 / rank of
     the first one. A query's other positives do not count against it; documents as near as its positive do. Equal
-    contents are one query, or one document. Queries are resampled for intervals.
+    contents are one query, or one document. Recalls have the intervals of shares; for `mrr`,
+    queries are resampled.
 
     Args:
         vectors: `(M, D)`, those of `members.places`, of length 1.
@@ -44,7 +46,9 @@ def embedding_scores(
     compared = vectors if width is None or width == vectors.shape[1] else shorten_vectors(vectors, width)
     for prefix, searching, searched, relevant in _directions(members):
         ranks = find_ranks(compared[searching], compared[searched], relevant)
-        found = bootstrap(lambda rows, ranks=ranks: _metrics(ranks[rows]), len(ranks), num_resamples, seed)
+        found = bootstrap(
+            lambda rows, ranks=ranks: _metrics(ranks[rows]), len(ranks), num_resamples, seed, shares=RECALLS
+        )
         scores |= {f"{prefix}{name}": score for name, score in found.items()}
     return scores
 
@@ -93,7 +97,7 @@ def _relevant(searching: np.ndarray, searched: np.ndarray, pairs: Sequence[tuple
 
 
 def _metrics(ranks: np.ndarray) -> dict[str, float]:
-    recalls = {f"recall@{depth}": float((ranks <= depth).mean()) for depth in DEPTHS}
+    recalls = {name: float((ranks <= depth).mean()) for name, depth in zip(RECALLS, DEPTHS, strict=True)}
     return {**recalls, "mrr": float((1 / ranks).mean())}
 
 

@@ -4,7 +4,8 @@ To add one, write a function that returns a row of numbers for each answer and w
 `HALLUCINATION_METRICS` and its name to `vlm.config.choices.HALLUCINATION_METRICS`.
 
 Each is computed of the answers to the images, and of those to blank images, with `blank_` in front: what a model says
-without seeing anything. Intervals resample images, since the questions about one are no independent evidence.
+without seeing anything. Intervals resample images, since the questions about one are no independent evidence; a share
+of answers has Wilson's interval where each image has one, and at 0 and 1.
 """
 
 import re
@@ -18,6 +19,8 @@ from vlm.evaluation.text_metrics import References, normalize_answer
 
 NUM_RESAMPLES = 1000
 BLANK_PREFIX = "blank_"
+SHARES = ("pope_accuracy", "pope_yes", "pope_unclear", "chair_s")
+"""Metrics that are a share of all answers."""
 NEGATIONS = {"no", "not", "n't"}
 
 Counts = np.ndarray
@@ -149,4 +152,8 @@ def _score(name: str, answers: Sequence[str], references: References, units: np.
     counts, make_metrics = HALLUCINATION_METRICS[name](answers, references)
     sums = np.zeros((int(units.max()) + 1, counts.shape[1]))
     np.add.at(sums, units, counts)
-    return bootstrap(lambda rows: make_metrics(sums[rows].sum(axis=0)), len(sums), NUM_RESAMPLES, seed=0)
+    has_one_each = len(sums) == len(counts)
+    return bootstrap(
+        lambda rows: make_metrics(sums[rows].sum(axis=0)), len(sums), NUM_RESAMPLES, seed=0,
+        shares=SHARES if has_one_each else (), clustered_shares=SHARES,
+    )  # fmt: skip

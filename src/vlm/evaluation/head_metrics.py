@@ -30,6 +30,13 @@ from vlm.models.head_tasks import CLASSIFICATION_TASKS
 NUM_BINS = 15
 """Equally wide bins of the expected calibration error (Guo et al. 2017, arXiv:1706.04599)."""
 
+SHARES = {
+    "binary": ("accuracy",), "multiclass": ("accuracy",), "ordinal": ("accuracy",), "multilabel": ("exact_match",),
+}  # fmt: skip
+"""Task -> its metrics that are a share of samples, see `bootstrap`."""
+CLUSTERED_SHARES = {"multilabel": ("accuracy",), "pairwise": ("pair_accuracy",)}
+"""Task -> those that are a share of labels or pairs, of which a sample or a group has several."""
+
 Metrics = dict[str, float]
 """Metric -> its value, NaN where it is undefined."""
 
@@ -51,7 +58,7 @@ def scores(
     `spearman` of `ordinal` ranks by the expected label; `kappa` has quadratic weights (Cohen 1968).
 
     Samples are resampled one by one; `pairwise` resamples whole groups, unless there is only one. Resamples for which
-    a metric is undefined are left out of its interval.
+    a metric is undefined are left out of its interval. Shares of samples have Wilson's interval, see `SHARES`.
 
     Args:
         task: a name of `NUM_OUTPUTS_BY_TASK`.
@@ -74,7 +81,7 @@ def scores(
     ranking = calibration.probabilities(task, outputs) if task in CLASSIFICATION_TASKS else decisions
     metrics = TASK_METRICS[task]
     return _bootstrap(
-        lambda rows: metrics(targets[rows], decisions[rows], ranking[rows]), len(targets), num_resamples, seed
+        lambda rows: metrics(targets[rows], decisions[rows], ranking[rows]), len(targets), num_resamples, seed, task
     )
 
 
@@ -118,15 +125,18 @@ def baseline(
         constant = np.bincount(train_targets).argmax()
     decisions = np.full(targets.shape, constant)
     metrics = TASK_METRICS[task]
-    return _bootstrap(lambda rows: metrics(targets[rows], decisions[rows]), len(targets), num_resamples, seed)
+    return _bootstrap(lambda rows: metrics(targets[rows], decisions[rows]), len(targets), num_resamples, seed, task)
 
 
 def _bootstrap(
-    compute_metrics: Callable[[np.ndarray], Metrics], num_units: int, num_resamples: int, seed: int
+    compute_metrics: Callable[[np.ndarray], Metrics], num_units: int, num_resamples: int, seed: int, task: str
 ) -> dict[str, Score]:
     """`bootstrap` without scikit-learn's own checks of its arguments, which take a third of the time."""
     with config_context(assume_finite=True, skip_parameter_validation=True):
-        return bootstrap(compute_metrics, num_units, num_resamples, seed)
+        return bootstrap(
+            compute_metrics, num_units, num_resamples, seed,
+            shares=SHARES.get(task, ()), clustered_shares=CLUSTERED_SHARES.get(task, ()),
+        )  # fmt: skip
 
 
 def _binary_metrics(targets: np.ndarray, decisions: np.ndarray, probs: np.ndarray | None = None) -> Metrics:
@@ -262,8 +272,9 @@ def _pairwise_scores(
 
     table = np.array([statistics(np.flatnonzero(groups == group)) for group in np.unique(groups)])
     if len(table) == 1:
-        return _bootstrap(lambda rows: _aggregate_groups(statistics(rows)[None]), len(predicted), num_resamples, seed)
-    return _bootstrap(lambda rows: _aggregate_groups(table[rows]), len(table), num_resamples, seed)
+        rest = len(predicted), num_resamples, seed, "pairwise"
+        return _bootstrap(lambda rows: _aggregate_groups(statistics(rows)[None]), *rest)
+    return _bootstrap(lambda rows: _aggregate_groups(table[rows]), len(table), num_resamples, seed, "pairwise")
 
 
 def _aggregate_groups(table: np.ndarray) -> Metrics:

@@ -10,7 +10,7 @@ and its 95% interval, by linearisation of a ratio (Cochran 1977, Sampling Techni
 
 for the R records with a count. Records are the units, since the tokens of one record belong together. The difference of
 two metrics on the same records has the e_i of the one minus those of the other in their place: what makes a record hard
-for both is no part of its noise.
+for both is no part of its noise. Where all e_i are 0, the records say nothing about noise, and there is no interval.
 """
 
 import math
@@ -19,10 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vlm.evaluation.bootstrap import Score
+from vlm.evaluation.bootstrap import ROUNDING, Score
 from vlm.evaluation.paired import MIN_UNITS
-
-NORMAL_QUANTILE = 1.96
+from vlm.evaluation.proportions import NORMAL_QUANTILE
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +65,9 @@ class RecordSums:
 
     @property
     def score(self) -> Score:
-        """The metric with its interval; without one for fewer than 10 records, and where a sum is not finite."""
+        """The metric with its interval; without one for fewer than 10 records, for a sum that is not finite, and where
+        all records agree.
+        """
         return _with_interval(self.value, self.deviations, self.counts > 0)
 
 
@@ -82,6 +83,8 @@ def _with_interval(value: float, deviations: np.ndarray, counted: np.ndarray) ->
     if number < MIN_UNITS or not np.isfinite(deviations).all():
         return Score(value)
     half_width = NORMAL_QUANTILE * math.sqrt(number / (number - 1) * float((deviations**2).sum()))
+    if half_width <= ROUNDING * max(abs(value), 1.0):
+        return Score(value)
     return Score(value, value - half_width, value + half_width)
 
 

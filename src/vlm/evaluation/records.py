@@ -23,12 +23,14 @@ from vlm.data.encoding.sample_encoder import SampleEncoder
 from vlm.data.encoding.thinking import without_thinking
 from vlm.data.objects import MarkedObject
 from vlm.data.processor import SampleInputs
+from vlm.data.record_identity import identify_records
 from vlm.data.records.objects import read_object
 from vlm.evaluation.bootstrap import Score, format_scores, scores_to_json
 from vlm.evaluation.hallucination import HALLUCINATION_METRICS, compute_hallucination_metrics
 from vlm.evaluation.loss_metrics import LOSS_METRICS, Collate, LossMetric, LossMetricSettings
 from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, measured_objects
 from vlm.evaluation.output import write_json, write_rows
+from vlm.evaluation.record_sums import RecordSums
 from vlm.evaluation.text_metrics import compute_answer_metrics
 from vlm.inference.generate import VisionLanguageModel, on_device
 from vlm.inference.generate_file import generate_file
@@ -44,12 +46,16 @@ class EvaluationResult:
         num_answered: number of answered records with references; 0 where only losses were computed.
         exclusions: which records the metrics leave out, and why, as sentences.
         scores: the metrics.
+        sums: those of them that are a ratio of sums over records, with these.
+        identity: a digest of the records that `sums` are of, see `identify_records`; empty without any.
     """
 
     records: int
     num_answered: int
     exclusions: tuple[str, ...]
     scores: dict[str, Score]
+    sums: Mapping[str, RecordSums] = field(default_factory=dict)
+    identity: str = ""
 
     def __str__(self) -> str:
         """Return the metrics and which records they leave out."""
@@ -84,16 +90,18 @@ def evaluate(
     """
     scores: dict[str, Score] = {}
     exclusions: list[str] = []
-    records = num_answered = 0
+    sums: dict[str, RecordSums] = {}
+    records, num_answered, identity = 0, 0, ""
     if loss_names := [name for name in names if name in LOSS_METRICS]:
         dataset = load_supervised_dataset(model, config, max_frames)
         records = dataset.contributions[0].records
         metrics = prepare_loss_metrics(dataset, loss_names, retrieval_candidates)
         exclusions += describe_loss_exclusions(dataset, metrics)
-        losses = InferenceLosses(model, batch_size, num_workers)
+        losses, identity = InferenceLosses(model, batch_size, num_workers), identify_records(dataset)
         for name, metric in metrics.items():
             result = metric.compute(dataset, losses)
             scores |= result.scores
+            sums |= result.sums
             write_rows(folder / f"{name}.jsonl", result.rows)
     if answer_names := [name for name in names if name not in LOSS_METRICS]:
         generate = partial(
@@ -104,7 +112,7 @@ def evaluate(
         records, num_answered = measured.records, measured.num_answered
         scores |= measured.scores
         exclusions += measured.exclusions
-    return EvaluationResult(records, num_answered, tuple(exclusions), scores)
+    return EvaluationResult(records, num_answered, tuple(exclusions), scores, sums, identity)
 
 
 def _measure_answers(

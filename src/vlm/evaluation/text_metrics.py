@@ -108,6 +108,9 @@ METRICS: dict[str, Metric] = {
     metric.__name__: metric for metric in (exact_match, vqa_accuracy, anls, cider, bleu, rouge)
 }
 
+UNBOUNDED_METRICS = frozenset({"cider"})
+"""Metrics whose value of an answer may be greater than 1."""
+
 ALL_METRICS = (*METRICS, *OBJECT_METRICS, *HALLUCINATION_METRICS, *LOSS_METRICS)
 """The names of all metrics; those of places are in `object_metrics.py`, those of objects that are not there in
 `hallucination.py`, those of losses in `loss_metrics.py`."""
@@ -152,7 +155,10 @@ def compute_text_metrics(
         if values.shape not in ((), (len(answers),)):
             hint = "a number for each is needed, or a single one"
             raise ValueError(f"{name}: it returned values of shape {values.shape} for {len(answers)} answers; {hint}")
-        score = mean_score(values, 1000 if intervals else 0) if values.ndim else make_score(values.item())
+        if values.ndim:
+            score = mean_score(values, 1000 if intervals else 0, is_bounded=name not in UNBOUNDED_METRICS)
+        else:
+            score = make_score(values.item())
         scores[name.rpartition(":")[2]] = score
     return scores
 

@@ -1,7 +1,7 @@
 """Two runs or more next to each other: what differs in their configurations, metrics and answers.
 
 If two runs were evaluated on the same records, the difference of a metric is paired: by record for evaluations during
-training and for answers of `vlm eval`, by resample for heads. Otherwise the interval comes from the recorded intervals
+training and for `vlm eval`, by resample for heads. Otherwise the interval comes from the recorded intervals
 of both runs.
 """
 
@@ -16,9 +16,15 @@ import numpy as np
 from vlm.config.short_names import show_value
 from vlm.evaluation.bootstrap import Score
 from vlm.evaluation.paired import paired_difference, units_of
-from vlm.evaluation.text_metrics import METRICS
+from vlm.evaluation.text_metrics import METRICS, UNBOUNDED_METRICS
 from vlm.runs.differences import differing_settings
-from vlm.runs.evaluated_records import paired_metric, paired_resamples
+from vlm.runs.evaluated_records import (
+    RECORD_SUMS_FILE,
+    EvaluatedRecords,
+    paired_metric,
+    paired_resamples,
+    read_evaluated_records,
+)
 from vlm.runs.files import Folder, JsonObject, list_at, mapping_at, text_at
 from vlm.runs.metrics import INTERVAL_SUFFIX
 from vlm.runs.outcome import sign_of
@@ -29,6 +35,10 @@ from vlm.runs.samples import Answer
 ANSWERS_FILE = "answers.jsonl"
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40
+NEUTRAL_METRICS = frozenset({
+    "image_gain", "retrieval_chance", "pope_yes", "chair_objects", "reward_chosen", "reward_rejected", "kl",
+})  # fmt: skip
+"""Metrics of which neither more nor less is better in itself, and those of blank images."""
 MAX_WIDTH = 32
 """If the names have more characters in all, tables show letters instead."""
 
@@ -57,10 +67,14 @@ class MetricRow:
         return bool(self.paired) and self.paired[number]
 
     def verdict(self, number: int) -> str:
-        """Return whether a run is better than the first: `better`, `worse`, `within noise`, empty if unknown."""
+        """Return whether a run is better than the first: `better`, `worse`, `within noise`.
+
+        Empty if that is unknown, and for metrics that are neither good nor bad in themselves.
+        """
         difference = self.differences[number]
         if (
             "blank" in self.metric
+            or self.metric.removeprefix("eval_") in NEUTRAL_METRICS
             or difference is None
             or difference.value is None
             or difference.low is None
@@ -129,10 +143,11 @@ class RunComparison:
         rows = []
         for name in dict.fromkeys(name for evaluations in found for name in evaluations):
             evaluations = [one.get(name) for one in found]
-            paired = _PairedAnswers(evaluations)
+            paired, sums = _PairedAnswers(evaluations), [_read_record_sums(one) for one in evaluations]
             for metric in dict.fromkeys(metric for one in evaluations if one is not None for metric in one.scores):
                 scores = [_evaluated_score(one, metric) for one in evaluations]
-                rows.append(_make_row(name, metric, scores, paired.differences(metric) or []))
+                pairs = paired.differences(metric) or [paired_metric(sums[0], other, metric) for other in sums[1:]]
+                rows.append(_make_row(name, metric, scores, pairs))
         return rows
 
     def _head_metrics(self) -> list[MetricRow]:
@@ -264,7 +279,13 @@ class _PairedAnswers:
         if columns is None:
             return None
         units = units_of([text_at(row, "image_path") for row in self.tables[0].values()])
-        return [paired_difference(columns[0], other, units) for other in columns[1:]]
+        is_bounded = metric not in UNBOUNDED_METRICS
+        return [paired_difference(columns[0], other, units, is_bounded=is_bounded) for other in columns[1:]]
+
+
+def _read_record_sums(evaluation: Evaluation | None) -> EvaluatedRecords | None:
+    """Return what `vlm eval` found of the loss of each record; None if that was not kept."""
+    return None if evaluation is None else read_evaluated_records(Folder(evaluation.folder), RECORD_SUMS_FILE)
 
 
 def _read_answers(evaluation: Evaluation) -> dict[tuple[str, ...], JsonObject]:

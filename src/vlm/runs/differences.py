@@ -1,7 +1,7 @@
 """What differs between the configurations of runs."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vlm.runs.files import as_number
 from vlm.runs.read import RunDirectory
@@ -48,7 +48,8 @@ def _differ(one: object, other: object) -> bool:
 def unusual_settings(runs: Sequence[RunDirectory]) -> list[dict[str, object]]:
     """Return for each run the settings from commands in which it differs from most runs of its recipe.
 
-    If no value is that of most runs, all values are returned.
+    If no value is that of most runs, all values are returned. Of a group that a run chose differently, only the choice
+    is returned, and not the settings that follow from it.
     """
     by_recipe: dict[str | None, list[RunDirectory]] = {}
     for run in runs:
@@ -57,13 +58,27 @@ def unusual_settings(runs: Sequence[RunDirectory]) -> list[dict[str, object]]:
     for recipe, group in by_recipe.items():
         keys = dict.fromkeys(key for run in group for key in run.overrides if key not in PLACES)
         usual[recipe] = {key: _usual_value([setting_of(run, key) for run in group]) for key in keys}
-    return [
-        {
-            key: value for key, most in usual[run.recipe].items()
-            if _differ(value := setting_of(run, key), most) and (value is not None or key in run.overrides)
-        }
-        for run in runs
-    ]  # fmt: skip
+    return [_without_consequences(run, _unusual_values(run, usual[run.recipe])) for run in runs]
+
+
+def _unusual_values(run: RunDirectory, usual: Mapping[str, object]) -> dict[str, object]:
+    values = {key: setting_of(run, key) for key in usual}
+    return {
+        key: value for key, value in values.items()
+        if _differ(value, usual[key]) and (value is not None or key in run.overrides)
+    }  # fmt: skip
+
+
+def _without_consequences(run: RunDirectory, values: Mapping[str, object]) -> dict[str, object]:
+    """Return values without those of a group whose choice is among them; what the run itself set stays."""
+    chosen = tuple(f"{_section_of(key)}." for key in values if key in run.overrides and key not in run.settings)
+    return {key: value for key, value in values.items() if key in run.overrides or not key.startswith(chosen)}
+
+
+def _section_of(group: str) -> str:
+    """Return the section that a group of the command line fills: `trainer/lora` -> `trainer.lora`, `a@b.c` -> `b.c`."""
+    name, _, package = group.partition("@")
+    return package or name.replace("/", ".")
 
 
 def setting_of(run: RunDirectory, key: str) -> object:

@@ -1,6 +1,7 @@
 """What evaluations found of each record, and what two runs differ in on the same records.
 
 `eval_records/STEP.json` has it of a run's last evaluation and of its best; `train/monitor/evaluation_records.py` writes
+it. `record_sums.json`, beside the `results.json` of `vlm eval`, has it of the losses there; `cli/evaluate.py` writes
 it. Metrics of heads are no ratios of sums: `scores_resampled.json` has them on each resample of the records, which are
 the same resamples for all runs.
 """
@@ -17,6 +18,7 @@ from vlm.evaluation.record_sums import RecordSums, difference
 from vlm.runs.files import Folder, as_number, list_at, mapping_at, text_at
 
 RECORDS_FOLDER = "eval_records"
+RECORD_SUMS_FILE = "record_sums.json"
 RESAMPLES_FILE = "scores_resampled.json"
 MAX_RECORDS = 100_000
 """Most records of an evaluation that are kept: of more, intervals are narrow without pairs."""
@@ -34,6 +36,14 @@ class EvaluatedRecords:
 
     records: str
     metrics: Mapping[str, RecordSums]
+
+    @classmethod
+    def to_keep(cls, records: str, metrics: Mapping[str, RecordSums]) -> "EvaluatedRecords | None":
+        """Return what is kept of an evaluation: its finite metrics; None without any, and for too many records."""
+        finite = {name: sums for name, sums in metrics.items() if sums.is_finite}
+        if not finite or max(len(sums.sums) for sums in finite.values()) > MAX_RECORDS:
+            return None
+        return cls(records, finite)
 
     def to_json(self) -> str:
         """Return the content of a file, in a line for each metric."""
@@ -54,9 +64,14 @@ def records_file(step: int) -> str:
     return f"{RECORDS_FOLDER}/{step}.json"
 
 
-def read_evaluated_records(folder: Folder, step: int) -> EvaluatedRecords | None:
-    """Return what an evaluation found of each record; None if that was not kept, or its file is damaged."""
-    content = folder.json(records_file(step))
+def read_evaluated_records(folder: Folder, file: str) -> EvaluatedRecords | None:
+    """Return what an evaluation found of each record; None if that was not kept, or its file is damaged.
+
+    Args:
+        folder: the run directory, or the folder of an evaluation.
+        file: its name there: `records_file` of a step, or `RECORD_SUMS_FILE`.
+    """
+    content = folder.json(file)
     metrics: dict[str, RecordSums] = {}
     for name in mapping_at(content, "metrics"):
         columns = [list(map(as_number, list_at(content, "metrics", name, key))) for key in ("sums", "counts")]

@@ -20,7 +20,7 @@ STYLE = (
     CHART_STYLE
     + """\
 .meta{color:var(--muted);margin:.2rem 0}.state{border:1px solid var(--line);border-radius:1rem;padding:.1rem .7rem;
-font-size:.85rem;white-space:nowrap}.state.done{color:var(--good)}.state.failed{color:var(--bad)}
+font-size:.85rem;white-space:nowrap}.state.done{color:var(--good)}.state.failed,.state.refused{color:var(--bad)}
 .tiles{display:flex;flex-wrap:wrap;gap:.6rem;margin:1rem 0;padding:0;list-style:none}
 .tiles li{background:var(--panel);border-radius:8px;padding:.5rem .9rem;min-width:7rem}
 .tiles b{display:block;font-size:1.15rem;font-variant-numeric:tabular-nums}

@@ -11,6 +11,7 @@ from tabulate import tabulate
 
 from vlm.config.short_names import describe_values, show_value
 from vlm.runs.differences import unusual_settings
+from vlm.runs.files import text_at
 from vlm.runs.read import RunDirectory
 
 Value = str | float | None
@@ -27,6 +28,7 @@ FIELDS: Mapping[str, Callable[[RunDirectory], Value]] = {
     "step": lambda run: run.step,
     "max_steps": lambda run: run.max_steps,
     "progress": lambda run: run.progress,
+    "message": lambda run: text_at(run.status, "message") or None,
     "duration": lambda run: run.seconds,
     "started": lambda run: run.started,
     "tokens_per_second": lambda run: run.tokens_per_second,

@@ -203,6 +203,8 @@ def describe_verdict(settings: Sequence[Setting], metric: str, sign: int, *, in_
     text = f"Best by {metric} ({which}): {best}, {_describe_mean(best)}."
     if metric == TRAINING_LOSS:
         text += " This is the loss of the last batches of training, since nothing was evaluated."
+    if not best.values:
+        return f"{_describe_unvaried(best, metric)} {_advise_variation(in_sweep=in_sweep)}"
     if not gaps:
         return f"{text} There is no other setting to compare it with."
     nearest = gaps[0]
@@ -219,6 +221,20 @@ def describe_verdict(settings: Sequence[Setting], metric: str, sign: int, *, in_
     unclear = sum(gap.is_clear is False for gap in gaps)
     more = "" if unclear == 1 else f" {unclear} settings cannot be told from the best."
     return f"{text} The next, {nearest.setting}, is {interval}: that is within noise.{more}"
+
+
+def _describe_unvaried(setting: Setting, metric: str) -> str:
+    """Return what runs of the same settings came to."""
+    number = len(setting.runs)
+    which = "Nothing was varied in the one run" if number == 1 else f"Nothing was varied but the seed in {number} runs"
+    return f"{which}: {metric} is {_describe_mean(setting)}."
+
+
+def _advise_variation(*, in_sweep: bool) -> str:
+    example = "trainer.learning_rate.connector_learning_rate=1e-4,1e-3"
+    if in_sweep:
+        return f"To vary a setting, give it several values, separated by commas: {example}."
+    return f"To compare settings, give runs different ones, such as {example.partition(',')[0]}."
 
 
 def _advise(metric: str, *, in_sweep: bool) -> str:

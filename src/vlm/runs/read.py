@@ -29,7 +29,7 @@ from vlm.runs.files import (
 from vlm.runs.holder import is_held
 from vlm.runs.metrics import METRICS_FILE, Metrics, read_last_metrics, read_metrics
 from vlm.runs.samples import Answer, read_samples
-from vlm.runs.status_line import ACTIVE_STATES, DONE, ENDED_STATES, FAILED, STATUS_FILE, STOPPED, TRAINING
+from vlm.runs.status_line import ACTIVE_STATES, DONE, ENDED_STATES, FAILED, STATUS_FILE, TRAINING
 
 if TYPE_CHECKING:
     from vlm.runs.evaluated_records import EvaluatedRecords
@@ -170,9 +170,9 @@ class RunDirectory:
     def records_at(self, step: int) -> "EvaluatedRecords | None":
         """Return what the evaluation at a step found of each record; None if that was not kept."""
         if step not in self._records:
-            from vlm.runs.evaluated_records import read_evaluated_records  # numpy comes with it, which no list needs
+            from vlm.runs import evaluated_records as kept  # numpy comes with it, which no list needs
 
-            self._records[step] = read_evaluated_records(self.files, step)
+            self._records[step] = kept.read_evaluated_records(self.files, kept.records_file(step))
         return self._records[step]
 
     @cached_property
@@ -191,7 +191,7 @@ class RunDirectory:
         told = self.status.get("state")
         if self.is_alive:
             return told if isinstance(told, str) and told in ACTIVE_STATES else TRAINING
-        if told in (DONE, STOPPED, FAILED):
+        if told in ENDED_STATES:
             return str(told)
         if self.final is not None:
             return DONE

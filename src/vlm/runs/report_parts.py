@@ -15,7 +15,7 @@ from vlm.runs.files import JsonObject, as_number, get, list_at, mapping_at, numb
 from vlm.runs.html import ImageBudget, details, table, text
 from vlm.runs.listing import format_number
 from vlm.runs.read import UNFINISHED, RunDirectory
-from vlm.runs.status_line import ACTIVE_STATES, FAILED, INTERVAL_SUFFIX, STOPPED
+from vlm.runs.status_line import ACTIVE_STATES, FAILED, INTERVAL_SUFFIX, REFUSED, STOPPED
 
 LOSSES = {"loss": "training", "eval_loss": "evaluation", "eval_blank_loss": "evaluation, blank images"}
 FINGERPRINT_LENGTH = 12
@@ -49,6 +49,8 @@ def _find_warnings(run: RunDirectory) -> Iterator[str]:
         if not message and run.status.get("state") in ACTIVE_STATES:
             message = "its process ended without a word; run.log has its last lines"
         yield f"The run failed at step {run.step:,}" + (f": {message}" if message else ".")
+    elif run.state == REFUSED:
+        yield f"The run was refused: {text_at(run.status, 'message')}"
     elif run.state in (STOPPED, UNFINISHED):
         saved = f"; its newest checkpoint is of step {run.checkpoints[-1]:,}" if run.checkpoints else ""
         yield f"The run did not finish: it was at step {run.step:,}{saved}."

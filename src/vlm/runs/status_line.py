@@ -9,7 +9,8 @@ from statistics import linear_regression, pvariance
 
 STATUS_FILE = "status.json"
 ACTIVE_STATES = STARTING, TRAINING, EVALUATING, SAVING = "starting", "training", "evaluating", "saving"
-ENDED_STATES = DONE, STOPPED, FAILED = "done", "stopped", "failed"
+ENDED_STATES = DONE, STOPPED, FAILED, REFUSED = "done", "stopped", "failed", "refused"
+"""`refused`: the run ended before its first step, because of something that the user has to fix."""
 TREND_LOGS = 20
 """Number of logs, counted from the last one, from which the trend is computed."""
 MIN_TREND_LOGS = 5

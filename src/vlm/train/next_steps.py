@@ -13,11 +13,6 @@ FIRST_STAGE, SECOND_STAGE = "pretrain-", "finetune-"
 """How the names of packaged runs begin, of which one continues the other."""
 
 
-def sample_image(folder: Path) -> str:
-    """Return an image that the run's model was asked about while it trained; `FILE` where there is none."""
-    return next((str(file) for file in sorted((folder / "samples").glob("*.png"))), "FILE")
-
-
 def describe_next_steps(commands: Mapping[str, str], config: RunConfig, name: str, final: Path) -> str:
     """Return the lines that a run ends with: its report, and a command for each thing to do next.
 

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlm.clusters.processes import GUARD_EXIT_CODE
+from vlm.runs.files import Folder, text_at
 from vlm.runs.metrics import METRICS_FILE
 from vlm.runs.read import PARTS_FILE
 from vlm.runs.report import try_to_write_report
-from vlm.runs.status_line import DONE, FAILED, STOPPED
+from vlm.runs.status_line import DONE, FAILED, REFUSED, STATUS_FILE, STOPPED
 from vlm.train.parts import Part, describe
 from vlm.train.run_directory import CONFIG_FILE, write_json
 
@@ -33,8 +34,9 @@ def reporting(folder: Path, *, is_writer: bool) -> Iterator[None]:
         raise
     finally:
         report = None
-        if is_writer and (folder / CONFIG_FILE).is_file():
+        is_refused = text_at(Folder(folder).json(STATUS_FILE), "state") == REFUSED  # it has nothing to report
+        if is_writer and not is_refused and (folder / CONFIG_FILE).is_file():
             report = try_to_write_report(folder, state)
-        has_trained = (folder / METRICS_FILE).is_file()  # a run that was refused has nothing to report
+        has_trained = (folder / METRICS_FILE).is_file()
         if report is not None and has_trained and state != DONE:  # the last lines of a run that is done name it
             log.info("Report: %s", report)

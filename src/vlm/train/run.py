@@ -20,6 +20,7 @@ from vlm.data.progress import shows_bars
 from vlm.runs.status_line import SAVING
 from vlm.train.arguments import training_arguments
 from vlm.train.checkpoints.world import World
+from vlm.train.example_question import find_example_question
 from vlm.train.extension_locks import extensions_folder, release_stale_locks
 from vlm.train.family_trial import check_family, check_videos
 from vlm.train.finish_counting import FinishCounting, counting
@@ -28,7 +29,7 @@ from vlm.train.model import compute_dtype, prepare
 from vlm.train.monitor.recording import quiet_bars, record_run
 from vlm.train.monitor.run_log import RunLog, logged
 from vlm.train.monitor.status import RunStatus
-from vlm.train.next_steps import describe_next_steps, sample_image
+from vlm.train.next_steps import describe_next_steps
 from vlm.train.objectives.base import Objective, PreparedRun, RunData
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import table
@@ -144,7 +145,7 @@ def _train(
     with trainer.stop_on_signal.saving(), status.during(SAVING):
         final = write_final(trainer, folder, start.record, progress.progress)
     objective.after_saving(final)
-    commands = objective.next_commands(final, sample_image(folder))
+    commands = objective.next_commands(final, find_example_question(data.records, folder))
     log.info("Done.\n\n%s\n", describe_next_steps(commands, config, name, final))
 
 

@@ -320,6 +320,15 @@ def test_a_question_that_cannot_be_used_says_why(folder: Path, name: str):
 # Prompt and answer
 
 
+def test_a_labelled_record_without_a_prompt_is_told_what_gives_it_one(folder: Path):
+    record = {"image": "a.png", "label": 1}
+    with pytest.raises(BadSample, match=r"has no `prompt`, only image, label; dataset\.options\.prompt=… \(--option"):
+        read_labelled(record, folder)
+    with pytest.raises(BadSample, match=r"`prompt` must be a string, got \[3\]"):
+        read_labelled({**record, "prompt": [3]}, folder)
+    assert read_labelled(record, folder, prompt="Sharp?").turns[0].content[1] == "\nSharp?"
+
+
 def test_a_prompt_and_its_answer(folder: Path):
     a, b, v = ImageRef(folder / "a.png"), ImageRef(folder / "b.png"), VideoRef(folder / "v.mp4")
     record = {"source": "s1", "images": ["a.png", "b.png"], "videos": ["v.mp4"], "conversations": ["which?", "that"]}
@@ -441,7 +450,7 @@ def test_label_and_group_are_written_and_read_back(folder: Path, form: str):
 
 
 BAD_LABELLED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "no prompt": ({"image": "a.png"}, {}, "`prompt` must be a string, got None; it has id, image"),
+    "no prompt": ({"image": "a.png"}, {}, "it has no `prompt`, only id, image; dataset.options.prompt=…"),
     "a prompt of another kind": ({"prompt": [3]}, {"prompt": "x"}, "`prompt` must be a string, got [3]"),
     "nothing": ({"prompt": ""}, {}, "it has neither an image nor a prompt"),
     "no column": ({"image": "a.png", "prompt": "x"}, {"image_key": "photo"}, "`photo` is not there; it has id, image,"),

@@ -56,7 +56,27 @@ def test_records_of_another_form_end_with_an_error(words, tmp_path: Path, capsys
         assert "add dataset.format=caption" in said
         assert "supervised tokens" not in said  # a count of nothing
         assert "id ?" not in said
+        assert "With images" not in said
     assert not (tmp_path / "stats.png").exists()
+    assert not (tmp_path / "records.html").exists()
+
+
+def test_the_reason_stands_above_the_keys_that_are_not_read(words, tmp_path: Path, capsys):
+    turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "red"}]
+    rows = [{"image": "no.png", "mood": "x", "conversations": turns}, {"conversations": turns}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = [*words[:-1], f"dataset.path={tmp_path / 'rows.json'}"]
+    main(["data", "show", "--output", "page.html", *words])
+    said, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    for text in (said, page):
+        assert text.count("keys that are not read: mood") == 1
+        assert text.index("cannot be used: image file") < text.index("keys that are not read: mood")
+    assert "As a page: page.html" in said  # the one record that can be used shows no image
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:1]))
+    with pytest.raises(SystemExit, match="vlm data stats: none of the records can be used"):
+        main(["data", "stats", *words])
+    said = capsys.readouterr().out
+    assert said.index("image file") < said.index("keys that are not read")
 
 
 def test_both_sides_of_a_preference_are_shown(common: list[str], tmp_path: Path, capsys, monkeypatch):

@@ -30,8 +30,8 @@ def make_pairs(number: int = 20) -> list[Pair]:
     """Records of two kinds: all of `colour` are learned, every other one of `shape` is forgotten."""
     pairs = []
     for index in range(number):
-        pairs.append((row(index, "blue", 2.0), row(index, "red", 1.0)))
-        after = row(index, "blue" if index % 2 else "red", 3.0, "shape")
+        pairs.append((row(index, "blue", 2.0), row(index, "red", 1.0 + index / 100)))
+        after = row(index, "blue" if index % 2 else "red", 3.0 + index / 100, "shape")
         pairs.append((row(index, "red", 2.0, "shape"), after))
     return pairs
 

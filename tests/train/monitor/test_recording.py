@@ -20,7 +20,7 @@ from vlm.train.guards.errors import GuardStop
 from vlm.train.monitor import progress_line
 from vlm.train.monitor.progress_line import ProgressLine
 from vlm.train.monitor.recording import record_run, record_stuck
-from vlm.train.monitor.run_log import RunLog
+from vlm.train.monitor.run_log import IN_PLACE, RunLog
 from vlm.train.monitor.status import RunStatus
 
 TELL = "import json, sys; open(sys.argv[1], 'a').write(json.dumps(json.load(sys.stdin)) + '\\n')"
@@ -135,7 +135,8 @@ def test_a_tracker_that_is_missing_is_refused_with_what_installs_it(
     ("error", "state", "event", "message"),
     [
         (SystemExit(75), "stopped", "stopped", "A signal stopped it after a checkpoint; the same command resumes it"),
-        (ValueError("bad\nvalue"), "failed", "failed", "bad"),
+        (ValueError("bad\nvalue"), "refused", "refused", "bad"),
+        (RuntimeError("out of memory"), "failed", "failed", "out of memory"),
         (GuardStop("the loss is NaN"), "failed", "diverged", "the loss is NaN"),
         (KeyboardInterrupt(), "stopped", "stopped", "KeyboardInterrupt"),
         (SystemExit(1), "failed", "failed", "exit code 1"),
@@ -158,6 +159,17 @@ def test_the_end_of_a_run_is_told(
     assert (status["state"], status["message"]) == (state, message)
     ((command, told),) = sent
     assert (command, told["event"], told["message"]) == (["tell"], event, message)
+
+
+def test_a_run_that_has_begun_to_train_is_not_refused(tmp_path: Path):
+    def fail() -> None:
+        with RunLog(rank=0) as log, record_run(tmp_path, log, (), is_writer=True) as status:
+            status.update(state="training", step=0, max_steps=3)
+            raise ValueError("a record cannot be used")
+
+    with pytest.raises(ValueError, match="a record"):
+        fail()
+    assert read_status(tmp_path)["state"] == "failed"
 
 
 def test_a_stuck_run_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -202,3 +214,29 @@ def test_a_terminal_has_one_line_that_is_drawn_anew(monkeypatch: pytest.MonkeyPa
     assert drawn.count("\n") == 1, "the last state stays"
     assert "loss 1.5" in drawn
     assert drawn.rsplit("\r", 1)[1].startswith("step 3/3")
+
+
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, [1, 4, 6]), (False, [1, 2, 3, 4, 5, 6])])
+def test_of_evaluations_in_quick_succession_a_terminal_shows_some(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    is_terminal: bool,
+    shown: list[int],
+):
+    """Four seconds apart; `run.log` and the history have all."""
+    monkeypatch.setattr(progress_line, "shows_bars", lambda: is_terminal)
+    seconds = iter(range(0, 1000, 4))
+    line = ProgressLine(RunStatus(tmp_path), is_writer=True)
+    args: Any = SimpleNamespace(disable_tqdm=False, logging_strategy="steps")
+    state: Any = SimpleNamespace(global_step=0, max_steps=6, epoch=0.0)
+    line.on_train_begin(args, state, TrainerControl())
+    monkeypatch.setattr(progress_line, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    with caplog.at_level("INFO"):
+        for step in range(1, 7):
+            state.global_step = step
+            line.on_log(args, state, TrainerControl(), {"eval_loss": 1.0 / step})
+    line.on_train_end(args, state, TrainerControl())
+    lines = [record for record in caplog.records if record.getMessage().startswith("evaluation at step")]
+    assert len(lines) == 6
+    assert [number for number, record in enumerate(lines, start=1) if not getattr(record, IN_PLACE)] == shown

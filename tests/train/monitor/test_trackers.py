@@ -1,5 +1,6 @@
 """What trackers get besides metrics: the settings of a run, the answers to samples, and its end."""
 
+import signal
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,6 +10,8 @@ from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import MLflowCallback, WandbCallback
 
+from vlm.clusters.processes import SAVED_EXIT_CODE
+from vlm.train.guards.errors import GuardStop
 from vlm.train.monitor.plots import AnsweredSample
 from vlm.train.monitor.trackers import SampleSender, SettingsSender, add_trackers, as_markdown, tracked_run
 
@@ -89,9 +92,25 @@ def test_mlflow_gets_parameters_in_parts_and_artifacts(monkeypatch: pytest.Monke
     assert file == "samples/step-0000005.md"
     assert "## Sample 1\n\n**question**\n\n    why?" in text
     assert [name for _, name, _ in mlflow.of("log_image")] == ["samples/0.png", "samples/step-0000005-1.png"]
-    with pytest.raises(KeyError), tracked_run(trainer.callback_handler, is_writer=True):
-        raise KeyError
-    assert mlflow.of("end_run") == [("FAILED", {})]
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (KeyError(), "FAILED"),
+        (SystemExit(SAVED_EXIT_CODE), "KILLED"),
+        (SystemExit(128 + signal.SIGTERM), "KILLED"),
+        (KeyboardInterrupt(), "KILLED"),
+        (GuardStop("the loss is NaN"), "FAILED"),
+    ],
+)
+def test_mlflow_is_told_how_a_run_ended(monkeypatch: pytest.MonkeyPatch, error: BaseException, state: str):
+    trainer, mlflow = make_trainer(monkeypatch, "mlflow", MLflowCallback)
+    with pytest.raises(type(error)), tracked_run(trainer.callback_handler, is_writer=True):
+        raise error
+    with tracked_run(trainer.callback_handler, is_writer=True):
+        pass
+    assert mlflow.of("end_run") == [(state, {}), ("FINISHED", {})]
 
 
 def test_texts_are_shown_as_they_are():

@@ -169,8 +169,13 @@ def read_labelled(
     if image_key != "image" and image_key not in record:
         raise BadSample(sample_id, f"`{image_key}` is not there; it has {', '.join(record)}")
     media = MediaPlacer(_rename_image(record, image_key), image_folder, sample_id)
-    uses_default = prompt is not None and record.get(prompt_key) is None
-    question = prompt if uses_default else _require_string(record, prompt_key, sample_id)
+    if record.get(prompt_key) is not None:
+        question = _require_string(record, prompt_key, sample_id)
+    elif prompt is None:
+        advice = "dataset.options.prompt=… (--option prompt=… of vlm predict) gives all records one"
+        raise BadSample(sample_id, f"it has no `{prompt_key}`, only {', '.join(record)}; {advice}")
+    else:
+        question = prompt
     content = media.place_or_prepend(question) if question else media.rest()
     if not content:
         raise BadSample(sample_id, "it has neither an image nor a prompt")

@@ -182,7 +182,7 @@ def as_text(shown: ShownRecord, *, colours: bool) -> str:
     notes = "".join(f"   {presentable(note)}\n" for note in shown.notes)
     title = presentable(shown.title())
     if not shown.sides:
-        return f"── {title}\n{notes}   cannot be used: {presentable(shown.problem)}\n"
+        return f"── {title}\n   cannot be used: {presentable(shown.problem)}\n{notes}"
     processor = shown.source.encoder.processor
     texts = []
     for name, encoded in shown.sides:
@@ -194,7 +194,8 @@ def as_text(shown: ShownRecord, *, colours: bool) -> str:
 
 def as_html(shown: ShownRecord) -> str:
     """Format a record as a section of a page, with its images."""
-    head = f"<h2>{escape(shown.title())}</h2>" + "".join(f"<p>{escape(note)}</p>" for note in shown.notes)
+    problem = "" if shown.sides else f'<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
+    head = f"<h2>{escape(shown.title())}</h2>{problem}" + "".join(f"<p>{escape(note)}</p>" for note in shown.notes)
     numbers = count()
     for place, image in enumerate(shown.images):
         is_image = not isinstance(image, DecodedVideo) and not (shown.is_frame and shown.is_frame[place])
@@ -202,7 +203,7 @@ def as_html(shown: ShownRecord) -> str:
         for frame in image.frames if isinstance(image, DecodedVideo) else [image]:
             head += _image_as_html(frame, objects)
     if not shown.sides:
-        return f'{head}<p class="bad">cannot be used: {escape(shown.problem or "")}</p>'
+        return head
     processor = shown.source.encoder.processor
     for name, encoded in shown.sides:
         mask = [1] * len(encoded.input_ids)

@@ -63,8 +63,8 @@ class SourceStats:
             "tokens per record (median, 90%, 99%, max)": [*map(round, quantiles), int(length.max(initial=0))],
             **(too_long if self.longest < NO_LIMIT else {}),
             "most common labels of a head": dict(labels.most_common(20)),
-            **self.reading.summary(len(good)),
             "cannot be used, by reason": dict(reasons),
+            **self.reading.summary(len(good)),
         }
 
 

@@ -14,7 +14,7 @@ from vlm.evaluation.comparison.measure import Measured
 from vlm.evaluation.comparison.records import HELD_OUT, PROBE
 from vlm.evaluation.paired import paired_difference, units_of
 from vlm.evaluation.probe.grading import Check, grade
-from vlm.evaluation.text_metrics import get_metric
+from vlm.evaluation.text_metrics import UNBOUNDED_METRICS, get_metric
 
 ALL = "all"
 """The split that has one group: all records of a set."""
@@ -38,7 +38,8 @@ class Change:
         num_records: number of records of which both models have the measure.
         before: its mean before.
         after: its mean after.
-        difference: after minus before, with its interval; without one where there are fewer than `MIN_UNITS` units.
+        difference: after minus before, with its interval; without one where there are fewer than `MIN_UNITS` units, and
+            where all agree in a measure that is no share.
         num_better: number of records that got better.
         num_worse: number of records that got worse.
     """
@@ -120,9 +121,10 @@ def _change(
         return None
     before, after, units = before[known], after[known], units[known]
     gains = (after - before) * sign_of(place[3])
+    is_bounded = place[3] not in (LOSS, *UNBOUNDED_METRICS)
     return Change(
-        *place, len(before), float(before.mean()), float(after.mean()), paired_difference(before, after, units),
-        int((gains > 0).sum()), int((gains < 0).sum()),
+        *place, len(before), float(before.mean()), float(after.mean()),
+        paired_difference(before, after, units, is_bounded=is_bounded), int((gains > 0).sum()), int((gains < 0).sum()),
     )  # fmt: skip
 
 

@@ -49,4 +49,4 @@ def _mean_rise(losses: Sequence[tuple[float | None, float | None, str]]) -> Scor
     if not known:
         return None
     own, other, media = zip(*known, strict=True)
-    return paired_difference(np.array(own), np.array(other), units_of(media))
+    return paired_difference(np.array(own), np.array(other), units_of(media), is_bounded=False)

@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from vlm.data.dataset import SampleDataset
 from vlm.data.record_identity import identify_records
-from vlm.runs.evaluated_records import MAX_RECORDS, RECORDS_FOLDER, EvaluatedRecords, records_file
+from vlm.runs.evaluated_records import RECORDS_FOLDER, EvaluatedRecords, records_file
 from vlm.train.checkpoints.files import write_text_whole
 from vlm.train.objectives.base import Objective
 
@@ -32,15 +32,14 @@ class EvaluationRecords(TrainerCallback):
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Write the file of this evaluation."""
-        sums = {name: one for name, one in self.objective.record_sums.items() if one.is_finite}
-        if not state.is_world_process_zero or not sums or self._identity is None:
+        if not state.is_world_process_zero or not self.objective.record_sums or self._identity is None:
             return
-        if max(len(one.sums) for one in sums.values()) > MAX_RECORDS:
+        evaluated = EvaluatedRecords.to_keep(self._identity, self.objective.record_sums)
+        if evaluated is None:
             return
         kept = {records_file(step) for step in (state.global_step, self.best_step()) if step is not None}
         (self.folder / RECORDS_FOLDER).mkdir(exist_ok=True)
-        content = EvaluatedRecords(self._identity, sums).to_json()
-        write_text_whole(self.folder / records_file(state.global_step), content)
+        write_text_whole(self.folder / records_file(state.global_step), evaluated.to_json())
         for file in (self.folder / RECORDS_FOLDER).glob("*.json"):
             if f"{RECORDS_FOLDER}/{file.name}" not in kept:
                 file.unlink()

@@ -1,6 +1,7 @@
 """The progress line of a run: rewritten in place on a terminal, one line for each log in a file or a pipe.
 
-Each evaluation has its own line, which stays. Both also go to `run.log`.
+Each evaluation has its own line, which stays; on a terminal, of evaluations in quick succession only some have one. All
+lines also go to `run.log`.
 """
 
 import logging
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 REDRAW_SECONDS = 0.1
 """The minimum number of seconds between two drawings of the line, between logs."""
+EVALUATION_SECONDS = 10.0
+"""The minimum number of seconds between two lines of evaluations on a terminal; the last step has one anyway."""
 
 
 class PrintedAbove:
@@ -74,6 +77,7 @@ class ProgressLine(TrainerCallback):
         self.losses: list[float] = []
         self._first_step = self._drawn = 0.0
         self._steps_before = 0
+        self._evaluation_shown = -math.inf
         self._redirected = ExitStack()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
@@ -110,7 +114,7 @@ class ProgressLine(TrainerCallback):
         if "loss" in logs or any(name.startswith("learning_rate/") for name in logs):
             self._take_log(state, logs)
         elif any(name.startswith("eval_") for name in logs):
-            log.info("%s", format_evaluation(state.global_step, logs))
+            self._take_evaluation(state, logs)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object):
         """Leave the last line as it is."""
@@ -143,6 +147,14 @@ class ProgressLine(TrainerCallback):
         log.info("%s", format_line(self.status.values), extra={IN_PLACE: self.bar is not None})
         if self.bar is not None:
             self._draw(time.perf_counter())
+
+    def _take_evaluation(self, state: TrainerState, logs: Metrics) -> None:
+        now = time.perf_counter()
+        is_last = state.global_step >= state.max_steps
+        is_shown = self.bar is None or is_last or now - self._evaluation_shown >= EVALUATION_SECONDS
+        if is_shown:
+            self._evaluation_shown = now
+        log.info("%s", format_evaluation(state.global_step, logs), extra={IN_PLACE: not is_shown})
 
     def _draw(self, now: float) -> None:
         assert self.bar is not None

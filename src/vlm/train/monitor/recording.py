@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from vlm.clusters.processes import SAVED_EXIT_CODE
-from vlm.runs.status_line import DONE, FAILED, STARTING, STOPPED
+from vlm.runs.status_line import DONE, FAILED, REFUSED, STARTING, STOPPED
 from vlm.train.guards.errors import GuardStop
 from vlm.train.monitor.alerts import send_alert
 from vlm.train.monitor.run_log import RunLog
@@ -33,7 +33,7 @@ def record_run(folder: Path, run_log: RunLog, alert_command: Sequence[str], *, i
     try:
         yield status
     except BaseException as error:
-        status.update(state=STOPPED if is_stop(error) else FAILED, message=describe_end(error))
+        status.update(state=_find_end_state(error, status), message=describe_end(error))
         alert(describe_event(DIVERGED if isinstance(error, GuardStop) else str(status.values["state"]), status))
         raise
     status.update(state=DONE, seconds_left=0)
@@ -49,6 +49,14 @@ def record_stuck(status: RunStatus, alert_command: Sequence[str], reason: str) -
     """Record that a run, which the watchdog is about to end, has failed, and alert the user."""
     status.update(state=FAILED, message=reason)
     send_alert(alert_command, describe_event(STUCK, status))
+
+
+def _find_end_state(error: BaseException, status: RunStatus) -> str:
+    """Return the final state of a run that an error ended."""
+    if is_stop(error):
+        return STOPPED
+    has_begun = status.values["max_steps"] is not None  # that is known from the beginning of training on
+    return REFUSED if isinstance(error, ValueError) and not has_begun else FAILED
 
 
 def is_stop(error: BaseException) -> bool:

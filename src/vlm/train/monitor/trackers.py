@@ -19,7 +19,9 @@ from transformers.integrations import MLflowCallback, TensorBoardCallback, Track
 from transformers.trainer_callback import CallbackHandler
 
 from vlm.data.pages import thumbnail
+from vlm.runs.status_line import DONE, FAILED, STOPPED
 from vlm.train.monitor.plots import AnsweredSample
+from vlm.train.monitor.recording import is_stop
 
 IMAGE_SIZE = 224
 """Pixels of the longer side of an image that a tracker gets; images with objects on them are not made smaller."""
@@ -52,8 +54,11 @@ class Tracker(ABC):
     def send_samples(self, step: int, samples: Sequence[AnsweredSample], images: Images) -> None:
         """Send what the model answered at a step."""
 
-    def end(self, *, has_failed: bool) -> None:  # noqa: B027 - the callbacks of most do
-        """End the tracker's run where its callback leaves it open, so that the next run of a sweep is another one."""
+    def end(self, state: str) -> None:  # noqa: B027 - the callbacks of most do
+        """End the tracker's run where its callback leaves it open, so that the next run of a sweep is another one.
+
+        `state` is how the run ended, one of `ENDED_STATES`.
+        """
 
 
 class TensorBoard(Tracker):
@@ -103,11 +108,11 @@ class Wandb(Tracker):
                 sent[f"samples/{number}"] = wandb.Image(image, caption=samples[number].question)
         wandb.log({**sent, "train/global_step": step})
 
-    def end(self, *, has_failed: bool) -> None:
-        """Finish the run, which the callback never does."""
+    def end(self, state: str) -> None:
+        """Finish the run, which the callback never does; wandb knows only whether it succeeded."""
         import wandb  # pyright: ignore[reportMissingImports] - in an extra
 
-        wandb.finish(exit_code=int(has_failed))
+        wandb.finish(exit_code=int(state != DONE))
 
 
 class MLflow(Tracker):
@@ -134,12 +139,12 @@ class MLflow(Tracker):
                 name = f"{number}.png" if samples[number].drawn is None else f"step-{step:07}-{number}.png"
                 mlflow.log_image(image, f"samples/{name}")
 
-    def end(self, *, has_failed: bool) -> None:
-        """End a run that failed, which the callback leaves open."""
+    def end(self, state: str) -> None:
+        """End a run that failed or was stopped, which the callback leaves open."""
         import mlflow  # pyright: ignore[reportMissingImports] - in an extra
 
         if mlflow.active_run() is not None:
-            mlflow.end_run("FAILED" if has_failed else "FINISHED")
+            mlflow.end_run({DONE: "FINISHED", STOPPED: "KILLED"}.get(state, "FAILED"))
 
 
 class Trackio(Tracker):
@@ -247,11 +252,14 @@ def add_trackers(trainer: TrackedTrainer, settings: Settings) -> None:
 
 @contextmanager
 def tracked_run(handler: CallbackHandler, *, is_writer: bool) -> Iterator[None]:
-    """Within, a run trains; afterwards its trackers have ended it, also where it failed."""
-    has_failed = True
+    """Within, a run trains; afterwards its trackers have ended it, also where it failed or was stopped."""
+    state = FAILED
     try:
         yield
-        has_failed = False
+        state = DONE
+    except BaseException as error:
+        state = STOPPED if is_stop(error) else FAILED
+        raise
     finally:
         for tracker in find_trackers(handler) if is_writer else ():
-            tracker.end(has_failed=has_failed)
+            tracker.end(state)

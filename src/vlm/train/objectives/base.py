@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vlm.data.processor import Processor
     from vlm.data.stream import SampleStream
     from vlm.evaluation.record_sums import RecordSums
+    from vlm.train.example_question import ExampleQuestion
     from vlm.train.parts import Part
 
 Inputs = dict[str, Any]
@@ -284,14 +285,13 @@ class Objective(ABC):
         """Do what comes once the finished checkpoint is in `final`; every rank calls it."""
 
     @abstractmethod
-    def next_command(self, final: Path) -> str:
+    def next_command(self, final: Path, example: ExampleQuestion) -> str:
         """Return the command line that a user would try next with the finished checkpoint `final`."""
 
-    def next_commands(self, final: Path, image: str) -> dict[str, str]:
+    def next_commands(self, final: Path, example: ExampleQuestion) -> dict[str, str]:
         """Return purpose -> command line, of what a user would do next with the finished checkpoint `final`.
 
-        `image` is an image file to ask about, or `FILE`.
+        `example` is a question that the run's records ask.
         """
         publish = shlex.join(["vlm", "push-to-hub", str(final), "--repo", "OWNER/NAME"])
-        return {"ask it": self.next_command(final).replace("--image FILE", f"--image {shlex.quote(image)}"),
-                "publish it": publish}  # fmt: skip
+        return {"ask it": self.next_command(final, example), "publish it": publish}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vlm.data.pairs.encoder import PairEncoder
     from vlm.data.processor import Processor
     from vlm.models import VLMForPrediction
+    from vlm.train.example_question import ExampleQuestion
 
 
 class Embedding(Objective):
@@ -164,6 +165,6 @@ class Embedding(Objective):
         (head,) = self.model_config.settings
         return head.dim or self.model_config.get_text_config().hidden_size
 
-    def next_command(self, final: Path) -> str:
+    def next_command(self, final: Path, example: ExampleQuestion) -> str:
         """Return the vectors of a file of records."""
         return f"vlm predict {shlex.quote(str(final))} --input RECORDS --output vectors.npy"

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from vlm.models import VLMProcessor
     from vlm.models.text_loss import SupervisedScores
     from vlm.train.before_after import BeforeAfter
+    from vlm.train.example_question import ExampleQuestion
 
 
 class Generation(Objective):
@@ -269,13 +270,14 @@ class Generation(Objective):
 
         return self._get_scores(trainer).with_score(token_losses)
 
-    def next_command(self, final: Path) -> str:
+    def next_command(self, final: Path, example: ExampleQuestion) -> str:
         """Return a question about an image."""
-        return f"vlm generate {shlex.quote(str(final))} --image FILE --prompt 'What is in this image?'"
+        words = ["--image", example.image, "--prompt", example.prompt or "What is in this image?"]
+        return shlex.join(["vlm", "generate", str(final), *words])
 
-    def next_commands(self, final: Path, image: str) -> dict[str, str]:
+    def next_commands(self, final: Path, example: ExampleQuestion) -> dict[str, str]:
         """Return a question about an image, a measurement on the evaluation records if they are a file, and more."""
-        commands, data = super().next_commands(final, image), self.config.dataset
+        commands, data = super().next_commands(final, example), self.config.dataset
         if not data.eval_path:
             return commands
         words = ["vlm", "eval", str(final), "--data", data.eval_path]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlm.data.heads.dataset import HeadCollator, HeadDataset
     from vlm.data.processor import Processor
     from vlm.models import VLMForPrediction
+    from vlm.train.example_question import ExampleQuestion
 
 
 class Prediction(Objective):
@@ -219,6 +220,7 @@ class Prediction(Objective):
             }
             report(run.folder, model.config.settings, targets_by_head(data.train), sets, blank, identities)
 
-    def next_command(self, final: Path) -> str:
+    def next_command(self, final: Path, example: ExampleQuestion) -> str:
         """Return a prediction for an image and a prompt."""
-        return f"vlm predict {shlex.quote(str(final))} --image FILE --prompt PROMPT"
+        words = ["--image", example.image, "--prompt", example.prompt or "PROMPT"]
+        return shlex.join(["vlm", "predict", str(final), *words])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vlm.data.preference.collator import PreferenceCollator
     from vlm.data.preference.dataset import PreferenceDataset
     from vlm.data.processor import Processor
+    from vlm.train.example_question import ExampleQuestion
     from vlm.train.preference.losses import SideScores
     from vlm.train.preference.metrics import StepMetrics
     from vlm.train.preference.reference import Reference
@@ -209,6 +210,7 @@ class Preference(Generation):
         self.record_sums = evaluate_records(sides, self.config.trainer.preference)
         return flatten_scores(bootstrap_records(self.record_sums))
 
-    def next_commands(self, final: Path, image: str) -> dict[str, str]:
+    def next_commands(self, final: Path, example: ExampleQuestion) -> dict[str, str]:
         """Return a question about an image, and more; `vlm eval` does not read pairs, which its evaluation has."""
-        return {what: command for what, command in super().next_commands(final, image).items() if what != "measure it"}
+        commands = super().next_commands(final, example)
+        return {what: command for what, command in commands.items() if what != "measure it"}

@@ -22,6 +22,8 @@ from vlm.train.preference.losses import (
     uses_reference,
 )
 
+ACCURACY = "reward_accuracy"
+
 
 def metric_sums(sides: SideScores, options: PreferenceOptions, divergence: Tensor | None = None) -> Tensor:
     """Return the sum of each of `PREFERENCE_METRICS`, and of how many records it is: `(N, 5, 2)`, without gradient.
@@ -102,7 +104,11 @@ def bootstrap_records(metrics: Mapping[str, RecordSums]) -> dict[str, Score]:
             for name, (total, number) in zip(metrics, sums.tolist(), strict=True)
         }
 
-    return bootstrap(compute, len(table), NUM_RESAMPLES, seed=0)
+    counts = metrics[ACCURACY].counts
+    return bootstrap(
+        compute, len(table), NUM_RESAMPLES, seed=0, shares=(ACCURACY,) if (counts == 1).all() else (),
+        clustered_shares=(ACCURACY,) if (counts >= 1).all() else (),
+    )  # fmt: skip
 
 
 def count_items(sides: SideScores, options: PreferenceOptions) -> Tensor:
