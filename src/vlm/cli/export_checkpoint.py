@@ -35,8 +35,9 @@ def main(argv: Sequence[str]) -> None:
     else:
         from vlm.hub.exporting import export_checkpoint
 
-        options = {"vision_tower": args.vision_tower, "dtype": args.dtype}
-        differences = export_checkpoint(args.checkpoint, args.out, args.format, **options)
+        differences = export_checkpoint(
+            args.checkpoint, args.out, args.format, vision_tower=args.vision_tower, dtype=args.dtype
+        )
     print(f"Exported to {args.out} ({args.format}).", *(f"Note: {difference}" for difference in differences), sep="\n")
 
 
