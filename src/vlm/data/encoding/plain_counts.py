@@ -121,7 +121,7 @@ class PlainCounter:
         return None if first is None else TokenCounts(length, max(first + 1, behind_media), supervised)
 
     def _count_stretch(self, stretch: Stretch, texts: list[str]) -> tuple[int, int] | None:
-        """Return the tokens of a prompt, and of its reply with the token that ends it; None if a token may be of both."""
+        """Return the tokens of a prompt, and of its reply and its end; None if a token may be of both."""
         prompt = _join(stretch.prompt, texts)
         if not stretch.reply:
             return self.words.count_text(prompt), 0
