@@ -121,8 +121,7 @@ def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
     _count_active_experts(model.get_decoder())
     embeddings, head = model.get_input_embeddings(), cast(nn.Module, find_vocabulary_head(model))
     needs_gradient = images.needs_gradient or any(p.requires_grad for p in embeddings.parameters())
-
-    hidden: Tensor | None = None
+    states: list[Tensor] = []
 
     def text(length: int) -> int:
         """Return the operations for a text whose last token is supervised."""
@@ -131,15 +130,14 @@ def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
 
         def predict() -> Tensor:
             """Return the logits of the last token."""
-            nonlocal hidden
-            hidden = model.get_decoder()(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-            return head(hidden[:, -1:])
+            outputs = model.get_decoder()(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+            states.append(outputs.last_hidden_state)
+            return head(states[-1][:, -1:])
 
         return _count_passes(predict)[0]
 
     base, longer = text(BASE_LENGTH), text(2 * BASE_LENGTH)
-    assert hidden is not None
-    last = hidden[:, -1:].detach().requires_grad_(hidden.requires_grad)
+    last = states[-1][:, -1:].detach().requires_grad_(states[-1].requires_grad)
     supervised, _ = _count_passes(lambda: head(last))
     base, longer = base - supervised, longer - supervised
     square = (longer - 2 * base) / (2 * BASE_LENGTH**2)
