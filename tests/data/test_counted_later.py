@@ -1,8 +1,10 @@
 """Training begins while records are counted, and is what it is when they are counted first."""
 
 import json
+import multiprocessing
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,6 +188,22 @@ def test_nothing_counts_any_more_where_training_fails():
     with pytest.raises(RuntimeError, match="out of memory"), counting(dataset):
         raise RuntimeError("out of memory")
     assert dataset._process.exitcode is not None
+
+
+def test_workers_end_with_what_counts(tmp_path: Path):
+    def load() -> SampleDataset:
+        worker = multiprocessing.get_context("fork").Process(target=threading.Event().wait)
+        worker.start()
+        (tmp_path / "part").write_text(str(worker.pid))
+        (tmp_path / "part").rename(tmp_path / "pid")
+        return wait_for_ever()
+
+    dataset = make(load)
+    while not (tmp_path / "pid").exists():
+        time.sleep(0.01)
+    dataset.stop()
+    worker = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    assert not worker.exists() or worker.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.parametrize(("step", "evaluates", "saves"), [(1, False, False), (9, False, True), (1, True, True)])

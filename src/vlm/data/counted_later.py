@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -170,13 +170,20 @@ def when_counted(dataset: object, act: Callable[[], object]) -> None:
 def _count_in_background(load: Callable[[], SampleDataset], parent: int) -> None:
     """Count in this process, which gives way to the run and ends with it; errors are found again by the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _end_with_workers)
     os.nice(19)
     logging.disable(logging.INFO)  # its progress would run into the run's
     torch.set_num_threads(1)  # threads do not survive a fork
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with Path(os.devnull).open("w") as nothing, redirect_stderr(nothing), suppress(Exception):
         load()
+
+
+def _end_with_workers(number: int, frame: object) -> None:
+    """End this process and its data workers, which would otherwise wait for ever for one that reads their results."""
+    for worker in active_children():
+        worker.kill()
+    os._exit(128 + number)
 
 
 def _end_with(parent: int) -> None:
