@@ -213,6 +213,25 @@ def test_a_run_imports_no_library_that_it_does_not_use(common: list[str], tmp_pa
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+OWN_PROCESS = """
+import sys
+from vlm.cli.main import main
+
+main()
+print("peft" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("has_adapter", [False, True])
+def test_a_run_imports_peft_for_adapters(common: list[str], tmp_path: Path, has_adapter: bool):
+    words = ["-cn", "pretrain-smol", *common, "trainer.max_steps=1", "trainer.report_to=none"]
+    rate = "trainer.learning_rate.language_model_learning_rate=1e-4"
+    words += ["trainer.lora.language_model.r=2", rate] if has_adapter else []
+    done = start("-c", OWN_PROCESS, *words, f"trainer.output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(has_adapter)
+
+
 def test_hidden_libraries_are_there_again(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "scipy", raising=False)
     with without_libraries("scipy", "json"):

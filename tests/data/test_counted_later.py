@@ -1,8 +1,10 @@
 """Training begins while records are counted, and is what it is when they are counted first."""
 
 import json
+import multiprocessing
 import pickle
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +70,20 @@ def test_a_run_that_begins_early_is_the_one_that_counts_first(
     assert len(counted_later) == 1, "what is counted is not counted later"
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_grouped_run_that_begins_early_is_the_one_that_counts_first(
+    train: Train, tmp_path: Path, counted_later: list[CountedLater], monkeypatch: pytest.MonkeyPatch, packing: bool
+):
+    """Its steps are of one modality each, which the records list; lengths divide them as steps come."""
+    words = [*RANDOM, *(PACKED[-2:] if packing else ()), "trainer.train_sampling_strategy=group_by_modality_length"]
+    words += ["trainer.gradient_accumulation_steps=2"]
+    early = train("pretrain-smol", tmp_path / "early", *words, f"dataset.cache_dir={tmp_path / 'cache'}")
+    assert len(counted_later) == 1
+    monkeypatch.setattr(train_data, "MANY_RECORDS", 1_000)
+    first = train("pretrain-smol", tmp_path / "first", *words, f"dataset.cache_dir={tmp_path / 'other'}")
+    assert trained(early) == trained(first)
+
+
 def test_a_record_that_cannot_be_used_ends_the_run(
     train: Train, world: Path, tmp_path: Path, counted_later: list[CountedLater]
 ):
@@ -87,7 +103,7 @@ def test_a_record_that_cannot_be_used_ends_the_run(
 
 NEEDS = {
     "rows of many steps": ["trainer.packing=true", "trainer.packing_strategy=best_fit"],
-    "grouped": ["trainer.train_sampling_strategy=group_by_modality_length"],
+    "blocks of similar lengths": ["trainer.train_sampling_strategy=group_by_modality_blocks"],
     "skipped": ["dataset.on_bad_sample=skip"],
     "cut": ["dataset.over_length=truncate"],
     "held out": ["dataset.eval_split=0.5"],
@@ -100,6 +116,8 @@ def test_runs_whose_samples_depend_on_counts_wait_for_them(words: list[str]):
     given = ["dataset.path=x.json", "trainer.packing=false", "dataset.over_length=error"]
     assert not needs_counts(compose_config("pretrain-smol", given), 1)
     assert not needs_counts(compose_config("pretrain-smol", [*given, "trainer.packing=true"]), 1)
+    grouped = "trainer.train_sampling_strategy=group_by_modality_length"
+    assert not needs_counts(compose_config("pretrain-smol", [*given, grouped]), 1)
     assert needs_counts(compose_config("pretrain-smol", given), 2)
     assert needs_counts(compose_config("pretrain-smol", [*given, *words]), 1)
 
@@ -170,6 +188,22 @@ def test_nothing_counts_any_more_where_training_fails():
     with pytest.raises(RuntimeError, match="out of memory"), counting(dataset):
         raise RuntimeError("out of memory")
     assert dataset._process.exitcode is not None
+
+
+def test_workers_end_with_what_counts(tmp_path: Path):
+    def load() -> SampleDataset:
+        worker = multiprocessing.get_context("fork").Process(target=threading.Event().wait)
+        worker.start()
+        (tmp_path / "part").write_text(str(worker.pid))
+        (tmp_path / "part").rename(tmp_path / "pid")
+        return wait_for_ever()
+
+    dataset = make(load)
+    while not (tmp_path / "pid").exists():
+        time.sleep(0.01)
+    dataset.stop()
+    worker = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    assert not worker.exists() or worker.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.parametrize(("step", "evaluates", "saves"), [(1, False, False), (9, False, True), (1, True, True)])

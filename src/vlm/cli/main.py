@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     present_what_is_printed()
     hush_device_notes()
     with end_with_pipes(), rare_collection():
-        _run_command(list(sys.argv[1:] if argv is None else argv))
+        _run_command(list(sys.argv[1:] if argv is None else argv), owns_process=argv is None)
 
 
-def _run_command(words: list[str]) -> None:
+def _run_command(words: list[str], *, owns_process: bool) -> None:
     if words[:1] and words[0].startswith(("--local_rank", "--local-rank")):  # of DeepSpeed's launcher
         from vlm.checks.compose import strip_launcher_arguments
 
@@ -94,7 +94,7 @@ def _run_command(words: list[str]) -> None:
         sys.exit(f"vlm: {presentable(message)}")
     else:
         try:
-            import_module("vlm.cli.train").main(words)
+            import_module("vlm.cli.train").main(words, owns_process=owns_process)
         except KeyboardInterrupt:  # before the run listens to signals
             from vlm.clusters.processes import SAVED_EXIT_CODE
 

@@ -18,6 +18,7 @@ from vlm.checks.fields import ConfigError
 from vlm.checks.lora import QUANTIZABLE_PARTS
 from vlm.checks.sweep import check_direction, is_sweep, worst_value
 from vlm.cli.collection import collect_as_usual, no_collection
+from vlm.cli.peft_use import may_use_peft
 from vlm.cli.pipes import outlive_pipes
 from vlm.cli.progress_note import tell
 from vlm.clusters.processes import GUARD_EXIT_CODE
@@ -40,14 +41,17 @@ UNUSED_LIBRARIES = ("datasets", "scipy")
 detectors are trained. Tables of records and metrics import them when they need them."""
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    """Compose the configuration that the command line asks for, check it, and run it; a sweep ends with its table."""
+def main(words: Sequence[str] | None = None, *, owns_process: bool = False) -> None:
+    """Compose the configuration that the command line asks for, check it, and run it; a sweep ends with its table.
+
+    `owns_process` says that nothing but this run needs what the process imports.
+    """
     sweeps: list[Path] = []
 
     def run_or_sweep(config: RunConfig, name: str, overrides: list[str]) -> float | None:
         """Train, and return what the run came to where it is one of a sweep."""
         if not is_sweep():
-            return train(config, name, overrides)
+            return train(config, name, overrides, owns_process=owns_process)
         assert config.trainer.output_dir is not None
         folder = Path(config.trainer.output_dir)
         sweeps[:] = [Path(HydraConfig.get().sweep.dir)]
@@ -90,16 +94,19 @@ def is_lower_better(trainer: TrainerOptions) -> bool:
     return lower_is_better(trainer.keep_best) if trainer.greater_is_better is None else not trainer.greater_is_better
 
 
-def train(config: RunConfig, name: str, overrides: list[str]) -> None:
+def train(config: RunConfig, name: str, overrides: list[str], *, owns_process: bool = False) -> None:
     """Train on this rank, together with every other rank, to the end even if nobody reads the log any more."""
     outlive_pipes()
     with RunLog() as run_log:
-        _train(config, name, overrides, run_log)
+        unused = UNUSED_LIBRARIES if not owns_process or may_use_peft(config) else (*UNUSED_LIBRARIES, "peft")
+        _train(config, name, overrides, run_log, unused)
 
 
-def _train(config: RunConfig, name: str, overrides: list[str], run_log: RunLog) -> None:
+def _train(
+    config: RunConfig, name: str, overrides: list[str], run_log: RunLog, unused: Sequence[str]
+) -> None:  # fmt: skip
     tell("Loading PyTorch and transformers")
-    with uncompiled_bitsandbytes(config), without_libraries(*UNUSED_LIBRARIES), no_collection():
+    with uncompiled_bitsandbytes(config), without_libraries(*unused), no_collection():
         from vlm.train.distributed import Rank0Failed, close_process_group
         from vlm.train.run import run  # torch comes with it
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ from vlm.data.vision.images import read_media_sizes
 
 COUNTS = frozenset({"lengths", "num_images", "has_videos", "has_thinking", "skipped", "contributions"})
 """The attributes of a `SampleDataset` that are known once its records are counted."""
+IN_THIS_PROCESS = frozenset({"_process", "_load", "_waiting", "_measured", "has_media"})
+"""The attributes that no data worker needs."""
 WAIT_SECONDS = 1.0
 """Seconds between two looks at the other process while something waits for it."""
 
@@ -37,10 +39,15 @@ class CountedLater(SampleDataset):
         sources: where the samples come from; their indices exist.
         places: those of all samples, see `SampleDataset`.
         load: counts the records, or reads the counts from the cache, and returns the same samples.
+        has_media: `(samples,)`: whether each has images or videos; None: that is not known yet.
     """
 
-    def __init__(self, sources: Sequence[Source], places: np.ndarray, load: Callable[[], SampleDataset]):
-        self.sources, self.places = list(sources), places
+    def __init__(
+        self, sources: Sequence[Source], places: np.ndarray, load: Callable[[], SampleDataset],
+        has_media: np.ndarray | None = None,
+    ):  # fmt: skip
+        self.sources, self.places, self.has_media = list(sources), places, has_media
+        self._measured: dict[int, tuple[int, int]] = {}
         self._labels_and_groups = None, None
         self._load = load
         self._waiting: list[Callable[[], object]] = []
@@ -59,7 +66,7 @@ class CountedLater(SampleDataset):
 
     def __getstate__(self) -> dict[str, object]:
         """Return what a data worker needs, which asks for no counts."""
-        return {name: value for name, value in vars(self).items() if name not in ("_process", "_load", "_waiting")}
+        return {name: value for name, value in vars(self).items() if name not in IN_THIS_PROCESS}
 
     @property
     def is_counted(self) -> bool:
@@ -96,6 +103,7 @@ class CountedLater(SampleDataset):
         counted = self._load()  # from the cache; what the other process failed at fails here too
         assert np.array_equal(counted.places, self.places)
         vars(self).update({name: getattr(counted, name) for name in COUNTS})
+        self._measured = {}
         waiting, self._waiting = self._waiting, []
         for act in waiting:
             act()
@@ -106,6 +114,13 @@ class CountedLater(SampleDataset):
         Raises:
             ValueError: its record cannot be used.
         """
+        if self.is_counted:
+            return int(self.lengths[index]), int(self.num_images[index])
+        if index not in self._measured:
+            self._measured[index] = self._encode(index)
+        return self._measured[index]
+
+    def _encode(self, index: int) -> tuple[int, int]:
         number, record = self.places[index].tolist()
         source = self.sources[number]
         try:
@@ -123,6 +138,27 @@ class CountedLater(SampleDataset):
             self._process.join()
 
 
+class MeasuredLengths:
+    """Lengths of samples that are counted while a run trains: those of a step are measured when it comes.
+
+    Attributes:
+        lengths: `(samples,)`, 0 where they are not known yet.
+    """
+
+    def __init__(self, dataset: CountedLater):
+        self._dataset, self.lengths = dataset, np.zeros(len(dataset), dtype=np.int64)
+        dataset.when_counted(self._take_counts)
+
+    def measure(self, indices: Sequence[int]) -> None:
+        """Fill in the lengths of some samples; raise ValueError if a record cannot be used."""
+        for index in indices:
+            if not self.lengths[index]:
+                self.lengths[index], _ = self._dataset.measure(index)
+
+    def _take_counts(self) -> None:
+        self.lengths[:] = self._dataset.lengths
+
+
 def when_counted(dataset: object, act: Callable[[], object]) -> None:
     """Call something as soon as the records of a data set are counted; at once if they are."""
     if isinstance(dataset, CountedLater):
@@ -134,13 +170,20 @@ def when_counted(dataset: object, act: Callable[[], object]) -> None:
 def _count_in_background(load: Callable[[], SampleDataset], parent: int) -> None:
     """Count in this process, which gives way to the run and ends with it; errors are found again by the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _end_with_workers)
     os.nice(19)
     logging.disable(logging.INFO)  # its progress would run into the run's
     torch.set_num_threads(1)  # threads do not survive a fork
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     with Path(os.devnull).open("w") as nothing, redirect_stderr(nothing), suppress(Exception):
         load()
+
+
+def _end_with_workers(number: int, frame: object) -> None:
+    """End this process and its data workers, which would otherwise wait for ever for one that reads their results."""
+    for worker in active_children():
+        worker.kill()
+    os._exit(128 + number)
 
 
 def _end_with(parent: int) -> None:

@@ -1,7 +1,7 @@
 """The order of samples: LLaVA's to the index, batches of one modality, rows of like length, each sample once."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -200,6 +200,29 @@ def test_blocks_pad_least():
     samples = lengths, [1] * 400
     assert padding(in_block_order(samples)) * 10 < padding(list(range(400)))
     assert padding(in_block_order(samples)) < padding(in_modality_order(samples))
+
+
+@pytest.mark.parametrize("shares", [(1, 0), (0, 1), (1, 1), (1, 9)])
+@pytest.mark.parametrize("number", [0, 1, 7, 24, 25, 96, 130])
+def test_steps_that_are_measured_as_they_come_are_those_of_known_lengths(number: int, shares: tuple[int, int]):
+    draw = random.Random(number)
+    images = draw.choices((0, 1), shares, k=number)
+    known = np.array([draw.randint(1, 9) for _ in range(number)], dtype=np.int64)
+    lengths, asked = np.zeros(number, dtype=np.int64), list[int]()
+
+    def measure(indices: Sequence[int]) -> None:
+        """Fill in the lengths of a step."""
+        asked.extend(indices)
+        lengths[indices] = known[indices]
+
+    for chunks in (1, 2, 3):
+        lengths[:] = 0
+        measured = ModalityLengthSampler(lengths, images, 12, 7, chunks, measure)
+        order = iter(measured)
+        first = [next(order) for _ in range(min(number, 3))]
+        assert np.count_nonzero(lengths) <= 12
+        assert [*first, *order] == list(ModalityLengthSampler(known, images, 12, 7, chunks))
+    assert set(asked) <= set(range(number))
 
 
 @pytest.mark.parametrize("kind", [ModalityLengthSampler, ModalityBlockSampler])

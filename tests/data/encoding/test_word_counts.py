@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.tiny_parts import Parts, byte_tokenizer
 from vlm.data.encoding import word_counts
-from vlm.data.encoding.word_counts import SPLIT_WORDS, make_word_counts
+from vlm.data.encoding.word_counts import SPLIT_WORDS, find_pieces, make_word_counts
 
 LETTERS = "".join(map(chr, range(128)))
 PIECES = (
@@ -74,6 +74,37 @@ def test_words_and_their_tokens_are_those_of_the_tokenizer(name: str):
         cut = [text[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(text)]
         assert words.split(text) == cut, text
         assert words.count(cut) == len(encoding), text
+
+
+FOREIGN = (*"é\u0301ﬁ´\u00a0“…😀ſ①\u2028", "e\u0301", "’s", "中文", " word", " of", "a b c")
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS)
+@pytest.mark.parametrize("normalizer", [None, normalizers.NFC, normalizers.NFKD])
+def test_texts_with_other_characters_have_as_many_tokens_in_pieces(name: str, normalizer: Any):
+    tokenizer = with_pre_tokenizer(PRE_TOKENIZERS[name](), normalizer and normalizer())
+    words = make_word_counts(tokenizer)
+    assert words is not None
+    backend: Any = tokenizer.backend_tokenizer
+    draw = random.Random(name)
+    for _ in range(500):
+        text = "".join(draw.choices((*PIECES, *FOREIGN, *FOREIGN), k=draw.randint(2, 16)))
+        if not words.is_plain(text):
+            continue
+        encoding = backend.encode(text, add_special_tokens=False)
+        assert words.count_text(text) == len(encoding), text
+        place = draw.randint(0, len(text))
+        behind = sum(end > place for _, end in encoding.offsets)
+        counts = words.count_parts(text, place)
+        assert counts in (None, (len(encoding) - behind, behind)), (text, place)
+        assert counts is None or all(start >= place for start, _ in encoding.offsets[len(encoding) - behind :])
+
+
+def test_pieces_with_other_characters_end_between_words():
+    text = "one two – three four five’s six seven"
+    pieces = [text[start:end] for start, end in find_pieces(text)]
+    assert pieces == ["one", " two – three", " four", " five’s", " six seven"]
+    assert list(find_pieces("中文 word")) == [(0, 7)]
 
 
 def bad_tokenizers(parts: Parts) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Orders of samples: by modality and length, or by groups; the same on every rank and at every start."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -58,33 +59,54 @@ def order_by_modality_and_length(
         raise ValueError(
             f"batch={batch}, num_chunks={num_chunks}: all micro-batches of a step must have the same number of samples"
         )
-    length_array = np.asarray(lengths, dtype=np.int64)
-    is_multimodal = np.asarray(num_images) > 0
+    arranged = _arrange_steps(np.asarray(num_images) > 0, batch, generator)
+    length_array = arranged.sign * np.asarray(lengths, dtype=np.int64)
+    parts = [_divide_evenly(arranged.steps, length_array, num_chunks).ravel()]
+    if arranged.divides_rest:
+        parts.append(_divide_evenly(arranged.rest[None], length_array, num_chunks).ravel())
+    else:
+        parts.append(arranged.rest)
+    return np.concatenate(parts).tolist()
+
+
+@dataclass(frozen=True)
+class _ArrangedSteps:
+    """The samples of each step of LLaVA's order, before lengths divide them into micro-batches.
+
+    Attributes:
+        steps: `(steps, samples)`: the samples of each whole step.
+        rest: the samples after these.
+        divides_rest: whether these are divided into micro-batches too.
+        sign: what lengths are multiplied with.
+    """
+
+    steps: np.ndarray
+    rest: np.ndarray
+    divides_rest: bool
+    sign: int
+
+
+def _arrange_steps(is_multimodal: np.ndarray, batch: int, generator: torch.Generator) -> _ArrangedSteps:
+    """Draw the samples of each step; arguments as of `order_by_modality_and_length`."""
     modalities = [group for group in (np.flatnonzero(is_multimodal), np.flatnonzero(~is_multimodal)) if len(group)]
-    if not is_multimodal.any():
-        length_array = -length_array
-    orders = [group[_order_by_length(length_array[group], batch, num_chunks, generator)] for group in modalities]
+    orders = [group[torch.randperm(len(group), generator=generator).numpy()] for group in modalities]
+    sign = 1 if is_multimodal.any() else -1
     if len(orders) < 2:
-        return [index for order in orders for index in order.tolist()]
+        (order,) = orders or [np.empty(0, dtype=np.int64)]
+        whole = len(order) // batch * batch
+        return _ArrangedSteps(order[:whole].reshape(-1, batch), order[whole:], divides_rest=True, sign=sign)
     last = [(len(order) - 1) // batch * batch for order in orders]
     steps = np.concatenate([order[:number].reshape(-1, batch) for order, number in zip(orders, last, strict=True)])
     steps = steps[torch.randperm(len(steps), generator=generator).numpy()]
     rest = np.concatenate([order[number:] for order, number in zip(orders, last, strict=True)])
-    return [*steps.ravel().tolist(), *np.sort(rest).tolist()]
-
-
-def _order_by_length(lengths: np.ndarray, batch: int, num_chunks: int, generator: torch.Generator) -> np.ndarray:
-    """Return a permutation in steps, each divided into micro-batches by length."""
-    order = torch.randperm(len(lengths), generator=generator).numpy()
-    whole = len(order) // batch * batch
-    steps, rest = order[:whole].reshape(-1, batch), order[None, whole:]
-    divided = [_divide_evenly(part, lengths, num_chunks).ravel() for part in (steps, rest) if part.size]
-    return np.concatenate(divided) if divided else order
+    return _ArrangedSteps(steps, np.sort(rest), divides_rest=False, sign=sign)
 
 
 def _divide_evenly(steps: np.ndarray, lengths: np.ndarray, num_chunks: int) -> np.ndarray:
     """Order the samples of each step by micro-batch: `(steps, samples) -> (steps, samples)`."""
     number, size = steps.shape
+    if not steps.size:
+        return steps
     by_length = np.argsort(-lengths[steps], axis=1, kind="stable")  # equal lengths stay in the order of the permutation
     steps = np.take_along_axis(steps, by_length, axis=1)
     if size % num_chunks:
@@ -104,7 +126,16 @@ def _divide_evenly(steps: np.ndarray, lengths: np.ndarray, num_chunks: int) -> n
 
 
 class ModalityLengthSampler(EpochSampler[int]):
-    """Iterates in the order of `order_by_modality_and_length`, which has the same arguments, save for the seed."""
+    """Iterates in the order of `order_by_modality_and_length`, which has the same arguments, save for two.
+
+    Args:
+        lengths: as there.
+        num_images: as there; for the order, only which of them are 0 matters.
+        batch: as there.
+        seed: see `EpochSampler`.
+        num_chunks: as there.
+        measure: called with the indices of a step's samples before their lengths are read; None: all are known.
+    """
 
     def __init__(
         self,
@@ -113,10 +144,11 @@ class ModalityLengthSampler(EpochSampler[int]):
         batch: int,
         seed: int,
         num_chunks: int = 1,
+        measure: Callable[[Sequence[int]], object] | None = None,
     ):
         super().__init__(seed)
         self.lengths, self.num_images = np.asarray(lengths), np.asarray(num_images)
-        self.batch, self.num_chunks = batch, num_chunks
+        self.batch, self.num_chunks, self.measure = batch, num_chunks, measure
 
     def __len__(self) -> int:
         """Return the number of samples."""
@@ -125,8 +157,22 @@ class ModalityLengthSampler(EpochSampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Return the indices of all samples in the order of the epoch."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.measure is not None:
+            return self._measure_steps(self.measure, generator)
         samples = self.lengths, self.num_images, self.batch
         return iter(order_by_modality_and_length(*samples, self.num_chunks, generator))
+
+    def _measure_steps(
+        self, measure: Callable[[Sequence[int]], object], generator: torch.Generator
+    ) -> Iterator[int]:  # fmt: skip
+        """Yield the same indices; the samples of each step are measured when it comes."""
+        arranged = _arrange_steps(self.num_images > 0, self.batch, generator)
+        for step in (*arranged.steps, *([arranged.rest] if arranged.divides_rest else ())):
+            measure(step.tolist())
+            places, lengths = np.arange(len(step))[None], arranged.sign * self.lengths[step]
+            yield from step[_divide_evenly(places, lengths, self.num_chunks)[0]].tolist()
+        if not arranged.divides_rest:
+            yield from arranged.rest.tolist()
 
 
 def order_by_modality_blocks(

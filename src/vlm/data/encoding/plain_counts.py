@@ -121,24 +121,12 @@ class PlainCounter:
         return None if first is None else TokenCounts(length, max(first + 1, behind_media), supervised)
 
     def _count_stretch(self, stretch: Stretch, texts: list[str]) -> tuple[int, int] | None:
-        """Return the tokens of a prompt, and of its reply with the token that ends it."""
-        prompt, words = _join(stretch.prompt, texts), self.words
+        """Return the tokens of a prompt, and of its reply and its end; None if a token may be of both."""
+        prompt = _join(stretch.prompt, texts)
         if not stretch.reply:
-            return words.count(words.split(prompt)) if prompt.isascii() else words.encode(prompt)[0], 0
-        text = prompt + _join(stretch.reply, texts)
-        if not text.isascii():
-            number, spans = words.encode(text)
-            learned = sum(end > len(prompt) for _, end in spans)
-            is_apart = learned and all(start >= len(prompt) for start, _ in spans[-learned:])
-            return (number - learned, learned + 1) if is_apart else None
-        found = words.split(text)
-        place = length = 0
-        while length < len(prompt):
-            length += len(found[place])
-            place += 1
-        if length > len(prompt):
-            return None  # a word reaches into the reply
-        return words.count(found[:place]), words.count(found[place:]) + 1
+            return self.words.count_text(prompt), 0
+        counts = self.words.count_parts(prompt + _join(stretch.reply, texts), len(prompt))
+        return None if counts is None else (counts[0], counts[1] + 1)
 
 
 def _join(parts: Sequence[Part], texts: Sequence[str]) -> str:

@@ -1,13 +1,14 @@
-"""The number of tokens of a text, word by word: for byte-level tokenizers and texts of ASCII characters.
+"""The number of tokens of a text, word by word: for byte-level tokenizers, and texts mostly of ASCII characters.
 
 Such a tokenizer cuts a text at its added tokens, cuts what lies between them into words by a regular expression, and
 splits each word into tokens by itself. So a text has as many tokens as its words together, and each word has to be
-split once only. Python's expressions find the same words as the tokenizer's where all characters are ASCII.
+split once only. Python's expressions find the same words as the tokenizer's where all characters are ASCII; of other
+texts, the tokenizer itself splits the few words around other characters.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -55,6 +56,10 @@ DIGIT_WORDS = {
 """What `ByteLevel` finds between the digits that `Digits` has set apart, by whether it sets each apart."""
 PLAIN_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD")
 """They leave ASCII as it is."""
+NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+CUT = re.compile(r"[A-Za-z](?= [A-Za-z])")
+"""What is before a cut: wherever a blank separates two letters of ASCII, one word ends and another one begins, whatever
+stands around them, and no normalizer changes the letters or joins them with anything."""
 
 
 class WordCounts:
@@ -78,15 +83,61 @@ class WordCounts:
         self.added = re.compile("|".join(map(re.escape, sorted(added, key=len, reverse=True))) or "(?!)")
         self._encode = backend.encode
         self._numbers = _NumbersOfTokens(backend.model)
+        self._numbers_of_pieces: dict[str, int] = {}
 
     def count(self, words: Sequence[str]) -> int:
         """Return the number of tokens of words."""
         return sum(map(self._numbers.__getitem__, words))
 
-    def encode(self, text: str) -> tuple[int, list[tuple[int, int]]]:
-        """Return the number of tokens of any text, and the characters that each comes from."""
-        encoding = self._encode(text, add_special_tokens=False)
-        return len(encoding), encoding.offsets
+    def count_text(self, text: str) -> int:
+        """Return the number of tokens of a text without added tokens."""
+        if text.isascii():
+            return self.count(self.split(text))
+        return sum(self._count_piece(text[start:end]) for start, end in find_pieces(text))
+
+    def count_parts(self, text: str, place: int) -> tuple[int, int] | None:
+        """Return the numbers of tokens before and behind a place in a text; None if a token may reach over it."""
+        if text.isascii():
+            return self._count_parts_of_words(text, place)
+        before = behind = 0
+        for start, end in find_pieces(text):
+            piece = text[start:end]
+            if end <= place:
+                before += self._count_piece(piece)
+            elif start >= place:
+                behind += self._count_piece(piece)
+            else:
+                count = self._count_parts_of_words if piece.isascii() else self._count_parts_of_tokens
+                if (counts := count(piece, place - start)) is None:
+                    return None
+                before, behind = before + counts[0], behind + counts[1]
+        return before, behind
+
+    def _count_piece(self, piece: str) -> int:
+        if piece.isascii():
+            return self.count(self.split(piece))
+        number = self._numbers_of_pieces.get(piece)
+        if number is None:
+            number = len(self._encode(piece, add_special_tokens=False))
+            if len(piece) <= LONGEST_WORD:
+                if len(self._numbers_of_pieces) >= MAX_WORDS:
+                    self._numbers_of_pieces.clear()
+                self._numbers_of_pieces[piece] = number
+        return number
+
+    def _count_parts_of_words(self, text: str, place: int) -> tuple[int, int] | None:
+        words = self.split(text)
+        number = length = 0
+        while length < place:
+            length += len(words[number])
+            number += 1
+        return (self.count(words[:number]), self.count(words[number:])) if length == place else None
+
+    def _count_parts_of_tokens(self, text: str, place: int) -> tuple[int, int] | None:
+        spans = self._encode(text, add_special_tokens=False).offsets
+        behind = sum(end > place for _, end in spans)
+        is_apart = all(start >= place for start, _ in spans[len(spans) - behind :])
+        return (len(spans) - behind, behind) if is_apart else None
 
     def is_plain(self, text: str) -> bool:
         """Return whether no added token begins in a text."""
@@ -98,6 +149,32 @@ class WordCounts:
     def may_begin_token(self, text: str) -> bool:
         """Return whether a text ends as an added token begins, so that what follows it may complete one."""
         return any(text.endswith(token[:end]) for token in self._added for end in range(1, len(token)))
+
+
+def find_pieces(text: str) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of pieces that are split into tokens independently: those with other characters than ASCII, as
+    short as cuts allow, and those between them.
+    """
+    begin = 0
+    while (match := NOT_ASCII.search(text, begin)) is not None:
+        start = _last_cut(text, begin, match.start())
+        cut = CUT.search(text, match.end())
+        end = cut.end() if cut else len(text)
+        if start > begin:
+            yield begin, start
+        yield start, end
+        begin = end
+    if begin < len(text):
+        yield begin, len(text)
+
+
+def _last_cut(text: str, begin: int, end: int) -> int:
+    """Return the last cut of a stretch of ASCII characters, or its beginning."""
+    place = end
+    while (place := text.rfind(" ", begin, place)) > begin:
+        if CUT.match(text, place - 1):
+            return place
+    return begin
 
 
 class _NumbersOfTokens(dict[str, int]):

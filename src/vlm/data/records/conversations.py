@@ -26,6 +26,7 @@ from vlm.data.records.tool_turns import (
     CALL_ROLES,
     LLAVA_ROLES,
     MESSAGE_ROLES,
+    SPEAKERS,
     TOOL_KEYS,
     TOOL_TURN_KEYS,
     is_call,
@@ -35,6 +36,9 @@ from vlm.data.records.tool_turns import (
     with_call_text,
 )
 from vlm.data.sample import ROLES, BadSample, ContentPart, Record, Sample, Turn
+
+PLAIN_TURN = frozenset(("from", "value"))
+"""The keys of a turn that is a speaker's text and nothing else."""
 
 
 @reads("objects", *TOOL_KEYS, turns="conversations", turn=("from", "value", *TOOL_TURN_KEYS))
@@ -64,7 +68,9 @@ def parse_llava(record: Record, image_folder: Path, key: str = "conversations") 
     roles, texts = [], []
     for number, turn in enumerate(conversation, start=1):
         given = turn if isinstance(turn, dict) else {}
-        text = "" if given.get("value") is None and is_call(given, None) else text_from_value(given.get("value"))
+        text = given.get("value")
+        if not isinstance(text, str):
+            text = "" if text is None and is_call(given, None) else text_from_value(text)
         if text is None or not isinstance(given.get("from"), str):
             raise BadSample(sample_id, f"turn {number}: `from` and `value` must be strings")
         if given["from"] not in LLAVA_ROLES:
@@ -76,10 +82,13 @@ def parse_llava(record: Record, image_folder: Path, key: str = "conversations") 
     pieces = iter(shown)
     turns = []
     for number, (turn, role, text, is_shown) in enumerate(zip(conversation, roles, texts, shows, strict=True), start=1):
-        where, content = f"turn {number}", (text,)
-        if is_shown:
-            own = next(pieces)
+        content = (text,)
+        if is_shown and (own := next(pieces)) != [text]:  # as most texts are
             content = media.fill(move_image_first(own) if role == "user" else own) or ("",) * (role == "tool")
+        if turn.keys() == PLAIN_TURN and turn["from"] in SPEAKERS:
+            turns.append(Turn(role, content))
+            continue
+        where = f"turn {number}"
         turn = with_call_text(turn, turn["from"], text, where, sample_id)
         content = () if turn["from"] in CALL_ROLES else content
         learned = read_supervision(turn, role, where, sample_id)

@@ -8,7 +8,7 @@ import json
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,6 +59,14 @@ class IndexedRecords:
             BadSample: its bytes are not JSON.
         """
         return parse_record(self._column[index].as_buffer().to_pybytes())
+
+    def iter_bytes(self) -> Iterator[memoryview]:
+        """Iterate over the bytes of all records, which are not copied."""
+        for chunk in self._column.chunks:
+            _, offsets, content = chunk.buffers()
+            bounds = np.frombuffer(offsets, np.int64, len(chunk) + 1, chunk.offset * 8).tolist()
+            view = memoryview(content)
+            yield from (view[start:end] for start, end in pairwise(bounds))
 
     def __getstate__(self) -> Path:
         """Return the path of the index, which another process maps itself."""

@@ -99,9 +99,14 @@ def resolve_media_file(name: str, folder: Path, sample_id: str, kind: str = "ima
     path = folder / name
     if not os.path.isfile(path):  # unlike pathlib's, false for names that no file can have, such as base64
         raise BadSample(sample_id, f"{kind} file {path} does not exist", name)
-    if not is_within(os.path.abspath(path), os.path.abspath(folder)):  # links are the user's own
+    if _may_lead_up(name) and not is_within(os.path.abspath(path), os.path.abspath(folder)):  # links are the user's own
         raise BadSample(sample_id, f"{name} leaves the image folder {folder}", name)
     return path
+
+
+def _may_lead_up(name: str) -> bool:
+    """Return whether a name may be that of a file outside the folder that it is looked for in, as far as it tells."""
+    return ".." in name or os.path.isabs(name) or ":" in name or "\\" in name
 
 
 def _as_list(value: object, sample_id: str, key: str) -> list[object]:

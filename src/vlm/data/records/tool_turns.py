@@ -16,8 +16,9 @@ TOOL_ROLES = ("tool", "function", "observation", "tool_response", "ipython")
 CALL_ROLES = ("tool_call", "function_call")
 """Roles of a turn whose text is a call as JSON: of ms-swift's messages and ShareGPT's records."""
 _TOOL_ROLES = dict.fromkeys(TOOL_ROLES, "tool") | dict.fromkeys(CALL_ROLES, "assistant")
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-LLAVA_ROLES = {**_SPEAKERS, **_TOOL_ROLES}
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""Who speaks in a turn that is no call and no result -> the role of the turn."""
+LLAVA_ROLES = {**SPEAKERS, **_TOOL_ROLES}
 """Who speaks in a turn of LLaVA's and ShareGPT's records -> the role of the turn."""
 MESSAGE_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", **_TOOL_ROLES}
 """Role of a message -> that of its turn."""

@@ -121,26 +121,29 @@ def _count_step_flops(model: Any, images: "ImageFlops") -> StepFlops:
     _count_active_experts(model.get_decoder())
     embeddings, head = model.get_input_embeddings(), cast(nn.Module, find_vocabulary_head(model))
     needs_gradient = images.needs_gradient or any(p.requires_grad for p in embeddings.parameters())
+    states: list[Tensor] = []
 
-    def text(length: int, supervised: int) -> int:
-        """Return the operations for a text whose last tokens are supervised."""
+    def text(length: int) -> int:
+        """Return the operations for a text whose last token is supervised."""
         inputs = torch.empty(1, length, embeddings.weight.shape[1], device="meta", requires_grad=needs_gradient)
         mask = torch.empty(1, 1, length, length, device="meta")  # given, since models read positions to make their own
 
         def predict() -> Tensor:
-            """Return the logits of the supervised tokens."""
-            hidden = model.get_decoder()(inputs_embeds=inputs, attention_mask=mask, use_cache=False).last_hidden_state
-            return head(hidden[:, -supervised:])
+            """Return the logits of the last token."""
+            outputs = model.get_decoder()(inputs_embeds=inputs, attention_mask=mask, use_cache=False)
+            states.append(outputs.last_hidden_state)
+            return head(states[-1][:, -1:])
 
         return _count_passes(predict)[0]
 
-    base, longer = text(BASE_LENGTH, 1), text(2 * BASE_LENGTH, 1)
-    supervised = text(BASE_LENGTH, 2) - base
+    base, longer = text(BASE_LENGTH), text(2 * BASE_LENGTH)
+    last = states[-1][:, -1:].detach().requires_grad_(states[-1].requires_grad)
+    supervised, _ = _count_passes(lambda: head(last))
     base, longer = base - supervised, longer - supervised
     square = (longer - 2 * base) / (2 * BASE_LENGTH**2)
     token = (base - square * BASE_LENGTH**2) / BASE_LENGTH
     predicted = token * 3 * BASE_LENGTH + square * 9 * BASE_LENGTH**2 + supervised
-    if not math.isclose(text(3 * BASE_LENGTH, 1), predicted, rel_tol=1e-9):
+    if not math.isclose(text(3 * BASE_LENGTH), predicted, rel_tol=1e-9):
         raise FlopsNotCountable("the cost of its language model is not a quadratic function of the length")
     return StepFlops(token, square, supervised, images.encoded, images.connected, images.batch)
 

@@ -11,7 +11,7 @@ from vlm.checks.feature_cache import cache_problems
 from vlm.checks.heads import unused_head_problems
 from vlm.checks.preference import unused_preference_problems
 from vlm.checks.run import evaluation_problems
-from vlm.config.choices import EVAL_METRICS, EVALUATION_LOSSES, LOSS_METRICS
+from vlm.config.choices import EVAL_METRICS, EVALUATION_LOSSES, GROUP_BY_MODALITY_LENGTH, LOSS_METRICS
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.derived import training_keys
 from vlm.evaluation.text_metrics import check_metrics
@@ -98,7 +98,8 @@ class Generation(Objective):
         if self.config.dataset.cache_features:
             refuse_native_resolution(model_config)
         encoder, waits = self.make_encoder(model_config, processor), needs_counts(self.config, args.world_size)
-        train, evaluation = load_data(self.config.dataset, encoder, args, waits=waits)
+        groups = self.config.trainer.train_sampling_strategy == GROUP_BY_MODALITY_LENGTH
+        train, evaluation = load_data(self.config.dataset, encoder, args, waits=waits, groups=groups)
         when_counted(train, lambda: set_thinking(processor, self.config.inference, train))
         if evaluation is not None:
             self.loss_metrics = _prepare_loss_metrics(self.config.trainer, evaluation)
