@@ -6,7 +6,6 @@ plots and the report, unless a test asks for them, waiting until the disk has a 
 operations again, or proving again that they are loaded as they are saved.
 """
 
-import copy
 import gc
 import json
 import logging
@@ -15,7 +14,7 @@ import pickle
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import cache
 from pathlib import Path
@@ -30,7 +29,7 @@ with redirect_stderr(sys.__stderr__):  # its handler closes the stream it found 
 
 import pytest
 import torch
-from accelerate.utils import memory
+from accelerate.utils import imports, memory
 from hydra import compose, initialize_config_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
@@ -48,10 +47,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests import once
 from tests.tiny_parts import Parts
-from vlm.assembly import encoders, loading
-from vlm.assembly.round_trip import check_round_trip
-from vlm.checks.checkpoint_files import TensorHeader
+from vlm.assembly import encoders, loading, logit_proofs
 from vlm.checks.compose import open_mapping_key
 from vlm.checks.run import check
 from vlm.checks.surface import named_by_user
@@ -65,10 +63,11 @@ from vlm.train import run as run_module
 from vlm.train.checkpoints.find import find_whole_checkpoint
 from vlm.train.checkpoints.manifest import MANIFEST, Manifest, hash_file, list_files, read_manifest
 from vlm.train.monitor import callbacks, peak_flops, speed
-from vlm.train.monitor.flops import StepFlops, count_flops
 from vlm.train.monitor.plots import draw_loss, draw_speed
 from vlm.train.objectives.table import make_objective
 from vlm.train.run import run
+
+torch.cuda._cached_device_count = torch.cuda.device_count()  # else the driver is asked at each step and operation
 
 COLOURS = ("red", "blue", "green")
 
@@ -303,75 +302,19 @@ def light_runs() -> Iterator[None]:
     """Leave out of all runs what costs a tiny one more than its steps do: see the top of this file."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
-        patch.setattr(speed, "count_flops", count_flops_once)
-        patch.setattr(peak_flops, "measure_tflops", measure_tflops_once)
+        patch.setattr(speed, "count_flops", once.count_flops_once)
+        patch.setattr(peak_flops, "measure_tflops", once.measure_tflops_once)
         patch.setattr(memory, "clear_device_cache", lambda garbage_collection=False: None)
-        patch.setattr(encoders, "_inspect_encoder", inspect_encoder_once)
-        patch.setattr(loading, "_compare_on_meta", compare_on_meta_once)
-        patch.setattr(run_module, "check_round_trip", check_round_trip_once)
+        patch.setattr(imports, "_is_package_available", once.is_package_available_once)
+        patch.setattr(encoders, "_inspect_encoder", once.inspect_encoder_once)
+        patch.setattr(loading, "_compare_on_meta", once.compare_on_meta_once)
+        patch.setattr(loading, "_find_part", once.find_part_once)
+        patch.setattr(logit_proofs, "check_causal", once.check_causal_once)
+        patch.setattr(logit_proofs, "check_padding", once.check_padding_once)
+        patch.setattr(run_module, "check_round_trip", once.check_round_trip_once)
         for name in ("draw_loss", "draw_speed"):
             patch.setattr(callbacks, name, lambda *given: None)
         yield
-
-
-measure_tflops_once = cache(peak_flops.measure_tflops)
-COUNTED_FLOPS: dict[tuple[object, ...], StepFlops] = {}
-
-
-def count_flops_once(model: Any, image: Mapping[str, Any]) -> StepFlops:
-    """Count the operations of a model, once for all models that are equal in configuration, shapes and what trains."""
-    parameters = tuple((name, value.shape, value.requires_grad) for name, value in model.named_parameters())
-    shapes = str(sorted((name, getattr(value, "shape", value)) for name, value in image.items()))
-    key = (type(model), model.config.to_json_string(), parameters, shapes)
-    if key not in COUNTED_FLOPS:
-        COUNTED_FLOPS[key] = count_flops(model, image)
-    return COUNTED_FLOPS[key]
-
-
-inspect_encoder = encoders._inspect_encoder
-INSPECTED_ENCODERS: dict[tuple[object, ...], tuple[encoders.EncoderInfo, int | None]] = {}
-
-
-def inspect_encoder_once(part: str, source: Any, config: Any, size: tuple[int, int]) -> encoders.EncoderInfo:
-    """Find out what an encoder gives, and which layers it needs, once for all that are equal."""
-    key = (part, repr(source), type(config), config.to_json_string(), size)
-    if key not in INSPECTED_ENCODERS:
-        info = inspect_encoder(part, source, config, size)
-        INSPECTED_ENCODERS[key] = (info, getattr(config, "num_hidden_layers", None))
-    info, num_layers = INSPECTED_ENCODERS[key]
-    if num_layers is not None:
-        config.num_hidden_layers = num_layers
-    return copy.deepcopy(info)
-
-
-compare_on_meta = loading._compare_on_meta
-FITTING: set[tuple[object, ...]] = set()
-
-
-def compare_on_meta_once(kind: Any, config: Any, headers: Mapping[str, TensorHeader], rules: Any) -> None:
-    """Compare a model with the headers of its weights, once for all that are equal and fit."""
-    tensors = tuple(sorted((name, header.dtype, header.shape) for name, header in headers.items()))
-    allowed = (rules.new, rules.is_part, rules.num_layers)
-    key = (kind, type(config), config.to_json_string(use_diff=False), tensors, allowed)
-    if key not in FITTING:
-        compare_on_meta(kind, config, headers, rules)
-        FITTING.add(key)
-
-
-COMING_BACK: set[tuple[object, ...]] = set()
-
-
-def check_round_trip_once(model: Any) -> None:
-    """Prove that a model loads what it saves, once for all that are equal in configuration, classes and tensors."""
-    classes = tuple((name, type(module)) for name, module in model.named_modules())
-    state = model.state_dict(keep_vars=True)
-    places: dict[int, int] = {}
-    tied = tuple(places.setdefault(id(tensor), len(places)) for tensor in state.values())
-    tensors = tuple((name, value.shape, value.dtype) for name, value in (*state.items(), *model.named_buffers()))
-    key = (model.config.to_json_string(use_diff=False), classes, tensors, tied)
-    if key not in COMING_BACK:
-        check_round_trip(model)
-        COMING_BACK.add(key)
 
 
 def head_words(labelled: Path, column: str) -> list[str]:

@@ -63,18 +63,26 @@ WITHOUT_TORCH = (
 FILES = {".".join(file.relative_to(SOURCE).with_suffix("").parts): file for file in sorted(SOURCE.rglob("*.py"))}
 
 
+Import = ast.Import | ast.ImportFrom
+
+
 @cache
-def parse(file: Path) -> ast.Module:
-    """Parse a file, once for all tests."""
-    return ast.parse(file.read_text(encoding="utf-8"))
+def find_imports(file: Path) -> tuple[list[Import], list[Import]]:
+    """Parse a file, and return all its imports, and those that it makes when it is imported itself.
+
+    The rest is not kept: whole trees of all files would slow every later collection of garbage down.
+    """
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    everywhere = [node for node in ast.walk(tree) if isinstance(node, Import)]
+    return everywhere, [node for node in tree.body if isinstance(node, Import)]
 
 
 def imports(file: Path) -> Iterator[tuple[int, str]]:
     """Level (0: absolute) and module of every import."""
-    for node in ast.walk(parse(file)):
+    for node in find_imports(file)[0]:
         if isinstance(node, ast.Import):
             yield from ((0, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             yield node.level, node.module or ""
             if node.module in ("vlm", "vlm.config"):  # `from vlm import data`
                 yield from ((0, f"{node.module}.{alias.name}") for alias in node.names)
@@ -84,15 +92,13 @@ def imports(file: Path) -> Iterator[tuple[int, str]]:
 def targets(name: str) -> set[str]:
     """The files of `vlm` that a file imports, at its top or within a function."""
     found = set()
-    for node in ast.walk(parse(FILES[name])):
+    for node in find_imports(FILES[name])[0]:
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
+        elif node.level:
             modules = [f"vlm.{name.rpartition('.')[0]}.{node.module}"]
-        elif isinstance(node, ast.ImportFrom):
-            modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
         else:
-            continue
+            modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
         for module in modules:
             inner = module.removeprefix("vlm.") if module.startswith("vlm.") else None
             found |= {one for one in (inner, f"{inner}.__init__") if one in FILES}
@@ -101,10 +107,10 @@ def targets(name: str) -> set[str]:
 
 def top_imports(name: str) -> Iterator[tuple[str, str]]:
     """Module and name of every import that a file makes when it is imported itself; without a name, an empty one."""
-    for node in parse(FILES[name]).body:
+    for node in find_imports(FILES[name])[1]:
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             package = f"vlm.{name.rpartition('.')[0]}." if node.level else ""
             yield from ((f"{package}{node.module}", alias.name) for alias in node.names)
 

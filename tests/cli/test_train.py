@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 from hydra._internal.hydra import Hydra
+from hydra.core.config_store import ConfigStore
 
 from tests import waiting
 from tests.checks import test_messages as test_explain
 from tests.checks import test_run as test_check
 from tests.command_line import refusal
-from vlm.checks.compose import composed_once, is_user_error, strip_launcher_arguments
+from vlm.checks.compose import composed_once, is_user_error, store_schema, strip_launcher_arguments
 from vlm.cli.collection import RARE, USUAL, collect_as_usual, rare_collection
 from vlm.cli.main import main
 from vlm.cli.train import DYNAMO_SWITCH, train, uncompiled_bitsandbytes, without_deepspeed, without_libraries
@@ -28,13 +29,9 @@ from vlm.train.guards.errors import GuardStop
 ASK_ALL = """
 import json, sys
 from hydra._internal.hydra import Hydra
-from hydra.core.config_store import ConfigStore
 from hydra.types import RunMode
 from vlm.cli.main import main
-from vlm.config.schema import RunConfig
 
-ConfigStore.instance().store(name="schema", node=RunConfig)
-ConfigStore.store = lambda *given, **named: None  # once for all command lines
 Hydra.get_mode = lambda *given, **named: RunMode.RUN  # Hydra composes everything twice to find it
 for words in json.load(sys.stdin):
     try:
@@ -265,6 +262,18 @@ def test_hydra_is_asked_for_its_mode_where_something_may_set_it(words: list[str]
     with composed_once(words):
         assert (Hydra.get_mode is get_mode) is is_asked
     assert Hydra.get_mode is get_mode
+
+
+def test_the_schema_is_stored_once(monkeypatch: pytest.MonkeyPatch):
+    """Else every command of a process that runs many would turn its classes into nodes again."""
+    store = ConfigStore.instance()
+    stored = []
+    monkeypatch.setattr(ConfigStore, "store", lambda self, name, node: stored.append((name, node)))
+    store_schema()
+    assert not stored
+    monkeypatch.delitem(store.repo, "schema.yaml")
+    store_schema()
+    assert stored == [("schema", RunConfig)]
 
 
 def test_hydra_composes_a_run_once(records: str, monkeypatch: pytest.MonkeyPatch):

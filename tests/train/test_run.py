@@ -24,6 +24,7 @@ from tests.waiting import wait_until
 from vlm.runs.read import RunDirectory
 from vlm.train.checkpoints.find import find_whole_checkpoint
 from vlm.train.run import run
+from vlm.train.run_directory import versions
 from vlm.train.trainer import VLMTrainer
 
 FILES = (
@@ -428,3 +429,10 @@ def test_ranks_agree_on_a_signal_to_one_of_them_and_end_cleanly(common: list[str
     assert 75 in {one.returncode for one in ended}
     assert newest_checkpoint(tmp_path).name == "checkpoint-2"
     assert all("own end is left out" in one.stdout for one in ended if one.returncode == 75)
+
+
+def test_git_is_asked_once_for_the_revision_of_a_process(monkeypatch: pytest.MonkeyPatch):
+    """Its source was imported when it began: what is committed meanwhile does not run."""
+    first = versions()
+    monkeypatch.setattr("vlm.train.run_directory.subprocess", None)
+    assert versions() == first

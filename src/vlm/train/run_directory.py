@@ -122,6 +122,7 @@ def package_versions() -> dict[str, str | None]:
     return {name: next((found.version for found in distributions(name=name)), None) for name in PACKAGES}
 
 
+@cache  # a process goes on with the source that it has imported, though the files change
 def _git(*words: str) -> str | None:
     """Return the output of a git command on this package's source, or None where it is no checkout."""
     command = ["git", "-C", str(Path(__file__).parent), *words]

@@ -13,13 +13,12 @@ from pathlib import Path
 from threading import Lock
 
 from hydra import initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vlm.checks.compose import compose_overrides, make_run_config, open_mapping_key
+from vlm.checks.compose import compose_overrides, make_run_config, open_mapping_key, store_schema
 from vlm.checks.fields import ConfigError
 from vlm.checks.messages import explain
 from vlm.checks.run import check
@@ -79,7 +78,7 @@ class Plan:
             raise ConfigError(f"choose a run: {', '.join(run_names())}")
         words = [open_mapping_key(word) for word in self.words()]
         with _compose_lock:
-            ConfigStore.instance().store(name="schema", node=RunConfig)
+            store_schema()
             try:
                 with initialize_config_module("vlm.config", version_base="1.3"):
                     composed = compose_overrides(self.run, words)
