@@ -1,4 +1,4 @@
-"""Every form in which data comes trains a few steps, from the command line, on files encoded as people have them."""
+"""Every form in which data comes trains a few steps on files encoded as people have them."""
 
 import json
 import shutil
@@ -17,6 +17,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from tests.fixtures import compose_config, run_lightly
 from vlm.cli.train import main
 
 NUMBER = 12
@@ -185,13 +186,12 @@ FORMS = {
 
 @pytest.fixture
 def start(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """`start(*words)` runs the entry point on the tiny parts and returns the run directory."""
+    """`start(*words)` trains on the tiny parts and returns the run directory, with `command` from the command line."""
     ours = [word for word in common if not word.startswith(("dataset.", "trainer.per_device"))]
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.chdir(tmp_path)
 
-    def run(*words: str, steps: int = 2) -> Path:
-        name = [] if "-cn" in words else ["-cn", "pretrain-smol"]
+    def run(*words: str, steps: int = 2, command: bool = False) -> Path:
         output = tmp_path / "run"
         settings = [
             "trainer.per_device_train_batch_size=4",
@@ -199,7 +199,13 @@ def start(common: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             f"trainer.max_steps={steps}",
             "trainer.save_strategy=no",
         ]
-        main([*name, *ours, "trainer.per_device_train_batch_size=4", *settings, *words])
+        overrides = [*ours, *settings, *words]
+        if "-cn" in words:
+            main(overrides)
+        elif command:
+            main(["-cn", "pretrain-smol", *overrides])
+        else:
+            run_lightly(compose_config("pretrain-smol", overrides), "pretrain-smol", overrides)
         return output
 
     return run
@@ -254,14 +260,14 @@ def test_a_torn_picture_found_on_the_way_stops_a_run_that_skips_nothing(start, t
     (tmp_path / "3.jpg").write_bytes((tmp_path / "3.jpg").read_bytes()[:700])
     for workers in (0, 1):
         with pytest.raises(SystemExit, match=r"data.json, record 3: record '3.jpg': image .*3.jpg does not open"):
-            start(*words, "dataset.check_samples=0", f"trainer.dataloader_num_workers={workers}", steps=3)
+            start(*words, "dataset.check_samples=0", f"trainer.dataloader_num_workers={workers}", steps=3, command=True)
 
 
 def test_a_run_on_its_evaluation_records_is_refused_where_that_is_asked(start, tmp_path: Path):
     words = llava(tmp_path)
     same = words[0].replace("dataset.path", "dataset.eval_path")
     with pytest.raises(SystemExit, match=r"dataset.overlap=refuse: of 12 evaluation records, 12 share an image with"):
-        start(*words, same, "trainer.eval_strategy=epoch", "dataset.overlap=refuse", steps=1)
+        start(*words, same, "trainer.eval_strategy=epoch", "dataset.overlap=refuse", steps=1, command=True)
 
 
 def test_too_many_torn_pictures_stop_a_run(start, tmp_path: Path):
@@ -270,7 +276,7 @@ def test_too_many_torn_pictures_stop_a_run(start, tmp_path: Path):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:700])
     skips = ["dataset.on_bad_sample=skip", "dataset.check_samples=0"]
     with pytest.raises(SystemExit, match=r"2 of 12 records cannot be used, more than dataset.max_skipped=0.1 allows"):
-        start(*words, *skips, steps=9)
+        start(*words, *skips, steps=9, command=True)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

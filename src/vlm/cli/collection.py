@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 USUAL = gc.get_threshold()
 RARE = (10_000, 10, 10)
@@ -43,12 +44,16 @@ def collect_as_usual() -> None:
     """Collect garbage as often as Python does, since training steps leave garbage that holds tensors.
 
     The objects that exist now are exempt from collection, also at the end of the process, which takes two seconds less
-    by that; `hush_leak_reports` silences bindings that look for leaks there. They are frozen once: a process may train
-    more than once.
+    by that; `hush_leak_reports` silences bindings that look for leaks there.
     """
-    if not gc.get_freeze_count():
-        gc.freeze()
+    _freeze_once()
     gc.set_threshold(*USUAL)
+
+
+@cache
+def _freeze_once() -> None:
+    """Exempt the objects that exist now; a process may train more than once."""
+    gc.freeze()
 
 
 def hush_device_notes() -> None:

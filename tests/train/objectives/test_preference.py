@@ -45,7 +45,9 @@ def test_a_run_logs_and_measures_preferences(finished: Path):
     assert losses(finished)[0] == pytest.approx(np.log(2), abs=1e-5), "the model is its own reference before it trains"
     for name in PREFERENCE_METRICS:
         assert len(logged(finished, name)) == 4
-        assert len(logged(finished, f"eval_{name}")) == len(logged(finished, f"eval_{name}_ci95")) == 3
+        assert len(logged(finished, f"eval_{name}")) == 3
+        known = 3 if name == "reward_accuracy" else 2  # before it trains, all pairs agree: only a share has an interval
+        assert len(logged(finished, f"eval_{name}_ci95")) == known
     assert logged(finished, "margin")[0] == pytest.approx(0, abs=1e-6)
     assert logged(finished, "margin")[-1] > 1e-4
     start, _, end = logged(finished, "eval_margin")
