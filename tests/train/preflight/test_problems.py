@@ -39,3 +39,15 @@ def test_records_that_are_left_out_and_short_runs_are_told(config: RunConfig, fi
     ((text, remedy, _),) = problems(rare, findings)
     assert "the run has 9 steps and logs every 50" in text
     assert remedy == "trainer.logging_steps=1"
+
+
+def test_a_step_without_effect_is_told_where_there_are_few(config: RunConfig, findings: Findings):
+    assert findings.duration is not None
+    rates = {"connector": [(0, 0.0), (1, 1e-3), (2, 5e-4)]}
+    short = replace(findings.duration, steps=3)
+    ((text, remedy, fatal),) = problems(config, findings, duration=short, rates=rates)
+    assert text == "the rates warm up from 0, so the first of 3 steps changes nothing"
+    assert (remedy, fatal) == ("trainer.warmup_steps=0", False)
+    assert problems(config, findings, duration=replace(short, steps=300), rates=rates) == []
+    constant = {"connector": [(0, 1e-3), (1, 1e-3), (2, 5e-4)]}
+    assert problems(config, findings, duration=short, rates=constant) == []

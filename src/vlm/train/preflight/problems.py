@@ -9,6 +9,8 @@ from vlm.train.preflight.findings import Findings, Problem
 
 MANY_LEFT_OUT = 0.02
 """Share of the records that may be left out without a word."""
+FEW_STEPS = 5
+"""With so few steps or fewer, one that changes nothing is worth a word."""
 
 
 def find_problems(config: RunConfig, findings: Findings) -> Iterator[Problem]:
@@ -58,6 +60,9 @@ def _step_problems(config: RunConfig, findings: Findings) -> Iterator[Problem]:
     if steps < trainer.logging_steps:
         text = f"the run has {steps} steps and logs every {trainer.logging_steps:g}: its plots would be empty"
         yield Problem(text, f"trainer.logging_steps={max(steps // 10, 1)}")
+    firsts = [points[0][1] for points in findings.rates.values() if points]
+    if steps <= FEW_STEPS and firsts and not any(firsts):
+        yield Problem(f"the rates warm up from 0, so the first of {steps} steps changes nothing", "trainer.warmup_steps=0")
     peak = {name: max(rate for _, rate in points) for name, points in findings.rates.items() if points}
     for name, points in findings.rates.items():
         if points and points[-1][0] > 1 and peak[name] == points[-1][1] and points[0][1] == 0:
