@@ -62,7 +62,8 @@ def _step_problems(config: RunConfig, findings: Findings) -> Iterator[Problem]:
         yield Problem(text, f"trainer.logging_steps={max(steps // 10, 1)}")
     firsts = [points[0][1] for points in findings.rates.values() if points]
     if steps <= FEW_STEPS and firsts and not any(firsts):
-        yield Problem(f"the rates warm up from 0, so the first of {steps} steps changes nothing", "trainer.warmup_steps=0")
+        text = f"the rates warm up from 0, so the first of {steps} steps changes nothing"
+        yield Problem(text, "trainer.warmup_steps=0")
     peak = {name: max(rate for _, rate in points) for name, points in findings.rates.items() if points}
     for name, points in findings.rates.items():
         if points and points[-1][0] > 1 and peak[name] == points[-1][1] and points[0][1] == 0:
