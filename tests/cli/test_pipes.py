@@ -56,7 +56,7 @@ def test_a_run_goes_on_though_nobody_reads_its_log(monkeypatch: pytest.MonkeyPat
             steps.append(step)
 
     monkeypatch.setattr("vlm.train.run.run", run)
-    monkeypatch.setattr("vlm.cli.train.main", lambda words: train(RunConfig(), "name", words))
+    monkeypatch.setattr("vlm.cli.train.main", lambda words, **_: train(RunConfig(), "name", words))
     with closed_pipe() as stream, redirect_stderr(stream):
         main(["-cn", "name"])
     assert steps == [0, 1, 2]
