@@ -190,6 +190,7 @@ TESTED_ELSEWHERE = {
     "web/chat.py": "web/test_page.py",
     "web/data.py": "web/test_page.py",
     "web/evaluate.py": "web/test_page.py",
+    "web/export.py": "web/test_page.py",
     "web/guard.py": "web/test_plan.py",
     "web/html.py": "web/test_page.py",
     "web/predict.py": "web/test_page.py",

@@ -99,7 +99,7 @@ def test_a_signal_ends_the_sweep_in_a_folder_of_its_name_and_time(
         sweep(monkeypatch, f"{RATE}=4,2")
     assert ended.value.code == SAVED_EXIT_CODE
     assert len(commands) == 1
-    assert "Best by eval_loss" in capsys.readouterr().out
+    assert "There is one run to compare: eval_loss is" in capsys.readouterr().out
     (folder,) = (tmp_path / "outputs").iterdir()
     assert folder.name.startswith("pretrain-smol-sweep-2")
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["connector_learning_rate-4"]

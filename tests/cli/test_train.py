@@ -285,7 +285,7 @@ def test_hydra_composes_a_run_once(records: str, monkeypatch: pytest.MonkeyPatch
         return compose_config(self, config_name, *given, **named)
 
     monkeypatch.setattr(Hydra, "compose_config", count)
-    monkeypatch.setattr("vlm.cli.train.train", lambda *_: None)
+    monkeypatch.setattr("vlm.cli.train.train", lambda *_, **__: None)
     monkeypatch.setattr(sys, "argv", ["vlm"])
     main(["-cn", "pretrain-smol", records])
     assert composed == ["pretrain-smol"]

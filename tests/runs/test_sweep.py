@@ -43,7 +43,7 @@ def test_a_sweep_that_varies_nothing_says_so(tmp_path: Path):
     assert summary is not None
     assert "all runs" not in str(summary)
     assert summary.verdict == (
-        "Nothing was varied in the one run: eval_loss is 1.1. To vary a setting, give it several values, separated by "
+        "There is one run to compare: eval_loss is 1.1. To vary a setting, give it several values, separated by "
         "commas: trainer.learning_rate.connector_learning_rate=1e-4,1e-3."
     )
     write_run(tmp_path / "empty", is_done=False)

@@ -1,7 +1,7 @@
 """Whether a checkpoint fits a format, before anything is written."""
 
 from vlm.config.choices import ADAPTER_FORMAT_DESCRIPTIONS
-from vlm.hub.exporting import exporting_module
+from vlm.hub.exporting import find_exporter
 from vlm.hub.opening import open_for_export, refuse_incompatible
 from vlm.hub.targets import EXPORT_FORMATS
 from vlm.hub.vllm_lora import open_adapter
@@ -26,5 +26,5 @@ def check_export(name: str, format_name: str) -> None:
     if format_name in EXPORT_FORMATS:
         find_incompatibilities = EXPORT_FORMATS[format_name].incompatibilities
     else:
-        find_incompatibilities = exporting_module(format_name).find_incompatibilities
+        find_incompatibilities = find_exporter(format_name).find_incompatibilities
     refuse_incompatible(name, format_name, find_incompatibilities(opened.config, opened.processor))

@@ -4,11 +4,10 @@ Weights go from file to file, one at a time. What was written is then read back,
 """
 
 import gc
-import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from types import ModuleType
+from typing import NamedTuple
 
 from tqdm import tqdm
 from transformers import ProcessorMixin
@@ -60,19 +59,35 @@ def export_checkpoint(
     opened = open_for_export(name)
     if format_name in EXPORT_FORMATS:
         return _export_llava(opened, out, format_name, vision_tower, largest_shard)
-    exporting = exporting_module(format_name)
-    export = exporting.export_gguf if format_name == "gguf" else exporting.export_onnx
-    return export(opened, out, dtype)
+    return find_exporter(format_name).export(opened, out, dtype)
 
 
-def exporting_module(format_name: str) -> ModuleType:
-    """Return the module that exports to a format which needs further packages.
+class Exporter(NamedTuple):
+    """What exports to a format that needs further packages.
+
+    Attributes:
+        find_incompatibilities: returns every reason why a model of a configuration and processor does not fit.
+        export: writes an opened checkpoint into a new folder, in a precision; returns what differs, as sentences.
+    """
+
+    find_incompatibilities: Callable[[VLMConfig, VLMProcessor], Iterable[str]]
+    export: Callable[[OpenedCheckpoint, Path, str | None], list[str]]
+
+
+def find_exporter(format_name: str) -> Exporter:
+    """Return what exports to `gguf` or `onnx`.
 
     Raises:
         ValueError: a package is missing.
     """
     try:
-        return importlib.import_module(f"vlm.hub.{format_name}.exporting")
+        if format_name == "gguf":
+            from vlm.hub.gguf import exporting as gguf
+
+            return Exporter(gguf.find_incompatibilities, gguf.export_gguf)
+        from vlm.hub.onnx import exporting as onnx
+
+        return Exporter(onnx.find_incompatibilities, onnx.export_onnx)
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--format {format_name} needs the package {error.name}: pip install 'small-vlm[export]'"

@@ -226,7 +226,7 @@ def describe_verdict(settings: Sequence[Setting], metric: str, sign: int, *, in_
 def _describe_unvaried(setting: Setting, metric: str) -> str:
     """Return what runs of the same settings came to."""
     number = len(setting.runs)
-    which = "Nothing was varied in the one run" if number == 1 else f"Nothing was varied but the seed in {number} runs"
+    which = "There is one run to compare" if number == 1 else f"Nothing was varied but the seed in {number} runs"
     return f"{which}: {metric} is {_describe_mean(setting)}."
 
 
