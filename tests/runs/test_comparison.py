@@ -70,6 +70,17 @@ def test_other_records_are_not_paired(tmp_path: Path, pair: list[RunDirectory]):
     assert difference.low < difference.value == 0.5
 
 
+def test_answers_are_paired_for_each_pair_of_runs(tmp_path: Path, pair: list[RunDirectory]):
+    """A third run without an evaluation, or with one of other records, changes nothing for the others."""
+    (alone,) = [row for row in RunComparison(pair).metrics if row.metric == "exact_match"]
+    bare, other = write_run(tmp_path / "bare"), write_run(tmp_path / "other")
+    write_answers(other, [1] * 30, first=7)
+    runs = [*pair, RunDirectory(bare), RunDirectory(other)]
+    (row,) = [row for row in RunComparison(runs).metrics if row.metric == "exact_match"]
+    assert row.differences[0] == alone.differences[0]
+    assert [row.is_paired(number) for number in range(3)] == [True, False, False]
+
+
 def test_losses_of_the_same_records_are_paired(tmp_path: Path):
     """Of more than two runs, those that were evaluated on the records of the first."""
     hardness, runs = np.linspace(1, 9, 40), []

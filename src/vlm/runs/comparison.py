@@ -6,7 +6,7 @@ of both runs.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from string import ascii_uppercase
@@ -143,10 +143,12 @@ class RunComparison:
         rows = []
         for name in dict.fromkeys(name for evaluations in found for name in evaluations):
             evaluations = [one.get(name) for one in found]
-            paired, sums = _PairedAnswers(evaluations), [_read_record_sums(one) for one in evaluations]
+            answers, sums = list(map(_Answers, evaluations)), list(map(_read_record_sums, evaluations))
             for metric in dict.fromkeys(metric for one in evaluations if one is not None for metric in one.scores):
                 scores = [_evaluated_score(one, metric) for one in evaluations]
-                pairs = paired.differences(metric) or [paired_metric(sums[0], other, metric) for other in sums[1:]]
+                pairs = [_paired_answers(answers[0], other, metric) for other in answers[1:]]
+                losses = [paired_metric(sums[0], other, metric) for other in sums[1:]]
+                pairs = [loss if pair is None else pair for pair, loss in zip(pairs, losses, strict=True)]
                 rows.append(_make_row(name, metric, scores, pairs))
         return rows
 
@@ -245,42 +247,44 @@ def _difference(first: Score, other: Score) -> Score | None:
     return Score(difference, difference - low, difference + high)
 
 
-class _PairedAnswers:
-    """The answers of runs to the records of one evaluation, where all of them answered the same ones."""
+class _Answers:
+    """A run's answers to the records of one evaluation, with the metrics of each.
 
-    def __init__(self, evaluations: Sequence[Evaluation | None]):
-        tables = [None if one is None else _read_answers(one) for one in evaluations]
-        self.tables: list[Mapping[tuple[str, ...], JsonObject]] = []
-        if all(table for table in tables) and len({tuple(table) for table in tables if table}) == 1:
-            self.tables = [table for table in tables if table]
+    Attributes:
+        rows: record -> its row of `answers.jsonl`; empty without an evaluation.
+    """
 
-    def values(self, metric: str) -> list[np.ndarray] | None:
-        """Return a metric of each answer, `(records,)` for each run; None if it has no value for each."""
+    def __init__(self, evaluation: Evaluation | None):
+        self.rows = {} if evaluation is None else _read_answers(evaluation)
+        self._values: dict[str, np.ndarray | None] = {}
+
+    def values(self, metric: str) -> np.ndarray | None:
+        """Return a metric of each answer, `(records,)`; None if it has no value for each."""
+        if metric not in self._values:
+            self._values[metric] = self._measure(metric)
+        return self._values[metric]
+
+    def _measure(self, metric: str) -> np.ndarray | None:
         if metric not in METRICS:
             return None
-        columns = []
-        for table in self.tables:
-            rows = list(table.values())
-            references = [
-                [str(text) for text in list_at(row, "references")] or [text_at(row, "reference")] for row in rows
-            ]
-            try:
-                values = np.asarray(METRICS[metric]([text_at(row, "answer") for row in rows], references), np.float64)
-            except (ImportError, ValueError):  # its library is not installed
-                return None
-            if values.shape != (len(rows),):
-                return None
-            columns.append(values)
-        return columns
-
-    def differences(self, metric: str) -> list[Score | None] | None:
-        """Return each run's metric minus the first one's, paired; None if it cannot be paired."""
-        columns = self.values(metric) if self.tables else None
-        if columns is None:
+        rows = list(self.rows.values())
+        references = [[str(text) for text in list_at(row, "references")] or [text_at(row, "reference")] for row in rows]
+        try:
+            values = np.asarray(METRICS[metric]([text_at(row, "answer") for row in rows], references), np.float64)
+        except (ImportError, ValueError):  # its library is not installed
             return None
-        units = units_of([text_at(row, "image_path") for row in self.tables[0].values()])
-        is_bounded = metric not in UNBOUNDED_METRICS
-        return [paired_difference(columns[0], other, units, is_bounded=is_bounded) for other in columns[1:]]
+        return values if values.shape == (len(rows),) else None
+
+
+def _paired_answers(first: _Answers, other: _Answers, metric: str) -> Score | None:
+    """Return a metric of `other` minus that of `first`; None if they did not answer the same records."""
+    if not first.rows or tuple(first.rows) != tuple(other.rows):
+        return None
+    before, after = first.values(metric), other.values(metric)
+    if before is None or after is None:
+        return None
+    units = units_of([text_at(row, "image_path") for row in first.rows.values()])
+    return paired_difference(before, after, units, is_bounded=metric not in UNBOUNDED_METRICS)
 
 
 def _read_record_sums(evaluation: Evaluation | None) -> EvaluatedRecords | None:
