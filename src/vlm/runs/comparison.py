@@ -17,7 +17,7 @@ from vlm.config.short_names import show_value
 from vlm.evaluation.bootstrap import Score
 from vlm.evaluation.paired import paired_difference, units_of
 from vlm.evaluation.text_metrics import METRICS, UNBOUNDED_METRICS
-from vlm.runs.differences import differing_settings
+from vlm.runs.differences import are_comparable, differing_settings
 from vlm.runs.evaluated_records import (
     RECORD_SUMS_FILE,
     EvaluatedRecords,
@@ -39,6 +39,7 @@ NEUTRAL_METRICS = frozenset({
     "image_gain", "retrieval_chance", "pope_yes", "chair_objects", "reward_chosen", "reward_rejected", "kl",
 })  # fmt: skip
 """Metrics of which neither more nor less is better in itself, and those of blank images."""
+NOT_COMPARABLE = "not comparable"
 MAX_WIDTH = 32
 """If the names have more characters in all, tables show letters instead."""
 
@@ -52,8 +53,10 @@ class MetricRow:
         metric: its name.
         scores: its value in each run with its interval; None if a run does not have it.
         differences: for each run but the first, its value minus the first run's, with its interval; None if either
-            lacks it.
+            lacks it, or they are not comparable.
         paired: for each difference, whether it is of the same records; empty: none is.
+        incomparable: for each difference, whether both have the metric, but as another quantity or on other data;
+            empty: none does.
     """
 
     place: str
@@ -61,16 +64,19 @@ class MetricRow:
     scores: list[Score | None]
     differences: list[Score | None]
     paired: Sequence[bool] = ()
+    incomparable: Sequence[bool] = ()
 
     def is_paired(self, number: int) -> bool:
         """Return whether a difference is of the same records."""
         return bool(self.paired) and self.paired[number]
 
     def verdict(self, number: int) -> str:
-        """Return whether a run is better than the first: `better`, `worse`, `within noise`.
+        """Return whether a run is better than the first: `better`, `worse`, `within noise`, or `not comparable`.
 
         Empty if that is unknown, and for metrics that are neither good nor bad in themselves.
         """
+        if self.incomparable and self.incomparable[number]:
+            return NOT_COMPARABLE
         difference = self.differences[number]
         if (
             "blank" in self.metric
@@ -135,7 +141,8 @@ class RunComparison:
             scores = [_logged_score(run, name) for run in self.runs]
             if any(scores):
                 pairs = [_paired_logged(self.runs[0], other, name) for other in self.runs[1:]]
-                rows.append(_make_row("training", name, scores, pairs))
+                row = _make_row("training", name, scores, pairs)
+                rows.append(_without_incomparable(row, [are_comparable(self.runs[0], o, name) for o in self.runs[1:]]))
         return rows
 
     def _evaluated_metrics(self) -> list[MetricRow]:
@@ -199,6 +206,15 @@ def _make_row(place: str, metric: str, scores: list[Score | None], pairs: Sequen
     pairs = pairs or [None] * len(differences)
     chosen = [other if pair is None else pair for pair, other in zip(pairs, differences, strict=True)]
     return MetricRow(place, metric, scores, chosen, [pair is not None for pair in pairs])
+
+
+def _without_incomparable(row: MetricRow, comparable: Sequence[bool]) -> MetricRow:
+    """Return a row without the differences from runs that `comparable` excludes."""
+    differences = [one if kept else None for one, kept in zip(row.differences, comparable, strict=True)]
+    has_both = [row.scores[0] is not None and score is not None for score in row.scores[1:]]
+    incomparable = [both and not kept for both, kept in zip(has_both, comparable, strict=True)]
+    paired = [pair and kept for pair, kept in zip(row.paired, comparable, strict=True)]
+    return MetricRow(row.place, row.metric, row.scores, differences, paired, incomparable)
 
 
 def _paired_logged(first: RunDirectory, other: RunDirectory, name: str) -> Score | None:

@@ -9,7 +9,7 @@ from vlm.config.html_page import html_page
 from vlm.config.short_names import show_value
 from vlm.evaluation.bootstrap import Score
 from vlm.runs.charts import Curve, draw_figure
-from vlm.runs.comparison import MetricRow, RunComparison, sparkline
+from vlm.runs.comparison import NOT_COMPARABLE, MetricRow, RunComparison, sparkline
 from vlm.runs.html import STYLE, ImageBudget, section, table, text
 from vlm.runs.listing import RunTable
 from vlm.runs.report_outcomes import THUMBNAIL, show_score
@@ -27,6 +27,9 @@ INDEPENDENT = (
     "Differences are relative to the first run, with 95% intervals over records. Paired intervals compare the same "
     "records; the others treat the runs as independent, so they are too wide if both runs were evaluated on the same "
     "records. No interval covers what another seed would change."
+)
+NOT_COMPARABLE_NOTE = (
+    "Losses of different objectives or heads, and metrics on different evaluation data, are not comparable. "
 )
 MORE_STYLE = """\
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:.4rem 1rem}
@@ -84,7 +87,8 @@ def _metric_rows(comparison: RunComparison) -> Iterator[tuple[MetricRow, tuple[s
         cells = ["" if score is None else _show(score) for score in row.scores]
         for number, difference in enumerate(row.differences):
             if difference is None or difference.value is None:
-                cells.append("")
+                verdict = row.verdict(number)
+                cells.append(verdict if verdict == NOT_COMPARABLE else "")
                 continue
             shown = f"{'+' if difference.value > 0 else ''}{_show(difference)}"
             cells.append(
@@ -114,7 +118,8 @@ def _metrics_text(comparison: RunComparison) -> str:
 def _notes(comparison: RunComparison) -> str:
     """Return the notes that explain the metrics."""
     others = "The runs were evaluated on different records during training. " if comparison.has_other_records else ""
-    return others + INDEPENDENT
+    shown = [row.verdict(number) for row in comparison.metrics for number in range(len(row.differences))]
+    return others + (NOT_COMPARABLE_NOTE if NOT_COMPARABLE in shown else "") + INDEPENDENT
 
 
 def _has(comparison: RunComparison, name: str) -> bool:
