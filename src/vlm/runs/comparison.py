@@ -7,7 +7,7 @@ of both runs.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from string import ascii_uppercase
 
@@ -57,6 +57,7 @@ class MetricRow:
         paired: for each difference, whether it is of the same records; empty: none is.
         incomparable: for each difference, whether both have the metric, but as another quantity or on other data;
             empty: none does.
+        other_weights: for each score, whether it is of weights that the run's model no longer has; empty: none is.
     """
 
     place: str
@@ -65,6 +66,7 @@ class MetricRow:
     differences: list[Score | None]
     paired: Sequence[bool] = ()
     incomparable: Sequence[bool] = ()
+    other_weights: Sequence[bool] = ()
 
     def is_paired(self, number: int) -> bool:
         """Return whether a difference is of the same records."""
@@ -156,7 +158,9 @@ class RunComparison:
                 pairs = [_paired_answers(answers[0], other, metric) for other in answers[1:]]
                 losses = [paired_metric(sums[0], other, metric) for other in sums[1:]]
                 pairs = [loss if pair is None else pair for pair, loss in zip(pairs, losses, strict=True)]
-                rows.append(_make_row(name, metric, scores, pairs))
+                stale = [one is not None and one.is_of_other_weights for one in evaluations]
+                row = replace(_make_row(name, metric, scores, pairs), other_weights=stale)
+                rows.append(_without_incomparable(row, [not stale[0] and not other for other in stale[1:]]))
         return rows
 
     def _head_metrics(self) -> list[MetricRow]:
@@ -214,7 +218,7 @@ def _without_incomparable(row: MetricRow, comparable: Sequence[bool]) -> MetricR
     has_both = [row.scores[0] is not None and score is not None for score in row.scores[1:]]
     incomparable = [both and not kept for both, kept in zip(has_both, comparable, strict=True)]
     paired = [pair and kept for pair, kept in zip(row.paired, comparable, strict=True)]
-    return MetricRow(row.place, row.metric, row.scores, differences, paired, incomparable)
+    return replace(row, differences=differences, paired=paired, incomparable=incomparable)
 
 
 def _paired_logged(first: RunDirectory, other: RunDirectory, name: str) -> Score | None:

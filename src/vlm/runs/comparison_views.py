@@ -12,7 +12,7 @@ from vlm.runs.charts import Curve, draw_figure
 from vlm.runs.comparison import NOT_COMPARABLE, MetricRow, RunComparison, sparkline
 from vlm.runs.html import STYLE, ImageBudget, section, table, text
 from vlm.runs.listing import RunTable
-from vlm.runs.report_outcomes import THUMBNAIL, show_score
+from vlm.runs.report_outcomes import OTHER_WEIGHTS, OTHER_WEIGHTS_NOTE, THUMBNAIL, show_score
 
 COLUMNS = ("state", "step", "loss", "eval_loss", "tokens_per_second", "duration")
 TITLES = ("run", "state", "step", "loss", "eval loss", "tokens/s", "duration")
@@ -84,7 +84,11 @@ def _cut(cell: str) -> str:
 
 def _metric_rows(comparison: RunComparison) -> Iterator[tuple[MetricRow, tuple[str, ...]]]:
     for row in comparison.metrics:
-        cells = ["" if score is None else _show(score) for score in row.scores]
+        stale = row.other_weights or [False] * len(row.scores)
+        cells = [
+            "" if score is None else _show(score) + (f" {OTHER_WEIGHTS}" if is_other else "")
+            for score, is_other in zip(row.scores, stale, strict=True)
+        ]
         for number, difference in enumerate(row.differences):
             if difference is None or difference.value is None:
                 verdict = row.verdict(number)
@@ -118,8 +122,11 @@ def _metrics_text(comparison: RunComparison) -> str:
 def _notes(comparison: RunComparison) -> str:
     """Return the notes that explain the metrics."""
     others = "The runs were evaluated on different records during training. " if comparison.has_other_records else ""
-    shown = [row.verdict(number) for row in comparison.metrics for number in range(len(row.differences))]
-    return others + (NOT_COMPARABLE_NOTE if NOT_COMPARABLE in shown else "") + INDEPENDENT
+    rows = comparison.metrics
+    stale = [row for row in rows if any(row.other_weights)]
+    if any(any(row.incomparable) for row in rows if row not in stale):
+        others += NOT_COMPARABLE_NOTE
+    return others + (f"{OTHER_WEIGHTS_NOTE} " if stale else "") + INDEPENDENT
 
 
 def _has(comparison: RunComparison, name: str) -> bool:

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.checks.weights import is_of_other_weights
 from vlm.config.secrets import mask, mask_settings
 from vlm.runs.files import (
     MEGABYTE,
@@ -72,12 +73,14 @@ class Evaluation:
         folder: where its `results.json` and its answers are.
         results: its `results.json`.
         scores: metric -> its value and the ends of its 95% interval, None if there are none.
+        is_of_other_weights: whether the run's checkpoint was replaced since.
     """
 
     name: str
     folder: Path
     results: JsonObject = field(default_factory=dict)
     scores: dict[str, tuple[float | None, float | None, float | None]] = field(default_factory=dict)
+    is_of_other_weights: bool = False
 
 
 class RunDirectory:
@@ -314,7 +317,8 @@ class RunDirectory:
             results = folder.json(file.name)
             name = file.parent.relative_to(self.path / "eval").as_posix()
             self.files.damaged |= {f"eval/{name}/{key}": why for key, why in folder.damaged.items()}
-            found.append(Evaluation("evaluation" if name == "." else name, file.parent, results, read_scores(results)))
+            name, stale = "evaluation" if name == "." else name, is_of_other_weights(results, self.path)
+            found.append(Evaluation(name, file.parent, results, read_scores(results), stale))
         return found
 
 
