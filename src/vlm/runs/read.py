@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from vlm.checks.weights import is_of_other_weights
 from vlm.config.secrets import mask, mask_settings
+from vlm.runs.durations import seconds_of_starts
 from vlm.runs.files import (
     MEGABYTE,
     Folder,
@@ -232,20 +233,23 @@ class RunDirectory:
 
     @cached_property
     def started(self) -> float | None:
-        """When the run first started, in seconds since 1970."""
+        """When the run last started, in seconds since 1970; of runs of earlier versions, when it first did."""
         told = [number_at(self.status, "started_at"), self.files.modified(CONFIG_FILE),
                 self.files.modified(COMMAND_FILE), self.files.modified(METRICS_FILE)]  # fmt: skip
         return next((moment for moment in told if moment is not None), None)
 
     @cached_property
     def seconds(self) -> float | None:
-        """How long the run has trained, in seconds: until now if it is alive, else until its last sign of life."""
+        """How long the run has trained, in seconds, over all its starts.
+
+        The last one lasts until now if it is alive, else until its last sign of life.
+        """
         if self.started is None:
             return None
         if self.is_alive:
-            return max(0.0, time.time() - self.started)
-        if (told := number_at(self.status, "updated_at")) is not None:
-            return max(0.0, told - self.started)
+            return seconds_of_starts(self.status | {"started_at": self.started}, time.time())
+        if number_at(self.status, "updated_at") is not None:
+            return seconds_of_starts(self.status | {"started_at": self.started})
         if len(self.commands) < 2 and (measured := self.last_metrics.last("train_runtime")) is not None:
             return measured
         last = self.files.modified(METRICS_FILE)
