@@ -11,8 +11,10 @@ from tests.runs.directories import logged, write_run, write_samples
 from vlm.cli import report as cli
 from vlm.runs import report
 from vlm.runs.html import ImageBudget, embed_image
+from vlm.runs.read import read_run
 from vlm.runs.report import try_to_write_report, write_report
 from vlm.runs.report_outcomes import group_reason
+from vlm.runs.report_parts import repeat
 
 VOID = ("meta", "img", "input", "br", "line", "circle", "polyline")
 EVIL = '<script>alert(1)</script><img src="http://elsewhere/x.png">'
@@ -105,6 +107,18 @@ def test_the_page_tells_everything_and_nothing_on_it_is_alive(run: Path):
     assert "hush12345" not in text
     assert text.count("data:image/") == 3
     assert "&lt;script&gt;" in text
+
+
+def test_the_configuration_is_that_of_the_last_start(run: Path):
+    changes = [("trainer.num_train_epochs", 2.0, 3.5), ("trainer.num_train_epochs", 3.5, 4.25), ("code.vlm", "a", "b")]
+    lines = [{"step": 10, "time": "t", "changes": {key: [old, new]}} for key, old, new in changes]
+    (run / "changes.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    page = repeat(read_run(run))
+    assert "num_train_epochs: 4.25" in page
+    assert "connector_learning_rate: 0.001" in page
+    assert "Configuration of the last start" in page
+    (run / "changes.jsonl").unlink()
+    assert "num_train_epochs: 2.0" in repeat(read_run(run))
 
 
 @pytest.mark.parametrize(

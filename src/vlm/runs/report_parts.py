@@ -295,6 +295,23 @@ def repeat(run: RunDirectory) -> str:
     if len(run.commands) > 1:
         parts.append(details(f"{len(run.commands) - 1} later starts, which resumed it",
                              f"<pre>{text(chr(10).join(run.commands[1:]), 20_000)}</pre>"))  # fmt: skip
-    shown = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else ""
-    parts.append(details("Configuration", f"<pre>{text(printable(shown), 200_000)}</pre>") if shown else "")
+    config = _present_config(run)
+    shown = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
+    title = "Configuration" + (" of the last start; config.yaml has that of the first" if run.changes else "")
+    parts.append(details(title, f"<pre>{text(printable(shown), 200_000)}</pre>") if shown else "")
     return "".join(parts)
+
+
+def _present_config(run: RunDirectory) -> JsonObject:
+    """Return the configuration with the values of the last start."""
+    changed = {key for change in run.changes for key in change.values}
+    return _with_values(run.config, {key: run.settings[key] for key in changed & run.settings.keys()})
+
+
+def _with_values(node: JsonObject, values: Mapping[str, object], prefix: str = "") -> JsonObject:
+    """Return a nested mapping with other values, given by dotted keys."""
+    return {
+        name: _with_values(mapping_at(item), values, f"{prefix}{name}.") if isinstance(item, Mapping)
+        else values.get(f"{prefix}{name}", item)
+        for name, item in node.items()
+    }  # fmt: skip
