@@ -62,6 +62,7 @@ TESTED_ELSEWHERE = {
     "config/serving_schema.py": "cli/test_serve.py",
     "config/training_fields.py": "config/test_schema.py",
     "train/monitor/progress_line.py": "train/monitor/test_recording.py",
+    "train/monitor/status.py": "train/monitor/test_recording.py",
     "train/preflight/findings.py": "train/preflight/test_report.py",
     "train/finish_counting.py": "data/test_counted_later.py",
     "data/batching/batch.py": "data/batching/test_collator.py",

@@ -16,6 +16,7 @@ from tests.command_line import refusal
 from tests.inference.test_generate import make_random_model
 from tests.tiny_parts import Parts
 from vlm import VisionLanguageModel, VLMForPrediction, VLMPredictionConfig
+from vlm.checks.weights import fingerprint
 from vlm.cli.main import main
 from vlm.config.dataset_schema import SourceConfig
 from vlm.data.blank_images import make_blank_image
@@ -68,6 +69,7 @@ def test_answers_and_losses_are_measured(checkpoint: Path, records: Path, capsys
     assert sorted(file.name for file in place.iterdir()) == written
     results = json.loads((place / "results.json").read_text())
     assert (results["records"], results["answered"]) == (8, 6)
+    assert results["weights"] == {"folder": checkpoint.name, "fingerprint": fingerprint(checkpoint)}
     assert results["metrics"]["exact_match"]["value"] == pytest.approx(4 / 6)
     assert results["metrics"]["exact_match"]["low"] < 4 / 6 < results["metrics"]["exact_match"]["high"]
     assert results["metrics"]["bleu"]["low"] is None

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from vlm.checks.weights import identify_weights
 from vlm.config.dataset_schema import SourceConfig
-from vlm.evaluation.output import read_first_samples, resolve_output_folder
+from vlm.evaluation.output import check_no_results, read_first_samples, resolve_output_folder
 
 
 def test_a_table_of_captions_is_told_its_format(tmp_path: Path):
@@ -46,3 +47,17 @@ def test_results_are_named_from_the_current_folder(tmp_path: Path, monkeypatch: 
     assert resolve_output_folder("outputs/run/final", "val", None) == Path("outputs/run/eval/val")
     monkeypatch.chdir(tmp_path / "outputs/run/final")
     assert resolve_output_folder(".", "val", None) == tmp_path / "outputs/run/eval/val"
+
+
+def test_a_refusal_says_that_results_are_of_other_weights(tmp_path: Path):
+    final, folder = tmp_path / "final", tmp_path / "eval" / "val"
+    folder.mkdir(parents=True)
+    final.mkdir()
+    (final / "model.safetensors").write_bytes(b"step 21")
+    (folder / "results.json").write_text(json.dumps({"weights": identify_weights(str(final), final)}))
+    with pytest.raises(ValueError, match="exists; choose another --output"):
+        check_no_results(folder, str(final), overwrite=False)
+    (final / "model.safetensors").write_bytes(b"step 28")
+    with pytest.raises(ValueError, match=r"of weights that .*final no longer has"):
+        check_no_results(folder, str(final), overwrite=False)
+    check_no_results(folder, str(final), overwrite=True)

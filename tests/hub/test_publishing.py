@@ -210,10 +210,13 @@ def test_hub_names_become_base_models_and_data_sets(parts: Parts, tmp_path: Path
     assert config["text_config"]["_name_or_path"] == "Qwen/Qwen2.5-0.5B"
 
 
-def test_a_comparison_of_models_in_a_run_is_no_evaluation_of_it(tmp_path: Path):
+def test_comparisons_of_models_and_evaluations_of_replaced_weights_are_not_in_the_card(tmp_path: Path):
     for name in ("config.yaml", "metrics.jsonl"):
         (tmp_path / name).touch()
-    found = {"val": {"metrics": {"accuracy": {"value": 0.5}}}, "gqa": {"results": []}, "compare": {"metrics": ["loss"]}}
+    (tmp_path / "final").mkdir()
+    accuracy = {"metrics": {"accuracy": {"value": 0.5}}}
+    replaced = accuracy | {"weights": {"folder": "final", "fingerprint": "of earlier weights"}}
+    found = {"val": accuracy, "replaced": replaced, "gqa": {"results": []}, "compare": {"metrics": ["loss"]}}
     for name, results in found.items():
         (tmp_path / "eval" / name).mkdir(parents=True)
         (tmp_path / "eval" / name / "results.json").write_text(json.dumps(results))

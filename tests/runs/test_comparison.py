@@ -17,6 +17,7 @@ from vlm.evaluation.record_sums import RecordSums
 from vlm.runs.comparison import RunComparison, short_paths, sparkline
 from vlm.runs.comparison_views import describe_comparison, make_comparison_page
 from vlm.runs.evaluated_records import RECORD_SUMS_FILE, EvaluatedRecords
+from vlm.runs.outcome import describe_verdict, group_by_setting
 from vlm.runs.read import RunDirectory
 
 
@@ -70,6 +71,17 @@ def test_other_records_are_not_paired(tmp_path: Path, pair: list[RunDirectory]):
     assert difference.low < difference.value == 0.5
 
 
+def test_answers_are_paired_for_each_pair_of_runs(tmp_path: Path, pair: list[RunDirectory]):
+    """A third run without an evaluation, or with one of other records, changes nothing for the others."""
+    (alone,) = [row for row in RunComparison(pair).metrics if row.metric == "exact_match"]
+    bare, other = write_run(tmp_path / "bare"), write_run(tmp_path / "other")
+    write_answers(other, [1] * 30, first=7)
+    runs = [*pair, RunDirectory(bare), RunDirectory(other)]
+    (row,) = [row for row in RunComparison(runs).metrics if row.metric == "exact_match"]
+    assert row.differences[0] == alone.differences[0]
+    assert [row.is_paired(number) for number in range(3)] == [True, False, False]
+
+
 def test_losses_of_the_same_records_are_paired(tmp_path: Path):
     """Of more than two runs, those that were evaluated on the records of the first."""
     hardness, runs = np.linspace(1, 9, 40), []
@@ -97,6 +109,39 @@ def test_losses_of_vlm_eval_are_paired_where_they_are_of_the_same_records(tmp_pa
     assert [row.is_paired(number) for number in (0, 1)] == [True, False]
     assert [row.verdict(number) for number in (0, 1)] == ["worse", "within noise"]
     assert "+0.1 [0.0968" in describe_comparison(RunComparison(runs))
+
+
+def test_the_loss_of_a_head_is_not_compared_with_that_of_text(tmp_path: Path):
+    line = {"step": 1, "loss": 2.0, "eval_loss": 2.0, "eval_loss_ci95": 0.1}
+    text = write_run(tmp_path / "text", [line])
+    settings = {"model.head.task": "multiclass", "trainer.objective": "prediction"}
+    better = {"eval_loss": 0.5, "loss": 0.5}
+    head = write_run(tmp_path / "head", [line | better], settings=settings)
+    distilled = write_run(tmp_path / "kd", [line | better], settings={"trainer.objective": "distillation"})
+    comparison = RunComparison(list(map(RunDirectory, (text, head, distilled))))
+    rows = {row.metric: row for row in comparison.metrics}
+    assert [rows["eval_loss"].verdict(number) for number in (0, 1)] == ["not comparable", "better"]
+    assert [rows["loss"].verdict(number) for number in (0, 1)] == ["not comparable", "not comparable"]
+    assert rows["eval_loss"].differences[0] is None
+    assert "different objectives or heads" in describe_comparison(comparison)
+    verdict = describe_verdict(group_by_setting(comparison.runs, "eval_loss"), "eval_loss", -1)
+    assert verdict.startswith("eval_loss is not comparable")
+
+
+def test_metrics_on_other_evaluation_data_are_not_compared(tmp_path: Path):
+    """A source that both runs were evaluated on still is."""
+    names, runs = ("eval_loss", "eval_exact_match", "eval_loss/photos"), []
+    for name, files in (("a", ["photos"]), ("b", ["photos", "charts"]), ("c", ["photos"])):
+        line = {"step": 1} | dict.fromkeys(names, 1.0) | {f"{metric}_ci95": 0.1 for metric in names}
+        folder = write_run(tmp_path / name, [line])
+        sources = [{"source": file, "fingerprint": f"digest of {file}"} for file in files]
+        (folder / "data.json").write_text(json.dumps({"eval": {"samples": 9, "sources": sources}}))
+        runs.append(RunDirectory(folder))
+    rows = {row.metric: [row.verdict(number) for number in (0, 1)] for row in RunComparison(runs).metrics}
+    assert rows == {
+        "eval_loss": ["not comparable", "within noise"], "eval_exact_match": ["not comparable", "within noise"],
+        "eval_loss/photos": ["within noise", "within noise"],
+    }  # fmt: skip
 
 
 def test_losses_and_gains_have_the_direction_that_is_better(tmp_path: Path):

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.runs.directories import logged, write_run, write_samples
+from vlm.checks.weights import identify_weights
+from vlm.runs.comparison import RunComparison
+from vlm.runs.comparison_views import describe_comparison
 from vlm.runs.read import RunDirectory, find_runs, read_run
+from vlm.runs.report import make_report
 
 
 def test_a_run_is_read_from_its_directory(tmp_path: Path):
@@ -95,6 +99,27 @@ def test_evaluations_have_scores_with_intervals(tmp_path: Path):
     assert {one.name: one.scores for one in read_run(folder).evaluations} == {
         "val": {"rouge": (0.5, 0.4, None)}, "vqa/x": {"gqa acc": (1, None, None)}
     }  # fmt: skip
+
+
+def test_evaluations_of_replaced_weights_are_marked(tmp_path: Path):
+    """In the report and in comparisons, where they count for nothing; unknown weights are not marked."""
+    folders = [write_run(tmp_path / name) for name in ("replaced", "kept", "unknown")]
+    for folder in folders:
+        (folder / "final" / "model.safetensors").write_bytes(b"step 21")
+        (folder / "eval" / "val").mkdir(parents=True)
+        results: dict[str, object] = {"metrics": {"rouge": {"value": 0.5, "low": 0.4, "high": 0.6}}}
+        if folder.name != "unknown":
+            results["weights"] = identify_weights(f"{folder}/final/", folder / "final")
+        (folder / "eval" / "val" / "results.json").write_text(json.dumps(results))
+    (folders[0] / "final" / "model.safetensors").write_bytes(b"step 28")
+    runs = list(map(read_run, folders))
+    assert [run.evaluations[0].is_of_other_weights for run in runs] == [True, False, False]
+    assert ["of other weights" in make_report(run) for run in runs] == [True, False, False]
+    (row,) = RunComparison([runs[1], runs[0], runs[2]]).metrics
+    assert [row.verdict(number) for number in (0, 1)] == ["not comparable", "within noise"]
+    shown = describe_comparison(RunComparison(runs))
+    assert "0.5 [0.4, 0.6] of other weights" in shown
+    assert "different objectives" not in shown
 
 
 def test_runs_are_found_in_folders_of_sweeps_and_nowhere_within_a_run(tmp_path: Path):

@@ -11,8 +11,10 @@ from tests.runs.directories import logged, write_run, write_samples
 from vlm.cli import report as cli
 from vlm.runs import report
 from vlm.runs.html import ImageBudget, embed_image
-from vlm.runs.report import try_to_write_report, write_report
+from vlm.runs.read import read_run
+from vlm.runs.report import make_report, try_to_write_report, write_report
 from vlm.runs.report_outcomes import group_reason
+from vlm.runs.report_parts import repeat
 
 VOID = ("meta", "img", "input", "br", "line", "circle", "polyline")
 EVIL = '<script>alert(1)</script><img src="http://elsewhere/x.png">'
@@ -98,13 +100,49 @@ def test_the_page_tells_everything_and_nothing_on_it_is_alive(run: Path):
     check_page(text)
     for shown in (
         "LoRA r=4: 10", "0123456789ab", "1,234", "0.5 [0.4, 0.6]", "a plain answer", "image file … does not exist",
-        "git checkout abc123", "python -m vlm -cn finetune-smol", "learning rate", "whole model", "123.4",
+        "git checkout abc123\nvlm -cn finetune-smol", "learning rate", "whole model", "123.4",
         "loss was infinite or undefined 1 times", "A guard found something", "0.5 ± 0.2", "from step",
     ):  # fmt: skip
         assert shown in text, shown
     assert "hush12345" not in text
     assert text.count("data:image/") == 3
     assert "&lt;script&gt;" in text
+
+
+def test_commands_are_shown_as_they_are_typed(run: Path):
+    (run / "command.txt").write_text(
+        "/opt/my-env/bin/python3.12 /opt/my-env/bin/vlm -cn pretrain-smol 'a=b c'\n"
+        "/usr/bin/python -u -m vlm -cn x\npython train.py vlm\n/opt/python /home/me/vlm/train.py\n"
+    )
+    page = repeat(read_run(run))
+    assert "<pre>git checkout abc123\nvlm -cn pretrain-smol &#x27;a=b c&#x27;</pre>" in page
+    assert "<pre>vlm -cn x\npython train.py vlm\n/opt/python /home/me/vlm/train.py</pre>" in page
+    assert "3 later starts, which" in page
+    (run / "command.txt").write_text("python -m vlm -cn x\n" * 2)
+    assert "1 later start, which resumed it" in repeat(read_run(run))
+
+
+def test_the_peak_memory_is_the_same_everywhere(run: Path):
+    """That of the whole run, and not that of the last log before it."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 30, "loss": 1.0, "peak_memory_gib": 0.9581}) + "\n")
+    assert "0.9581 GiB" in make_report(read_run(run))
+    (run / "speed.json").write_text(json.dumps({"peak_memory_gib": 0.97851}))
+    page = make_report(read_run(run))
+    assert "0.9785 GiB" in page
+    assert "0.958" not in page
+
+
+def test_the_configuration_is_that_of_the_last_start(run: Path):
+    changes = [("trainer.num_train_epochs", 2.0, 3.5), ("trainer.num_train_epochs", 3.5, 4.25), ("code.vlm", "a", "b")]
+    lines = [{"step": 10, "time": "t", "changes": {key: [old, new]}} for key, old, new in changes]
+    (run / "changes.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    page = repeat(read_run(run))
+    assert "num_train_epochs: 4.25" in page
+    assert "connector_learning_rate: 0.001" in page
+    assert "Configuration of the last start" in page
+    (run / "changes.jsonl").unlink()
+    assert "num_train_epochs: 2.0" in repeat(read_run(run))
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ from tests.command_line import refusal
 from tests.families.tiny_families import TINY
 from tests.fixtures import compose_config, losses
 from tests.tiny_parts import picture
-from vlm.assembly.adapter_base import BASE_FILE, fingerprint
+from vlm.assembly.adapter_base import BASE_FILE
 from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS
 from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.resolve import load_weights, resolve_model
+from vlm.checks.weights import fingerprint
 from vlm.cli.main import main
 from vlm.config.schema import LoraConfig, LoraPartConfig
 from vlm.config.shown import printable

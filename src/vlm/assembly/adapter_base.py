@@ -3,7 +3,6 @@
 `base.json` records it. To let a run start from another kind of base, add it to `make_base`.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -13,7 +12,8 @@ from transformers.utils import cached_file
 
 from vlm.assembly.encoders import encoder_sources
 from vlm.assembly.quantization import quantized_parts
-from vlm.checks.checkpoint_files import MAX_SHOWN, check_regular, read_object, shown
+from vlm.checks.checkpoint_files import MAX_SHOWN, read_object, shown
+from vlm.checks.weights import fingerprint
 from vlm.config.derived import BASE_FILE
 from vlm.config.model_schema import EncoderConfig, LanguageModelConfig, ModelConfig
 from vlm.config.recorded import Recipe, current_key, read_recipe
@@ -21,16 +21,6 @@ from vlm.config.schema import PARTS, RunConfig
 
 WHOLE_CHECKPOINT = "checkpoint"
 """The name of the only source of a base that is one checkpoint."""
-
-WEIGHT_FILE_PATTERNS = (
-    ("model*.safetensors",),
-    ("pytorch_model*.bin",),
-    ("adapter_model.safetensors", "non_lora_trainables.safetensors"),
-)
-"""Patterns of files with weights; the first line that matches a file counts."""
-
-NUM_FINGERPRINT_PIECES = 16
-FINGERPRINT_PIECE_BYTES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -85,26 +75,6 @@ def make_source(name: str, revision: str | None) -> Source:
     assert config_file is not None
     folder = Path(config_file).parent
     return Source(name, folder.name if folder.parent.name == "snapshots" else revision, fingerprint(folder))
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a hash of the sizes of the files with weights, and of pieces of each.
-
-    The hash is fast to compute, and differs between training runs. Pieces are spread evenly; the first is at the
-    beginning, where composed models have their connector.
-    """
-    files: list[Path] = []
-    for patterns in WEIGHT_FILE_PATTERNS:
-        files = files or sorted(file for pattern in patterns for file in folder.glob(pattern))
-    digest = hashlib.sha256()
-    for file in files:
-        size = check_regular(file)
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as opened:
-            for step in range(NUM_FINGERPRINT_PIECES):
-                opened.seek(step * size // NUM_FINGERPRINT_PIECES)
-                digest.update(opened.read(FINGERPRINT_PIECE_BYTES))
-    return digest.hexdigest()[:32]
 
 
 def read_base(folder: Path, base_paths: Sequence[str] = ()) -> Base:

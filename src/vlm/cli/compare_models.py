@@ -149,9 +149,9 @@ def _stamp(config: SourceConfig) -> object:
 
 def _checkpoint(args: argparse.Namespace, name: str) -> "ComparedCheckpoint":
     """Return a checkpoint that is loaded as the command says; only an adapter gets `--base`."""
-    from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import is_adapter_checkpoint, local_folder
     from vlm.assembly.checkpoint import open_checkpoint
+    from vlm.checks.weights import fingerprint
     from vlm.data.cache import json_digest
     from vlm.evaluation.comparison.checkpoints import ComparedCheckpoint
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from vlm.checks.weights import identify_weights
 from vlm.cli.model_options import add_generation_options, load_model, read_inference_settings
 from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
 from vlm.config.choices import ANSWER_METRICS, HALLUCINATION_METRICS, LOSS_METRICS, OBJECT_METRICS
@@ -98,18 +99,18 @@ def _evaluate_records(args: argparse.Namespace) -> None:
             f"--retrieval-candidates {candidates}: it needs --metrics retrieval; add that, or leave it out"
         )
     folder = resolve_output_folder(args.checkpoint, Path(args.input).stem, args.output)
-    check_no_results(folder, overwrite=args.overwrite)
+    check_no_results(folder, args.checkpoint, overwrite=args.overwrite)
     config, settings = source_config(args), read_inference_settings(args)
     check_references(config, names)
 
-    from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
     from vlm.data.cache import json_digest, resolve_cache_folder
     from vlm.evaluation.records import evaluate, write_results
 
     model = load_model(args, settings)
     print(f"Results go to {folder}")
-    loaded_as = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
+    weights = identify_weights(args.checkpoint, local_folder(args.checkpoint))
+    loaded_as = weights["fingerprint"], args.dtype, args.quantization
     evaluation = evaluate(
         model, config, names, folder, settings, cache=resolve_cache_folder(None), fingerprint=json_digest(loaded_as),
         batch_size=args.batch_size, num_workers=args.num_workers, max_frames=args.max_frames, seed=args.seed,
@@ -117,7 +118,7 @@ def _evaluate_records(args: argparse.Namespace) -> None:
     )  # fmt: skip
     generation = {} if set(names) <= set(LOSS_METRICS) else {"inference": vars(settings), "seed": args.seed}
     _write_record_sums(folder, evaluation)
-    write_results(folder, evaluation, {**_describe_run(args), "data": args.input, **generation})
+    write_results(folder, evaluation, {**_describe_run(args), "weights": weights, "data": args.input, **generation})
     print(printable(f"\n{evaluation.records:,} records\n\n{evaluation}\n\nResults: {folder / 'results.json'}"))
 
 
@@ -143,9 +144,10 @@ def _run_tasks(args: argparse.Namespace) -> None:
     if args.include_path is not None and not args.include_path.is_dir():
         raise ValueError(f"--include-path {args.include_path}: no such folder (seen from {Path.cwd()})")
     folder = resolve_output_folder(args.checkpoint, "+".join(tasks)[:80], args.output)
-    check_no_results(folder, overwrite=args.overwrite)
+    check_no_results(folder, args.checkpoint, overwrite=args.overwrite)
     python = lmms_run.find_interpreter(args.lmms_eval_python)
 
+    from vlm.assembly.adapter_folder import local_folder
     from vlm.assembly.checkpoint import open_checkpoint
 
     open_checkpoint(args.checkpoint).check_heads(expected=False)
@@ -160,7 +162,9 @@ def _run_tasks(args: argparse.Namespace) -> None:
     )
     scores = lmms_run.parse_scores(results)
     rows = lmms_run.make_rows(scores)
-    write_json(folder, {**_describe_run(args), "limit": args.limit, "results": lmms_run.scores_to_json(scores)})
+    weights = identify_weights(args.checkpoint, local_folder(args.checkpoint))
+    content = {"weights": weights, "limit": args.limit, "results": lmms_run.scores_to_json(scores)}
+    write_json(folder, {**_describe_run(args), **content})
     limited = [] if args.limit is None else [f"Only part of each task was evaluated (--limit {args.limit:g})."]
     parts = [f"`{args.checkpoint}`", tabulate(rows, "firstrow", tablefmt="github", disable_numparse=True), *limited]
     (folder / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")

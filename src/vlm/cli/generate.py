@@ -53,8 +53,8 @@ def _generate_one(args: argparse.Namespace, settings: InferenceConfig) -> None:
 
 def _generate_file(args: argparse.Namespace, settings: InferenceConfig) -> None:
     """Write the table of answers, and print how many records it has."""
-    from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
+    from vlm.checks.weights import fingerprint
     from vlm.data.cache import json_digest, resolve_cache_folder
     from vlm.evaluation.output import read_first_samples
     from vlm.inference.generate_file import generate_file

@@ -109,8 +109,8 @@ def _predict_one(args: argparse.Namespace) -> None:
 
 def _predict_file(args: argparse.Namespace) -> None:
     """Write the table of predictions, and print metrics where the records have labels; or write vectors."""
-    from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
+    from vlm.checks.weights import fingerprint
     from vlm.data.cache import resolve_cache_folder
     from vlm.evaluation.embed_file import embed_file
     from vlm.evaluation.output import read_first_samples

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+from vlm.checks.checkpoint_files import read_object
+from vlm.checks.weights import is_of_other_weights
 from vlm.config.choices import LOSS_METRICS
 from vlm.config.dataset_schema import SourceConfig
 from vlm.config.secrets import mask_settings
@@ -52,11 +54,18 @@ def resolve_output_folder(checkpoint: str, data: str, requested: Path | None) ->
     return output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
 
 
-def check_no_results(folder: Path, *, overwrite: bool) -> None:
-    """Raise ValueError where a folder has results already."""
+def check_no_results(folder: Path, checkpoint: str, *, overwrite: bool) -> None:
+    """Raise ValueError where a folder has results already, which says so if a checkpoint has other weights since."""
     file = folder / "results.json"
-    if file.exists() and not overwrite:
-        raise ValueError(f"{file} exists; choose another --output, or add --overwrite")
+    if not file.exists() or overwrite:
+        return
+    content = read_object(file)
+    if Path(checkpoint).is_dir() and is_of_other_weights(content, Path(checkpoint).absolute().parent):
+        raise ValueError(
+            f"{file} exists, but is of weights that {checkpoint} no longer has; replace it with --overwrite, or choose "
+            "another --output"
+        )
+    raise ValueError(f"{file} exists; choose another --output, or add --overwrite")
 
 
 def read_first_samples(config: SourceConfig, option: str) -> list[Sample]:

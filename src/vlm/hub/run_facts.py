@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from vlm.checks.weights import is_of_other_weights
 from vlm.config.schema import PARTS, TRAIN_FLAGS
 from vlm.hub.cleaning import find_hub_name, last_path_component
 from vlm.hub.folders import JsonObject, read_json
@@ -37,7 +38,7 @@ class RunSummary:
     scores: JsonObject = field(default_factory=dict)
     """Set of records -> head -> measures."""
     evaluations: dict[str, JsonObject] = field(default_factory=dict)
-    """Name of an evaluation -> its `results.json`."""
+    """Name of an evaluation -> its `results.json`; those of weights that were replaced are left out."""
     plot: Path | None = None
     changes: list[JsonObject] = field(default_factory=list)
     """What was other at later starts: `step`, and `changes` of keys with two values each."""
@@ -123,7 +124,8 @@ def read_run(checkpoint: Path) -> RunSummary:
     for file in sorted((run / "eval").rglob("results.json")):
         name = file.parent.relative_to(run / "eval").as_posix()
         results = read_json(file)
-        if isinstance(results.get("metrics", {}), dict):  # a comparison of two models names its metrics in a list
+        is_comparison = not isinstance(results.get("metrics", {}), dict)  # of two models: it lists its metrics' names
+        if not is_comparison and not is_of_other_weights(results, run):
             evaluations["evaluation" if name == "." else name] = results
     return RunSummary(
         checkpoint, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}, _read_run_name(run),

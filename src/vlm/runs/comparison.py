@@ -6,8 +6,8 @@ of both runs.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from string import ascii_uppercase
 
@@ -17,7 +17,7 @@ from vlm.config.short_names import show_value
 from vlm.evaluation.bootstrap import Score
 from vlm.evaluation.paired import paired_difference, units_of
 from vlm.evaluation.text_metrics import METRICS, UNBOUNDED_METRICS
-from vlm.runs.differences import differing_settings
+from vlm.runs.differences import are_comparable, differing_settings
 from vlm.runs.evaluated_records import (
     RECORD_SUMS_FILE,
     EvaluatedRecords,
@@ -39,6 +39,7 @@ NEUTRAL_METRICS = frozenset({
     "image_gain", "retrieval_chance", "pope_yes", "chair_objects", "reward_chosen", "reward_rejected", "kl",
 })  # fmt: skip
 """Metrics of which neither more nor less is better in itself, and those of blank images."""
+NOT_COMPARABLE = "not comparable"
 MAX_WIDTH = 32
 """If the names have more characters in all, tables show letters instead."""
 
@@ -52,8 +53,11 @@ class MetricRow:
         metric: its name.
         scores: its value in each run with its interval; None if a run does not have it.
         differences: for each run but the first, its value minus the first run's, with its interval; None if either
-            lacks it.
+            lacks it, or they are not comparable.
         paired: for each difference, whether it is of the same records; empty: none is.
+        incomparable: for each difference, whether both have the metric, but as another quantity or on other data;
+            empty: none does.
+        other_weights: for each score, whether it is of weights that the run's model no longer has; empty: none is.
     """
 
     place: str
@@ -61,16 +65,20 @@ class MetricRow:
     scores: list[Score | None]
     differences: list[Score | None]
     paired: Sequence[bool] = ()
+    incomparable: Sequence[bool] = ()
+    other_weights: Sequence[bool] = ()
 
     def is_paired(self, number: int) -> bool:
         """Return whether a difference is of the same records."""
         return bool(self.paired) and self.paired[number]
 
     def verdict(self, number: int) -> str:
-        """Return whether a run is better than the first: `better`, `worse`, `within noise`.
+        """Return whether a run is better than the first: `better`, `worse`, `within noise`, or `not comparable`.
 
         Empty if that is unknown, and for metrics that are neither good nor bad in themselves.
         """
+        if self.incomparable and self.incomparable[number]:
+            return NOT_COMPARABLE
         difference = self.differences[number]
         if (
             "blank" in self.metric
@@ -135,7 +143,8 @@ class RunComparison:
             scores = [_logged_score(run, name) for run in self.runs]
             if any(scores):
                 pairs = [_paired_logged(self.runs[0], other, name) for other in self.runs[1:]]
-                rows.append(_make_row("training", name, scores, pairs))
+                row = _make_row("training", name, scores, pairs)
+                rows.append(_without_incomparable(row, [are_comparable(self.runs[0], o, name) for o in self.runs[1:]]))
         return rows
 
     def _evaluated_metrics(self) -> list[MetricRow]:
@@ -143,11 +152,15 @@ class RunComparison:
         rows = []
         for name in dict.fromkeys(name for evaluations in found for name in evaluations):
             evaluations = [one.get(name) for one in found]
-            paired, sums = _PairedAnswers(evaluations), [_read_record_sums(one) for one in evaluations]
+            answers, sums = list(map(_Answers, evaluations)), list(map(_read_record_sums, evaluations))
             for metric in dict.fromkeys(metric for one in evaluations if one is not None for metric in one.scores):
                 scores = [_evaluated_score(one, metric) for one in evaluations]
-                pairs = paired.differences(metric) or [paired_metric(sums[0], other, metric) for other in sums[1:]]
-                rows.append(_make_row(name, metric, scores, pairs))
+                pairs = [_paired_answers(answers[0], other, metric) for other in answers[1:]]
+                losses = [paired_metric(sums[0], other, metric) for other in sums[1:]]
+                pairs = [loss if pair is None else pair for pair, loss in zip(pairs, losses, strict=True)]
+                stale = [one is not None and one.is_of_other_weights for one in evaluations]
+                row = replace(_make_row(name, metric, scores, pairs), other_weights=stale)
+                rows.append(_without_incomparable(row, [not stale[0] and not other for other in stale[1:]]))
         return rows
 
     def _head_metrics(self) -> list[MetricRow]:
@@ -199,6 +212,15 @@ def _make_row(place: str, metric: str, scores: list[Score | None], pairs: Sequen
     return MetricRow(place, metric, scores, chosen, [pair is not None for pair in pairs])
 
 
+def _without_incomparable(row: MetricRow, comparable: Sequence[bool]) -> MetricRow:
+    """Return a row without the differences from runs that `comparable` excludes."""
+    differences = [one if kept else None for one, kept in zip(row.differences, comparable, strict=True)]
+    has_both = [row.scores[0] is not None and score is not None for score in row.scores[1:]]
+    incomparable = [both and not kept for both, kept in zip(has_both, comparable, strict=True)]
+    paired = [pair and kept for pair, kept in zip(row.paired, comparable, strict=True)]
+    return replace(row, differences=differences, paired=paired, incomparable=incomparable)
+
+
 def _paired_logged(first: RunDirectory, other: RunDirectory, name: str) -> Score | None:
     """Return the difference of a metric's last values on the same records; None if they cannot be paired."""
     columns = first.metrics.get(name), other.metrics.get(name)
@@ -245,42 +267,44 @@ def _difference(first: Score, other: Score) -> Score | None:
     return Score(difference, difference - low, difference + high)
 
 
-class _PairedAnswers:
-    """The answers of runs to the records of one evaluation, where all of them answered the same ones."""
+class _Answers:
+    """A run's answers to the records of one evaluation, with the metrics of each.
 
-    def __init__(self, evaluations: Sequence[Evaluation | None]):
-        tables = [None if one is None else _read_answers(one) for one in evaluations]
-        self.tables: list[Mapping[tuple[str, ...], JsonObject]] = []
-        if all(table for table in tables) and len({tuple(table) for table in tables if table}) == 1:
-            self.tables = [table for table in tables if table]
+    Attributes:
+        rows: record -> its row of `answers.jsonl`; empty without an evaluation.
+    """
 
-    def values(self, metric: str) -> list[np.ndarray] | None:
-        """Return a metric of each answer, `(records,)` for each run; None if it has no value for each."""
+    def __init__(self, evaluation: Evaluation | None):
+        self.rows = {} if evaluation is None else _read_answers(evaluation)
+        self._values: dict[str, np.ndarray | None] = {}
+
+    def values(self, metric: str) -> np.ndarray | None:
+        """Return a metric of each answer, `(records,)`; None if it has no value for each."""
+        if metric not in self._values:
+            self._values[metric] = self._measure(metric)
+        return self._values[metric]
+
+    def _measure(self, metric: str) -> np.ndarray | None:
         if metric not in METRICS:
             return None
-        columns = []
-        for table in self.tables:
-            rows = list(table.values())
-            references = [
-                [str(text) for text in list_at(row, "references")] or [text_at(row, "reference")] for row in rows
-            ]
-            try:
-                values = np.asarray(METRICS[metric]([text_at(row, "answer") for row in rows], references), np.float64)
-            except (ImportError, ValueError):  # its library is not installed
-                return None
-            if values.shape != (len(rows),):
-                return None
-            columns.append(values)
-        return columns
-
-    def differences(self, metric: str) -> list[Score | None] | None:
-        """Return each run's metric minus the first one's, paired; None if it cannot be paired."""
-        columns = self.values(metric) if self.tables else None
-        if columns is None:
+        rows = list(self.rows.values())
+        references = [[str(text) for text in list_at(row, "references")] or [text_at(row, "reference")] for row in rows]
+        try:
+            values = np.asarray(METRICS[metric]([text_at(row, "answer") for row in rows], references), np.float64)
+        except (ImportError, ValueError):  # its library is not installed
             return None
-        units = units_of([text_at(row, "image_path") for row in self.tables[0].values()])
-        is_bounded = metric not in UNBOUNDED_METRICS
-        return [paired_difference(columns[0], other, units, is_bounded=is_bounded) for other in columns[1:]]
+        return values if values.shape == (len(rows),) else None
+
+
+def _paired_answers(first: _Answers, other: _Answers, metric: str) -> Score | None:
+    """Return a metric of `other` minus that of `first`; None if they did not answer the same records."""
+    if not first.rows or tuple(first.rows) != tuple(other.rows):
+        return None
+    before, after = first.values(metric), other.values(metric)
+    if before is None or after is None:
+        return None
+    units = units_of([text_at(row, "image_path") for row in first.rows.values()])
+    return paired_difference(before, after, units, is_bounded=metric not in UNBOUNDED_METRICS)
 
 
 def _read_record_sums(evaluation: Evaluation | None) -> EvaluatedRecords | None:

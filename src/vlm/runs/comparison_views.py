@@ -9,10 +9,10 @@ from vlm.config.html_page import html_page
 from vlm.config.short_names import show_value
 from vlm.evaluation.bootstrap import Score
 from vlm.runs.charts import Curve, draw_figure
-from vlm.runs.comparison import MetricRow, RunComparison, sparkline
+from vlm.runs.comparison import NOT_COMPARABLE, MetricRow, RunComparison, sparkline
 from vlm.runs.html import STYLE, ImageBudget, section, table, text
 from vlm.runs.listing import RunTable
-from vlm.runs.report_outcomes import THUMBNAIL, show_score
+from vlm.runs.report_outcomes import OTHER_WEIGHTS, OTHER_WEIGHTS_NOTE, THUMBNAIL, show_score
 
 COLUMNS = ("state", "step", "loss", "eval_loss", "tokens_per_second", "duration")
 TITLES = ("run", "state", "step", "loss", "eval loss", "tokens/s", "duration")
@@ -27,6 +27,9 @@ INDEPENDENT = (
     "Differences are relative to the first run, with 95% intervals over records. Paired intervals compare the same "
     "records; the others treat the runs as independent, so they are too wide if both runs were evaluated on the same "
     "records. No interval covers what another seed would change."
+)
+NOT_COMPARABLE_NOTE = (
+    "Losses of different objectives or heads, and metrics on different evaluation data, are not comparable. "
 )
 MORE_STYLE = """\
 .answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(14rem,1fr));gap:.4rem 1rem}
@@ -81,10 +84,15 @@ def _cut(cell: str) -> str:
 
 def _metric_rows(comparison: RunComparison) -> Iterator[tuple[MetricRow, tuple[str, ...]]]:
     for row in comparison.metrics:
-        cells = ["" if score is None else _show(score) for score in row.scores]
+        stale = row.other_weights or [False] * len(row.scores)
+        cells = [
+            "" if score is None else _show(score) + (f" {OTHER_WEIGHTS}" if is_other else "")
+            for score, is_other in zip(row.scores, stale, strict=True)
+        ]
         for number, difference in enumerate(row.differences):
             if difference is None or difference.value is None:
-                cells.append("")
+                verdict = row.verdict(number)
+                cells.append(verdict if verdict == NOT_COMPARABLE else "")
                 continue
             shown = f"{'+' if difference.value > 0 else ''}{_show(difference)}"
             cells.append(
@@ -114,7 +122,11 @@ def _metrics_text(comparison: RunComparison) -> str:
 def _notes(comparison: RunComparison) -> str:
     """Return the notes that explain the metrics."""
     others = "The runs were evaluated on different records during training. " if comparison.has_other_records else ""
-    return others + INDEPENDENT
+    rows = comparison.metrics
+    stale = [row for row in rows if any(row.other_weights)]
+    if any(any(row.incomparable) for row in rows if row not in stale):
+        others += NOT_COMPARABLE_NOTE
+    return others + (f"{OTHER_WEIGHTS_NOTE} " if stale else "") + INDEPENDENT
 
 
 def _has(comparison: RunComparison, name: str) -> bool:

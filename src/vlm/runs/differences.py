@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from vlm.runs.files import as_number
+from vlm.runs.files import as_number, list_at, text_at
 from vlm.runs.read import RunDirectory
 
 PLACES = frozenset(
@@ -14,6 +14,13 @@ PLACES = frozenset(
 
 SEED_KEYS = ("trainer.seed", "trainer.data_seed")
 """Settings that change only random numbers."""
+
+SAME_EVALUATION_LOSS = {"distillation": "generation"}
+"""Objective -> another one whose evaluation loss is the same quantity, though its training loss is not."""
+HEAD_LOSS_WORDS = frozenset({"task", "loss", "loss_options", "class_weights", "label_smoothing", "weight"})
+"""Words in keys of `model.head` that the loss of a head depends on."""
+NOT_OF_THE_LOSS = "trainer.preference.reference"
+"""The one key of `trainer.preference` that says how the loss is computed, and not what it is."""
 
 MOST, MIN_FOR_MOST = 2 / 3, 4
 """The share of runs whose value counts as the usual one, and the minimum number of runs for this."""
@@ -92,3 +99,45 @@ def _usual_value(values: Sequence[object]) -> object:
     if count == len(values) or (len(values) >= MIN_FOR_MOST and count > MOST * len(values)):
         return next(found for found in values if repr(found) == value)
     return object()
+
+
+def are_comparable(one: RunDirectory, other: RunDirectory, metric: str) -> bool:
+    """Return whether a logged metric is the same quantity in two runs, on the same data, as far as it is known.
+
+    Losses of different objectives or heads are different quantities. Evaluation data are compared by their files: parts
+    that two seeds split off the same files count as the same data.
+    """
+    is_loss = "loss" in metric or metric == "eval_image_gain"
+    if is_loss and one.settings and other.settings and _loss_terms(one, metric) != _loss_terms(other, metric):
+        return False
+    if not metric.startswith("eval_"):
+        return True
+    source = metric.partition("/")[2]
+    data = _evaluation_files(one, source), _evaluation_files(other, source)
+    return data[0] == data[1] or not all(data)
+
+
+def _loss_terms(run: RunDirectory, metric: str) -> tuple[object, ...]:
+    """Return what the loss of a run is: its objective, and the settings of its heads or its preference loss."""
+    settings = run.settings
+    has_head = settings.get("model.head.task") is not None
+    objective = str(settings.get("trainer.objective") or ("prediction" if has_head else "generation"))
+    if metric.startswith("eval_"):
+        objective = SAME_EVALUATION_LOSS.get(objective, objective)
+    terms: dict[str, object] = {}
+    if objective == "preference":
+        terms = {key: value for key, value in settings.items() if key.startswith("trainer.preference.")}
+        terms.pop(NOT_OF_THE_LOSS, None)
+    elif has_head:
+        heads = {key: value for key, value in settings.items() if key.startswith("model.head.")}
+        terms = {key: value for key, value in heads.items() if HEAD_LOSS_WORDS & set(key.split("."))}
+    return objective, *sorted((key, repr(value)) for key, value in terms.items() if value is not None)
+
+
+def _evaluation_files(run: RunDirectory, source: str) -> list[str]:
+    """Return fingerprints of the files that a run was evaluated on, of one source if it is named; empty if unknown."""
+    if "eval" not in run.data:
+        return []
+    sources = list_at(run.data, "eval", "sources") or list_at(run.data, "train", "sources")  # split off these
+    files = [text_at(one, "fingerprint") for one in sources if source in ("", text_at(one, "source"))]
+    return sorted(files) if all(files) else []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from vlm.config.derived import lower_is_better
 from vlm.config.short_names import describe_values
-from vlm.runs.differences import SEED_KEYS, setting_of, varied_settings
+from vlm.runs.differences import SEED_KEYS, are_comparable, setting_of, varied_settings
 from vlm.runs.evaluated_records import EvaluatedRecords, paired_metric
 from vlm.runs.files import as_number
 from vlm.runs.read import RunDirectory
@@ -199,6 +199,9 @@ def describe_verdict(settings: Sequence[Setting], metric: str, sign: int, *, in_
     best, gaps = rank(settings, sign)
     if best is None:
         return f"No run has a value of {metric}, so none is best."
+    measured = [run for one in settings for run in one.runs if metric in run.metrics]
+    if not all(are_comparable(measured[0], run, metric) for run in measured[1:]):
+        return f"{metric} is not comparable: the runs have different objectives or heads, or different evaluation data."
     which = "highest" if sign > 0 else "lowest"
     text = f"Best by {metric} ({which}): {best}, {_describe_mean(best)}."
     if metric == TRAINING_LOSS:

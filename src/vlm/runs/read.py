@@ -13,7 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.checks.weights import is_of_other_weights
 from vlm.config.secrets import mask, mask_settings
+from vlm.runs.durations import seconds_of_starts
 from vlm.runs.files import (
     MEGABYTE,
     Folder,
@@ -72,12 +74,14 @@ class Evaluation:
         folder: where its `results.json` and its answers are.
         results: its `results.json`.
         scores: metric -> its value and the ends of its 95% interval, None if there are none.
+        is_of_other_weights: whether the run's checkpoint was replaced since.
     """
 
     name: str
     folder: Path
     results: JsonObject = field(default_factory=dict)
     scores: dict[str, tuple[float | None, float | None, float | None]] = field(default_factory=dict)
+    is_of_other_weights: bool = False
 
 
 class RunDirectory:
@@ -229,20 +233,23 @@ class RunDirectory:
 
     @cached_property
     def started(self) -> float | None:
-        """When the run first started, in seconds since 1970."""
+        """When the run last started, in seconds since 1970; of runs of earlier versions, when it first did."""
         told = [number_at(self.status, "started_at"), self.files.modified(CONFIG_FILE),
                 self.files.modified(COMMAND_FILE), self.files.modified(METRICS_FILE)]  # fmt: skip
         return next((moment for moment in told if moment is not None), None)
 
     @cached_property
     def seconds(self) -> float | None:
-        """How long the run has trained, in seconds: until now if it is alive, else until its last sign of life."""
+        """How long the run has trained, in seconds, over all its starts.
+
+        The last one lasts until now if it is alive, else until its last sign of life.
+        """
         if self.started is None:
             return None
         if self.is_alive:
-            return max(0.0, time.time() - self.started)
-        if (told := number_at(self.status, "updated_at")) is not None:
-            return max(0.0, told - self.started)
+            return seconds_of_starts(self.status | {"started_at": self.started}, time.time())
+        if number_at(self.status, "updated_at") is not None:
+            return seconds_of_starts(self.status | {"started_at": self.started})
         if len(self.commands) < 2 and (measured := self.last_metrics.last("train_runtime")) is not None:
             return measured
         last = self.files.modified(METRICS_FILE)
@@ -258,6 +265,12 @@ class RunDirectory:
         """Tokens per second: of the last logged steps while the run goes on, then of its whole last call."""
         whole = None if self.is_alive else number_at(self.speed, "tokens_per_second")
         return self.last_metrics.last("tokens_per_second") if whole is None else whole
+
+    @property
+    def peak_memory(self) -> float | None:
+        """Peak memory of a device in GiB: of the last call if it has ended, else as last logged."""
+        whole = None if self.is_alive else number_at(self.speed, "peak_memory_gib")
+        return self.last_metrics.last("peak_memory_gib") if whole is None else whole
 
     @cached_property
     def samples(self) -> dict[int, list[Answer]]:
@@ -314,7 +327,8 @@ class RunDirectory:
             results = folder.json(file.name)
             name = file.parent.relative_to(self.path / "eval").as_posix()
             self.files.damaged |= {f"eval/{name}/{key}": why for key, why in folder.damaged.items()}
-            found.append(Evaluation("evaluation" if name == "." else name, file.parent, results, read_scores(results)))
+            name, stale = "evaluation" if name == "." else name, is_of_other_weights(results, self.path)
+            found.append(Evaluation(name, file.parent, results, read_scores(results), stale))
         return found
 
 

@@ -63,7 +63,7 @@ def _tiles(run: RunDirectory) -> str:
         "evaluation loss": _number(last("eval_loss"), run.metrics.last_half_width("eval_loss")),
         "tokens/s": _number(run.tokens_per_second),
         "duration": "" if run.seconds is None else format_duration(run.seconds),
-        "peak memory": "" if (memory := last("peak_memory_gib")) is None else f"{memory:.3g} GiB",
+        "peak memory": "" if (memory := run.peak_memory) is None else f"{format_number(memory)} GiB",
     }
     tiles = "".join(f"<li><b>{text(fact)}</b><span>{name}</span></li>" for name, fact in facts.items() if fact)
     return f'<ul class="tiles">{tiles}</ul>'

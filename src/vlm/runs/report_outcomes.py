@@ -17,6 +17,10 @@ MAX_SAMPLES, MAX_STEPS = 12, 20
 """Number of samples of a step, and number of steps, that a page shows."""
 MAX_REASONS, MAX_EXAMPLES = 20, 3
 MAX_PLOTS = 40
+OTHER_WEIGHTS = "of other weights"
+OTHER_WEIGHTS_NOTE = (
+    "Results of other weights were measured before the run's model was replaced; vlm eval with --overwrite renews them."
+)
 THUMBNAIL = 224
 NO_METRICS = ("runtime", "samples_per_second", "steps_per_second")
 
@@ -41,7 +45,8 @@ def evaluation(run: RunDirectory, images: ImageBudget) -> str:
         rows = [(name, show_score(score)) for name, score in found.scores.items()]
         if rows:
             title = f"vlm eval: {found.name}" + (f", {records} records" if records else "")
-            parts.append(f"<h3>{text(title)}</h3>{table(('metric', 'value [95% interval]'), rows)}")
+            stale = f"<p class='warning'>{text(OTHER_WEIGHTS_NOTE)}</p>" if found.is_of_other_weights else ""
+            parts.append(f"<h3>{text(title)}</h3>{stale}{table(('metric', 'value [95% interval]'), rows)}")
     for file in run.files.files("before_after/moved.png"):
         if image := images.embed(file):
             parts.append(

@@ -3,6 +3,7 @@
 Each function returns HTML, empty if a run has nothing to say.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 
 import yaml
@@ -264,7 +265,8 @@ def resumes(run: RunDirectory) -> str:
     ]
     number = len(run.commands) - 1
     if not rows:
-        return f"<p>It was resumed {number} times, with the same settings.</p>" if number > 0 else ""
+        times = "once" if number == 1 else f"{number:,} times"
+        return f"<p>It was resumed {times}, with the same settings.</p>" if number > 0 else ""
     return table(("from step", "time", "key", "before", "from then on"), rows, numeric=(0,))
 
 
@@ -290,11 +292,34 @@ def repeat(run: RunDirectory) -> str:
         return ""
     git = text_at(run.versions, "git")
     lines = [f"git checkout {git}"] if git else []
-    lines += run.commands[:1]
+    commands = list(map(_shorten_command, run.commands))
+    lines += commands[:1]
     parts = [f"<pre>{text(chr(10).join(lines), 20_000)}</pre>"]
-    if len(run.commands) > 1:
-        parts.append(details(f"{len(run.commands) - 1} later starts, which resumed it",
-                             f"<pre>{text(chr(10).join(run.commands[1:]), 20_000)}</pre>"))  # fmt: skip
-    shown = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True) if run.config else ""
-    parts.append(details("Configuration", f"<pre>{text(printable(shown), 200_000)}</pre>") if shown else "")
+    if later := commands[1:]:
+        title = f"{len(later):,} later start{'s' if len(later) > 1 else ''}, which resumed it"
+        parts.append(details(title, f"<pre>{text(chr(10).join(later), 20_000)}</pre>"))
+    config = _present_config(run)
+    shown = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
+    title = "Configuration" + (" of the last start; config.yaml has that of the first" if run.changes else "")
+    parts.append(details(title, f"<pre>{text(printable(shown), 200_000)}</pre>") if shown else "")
     return "".join(parts)
+
+
+def _shorten_command(command: str) -> str:
+    """Return a command that begins with this machine's Python and `vlm` as `vlm …`; other commands as they are."""
+    return re.sub(r"^\S*\bpython[\d.]*(?: -u)? (?:-m vlm|(?:\S*/)?vlm)(?= |$)", "vlm", command)
+
+
+def _present_config(run: RunDirectory) -> JsonObject:
+    """Return the configuration with the values of the last start."""
+    changed = {key for change in run.changes for key in change.values}
+    return _with_values(run.config, {key: run.settings[key] for key in changed & run.settings.keys()})
+
+
+def _with_values(node: JsonObject, values: Mapping[str, object], prefix: str = "") -> JsonObject:
+    """Return a nested mapping with other values, given by dotted keys."""
+    return {
+        name: _with_values(mapping_at(item), values, f"{prefix}{name}.") if isinstance(item, Mapping)
+        else values.get(f"{prefix}{name}", item)
+        for name, item in node.items()
+    }  # fmt: skip

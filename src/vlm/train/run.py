@@ -91,7 +91,9 @@ def _run(config: RunConfig, name: str, overrides: Sequence[str], run_log: RunLog
             writes = args.process_index == 0
             with (
                 reporting(folder, is_writer=writes),
-                record_run(folder, run_log, config.trainer.alert_command, is_writer=writes) as status,
+                record_run(
+                    folder, run_log, config.trainer.alert_command, is_writer=writes, is_resumed=not start.is_first
+                ) as status,
             ):
                 _train(objective, model_config, processor, args, start, verdicts, status, name)
     return folder

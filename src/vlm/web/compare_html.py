@@ -13,7 +13,7 @@ from vlm.runs.listing import format_duration, format_number
 from vlm.runs.metrics import INTERVAL_SUFFIX
 from vlm.runs.outcome import describe_verdict, group_by_setting, metric_of, sign_of
 from vlm.runs.read import RunDirectory
-from vlm.runs.report_outcomes import show_score
+from vlm.runs.report_outcomes import OTHER_WEIGHTS, show_score
 from vlm.runs.samples import Answer
 
 MAX_SAMPLES = 8
@@ -71,7 +71,10 @@ def _measures(run: RunDirectory) -> dict[str, str]:
         width = run.metrics.last(f"{name}{INTERVAL_SUFFIX}")
         measures[name] = format_number(value) + ("" if width is None else f" ± {width:.2g}")
     for evaluation in run.evaluations:
-        measures |= {f"{evaluation.name}: {name}": show_score(score) for name, score in evaluation.scores.items()}
+        mark = f" {OTHER_WEIGHTS}" if evaluation.is_of_other_weights else ""
+        measures |= {
+            f"{evaluation.name}: {name}": show_score(score) + mark for name, score in evaluation.scores.items()
+        }
     return measures
 
 

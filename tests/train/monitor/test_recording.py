@@ -16,6 +16,7 @@ from transformers import TrainerControl
 
 from tests.fixtures import check_config, compose_config
 from vlm.checks.fields import ConfigError
+from vlm.runs.read import RunDirectory
 from vlm.train.guards.errors import GuardStop
 from vlm.train.monitor import progress_line
 from vlm.train.monitor.progress_line import ProgressLine
@@ -189,6 +190,18 @@ def test_a_state_ends_with_what_it_is_of(tmp_path: Path):
     status.renew(step=7)
     assert read_status(tmp_path)["step"] is None, "it is too young to be renewed"
     assert status.values["step"] == 7
+
+
+def test_a_resumed_run_keeps_the_duration_of_its_earlier_starts(tmp_path: Path):
+    for _ in range(3):
+        status = RunStatus(tmp_path, is_resumed=True)
+        status.values["started_at"] = time.time() - 60
+        status.update(state="stopped")
+    assert RunDirectory(tmp_path).seconds == pytest.approx(180, abs=2)
+    RunStatus(tmp_path).update(state="training")
+    assert RunDirectory(tmp_path).seconds == pytest.approx(0, abs=2)
+    (tmp_path / "status.json").write_text("{damaged")
+    assert RunStatus(tmp_path, is_resumed=True).values["earlier_seconds"] == 0
 
 
 def test_a_disk_that_is_away_does_not_end_a_run(tmp_path: Path):

@@ -17,7 +17,9 @@ DIVERGED, STUCK = "diverged", "stuck"
 
 
 @contextmanager
-def record_run(folder: Path, run_log: RunLog, alert_command: Sequence[str], *, is_writer: bool) -> Iterator[RunStatus]:
+def record_run(
+    folder: Path, run_log: RunLog, alert_command: Sequence[str], *, is_writer: bool, is_resumed: bool = False
+) -> Iterator[RunStatus]:
     """Context that keeps a run's log and status; at its end, the status and an alert say how the run ended.
 
     Args:
@@ -25,9 +27,10 @@ def record_run(folder: Path, run_log: RunLog, alert_command: Sequence[str], *, i
         run_log: receives all log messages, on every rank.
         alert_command: `trainer.alert_command`.
         is_writer: whether this rank writes the status and runs the command.
+        is_resumed: whether the run goes on with an earlier start in its directory.
     """
     run_log.open(folder)
-    status = RunStatus(folder if is_writer else None)
+    status = RunStatus(folder if is_writer else None, is_resumed=is_resumed)
     alert = partial(send_alert, alert_command) if is_writer else partial(send_alert, ())
     status.update(state=STARTING)
     try:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vlm.runs.durations import seconds_of_starts
+from vlm.runs.files import Folder
 from vlm.runs.status_line import STARTING, STATUS_FILE
 
 RENEWAL_SECONDS = 5.0
@@ -20,16 +22,24 @@ RENEWAL_SECONDS = 5.0
 EMPTY: dict[str, object] = {
     "state": STARTING, "step": None, "max_steps": None, "epoch": None, "loss": None, "loss_trend": None,
     "seconds_left": None, "tokens_per_second": None, "mfu": None, "memory_bytes": None, "waiting_share": None,
-    "learning_rates": {}, "started_at": None, "updated_at": None, "host": None, "pid": None, "message": None,
+    "learning_rates": {}, "started_at": None, "earlier_seconds": 0.0, "updated_at": None, "host": None, "pid": None,
+    "message": None,
 }  # fmt: skip
 
 
 class RunStatus:
-    """The status of a run. It is written by the rank that has a `folder`; with None, nothing is written."""
+    """The status of a run. It is written by the rank that has a `folder`; with None, nothing is written.
 
-    def __init__(self, folder: Path | None = None):
+    Args:
+        folder: the run directory.
+        is_resumed: whether the run goes on with the one in its directory, whose duration so far is then kept.
+    """
+
+    def __init__(self, folder: Path | None = None, *, is_resumed: bool = False):
         self.folder = folder
         self.values = EMPTY | {"started_at": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
+        if folder is not None and is_resumed:
+            self.values["earlier_seconds"] = seconds_of_starts(Folder(folder).json(STATUS_FILE))
 
     def update(self, **values: object) -> None:
         """Set new values, and write the file; a disk that is full or unreachable for a while does not end the run."""
