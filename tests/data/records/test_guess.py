@@ -195,6 +195,8 @@ def test_a_labelled_image_without_prompt_needs_one_option_more(folder: Path):
 
 def test_one_hint_in_the_words_of_the_command():
     told = reason_for({"picture": "a.png", "question": "what?", "answer": "that"}, "labelled", tool="clean")
+    asked = reason_for({"picture": "a.png", "question": "what?"}, "labelled", tool="clean")
+    assert asked.endswith("questions without answers: add --option prompt_key=question --option image_key=picture")
     assert told.endswith(
         "picture, question, answer; it looks like questions with answers: add --format question "
         "--option image_key=picture"

@@ -86,7 +86,7 @@ class Guess:
         """Return what reads such records, as options of a command; without the format and options that are given."""
         if (chosen := self._alternative(format_name)) is not None:
             return f"it looks like {self.what}: add {chosen.words(tool, format_name, given)}"
-        if self.alternatives:
+        if self.alternatives and self.advice == NEEDS_READER:
             ways = [f"{other.words(tool)} {condition}" for condition, other in self.alternatives.items()]
             return f"it looks like {self.what}: add {', or '.join(ways)}"
         if self.format is None:
@@ -222,10 +222,11 @@ def _prompt_alone(record: Mapping[str, object]) -> Guess | None:
     key = next((key for key in PROMPT_KEYS if isinstance(record.get(key), str)), None)
     if key is None:
         return None
-    words = ["--format labelled", *([] if key == "prompt" else [f"--option prompt_key={key}"])]
-    words += [f"--option {name}={value}" for name, value in _image_options(record).items()]
-    advice = f"vlm generate and vlm predict read them with {' '.join(words)}; training needs an answer in each record"
-    return Guess("questions without answers", advice=advice)
+    options = ({} if key == "prompt" else {"prompt_key": key}) | _image_options(record)
+    labelled = Guess("", "labelled", options)
+    words = labelled.words("clean")
+    advice = f"vlm generate and vlm predict read them with {words}; training needs an answer in each record"
+    return Guess("questions without answers", advice=advice, alternatives={"to predict": labelled})
 
 
 def _media_alone(record: Mapping[str, object]) -> Guess | None:
@@ -278,8 +279,8 @@ def with_hint(
     """
     if isinstance(error, OptionNeeded):
         name, value = error.option
-        flag = OPTION_FLAGS[tool][1]
-        reason = f"{error.reason}: add {flag}{name}={value}, or {flag}ignore_keys=[{value}] to train on the text alone"
+        flag, use = OPTION_FLAGS[tool][1], "train on" if tool == "run" else "read"
+        reason = f"{error.reason}: add {flag}{name}={value}, or {flag}ignore_keys=[{value}] to {use} the text alone"
         return BadSample(error.sample_id, reason)
     guess = None if error.file is not None or ":" in format_name else guess_form(record)
     if guess is not None and not guess.is_given(format_name, options):
