@@ -182,6 +182,11 @@ def test_the_options_that_name_the_keys_are_told_where_nothing_is_recognised():
     )
 
 
+def test_no_other_key_is_asked_for_where_the_value_is_wrong(folder: Path):
+    assert reason_for({"image": "a.png", "caption": [3]}, "caption", folder).endswith("it has image, caption")
+    assert reason_for({"image": [], "caption": "a"}, "caption", folder).endswith("it has image, caption")
+
+
 def test_a_labelled_image_without_prompt_needs_one_option_more(folder: Path):
     record = {"image": "a.png", "shape": "that"}
     told = reason_for(record, "labelled", folder, label_key="shape")

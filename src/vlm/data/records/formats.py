@@ -58,7 +58,8 @@ def read_caption(
     sample_id = read_id(record)
     media = MediaPlacer(_rename_image(record, image_key), image_folder, sample_id)
     if not media.has_media:
-        raise KeyNeeded(sample_id, f"`{image_key}` must name an image; it has {', '.join(record)}", "image_key")
+        problem = f"`{image_key}` must name an image; it has {', '.join(record)}"
+        raise BadSample(sample_id, problem) if image_key in record else KeyNeeded(sample_id, problem, "image_key")
     caption = _require_string(record, caption_key, sample_id, "caption_key")
     if isinstance(prompt, list):
         prompt = prompt[zlib.crc32(caption.encode()) % len(prompt)]
@@ -255,10 +256,10 @@ def _rename_image(record: Record, image_key: str) -> Record:
 
 
 def _require_string(record: Record, key: str, sample_id: str, option: str) -> str:
-    """Return the text under a key; raise KeyNeeded with the option that names another key if there is none."""
+    """Return the text under a key; raise BadSample if there is none, with the option that names another key."""
     if (text := text_from_value(record.get(key))) is None:
         problem = f"`{key}` must be a string, got {record.get(key)!r:.60}; it has {', '.join(record)}"
-        raise KeyNeeded(sample_id, problem, option)
+        raise KeyNeeded(sample_id, problem, option) if record.get(key) is None else BadSample(sample_id, problem)
     return text
 
 
