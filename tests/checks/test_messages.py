@@ -45,6 +45,7 @@ REFUSALS = {
     "~trainer.adam_beta2": "~trainer.adam_beta2: a key cannot be removed; give it another value",
     "trainer.output_dir=${nothing}": "trainer.output_dir: Interpolation key 'nothing' not found",
     "trainer.max_steps": "trainer.max_steps: key=value is needed; vlm --help has examples",
+    "mine/train.json": "mine/train.json: key=value is needed: dataset.path=mine/train.json",
     "dataset.image_folder=~/images": "dataset.image_folder=~/images: ~ is not expanded here; write "
     "dataset.image_folder=$HOME/images",
     "dataset.image_folder=a=b": "dataset.image_folder=a=b: some of its characters have a special meaning; quote the "

@@ -22,6 +22,8 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--vision-tower {args.vision_tower}: it goes with --format llava-original; leave it out")
         if args.dtype is not None:
             raise ValueError(f"--dtype {args.dtype}: an adapter keeps the precision it was trained in; leave it out")
+    if args.out is None and not args.check:
+        raise ValueError("OUT is missing: the folder to create; only --check needs none")
     if args.check:
         from vlm.hub.export_check import check_export
 
@@ -52,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         "vlm export", "vlm export CHECKPOINT OUT --format NAME [options]", purpose, examples=examples
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder `final`, or a model on the Hub")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to create")
+    parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="the folder to create (--check needs none)")
     described = FORMAT_DESCRIPTIONS | ADAPTER_FORMAT_DESCRIPTIONS
     forms = "; ".join(f"{name}: {reader}" for name, reader in described.items())
     parser.add_argument("--format", required=True, metavar="NAME", choices=described, help=forms)
