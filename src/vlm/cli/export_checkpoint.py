@@ -22,14 +22,14 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--vision-tower {args.vision_tower}: it goes with --format llava-original; leave it out")
         if args.dtype is not None:
             raise ValueError(f"--dtype {args.dtype}: an adapter keeps the precision it was trained in; leave it out")
-    if args.out is None and not args.check:
-        raise ValueError("OUT is missing: the folder to create; only --check needs none")
     if args.check:
         from vlm.hub.export_check import check_export
 
         check_export(args.checkpoint, args.format)
         print(f"{args.checkpoint} fits --format {args.format}. Nothing was written.")
         return
+    if args.out is None:
+        raise ValueError("OUT is missing: the folder to create; only --check needs none")
     if args.format in ADAPTER_FORMAT_DESCRIPTIONS:
         from vlm.hub.vllm_lora import export_vllm_lora
 
