@@ -39,12 +39,13 @@ REFUSALS = {
     "model.language_model.hf_name=null": "model.language_model.hf_name=null: a value is needed",
     "trainer.unfreeze=all": f"trainer.unfreeze: it is a section; set one of its keys ({UNFREEZE}). "
     "A packaged choice of it is trainer/unfreeze=NAME: all, connector, connector-language-model, head, language-model.",
-    "trainer.learning_rate=1e-3": "trainer.learning_rate: it is a section. Did you mean "
-    "trainer.learning_rate.language_model_learning_rate? Each part has its own rate: connector_learning_rate, ",
+    "trainer.learning_rate=1e-3": "trainer.learning_rate: it is a section, with a rate for each part; of "
+    "pretrain-smol's parts that train: trainer.learning_rate.connector_learning_rate=1e-3",
     "trainer=fast": "trainer: it is a section; set one of its keys (objective, output_dir, ",
     "~trainer.adam_beta2": "~trainer.adam_beta2: a key cannot be removed; give it another value",
     "trainer.output_dir=${nothing}": "trainer.output_dir: Interpolation key 'nothing' not found",
     "trainer.max_steps": "trainer.max_steps: key=value is needed; vlm --help has examples",
+    "mine/train.json": "mine/train.json: key=value is needed: dataset.path=mine/train.json",
     "dataset.image_folder=~/images": "dataset.image_folder=~/images: ~ is not expanded here; write "
     "dataset.image_folder=$HOME/images",
     "dataset.image_folder=a=b": "dataset.image_folder=a=b: some of its characters have a special meaning; quote the "

@@ -45,3 +45,10 @@ def test_help_needs_no_torch():
 def test_usage_errors_end_with_2(command: str, capsys: pytest.CaptureFixture[str]):
     assert refusal(command) == "2"
     assert f"usage: vlm {command}" in capsys.readouterr().err
+
+
+def test_an_export_needs_a_folder_unless_it_only_checks():
+    check = export_checkpoint.make_parser().parse_args(["a/final", "--check", "--format", "llava"])
+    assert (check.checkpoint, check.out, check.check) == ("a/final", None, True)
+    with pytest.raises(ValueError, match="OUT is missing: the folder to create; only --check needs none"):
+        export_checkpoint.main(["a/final", "--format", "llava"])

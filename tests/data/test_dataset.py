@@ -221,6 +221,14 @@ def test_an_image_that_is_torn_behind_its_header_names_its_record_when_it_is_rea
         raise data[1].as_error()
 
 
+def test_an_image_that_is_missing_is_told_where_it_was_looked_for(load, tmp_path: Path):
+    lost = [*GOOD, record(5, ["z.png"])]
+    with pytest.raises(ValueError, match=r"z.png does not exist. dataset.image_folder is not set, so .* records, "):
+        load(lost, image_folder=None)
+    with pytest.raises(ValueError, match=r"not exist. Image paths are relative to dataset.image_folder. dataset"):
+        load(lost, image_folder=str(tmp_path))
+
+
 def test_more_bad_records_than_allowed_stop_the_run(load):
     bad = [*GOOD, ["x"], record(5, ["z.png"]), ["x"]]
     assert len(load(bad, on_bad_sample="skip", max_skipped=0.43)) == 4

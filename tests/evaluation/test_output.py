@@ -33,6 +33,14 @@ def test_prompts_without_answers_are_told_what_reads_them(tmp_path: Path):
     assert "Which animal?" in str(sample.turns[0].content)
 
 
+def test_a_missing_image_is_told_that_no_folder_was_given(tmp_path: Path):
+    file = tmp_path / "a.csv"
+    file.write_text("image,caption\nx.png,a cat\n")
+    config = SourceConfig(path=str(file), format="caption")
+    with pytest.raises(ValueError, match=r"does not exist; without --image-folder, image paths are relative to "):
+        read_first_samples(config, "--data")
+
+
 def test_records_that_can_be_read_are_returned(tmp_path: Path):
     file = tmp_path / "records.jsonl"
     good = {"conversations": [{"from": "human", "value": "Why?"}]}

@@ -145,6 +145,8 @@ def test_every_metric_tells_a_copy_from_something_else(name: str):
 def test_what_is_unknown_or_missing_is_refused(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match=r"--metrics meteor: allowed are exact_match, .*, loss"):
         check_metrics(["loss", "meteor"], ALL_METRICS, "--metrics ")
+    with pytest.raises(ValueError, match=r"--metrics exactmatch: allowed are .* your own. Did you mean exact_match\?$"):
+        check_metrics(["exactmatch"], ALL_METRICS, "--metrics ")
     for name, module in METRIC_MODULES.items():
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(ValueError, match=r"is not installed: pip install 'small-vlm\[eval\]'"):

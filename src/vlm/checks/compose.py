@@ -41,6 +41,7 @@ from vlm.checks.run import ObjectiveChecks, check, check_overridden_rates
 from vlm.checks.start import check_start
 from vlm.checks.surface import named_by_user
 from vlm.checks.sweep import is_sweep, place_run, register_resolvers, worst_value
+from vlm.checks.trained_rates import name_trained_rates
 from vlm.config.named import permit_names
 from vlm.config.packaged import NON_RUN_CONFIGS, run_names
 from vlm.config.schema import InferenceConfig, RunConfig, key_names
@@ -170,7 +171,8 @@ def _compose_and_act(argv: Sequence[str] | None, action: Callable[[DictConfig], 
     if refused:
         # Before the run all ranks of a machine have the same error, which one prints; later each prints its own.
         silent = os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(refused[0], RunError)
-        sys.exit(1 if silent else f"vlm: {presentable(mask_values(explain(refused[0]), words))}")
+        told = name_trained_rates(explain(refused[0]), get_args_parser(), words)
+        sys.exit(1 if silent else f"vlm: {presentable(mask_values(told, words))}")
 
 
 def _check_options(words: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from vlm.config.packaged import group_names, packaged_names, run_names
 from vlm.config.recorded import current_key
 from vlm.config.schema import key_names
 from vlm.config.suggestions import MAX_SUGGESTED_NAMES, list_alternatives, nearest_names, suggest_names
+from vlm.data.records.paths import names_records
 
 EXPECTED_VALUES = {
     "converted to Float": "a number is needed",
@@ -173,6 +174,8 @@ def _describe_missing_file(error: MissingConfigException) -> str:
 def _describe_malformed_override(override: str) -> str:
     """Return the message for a word of the command line that is not of the form `key=value`."""
     key, equals, value = override.partition("=")
+    if not equals and names_records(override):
+        return f"{override}: key=value is needed: dataset.path={override}"
     if not equals:
         return f"{override}: {KEY_VALUE_NEEDED}"
     if value.startswith("~"):

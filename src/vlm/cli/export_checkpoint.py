@@ -28,6 +28,8 @@ def main(argv: Sequence[str]) -> None:
         check_export(args.checkpoint, args.format)
         print(f"{args.checkpoint} fits --format {args.format}. Nothing was written.")
         return
+    if args.out is None:
+        raise ValueError("OUT is missing: the folder to create; only --check needs none")
     if args.format in ADAPTER_FORMAT_DESCRIPTIONS:
         from vlm.hub.vllm_lora import export_vllm_lora
 
@@ -52,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         "vlm export", "vlm export CHECKPOINT OUT --format NAME [options]", purpose, examples=examples
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a run's folder `final`, or a model on the Hub")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to create")
+    parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="the folder to create (--check needs none)")
     described = FORMAT_DESCRIPTIONS | ADAPTER_FORMAT_DESCRIPTIONS
     forms = "; ".join(f"{name}: {reader}" for name, reader in described.items())
     parser.add_argument("--format", required=True, metavar="NAME", choices=described, help=forms)

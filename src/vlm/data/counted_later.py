@@ -127,7 +127,7 @@ class CountedLater(SampleDataset):
             sample = source.sample(record)
             encoded = source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))
         except BadSample as error:
-            raise Skipped.from_error(error, source, record).as_error() from error
+            raise Skipped.from_error(error, source, record).as_error(source) from error
         return min(len(encoded.input_ids), source.encoder.longest), len(sample.media)
 
     def stop(self) -> None:

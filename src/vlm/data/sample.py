@@ -89,6 +89,18 @@ class OptionNeeded(BadSample):
         return BadSample, (self.sample_id, self.reason, self.file)
 
 
+class KeyNeeded(BadSample):
+    """A record without a value that its reader needs, and whose key the option `option` of the reader names."""
+
+    def __init__(self, sample_id: str, reason: str, option: str):
+        super().__init__(sample_id, reason)
+        self.option = option
+
+    def __reduce__(self) -> tuple[type[BadSample], tuple[str, str, str | None]]:
+        """Pickle it as a plain `BadSample`."""
+        return BadSample, (self.sample_id, self.reason, self.file)
+
+
 class Reasoned(Protocol):
     """Anything that has a reason, and the file at fault or None."""
 

@@ -38,23 +38,33 @@ class Skipped:
         record = None if record is None else source.record_of(record)
         return cls(record, name or "", reason or "", file, source.shown_path, policy)
 
-    def as_error(self) -> ValueError:
-        """Return the error to raise if such records are not left out."""
+    def as_error(self, source: Source | None = None) -> ValueError:
+        """Return the error to raise if such records are not left out; with their source, it tells its image folder."""
         place = self.source if self.record is None else f"{self.source}, record {self.record}"
         hint = f"dataset.{self.policy}=skip leaves such records out and lists them."
         name = "" if self.id in ("", "?") else f"record {self.id!r}: "
         if "add dataset." in self.reason:  # the records are read once that is added
             return ValueError(shorten(f"{place}: {name}{self.reason}"))
         if self.file is not None:
-            hint = f"Image paths are relative to dataset.image_folder. {hint}"
+            hint = f"{_explain_folder(source)}. {hint}"
         return ValueError(shorten(f"{place}: {name}{self.reason}. {hint}"))
+
+
+def _explain_folder(source: Source | None) -> str:
+    """Return what image paths are relative to."""
+    if source is None or source.config.image_folder is not None:
+        return "Image paths are relative to dataset.image_folder"
+    return (
+        "dataset.image_folder is not set, so image paths are relative to the folder of the records, "
+        f"{source.folder}; set dataset.image_folder=FOLDER"
+    )
 
 
 def skip_or_raise(source: Source, config: DatasetConfig, record: int, error: BadSample) -> Skipped:
     """Return the entry for a record that is left out; raise ValueError if the policy is `error`."""
     skipped = Skipped.from_error(error, source, record)
     if getattr(config, skipped.policy) in ("error", "split"):  # one that cannot be split
-        raise skipped.as_error()
+        raise skipped.as_error(source)
     return skipped
 
 

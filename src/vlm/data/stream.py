@@ -226,5 +226,5 @@ def open_stream(
             source.encoder.encode(sample, read_media_sizes(sample, source.encoder.processor))
         except BadSample as error:
             if config.on_bad_sample == "error":
-                raise Skipped.from_error(error, source).as_error() from error
+                raise Skipped.from_error(error, source).as_error(source) from error
     return stream

@@ -106,9 +106,11 @@ def read_first_samples(config: SourceConfig, option: str) -> list[Sample]:
         record, reason = value_or_bad_sample(lambda number: records[number], 0), cast(BadSample, first[0])
         if not isinstance(record, BadSample):
             reason = with_hint(reason, record, config.format, config.options, "clean")
+        is_unset = reason.file is not None and config.image_folder is None
+        hint = f"; without --image-folder, image paths are relative to the folder of the records, {folder}" * is_unset
         raise ValueError(
             f"{option} {config.path}: none of the first {len(first)} records can be read; "
-            f"{label_record(0, reason.sample_id)}: {reason.reason}"
+            f"{label_record(0, reason.sample_id)}: {reason.reason}{hint}"
         )
     return samples
 

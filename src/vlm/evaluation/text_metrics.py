@@ -16,6 +16,7 @@ import numpy as np
 
 from vlm.config.choices import HALLUCINATION_METRICS, LOSS_METRICS
 from vlm.config.named import import_named, is_custom_name
+from vlm.config.suggestions import suggest_value
 from vlm.evaluation.bootstrap import Score, make_score, mean_score
 from vlm.evaluation.object_metrics import OBJECT_METRICS, ObjectAnswer, compute_object_metrics
 
@@ -183,7 +184,9 @@ def check_metrics(names: Sequence[str], allowed: Sequence[str], key: str) -> Non
         if is_custom_name(name):
             get_metric(name, key.rstrip("= "))
         elif name not in allowed:
-            raise ValueError(f"{key}{name}: allowed are {', '.join(allowed)}, or package.module:function for your own")
+            hint = suggest_value(name, allowed, "")
+            listing = ", ".join(allowed)
+            raise ValueError(f"{key}{name}: allowed are {listing}, or package.module:function for your own.{hint}")
         if labels.count(label) > 1:
             raise ValueError(f"{key}{name}: two metrics have the name {label}")
         if name in METRIC_MODULES:

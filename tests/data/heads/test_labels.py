@@ -140,7 +140,7 @@ def test_labels_are_those_of_the_training_records(name: str):
 
 UNSETTLED: dict[str, tuple[str, list[Any] | None, list[Any], str]] = {
     "no label": ("binary", None, [None, None], "head h: no training record has a label. It is looked for in `label` of "
-                 "each record; dataset.format=labelled with dataset.options.label_key reads it from elsewhere"),
+                 "each record; dataset.options.label_key=KEY, of dataset.format=labelled, names another key"),
     "no record": ("regression", None, [], "head h: no training record has a label"),
     "an unknown pair": ("binary", None, ["spam", "ham"], "head h: which of 'ham' and 'spam' is the positive "
                         "label is unknown; set model.head.labels=[negative, positive]"),

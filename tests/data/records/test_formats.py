@@ -20,6 +20,7 @@ from vlm.data.records.formats import (
     read_labelled,
     read_question,
 )
+from vlm.data.records.guess import with_hint
 from vlm.data.records.index import parse_record
 from vlm.data.sample import BadSample, ImageRef, OverLong, Sample, Turn, VideoRef
 from vlm.data.tools.forms import FORMS
@@ -322,8 +323,10 @@ def test_a_question_that_cannot_be_used_says_why(folder: Path, name: str):
 
 def test_a_labelled_record_without_a_prompt_is_told_what_gives_it_one(folder: Path):
     record = {"image": "a.png", "label": 1}
-    with pytest.raises(BadSample, match=r"has no `prompt`, only image, label; dataset\.options\.prompt=… \(--option"):
+    with pytest.raises(BadSample, match="has no `prompt`, only image, label") as caught:
         read_labelled(record, folder)
+    told = with_hint(caught.value, record, "labelled", {}).reason
+    assert told.endswith("""add dataset.options.prompt='""'""")
     with pytest.raises(BadSample, match=r"`prompt` must be a string, got \[3\]"):
         read_labelled({**record, "prompt": [3]}, folder)
     assert read_labelled(record, folder, prompt="Sharp?").turns[0].content[1] == "\nSharp?"
@@ -450,7 +453,7 @@ def test_label_and_group_are_written_and_read_back(folder: Path, form: str):
 
 
 BAD_LABELLED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "no prompt": ({"image": "a.png"}, {}, "it has no `prompt`, only id, image; dataset.options.prompt=…"),
+    "no prompt": ({"image": "a.png"}, {}, "it has no `prompt`, only id, image"),
     "a prompt of another kind": ({"prompt": [3]}, {"prompt": "x"}, "`prompt` must be a string, got [3]"),
     "nothing": ({"prompt": ""}, {}, "it has neither an image nor a prompt"),
     "no column": ({"image": "a.png", "prompt": "x"}, {"image_key": "photo"}, "`photo` is not there; it has id, image,"),

@@ -10,7 +10,7 @@ from vlm.data.records.formats import FORMATS
 from vlm.data.records.guess import guess_form, with_hint
 from vlm.data.records.keys import unread_keys
 from vlm.data.records.positions import value_or_bad_sample
-from vlm.data.sample import BadSample
+from vlm.data.sample import BadSample, OptionNeeded
 
 ROLES = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}]
 TURNS = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "that"}]
@@ -19,6 +19,22 @@ READ: dict[str, tuple[dict[str, Any], str]] = {
     "an image folder's metadata": (
         {"file_name": "a.png", "text": "that"},
         "dataset.format=caption dataset.options.image_key=file_name dataset.options.caption_key=text",
+    ),
+    "a table of files with captions": (
+        {"file": "a.png", "text": "that"},
+        "dataset.format=caption dataset.options.image_key=file dataset.options.caption_key=text",
+    ),
+    "captions of files under an unusual key": (
+        {"what_i_saw": "a.png", "description": "that"},
+        "dataset.format=caption dataset.options.image_key=what_i_saw dataset.options.caption_key=description",
+    ),
+    "questions about images under another key": (
+        {"picture": "a.png", "question": "what?", "answer": "that"},
+        "dataset.format=question dataset.options.image_key=picture",
+    ),
+    "labels without prompts": (
+        {"path": "a.png", "label": "that"},
+        "dataset.format=labelled dataset.options.image_key=path dataset.options.prompt='\"\"'",
     ),
     "messages": ({"messages": ROLES}, "dataset.format=messages"),
     "messages elsewhere": ({"conversations": ROLES}, "dataset.format=messages dataset.options.key=conversations"),
@@ -67,7 +83,7 @@ def test_what_is_named_reads_the_record(folder: Path, form: str):
     assert guess.hint().endswith(f": add {words}")
     assert guess.format is not None
     sample = FORMATS[guess.format](record, folder, **guess.options)
-    told = sample.label if form == "labels" else sample.turns[-1].content
+    told = sample.label if guess.format == "labelled" else sample.turns[-1].content
     assert told in ("that", ("that",))
 
 
@@ -79,8 +95,11 @@ def test_a_reader_that_refuses_a_record_is_told_its_form(folder: Path):
             sample = value_or_bad_sample(lambda item, read=read: read(item, folder), record)
             if isinstance(sample, BadSample) and sample.file is None:
                 hinted = with_hint(sample, record, name, {})
+                if isinstance(sample, OptionNeeded):  # it has its own hint
+                    continue
                 assert hinted.reason.startswith(sample.reason)
-                assert hinted.reason.endswith(words)
+                needed = words.removeprefix(f"dataset.format={name} ")  # which is given
+                assert hinted.reason.endswith(f"add {needed}")
                 told += 1
     assert told > 5 * len(READ)
 
@@ -122,6 +141,71 @@ def test_a_record_of_no_known_form_is_told_its_keys():
     assert isinstance(sample, BadSample)
     told = with_hint(sample, {"foo": 1, "bar": 2}, "llava", {}).reason
     assert told.startswith("it has no `conversations`; its keys are foo, bar; no format has these keys; write a reader")
+
+
+def reason_for(
+    record: dict[str, Any], format_name: str, folder: Path = Path(), tool: str = "run", **options: str
+) -> str:
+    """Return the message about a record that a format refuses."""
+    sample = value_or_bad_sample(lambda item: FORMATS[format_name](item, folder, **options), record)
+    assert isinstance(sample, BadSample)
+    return with_hint(sample, record, format_name, options, tool).reason
+
+
+def test_an_image_beside_a_key_without_meaning_may_have_a_caption_or_a_label(folder: Path):
+    record = {"file": "a.png", "shape": "that"}
+    told = reason_for(record, "llava")
+    assert "it looks like an image (`file`) with `shape`: add dataset.format=caption" in told
+    assert "dataset.options.caption_key=shape if that is a caption, or dataset.format=labelled" in told
+    assert told.endswith("dataset.options.label_key=shape dataset.options.prompt='\"\"' if it is a label")
+    told = reason_for(record, "caption")
+    assert told.endswith(": add dataset.options.image_key=file dataset.options.caption_key=shape")
+    sample = FORMATS["caption"](record, folder, image_key="file", caption_key="shape")
+    assert sample.turns[1].content == ("that",)
+
+
+def test_files_of_other_kinds_are_no_images():
+    assert guess_form({"path": "main.py", "text": "import this"}) is None
+    told = guess_form({"path": "images/0001", "text": "that"})
+    assert told is not None
+    assert told.options == {"image_key": "path", "caption_key": "text"}
+
+
+def test_the_options_that_name_the_keys_are_told_where_nothing_is_recognised():
+    told = reason_for({"a": "1", "b": "that"}, "caption")
+    assert (
+        told == "`image` must name an image; it has a, b; name the key of its image with dataset.options.image_key=KEY"
+    )
+    told = reason_for({"a": "1", "b": "that"}, "labelled", tool="clean")
+    assert told.endswith(
+        "name the key of its prompt with --option prompt_key=KEY, or give all records one with --option prompt=TEXT"
+    )
+
+
+def test_no_other_key_is_asked_for_where_the_value_is_wrong(folder: Path):
+    assert reason_for({"image": "a.png", "caption": [3]}, "caption", folder).endswith("it has image, caption")
+    assert reason_for({"image": [], "caption": "a"}, "caption", folder).endswith("it has image, caption")
+
+
+def test_a_labelled_image_without_prompt_needs_one_option_more(folder: Path):
+    record = {"image": "a.png", "shape": "that"}
+    told = reason_for(record, "labelled", folder, label_key="shape")
+    assert told == (
+        "it has no `prompt`, only image, shape; it looks like an image (`image`) with `shape`: "
+        "add dataset.options.prompt='\"\"'"
+    )
+    (turn,) = FORMATS["labelled"](record, folder, label_key="shape", prompt="").turns
+    assert len(turn.content) == 1
+
+
+def test_one_hint_in_the_words_of_the_command():
+    told = reason_for({"picture": "a.png", "question": "what?", "answer": "that"}, "labelled", tool="clean")
+    asked = reason_for({"picture": "a.png", "question": "what?"}, "labelled", tool="clean")
+    assert asked.endswith("questions without answers: add --option prompt_key=question --option image_key=picture")
+    assert told.endswith(
+        "picture, question, answer; it looks like questions with answers: add --format question "
+        "--option image_key=picture"
+    )
 
 
 def test_each_tool_is_told_in_its_own_words():

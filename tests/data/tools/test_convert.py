@@ -535,7 +535,7 @@ def test_what_an_input_is(content: Any, found: str, folder: Path):
     [
         (
             [{"picture": "a.png", "text": "a cat"}],
-            "none known (picture, text); it looks like images with captions: "
+            "its records are of no known kind (keys: picture, text); it looks like images with captions: "
             "add --from caption --option image_key=picture",
         ),
         (
@@ -546,11 +546,18 @@ def test_what_an_input_is(content: Any, found: str, folder: Path):
             {"records": []},
             "a list of records is needed, or one record on each line, got an object with the keys records",
         ),
-        ([7], "none known"),
+        ([7], "of no known kind"),
     ],
 )
 def test_inputs_that_cannot_be_told(content: Any, message: str, folder: Path, capsys: pytest.CaptureFixture[str]):
     assert message in fails(capsys, put("in.json", content), "out.jsonl")
+
+
+@pytest.mark.parametrize(("picture", "text"), [("picture", "text"), ("which", "said")])
+def test_options_that_name_the_keys_tell_the_kind(folder: Path, picture: str, text: str):
+    put("in.json", [{picture: "a.png", text: "a cat"}])
+    keys = ("--option", f"image_key={picture}", "--option", f"caption_key={text}")
+    assert run("in.json", "out.json", *keys) == run("in.json", "same.json", "--format", "caption", *keys)
 
 
 LINES = "\n".join(map(json.dumps, LLAVA[:2])) + "\n"

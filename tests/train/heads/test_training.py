@@ -24,9 +24,11 @@ from tests.fixtures import check_config, compose_config, head_words, losses
 from tests.train.heads.head_runs import CONNECTOR, SHORT, alone, ask, logged, rewritten, scores_of
 from tests.waiting import wait_until
 from vlm.assembly.resolve import load_weights, resolve_model
+from vlm.config.dataset_schema import SourceConfig
 from vlm.config.derived import embedding_row_keys
 from vlm.models import VLMForConditionalGeneration
 from vlm.train.arguments import training_arguments
+from vlm.train.heads.data import explain_label_key
 from vlm.train.model import prepare
 from vlm.train.objectives.prediction import Prediction
 from vlm.train.objectives.table import make_objective
@@ -379,3 +381,12 @@ def test_half_precision(
     with torch.autocast("cpu", torch.bfloat16):
         found = ask(predictor, labelled)["label"]
     np.testing.assert_allclose(found, told[-1]["test"]["label"].outputs, atol=0.05)
+
+
+def test_the_key_of_labels_and_what_names_another_are_told():
+    told = explain_label_key(SourceConfig(path="a.json"))
+    assert (
+        told == "Labels are read from `label`; dataset.format=labelled dataset.options.label_key=KEY reads another key"
+    )
+    told = explain_label_key(SourceConfig(path="a.csv", format="labelled", options={"label_key": "shape"}))
+    assert told == "Labels are read from `shape`; dataset.options.label_key=KEY names another key"

@@ -5,7 +5,7 @@ import pytest
 from tests.fixtures import compose_config
 from vlm.config.schema import RunConfig
 from vlm.train.preflight.findings import Findings
-from vlm.train.preflight.inspect import describe_start
+from vlm.train.preflight.inspect import describe_form, describe_start
 
 
 def test_the_start_is_told():
@@ -16,6 +16,17 @@ def test_the_start_is_told():
     assert describe_start(config, "finetune-smol") == "the checkpoint a/b"
     config = compose_config("finetune-llava-onevision", words)
     assert describe_start(config, "x").startswith("the model llava-hf/")
+
+
+def test_records_of_no_known_form_are_said_to_be_read_and_no_more():
+    record = {"a": "1.png", "b": "a cat"}
+    assert describe_form(record, "caption") == "read with dataset.format=caption"
+    assert describe_form({"c": 1}, "llava") == "read with dataset.format=llava"
+    assert describe_form({"image": "1.png", "caption": "a"}, "my:reader") == "read with dataset.format=my:reader"
+    assert describe_form({"file": "1.png", "text": "a"}, "caption").endswith("caption, which fits them")
+    pairs = {"messages": [{"role": "user", "content": "a"}], "rejected_response": "b"}
+    told = describe_form(pairs, "messages")
+    assert told.endswith("messages, but they look like pairs of a chosen and a rejected reply")
 
 
 def test_parts_data_and_first_batch_are_those_of_the_run(findings: Findings):

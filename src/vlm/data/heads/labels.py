@@ -103,7 +103,7 @@ def resolve_labels(name: str, task: str, given: Sequence[object] | None, values:
     if not present:
         raise ValueError(
             f"head {name}: no training record has a label. It is looked for in `label` of each record; "
-            "dataset.format=labelled with dataset.options.label_key reads it from elsewhere"
+            "dataset.options.label_key=KEY, of dataset.format=labelled, names another key"
         )
     if task in NUMERIC_TASKS:
         if given is not None:

@@ -32,7 +32,7 @@ from vlm.data.records.preferences import PREFERENCE_KEYS, TURN_LIST_KEYS, read_s
 from vlm.data.records.rewrites import rewrite_alpaca, rewrite_cauldron, rewrite_minicpm
 from vlm.data.records.text import text_from_value
 from vlm.data.records.tool_turns import TOOL_KEYS, TOOL_TURN_KEYS
-from vlm.data.sample import BadSample, Record, Sample, Turn
+from vlm.data.sample import BadSample, KeyNeeded, Record, Sample, Turn
 
 CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 
@@ -58,8 +58,9 @@ def read_caption(
     sample_id = read_id(record)
     media = MediaPlacer(_rename_image(record, image_key), image_folder, sample_id)
     if not media.has_media:
-        raise BadSample(sample_id, f"`{image_key}` must name an image")
-    caption = _require_string(record, caption_key, sample_id)
+        problem = f"`{image_key}` must name an image; it has {', '.join(record)}"
+        raise BadSample(sample_id, problem) if image_key in record else KeyNeeded(sample_id, problem, "image_key")
+    caption = _require_string(record, caption_key, sample_id, "caption_key")
     if isinstance(prompt, list):
         prompt = prompt[zlib.crc32(caption.encode()) % len(prompt)]
     asked = (*media.rest(), f"\n{prompt}") if prompt else media.rest()
@@ -97,7 +98,7 @@ def read_question(
     media = MediaPlacer(record, image_folder, sample_id)
     if answer_key is not None:
         record = {**record, "answer": record.get(answer_key)}
-    lines = [_require_string(record, question_key, sample_id)]
+    lines = [_require_string(record, question_key, sample_id, "question_key")]
     if choices := record.get("choices"):
         choices = read_choices(choices, record.get("answer"), sample_id)
         if len(choices) > len(string.ascii_uppercase):
@@ -167,13 +168,12 @@ def read_labelled(
     """
     sample_id = read_id(record)
     if image_key != "image" and image_key not in record:
-        raise BadSample(sample_id, f"`{image_key}` is not there; it has {', '.join(record)}")
+        raise KeyNeeded(sample_id, f"`{image_key}` is not there; it has {', '.join(record)}", "image_key")
     media = MediaPlacer(_rename_image(record, image_key), image_folder, sample_id)
     if record.get(prompt_key) is not None:
-        question = _require_string(record, prompt_key, sample_id)
+        question = _require_string(record, prompt_key, sample_id, "prompt_key")
     elif prompt is None:
-        advice = "dataset.options.prompt=… (--option prompt=… of vlm predict) gives all records one"
-        raise BadSample(sample_id, f"it has no `{prompt_key}`, only {', '.join(record)}; {advice}")
+        raise KeyNeeded(sample_id, f"it has no `{prompt_key}`, only {', '.join(record)}", "prompt_key")
     else:
         question = prompt
     content = media.place_or_prepend(question) if question else media.rest()
@@ -255,9 +255,11 @@ def _rename_image(record: Record, image_key: str) -> Record:
     return record if image_key == "image" else {**record, "image": record.get(image_key), "images": None}
 
 
-def _require_string(record: Record, key: str, sample_id: str) -> str:
+def _require_string(record: Record, key: str, sample_id: str, option: str) -> str:
+    """Return the text under a key; raise BadSample if there is none, with the option that names another key."""
     if (text := text_from_value(record.get(key))) is None:
-        raise BadSample(sample_id, f"`{key}` must be a string, got {record.get(key)!r:.60}; it has {', '.join(record)}")
+        problem = f"`{key}` must be a string, got {record.get(key)!r:.60}; it has {', '.join(record)}"
+        raise KeyNeeded(sample_id, problem, option) if record.get(key) is None else BadSample(sample_id, problem)
     return text
 
 

@@ -1,13 +1,17 @@
 """Guesses the form of records from their keys, and what reads it, for messages about records that do not fit.
 
-Imports `sample` and the standard library only. To recognise another form, add a function to `FORMS`, before those that
-are less particular.
+Imports `sample`, its sibling `keys` and the standard library only. To recognise another form, add a function to
+`FORMS`, before those that are less particular.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import PurePath
+from types import MappingProxyType
 
-from vlm.data.sample import BadSample, OptionNeeded
+from vlm.data.records.keys import names_image
+from vlm.data.sample import BadSample, KeyNeeded, OptionNeeded
 
 IMAGE_KEYS = (
     "image",
@@ -21,6 +25,8 @@ IMAGE_KEYS = (
     "photo",
     "picture",
 )
+FILE_KEYS = ("file", "filepath", "file_path", "path")
+"""Keys of files of any kind, which are images unless their names have the extension of something else."""
 CAPTION_KEYS = ("caption", "captions", "text", "description", "alt_text", "alt", "title", "sentence")
 LABEL_KEYS = ("label", "labels", "class", "target", "score")
 QUESTION_AND_ANSWER_KEYS = (
@@ -54,6 +60,8 @@ OPTION_FLAGS = {
     "convert": ("--from ", "--option "),
 }
 """How a command takes the format of records, and one of the format's options."""
+EMPTY_TEXT = "'\"\"'"
+"""How an empty text is written on the command line, as a value of an option."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +73,40 @@ class Guess:
         format: the name of `formats.FORMATS` that reads it; None if none does.
         options: of that format.
         advice: what to do where no format reads it.
+        alternatives: where its keys do not tell the form: what the record may be -> the guess for that.
     """
 
     what: str
     format: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     advice: str = NEEDS_READER
+    alternatives: "Mapping[str, Guess]" = field(default_factory=dict)
 
-    def hint(self, tool: str = "run") -> str:
-        """Return what reads such records, with the options of a run, `vlm data clean` or `convert`."""
+    def hint(self, tool: str = "run", format_name: str = "", given: Mapping[str, object] = MappingProxyType({})) -> str:
+        """Return what reads such records, as options of a command; without the format and options that are given."""
+        if (chosen := self._alternative(format_name)) is not None:
+            return f"it looks like {self.what}: add {chosen.words(tool, format_name, given)}"
+        if self.alternatives and self.advice == NEEDS_READER:
+            ways = [f"{other.words(tool)} {condition}" for condition, other in self.alternatives.items()]
+            return f"it looks like {self.what}: add {', or '.join(ways)}"
         if self.format is None:
             return f"it looks like {self.what}: {self.advice}"
+        return f"it looks like {self.what}: add {self.words(tool, format_name, given)}"
+
+    def words(self, tool: str, format_name: str = "", given: Mapping[str, object] = MappingProxyType({})) -> str:
+        """Return the options of a command that read such records and are not given yet."""
         flag, option = OPTION_FLAGS[tool]
-        words = [f"{flag}{self.format}", *(f"{option}{name}={value}" for name, value in self.options.items())]
-        return f"it looks like {self.what}: add {' '.join(words)}"
+        needed = {name: value for name, value in self.options.items() if given.get(name) != value}
+        words = [] if self.format == format_name else [f"{flag}{self.format}"]
+        return " ".join([*words, *(f"{option}{name}={value or EMPTY_TEXT}" for name, value in needed.items())])
+
+    def is_given(self, format_name: str, given: Mapping[str, object]) -> bool:
+        """Return whether the format and its options are those of the guess."""
+        guess = self._alternative(format_name) or self
+        return guess.format == format_name and {name: given.get(name) for name in guess.options} == guess.options
+
+    def _alternative(self, format_name: str) -> "Guess | None":
+        return next((guess for guess in self.alternatives.values() if guess.format == format_name), None)
 
 
 def _has_items(value: object, *keys: str) -> bool:
@@ -87,7 +115,18 @@ def _has_items(value: object, *keys: str) -> bool:
 
 
 def _image_key(record: Mapping[str, object]) -> str | None:
-    return next((key for key in IMAGE_KEYS if record.get(key) is not None), None)
+    """Return the key of a record's image: a usual one, else one whose value is the name of an image file."""
+    known = (key for key in IMAGE_KEYS if record.get(key) is not None)
+    named = (key for key, value in record.items() if names_image(value) and "://" not in str(value))
+    files = {key: name for key in FILE_KEYS if isinstance(name := record.get(key), str) and name}
+    without_extension = (key for key, name in files.items() if not PurePath(name).suffix)
+    return next(chain(known, named, without_extension), None)
+
+
+def _image_options(record: Mapping[str, object]) -> dict[str, str]:
+    """Return the option that names the key of a record's image, where it is not one that readers know."""
+    image = _image_key(record)
+    return {} if image in (None, "image", "images") else {"image_key": image}
 
 
 def _conversation(record: Mapping[str, object]) -> Guess | None:
@@ -128,7 +167,7 @@ def _preference(record: Mapping[str, object]) -> Guess | None:
 def _question(record: Mapping[str, object]) -> Guess | None:
     for question, answer in QUESTION_AND_ANSWER_KEYS:
         if isinstance(record.get(question), str) and record.get(answer) is not None:
-            options = {} if question == "question" else {"question_key": question}
+            options = _image_options(record) | ({} if question == "question" else {"question_key": question})
             return Guess(
                 "questions with answers",
                 "question",
@@ -156,7 +195,7 @@ def _caption(record: Mapping[str, object]) -> Guess | None:
         address = next((key for key in ("url", "image_url", "URL") if record.get(key) is not None), None)
         advice = "fetch the images first, from a .csv, .tsv or .parquet: vlm data download TABLE FOLDER"
         return None if address is None else Guess("addresses of images with captions", advice=advice)
-    options = {"image_key": image} if image != "image" else {}
+    options = _image_options(record)
     return Guess(
         "images with captions", "caption", options if caption == "caption" else {**options, "caption_key": caption}
     )
@@ -164,28 +203,48 @@ def _caption(record: Mapping[str, object]) -> Guess | None:
 
 def _labelled(record: Mapping[str, object]) -> Guess | None:
     label = next((key for key in LABEL_KEYS if record.get(key) is not None), None)
-    image = _image_key(record)
-    if label is None or image is None:
+    if label is None or _image_key(record) is None:
         return None
-    options = {} if image in ("image", "images") else {"image_key": image}
-    return Guess("images with labels", "labelled", options if label == "label" else {**options, "label_key": label})
+    return _guess_labelled(record, label)
+
+
+def _guess_labelled(record: Mapping[str, object], label: str) -> Guess:
+    """Return the guess for images with labels; without a prompt in the record, the image alone is read."""
+    options = _image_options(record) | ({} if label == "label" else {"label_key": label})
+    prompt = next((key for key in PROMPT_KEYS if isinstance(record.get(key), str)), None)
+    if prompt is None:
+        what = "images with labels but no prompts (`prompt` may also be a question about all images)"
+        return Guess(what, "labelled", {**options, "prompt": ""})
+    return Guess("images with labels", "labelled", options | ({} if prompt == "prompt" else {"prompt_key": prompt}))
 
 
 def _prompt_alone(record: Mapping[str, object]) -> Guess | None:
     key = next((key for key in PROMPT_KEYS if isinstance(record.get(key), str)), None)
     if key is None:
         return None
-    words = ["--format labelled", *([] if key == "prompt" else [f"--option prompt_key={key}"])]
-    image = _image_key(record)
-    words += [] if image in (None, "image", "images") else [f"--option image_key={image}"]
-    advice = f"vlm generate and vlm predict read them with {' '.join(words)}; training needs an answer in each record"
-    return Guess("questions without answers", advice=advice)
+    options = ({} if key == "prompt" else {"prompt_key": key}) | _image_options(record)
+    labelled = Guess("", "labelled", options)
+    words = labelled.words("clean")
+    advice = f"vlm generate and vlm predict read them with {words}; training needs an answer in each record"
+    return Guess("questions without answers", advice=advice, alternatives={"to predict": labelled})
 
 
 def _media_alone(record: Mapping[str, object]) -> Guess | None:
     media = {"images": _image_key(record), "videos": "video" if record.get("video") is not None else None}
     kind = next((kind for kind, key in media.items() if key is not None and set(record) <= {key, "id"}), None)
     return None if kind is None else Guess(f"{kind} without texts", advice=NEEDS_TEXT)
+
+
+def _image_and_value(record: Mapping[str, object]) -> Guess | None:
+    """Recognise an image beside a text or number whose key does not tell whether it is a caption or a label."""
+    image = _image_key(record)
+    values = [key for key, value in record.items() if key not in (image, "id") and isinstance(value, str | int | float)]
+    if image is None or not values or any(isinstance(value, list | dict) for value in record.values()):
+        return None
+    key = next((key for key in values if isinstance(record[key], str)), values[0])
+    caption = Guess("", "caption", {**_image_options(record), "caption_key": key})
+    ways = {"if that is a caption": caption, "if it is a label": _guess_labelled(record, key)}
+    return Guess(f"an image (`{image}`) with `{key}`", alternatives=ways)
 
 
 FORMS: tuple[Callable[[Mapping[str, object]], Guess | None], ...] = (
@@ -199,6 +258,7 @@ FORMS: tuple[Callable[[Mapping[str, object]], Guess | None], ...] = (
     _labelled,
     _prompt_alone,
     _media_alone,
+    _image_and_value,
 )
 """Functions that recognise a form; the first that does counts."""
 
@@ -219,17 +279,23 @@ def with_hint(
     """
     if isinstance(error, OptionNeeded):
         name, value = error.option
-        flag = OPTION_FLAGS[tool][1]
-        reason = f"{error.reason}: add {flag}{name}={value}, or {flag}ignore_keys=[{value}] to train on the text alone"
+        flag, use = OPTION_FLAGS[tool][1], "train on" if tool == "run" else "read"
+        reason = f"{error.reason}: add {flag}{name}={value}, or {flag}ignore_keys=[{value}] to {use} the text alone"
         return BadSample(error.sample_id, reason)
-    guess = guess_form(record)
+    guess = None if error.file is not None or ":" in format_name else guess_form(record)
+    if guess is not None and not guess.is_given(format_name, options):
+        return BadSample(error.sample_id, f"{error.reason}; {guess.hint(tool, format_name, options)}")
+    if isinstance(error, KeyNeeded):
+        return BadSample(error.sample_id, f"{error.reason}; {_name_option(error.option, OPTION_FLAGS[tool][1])}")
     if guess is None and error.reason.startswith("it has no `") and ":" not in format_name:
         return BadSample(error.sample_id, f"{error.reason}; {NEEDS_READER}")
-    if guess is None or error.file is not None or ":" in format_name:
-        return error
-    if guess.format == format_name and {name: options.get(name) for name in guess.options} == guess.options:
-        return error
-    return BadSample(error.sample_id, f"{error.reason}; {guess.hint(tool)}")
+    return error
+
+
+def _name_option(option: str, flag: str) -> str:
+    """Return the sentence about the option that names the key of what a record lacks."""
+    advice = f"name the key of its {option.removesuffix('_key')} with {flag}{option}=KEY"
+    return f"{advice}, or give all records one with {flag}prompt=TEXT" if option == "prompt_key" else advice
 
 
 def describe_collection(first_items: Mapping[str, Mapping[str, object]]) -> str | None:

@@ -221,7 +221,7 @@ class _Level:
     def check_lost_media(self, ignored: set[str], sample_id: str) -> None:
         """Raise BadSample for a key that names an image if the record would be trained on without that image."""
         for key in self.unread():
-            is_lost = key in LOST_MEDIA_KEYS or _names_image(self.values[key])
+            is_lost = key in LOST_MEDIA_KEYS or names_image(self.values[key])
             if is_lost and key not in ignored:
                 problem = f"it shows no image, and `{key}` is not read"
                 if key.startswith("video"):
@@ -230,7 +230,7 @@ class _Level:
                 raise OptionNeeded(sample_id, problem, "image_key", key)
 
 
-def _names_image(value: object) -> bool:
+def names_image(value: object) -> bool:
     """Return whether a value is the name of an image, or a list of such names."""
     names = value if isinstance(value, list) and value else [value]
     return all(isinstance(name, str) and IMAGE_NAME.search(name) is not None for name in names)

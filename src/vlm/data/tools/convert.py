@@ -2,7 +2,7 @@
 
 To add a conversion, write a generator `(source, context, **options)` of records that a reader of `formats.FORMATS`
 takes, and add it to `CONVERSIONS`; a record that cannot be used is yielded as a `BadSample` with the reason. Its
-keyword parameters are options of the command; a new one needs a line in `OPTIONS`.
+keyword parameters are options of the command; a new one needs a line in `convert_options.OPTIONS`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from textwrap import fill
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -32,10 +33,9 @@ from vlm.data.records.open import stream_records
 from vlm.data.records.paths import JSON_SUFFIXES, split_suffix
 from vlm.data.sample import BadSample, Record, Sample
 from vlm.data.surrogates import HALF_PAIR, find_surrogate
-from vlm.data.tools.corpora import SHORT_ANSWER, coco_captions, conceptual_captions, decode_json_file, vqa
+from vlm.data.tools.convert_options import OPTIONS, option_flag
+from vlm.data.tools.corpora import coco_captions, conceptual_captions, decode_json_file, vqa
 from vlm.data.tools.detections import (
-    DETECTION_PROMPT,
-    REFERRING_PROMPT,
     coco_detections,
     has_boxes_alone,
     label_studio_boxes,
@@ -117,20 +117,35 @@ def keyword_parameters(function: Callable[..., object]) -> dict[str, inspect.Par
     return {name: value for name, value in parameters.items() if value.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-def detect_conversion(source: str, cache: Path, *, follow_links: bool = False) -> str:
-    """Return the conversion that fits a file, by the keys of its first record; ValueError unless there is one."""
+def detect_conversion(
+    source: str, cache: Path, *, follow_links: bool = False, options: Mapping[str, object] = MappingProxyType({})
+) -> str:
+    """Return the conversion that fits a file, by the keys of its first record; ValueError unless there is one.
+
+    `options` are those of the command: where the keys fit nothing, an option that one reader alone has tells the kind.
+    """
     keys, is_list, guess = _first_keys(source, cache, follow_links=follow_links)
     fits = [name for name, kind in CONVERSIONS.items() if kind.is_list == is_list and kind.identifying_keys <= keys]
     specific = [name for name in fits if not any(is_more_specific(other, name) for other in fits)]
     fits = specific if len(specific) == 1 else fits
-    if not fits and guess is not None and guess.format in CONVERSIONS and not guess.options:
+    if not fits and guess is not None and guess.format in CONVERSIONS and guess.options.items() <= options.items():
         return guess.format
+    if not fits and len(named := _kinds_of_options(options)) == 1:
+        return named[0]
     if len(fits) != 1:
-        reason = f"may be {' or '.join(fits)}" if fits else f"are none known ({', '.join(sorted(keys)):.200})"
-        hint = f"; {guess.hint('convert')}" if guess is not None and not fits else ""
+        reason = (
+            f"may be {' or '.join(fits)}" if fits else f"are of no known kind (keys: {', '.join(sorted(keys)):.200})"
+        )
+        hint = f"; {guess.hint('convert', given=options)}" if guess is not None and not fits else ""
         kinds = ", ".join(CONVERSIONS)
-        raise ValueError(f"{source}: its records {reason}{hint}; choose with --from: {kinds}")
+        raise ValueError(f"{source}: its records {reason}{hint}; choose a kind with --from: {kinds}")
     return fits[0]
+
+
+def _kinds_of_options(options: Mapping[str, object]) -> list[str]:
+    """Return the kinds of plain records whose reader has all options."""
+    plain = {name: kind for name, kind in CONVERSIONS.items() if kind.records is read_plain_records}
+    return [name for name, kind in plain.items() if options.keys() <= kind.options.keys()]
 
 
 def is_more_specific(name: str, other: str) -> bool:
@@ -307,25 +322,6 @@ def split_options(conversion: str, options: Mapping[str, object]) -> tuple[Optio
     return kind_options, {name: value for name, value in options.items() if name not in kind_options}
 
 
-OPTIONS = {
-    "split": ("NAME", "split to read, of a data set that has several (default: train)"),
-    "subset": ("NAME", "subset to read, of a data set on the Hub that has several"),
-    "prompt": ("TEXT", f"what is asked about every image ({DETECTION_PROMPT}; refcoco: {REFERRING_PROMPT})"),
-    "instances": ("FILE", "refcoco: the file of boxes, instances.json"),
-    "annotations": ("FILE", "vqa: the file of answers"),
-    "image_pattern": ("NAME", "vqa: name of an image, such as COCO_train2014_{image_id:012d}.jpg"),
-    "instruction": ("TEXT", f"a line after questions; vqa: after the first of a record ({SHORT_ANSWER})"),
-    "url_column": ("NAME", "conceptual-captions: the column of URLs; its number, from 1, where there is no header"),
-    "caption_column": ("NAME", "conceptual-captions: the column of captions, likewise"),
-    "question_label": ("LABEL", "ubiai: what questions are marked as (QUESTION)"),
-    "answer_label": ("LABEL", "ubiai: what answers are marked as (ANSWER)"),
-    "image_field": ("FIELD", "label-studio: the field of a task's data that has the image (image)"),
-    "question_field": ("FIELD", "label-studio: the field of a task's data that has the question"),
-    "from_name": ("CONTROL", "label-studio: the control that has the answer (the only one)"),
-}
-"""Options of conversions that have a flag -> its metavar and help."""
-
-
 EXAMPLES = (
     "vlm data convert captions_val2017.json records.jsonl --from coco-captions --image-folder val2017",
     "vlm data convert questions.json records.jsonl --from vqa --annotations answers.json "
@@ -334,21 +330,17 @@ EXAMPLES = (
 )
 
 
-def option_flag(name: str) -> str:
-    """Return the flag of an option on the command line."""
-    return f"--{name.replace('_', '-')}" if name in OPTIONS else f"--option {name}=VALUE"
-
-
 def main(arguments: Sequence[str]) -> None:
     """`vlm data convert INPUT OUTPUT --from FORM`."""
     args = _parser().parse_args(arguments)
     options = {name: getattr(args, name) for name in (*OPTIONS, "group", "by_label") if getattr(args, name) is not None}
     cache = resolve_cache_folder(args.cache_dir)
     try:
-        kind = args.conversion or detect_conversion(args.input, cache, follow_links=args.follow_links)
+        options |= dict(args.option)
+        kind = args.conversion or detect_conversion(args.input, cache, follow_links=args.follow_links, options=options)
         print(printable(convert(
             args.input, args.output, kind, to=args.to, cache=cache,
-            image_folder=args.image_folder, options={**options, **dict(args.option)}, on_bad=args.on_bad,
+            image_folder=args.image_folder, options=options, on_bad=args.on_bad,
             embed_images=args.embed_images, shard_size=args.shard_size, force=args.force,
             follow_links=args.follow_links,
         )))  # fmt: skip
@@ -371,7 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     add("input", metavar="INPUT", help=".json, .jsonl, .parquet, tar shards …; .tsv or .json of a kind")
     add("output", metavar="OUTPUT", help=OUTPUT_NAMES.replace("%", "%%"))
     told = "what INPUT is (default: recognised by its first record)"
-    add("--from", dest="conversion", choices=CONVERSIONS, metavar="KIND", help=told)
+    add("--from", "--format", dest="conversion", choices=CONVERSIONS, metavar="KIND", help=told)
     add("--to", choices=FORMS, default="llava", help="format of the records to write (default: %(default)s)")
     add("--image-folder", metavar="FOLDER", help="folder that paths are relative to (default: the folder of INPUT)")
     add("--follow-links", action="store_true", help="follow links that lead out of the folder of images or records")

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from vlm.assembly.heads import suffix_ids
-from vlm.config.dataset_schema import DatasetConfig
+from vlm.config.dataset_schema import DatasetConfig, SourceConfig
 from vlm.config.schema import RunConfig
 from vlm.data.dataset import SampleDataset, load_dataset
 from vlm.data.encoding.prompts import PromptEncoder
@@ -181,12 +181,23 @@ def check_labels(dataset: SampleDataset, values: Mapping[str, Sequence[object]],
     without = np.flatnonzero([all(value is None for value in row) for row in zip(*values.values(), strict=True)])
     if len(without) == 0:
         return
-    source, record = dataset.places[without[0]].tolist()
+    number, record = dataset.places[without[0]].tolist()
+    source = dataset.sources[number]
     raise ValueError(
-        f"{dataset.sources[source].path}: {len(without)} of {len(dataset)} {role} records have no label; the first is "
-        f"record {record}. Labels are read from `label`; to read another key, set dataset.format=labelled and "
-        "dataset.options.label_key"
+        f"{source.path}: {len(without)} of {len(dataset)} {role} records have no label; the first is "
+        f"record {record}. {explain_label_key(source.config)}"
     )
+
+
+def explain_label_key(config: SourceConfig) -> str:
+    """Return the sentence about where the labels of a source are read, and what names another key."""
+    key, option = config.options.get("label_key", "label"), "dataset.options.label_key=KEY"
+    other = (
+        f"{option} names another key"
+        if config.format == "labelled"
+        else f"dataset.format=labelled {option} reads another key"
+    )
+    return f"Labels are read from `{key}`; {other}"
 
 
 def targets_by_head(dataset: HeadDataset) -> dict[str, np.ndarray]:

@@ -18,6 +18,7 @@ from vlm.assembly.private_names import check_private_names
 from vlm.assembly.resolve import resolve_model
 from vlm.checks.start import start_problem
 from vlm.config.derived import embedding_row_keys
+from vlm.config.named import is_custom_name
 from vlm.config.schema import RunConfig
 from vlm.data.counted_later import CountedLater
 from vlm.data.dataset import SampleDataset
@@ -134,14 +135,19 @@ def inspect_data(data: RunData, config: RunConfig) -> DataFindings:
     forms = []
     for source in train.sources:
         record = source.records[0] if len(source.records) else None
-        guess = guess_form(record)
-        looks = "no form that is known" if guess is None else guess.what
-        agrees = guess is not None and guess.format == source.config.format
-        verdict = "which fits them" if agrees else f"but they look like {looks}"
-        forms.append(f"{source.name}: read with dataset.format={source.config.format}, {verdict}")
+        forms.append(f"{source.name}: {describe_form(record, source.config.format)}")
     longest = train.sources[0].encoder.longest if train.sources else 0
     reasons = group_reasons(train.skipped)
     return DataFindings(contribution_table(train.contributions), forms, train.lengths.tolist(), longest, reasons)
+
+
+def describe_form(record: object, format_name: str) -> str:
+    """Return which format reads records, and whether their first one fits it or looks like another format's."""
+    guess = guess_form(record)
+    reading = f"read with dataset.format={format_name}"
+    if guess is None or guess.format is None or is_custom_name(format_name):
+        return reading
+    return f"{reading}, {'which fits them' if guess.format == format_name else f'but they look like {guess.what}'}"
 
 
 def first_sample(data: RunData) -> str:
