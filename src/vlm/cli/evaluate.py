@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from vlm.checks.checkpoint import check_checkpoint
 from vlm.cli.model_options import add_generation_options, load_model, read_inference_settings
 from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
 from vlm.config.choices import ANSWER_METRICS, HALLUCINATION_METRICS, LOSS_METRICS, OBJECT_METRICS
@@ -101,6 +102,7 @@ def _evaluate_records(args: argparse.Namespace) -> None:
     check_no_results(folder, overwrite=args.overwrite)
     config, settings = source_config(args), read_inference_settings(args)
     check_references(config, names)
+    check_checkpoint(args.checkpoint, heads=False)
 
     from vlm.assembly.adapter_base import fingerprint
     from vlm.assembly.adapter_folder import local_folder
@@ -145,6 +147,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
     folder = resolve_output_folder(args.checkpoint, "+".join(tasks)[:80], args.output)
     check_no_results(folder, overwrite=args.overwrite)
     python = lmms_run.find_interpreter(args.lmms_eval_python)
+    check_checkpoint(args.checkpoint, heads=False)
 
     from vlm.assembly.checkpoint import open_checkpoint
 
