@@ -180,7 +180,6 @@ TESTED_ELSEWHERE = {
     "train/resume/directory.py": "train/resume/test_start.py",
     "train/resume/progress.py": "train/resume/test_exactness.py",
     "train/resume/record.py": "train/resume/test_start.py",
-    "train/run_directory.py": "train/test_run.py",
     "train/stop_on_signal.py": "train/test_run.py",
     "cli/runs.py": "runs/test_listing.py",
     "runs/comparison_views.py": "runs/test_comparison.py",

@@ -250,7 +250,8 @@ REFUSALS = {
     ),
     "not evaluating on something": (
         ["dataset.eval_split=0.5"],
-        "trainer.eval_strategy=no, but there is evaluation data: set it to epoch or steps",
+        "dataset.eval_split is given, but nothing is evaluated: add trainer.eval_strategy=epoch, or leave "
+        "dataset.eval_split out",
     ),
     "temperature": (
         ["inference.temperature=-1"],
@@ -319,6 +320,14 @@ def refused(records: Path, *overrides: str) -> str:
 @pytest.mark.parametrize(("overrides", "message"), REFUSALS.values(), ids=REFUSALS)
 def test_a_refusal_says_the_key_the_value_and_what_is_allowed(records: Path, overrides: list[str], message: str):
     assert refused(records, *overrides).startswith(message)
+
+
+def test_evaluation_records_that_nothing_evaluates_are_refused_with_both_ways_out(records: Path):
+    message = refused(records, f"dataset.eval_path={records}")
+    assert message == (
+        "dataset.eval_path is given, but nothing is evaluated: add trainer.eval_strategy=epoch, or leave "
+        "dataset.eval_path out"
+    )
 
 
 def test_shards_are_streamed_and_not_evaluated_on(records: Path, tmp_path: Path):

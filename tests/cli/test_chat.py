@@ -191,15 +191,15 @@ def test_an_interrupt_stops_the_answer_and_not_the_chat(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--image", "no.png"], "no.png does not open"),
-        (["--video", "no.mp4"], "video no.mp4 does not open"),
-        (["--temperature", "-1"], "temperature=-1.0: 0 (greedy) or more is needed"),
-        (["inference.temperature=1"], "inference.temperature=1: add -cn RUN, the run that it changes"),
-        ([], "./no/such: no such folder"),
+        (["owner/name", "--image", "no.png"], "no.png does not open"),
+        (["owner/name", "--video", "no.mp4"], "video no.mp4 does not open"),
+        (["./no/such", "--temperature", "-1"], "temperature=-1.0: 0 (greedy) or more is needed"),
+        (["./no/such", "inference.temperature=1"], "inference.temperature=1: add -cn RUN, the run that it changes"),
+        (["./no/such"], "./no/such: no such folder"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_loads(words: list[str], said: str):
-    found = refusal("chat", "./no/such", *words)
+    found = refusal("chat", *words)
     assert found.startswith("vlm chat: ")
     assert said in found
 

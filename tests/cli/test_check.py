@@ -17,13 +17,13 @@ def test_the_page_is_printed_and_written(
 ):
     def inspect_run(config: object, name: str, overrides: list[str]) -> Findings:
         """Find one problem."""
-        assert overrides == ["dataset.path"]
+        assert overrides == ["trainer.starts_from", "dataset.path"]
         return Findings(name, "nothing", problems=[Problem("it is wrong", "a=b", is_fatal)])
 
     monkeypatch.setattr(inspect, "inspect_run", inspect_run)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.json").write_text("[]")
-    words = ["check", "-cn", "finetune-smol", "dataset.path=x.json"]
+    words = ["check", "-cn", "finetune-smol", "trainer.starts_from=null", "dataset.path=x.json"]
     if is_fatal:
         with pytest.raises(SystemExit) as end:
             main(words)
@@ -32,6 +32,13 @@ def test_the_page_is_printed_and_written(
         main(words)
     assert "it is wrong\n    → a=b" in capsys.readouterr().out
     assert "it is wrong" in Path("outputs", "preflight-finetune-smol.html").read_text(encoding="utf-8")
+
+
+def test_a_forgotten_start_is_refused_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(SystemExit, match="vlm: finetune-smol starts from a model that pretrain-smol trained"):
+        main(["check", "-cn", "finetune-smol", "dataset.path=x.json"])
 
 
 def test_a_plan_reads_no_records(tmp_path: Path):
@@ -55,7 +62,7 @@ def test_the_first_rank_alone_prints_the_page(
     monkeypatch.setattr(inspect, "inspect_run", lambda config, name, overrides: Findings(name, "nothing"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.json").write_text("[]")
-    main(["check", "-cn", "finetune-smol", "dataset.path=x.json"])
+    main(["check", "-cn", "finetune-smol", "trainer.starts_from=null", "dataset.path=x.json"])
     assert capsys.readouterr().out == ""
     assert not Path("outputs").exists()
 

@@ -27,7 +27,7 @@ MISTAKES = {
     "generate": ["CHECKPOINT is missing", "usage: vlm generate CHECKPOINT", "--help"],
     "generate nowhere/at/all --prompt hi": ["nowhere/at/all: no such folder (seen from ", "nor a name on the Hub"],
     "generate run --prompt hi": ["it is a run directory, and its model is run/final"],
-    "generate x --prompt hi --image https://a.org/cat.png": ["web addresses are not downloaded", "save the image"],
+    "generate o/x --prompt hi --image https://a.org/cat.png": ["web addresses are not downloaded", "save the image"],
     "generate x": ["give --prompt for one question, or --input and --output"],
     "generate x --input records.json": ["--output is missing"],
     "generate x --prompt hi --max-new-token 5 --imag a": ["--imag", "--image"],

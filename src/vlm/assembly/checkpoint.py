@@ -36,7 +36,7 @@ from vlm.assembly.model_kinds import (
 from vlm.assembly.opening import opening
 from vlm.assembly.processor_trial import check_composed_processor, check_vocabulary, load_tried
 from vlm.assembly.quantization import make_checkpoint_quantization
-from vlm.checks.checkpoint import checkpoint_problem
+from vlm.checks.checkpoint import check_heads, checkpoint_problem
 from vlm.checks.model import check_no_image_mode
 from vlm.config.derived import BASE_FILE
 from vlm.data.coordinates.table import AUTO, use_convention
@@ -98,10 +98,7 @@ class Checkpoint:
 
     def check_heads(self, *, expected: bool) -> None:
         """Raise ValueError if the model has unexpected prediction heads, or lacks expected ones."""
-        if self.has_heads and not expected:
-            raise ValueError(f"{self.name} has prediction heads: ask it with vlm predict, or vlm.Predictor")
-        if expected and not self.has_heads:
-            raise ValueError(f"{self.name} has no prediction heads: ask it with vlm generate")
+        check_heads(self.name, found=self.has_heads, expected=expected)
 
     def load_processor(self, template: str | None = None, image_mode: str | None = None) -> Processor:
         """Return the processor.

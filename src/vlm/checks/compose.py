@@ -70,7 +70,7 @@ def with_config(
         action: called with the configuration, its name and the keys that the command line sets; what it returns is
             the value of a run to a sweeper that searches, such as Optuna's.
         make_objective: returns the objective of a configuration, which names the keys that contradict it.
-        trains: whether the action is the run itself, which needs a model to start from.
+        trains: whether the action makes steps of the run, which needs a model to start from.
     """
 
     def check_and_act(composed: DictConfig) -> object:

@@ -206,4 +206,5 @@ def evaluation_problems(config: RunConfig) -> Iterator[str]:
     if strategy != "no" and not (data.eval_path or data.eval_split):
         yield f"trainer.eval_strategy={strategy}: give dataset.eval_path=FILE or a share: dataset.eval_split=0.05"
     if strategy == "no" and (data.eval_path or data.eval_split) and not config.trainer.before_after:
-        yield "trainer.eval_strategy=no, but there is evaluation data: set it to epoch or steps"
+        key = "dataset.eval_path" if data.eval_path else "dataset.eval_split"
+        yield f"{key} is given, but nothing is evaluated: add trainer.eval_strategy=epoch, or leave {key} out"

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.checks.checkpoint import check_checkpoint
 from vlm.cli.model_options import add_generation_options, open_conversation, read_inference_settings
 from vlm.cli.record_options import add_max_frames_option
 from vlm.config.schema import InferenceConfig
@@ -64,7 +65,9 @@ def main(argv: Sequence[str]) -> None:
     """`vlm chat CHECKPOINT`."""
     args = make_parser().parse_intermixed_args(argv)
     try:
-        _run_chat(args, read_inference_settings(args))
+        settings = read_inference_settings(args)
+        check_checkpoint(args.checkpoint, heads=False)
+        _run_chat(args, settings)
     except KeyboardInterrupt:
         sys.exit("\nvlm chat: stopped")
 

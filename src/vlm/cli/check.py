@@ -89,7 +89,7 @@ def main(words: Sequence[str]) -> None:
         with TemporaryDirectory() as folder:
             with_config(without_data(rest, Path(folder)), action, make_objective)
     else:
-        with_config(rest, action, make_objective)
+        with_config(rest, action, make_objective, trains=args.plan is None)
     if refused:
         sys.exit(REFUSED_STATUS)
 

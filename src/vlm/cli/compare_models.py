@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlm.checks.checkpoint import check_checkpoint
 from vlm.cli.model_options import add_loading_options, load_model
 from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
 from vlm.config.choices import ANSWER_METRICS
@@ -73,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
     """`vlm compare-models BEFORE AFTER --data RECORDS …`."""
     args = make_parser().parse_args(argv)
     try:
+        for name in (args.before, args.after):
+            check_checkpoint(name, heads=False)
         _compare(args)
     except KeyboardInterrupt:
         sys.exit("\nvlm compare-models: stopped; the same command resumes it")

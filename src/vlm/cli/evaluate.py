@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
+from vlm.checks.checkpoint import check_checkpoint
 from vlm.checks.weights import identify_weights
 from vlm.cli.model_options import add_generation_options, load_model, read_inference_settings
 from vlm.cli.record_options import add_max_frames_option, add_reading_options, check_reading_options, source_config
@@ -102,6 +103,7 @@ def _evaluate_records(args: argparse.Namespace) -> None:
     check_no_results(folder, args.checkpoint, overwrite=args.overwrite)
     config, settings = source_config(args), read_inference_settings(args)
     check_references(config, names)
+    check_checkpoint(args.checkpoint, heads=False)
 
     from vlm.assembly.adapter_folder import local_folder
     from vlm.data.cache import json_digest, resolve_cache_folder
@@ -146,6 +148,7 @@ def _run_tasks(args: argparse.Namespace) -> None:
     folder = resolve_output_folder(args.checkpoint, "+".join(tasks)[:80], args.output)
     check_no_results(folder, args.checkpoint, overwrite=args.overwrite)
     python = lmms_run.find_interpreter(args.lmms_eval_python)
+    check_checkpoint(args.checkpoint, heads=False)
 
     from vlm.assembly.adapter_folder import local_folder
     from vlm.assembly.checkpoint import open_checkpoint

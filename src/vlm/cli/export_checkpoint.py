@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm.checks.checkpoint import check_checkpoint
 from vlm.config.choices import ADAPTER_FORMAT_DESCRIPTIONS, FORMAT_DESCRIPTIONS
 from vlm.config.choices import EXPORT_DTYPES as DTYPES
 from vlm.config.shown import PresentableParser
@@ -22,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError(f"--vision-tower {args.vision_tower}: it goes with --format llava-original; leave it out")
         if args.dtype is not None:
             raise ValueError(f"--dtype {args.dtype}: an adapter keeps the precision it was trained in; leave it out")
+    check_checkpoint(args.checkpoint, adapter=args.format in ADAPTER_FORMAT_DESCRIPTIONS)
     if args.check:
         from vlm.hub.export_check import check_export
 

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from vlm.checks.checkpoint import check_checkpoint
 from vlm.cli.model_options import add_generation_options, load_model, open_conversation, read_inference_settings
 from vlm.cli.record_options import add_question_options, check_question_options, source_config
 from vlm.config.schema import InferenceConfig
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         check_question_options(args)
         settings = read_inference_settings(args)
+        check_checkpoint(args.checkpoint, heads=False)
         _generate_file(args, settings) if args.input else _generate_one(args, settings)
     except KeyboardInterrupt:
         sys.exit("\nvlm generate: stopped" + ("; the same command resumes it" if args.input else ""))

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlm.checks.checkpoint import check_checkpoint
 from vlm.cli.model_options import add_base_options
 from vlm.config.shown import PresentableParser
 
@@ -31,6 +32,7 @@ def main(words: Sequence[str]) -> None:
     if len(given) != 2:
         parser.error("give CHECKPOINT and OUT once each")
     checkpoint, out = given[0], Path(given[1])
+    check_checkpoint(checkpoint)
     from vlm.assembly.adapter_merge import merge  # imports torch
 
     dtype = merge(checkpoint, out, args.base, trust_remote_code=args.trust_remote_code)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from vlm.checks.checkpoint import check_checkpoint
 from vlm.cli.model_options import add_loading_options
 from vlm.cli.progress_note import tell
 from vlm.cli.record_options import add_question_options, check_question_options, source_config
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     args = make_parser().parse_args(argv)
     try:
         check_question_options(args, (*SUFFIXES, ".npy"))
+        check_checkpoint(args.checkpoint, heads=True)
         _predict_file(args) if args.input else _predict_one(args)
     except KeyboardInterrupt:
         sys.exit("\nvlm predict: stopped; the same command resumes it")

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from vlm.checks.checkpoint import check_final_folder, is_adapter_folder
 from vlm.cli.model_options import add_base_options
 from vlm.config.shown import PresentableParser, present_what_is_printed, presentable, printable
 
@@ -66,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from vlm.hub.publishing import obsolete
-    from vlm.hub.upload import HubClient, full_name
+    from vlm.hub.upload import HubClient, full_name  # imports no torch, and says at once that there is no token
 
     repo = args.repo or _ask("Repository on the Hub (OWNER/NAME)")
     full_name(repo)
@@ -78,6 +78,8 @@ def _push(args: argparse.Namespace) -> None:
         if not sys.stdin.isatty():
             raise ValueError(f"{situation}: add --force to upload anyway; earlier commits stay in its history")
         _require_consent(f"{situation}. Upload anyway? Earlier commits stay in its history.")
+    from vlm.hub.publishing import obsolete
+
     with _prepare_folder(args, target.name) as prepared:
         gone = obsolete(target.files, prepared)
         _print_files(prepared)
@@ -110,14 +112,14 @@ def _prepare_folder(args: argparse.Namespace, repo: str | None) -> Iterator["Pre
     from transformers.utils.logging import disable_progress_bar
 
     from vlm.hub.folders import create_folder
-    from vlm.hub.publishing import is_adapter, prepare_upload
+    from vlm.hub.publishing import prepare_upload
     from vlm.hub.run_facts import read_run
 
     disable_progress_bar()
     checkpoint = args.checkpoint
     run = read_run(checkpoint)
     with TemporaryDirectory(prefix="push-to-hub-") as space:
-        if is_adapter(checkpoint):
+        if is_adapter_folder(checkpoint):
             from vlm.assembly.adapter_merge import merge  # imports torch
 
             merge(str(checkpoint), Path(space, "merged"), args.base, trust_remote_code=args.trust_remote_code)
@@ -148,10 +150,8 @@ def _check_prompts_possible(args: argparse.Namespace) -> None:
 
 def _check_publishable(args: argparse.Namespace) -> None:
     """Raise ValueError for a folder that is no checkpoint, or an adapter without `--merge`."""
-    from vlm.hub.publishing import is_adapter, require_checkpoint
-
-    require_checkpoint(args.checkpoint)
-    if is_adapter(args.checkpoint):
+    check_final_folder(args.checkpoint)
+    if is_adapter_folder(args.checkpoint):
         if not args.merge:
             raise ValueError(f"{args.checkpoint} is an adapter without its base; add --merge to merge them first")
     elif args.merge or args.base:

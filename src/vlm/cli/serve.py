@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from vlm.checks.checkpoint import check_checkpoint
 from vlm.checks.fields import ConfigError, check_fields
 from vlm.checks.messages import describe_unknown_key, explain
 from vlm.cli.collection import collect_as_usual
@@ -71,6 +72,7 @@ def main(argv: Sequence[str]) -> None:
     if not 0 <= args.port <= 65535:
         raise ValueError(f"--port {args.port}: a number from 0 to 65535 is needed")
     name = args.name or get_default_name(args.checkpoint)
+    check_checkpoint(args.checkpoint)
     from vlm.inference.serving.server import bind, make_server
 
     with bind(args.host, args.port) as bound:  # before the model is loaded, which takes minutes

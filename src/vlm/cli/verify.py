@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from vlm.checks.checkpoint import check_checkpoint
 from vlm.cli.model_options import add_loading_options
 from vlm.cli.record_options import add_reading_options, check_reading_options, source_config
 from vlm.config.shown import PresentableParser
@@ -69,6 +70,7 @@ def main(argv: Sequence[str]) -> None:
     """Compare, print what was found, write the certificate, and exit with 1 if the engine differs."""
     args = make_parser().parse_args(argv)
     _check_options(args)
+    check_checkpoint(args.checkpoint, heads=False)
     from vlm.hub.certificates import CERTIFICATE_FILE, add_certificate
     from vlm.hub.folders import resolve_folder
     from vlm.inference.verify.engines import load_engine

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import torch
 
-from vlm.assembly.adapter_folder import is_adapter_checkpoint
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.family import read_config
 from vlm.assembly.model_kinds import is_composed_config
 from vlm.assembly.round_trip import saved_tensors
-from vlm.checks.checkpoint import checkpoint_problem
+from vlm.checks.checkpoint import check_adapter, check_checkpoint, is_adapter_folder
 from vlm.hub.folders import JsonObject, resolve_folder
 from vlm.hub.layouts import FORMER_PREFIXES, PrefixPairs, rename_to_foreign, rename_to_ours
 from vlm.hub.shards import read_meta_tensors, weight_files
@@ -41,10 +40,8 @@ def open_for_export(name: str) -> OpenedCheckpoint:
         ValueError: it is none, or an adapter.
     """
     checkpoint = resolve_folder(name)
-    if problem := checkpoint_problem(str(checkpoint)):
-        raise ValueError(problem)
-    if is_adapter_checkpoint(checkpoint):
-        raise ValueError(f"{name} is an adapter; merge it into its base first: vlm merge-lora {name} MERGED")
+    check_checkpoint(checkpoint)
+    check_adapter(name, found=is_adapter_folder(checkpoint), expected=False)
     config = read_config(str(checkpoint), name)
     if not is_composed_config(config):
         raise ValueError(

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from vlm.checks.checkpoint import checkpoint_problem
+from vlm.checks.checkpoint import PREDICTION_MODEL_TYPE, check_final_folder
 from vlm.checks.checkpoint_files import inspect_folder
-from vlm.config.derived import BASE_FILE
 from vlm.config.secrets import mask
 from vlm.families.installed import is_family_type
 from vlm.hub.card import model_card
@@ -49,8 +48,8 @@ STATISTICS_SUFFIXES = (".running_mean", ".running_var")
 
 CARD_FILE, PLOT_FILE = "README.md", "loss.png"
 
-COMPOSED_MODEL_TYPE, PREDICTION_MODEL_TYPE = "vlm", "vlm_prediction"
-"""The `model_type` of our own models."""
+COMPOSED_MODEL_TYPE = "vlm"
+"""The `model_type` of our models that are composed of parts."""
 
 
 @dataclass(frozen=True)
@@ -131,27 +130,9 @@ def is_model_file(name: str) -> bool:
 # Is it a checkpoint?
 
 
-def is_adapter(checkpoint: Path) -> bool:
-    """Return whether a checkpoint is complete only together with its base."""
-    return (checkpoint / BASE_FILE).is_file()
-
-
-def require_checkpoint(folder: Path) -> None:
-    """Check that a folder holds a checkpoint, complete or on a base; the error says what it is, and what to give."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder (seen from {Path.cwd()})")
-    if (folder / "trainer_state.json").is_file():
-        raise ValueError(
-            f"{folder} is an intermediate checkpoint, for resuming. Finish the run "
-            f"(the same command with trainer.output_dir={folder.parent}), then publish its folder final"
-        )
-    if problem := checkpoint_problem(str(folder)):
-        raise ValueError(problem)
-
-
 def require_complete_checkpoint(checkpoint: Path) -> JsonObject:
     """Return the configuration of a checkpoint that holds all of its model; others, and unknown models, are refused."""
-    require_checkpoint(checkpoint)
+    check_final_folder(checkpoint)
     inspect_folder(checkpoint)
     config = read_json(checkpoint / "config.json")
     kind = get_body_config(config).get("model_type")

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS, is_adapter_checkpoint
+from vlm.assembly.adapter_folder import ADAPTER_WEIGHTS, NON_LORA_WEIGHTS
 from vlm.assembly.adapter_merge import merge
 from vlm.assembly.checkpoint import open_checkpoint
 from vlm.assembly.family import read_config
 from vlm.assembly.model_kinds import is_composed_config, is_composed_model
 from vlm.assembly.round_trip import quiet_loading
-from vlm.checks.checkpoint import checkpoint_problem
+from vlm.checks.checkpoint import check_adapter, check_checkpoint, is_adapter_folder
 from vlm.hub.adapters import PEFT_PREFIX, LoraDelta, read_adapter
 from vlm.hub.exporting import export_checkpoint
 from vlm.hub.folders import create_folder, read_json, resolve_folder, write_json
@@ -104,12 +104,9 @@ def open_adapter(name: str) -> tuple[Path, dict[str, LoraDelta]]:
 
 def _require_adapter(name: str, checkpoint: Path) -> None:
     """Raise ValueError for a checkpoint that is none, or has no adapter, or is no composed model."""
-    if problem := checkpoint_problem(str(checkpoint)):
-        raise ValueError(problem)
-    if not is_adapter_checkpoint(checkpoint) or not (checkpoint / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(
-            f"{name} has no adapter: --format vllm-lora exports the `final` of a LoRA run; use --format llava"
-        )
+    check_checkpoint(checkpoint)
+    complete = is_adapter_folder(checkpoint) and (checkpoint / ADAPTER_WEIGHTS).is_file()
+    check_adapter(name, found=complete, expected=True)
     config = read_config(str(checkpoint), name)
     if not is_composed_config(config):
         raise ValueError(f"{name} adapts a {config.model_type} model; --format vllm-lora is for composed models")

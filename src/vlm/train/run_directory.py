@@ -111,8 +111,7 @@ def versions() -> dict[str, object]:
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "image_backend": "torchvision" if is_torchvision_available() else "pillow",
-        "git": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain")),
+        **_code_revision(),
     }
 
 
@@ -123,13 +122,28 @@ def package_versions() -> dict[str, str | None]:
 
 
 @cache  # a process goes on with the source that it has imported, though the files change
-def _git(*words: str) -> str | None:
-    """Return the output of a git command on this package's source, or None where it is no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), *words]
+def _code_revision() -> dict[str, object]:
+    """Return the commit of this package's source, None where it is no checkout, and whether the code has changed."""
+    package = Path(__file__).parents[1]
+    return {"git": _git(package, "rev-parse", "HEAD"), "git_changes": has_changed_code(package)}
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """Return the output of a git command in a folder, or None where it is no checkout."""
+    command = ["git", "-C", str(folder), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def has_changed_code(package: Path) -> bool:
+    """Return whether files of a checkout differ from its commit, or the folder of its package has further files.
+
+    Other files that git does not know, such as records and runs beside the code, are no code of the run.
+    """
+    tracked = _git(package, "status", "--porcelain", "--untracked-files=no")
+    return bool(tracked or _git(package, "status", "--porcelain", "."))
 
 
 def write_data_summary(folder: Path, datasets: Mapping[str, SampleDataset | SampleStream | None]) -> None:

@@ -10,12 +10,11 @@ from vlm.train.preflight.inspect import describe_form, describe_start
 
 def test_the_start_is_told():
     words = ["dataset.path=x"]
-    described = describe_start(compose_config("finetune-smol", words), "finetune-smol")
-    assert described.endswith("a RANDOM connector, although it continues pretrain-smol")
+    assert describe_start(compose_config("finetune-smol", words)).endswith(" with a new connector")
     config = compose_config("finetune-smol", [*words, "trainer.from_pretrained=a/b"])
-    assert describe_start(config, "finetune-smol") == "the checkpoint a/b"
+    assert describe_start(config) == "the checkpoint a/b"
     config = compose_config("finetune-llava-onevision", words)
-    assert describe_start(config, "x").startswith("the model llava-hf/")
+    assert describe_start(config).startswith("the model llava-hf/")
 
 
 def test_records_of_no_known_form_are_said_to_be_read_and_no_more():

@@ -16,7 +16,6 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from vlm.assembly.family_trial.verdicts import read_unused
 from vlm.assembly.private_names import check_private_names
 from vlm.assembly.resolve import resolve_model
-from vlm.checks.start import start_problem
 from vlm.config.derived import embedding_row_keys
 from vlm.config.named import is_custom_name
 from vlm.config.schema import RunConfig
@@ -31,7 +30,7 @@ from vlm.train.objectives.base import PreparedRun, RunData
 from vlm.train.objectives.table import make_objective
 from vlm.train.parts import parameter_groups, table
 from vlm.train.preflight.duration import predict_disk, predict_time
-from vlm.train.preflight.findings import DataFindings, Findings, Problem
+from vlm.train.preflight.findings import DataFindings, Findings
 from vlm.train.preflight.libraries import libraries_restored
 from vlm.train.preflight.memory import ModelSizes
 from vlm.train.preflight.probe import prepare_run, probe_arguments, quiet_config, remove, run_probe, throwaway_folder
@@ -77,7 +76,7 @@ def without_chatter() -> Iterator[None]:
 
 def _inspect(config: RunConfig, probing: RunConfig, name: str, overrides: Sequence[str], folder: Path) -> Findings:
     begun = time.perf_counter()
-    findings = Findings(name, describe_start(config, name))
+    findings = Findings(name, describe_start(config))
     objective = make_objective(probing)
     resolved = resolve_model(probing, overrides)
     args = probe_arguments(probing, [*objective.training_keys(), *embedding_row_keys(probing)])
@@ -98,8 +97,6 @@ def _inspect(config: RunConfig, probing: RunConfig, name: str, overrides: Sequen
     findings.disk = predict_disk(config, own, sizes, findings.memory.predicted)
     findings.duration = predict_time(probe, config, own, data.records["train"], data.evaluation, findings.disk)
     findings.rates = learning_rates(run, own, probe.max_steps)
-    if (problem := start_problem(config, name)) is not None:
-        findings.problems.append(Problem(problem, "trainer.from_pretrained=…, or trainer.starts_from=null", True))
     findings.problems += find_problems(config, findings)
     return findings
 
@@ -114,7 +111,7 @@ def _own_arguments(config: RunConfig, args: TrainingArguments) -> TrainingArgume
     return args
 
 
-def describe_start(config: RunConfig, name: str) -> str:
+def describe_start(config: RunConfig) -> str:
     """Return what a run starts from, in a line."""
     trainer, model = config.trainer, config.model
     if trainer.from_pretrained is not None:
@@ -122,8 +119,6 @@ def describe_start(config: RunConfig, name: str) -> str:
     if model.hf_name is not None:
         return f"the model {model.hf_name}"
     parts = f"{model.visual_encoder.hf_name} and {model.language_model.hf_name}"
-    if start_problem(config, name) is not None:
-        return f"{parts} with a RANDOM connector, although it continues {trainer.starts_from}"
     return f"{parts} with a new connector"
 
 

@@ -115,7 +115,7 @@ def make_plan(
     lines += _memory_lines(objective, model, config, args, processor, data, devices, half)
     lines += ["", *_time_lines(model, config, processor, data, devices, mfu)]
     if (problem := start_problem(config, name)) is not None:
-        lines += ["", f"✗ {problem}"]
+        lines[:0] = [f"✗ {problem}", ""]
     return "\n".join(lines)
 
 
