@@ -243,13 +243,13 @@ class RunDirectory:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens per second: of the last logged steps while the run goes on, then of its whole last call."""
-        whole = None if self.is_alive else number_at(self.speed, "tokens_per_second")
+        whole = None if self.state in ACTIVE_STATES else number_at(self.speed, "tokens_per_second")
         return self.last_metrics.last("tokens_per_second") if whole is None else whole
 
     @property
     def peak_memory(self) -> float | None:
         """Peak memory of a device in GiB: of the last call if it has ended, else as last logged."""
-        whole = None if self.is_alive else number_at(self.speed, "peak_memory_gib")
+        whole = None if self.state in ACTIVE_STATES else number_at(self.speed, "peak_memory_gib")
         return self.last_metrics.last("peak_memory_gib") if whole is None else whole
 
     @cached_property
