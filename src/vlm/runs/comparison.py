@@ -25,10 +25,11 @@ from vlm.runs.evaluated_records import (
     paired_resamples,
     read_evaluated_records,
 )
+from vlm.runs.evaluations import Evaluation, read_scores
 from vlm.runs.files import Folder, JsonObject, list_at, mapping_at, text_at
 from vlm.runs.metrics import INTERVAL_SUFFIX
 from vlm.runs.outcome import sign_of
-from vlm.runs.read import Evaluation, RunDirectory, read_scores
+from vlm.runs.read import RunDirectory
 from vlm.runs.report_outcomes import NO_METRICS
 from vlm.runs.samples import Answer
 

@@ -8,21 +8,20 @@ import os
 import shlex
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlm.checks.weights import is_of_other_weights
 from vlm.config.secrets import mask, mask_settings
 from vlm.runs.durations import seconds_of_starts
+from vlm.runs.evaluations import Evaluation, read_evaluations
 from vlm.runs.files import (
     MEGABYTE,
     Folder,
     JsonObject,
     as_number,
     flatten,
-    get,
     list_at,
     mapping_at,
     number_at,
@@ -63,25 +62,6 @@ class Change:
     step: int
     time: str
     values: dict[str, tuple[object, object]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The results of `vlm eval` for a run's model.
-
-    Attributes:
-        name: the folder's path below `eval/`, mostly the name of the data.
-        folder: where its `results.json` and its answers are.
-        results: its `results.json`.
-        scores: metric -> its value and the ends of its 95% interval, None if there are none.
-        is_of_other_weights: whether the run's checkpoint was replaced since.
-    """
-
-    name: str
-    folder: Path
-    results: JsonObject = field(default_factory=dict)
-    scores: dict[str, tuple[float | None, float | None, float | None]] = field(default_factory=dict)
-    is_of_other_weights: bool = False
 
 
 class RunDirectory:
@@ -263,13 +243,13 @@ class RunDirectory:
     @property
     def tokens_per_second(self) -> float | None:
         """Tokens per second: of the last logged steps while the run goes on, then of its whole last call."""
-        whole = None if self.is_alive else number_at(self.speed, "tokens_per_second")
+        whole = None if self.state in ACTIVE_STATES else number_at(self.speed, "tokens_per_second")
         return self.last_metrics.last("tokens_per_second") if whole is None else whole
 
     @property
     def peak_memory(self) -> float | None:
         """Peak memory of a device in GiB: of the last call if it has ended, else as last logged."""
-        whole = None if self.is_alive else number_at(self.speed, "peak_memory_gib")
+        whole = None if self.state in ACTIVE_STATES else number_at(self.speed, "peak_memory_gib")
         return self.last_metrics.last("peak_memory_gib") if whole is None else whole
 
     @cached_property
@@ -321,15 +301,7 @@ class RunDirectory:
     @cached_property
     def evaluations(self) -> list[Evaluation]:
         """The results of `vlm eval` for the run's model, by name."""
-        found = []
-        for file in self.files.files("eval/**/results.json"):
-            folder = Folder(file.parent)
-            results = folder.json(file.name)
-            name = file.parent.relative_to(self.path / "eval").as_posix()
-            self.files.damaged |= {f"eval/{name}/{key}": why for key, why in folder.damaged.items()}
-            name, stale = "evaluation" if name == "." else name, is_of_other_weights(results, self.path)
-            found.append(Evaluation(name, file.parent, results, read_scores(results), stale))
-        return found
+        return read_evaluations(self.path, self.files)
 
 
 def _split(command: str) -> list[str]:
@@ -346,22 +318,6 @@ def _parse_changes(lines: list[JsonObject]) -> Iterator[Change]:
             if isinstance(pair, list) and len(pair) == 2
         }  # fmt: skip
         yield Change(int(number_at(line, "step") or 0), text_at(line, "time"), values)
-
-
-def read_scores(results: JsonObject) -> dict[str, tuple[float | None, float | None, float | None]]:
-    """Return metric -> value and ends of its interval, of a `results.json`; for tasks of lmms-eval, by task."""
-    if metrics := mapping_at(results, "metrics"):
-        return {name: _score(score) for name, score in metrics.items()}
-    tasks = mapping_at(results, "results")
-    return {
-        f"{task} {name}": _score(score) for task in tasks for name, score in mapping_at(tasks, task).items()
-    }  # fmt: skip
-
-
-def _score(score: object) -> tuple[float | None, float | None, float | None]:
-    if not isinstance(score, dict):
-        return as_number(score), None, None
-    return as_number(get(score, "value")), number_at(score, "low"), number_at(score, "high")
 
 
 def is_checkpoint(folder: Path) -> bool:

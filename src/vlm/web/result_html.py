@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from vlm.runs.evaluations import Evaluation
 from vlm.runs.html import ImageBudget
 from vlm.runs.listing import format_number
-from vlm.runs.read import Evaluation
 from vlm.runs.report_outcomes import Score, show_score
 from vlm.web.html import note_html, text_html
 from vlm.web.results import JudgedAnswer, describe_results, left_out

@@ -9,8 +9,8 @@ from difflib import SequenceMatcher
 from itertools import chain
 from pathlib import Path
 
+from vlm.runs.evaluations import Evaluation, read_scores
 from vlm.runs.files import Folder, JsonObject, is_inside, list_at, number_at, text_at
-from vlm.runs.read import Evaluation, read_scores
 
 RESULTS_FILE, ANSWERS_FILE = "results.json", "answers.jsonl"
 RESULT_PATTERNS = ("eval/*", "*/eval/*", "*/*/eval/*")
