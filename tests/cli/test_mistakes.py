@@ -53,7 +53,7 @@ MISTAKES = {
     f"{RUN} trainer.lr=1e-3": ["trainer.learning_rate.language_model_learning_rate", "Each part has its own rate"],
     f"{RUN} trainer.batch_size=8": ["trainer.per_device_train_batch_size"],
     f"{RUN} num_epochs=3": ["trainer.num_train_epochs"],
-    f"{RUN} trainer.learning_rate=1e-3": ["it is a section", "language_model_learning_rate"],
+    f"{RUN} trainer.learning_rate=1e-3": ["it is a section", "connector_learning_rate"],
     f"{RUN} mm_projector_type=mlp2x_gelu": ["model/connector=mlp"],
     f"{RUN} freeze_backbone=true": ["trainer.unfreeze.train_language_model=false"],
     f"{RUN} lora_rank=8": ["trainer.lora.language_model.r"],

@@ -46,11 +46,11 @@ class Skipped:
         if "add dataset." in self.reason:  # the records are read once that is added
             return ValueError(shorten(f"{place}: {name}{self.reason}"))
         if self.file is not None:
-            hint = f"{_explain_folder(source)}. {hint}"
+            hint = f"{explain_folder(source)}. {hint}"
         return ValueError(shorten(f"{place}: {name}{self.reason}. {hint}"))
 
 
-def _explain_folder(source: Source | None) -> str:
+def explain_folder(source: Source | None) -> str:
     """Return what image paths are relative to."""
     if source is None or source.config.image_folder is not None:
         return "Image paths are relative to dataset.image_folder"

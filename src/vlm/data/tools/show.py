@@ -21,6 +21,7 @@ from vlm.data.encoding.thinking import find_thinking
 from vlm.data.objects import MarkedObject
 from vlm.data.pages import render_page, thumbnail, tokens_as_html, tokens_as_text
 from vlm.data.sample import BadSample, ImageRef, MediaSize, Sample, ToolCallTurn
+from vlm.data.skipped import explain_folder
 from vlm.data.sources import Source, make_sources
 from vlm.data.tools.views import describe_views
 from vlm.data.usable import check_reply
@@ -143,7 +144,9 @@ def _load_shown_record(source: Source, number: int | None, record: object, *, wi
             source, number, sample.id, sides, images, None, sample.label, notes, views, sample.objects, frames
         )
     except BadSample as error:
-        return ShownRecord(source, number, error.sample_id, [], images, error.reason, notes=notes, raw=record)
+        is_missing = error.file is not None and error.reason.endswith("does not exist")
+        problem = f"{error.reason}. {explain_folder(source)}" if is_missing else error.reason
+        return ShownRecord(source, number, error.sample_id, [], images, problem, notes=notes, raw=record)
 
 
 def _encode_sides(encoder: SampleEncoder, sample: Sample, sizes: Sequence[MediaSize]) -> list[tuple[str, Encoded]]:
