@@ -12,6 +12,7 @@ LONGEST = 60
 TESTED_ELSEWHERE = {
     "inference/prompts.py": "inference/test_generate.py",
     "checks/offline.py": "assembly/test_hub_reach.py",
+    "data/holdout.py": "data/test_dataset.py",
     "assembly/adapter_base.py": "train/test_lora.py",
     "assembly/adapter_checks.py": "attack/test_checkpoints.py",
     "assembly/adapter_folder.py": "train/test_lora.py",
