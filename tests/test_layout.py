@@ -11,6 +11,8 @@ LONGEST = 60
 
 TESTED_ELSEWHERE = {
     "inference/prompts.py": "inference/test_generate.py",
+    "checks/offline.py": "assembly/test_hub_reach.py",
+    "data/holdout.py": "data/test_dataset.py",
     "assembly/adapter_base.py": "train/test_lora.py",
     "assembly/adapter_checks.py": "attack/test_checkpoints.py",
     "assembly/adapter_folder.py": "train/test_lora.py",
@@ -169,7 +171,6 @@ TESTED_ELSEWHERE = {
     "train/feature_cache/encoder.py": "train/feature_cache/test_images.py",
     "train/feature_cache/fingerprints.py": "train/feature_cache/test_images.py",
     "train/heads/data.py": "train/heads/test_training.py",
-    "train/heads/report.py": "train/objectives/test_prediction.py",
     "train/monitor/callbacks.py": "train/test_sample_generation.py",
     "train/monitor/peak_flops.py": "train/monitor/test_speed.py",
     "train/objectives/base.py": "train/objectives/test_objectives.py",

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from tests.fixtures import compose_config
 from vlm.assembly import hub_reach
 from vlm.assembly.family import read_config
+from vlm.checks.fields import ConfigError
+from vlm.checks.offline import check_offline
 
 
 @pytest.fixture
@@ -46,8 +49,32 @@ def test_what_needs_no_hub_is_not_looked_up(closed_hub: str, monkeypatch: pytest
     monkeypatch.setattr(hub_reach, "try_to_load_from_cache", lambda *_, **__: None)
     with pytest.raises(ValueError, match=closed_hub):
         hub_reach.check_hub_answers("another/encoder", "x")
+
+
+def test_offline_a_model_that_is_not_here_is_refused_with_the_ways_out(
+    closed_hub: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    hub_reach.check_hub_answers("another/encoder", "x")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub_reach.check_hub_answers(str(tmp_path), "x")
+    with pytest.raises(ValueError, match="no such folder") as caught:
+        read_config("some/encoder", "model.visual_encoder.hf_name=some/encoder")
+    said = str(caught.value)
+    assert "it is not in the cache of the Hub" in said
+    assert "HF_HUB_OFFLINE is set. Name a folder instead, such as trainer.from_pretrained=" in said
+    config = compose_config("finetune-smol", ["dataset.path=x", "model.visual_encoder.hf_name=some/encoder"])
+    with pytest.raises(ConfigError, match=r"^model\.visual_encoder\.hf_name=some/encoder: no such folder"):
+        check_offline(config)
+    config.trainer.from_pretrained = str(tmp_path)
+    check_offline(config)
+    config.trainer.from_pretrained = None
+    cached = tmp_path / "cache" / "models--some--encoder"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0")
+    (cached / "snapshots" / "0").mkdir(parents=True)
+    (cached / "snapshots" / "0" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"^model\.language_model\.hf_name="):
+        check_offline(config)
 
 
 def test_addresses_are_shown_without_passwords():

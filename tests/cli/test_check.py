@@ -11,6 +11,13 @@ from vlm.train.preflight import inspect
 from vlm.train.preflight.findings import Findings, Problem
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch):
+    """Let runs name models of the Hub, which nothing opens here."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+
+
 @pytest.mark.parametrize("is_fatal", [True, False])
 def test_the_page_is_printed_and_written(
     is_fatal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

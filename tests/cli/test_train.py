@@ -115,14 +115,16 @@ def test_what_a_model_refuses_later_ends_without_a_traceback(
     records: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    said = refusal("-cn", "pretrain-smol", records, f"model.visual_encoder.hf_name={tmp_path}")
+    parts = [f"model.{part}.hf_name={tmp_path}" for part in ("visual_encoder", "language_model")]
+    said = refusal("-cn", "pretrain-smol", records, *parts)
     assert said.startswith(f"vlm: model.visual_encoder.hf_name={tmp_path}: no model configuration there")
 
 
 def test_a_connector_class_is_found_beside_the_run(records: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    words = ["-cn", "pretrain-smol", records, f"model.visual_encoder.hf_name={tmp_path}"]
+    parts = [f"model.{part}.hf_name={tmp_path}" for part in ("visual_encoder", "language_model")]
+    words = ["-cn", "pretrain-smol", records, *parts]
     missing = refusal(*words, "model.connector.type=connector_beside:Mine")
     assert missing == "vlm: model.connector.type=connector_beside:Mine: No module named 'connector_beside'"
     (tmp_path / "connector_beside.py").write_text("class Mine:\n    pass\n")

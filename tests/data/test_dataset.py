@@ -19,7 +19,7 @@ from vlm.data import token_counts as counts
 from vlm.data.dataset import BlankImageDataset, SampleDataset, load_dataset
 from vlm.data.encoding.labels import encode
 from vlm.data.encoding.sample_encoder import SampleEncoder
-from vlm.data.holdout import split_off_eval
+from vlm.data.holdout import count_shared_images, split_off_eval
 from vlm.data.skipped import Skipped
 from vlm.data.vision.images import open_media
 from vlm.models import VLMProcessor
@@ -424,6 +424,17 @@ def test_a_share_is_held_out_by_seed(load):
     for one in (rest, held):
         assert one.lengths.tolist() == [len(one[index]["input_ids"]) for index in range(len(one))]
         assert one.num_images.tolist() == [len(one.sample(index).images) for index in range(len(one))]
+
+
+def test_held_out_records_whose_image_trains_too_are_counted(load, monkeypatch: pytest.MonkeyPatch):
+    data = load([record(number, [f"{number % 4}.png"] if number % 3 else []) for number in range(20)])
+    rest, held = split_off_eval(data, 0.25, seed=1)
+    trained = {image.path for index in range(len(rest)) for image in rest.sample(index).images}
+    images = [[image.path for image in held.sample(index).images] for index in range(len(held))]
+    assert count_shared_images(rest, held) == sum(any(path in trained for path in paths) for paths in images) > 0
+    assert count_shared_images(rest.subset([]), held) == 0
+    monkeypatch.setattr("vlm.data.holdout.MAX_COMPARED", 1)
+    assert count_shared_images(rest, held) is None
 
 
 @pytest.mark.parametrize(("share", "held"), [(0.001, 1), (0.5, 2), (1.0, 3)])

@@ -24,12 +24,23 @@ def commands(
 
 def test_after_a_first_stage_the_second_comes():
     found = commands("pretrain-smol", "dataset.image_folder=images")
-    assert list(found) == ["look at it", "finetune it", "ask it", "publish it"]
+    assert list(found) == ["look at it", "finetune it", "see its answers", "publish it"]
+    assert found["see its answers"] == ["outputs/run/samples.md"]
     assert found["look at it"] == ["outputs/run/report.html"]
     assert found["finetune it"] == [
         "vlm", "-cn", "finetune-smol", "trainer.from_pretrained=outputs/run/final", "dataset.path=RECORDS",
         "dataset.image_folder=images",
     ]  # fmt: skip
+
+
+def test_a_model_that_was_trained_without_prompts_is_not_asked():
+    assert "ask it" not in commands("pretrain-smol", example=ExampleQuestion("a.png", "Is it red?"))
+    assert "see its answers" not in commands("pretrain-smol", "trainer.num_samples=0")
+    assert "ask it" in commands("pretrain-smol", "dataset.template=tokenizer")
+
+
+def test_the_second_stage_stays_on_the_cpu():
+    assert commands("pretrain-smol", "trainer.use_cpu=true")["finetune it"][-1] == "trainer.use_cpu=true"
 
 
 def test_after_finetuning_the_model_is_measured_where_there_are_records():
@@ -48,7 +59,7 @@ def test_a_head_predicts():
 def test_paths_with_blanks_and_signs_can_be_copied():
     final = Path("outputs/it's a run, x=1/final")
     found = commands("pretrain-smol", final=final)
-    assert found["ask it"][2] == str(final)
+    assert found["publish it"][2] == str(final)
     config = compose_config("finetune-smol", ["dataset.path=a.json", found["finetune it"][3]])
     assert config.trainer.from_pretrained == str(final)
 

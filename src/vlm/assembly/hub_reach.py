@@ -1,6 +1,6 @@
 """Whether the Hub answers, found out in seconds: its client tries six times over half a minute, for each file.
 
-Imports huggingface_hub and nothing of this package.
+Imports huggingface_hub, and no torch.
 """
 
 import os
@@ -13,6 +13,8 @@ from urllib.parse import urlsplit
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from vlm.checks.offline import offline_problem
+
 SECONDS_FOR_HUB = 3
 """How long the Hub may take to accept a connection."""
 
@@ -20,13 +22,15 @@ PROXIES = ("https_proxy", "http_proxy", "all_proxy")
 
 
 def check_hub_answers(name: str, label: str, revision: str | None = None) -> None:
-    """Raise ValueError where a model can only come from the Hub, and the Hub accepts no connection.
+    """Raise ValueError where a model can only come from the Hub, and that accepts no connection or is not to be asked.
 
     Args:
         name: Hub name or folder. Folders and names whose configuration is in the cache are not looked up.
         label: what messages call it, such as `model.hf_name=NAME`.
         revision: branch, tag or commit.
     """
+    if problem := offline_problem(name, label, revision):
+        raise ValueError(problem)
     if constants.is_offline_mode() or behind_proxy() or Path(name).is_dir() or _is_cached(name, revision):
         return
     if reason := why_unreachable(constants.ENDPOINT):

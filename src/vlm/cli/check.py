@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from vlm.checks.compose import with_config
+from vlm.checks.offline import check_offline
 from vlm.cli.progress_note import tell
 from vlm.clusters.world import take_world_from_scheduler
 from vlm.config.schema import RunConfig
@@ -64,6 +65,7 @@ def main(words: Sequence[str]) -> None:
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
         """Inspect the run on every rank; the first one prints the page, and writes it as HTML."""
         nonlocal refused
+        check_offline(config)
         if args.plan is not None:
             from vlm.train.preflight.plan import make_plan
 

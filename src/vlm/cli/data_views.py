@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from vlm.checks.compose import with_config
 from vlm.checks.fields import ConfigError
+from vlm.checks.offline import check_offline
 from vlm.cli.progress_note import tell
 from vlm.config.schema import RunConfig
 from vlm.config.shown import PresentableParser, printable
@@ -48,6 +49,7 @@ def show(words: Sequence[str]) -> None:
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
         """Print records with their labels, and write them to a page; or write a gallery."""
+        check_offline(config)
         from vlm.assembly.processor_options import describe_processor
         from vlm.data.tools.show import as_text, load_shown_records, write_page
 
@@ -99,6 +101,7 @@ def stats(words: Sequence[str]) -> None:
 
     def action(config: RunConfig, name: str, overrides: list[str]) -> None:
         """Print the statistics of a run's records, and draw them."""
+        check_offline(config)
         from vlm.data.tools.copies import describe_copies
         from vlm.data.tools.stats import as_text, compute_stats, draw
 

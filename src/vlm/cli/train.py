@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from vlm.checks.compose import with_config
 from vlm.checks.fields import ConfigError
 from vlm.checks.lora import QUANTIZABLE_PARTS
+from vlm.checks.offline import check_offline
 from vlm.checks.sweep import check_direction, is_sweep, worst_value
 from vlm.cli.collection import collect_as_usual, no_collection
 from vlm.cli.peft_use import may_use_peft
@@ -97,6 +98,7 @@ def is_lower_better(trainer: TrainerOptions) -> bool:
 def train(config: RunConfig, name: str, overrides: list[str], *, owns_process: bool = False) -> None:
     """Train on this rank, together with every other rank, to the end even if nobody reads the log any more."""
     outlive_pipes()
+    check_offline(config)
     with RunLog() as run_log:
         unused = UNUSED_LIBRARIES if not owns_process or may_use_peft(config) else (*UNUSED_LIBRARIES, "peft")
         _train(config, name, overrides, run_log, unused)

@@ -4,6 +4,10 @@ import numpy as np
 import torch
 
 from vlm.data.dataset import SampleDataset
+from vlm.data.sample import ImageRef
+
+MAX_COMPARED = 20_000
+"""The most training samples whose images are looked up by name for `count_shared_images`: every record is parsed."""
 
 
 def split_off_eval(dataset: SampleDataset, share: float, seed: int) -> tuple[SampleDataset, SampleDataset]:
@@ -50,3 +54,19 @@ def hold_out(
         _, once = np.unique(dataset.places[held], axis=0, return_index=True)
         return rest, dataset.subset(np.sort(held[once]))
     return rest, dataset.subset(np.sort(first[held_out]))
+
+
+def count_shared_images(training: SampleDataset, held_out: SampleDataset) -> int | None:
+    """Return how many held-out samples have an image file that a training sample has too; no image is opened.
+
+    None: there are more than `MAX_COMPARED` training samples. `dataset.overlap` compares what files contain as well.
+    """
+    if len(training) > MAX_COMPARED:
+        return None
+    trained = {file for index in range(len(training)) for file in _image_files(training, index)}
+    return sum(not trained.isdisjoint(_image_files(held_out, index)) for index in range(len(held_out)))
+
+
+def _image_files(dataset: SampleDataset, index: int) -> set[ImageRef]:
+    """Return the images of a sample that are files."""
+    return {image for image in dataset.sample(index).images if image.content is None}

@@ -20,7 +20,7 @@ from vlm.data.counted_later import CountedLater, MeasuredLengths
 from vlm.data.dataset import SampleDataset, draw_records, load_dataset, load_sources, repeat_by_weight
 from vlm.data.encoding.sample_encoder import NO_LIMIT, SampleEncoder
 from vlm.data.encoding.thinking import is_thinking_asked
-from vlm.data.holdout import split_off_eval
+from vlm.data.holdout import count_shared_images, split_off_eval
 from vlm.data.overlap import check_overlap
 from vlm.data.processor import Processor
 from vlm.data.records.index import IndexedRecords
@@ -70,6 +70,11 @@ def load_data(
     if config.eval_split:
         train, held_out = split_off_eval(train, config.eval_split, args.seed)
         held_out = held_out.subset(range(len(held_out))[: config.max_eval_samples])
+        if args.process_index == 0 and (shared := count_shared_images(train, held_out)):
+            log.warning(
+                "dataset.eval_split=%g: %d of %d held-out records have an image that training records have too. For "
+                "an evaluation on new images give dataset.eval_path", config.eval_split, shared, len(held_out)
+            )  # fmt: skip
     check_overlap(config, train, held_out)
     return train, held_out
 

@@ -36,6 +36,8 @@ def _second_stage(config: RunConfig, name: str, final: Path) -> dict[str, str]:
     words = ["vlm", "-cn", second, override("trainer.from_pretrained", str(final)), "dataset.path=RECORDS"]
     if config.dataset.image_folder:
         words.append(override("dataset.image_folder", config.dataset.image_folder))
+    if config.trainer.use_cpu:
+        words.append("trainer.use_cpu=true")
     return {"finetune it": shlex.join(words)}
 
 

@@ -63,13 +63,23 @@ def report(
 
 
 def _note(name: str, head: HeadSettings) -> str:
-    """Return what was chosen by the records of a set; empty for tasks without probabilities."""
+    """Return what was chosen by the records of a set; empty for tasks without probabilities.
+
+    Evaluations while a run trains measure probabilities at temperature 1, before anything is chosen. Among the
+    probabilities of several classes a temperature changes the order of records, and with it `auroc`.
+    """
     if name == "test":
         return "nothing was tuned on these records"
     if head.task not in CLASSIFICATION_TASKS:
         return ""
     calibration = "temperature" if head.threshold is None else "temperature and threshold"
-    return f"{calibration} tuned on these records: scores that depend on this are optimistic"
+    chosen = f"{calibration} tuned on these records: scores that depend on this are optimistic"
+    if name != "evaluation" or head.temperature == 1:
+        return chosen
+    which = (
+        "; auroc and average_precision depend on it, too" if head.task == "multiclass" and len(head.labels) > 2 else ""
+    )
+    return f"{chosen}, and differ from those of the log, which are at temperature 1 (now {head.temperature:.3g}){which}"
 
 
 def _score_head(

@@ -231,7 +231,7 @@ class SpeedMeter:
         title = f"steps {last_step - steps + 1} to {last_step} ({seconds:.1f} s; the first step is left out)"
         log.info("Speed of %s:\n\n%s\n", title, speed_table(metrics))
         if self.note is not None:
-            log.info("Operations were not counted: %s", self.note)
+            log.info("TFLOP/s and MFU are unknown: %s", self.note)
         elif self.peak is not None and self.flops is not None and "mfu" not in metrics:
             log.info(
                 "MFU is left out: the run is faster than the measured peak (%.3g TFLOP/s; was the machine busy?). "

@@ -40,7 +40,7 @@ class Distillation(Generation):
 
     loss_label = "distillation loss per supervised token"
     memory_note = "the teacher takes memory beside the model that trains"
-    flops_note = "only those of the model that trains are known, not those of the teacher"
+    flops_note = "the operations of the teacher are not counted"
     teacher: Teacher
     vocabulary: int
     shares_inputs: bool

@@ -38,7 +38,7 @@ class Embedding(Objective):
     loss_label = "contrastive loss"
     row_key = "groups"
     memory_note = "embeddings of a whole batch are compared, and the prediction knows replies"
-    flops_note = "the count assumes a loss on replies, and embeddings are computed from hidden states"
+    flops_note = "operations are counted only for a loss on replies, and this run trains embeddings"
 
     def refusals(self) -> Iterator[str]:
         """Yield what is wrong with the head and its data, and keys that are for runs that learn to write."""

@@ -15,6 +15,7 @@ from vlm.config.choices import EVAL_METRICS, EVALUATION_LOSSES, GROUP_BY_MODALIT
 from vlm.config.dataset_schema import DatasetConfig
 from vlm.config.derived import training_keys
 from vlm.evaluation.text_metrics import check_metrics
+from vlm.runs.samples import SAMPLES_FILE
 from vlm.train.objectives.base import Inputs, Objective, ObjectiveTrainer, PreparedRun, RunData
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from vlm.models.text_loss import SupervisedScores
     from vlm.train.before_after import BeforeAfter
     from vlm.train.example_question import ExampleQuestion
+
+PLAIN_TEMPLATE = "plain"
+"""The template that leaves prompts out."""
 
 
 class Generation(Objective):
@@ -277,14 +281,21 @@ class Generation(Objective):
         return shlex.join(["vlm", "generate", str(final), *words])
 
     def next_commands(self, final: Path, example: ExampleQuestion) -> dict[str, str]:
-        """Return a question about an image, a measurement on the evaluation records if they are a file, and more."""
+        """Return a question about an image, a measurement on the evaluation records if they are a file, and more.
+
+        With the template `plain` no prompt was trained on: the answers of the run itself take the question's place.
+        """
         commands, data = super().next_commands(final, example), self.config.dataset
+        first = {"ask it": commands.pop("ask it")}
+        if data.template == PLAIN_TEMPLATE:
+            has_answers = self.config.trainer.num_samples > 0
+            first = {"see its answers": shlex.quote(str(final.parent / SAMPLES_FILE))} if has_answers else {}
         if not data.eval_path:
-            return commands
+            return {**first, **commands}
         words = ["vlm", "eval", str(final), "--data", data.eval_path]
         words += ["--image-folder", data.image_folder] if data.image_folder else []
         words += ["--format", data.format] if data.format != DatasetConfig.format else []
-        return {"ask it": commands.pop("ask it"), "measure it": shlex.join(words), **commands}
+        return {**first, "measure it": shlex.join(words), **commands}
 
 
 def _prepare_loss_metrics(options: TrainerOptions, dataset: SampleDataset) -> list[LossMetric]:

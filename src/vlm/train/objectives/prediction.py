@@ -43,7 +43,7 @@ class Prediction(Objective):
     loss_label = "loss of the prediction heads"
     row_key = "groups"
     memory_note = "it has prediction heads, whose memory is measured alone"
-    flops_note = "the count assumes a loss on replies, and prediction heads read hidden states"
+    flops_note = "operations are counted only for a loss on replies, and this run trains prediction heads"
 
     def refusals(self) -> Iterator[str]:
         """Yield what is wrong with the heads and their data, and keys that are for runs that learn to write."""
