@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import TrainerControl, TrainerState
 
 from tests.fixtures import compose_config
+from tests.waiting import wait_until
 from vlm.data.batching.step_layout import SampleCosts
 from vlm.data.counted_later import COUNTS, CountedLater, when_counted
 from vlm.data.dataset import SampleDataset
@@ -202,8 +203,16 @@ def test_workers_end_with_what_counts(tmp_path: Path):
     while not (tmp_path / "pid").exists():
         time.sleep(0.01)
     dataset.stop()
-    worker = Path("/proc", (tmp_path / "pid").read_text(), "stat")
-    assert not worker.exists() or worker.read_text().rpartition(")")[2].split()[0] == "Z"
+    wait_until(lambda: has_ended(int((tmp_path / "pid").read_text())))
+
+
+def has_ended(process: int) -> bool:
+    """Whether a process has ended, also if nothing has asked for its exit code."""
+    try:
+        state = Path("/proc", str(process), "stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return state.rpartition(")")[2].split()[0] == "Z"
 
 
 @pytest.mark.parametrize(("step", "evaluates", "saves"), [(1, False, False), (9, False, True), (1, True, True)])
