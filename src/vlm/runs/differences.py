@@ -71,9 +71,10 @@ def unusual_settings(runs: Sequence[RunDirectory]) -> list[dict[str, object]]:
 def _unusual_values(run: RunDirectory, usual: Mapping[str, object]) -> dict[str, object]:
     values = {key: setting_of(run, key) for key in usual}
     return {
-        key: value for key, value in values.items()
+        key: value
+        for key, value in values.items()
         if _differ(value, usual[key]) and (value is not None or key in run.overrides)
-    }  # fmt: skip
+    }
 
 
 def _without_consequences(run: RunDirectory, values: Mapping[str, object]) -> dict[str, object]:
@@ -118,19 +119,17 @@ def are_comparable(one: RunDirectory, other: RunDirectory, metric: str) -> bool:
 
 
 def _loss_terms(run: RunDirectory, metric: str) -> tuple[object, ...]:
-    """Return what the loss of a run is: its objective, and the settings of its heads or its preference loss."""
+    """Return what the loss of a run is: its objective with its settings, and those of its heads."""
     settings = run.settings
     has_head = settings.get("model.head.task") is not None
     objective = str(settings.get("trainer.objective") or ("prediction" if has_head else "generation"))
     if metric.startswith("eval_"):
         objective = SAME_EVALUATION_LOSS.get(objective, objective)
-    terms: dict[str, object] = {}
-    if objective == "preference":
-        terms = {key: value for key, value in settings.items() if key.startswith("trainer.preference.")}
-        terms.pop(NOT_OF_THE_LOSS, None)
-    elif has_head:
+    terms = {key: value for key, value in settings.items() if key.startswith(f"trainer.{objective}.")}
+    terms.pop(NOT_OF_THE_LOSS, None)
+    if has_head:
         heads = {key: value for key, value in settings.items() if key.startswith("model.head.")}
-        terms = {key: value for key, value in heads.items() if HEAD_LOSS_WORDS & set(key.split("."))}
+        terms |= {key: value for key, value in heads.items() if HEAD_LOSS_WORDS & set(key.split("."))}
     return objective, *sorted((key, repr(value)) for key, value in terms.items() if value is not None)
 
 
