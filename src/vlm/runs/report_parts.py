@@ -25,12 +25,18 @@ MAX_FIGURES = 12
 OF_NO_FIGURE = ("loss", "blank_loss", "runtime", "samples_per_second", "steps_per_second")
 """Logged values of an evaluation that are no metrics, or are in another figure; without `eval_`."""
 SPEED_LABELS = {
-    "device": "device", "ranks": "ranks", "tokens_per_second": "tokens a second, all ranks",
-    "supervised_tokens_per_second": "supervised tokens a second", "samples_per_second": "samples a second",
-    "seconds_per_step": "seconds a step", "padding_share": "padding, share of positions",
-    "data_wait_share": "waiting for data, share of time", "tflops_per_second": "model TFLOP/s, each device",
-    "mfu": "model FLOPs utilisation", "peak_memory_gib": "peak memory of a device, GiB",
-}  # fmt: skip
+    "device": "device",
+    "ranks": "ranks",
+    "tokens_per_second": "tokens a second, all ranks",
+    "supervised_tokens_per_second": "supervised tokens a second",
+    "samples_per_second": "samples a second",
+    "seconds_per_step": "seconds a step",
+    "padding_share": "padding, share of positions",
+    "data_wait_share": "waiting for data, share of time",
+    "tflops_per_second": "model TFLOP/s, each device",
+    "mfu": "model FLOPs utilisation",
+    "peak_memory_gib": "peak memory of a device, on a CPU of the process, GiB",
+}
 SHARES = ("padding_share", "data_wait_share", "mfu")
 
 
@@ -40,8 +46,9 @@ def warnings(run: RunDirectory, images: ImageBudget) -> str:
     found += [f"{name} is damaged and was left out: {why}" for name, why in list(run.files.damaged.items())[:20]]
     if images.num_left_out:
         found.append(f"{images.num_left_out:,} images were left out, so that the page stays small")
-    return "".join(f'<p class="{kind}">{text(one)}</p>' for kind, lines in (("warning", found), ("hint", hints))
-                   for one in lines)  # fmt: skip
+    return "".join(
+        f'<p class="{kind}">{text(one)}</p>' for kind, lines in (("warning", found), ("hint", hints)) for one in lines
+    )
 
 
 def _find_warnings(run: RunDirectory) -> Iterator[str]:
@@ -134,10 +141,16 @@ def _parts_table(run: RunDirectory) -> str:
     if run.parts:
         header = ("part", "from", "parameters", "trained", "learning rate", "weight decay")
         rows = [
-            (text_at(part, "name"), text_at(part, "source"), _count(part, "parameters"), _trained(part),
-             _rate(part, "learning_rate"), _rate(part, "weight_decay"))
+            (
+                text_at(part, "name"),
+                text_at(part, "source"),
+                _count(part, "parameters"),
+                _trained(part),
+                _rate(part, "learning_rate"),
+                _rate(part, "weight_decay"),
+            )
             for part in run.parts
-        ]  # fmt: skip
+        ]
         total, trained = (sum(number_at(part, name) or 0 for part in run.parts) for name in ("parameters", "trained"))
         rows.append(("total", "", f"{total:,.0f}", f"{trained:,.0f}", "", ""))
         return table(header, rows, numeric=(2, 3, 4, 5))
@@ -178,15 +191,29 @@ def data(run: RunDirectory) -> str:
     for role in run.data:
         facts = mapping_at(run.data, role)
         for source in list_at(facts, "sources"):
-            rows.append((
-                role, text_at(source, "source"), *(_count(mapping_at(source), name) for name in
-                ("records", "samples", "images", "tokens", "skipped", "truncated")),
-                text_at(source, "fingerprint")[:FINGERPRINT_LENGTH],
-            ))  # fmt: skip
+            rows.append(
+                (
+                    role,
+                    text_at(source, "source"),
+                    *(
+                        _count(mapping_at(source), name)
+                        for name in ("records", "samples", "images", "tokens", "skipped", "truncated")
+                    ),
+                    text_at(source, "fingerprint")[:FINGERPRINT_LENGTH],
+                )
+            )
         rows += [(role, text_at(stream, "source"), "streamed", *[""] * 6) for stream in list_at(facts, "streamed")]
         if not rows or rows[-1][0] != role:
-            rows.append((role, "split off", "", *(_count(facts, name) for name in ("samples", "images", "tokens",
-                         "skipped")), "", ""))  # fmt: skip
+            rows.append(
+                (
+                    role,
+                    "split off",
+                    "",
+                    *(_count(facts, name) for name in ("samples", "images", "tokens", "skipped")),
+                    "",
+                    "",
+                )
+            )
     header = ("for", "source", "records", "samples", "images", "tokens", "left out", "cut", "fingerprint")
     return table(header, rows, numeric=range(2, 8)) if rows else ""
 
@@ -197,10 +224,16 @@ def data(run: RunDirectory) -> str:
 def curves(run: RunDirectory) -> str:
     """Return figures of losses, rates, gradients, evaluations and throughput."""
     metrics = run.metrics
-    figures = [draw_figure("Loss", [
-        Curve(name, metrics[key].points(), key != "loss", metrics.half_widths(key))
-        for key, name in LOSSES.items() if key in metrics
-    ])]  # fmt: skip
+    figures = [
+        draw_figure(
+            "Loss",
+            [
+                Curve(name, metrics[key].points(), key != "loss", metrics.half_widths(key))
+                for key, name in LOSSES.items()
+                if key in metrics
+            ],
+        )
+    ]
     groups = {
         "Loss by source": ("loss/", "eval_loss/"),
         "Learning rate": ("learning_rate/",),
@@ -219,8 +252,11 @@ def curves(run: RunDirectory) -> str:
 
 
 def _evaluation_figures(run: RunDirectory) -> Iterator[str]:
-    named = {name: column for name, column in run.metrics.starting_with("eval_").items()
-             if name not in OF_NO_FIGURE and not name.endswith(INTERVAL_SUFFIX) and "/" not in name}  # fmt: skip
+    named = {
+        name: column
+        for name, column in run.metrics.starting_with("eval_").items()
+        if name not in OF_NO_FIGURE and not name.endswith(INTERVAL_SUFFIX) and "/" not in name
+    }
     for name, column in list(named.items())[:MAX_FIGURES]:
         if len(column.values) > 1:
             widths = run.metrics.half_widths(f"eval_{name}")
@@ -244,9 +280,11 @@ def speed(run: RunDirectory) -> str:
     rows = []
     for name, label in SPEED_LABELS.items():
         number = number_at(run.speed, name)
-        shown = text_at(run.speed, name) if number is None else (
-            f"{number:.1%}" if name in SHARES else format_number(number)
-        )  # fmt: skip
+        shown = (
+            text_at(run.speed, name)
+            if number is None
+            else (f"{number:.1%}" if name in SHARES else format_number(number))
+        )
         if shown:
             rows.append((label, shown))
     if not rows:
@@ -278,11 +316,13 @@ def versions(run: RunDirectory) -> str:
     if not run.versions:
         return ""
     facts = {
-        "Python": get(run.versions, "python"), "platform": get(run.versions, "platform"),
-        "devices": ", ".join(map(str, list_at(run.versions, "devices"))), "ranks": get(run.versions, "world_size"),
+        "Python": get(run.versions, "python"),
+        "platform": get(run.versions, "platform"),
+        "devices": ", ".join(map(str, list_at(run.versions, "devices"))),
+        "ranks": get(run.versions, "world_size"),
         "git": get(run.versions, "git"),
         **{name: found for name, found in mapping_at(run.versions, "packages").items() if found is not None},
-    }  # fmt: skip
+    }
     return table(("", ""), [(name, value) for name, value in facts.items() if value not in (None, "")])
 
 
@@ -319,7 +359,8 @@ def _present_config(run: RunDirectory) -> JsonObject:
 def _with_values(node: JsonObject, values: Mapping[str, object], prefix: str = "") -> JsonObject:
     """Return a nested mapping with other values, given by dotted keys."""
     return {
-        name: _with_values(mapping_at(item), values, f"{prefix}{name}.") if isinstance(item, Mapping)
+        name: _with_values(mapping_at(item), values, f"{prefix}{name}.")
+        if isinstance(item, Mapping)
         else values.get(f"{prefix}{name}", item)
         for name, item in node.items()
-    }  # fmt: skip
+    }

@@ -46,7 +46,7 @@ METRIC_LABELS = {
     "data_wait_share": ("waiting for data, share of time", ".1%"),
     "tflops_per_second": ("model TFLOP/s, each device", ".3f"),
     "mfu": ("model FLOPs utilisation", ".1%"),
-    "peak_memory_gib": ("peak memory of a device, GiB", ".2f"),
+    "peak_memory_gib": ("peak memory of a device, on a CPU of the process, GiB", ".2f"),
 }
 """Metric -> its label and format in the table at the end of a run."""
 
@@ -235,8 +235,9 @@ class SpeedMeter:
         elif self.peak is not None and self.flops is not None and "mfu" not in metrics:
             log.info(
                 "MFU is left out: the run is faster than the measured peak (%.3g TFLOP/s; was the machine busy?). "
-                "Set trainer.peak_tflops", self.peak.tflops
-            )  # fmt: skip
+                "Set trainer.peak_tflops",
+                self.peak.tflops,
+            )
         summary = {
             "first_step": last_step - steps + 1,
             "last_step": last_step,
