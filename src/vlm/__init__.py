@@ -21,9 +21,16 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 __all__ = [
-    "Embedder", "Predictor", "VLMConfig", "VLMForConditionalGeneration", "VLMForPrediction", "VLMPredictionConfig",
-    "VLMProcessor", "VisionLanguageModel", "load",
-]  # fmt: skip
+    "Embedder",
+    "Predictor",
+    "VLMConfig",
+    "VLMForConditionalGeneration",
+    "VLMForPrediction",
+    "VLMPredictionConfig",
+    "VLMProcessor",
+    "VisionLanguageModel",
+    "load",
+]
 
 
 def __getattr__(name: str) -> object:

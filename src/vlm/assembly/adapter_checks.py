@@ -59,9 +59,13 @@ def _plain(pattern: str) -> str:
 
 
 def check_trained_tensors(
-    folder: Path, state: Mapping[str, Tensor], current: Mapping[str, Tensor], *, needed: Collection[str],
+    folder: Path,
+    state: Mapping[str, Tensor],
+    current: Mapping[str, Tensor],
+    *,
+    needed: Collection[str],
     growing: Collection[str],
-) -> None:  # fmt: skip
+) -> None:
     """Refuse weights of an adapter's folder that the base does not have, and a folder that lacks new weights.
 
     Args:

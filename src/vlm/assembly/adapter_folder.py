@@ -43,9 +43,13 @@ PEFT_PREFIX = "base_model.model."
 
 
 def save(
-    model: PreTrainedModel, folder: Path, base: Base, *, new_rows: Mapping[str, int] | None = None,
+    model: PreTrainedModel,
+    folder: Path,
+    base: Base,
+    *,
+    new_rows: Mapping[str, int] | None = None,
     is_writer: bool = True,
-) -> None:  # fmt: skip
+) -> None:
     """Write the weights that a model has in addition to its base. Every rank calls this, for ZeRO-3; one rank writes.
 
     `new_rows` maps the full name of each embedding of which only some rows trained to the first of those rows.
@@ -164,9 +168,12 @@ def is_adapter_checkpoint(checkpoint: str | Path) -> bool:
     if Path(checkpoint).is_dir():
         return Path(checkpoint, BASE_FILE).is_file()
     base_file = cached_file(
-        str(checkpoint), BASE_FILE, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+        str(checkpoint),
+        BASE_FILE,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
     return base_file is not None
 
 

@@ -214,9 +214,14 @@ class Checkpoint:
                 auto = get_auto_class(self.config)
                 attn_implementation = choose_attention(attn_implementation, dtype, self.config, auto)
             return load_family_model(
-                self.name, self.config, dtype=dtype, revision=self.revision, attention=attn_implementation,
-                trust_remote_code=self.trust_remote_code, quantization_config=bits,
-            )  # fmt: skip
+                self.name,
+                self.config,
+                dtype=dtype,
+                revision=self.revision,
+                attention=attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+                quantization_config=bits,
+            )
         options: dict[str, Any] = {}
         if attn_implementation is not None:
             parts = {**dict.fromkeys(self.config.encoder_names, AutoModel), "text_config": AutoModelForCausalLM}
@@ -227,10 +232,16 @@ class Checkpoint:
         recorded = read_config(self.name, self.name, self.revision)
         has_tiles, had_tiles = self.config.anyres is not None, getattr(recorded, "anyres", None) is not None
         return load_complete(
-            VLMForConditionalGeneration, self.name, new=NEWLINE if has_tiles and not had_tiles else (),
-            unused=NEWLINE if had_tiles and not has_tiles else (), config=self.config, dtype=dtype,
-            revision=self.revision or "main", quantization_config=bits, **options,
-        )  # fmt: skip
+            VLMForConditionalGeneration,
+            self.name,
+            new=NEWLINE if has_tiles and not had_tiles else (),
+            unused=NEWLINE if had_tiles and not has_tiles else (),
+            config=self.config,
+            dtype=dtype,
+            revision=self.revision or "main",
+            quantization_config=bits,
+            **options,
+        )
 
     def _load_base(
         self, base: Base, dtype: torch.dtype | str, attention: str, quantization: Mapping[str, str]
@@ -251,9 +262,14 @@ class Checkpoint:
         return whole.load_model(dtype, attention, quantization=quantization)
 
     def load_for_inference(
-        self, *, device: str | None = None, dtype: str = "auto", quantization: str | None = None,
-        base: Sequence[str] = (), max_image_tokens: int | None = None,
-    ) -> tuple[PreTrainedModel, Processor]:  # fmt: skip
+        self,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        base: Sequence[str] = (),
+        max_image_tokens: int | None = None,
+    ) -> tuple[PreTrainedModel, Processor]:
         """Return the model in evaluation mode on its device, and its processor.
 
         Args:
@@ -273,9 +289,10 @@ class Checkpoint:
             adapter = self.name if self.kind is CheckpointKind.ADAPTER else None
             limit_image_tokens(processor, self.body_config, max_image_tokens, adapter)
         model = self.load_model(
-            dtype if dtype == "auto" else getattr(torch, dtype), base_paths=base,
+            dtype if dtype == "auto" else getattr(torch, dtype),
+            base_paths=base,
             quantization={} if quantization is None else {"language_model": quantization},
-        )  # fmt: skip
+        )
         check_vocabulary(processor, model, self.name)
         if not self.has_heads and model.generation_config is not None:
             check_generation_config(model.generation_config, get_num_embeddings(model), self.name)

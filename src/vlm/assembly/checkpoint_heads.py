@@ -45,9 +45,12 @@ def resolve_checkpoint_heads(
 
 
 def _check_same_heads(
-    requested: HeadsConfig, recorded: HeadsConfig, labels: Mapping[str, list[object] | None], checkpoint: str,
+    requested: HeadsConfig,
+    recorded: HeadsConfig,
+    labels: Mapping[str, list[object] | None],
+    checkpoint: str,
     overridden_keys: Sequence[str],
-) -> None:  # fmt: skip
+) -> None:
     """Raise ValueError if a run asks for a head that the checkpoint lacks, or has with other options."""
     pairs: list[tuple[str, str, HeadConfig, HeadConfig]] = [("", recorded.name, requested, recorded)]
     for name, head in requested.extra_heads.items():

@@ -219,10 +219,14 @@ def _load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def _load_part(
-    auto: type[_BaseAutoModelClass], source: EncoderConfig | LanguageModelConfig, config: PreTrainedConfig,
-    dtype: torch.dtype, attention: str, bits: str | None,
+    auto: type[_BaseAutoModelClass],
+    source: EncoderConfig | LanguageModelConfig,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str,
+    bits: str | None,
     num_layers: int | None = None,
-) -> PreTrainedModel:  # fmt: skip
+) -> PreTrainedModel:
     return load_complete(
         auto,
         source.hf_name,

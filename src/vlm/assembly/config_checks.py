@@ -68,19 +68,33 @@ def _quantization_problems(config: PreTrainedConfig) -> Iterator[Problem]:
 
 
 ID_KEYS = (
-    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "suppress_tokens",
-    "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id",
-)  # fmt: skip
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
 NUMBER_KEYS = (
     "temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty",
     "length_penalty", "no_repeat_ngram_size", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
 )  # fmt: skip
 SWITCH_KEYS = ("do_sample", "use_cache", "early_stopping", "renormalize_logits", "remove_invalid_values")
 OTHER_KEYS = (
-    "transformers_version", "cache_implementation", "_from_model_config", "cache_config", "is_assistant",
-    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
-    "target_lookbehind", "max_matching_ngram_size",
-)  # fmt: skip
+    "transformers_version",
+    "cache_implementation",
+    "_from_model_config",
+    "cache_config",
+    "is_assistant",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
+    "target_lookbehind",
+    "max_matching_ngram_size",
+)
 """Settings that change no answer; those of an assistant concern a second model, which is never used."""
 NEUTRAL = {
     "num_return_sequences": 1, "num_beam_groups": 1, "diversity_penalty": 0, "penalty_alpha": 0, "guidance_scale": 1,
@@ -107,14 +121,20 @@ def check_generation_config(settings: GenerationConfig, num_tokens: int, name: s
     for key, value in settings.to_diff_dict().items():
         ids = value if isinstance(value, list) else [value]
         is_fine = value is None or (
-            all(_is_int(each, -1, num_tokens - 1) for each in ids) if key in ID_KEYS
-            else _are_words(value, num_tokens) if key == "bad_words_ids"
-            else _is_number(value) if key in NUMBER_KEYS
-            else isinstance(value, bool) if key in SWITCH_KEYS
-            else _is_int(value, 1, MAX_BEAMS) if key == "num_beams"
-            else value == NEUTRAL[key] if key in NEUTRAL
+            all(_is_int(each, -1, num_tokens - 1) for each in ids)
+            if key in ID_KEYS
+            else _are_words(value, num_tokens)
+            if key == "bad_words_ids"
+            else _is_number(value)
+            if key in NUMBER_KEYS
+            else isinstance(value, bool)
+            if key in SWITCH_KEYS
+            else _is_int(value, 1, MAX_BEAMS)
+            if key == "num_beams"
+            else value == NEUTRAL[key]
+            if key in NEUTRAL
             else key not in READ_KEYS or key in OTHER_KEYS or key.startswith(("output_", "return_dict", "_"))
-        )  # fmt: skip
+        )
         if not is_fine:
             raise ValueError(
                 f"{name}: generation_config.json has {key}={shown(value)}, which is not allowed; remove it"
@@ -202,9 +222,11 @@ def _native_problems(native: object) -> Iterator[Problem]:
 
 def _is_grid(grid: object) -> bool:
     return (
-        isinstance(grid, list) and len(grid) == 2
-        and all(_is_int(side, 1, MAX_TILES) for side in grid) and grid[0] * grid[1] <= MAX_TILES
-    )  # fmt: skip
+        isinstance(grid, list)
+        and len(grid) == 2
+        and all(_is_int(side, 1, MAX_TILES) for side in grid)
+        and grid[0] * grid[1] <= MAX_TILES
+    )
 
 
 def _head_problems(config: PreTrainedConfig) -> Iterator[Problem]:

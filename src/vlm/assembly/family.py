@@ -55,10 +55,15 @@ def load_family_config(
 
 
 def load_family_model(
-    name: str, config: PreTrainedConfig, *, dtype: torch.dtype | str, attention: str | None = None,
-    revision: str | None = None, trust_remote_code: bool = False,
+    name: str,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype | str,
+    attention: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
     quantization_config: BitsAndBytesConfig | None = None,
-) -> PreTrainedModel:  # fmt: skip
+) -> PreTrainedModel:
     """Return a family's model with its weights.
 
     Args:
@@ -75,8 +80,14 @@ def load_family_model(
     """
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     model = load_complete(
-        get_auto_class(config), name, config=config, dtype=dtype, revision=revision,
-        trust_remote_code=trust_remote_code, quantization_config=quantization_config, **options,
-    )  # fmt: skip
+        get_auto_class(config),
+        name,
+        config=config,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        quantization_config=quantization_config,
+        **options,
+    )
     keep_apart(model)
     return model

@@ -13,9 +13,16 @@ from transformers import AutoConfig, PreTrainedConfig
 ATTENTION_KEYS = ("attn_implementation", "experts_implementation")
 """Keys whose values choose functions by name, also with the prefix `_` or the suffix `_internal`."""
 PLAIN_IMPLEMENTATIONS = (
-    "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4", "grouped_mm",
-    "batched_mm", "auto",
-)  # fmt: skip
+    "eager",
+    "sdpa",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+    "grouped_mm",
+    "batched_mm",
+    "auto",
+)
 """Names of implementations that are part of transformers; others are kernels of the Hub: `owner/name`."""
 KERNEL_KEYS = ("use_kernels", "kernel_config")
 TIMM_TYPES = ("timm_wrapper", "timm_backbone")

@@ -56,9 +56,12 @@ def suffix_ids(model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[
 
 
 def resolve_heads(
-    model: ModelConfig, body_config: PreTrainedConfig, processor: Processor, labels: Sequence[HeadLabels],
+    model: ModelConfig,
+    body_config: PreTrainedConfig,
+    processor: Processor,
+    labels: Sequence[HeadLabels],
     targets: Mapping[str, np.ndarray],
-) -> VLMPredictionConfig:  # fmt: skip
+) -> VLMPredictionConfig:
     """Return the configuration of a model with a run's heads on the model of `body_config`.
 
     `targets` has the targets of the training records for each head, `(N, width)`, NaN if a record has none.
@@ -69,11 +72,15 @@ def resolve_heads(
         key, head_targets = head_key(model.head, head_labels.name), targets[head_labels.name]
         heads.append(asdict(_make_head_settings(key, head, head_labels, head_targets, tokenizer, text)))
     return VLMPredictionConfig(
-        body_config=body_config, heads=heads, media_token_ids=get_media_token_ids(processor),
-        suffix="".join(query_tokens(model.head)), suffix_ids=suffix_ids(model, tokenizer),
-        generation_weight=model.head.generation_weight, recipe=asdict(model),
+        body_config=body_config,
+        heads=heads,
+        media_token_ids=get_media_token_ids(processor),
+        suffix="".join(query_tokens(model.head)),
+        suffix_ids=suffix_ids(model, tokenizer),
+        generation_weight=model.head.generation_weight,
+        recipe=asdict(model),
         hidden_size=text.hidden_size,  # asked for by DeepSpeed's integration
-    )  # fmt: skip
+    )
 
 
 def resolve_vector_head(model: ModelConfig, body_config: PreTrainedConfig, processor: Processor) -> VLMPredictionConfig:
@@ -90,9 +97,13 @@ def resolve_vector_head(model: ModelConfig, body_config: PreTrainedConfig, proce
 
 
 def _make_head_settings(
-    key: str, head: HeadConfig, labels: HeadLabels, targets: np.ndarray, tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    head: HeadConfig,
+    labels: HeadLabels,
+    targets: np.ndarray,
+    tokenizer: PreTrainedTokenizerBase,
     text: PreTrainedConfig,
-) -> HeadSettings:  # fmt: skip
+) -> HeadSettings:
     """Return the settings of one head; `key` is its place in the configuration."""
     assert head.task is not None
     if hasattr(nn.ModuleDict(), labels.name):

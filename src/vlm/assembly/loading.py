@@ -98,9 +98,16 @@ def read_weight_headers(name: str, revision: str | None = None) -> dict[str, Ten
 
 
 def load_complete(
-    kind: ModelClass, name: str, *, config: PreTrainedConfig, new: Collection[str] = (), unused: Collection[str] = (),
-    is_part: bool = False, num_layers: int | None = None, **options: Any,
-) -> PreTrainedModel:  # fmt: skip
+    kind: ModelClass,
+    name: str,
+    *,
+    config: PreTrainedConfig,
+    new: Collection[str] = (),
+    unused: Collection[str] = (),
+    is_part: bool = False,
+    num_layers: int | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """Return a model with its weights, all of which the checkpoint has.
 
     Args:
@@ -205,9 +212,14 @@ def _compare_on_meta(
     }
     with quiet_loading(), without_zero3(), torch.random.fork_rng(devices=[]):
         loaded = model_class.from_pretrained(
-            None, config=config, state_dict=state, output_loading_info=True, ignore_mismatched_sizes=True,
-            device_map="meta", key_mapping=rules.key_mapping,
-        )  # fmt: skip
+            None,
+            config=config,
+            state_dict=state,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            device_map="meta",
+            key_mapping=rules.key_mapping,
+        )
     model, info = loaded
     rules.check(model_class.__name__, info, model)
 

@@ -100,9 +100,14 @@ def _supports_varlen_kernel(query: Tensor) -> bool:
 
 
 def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, sizes: Sizes, *, scaling: float | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sizes: Sizes,
+    *,
+    scaling: float | None,
     window: int | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return the same by one kernel for all samples."""
     from torch.nn.attention.varlen import varlen_attn  # torch 2.10 or newer
 

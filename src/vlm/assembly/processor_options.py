@@ -25,9 +25,16 @@ VIDEO = "video"
 """The key below `model.processor` for options of the video processor."""
 
 CALL_OPTIONS = {
-    "data_format", "input_data_format", "device", "return_tensors", "disable_grouping", "default_to_square",
-    "video_metadata", "return_metadata", "do_sample_frames",
-}  # fmt: skip
+    "data_format",
+    "input_data_format",
+    "device",
+    "return_tensors",
+    "disable_grouping",
+    "default_to_square",
+    "video_metadata",
+    "return_metadata",
+    "do_sample_frames",
+}
 """Parameters of a processor's call that are not settings: the layout of its inputs, and what it returns."""
 FRAME_OPTIONS = {"fps", "num_frames", "min_frames", "max_frames", "max_duration", "initial_shift"}
 """Options that choose frames of a video, which `dataset.max_frames` does here."""
@@ -43,17 +50,28 @@ by this option, and has an embedding for each of them."""
 SHAPE_SIZES = frozenset({"size.height", "size.width", "max_image_size.longest_edge"})
 """Entries of options that do, too; `size.shortest_edge` does if there is no `size.longest_edge`."""
 SWITCHES = {
-    "max_patches": "crop_to_patches", "min_patches": "crop_to_patches", "max_tiles": "do_image_splitting",
-    "min_tiles": "do_image_splitting", "use_thumbnail": "do_image_splitting", "max_slice_nums": "slice_mode",
-    "pan_and_scan_min_crop_size": "do_pan_and_scan", "pan_and_scan_max_num_crops": "do_pan_and_scan",
-    "pan_and_scan_min_ratio_to_activate": "do_pan_and_scan", "image_mean": "do_normalize", "image_std": "do_normalize",
+    "max_patches": "crop_to_patches",
+    "min_patches": "crop_to_patches",
+    "max_tiles": "do_image_splitting",
+    "min_tiles": "do_image_splitting",
+    "use_thumbnail": "do_image_splitting",
+    "max_slice_nums": "slice_mode",
+    "pan_and_scan_min_crop_size": "do_pan_and_scan",
+    "pan_and_scan_max_num_crops": "do_pan_and_scan",
+    "pan_and_scan_min_ratio_to_activate": "do_pan_and_scan",
+    "image_mean": "do_normalize",
+    "image_std": "do_normalize",
     "rescale_factor": "do_rescale",
-}  # fmt: skip
+}
 """Option -> the switch without which it has no effect, where a processor has that switch."""
 BASE_MODULES = {
-    "image_processing_utils", "image_processing_backends", "video_processing_utils", "image_processing_base",
-    "builtins", "hub",
-}  # fmt: skip
+    "image_processing_utils",
+    "image_processing_backends",
+    "video_processing_utils",
+    "image_processing_base",
+    "builtins",
+    "hub",
+}
 """Modules of classes that pass on every option, whether it is used or not."""
 TRIAL_SIZES = ((64, 64), (96, 320))
 """Heights and widths of the images on which a processor with new options is tried."""

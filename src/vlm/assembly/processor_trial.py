@@ -66,18 +66,27 @@ def _packaged_templates() -> frozenset[str]:
 def _try_template_once(template: str, image_token: str) -> str:
     template = FIXED_CLOCK + template if "strftime_now" in template else template
     request = {
-        "kind": "template", "template": template, "conversations": list(_conversations(image_token)),
+        "kind": "template",
+        "template": template,
+        "conversations": list(_conversations(image_token)),
         "variables": _variables(image_token),
-    }  # fmt: skip
+    }
     return _ask(request, "renders a conversation of a few words")
 
 
 def _variables(image_token: str) -> dict[str, object]:
     """Return the variables of templates, as processors and transformers give them."""
     return {
-        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "image_token": image_token,
-        "date_string": FIXED_DATE, "enable_thinking": False, "tools": None, "documents": None,
-    }  # fmt: skip
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+        "image_token": image_token,
+        "date_string": FIXED_DATE,
+        "enable_thinking": False,
+        "tools": None,
+        "documents": None,
+    }
 
 
 def _conversations(image_token: str) -> Iterator[list[dict[str, object]]]:
@@ -98,9 +107,13 @@ def _ask(request: dict[str, object], does: str) -> str:
     request |= {"bytes": MAX_MEMORY, "seconds": MAX_SECONDS}
     command = [sys.executable, "-P", str(Path(trial_process.__file__))]
     ended = subprocess.run(
-        command, input=json.dumps(request).encode(), capture_output=True, check=False, timeout=HANG,
+        command,
+        input=json.dumps(request).encode(),
+        capture_output=True,
+        check=False,
+        timeout=HANG,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     if ended.returncode == 0:
         return shorten(json.loads(ended.stdout))
     said = ended.stderr.decode(errors="replace").strip().splitlines()
@@ -112,10 +125,17 @@ def _ask(request: dict[str, object], does: str) -> str:
 def try_tokenizer_file(name: str, revision: str | None = None) -> None:
     """Raise ValueError if a checkpoint's `tokenizer.json` does not terminate on a short text, or makes it grow."""
     folder = Path(name)
-    found = folder / "tokenizer.json" if folder.is_dir() else cached_file(
-        name, "tokenizer.json", revision=revision, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
+    found = (
+        folder / "tokenizer.json"
+        if folder.is_dir()
+        else cached_file(
+            name,
+            "tokenizer.json",
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    )
     if found is None or not Path(found).is_file():
         return
     settings = read_object(Path(found))

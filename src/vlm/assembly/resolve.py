@@ -137,10 +137,13 @@ def _resolve_family(
         )
     add_tokens(model, processor.tokenizer)
     config.model = replace(
-        model, hf_name=name, revision=checkpoint.revision, visual_encoder=replace(model.visual_encoder, hf_name=name),
+        model,
+        hf_name=name,
+        revision=checkpoint.revision,
+        visual_encoder=replace(model.visual_encoder, hf_name=name),
         connector=ConnectorConfig(type=checkpoint.body_config.model_type),
         language_model=replace(model.language_model, hf_name=name),
-    )  # fmt: skip
+    )
     return checkpoint.body_config, processor
 
 

@@ -64,9 +64,14 @@ def check_round_trip(model: PreTrainedModel) -> None:
     try:
         with quiet_loading(), without_zero3(), torch.random.fork_rng(devices=[]):  # leaves the run's random state
             result: Any = type(model).from_pretrained(
-                None, config=model.config, state_dict=saved, dtype=model.dtype, output_loading_info=True,
-                ignore_mismatched_sizes=True, **options,
-            )  # fmt: skip
+                None,
+                config=model.config,
+                state_dict=saved,
+                dtype=model.dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     except RuntimeError as error:
         raise ValueError(f"{kind} does not load what it saves: {str(error).splitlines()[0]}") from error
     loaded, info = result

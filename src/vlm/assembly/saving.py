@@ -19,8 +19,15 @@ from vlm.data.encoding.labels import reply_ending
 from vlm.data.processor import Processor
 
 SAMPLING_FLAGS = (
-    "temperature", "top_p", "min_p", "top_h", "typical_p", "top_k", "epsilon_cutoff", "eta_cutoff",
-)  # fmt: skip
+    "temperature",
+    "top_p",
+    "min_p",
+    "top_h",
+    "typical_p",
+    "top_k",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
 """Generation settings that have an effect only with `do_sample=true`."""
 
 BEAM_FLAGS = ("early_stopping", "length_penalty")

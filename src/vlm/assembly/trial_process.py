@@ -78,8 +78,14 @@ def encode(settings: dict[str, object], expressions: list[str]) -> str:
     kept = {key: settings.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")}
     empty = {"type": "BPE", "vocab": {}, "merges": [], "dropout": None, "unk_token": None, "fuse_unk": False,
              "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": False}  # fmt: skip
-    plain = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None,
-             "model": empty}  # fmt: skip
+    plain = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "post_processor": None,
+        "model": empty,
+    }
     try:
         tokenizer = Tokenizer.from_str(json.dumps(plain | kept))
     except MemoryError:

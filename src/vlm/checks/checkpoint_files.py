@@ -17,16 +17,27 @@ from typing import Any
 
 MEGABYTE = 1 << 20
 MAX_JSON_BYTES = {
-    "config.json": 16 * MEGABYTE, "base.json": 16 * MEGABYTE, "adapter_config.json": 16 * MEGABYTE,
-    "generation_config.json": MEGABYTE, "preprocessor_config.json": MEGABYTE, "processor_config.json": MEGABYTE,
-    "video_preprocessor_config.json": MEGABYTE, "chat_template.json": MEGABYTE, "special_tokens_map.json": MEGABYTE,
-    "tokenizer_config.json": 64 * MEGABYTE, "added_tokens.json": 64 * MEGABYTE,
-    "model.safetensors.index.json": 256 * MEGABYTE, "pytorch_model.bin.index.json": 256 * MEGABYTE,
-}  # fmt: skip
+    "config.json": 16 * MEGABYTE,
+    "base.json": 16 * MEGABYTE,
+    "adapter_config.json": 16 * MEGABYTE,
+    "generation_config.json": MEGABYTE,
+    "preprocessor_config.json": MEGABYTE,
+    "processor_config.json": MEGABYTE,
+    "video_preprocessor_config.json": MEGABYTE,
+    "chat_template.json": MEGABYTE,
+    "special_tokens_map.json": MEGABYTE,
+    "tokenizer_config.json": 64 * MEGABYTE,
+    "added_tokens.json": 64 * MEGABYTE,
+    "model.safetensors.index.json": 256 * MEGABYTE,
+    "pytorch_model.bin.index.json": 256 * MEGABYTE,
+}
 """JSON files of a checkpoint -> their maximum size in bytes."""
-MAX_BYTES = {"chat_template.jinja": MEGABYTE, **dict.fromkeys(
-    ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"), 256 * MEGABYTE
-)}  # fmt: skip
+MAX_BYTES = {
+    "chat_template.jinja": MEGABYTE,
+    **dict.fromkeys(
+        ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"), 256 * MEGABYTE
+    ),
+}
 """Other files of a checkpoint -> their maximum size in bytes."""
 LISTS = ("chat_template.json",)
 """JSON files that need not be objects."""

@@ -28,8 +28,9 @@ def register_resolvers() -> None:
     """Register the resolvers for a run's description, for the folder of a sweep and for the name of a run in it."""
     OmegaConf.register_new_resolver("run_description", lambda run: fill(read_run_description(run), 118), replace=True)
     OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, replace=True)
-    OmegaConf.register_new_resolver("sweep_job", lambda: job_name(HydraConfig.get().overrides.task, sys.argv[1:]),
-                                    replace=True)  # fmt: skip
+    OmegaConf.register_new_resolver(
+        "sweep_job", lambda: job_name(HydraConfig.get().overrides.task, sys.argv[1:]), replace=True
+    )
 
 
 def _sweep_folder(output_dir: str | None, name: str, time: str) -> str:

@@ -97,10 +97,17 @@ def _measure(args: argparse.Namespace, folder: Path) -> float:
     model = load_model(argparse.Namespace(**{**vars(args), "checkpoint": str(folder), "quantization": None}))
     with TemporaryDirectory() as answers:
         result = evaluate(
-            model, source_config(args), [args.metric], Path(answers),
-            InferenceConfig(max_new_tokens=args.max_new_tokens), cache=resolve_cache_folder(None), fingerprint="",
-            batch_size=args.batch_size, num_workers=args.num_workers, max_frames=args.max_frames,
-        )  # fmt: skip
+            model,
+            source_config(args),
+            [args.metric],
+            Path(answers),
+            InferenceConfig(max_new_tokens=args.max_new_tokens),
+            cache=resolve_cache_folder(None),
+            fingerprint="",
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            max_frames=args.max_frames,
+        )
     score = result.scores[args.metric].value
     if score is None:
         raise ValueError(f"--metric {args.metric}: it is not defined for {args.input}; choose another metric")

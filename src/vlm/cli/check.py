@@ -19,8 +19,13 @@ from vlm.train.objectives.table import make_objective
 if TYPE_CHECKING:
     from vlm.train.preflight.findings import Findings
 
-DATA_KEYS = ("dataset.path=", "dataset.image_folder=", "dataset.eval_path=", "dataset.eval_image_folder=",
-             "dataset.sources.")  # fmt: skip
+DATA_KEYS = (
+    "dataset.path=",
+    "dataset.image_folder=",
+    "dataset.eval_path=",
+    "dataset.eval_image_folder=",
+    "dataset.sources.",
+)
 """How overrides begin that name records and images."""
 EXAMPLES = (
     "vlm check -cn pretrain-smol dataset.path=captions.json dataset.image_folder=images",

@@ -18,10 +18,12 @@ EXAMPLES = ("vlm compare outputs/first outputs/second", "vlm compare outputs/swe
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm compare`."""
     parser = PresentableParser(
-        "vlm compare", "vlm compare FOLDER FOLDER … [options]",
+        "vlm compare",
+        "vlm compare FOLDER FOLDER … [options]",
         "Compare runs: settings that differ, metrics with intervals, curves, sample answers. The others are compared "
-        "with the first run.", examples=EXAMPLES,
-    )  # fmt: skip
+        "with the first run.",
+        examples=EXAMPLES,
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="a run directory; two at least")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with all curves and images too")
     return parser

@@ -110,9 +110,12 @@ def _compare(args: argparse.Namespace) -> None:
 
     content = [[asdict(config), _stamp(config)] for config in configs]
     settings = ComparisonSettings(
-        metrics, InferenceConfig(max_new_tokens=args.max_new_tokens), args.batch_size,
-        json_digest(content, args.probe, args.by, args.max_samples, args.max_frames), args.overwrite,
-    )  # fmt: skip
+        metrics,
+        InferenceConfig(max_new_tokens=args.max_new_tokens),
+        args.batch_size,
+        json_digest(content, args.probe, args.by, args.max_samples, args.max_frames),
+        args.overwrite,
+    )
     info = {"data": args.data, "probe": args.probe, "metrics": metrics, "max_new_tokens": args.max_new_tokens}
     print(f"Results go to {folder}")
     comparison = compare_checkpoints(

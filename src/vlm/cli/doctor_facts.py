@@ -39,9 +39,16 @@ PACKAGES = (
 """Packages whose versions are shown."""
 
 VARIABLES = (
-    "HF_HOME", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
-    "DS_ACCELERATOR", "NCCL_DEBUG", "TORCHDYNAMO_DISABLE",
-)  # fmt: skip
+    "HF_HOME",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_CACHE",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "DS_ACCELERATOR",
+    "NCCL_DEBUG",
+    "TORCHDYNAMO_DISABLE",
+)
 """Environment variables that change what runs do, shown where they are set."""
 
 

@@ -155,10 +155,16 @@ def _run_tasks(args: argparse.Namespace) -> None:
 
     open_checkpoint(args.checkpoint).check_heads(expected=False)
     options = {
-        "pretrained": args.checkpoint, "base": ";".join(args.base) or None, "device": args.device, "dtype": args.dtype,
-        "quantization": args.quantization, "max_frames": args.max_frames, "system_prompt": args.system_prompt,
-        "trust_remote_code": args.trust_remote_code or None, "max_image_tokens": args.max_image_tokens,
-    }  # fmt: skip
+        "pretrained": args.checkpoint,
+        "base": ";".join(args.base) or None,
+        "device": args.device,
+        "dtype": args.dtype,
+        "quantization": args.quantization,
+        "max_frames": args.max_frames,
+        "system_prompt": args.system_prompt,
+        "trust_remote_code": args.trust_remote_code or None,
+        "max_image_tokens": args.max_image_tokens,
+    }
     arguments = lmms_run.format_model_args({name: value for name, value in options.items() if value is not None})
     results = lmms_run.run_tasks(
         python, arguments, tasks, batch_size=args.batch_size, limit=args.limit, include=args.include_path

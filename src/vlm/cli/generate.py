@@ -66,10 +66,18 @@ def _generate_file(args: argparse.Namespace, settings: InferenceConfig) -> None:
     model = load_model(args, settings)
     loaded_as = fingerprint(local_folder(args.checkpoint)), args.dtype, args.quantization
     rows = generate_file(
-        model, config, args.output, settings, cache=resolve_cache_folder(None), fingerprint=json_digest(loaded_as),
-        batch_size=args.batch_size, num_workers=args.num_workers, max_frames=args.max_frames, seed=args.seed,
+        model,
+        config,
+        args.output,
+        settings,
+        cache=resolve_cache_folder(None),
+        fingerprint=json_digest(loaded_as),
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        max_frames=args.max_frames,
+        seed=args.seed,
         overwrite=args.overwrite,
-    )  # fmt: skip
+    )
     bad = sum(bool(row["error"]) for row in rows)
     note = f"; {bad} were not asked, the column error says why" if bad else ""
     print(f"{len(rows):,} records: {args.output}{note}")

@@ -19,9 +19,14 @@ def main(argv: Sequence[str]) -> None:
     from vlm.hub.importing import import_checkpoint
 
     config, processor = import_checkpoint(
-        args.source, args.out, base_model=args.base_model, vision_tower=args.vision_tower, template=args.template,
-        image_mode=args.image_mode, dtype=getattr(torch, args.dtype) if args.dtype else None,
-    )  # fmt: skip
+        args.source,
+        args.out,
+        base_model=args.base_model,
+        vision_tower=args.vision_tower,
+        template=args.template,
+        image_mode=args.image_mode,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+    )
     seen = f"{processor.tokens_per_image} tokens an image, image_mode={processor.image_mode}"
     if (tiling := processor.tiling) is not None:
         limit = "" if tiling.max_tiles is None else f", shrunk to about {tiling.max_tiles} tiles"

@@ -46,22 +46,27 @@ def main(argv: Sequence[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of what is before `--`."""
     parser = PresentableParser(
-        "vlm launch", "vlm launch [options] -- -cn RUN [key=value …]",
-        "Train on several GPUs: start one process per GPU, and stop them together.", epilog=EPILOG,
+        "vlm launch",
+        "vlm launch [options] -- -cn RUN [key=value …]",
+        "Train on several GPUs: start one process per GPU, and stop them together.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         examples=(
             "vlm launch --nproc 8 -- -cn finetune-llava dataset.path=train.json dataset.image_folder=images",
             "vlm launch --nodes 2 --node-rank 0 --rendezvous node01:29500 -- -cn pretrain-smol dataset.path=a.json",
         ),
-    )  # fmt: skip
+    )
     parser.add_argument("--nproc", type=positive, metavar="N", help="processes on this machine (default: one per GPU)")
     parser.add_argument("--nodes", type=positive, metavar="N", help="number of machines (default: 1, or Slurm's)")
     parser.add_argument("--node-rank", type=int, metavar="N", help="number of this machine, counted from 0")
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="the first machine and a free port on it")
     parser.add_argument(
-        "--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
+        "--grace",
+        type=float,
+        default=GRACE_SECONDS,
+        metavar="SECONDS",
         help="how long processes may take to stop once one has failed or a third signal has come (%(default)g)",
-    )  # fmt: skip
+    )
     return parser
 
 

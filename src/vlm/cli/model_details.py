@@ -26,15 +26,22 @@ def list_details() -> None:
     columns = ("family", "model_type", "model=", "attention", "quantised")
     sections: list[Section] = [
         encoders,
-        ("Connectors: model/connector=…, or model.connector.type=package.module:Class",
-         [("name", "what it is"), *connectors]),
+        (
+            "Connectors: model/connector=…, or model.connector.type=package.module:Class",
+            [("name", "what it is"), *connectors],
+        ),
         language_models,
         ("Whole models by name: model=…", [columns, *family_rows()]),
-        ("Prediction heads: model/head=" + ", ".join(NUM_OUTPUTS_BY_TASK) + "; model.head.pooling=…",
-         [("pooling", "what is read"), *POOLINGS.items()]),
-        ("Quantised: the share of its weights that model.language_model.quantization and "
-         "model.visual_encoder.quantization (4bit, 8bit) may reach.\nInstalled here", [*installed_rows()]),
-    ]  # fmt: skip
+        (
+            "Prediction heads: model/head=" + ", ".join(NUM_OUTPUTS_BY_TASK) + "; model.head.pooling=…",
+            [("pooling", "what is read"), *POOLINGS.items()],
+        ),
+        (
+            "Quantised: the share of its weights that model.language_model.quantization and "
+            "model.visual_encoder.quantization (4bit, 8bit) may reach.\nInstalled here",
+            [*installed_rows()],
+        ),
+    ]
     print_sections(sections)
 
 

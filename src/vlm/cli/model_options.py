@@ -129,9 +129,14 @@ def load_model(args: argparse.Namespace, settings: InferenceConfig | None = None
 
     disable_progress_bar()
     model = VisionLanguageModel.load(
-        args.checkpoint, device=args.device, dtype=args.dtype, quantization=args.quantization, base=args.base,
-        trust_remote_code=args.trust_remote_code, max_image_tokens=args.max_image_tokens,
-    )  # fmt: skip
+        args.checkpoint,
+        device=args.device,
+        dtype=args.dtype,
+        quantization=args.quantization,
+        base=args.base,
+        trust_remote_code=args.trust_remote_code,
+        max_image_tokens=args.max_image_tokens,
+    )
     if settings is not None and settings.thinking is not None:
         from vlm.models.processing_messages import set_thinks
 

@@ -69,9 +69,13 @@ def _load(args: argparse.Namespace) -> "Predictor | Embedder":
 
     disable_progress_bar()
     loaded = load_with_heads(
-        args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code,
+        args.checkpoint,
+        device=args.device,
+        dtype=args.dtype,
+        base=args.base,
+        trust_remote_code=args.trust_remote_code,
         max_image_tokens=args.max_image_tokens,
-    )  # fmt: skip
+    )
     for name in ("side", "width"):
         if isinstance(loaded, Predictor) and (value := getattr(args, name)) is not None:
             raise ValueError(f"--{name} {value}: {args.checkpoint} has no embedding head; leave it out")
@@ -89,9 +93,14 @@ def _predict_one(args: argparse.Namespace) -> None:
     predictor = _load(args)
     if isinstance(predictor, Embedder):
         (vector,) = predictor.embed(
-            [args.prompt], [images], [args.video], side=args.side or "document", width=args.width,
-            max_frames=args.max_frames, system_prompt=args.system_prompt,
-        )  # fmt: skip
+            [args.prompt],
+            [images],
+            [args.video],
+            side=args.side or "document",
+            width=args.width,
+            max_frames=args.max_frames,
+            system_prompt=args.system_prompt,
+        )
         print(json.dumps([float(f"{number:.9g}") for number in vector.tolist()]))
         return
     predictions = predictor.predict(

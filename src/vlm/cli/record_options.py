@@ -112,6 +112,11 @@ def source_config(args: argparse.Namespace) -> SourceConfig:
             raise ValueError(f"--option {word}: NAME=VALUE is needed; {name} takes {', '.join(known) or 'none'}")
     options: Any = OmegaConf.to_container(OmegaConf.from_dotlist(args.option))
     return SourceConfig(
-        path=args.input, format=name, options=options, image_folder=args.image_folder,
-        follow_links=args.follow_links, system_prompt=args.system_prompt, fps=args.fps,
-    )  # fmt: skip
+        path=args.input,
+        format=name,
+        options=options,
+        image_folder=args.image_folder,
+        follow_links=args.follow_links,
+        system_prompt=args.system_prompt,
+        fps=args.fps,
+    )

@@ -14,9 +14,11 @@ EXAMPLES = ("vlm report outputs/smol-finetune", "vlm report outputs/sweep/*/")
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm report`."""
     parser = PresentableParser(
-        "vlm report", "vlm report FOLDER … [options]",
-        "Write report.html into a run directory: one file with everything about the run.", examples=EXAMPLES,
-    )  # fmt: skip
+        "vlm report",
+        "vlm report FOLDER … [options]",
+        "Write report.html into a run directory: one file with everything about the run.",
+        examples=EXAMPLES,
+    )
     parser.add_argument("runs", nargs="+", type=Path, metavar="FOLDER", help="a run directory")
     return parser
 

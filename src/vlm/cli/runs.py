@@ -24,9 +24,11 @@ JSON_COLUMNS = ("path", "recipe", "started", "max_steps", *DEFAULT_COLUMNS, "eva
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm runs`."""
     parser = PresentableParser(
-        "vlm runs", "vlm runs [FOLDER] [options]",
-        "List runs: their state, losses, speed, and what differs between them.", examples=EXAMPLES,
-    )  # fmt: skip
+        "vlm runs",
+        "vlm runs [FOLDER] [options]",
+        "List runs: their state, losses, speed, and what differs between them.",
+        examples=EXAMPLES,
+    )
     parser.add_argument(
         "folder", nargs="?", type=Path, default=Path("outputs"), metavar="FOLDER", help="where to look (outputs)"
     )
@@ -36,9 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sort", metavar="KEY", help=f"sort by {key}; smallest first")
     parser.add_argument("--reverse", action="store_true", help="turn the order around")
     parser.add_argument(
-        "--filter", metavar="KEY<VALUE", action="append", default=[],
+        "--filter",
+        metavar="KEY<VALUE",
+        action="append",
+        default=[],
         help="show runs that meet a condition with <, <=, >, >=, = or !=; may be given several times",
-    )  # fmt: skip
+    )
     parser.add_argument("--columns", metavar="KEY,KEY", help="show these columns")
     parser.add_argument("--json", action="store_true", help="print a JSON list")
     return parser

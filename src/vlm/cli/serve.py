@@ -107,9 +107,13 @@ def _make_app(args: argparse.Namespace, name: str, config: ServingConfig, key: s
     if args.quantization is not None:
         raise ValueError(f"--load-{args.quantization}: models with prediction heads cannot be quantized; leave it out")
     loaded = load_with_heads(
-        args.checkpoint, device=args.device, dtype=args.dtype, base=args.base, trust_remote_code=args.trust_remote_code,
+        args.checkpoint,
+        device=args.device,
+        dtype=args.dtype,
+        base=args.base,
+        trust_remote_code=args.trust_remote_code,
         max_image_tokens=args.max_image_tokens,
-    )  # fmt: skip
+    )
     if isinstance(loaded, Embedder):
         return make_embeddings_app(service, loaded, guard.refusal_reason, key)
     return make_classify_app(service, loaded, guard.refusal_reason, key)

@@ -47,14 +47,17 @@ def main(argv: Sequence[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the options; keys and the run's words are none."""
     parser = PresentableParser(
-        "vlm submit", "vlm submit [options] -cn RUN nodes=N [key=value …]",
-        "Write the job file that trains a run on a cluster, and submit it if you ask for that.", epilog=EPILOG,
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "vlm submit",
+        "vlm submit [options] -cn RUN nodes=N [key=value …]",
+        "Write the job file that trains a run on a cluster, and submit it if you ask for that.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         examples=(
             "vlm submit --target slurm -cn finetune-llava nodes=4 gpus=8 time=24:00:00 dataset.path=train.json",
             "vlm submit --target slurm --submit -cn pretrain-smol nodes=1 dataset.path=captions.json",
         ),
-    )  # fmt: skip
+    )
     parser.add_argument("--target", choices=list(TARGETS), default="slurm", help="the scheduler (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="the job file (default: named after the run)")
     parser.add_argument("--submit", action="store_true", help="also submit the job")

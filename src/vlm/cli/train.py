@@ -104,9 +104,7 @@ def train(config: RunConfig, name: str, overrides: list[str], *, owns_process: b
         _train(config, name, overrides, run_log, unused)
 
 
-def _train(
-    config: RunConfig, name: str, overrides: list[str], run_log: RunLog, unused: Sequence[str]
-) -> None:  # fmt: skip
+def _train(config: RunConfig, name: str, overrides: list[str], run_log: RunLog, unused: Sequence[str]) -> None:
     tell("Loading PyTorch and transformers")
     with uncompiled_bitsandbytes(config), without_libraries(*unused), no_collection():
         from vlm.train.distributed import Rank0Failed, close_process_group

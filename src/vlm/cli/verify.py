@@ -133,9 +133,13 @@ def _questions(args: argparse.Namespace, model: "VisionLanguageModel") -> list["
     own: list[Case] = []
     if args.input:
         source = prompt_source(
-            model.model, model.processor, source_config(args), cache=resolve_cache_folder(None),
-            max_frames=1, answer_tokens=args.max_new_tokens,  # records with videos are left out
-        )  # fmt: skip
+            model.model,
+            model.processor,
+            source_config(args),
+            cache=resolve_cache_folder(None),
+            max_frames=1,
+            answer_tokens=args.max_new_tokens,  # records with videos are left out
+        )
         own, left_out = read_cases(source, args.answers)
         if left_out:
             print(f"{len(left_out)} records were left out; the first: {left_out[0]}")

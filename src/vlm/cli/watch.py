@@ -29,11 +29,13 @@ def main(argv: Sequence[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of `vlm watch`."""
     parser = PresentableParser(
-        "vlm watch", "vlm watch FOLDER [options]",
+        "vlm watch",
+        "vlm watch FOLDER [options]",
         "Show a run while it trains, from its files: progress, loss, speed, last evaluation, log. The run may be on "
         "another machine whose disk is mounted here. Ctrl-C stops watching, never the run. The exit code is 1 if the "
-        "run failed.", examples=EXAMPLES,
-    )  # fmt: skip
+        "run failed.",
+        examples=EXAMPLES,
+    )
     parser.add_argument("run", type=Path, metavar="FOLDER", help="the run directory")
     parser.add_argument("--once", action="store_true", help="print once and end")
     parser.add_argument(

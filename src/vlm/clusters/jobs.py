@@ -27,9 +27,14 @@ class Target:
 
 
 SLURM_KEYS = {
-    "time": "time", "partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint",
-    "cpus": "cpus-per-task", "memory": "mem",
-}  # fmt: skip
+    "time": "time",
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "cpus": "cpus-per-task",
+    "memory": "mem",
+}
 """Key -> the option of sbatch."""
 
 TARGETS = {
@@ -119,7 +124,10 @@ def render(job: Job, target: str, words: Sequence[str], file: Path, command: str
         "step": "" if job.cpus is None else f" --cpus-per-task={job.cpus}",  # srun does not take it from sbatch
         "launch": shlex.join([sys.executable, "-m", "vlm", "launch"]),
         "words": shlex.join(words).replace("\n", line_break),
-        "file": shlex.quote(str(file)), "command": command.replace("\n", " "), "saved": SAVED_EXIT_CODE,
-        "guard": GUARD_EXIT_CODE, "backoff": 6 * job.nodes,
-    }  # fmt: skip
+        "file": shlex.quote(str(file)),
+        "command": command.replace("\n", " "),
+        "saved": SAVED_EXIT_CODE,
+        "guard": GUARD_EXIT_CODE,
+        "backoff": 6 * job.nodes,
+    }
     return template.substitute(values)

@@ -38,9 +38,12 @@ LAUNCHERS = {"deepspeed", "ds", "torchrun", "accelerate"}
 """Programs that start ranks."""
 
 LAUNCHER_MODULES = {
-    "torch.distributed.run", "torch.distributed.launch", "deepspeed.launcher.launch", "deepspeed.launcher.runner",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "deepspeed.launcher.launch",
+    "deepspeed.launcher.runner",
     "vlm.demo",
-}  # fmt: skip
+}
 """Modules that do so under `python -m`."""
 
 

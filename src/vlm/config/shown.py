@@ -113,10 +113,16 @@ class PresentableParser(argparse.ArgumentParser):
     """
 
     def __init__(
-        self, prog: str, usage: str | None = None, description: str | None = None, *, examples: Sequence[str] = (),
-        epilog: str | None = None, allow_abbrev: bool = True,
+        self,
+        prog: str,
+        usage: str | None = None,
+        description: str | None = None,
+        *,
+        examples: Sequence[str] = (),
+        epilog: str | None = None,
+        allow_abbrev: bool = True,
         formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter,
-    ):  # fmt: skip
+    ):
         super().__init__(prog, usage, description, epilog, allow_abbrev=allow_abbrev, formatter_class=formatter_class)
         self.examples = tuple(examples)
 
@@ -147,8 +153,10 @@ def _with_hyphens(word: str) -> str:
 
 
 NEEDED_ARGUMENTS = {
-    "int": "a whole number is needed", "float": "a number is needed", "positive": "a whole number above 0 is needed",
-}  # fmt: skip
+    "int": "a whole number is needed",
+    "float": "a number is needed",
+    "positive": "a whole number above 0 is needed",
+}
 """Name of the function that parses a value -> what it needs."""
 
 

@@ -43,9 +43,12 @@ class CountedLater(SampleDataset):
     """
 
     def __init__(
-        self, sources: Sequence[Source], places: np.ndarray, load: Callable[[], SampleDataset],
+        self,
+        sources: Sequence[Source],
+        places: np.ndarray,
+        load: Callable[[], SampleDataset],
         has_media: np.ndarray | None = None,
-    ):  # fmt: skip
+    ):
         self.sources, self.places, self.has_media = list(sources), places, has_media
         self._measured: dict[int, tuple[int, int]] = {}
         self._labels_and_groups = None, None

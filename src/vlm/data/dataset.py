@@ -182,9 +182,13 @@ class SampleDataset(Dataset[SampleInputs | Skipped]):
         if groups is not None:
             groups = [groups[index] for index in chosen.tolist()]
         return SampleDataset(
-            self.sources, *rows, has_videos=self.has_videos, has_thinking=self.has_thinking, labels=labels,
+            self.sources,
+            *rows,
+            has_videos=self.has_videos,
+            has_thinking=self.has_thinking,
+            labels=labels,
             groups=groups,
-        )  # fmt: skip
+        )
 
 
 class BlankImageDataset(Dataset[SampleInputs]):
@@ -284,9 +288,14 @@ def load_dataset(
 
 
 def load_sources(
-    sources: list[Source], config: DatasetConfig, encoder: SampleEncoder, *, seed: int, first: int | None = None,
+    sources: list[Source],
+    config: DatasetConfig,
+    encoder: SampleEncoder,
+    *,
+    seed: int,
+    first: int | None = None,
     evaluates: bool = False,
-) -> SampleDataset:  # fmt: skip
+) -> SampleDataset:
     """Read, check and count the records of existing sources; see `load_dataset`."""
     places, lengths, images, skipped, contributions = [], [], [], [], []
     labels, groups = [], []

@@ -35,9 +35,12 @@ class Run(NamedTuple):
 
 
 def token_runs(
-    ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Processor,
+    ids: Sequence[int],
+    labels: Sequence[int],
+    mask: Sequence[int],
+    processor: Processor,
     weights: Sequence[float] | None = None,
-) -> Iterator[Run]:  # fmt: skip
+) -> Iterator[Run]:
     """Yield runs of tokens; without `weights`, the loss of each counts 1."""
     media: dict[int | None, str] = {processor.video_token_id: "video", processor.image_token_id: "image"}
     kinds = [
@@ -53,9 +56,12 @@ def token_runs(
 
 
 def tokens_as_html(
-    ids: Sequence[int], labels: Sequence[int], mask: Sequence[int], processor: Processor,
+    ids: Sequence[int],
+    labels: Sequence[int],
+    mask: Sequence[int],
+    processor: Processor,
     weights: Sequence[float] | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Return a row's tokens as HTML; image, video and padding tokens as counts.
 
     The weight of their losses follows supervised tokens if it is not 1; those below 1 are paler, others have a
@@ -76,9 +82,13 @@ def tokens_as_html(
 
 
 def tokens_as_text(
-    ids: Sequence[int], labels: Sequence[int], processor: Processor, weights: Sequence[float] | None = None, *,
+    ids: Sequence[int],
+    labels: Sequence[int],
+    processor: Processor,
+    weights: Sequence[float] | None = None,
+    *,
     colours: bool,
-) -> str:  # fmt: skip
+) -> str:
     """Return a sample's tokens for a terminal: supervised ones on green, or in 【 】 without colours.
 
     The weight of their losses follows these if it is not 1: `【a reply】×0.5`.

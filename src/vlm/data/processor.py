@@ -177,9 +177,13 @@ class Processor(Protocol):
         ...
 
     def apply_chat_template(
-        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools | None = None,
+        self,
+        conversation: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Tools | None = None,
         enable_thinking: bool | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Return a conversation as text, with a token for each image and video.
 
         Args:

@@ -32,9 +32,14 @@ class _LogLines:
 
 
 def show_progress(
-    items: Iterable[T], title: str, total: int | None = None, *, initial: int = 0, unit: str = "",
+    items: Iterable[T],
+    title: str,
+    total: int | None = None,
+    *,
+    initial: int = 0,
+    unit: str = "",
     silent: bool = False,
-) -> "tqdm[T]":  # fmt: skip
+) -> "tqdm[T]":
     """Return an iterable over items that shows how far it is; a caller that has none gives `()` and calls `update`.
 
     Args:
@@ -50,10 +55,14 @@ def show_progress(
         return tqdm(items, unit=f" {unit}" if unit else "", dynamic_ncols=True, **common)
     units = f" {unit}{'es' if unit.endswith('ch') else 's'}" if unit else ""
     return tqdm(
-        items, file=_LogLines(), mininterval=SECONDS_BETWEEN_LINES, maxinterval=2 * SECONDS_BETWEEN_LINES,
+        items,
+        file=_LogLines(),
+        mininterval=SECONDS_BETWEEN_LINES,
+        maxinterval=2 * SECONDS_BETWEEN_LINES,
         delay=SECONDS_BETWEEN_LINES,
-        bar_format=f"{{desc}}: {{n_fmt}} of {{total_fmt}}{units}, {{remaining}} left", **common,
-    )  # fmt: skip
+        bar_format=f"{{desc}}: {{n_fmt}} of {{total_fmt}}{units}, {{remaining}} left",
+        **common,
+    )
 
 
 def shows_bars() -> bool:

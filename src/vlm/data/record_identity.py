@@ -14,7 +14,9 @@ def identify_records(dataset: SampleDataset) -> str:
     """
     files = [source.records.fingerprint for source in dataset.sources]
     places = [dataset.places[dataset.places[:, 0] == number, 1] for number in range(len(files))]
-    return json_digest([
-        (file, hashlib.sha256(numbers.astype("int64").tobytes()).hexdigest())
-        for file, numbers in zip(files, places, strict=True)
-    ])  # fmt: skip
+    return json_digest(
+        [
+            (file, hashlib.sha256(numbers.astype("int64").tobytes()).hexdigest())
+            for file, numbers in zip(files, places, strict=True)
+        ]
+    )

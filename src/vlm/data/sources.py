@@ -71,9 +71,12 @@ class Source:
     def records(self) -> Records:
         """The records, by index."""
         return open_records(
-            self.path, self.cache, split=self.config.split, subset=self.config.subset,
+            self.path,
+            self.cache,
+            split=self.config.split,
+            subset=self.config.subset,
             follow_links=self.config.follow_links,
-        )  # fmt: skip
+        )
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -110,10 +113,17 @@ class Source:
     ) -> Iterator[tuple[object, Position]]:
         """Iterate over a shard of the records from a position on, each with the position after it."""
         return stream_with_positions(
-            self.path, self.cache, split=self.config.split, subset=self.config.subset, shard=shard,
-            num_shards=num_shards, seed=seed, start=start, allow_pipe=self.allow_pipe,
+            self.path,
+            self.cache,
+            split=self.config.split,
+            subset=self.config.subset,
+            shard=shard,
+            num_shards=num_shards,
+            seed=seed,
+            start=start,
+            allow_pipe=self.allow_pipe,
             follow_links=self.config.follow_links,
-        )  # fmt: skip
+        )
 
     def read(self, record: object) -> Sample:
         """Read a record as a sample, add the source's system prompt, write its objects as the model writes them, and

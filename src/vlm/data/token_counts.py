@@ -109,9 +109,12 @@ class Counts:
 
 
 def count(
-    source: Source, records: np.ndarray, decode: int | None, workers: int | None,
+    source: Source,
+    records: np.ndarray,
+    decode: int | None,
+    workers: int | None,
     on_problem: Callable[[int, BadSample], object] = lambda number, problem: None,
-) -> Counts:  # fmt: skip
+) -> Counts:
     """Count the records at some indices, in order, or read the counts from the cache.
 
     Records that could not be used before are counted again: a missing image may be there now.
@@ -176,9 +179,13 @@ def _integer_column(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _write_counts(
-    source: Source, records: np.ndarray, decode: int, workers: int | None,
-    on_problem: Callable[[int, BadSample], object], path: Path,
-) -> None:  # fmt: skip
+    source: Source,
+    records: np.ndarray,
+    decode: int,
+    workers: int | None,
+    on_problem: Callable[[int, BadSample], object],
+    path: Path,
+) -> None:
     """Count into a file; complete chunks that a stopped count left there are kept."""
     before: list[pa.RecordBatch] = []
     with suppress(pa.ArrowInvalid, OSError), pa.ipc.open_stream(path.read_bytes()) as reader:
@@ -259,10 +266,12 @@ class _RecordChunks(Dataset[pa.RecordBatch | Exception]):
         start = self.starts[chunk]
         numbers = self.records[start : start + CHUNK].tolist()
         try:
-            return _make_batch([
-                count_record(self.source, number, decode=place < self.decode, counter=self.counter)
-                for place, number in enumerate(numbers, start)
-            ])  # fmt: skip
+            return _make_batch(
+                [
+                    count_record(self.source, number, decode=place < self.decode, counter=self.counter)
+                    for place, number in enumerate(numbers, start)
+                ]
+            )
         except Exception as error:
             return error
 

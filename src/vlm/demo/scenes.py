@@ -122,9 +122,14 @@ def draw_questions(scene: Scene, rng: random.Random, kind: str) -> list[tuple[st
 
 
 def write_scenes(
-    folder: Path, *, num_train: int = 6000, num_val: int = 200, num_heldout: int = 1200, num_labelled: int = 1000,
+    folder: Path,
+    *,
+    num_train: int = 6000,
+    num_val: int = 200,
+    num_heldout: int = 1200,
+    num_labelled: int = 1000,
     seed: int = 0,
-) -> None:  # fmt: skip
+) -> None:
     """Write `images/*.png`, and in LLaVA's format `pretrain.json`, `finetune.json`, `val.json` and `heldout.json`.
 
     `labelled.json` and `labelled-heldout.json` ask for the shape and have it as `label`, for a prediction head.

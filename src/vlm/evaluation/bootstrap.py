@@ -36,9 +36,14 @@ class Score:
 
 
 def bootstrap(
-    compute_metrics: Callable[[np.ndarray], dict[str, float]], num_units: int, num_resamples: int, seed: int, *,
-    shares: Collection[str] = (), clustered_shares: Collection[str] = (),
-) -> dict[str, Score]:  # fmt: skip
+    compute_metrics: Callable[[np.ndarray], dict[str, float]],
+    num_units: int,
+    num_resamples: int,
+    seed: int,
+    *,
+    shares: Collection[str] = (),
+    clustered_shares: Collection[str] = (),
+) -> dict[str, Score]:
     """Return metrics of all units, with intervals from resampling units with replacement.
 
     Args:

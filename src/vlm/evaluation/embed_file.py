@@ -53,9 +53,16 @@ def embed_file(
     digest = json_digest(fingerprint, hash_heads(embedder), source.fingerprint, side, prompt, width)
     table = VectorTable(output, embedder.width if width is None else width, digest)
     return fill_table(
-        table, source, model.device, partial(embedder.of, width=width), make_row, progress_label="embedding",
-        batch_size=batch_size, num_workers=num_workers, overwrite=overwrite,
-    )  # fmt: skip
+        table,
+        source,
+        model.device,
+        partial(embedder.of, width=width),
+        make_row,
+        progress_label="embedding",
+        batch_size=batch_size,
+        num_workers=num_workers,
+        overwrite=overwrite,
+    )
 
 
 def make_row(sample: Sample, vector: Tensor | None, problem: BadSample | None) -> Row:

@@ -46,9 +46,7 @@ def prepare_pope(answers: Sequence[str], references: References) -> Prepared:
     for answer, right in zip(answers, true, strict=True):
         words = set(re.findall(r"n't\b|\w+(?=n't)|\w+", answer.split(".")[0].lower().replace("’", "'")))
         says_yes, is_yes = not words & NEGATIONS, right == "yes"
-        rows.append((
-            1, says_yes == is_yes, says_yes, is_yes, says_yes and is_yes, says_yes and "yes" not in words
-        ))  # fmt: skip
+        rows.append((1, says_yes == is_yes, says_yes, is_yes, says_yes and is_yes, says_yes and "yes" not in words))
     return np.array(rows, np.float64).reshape(-1, 6), _pope_of_sums
 
 
@@ -56,10 +54,13 @@ def _pope_of_sums(sums: np.ndarray) -> dict[str, float]:
     """Return the metrics of sums: all, right, answered yes, truly yes, both, and unclear answers."""
     number, right, said, true, both, unclear = sums.tolist()
     return {
-        "pope_accuracy": _ratio(right, number), "pope_precision": _ratio(both, said),
-        "pope_recall": _ratio(both, true), "pope_f1": _ratio(2 * both, said + true),
-        "pope_yes": _ratio(said, number), "pope_unclear": _ratio(unclear, number),
-    }  # fmt: skip
+        "pope_accuracy": _ratio(right, number),
+        "pope_precision": _ratio(both, said),
+        "pope_recall": _ratio(both, true),
+        "pope_f1": _ratio(2 * both, said + true),
+        "pope_yes": _ratio(said, number),
+        "pope_unclear": _ratio(unclear, number),
+    }
 
 
 def prepare_chair(answers: Sequence[str], references: References) -> Prepared:
@@ -84,9 +85,11 @@ def _chair_of_sums(sums: np.ndarray) -> dict[str, float]:
     """Return the metrics of sums: captions, objects named, wrong ones, captions with one, objects there, and found."""
     number, named, wrong, with_wrong, there, found = sums.tolist()
     return {
-        "chair_i": _ratio(wrong, named), "chair_s": _ratio(with_wrong, number),
-        "chair_recall": _ratio(found, there), "chair_objects": _ratio(named, number),
-    }  # fmt: skip
+        "chair_i": _ratio(wrong, named),
+        "chair_s": _ratio(with_wrong, number),
+        "chair_recall": _ratio(found, there),
+        "chair_objects": _ratio(named, number),
+    }
 
 
 def make_object_finder(objects: Sequence[str]) -> Callable[[str], set[str]]:
@@ -123,9 +126,12 @@ HALLUCINATION_METRICS: dict[str, Callable[[Sequence[str], References], Prepared]
 
 
 def compute_hallucination_metrics(
-    names: Sequence[str], answers: Sequence[str], blank_answers: Sequence[str], references: References,
+    names: Sequence[str],
+    answers: Sequence[str],
+    blank_answers: Sequence[str],
+    references: References,
     images: Sequence[str],
-) -> dict[str, Score]:  # fmt: skip
+) -> dict[str, Score]:
     """Return metrics by name with 95% intervals, and beside each that of blank images.
 
     Args:
@@ -154,6 +160,10 @@ def _score(name: str, answers: Sequence[str], references: References, units: np.
     np.add.at(sums, units, counts)
     has_one_each = len(sums) == len(counts)
     return bootstrap(
-        lambda rows: make_metrics(sums[rows].sum(axis=0)), len(sums), NUM_RESAMPLES, seed=0,
-        shares=SHARES if has_one_each else (), clustered_shares=SHARES,
-    )  # fmt: skip
+        lambda rows: make_metrics(sums[rows].sum(axis=0)),
+        len(sums),
+        NUM_RESAMPLES,
+        seed=0,
+        shares=SHARES if has_one_each else (),
+        clustered_shares=SHARES,
+    )

@@ -31,8 +31,11 @@ NUM_BINS = 15
 """Equally wide bins of the expected calibration error (Guo et al. 2017, arXiv:1706.04599)."""
 
 SHARES = {
-    "binary": ("accuracy",), "multiclass": ("accuracy",), "ordinal": ("accuracy",), "multilabel": ("exact_match",),
-}  # fmt: skip
+    "binary": ("accuracy",),
+    "multiclass": ("accuracy",),
+    "ordinal": ("accuracy",),
+    "multilabel": ("exact_match",),
+}
 """Task -> its metrics that are a share of samples, see `bootstrap`."""
 CLUSTERED_SHARES = {"multilabel": ("accuracy",), "pairwise": ("pair_accuracy",)}
 """Task -> those that are a share of labels or pairs, of which a sample or a group has several."""
@@ -134,9 +137,13 @@ def _bootstrap(
     """`bootstrap` without scikit-learn's own checks of its arguments, which take a third of the time."""
     with config_context(assume_finite=True, skip_parameter_validation=True):
         return bootstrap(
-            compute_metrics, num_units, num_resamples, seed,
-            shares=SHARES.get(task, ()), clustered_shares=CLUSTERED_SHARES.get(task, ()),
-        )  # fmt: skip
+            compute_metrics,
+            num_units,
+            num_resamples,
+            seed,
+            shares=SHARES.get(task, ()),
+            clustered_shares=CLUSTERED_SHARES.get(task, ()),
+        )
 
 
 def _binary_metrics(targets: np.ndarray, decisions: np.ndarray, probs: np.ndarray | None = None) -> Metrics:

@@ -87,9 +87,14 @@ class LmmsModel(lmms):
         device = str(self.accelerator.device) if self._world_size > 1 else device
         bases = [folder for folder in str(base).split(";") if folder]
         self.vlm = VisionLanguageModel.load(
-            str(pretrained), device=device, dtype=dtype, quantization=quantization, base=bases,
-            trust_remote_code=trust_remote_code, max_image_tokens=max_image_tokens,
-        )  # fmt: skip
+            str(pretrained),
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            base=bases,
+            trust_remote_code=trust_remote_code,
+            max_image_tokens=max_image_tokens,
+        )
         self.compute_scores = SupervisedScores(self.vlm.model, score_tokens)
 
     @property

@@ -76,9 +76,14 @@ def format_model_args(values: dict[str, object]) -> str:
 
 
 def run_tasks(
-    python: str, arguments: str, tasks: Sequence[str], *, batch_size: int, limit: float | None = None,
+    python: str,
+    arguments: str,
+    tasks: Sequence[str],
+    *,
+    batch_size: int,
+    limit: float | None = None,
     include: Path | None = None,
-) -> dict[str, dict[str, object]]:  # fmt: skip
+) -> dict[str, dict[str, object]]:
     """Run tasks; their output is shown as it comes.
 
     Args:

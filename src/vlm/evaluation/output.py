@@ -88,9 +88,12 @@ def read_first_samples(config: SourceConfig, option: str) -> list[Sample]:
 
     assert config.path is not None
     records = open_records(
-        config.path, resolve_cache_folder(None), split=config.split, subset=config.subset,
+        config.path,
+        resolve_cache_folder(None),
+        split=config.split,
+        subset=config.subset,
         follow_links=config.follow_links,
-    )  # fmt: skip
+    )
     if not len(records):
         raise ValueError(f"{option} {config.path}: the file has no records")
     folder = Path(config.image_folder or Path(config.path).parent)

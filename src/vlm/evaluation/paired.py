@@ -18,9 +18,7 @@ MIN_UNITS = 10
 """The fewest units of an interval: of fewer, the bootstrap's are too narrow."""
 
 
-def paired_difference(
-    before: np.ndarray, after: np.ndarray, units: np.ndarray, *, is_bounded: bool = True
-) -> Score:  # fmt: skip
+def paired_difference(before: np.ndarray, after: np.ndarray, units: np.ndarray, *, is_bounded: bool = True) -> Score:
     """Return the mean of after minus before with its interval.
 
     Args:
@@ -47,6 +45,4 @@ def paired_difference(
 def units_of(media: Sequence[str]) -> np.ndarray:
     """Return the unit of each record, `(records,)`: the same for the same images; a record without any is its own."""
     numbers: dict[str, int] = {}
-    return np.array([
-        numbers.setdefault(paths or f"\0{place}", len(numbers)) for place, paths in enumerate(media)
-    ])  # fmt: skip
+    return np.array([numbers.setdefault(paths or f"\0{place}", len(numbers)) for place, paths in enumerate(media)])

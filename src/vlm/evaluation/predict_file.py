@@ -32,9 +32,17 @@ class Predicted:
 
 
 def predict_file(
-    predictor: Predictor, config: SourceConfig, output: Path, *, cache: Path, fingerprint: str, batch_size: int = 16,
-    num_workers: int = 2, max_frames: int, overwrite: bool = False,
-) -> Predicted:  # fmt: skip
+    predictor: Predictor,
+    config: SourceConfig,
+    output: Path,
+    *,
+    cache: Path,
+    fingerprint: str,
+    batch_size: int = 16,
+    num_workers: int = 2,
+    max_frames: int,
+    overwrite: bool = False,
+) -> Predicted:
     """Predict every record of a file.
 
     Args:
@@ -64,9 +72,16 @@ def predict_file(
     digest = json_digest(fingerprint, hash_heads(predictor), source.fingerprint)
     table = ResumableTable(output, ["source", "image_path", *columns, "error"], digest)
     rows = fill_table(
-        table, source, model.device, predictor.of, partial(make_row, predictor), progress_label="predicting",
-        batch_size=batch_size, num_workers=num_workers, overwrite=overwrite,
-    )  # fmt: skip
+        table,
+        source,
+        model.device,
+        predictor.of,
+        partial(make_row, predictor),
+        progress_label="predicting",
+        batch_size=batch_size,
+        num_workers=num_workers,
+        overwrite=overwrite,
+    )
     return Predicted(len(rows), sum(bool(row["error"]) for row in rows), format_metrics(predictor, rows))
 
 

@@ -253,10 +253,16 @@ def write_results(folder: Path, result: EvaluationResult, run_info: dict[str, ob
         """Return a number with four digits, or that it is undefined."""
         return "undefined" if number is None else f"{number:.4g}"
 
-    write_json(folder, {
-        **run_info, "records": result.records, "answered": result.num_answered, "left_out": list(result.exclusions),
-        "metrics": scores_to_json(result.scores),
-    })  # fmt: skip
+    write_json(
+        folder,
+        {
+            **run_info,
+            "records": result.records,
+            "answered": result.num_answered,
+            "left_out": list(result.exclusions),
+            "metrics": scores_to_json(result.scores),
+        },
+    )
     title = f"`{run_info['checkpoint']}` on `{run_info['data']}`, {result.records:,} records"
     rows = [("metric", "value", "95% interval")]
     for name, score in result.scores.items():

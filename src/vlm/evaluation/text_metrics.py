@@ -126,9 +126,13 @@ METRIC_MODULES = {
 
 
 def compute_answer_metrics(
-    names: Sequence[str], answers: Sequence[str], references: References, objects: Sequence[ObjectAnswer], *,
+    names: Sequence[str],
+    answers: Sequence[str],
+    references: References,
+    objects: Sequence[ObjectAnswer],
+    *,
     intervals: bool = True,
-) -> dict[str, Score]:  # fmt: skip
+) -> dict[str, Score]:
     """Return metrics of texts and of objects by name, in the order of the names; `objects` are those of each answer.
 
     Raises:

@@ -47,9 +47,14 @@ class FamilyTemplate:
         self.kinds = {image_token: "image"} | ({} if video_token is None else {video_token: "video"})
 
     def render(
-        self, conversation: Sequence[Message], template: str, *, add_generation_prompt: bool, tools: Tools | None,
+        self,
+        conversation: Sequence[Message],
+        template: str,
+        *,
+        add_generation_prompt: bool,
+        tools: Tools | None,
         enable_thinking: bool | None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Return a conversation as text, with a token for each image and video.
 
         Contents may be strings with such tokens; the family's own template gets them as lists of text, images and
@@ -66,9 +71,13 @@ class FamilyTemplate:
         if "strftime_now" in template:
             template = FIXED_CLOCK + template
         return render_template(
-            self.tokenizer, template, messages, add_generation_prompt=add_generation_prompt, tools=tools,
+            self.tokenizer,
+            template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
             enable_thinking=enable_thinking,
-        )  # fmt: skip
+        )
 
     @cached_property
     def takes_lists(self) -> bool:
@@ -92,15 +101,25 @@ class FamilyTemplate:
 
 
 def render_template(
-    tokenizer: TemplateTokenizer, template: str, messages: list[Message], *, add_generation_prompt: bool = False,
-    tools: Tools | None = None, enable_thinking: bool | None = None,
-) -> str:  # fmt: skip
+    tokenizer: TemplateTokenizer,
+    template: str,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Tools | None = None,
+    enable_thinking: bool | None = None,
+) -> str:
     """Return messages as text, with the same date every day; a template that loops is ended."""
     with bounded_template():
         return tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=template, add_generation_prompt=add_generation_prompt,
-            tokenize=False, date_string=FIXED_DATE, enable_thinking=thinks(tokenizer, enable_thinking),
-        )  # fmt: skip
+            messages,
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            date_string=FIXED_DATE,
+            enable_thinking=thinks(tokenizer, enable_thinking),
+        )
 
 
 def get_own_template(native: ProcessorMixin) -> str | None:

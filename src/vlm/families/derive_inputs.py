@@ -85,10 +85,14 @@ def derive_inputs(native: NativeProcessor, family: Family) -> DerivedInputs:
     makers = _find_makers(native, family, outputs, text_names, images, expansion)
     rows, dims = _find_layout(native, images, blank)
     derived = DerivedInputs(
-        rows if family.rows is None else family.rows, tuple(makers),
-        tuple(dict.fromkeys((*TEXT_INPUTS, *text_names))), native.form, dims,
-        _find_indices(images, partial(native.call_twice, blank), TEXT_INPUTS), makers,
-    )  # fmt: skip
+        rows if family.rows is None else family.rows,
+        tuple(makers),
+        tuple(dict.fromkeys((*TEXT_INPUTS, *text_names))),
+        native.form,
+        dims,
+        _find_indices(images, partial(native.call_twice, blank), TEXT_INPUTS),
+        makers,
+    )
     return _with_videos(native, family, derived, images)
 
 
@@ -105,9 +109,13 @@ def _names_of_tokens(outputs: Mapping[str, object]) -> list[str]:
 
 
 def _find_makers(
-    native: NativeProcessor, family: Family, outputs: Mapping[str, object], names: Sequence[str],
-    images: Mapping[str, Tensor], expansion: str,
-) -> dict[str, Maker]:  # fmt: skip
+    native: NativeProcessor,
+    family: Family,
+    outputs: Mapping[str, object],
+    names: Sequence[str],
+    images: Mapping[str, Tensor],
+    expansion: str,
+) -> dict[str, Maker]:
     """Return input -> what makes it, for the inputs with one value for each token."""
     if family.tokens is not None:
         return dict.fromkeys(family.tokens, mark_replies)
@@ -219,8 +227,11 @@ def _with_videos(
         )
         joined, equal = not inputs.keys().isdisjoint(images), bool(differ - {*derived.per_sample, *along})
         return replace(
-            derived, min_frames=number, dims={**derived.dims, **along}, indices={**derived.indices, **indices},
+            derived,
+            min_frames=number,
+            dims={**derived.dims, **along},
+            indices={**derived.indices, **indices},
             joined=joined if family.joined is None else family.joined,
             equal_num_frames=equal if family.equal_num_frames is None else family.equal_num_frames,
-        )  # fmt: skip
+        )
     return derived

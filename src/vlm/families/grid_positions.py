@@ -64,9 +64,13 @@ class RowPositions:
     compute: Callable[..., tuple[Tensor, Tensor]]
 
     def __call__(
-        self, input_ids: Tensor, mm_token_type_ids: Tensor, image_grid_thw: Tensor | None = None,
-        attention_mask: Tensor | None = None, **kwargs: object,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self,
+        input_ids: Tensor,
+        mm_token_type_ids: Tensor,
+        image_grid_thw: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor]:
         """Return positions `(axes, rows, tokens)` and, for each row, what is added to those behind it: `(rows, 1)`.
 
         Args:
@@ -88,9 +92,12 @@ class RowPositions:
                 grids, first = own[kept] if kept or any(seen) else None, first + len(seen)
             one = slice(row, row + 1)
             found = self.compute(
-                input_ids[one], mm_token_type_ids=mm_token_type_ids[one], image_grid_thw=grids,
-                attention_mask=None if attention_mask is None else attention_mask[one], **kwargs,
-            )  # fmt: skip
+                input_ids[one],
+                mm_token_type_ids=mm_token_type_ids[one],
+                image_grid_thw=grids,
+                attention_mask=None if attention_mask is None else attention_mask[one],
+                **kwargs,
+            )
             positions.append(found[0])
             deltas.append(found[1])
         return torch.cat(positions, dim=1), torch.cat(deltas)

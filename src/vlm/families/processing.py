@@ -142,18 +142,25 @@ class FamilyProcessor:
         return self.tokenize(self.image_token, (), [(64, 64)])[0]
 
     def apply_chat_template(
-        self, conversation: Sequence[Message], *, add_generation_prompt: bool = False, tools: Tools | None = None,
+        self,
+        conversation: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        tools: Tools | None = None,
         enable_thinking: bool | None = None,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Return a conversation as text, with a token for each image and video.
 
         Contents may be strings with such tokens; the template gets them as lists of text, images and videos.
         """
         assert self.chat_template is not None
         return self.family_template.render(
-            conversation, self.chat_template, add_generation_prompt=add_generation_prompt, tools=tools,
+            conversation,
+            self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
             enable_thinking=enable_thinking,
-        )  # fmt: skip
+        )
 
     # --- text -------------------------------------------------------------------------------------------------------
 

@@ -93,9 +93,12 @@ class PlaceholdersByType:
         self.types = types if isinstance(types, Tensor) else None
 
     def __call__(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor | None = None,
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor,
+        image_features: Tensor | None = None,
         video_features: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Return where features of images and of videos are placed: `(rows, tokens, 1)` each.
 
         Args:

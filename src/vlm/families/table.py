@@ -117,7 +117,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": Family("Qwen3-VL", ("qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b")),
     "idefics3": Family("Idefics3", ("idefics3-8b",)),
     "smolvlm": Family(
-        "SmolVLM", ("smolvlm-256m", "smolvlm-500m", "smolvlm2-2.2b"),
+        "SmolVLM",
+        ("smolvlm-256m", "smolvlm-500m", "smolvlm2-2.2b"),
         video_template=SMOLVLM_TEMPLATE,  # its processor takes this one, whatever its own is, where there are videos
     ),
     "internvl": Family(
@@ -125,18 +126,22 @@ FAMILIES: dict[str, Family] = {
         ("internvl3-1b", "internvl3-2b", "internvl3.5-1b", "internvl3.5-2b", "internvl3.5-4b", "internvl3.5-8b"),
     ),
     "paligemma": Family(
-        "PaliGemma", ("paligemma-3b", "paligemma2-3b"),
+        "PaliGemma",
+        ("paligemma-3b", "paligemma2-3b"),
         template=PALIGEMMA_TEMPLATE,  # its processor brings none
         tokens=("token_type_ids",),  # they tell its prefix from its reply, which its own call knows as a suffix
     ),
     "gemma3": Family("Gemma 3", ("gemma3-4b",)),
     "mllama": Family(
-        "Llama 3.2 Vision", ("llama-3.2-11b-vision",),
+        "Llama 3.2 Vision",
+        ("llama-3.2-11b-vision",),
         # Layers of the language model that attend to images: their module names do not tell them from the others.
         connectors=(f"model.language_model.layers.{CROSS_ATTENTION_LAYERS}.",),
     ),
     "phi4_multimodal": Family(
-        "Phi-4-multimodal", ("phi4-multimodal",), parts=PHI4_PARTS,
+        "Phi-4-multimodal",
+        ("phi4-multimodal",),
+        parts=PHI4_PARTS,
         unused_prefixes=(
             "model.embed_tokens_extend.audio_embed.",
             f"{PHI4_IMAGES}img_processor.encoder.layers.{UNUSED_LAYERS}.",  # its key of the layer is its own
@@ -150,7 +155,8 @@ FAMILIES: dict[str, Family] = {
         unused_prefixes=("model.generation_embeddings.", "model.generation_aligner.", "model.generation_head."),
     ),
     "molmo2": Family(
-        "Molmo2", ("molmo2-4b", "molmo2-8b"),
+        "Molmo2",
+        ("molmo2-4b", "molmo2-8b"),
         sees_media_together=True,  # its mask puts all images of a row into one block
     ),
     "chameleon": Family(
@@ -184,7 +190,7 @@ FAMILIES: dict[str, Family] = {
     "got_ocr2": Family("GOT-OCR2", ("got-ocr2",)),
     "hunyuan_vl": Family("HunyuanOCR", ("hunyuan-ocr",)),
     "emu3": Family("Emu3"),
-}  # fmt: skip
+}
 """`model_type` of `config.json` -> names and exceptions."""
 
 

@@ -70,7 +70,7 @@ def mark_replies(ids: Sequence[int], labels: Sequence[int], images: Mapping[str,
 
 def find_maker(
     native: ProcessorMixin, name: str, expected: Tensor, ids: Sequence[int], images: Mapping[str, Tensor], image_id: int
-) -> Maker | None:  # fmt: skip
+) -> Maker | None:
     """Return the maker of an input that agrees with a processor's own values `(tokens, …)`; None: there is none.
 
     Args:

@@ -65,10 +65,13 @@ class FamilyVideos:
         outputs = self.native(
             text=[self.token] * len(videos) if apart else [self.token * len(videos)],
             videos=[video.permute(0, 3, 1, 2).contiguous() for video in frames],  # (frames, 3, height, width)
-            video_metadata=[make_metadata(video.clip) for video in videos], do_sample_frames=False,
-            return_metadata=True, return_tensors="pt", return_text_replacement_offsets=True,
+            video_metadata=[make_metadata(video.clip) for video in videos],
+            do_sample_frames=False,
+            return_metadata=True,
+            return_tensors="pt",
+            return_text_replacement_offsets=True,
             **call_options(self.native),
-        )  # fmt: skip
+        )
         return {name: value for name, value in outputs.items() if name != METADATA}
 
     def checked_blank_inputs(self, frames: int) -> Mapping[str, object]:
@@ -111,9 +114,12 @@ class FamilyVideos:
     def _read(self, frames: Tensor) -> Mapping[str, object]:
         """Return the outputs of the video processor for `(frames, 3, height, width)`, as `_read_blank`."""
         outputs = self.native.video_processor(
-            [frames], video_metadata=[make_metadata(_plain_clip(frames))], do_sample_frames=False, return_metadata=True,
+            [frames],
+            video_metadata=[make_metadata(_plain_clip(frames))],
+            do_sample_frames=False,
+            return_metadata=True,
             return_tensors="pt",
-        )  # fmt: skip
+        )
         return {name: _without_memory(value) for name, value in outputs.items()}
 
     def expand_blank(self, frames: Tensor) -> str:
@@ -151,9 +157,13 @@ def make_metadata(clip: Clip) -> VideoMetadata:
     if clip.times is not None:
         frames, total, fps = [round(time * CLOCK) for time in clip.times], round(total / fps * CLOCK), float(CLOCK)
     return VideoMetadata(
-        total_num_frames=total, fps=fps, width=clip.width, height=clip.height, duration=total / fps,
+        total_num_frames=total,
+        fps=fps,
+        width=clip.width,
+        height=clip.height,
+        duration=total / fps,
         frames_indices=frames,
-    )  # fmt: skip
+    )
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]], rows: Sequence[str], dims: Mapping[str, int]) -> dict[str, Tensor]:

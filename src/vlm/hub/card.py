@@ -35,9 +35,15 @@ messages = [
 
 
 def model_card(
-    cleaned: JsonObject, config: JsonObject, run: RunSummary, counts: dict[str, int], *, repo: str | None,
-    licence: str | None, certificates: Sequence[Certificate] = (),
-) -> str:  # fmt: skip
+    cleaned: JsonObject,
+    config: JsonObject,
+    run: RunSummary,
+    counts: dict[str, int],
+    *,
+    repo: str | None,
+    licence: str | None,
+    certificates: Sequence[Certificate] = (),
+) -> str:
     """Return the text of `README.md`, with its front matter.
 
     Args:

@@ -29,9 +29,14 @@ WITH_DTYPE = ("gguf", "onnx")
 
 
 def export_checkpoint(
-    name: str, out: Path, format_name: str, *, vision_tower: str | None = None, dtype: str | None = None,
+    name: str,
+    out: Path,
+    format_name: str,
+    *,
+    vision_tower: str | None = None,
+    dtype: str | None = None,
     largest_shard: int = LARGEST_SHARD,
-) -> list[str]:  # fmt: skip
+) -> list[str]:
     """Write a checkpoint of this framework in another format.
 
     Args:

@@ -39,9 +39,11 @@ def make_transformers_processor(config: VLMConfig, processor: VLMProcessor, *, p
     space_after_image = needs_space_after_special_token(tokenizer, processor.image_token)
     tokenizer.chat_template = None
     template = export_template(
-        str(processor.chat_template), processor.image_token,
-        space_after_image=space_after_image, thinks=thinks(tokenizer),
-    )  # fmt: skip
+        str(processor.chat_template),
+        processor.image_token,
+        space_after_image=space_after_image,
+        thinks=thinks(tokenizer),
+    )
     common: dict[str, Any] = {
         "vision_feature_select_strategy": select_strategy(config),
         "chat_template": template,
@@ -60,10 +62,14 @@ def make_transformers_processor(config: VLMConfig, processor: VLMProcessor, *, p
     frames = {key: getattr(image_processor, key) for key in PIXEL_SETTINGS}
     frames["size"] = {"height": tiling.tile_size, "width": tiling.tile_size}
     return LlavaOnevisionProcessor(
-        image_processor, tokenizer, LlavaOnevisionVideoProcessor(**frames), video_token=VIDEO_TOKEN,
+        image_processor,
+        tokenizer,
+        LlavaOnevisionVideoProcessor(**frames),
+        video_token=VIDEO_TOKEN,
         num_image_tokens=config.num_patches + config.num_prefix_tokens,
-        vision_aspect_ratio=make_aspect_ratio(tiling), **common,
-    )  # fmt: skip
+        vision_aspect_ratio=make_aspect_ratio(tiling),
+        **common,
+    )
 
 
 def _make_tiled_image_processor(processor: VLMProcessor, tiling: AnyRes, processor_class: Any) -> Any:

@@ -33,15 +33,28 @@ WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors")
 WEIGHT_INDEX_FILE = "model.safetensors.index.json"
 GENERATION_FILE = "generation_config.json"
 CONFIG_FILES = (
-    "config.json", GENERATION_FILE, "processor_config.json", "preprocessor_config.json",
-    "video_preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json",
-)  # fmt: skip
+    "config.json",
+    GENERATION_FILE,
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
 """Small JSON files, which are cleaned of paths."""
 
 VOCABULARY_FILES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json",
-    "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 MODEL_FILES = (*WEIGHT_FILES, WEIGHT_INDEX_FILE, *CONFIG_FILES, *VOCABULARY_FILES)
 STATISTICS_SUFFIXES = (".running_mean", ".running_var")
 """Suffixes of tensors in weight files that are no parameters."""
@@ -69,9 +82,14 @@ class PreparedFolder:
 
 
 def prepare_upload(
-    checkpoint: Path, out: Path, run: RunSummary, *, repo: str | None = None, licence: str | None = None,
+    checkpoint: Path,
+    out: Path,
+    run: RunSummary,
+    *,
+    repo: str | None = None,
+    licence: str | None = None,
     allow_links: bool = False,
-) -> PreparedFolder:  # fmt: skip
+) -> PreparedFolder:
     """Fill an empty folder with the files to upload.
 
     Args:
@@ -103,9 +121,14 @@ def prepare_upload(
     if run.plot is not None:
         shutil.copyfile(run.plot, out / PLOT_FILE)
     card = model_card(
-        read_json(out / "config.json"), config, run, parameters(out, config), repo=repo, licence=licence,
+        read_json(out / "config.json"),
+        config,
+        run,
+        parameters(out, config),
+        repo=repo,
+        licence=licence,
         certificates=read_certificates(checkpoint),
-    )  # fmt: skip
+    )
     (out / CARD_FILE).write_text(mask(card), encoding="utf-8")
     if places := list(find_local_paths(out, checkpoint, run.checkpoint)):
         raise ValueError(f"{'; '.join(places)}: these are paths of this machine, which must not be published")

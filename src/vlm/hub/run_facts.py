@@ -17,10 +17,16 @@ from vlm.hub.folders import JsonObject, read_json
 CHANGED_KEYS = frozenset(
     f"trainer.{name}"
     for name in (
-        "per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps",
-        "loss_average", "seed", "bf16", "fp16",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "loss_average",
+        "seed",
+        "bf16",
+        "fp16",
     )
-)  # fmt: skip
+)
 """Settings besides learning rates that a card tells where they changed on the way."""
 
 
@@ -128,11 +134,17 @@ def read_run(checkpoint: Path) -> RunSummary:
         if not is_comparison and not is_of_other_weights(results, run):
             evaluations["evaluation" if name == "." else name] = results
     return RunSummary(
-        checkpoint, yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}, _read_run_name(run),
-        _read_lines(run / "metrics.jsonl"), read_json(run / "data.json"),
-        read_json(run / "versions.json"), read_json(run / "scores.json"), evaluations,
-        plot if plot.is_file() else None, _read_lines(run / "changes.jsonl"),
-    )  # fmt: skip
+        checkpoint,
+        yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {},
+        _read_run_name(run),
+        _read_lines(run / "metrics.jsonl"),
+        read_json(run / "data.json"),
+        read_json(run / "versions.json"),
+        read_json(run / "scores.json"),
+        evaluations,
+        plot if plot.is_file() else None,
+        _read_lines(run / "changes.jsonl"),
+    )
 
 
 def _read_lines(file: Path) -> list[JsonObject]:

@@ -169,9 +169,14 @@ def _read_transformers_llava(name: str, folder: Path) -> ForeignCheckpoint:
         anyres=anyres,
     )
     return ForeignCheckpoint(
-        recipe, text, folder, [_make_store(name, folder, TRANSFORMERS_LLAVA_PREFIXES)], image_mode,
-        vision_config=vision, image_processor=processor,
-    )  # fmt: skip
+        recipe,
+        text,
+        folder,
+        [_make_store(name, folder, TRANSFORMERS_LLAVA_PREFIXES)],
+        image_mode,
+        vision_config=vision,
+        image_processor=processor,
+    )
 
 
 def _read_native_image_settings(name: str, folder: Path, config: PreTrainedConfig) -> tuple[Any, str, AnyResConfig]:

@@ -43,8 +43,16 @@ LANGUAGE_MODEL = "language_model."
 """Where our names and vLLM's have the language model; both are the same below it."""
 
 ADAPTED_LAYERS = (
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "qkv_proj", "gate_up_proj",
-)  # fmt: skip
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "qkv_proj",
+    "gate_up_proj",
+)
 """Ends of names of the layers of language models that vLLM adapts."""
 
 ADAPTED_ARCHITECTURES = ("LlavaForConditionalGeneration", "LlavaNextForConditionalGeneration")

@@ -32,9 +32,15 @@ WINDOW_BATCHES = 8
 
 
 def prompt_source(
-    model: PreTrainedModel, processor: Processor, config: SourceConfig, *, cache: Path, max_frames: int,
-    suffix: Sequence[int] = (), answer_tokens: int = 0,
-) -> Source:  # fmt: skip
+    model: PreTrainedModel,
+    processor: Processor,
+    config: SourceConfig,
+    *,
+    cache: Path,
+    max_frames: int,
+    suffix: Sequence[int] = (),
+    answer_tokens: int = 0,
+) -> Source:
     """Return the records of a file, each as the prompt of training, up to its last reply.
 
     Args:
@@ -191,9 +197,12 @@ def read_windows(
     start = first - first % size
     # Workers return arrays: each tensor would hold an open file, of which a process has few. They are a window ahead.
     loader = DataLoader(
-        PromptDataset(source, start, is_blank=is_blank), batch_size, collate_fn=_as_arrays, num_workers=num_workers,
+        PromptDataset(source, start, is_blank=is_blank),
+        batch_size,
+        collate_fn=_as_arrays,
+        num_workers=num_workers,
         prefetch_factor=-(-WINDOW_BATCHES // num_workers) if num_workers else None,
-    )  # fmt: skip
+    )
     rows = enumerate((row for chunk in loader for row in chunk), start)
     while window := [_make_prompt(number, *row) for number, row in islice(rows, size)]:
         yield window

@@ -41,9 +41,13 @@ class Conversation:
     """
 
     def __init__(
-        self, model: VisionLanguageModel, settings: InferenceConfig | None = None, *, system_prompt: str | None = None,
+        self,
+        model: VisionLanguageModel,
+        settings: InferenceConfig | None = None,
+        *,
+        system_prompt: str | None = None,
         max_frames: int = DatasetConfig.max_frames,
-    ):  # fmt: skip
+    ):
         self.model, self.settings, self.max_frames = model, settings or InferenceConfig(), max_frames
         self.system = () if system_prompt is None else (Turn("system", (system_prompt,)),)
         self.exchanges: tuple[Exchange, ...] = ()

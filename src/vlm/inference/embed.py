@@ -42,9 +42,15 @@ class Embedder:
 
     @classmethod
     def load(
-        cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", base: Sequence[str] = (),
-        trust_remote_code: bool = False, max_image_tokens: int | None = None,
-    ) -> Self:  # fmt: skip
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        base: Sequence[str] = (),
+        trust_remote_code: bool = False,
+        max_image_tokens: int | None = None,
+    ) -> Self:
         """Load a checkpoint with a head that embeds; arguments as `VisionLanguageModel.load`.
 
         Raises:
@@ -68,10 +74,16 @@ class Embedder:
         return self.head.dim or self.model.config.get_text_config().hidden_size
 
     def embed(
-        self, texts: Sequence[str], images: Sequence[Sequence[ImageInput]] = (),
-        videos: Sequence[Sequence[VideoInput]] = (), *, side: str = DOCUMENT, width: int | None = None,
-        max_frames: int = DatasetConfig.max_frames, system_prompt: str | None = None,
-    ) -> np.ndarray:  # fmt: skip
+        self,
+        texts: Sequence[str],
+        images: Sequence[Sequence[ImageInput]] = (),
+        videos: Sequence[Sequence[VideoInput]] = (),
+        *,
+        side: str = DOCUMENT,
+        width: int | None = None,
+        max_frames: int = DatasetConfig.max_frames,
+        system_prompt: str | None = None,
+    ) -> np.ndarray:
         """Return vectors of length 1, float32: `(N, width)`. Two are compared by their scalar product.
 
         Args:
@@ -113,9 +125,14 @@ class Embedder:
 
 
 def load_with_heads(
-    checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", base: Sequence[str] = (),
-    trust_remote_code: bool = False, max_image_tokens: int | None = None,
-) -> Predictor | Embedder:  # fmt: skip
+    checkpoint: str | Path,
+    *,
+    device: str | None = None,
+    dtype: str = "auto",
+    base: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    max_image_tokens: int | None = None,
+) -> Predictor | Embedder:
     """Load a checkpoint with heads: an `Embedder` where its head embeds, else a `Predictor`.
 
     Raises:

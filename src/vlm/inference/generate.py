@@ -54,9 +54,16 @@ class VisionLanguageModel:
 
     @classmethod
     def load(
-        cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", quantization: str | None = None,
-        base: Sequence[str] = (), trust_remote_code: bool = False, max_image_tokens: int | None = None,
-    ) -> Self:  # fmt: skip
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        quantization: str | None = None,
+        base: Sequence[str] = (),
+        trust_remote_code: bool = False,
+        max_image_tokens: int | None = None,
+    ) -> Self:
         """Load a checkpoint of this framework, from a folder or the Hub, for inference.
 
         Features of recent images are kept: set `feature_cache` to None before you change the model's weights.
@@ -140,9 +147,14 @@ class VisionLanguageModel:
         return [[turn] for turn, _ in questions], [media for _, media in questions]
 
     def open_question(
-        self, prompt: str, images: Sequence[ImageInput], videos: Sequence[VideoInput] = (),
-        max_frames: int = DatasetConfig.max_frames, *, every_mark: bool = False,
-    ) -> tuple[Turn, list[Medium]]:  # fmt: skip
+        self,
+        prompt: str,
+        images: Sequence[ImageInput],
+        videos: Sequence[VideoInput] = (),
+        max_frames: int = DatasetConfig.max_frames,
+        *,
+        every_mark: bool = False,
+    ) -> tuple[Turn, list[Medium]]:
         """Return a question as a turn, and its opened images and videos in the order of their places in it.
 
         `every_mark` is that of `user_turn`.
@@ -162,9 +174,14 @@ class VisionLanguageModel:
         return turn, [next(opened_images if part == STAND_IN_IMAGE else frames) for part in media]
 
     def answer(
-        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]],
-        settings: InferenceConfig, *, tools: Sequence[Sequence[Tool]] = (), **kwargs: object,
-    ) -> list[str]:  # fmt: skip
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        images: Sequence[Sequence[Medium]],
+        settings: InferenceConfig,
+        *,
+        tools: Sequence[Sequence[Tool]] = (),
+        **kwargs: object,
+    ) -> list[str]:
         """Return the next reply of each conversation, which may have tools; each is what it would get by itself."""
         return self.answers(self.inputs(conversations, images, tools_of=tools), settings, **kwargs)
 
@@ -216,10 +233,17 @@ class VisionLanguageModel:
             raise failure[0]
 
     def inputs(
-        self, conversations: Sequence[Sequence[Turn]], images: Sequence[Sequence[Medium]], *,
-        suffix: Sequence[int] = (), left: bool = True, device: torch.device | None = None,
-        tools: Sequence[Tool] = (), tools_of: Sequence[Sequence[Tool]] = (), thinking: bool | None = None,
-    ) -> dict[str, torch.Tensor]:  # fmt: skip
+        self,
+        conversations: Sequence[Sequence[Turn]],
+        images: Sequence[Sequence[Medium]],
+        *,
+        suffix: Sequence[int] = (),
+        left: bool = True,
+        device: torch.device | None = None,
+        tools: Sequence[Tool] = (),
+        tools_of: Sequence[Sequence[Tool]] = (),
+        thinking: bool | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Return the model's inputs for conversations that wait for a reply.
 
         Args:
@@ -293,9 +317,13 @@ class VisionLanguageModel:
 
 
 def prompt_inputs(
-    processor: Processor, turns: Sequence[Turn], opened: Sequence[Medium], suffix: Sequence[int] = (),
-    tools: Sequence[Tool] = (), thinking: bool | None = None,
-) -> SampleInputs:  # fmt: skip
+    processor: Processor,
+    turns: Sequence[Turn],
+    opened: Sequence[Medium],
+    suffix: Sequence[int] = (),
+    tools: Sequence[Tool] = (),
+    thinking: bool | None = None,
+) -> SampleInputs:
     """Return the inputs of one conversation that waits for a reply, see `VisionLanguageModel.inputs`.
 
     Raises:

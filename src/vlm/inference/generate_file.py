@@ -58,11 +58,19 @@ def generate_file(
     blank = [label] if is_blank else []
     digest = json_digest(fingerprint, source.fingerprint, asdict(settings), sampling, *blank)
     return fill_table(
-        ResumableTable(output, COLUMNS, digest), source, model.model.device,
-        lambda inputs: model.answers(inputs, settings), partial(make_row, model.processor),
-        progress_label=label, batch_size=batch_size, num_workers=num_workers, left=True, seed=seed,
-        overwrite=overwrite, is_blank=is_blank,
-    )  # fmt: skip
+        ResumableTable(output, COLUMNS, digest),
+        source,
+        model.model.device,
+        lambda inputs: model.answers(inputs, settings),
+        partial(make_row, model.processor),
+        progress_label=label,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        left=True,
+        seed=seed,
+        overwrite=overwrite,
+        is_blank=is_blank,
+    )
 
 
 def make_row(processor: Processor, sample: Sample, answer: str | None, problem: BadSample | None) -> Row:

@@ -39,9 +39,13 @@ class Prediction:
 
 
 def load_heads(
-    checkpoint: str | Path, device: str | None, dtype: str, base: Sequence[str], trust_remote_code: bool,
+    checkpoint: str | Path,
+    device: str | None,
+    dtype: str,
+    base: Sequence[str],
+    trust_remote_code: bool,
     max_image_tokens: int | None,
-) -> tuple[PreTrainedModel, Processor]:  # fmt: skip
+) -> tuple[PreTrainedModel, Processor]:
     """Load a checkpoint with heads of any kind and its processor; arguments as `VisionLanguageModel.load`.
 
     Raises:
@@ -67,9 +71,15 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, checkpoint: str | Path, *, device: str | None = None, dtype: str = "auto", base: Sequence[str] = (),
-        trust_remote_code: bool = False, max_image_tokens: int | None = None,
-    ) -> Self:  # fmt: skip
+        cls,
+        checkpoint: str | Path,
+        *,
+        device: str | None = None,
+        dtype: str = "auto",
+        base: Sequence[str] = (),
+        trust_remote_code: bool = False,
+        max_image_tokens: int | None = None,
+    ) -> Self:
         """Load a checkpoint with prediction heads, from a folder or the Hub; arguments as `VisionLanguageModel.load`.
 
         Raises:
@@ -90,9 +100,14 @@ class Predictor:
         return self.model.config.settings
 
     def predict(
-        self, prompt: str | Sequence[str], images: Sequence[object] = (), videos: Sequence[object] = (), *,
-        max_frames: int = DatasetConfig.max_frames, system_prompt: str | None = None,
-    ) -> Any:  # fmt: skip
+        self,
+        prompt: str | Sequence[str],
+        images: Sequence[object] = (),
+        videos: Sequence[object] = (),
+        *,
+        max_frames: int = DatasetConfig.max_frames,
+        system_prompt: str | None = None,
+    ) -> Any:
         """Predict for one prompt, or for several at once.
 
         Args:

@@ -115,10 +115,16 @@ def gather_step(vectors: Tensor, roles: Tensor, keys: Tensor) -> StepRows:
 
 
 def contrastive(
-    outputs: Tensor, targets: Tensor, groups: Tensor, *, temperature: float | Tensor = 0.05,
-    learned_temperature: bool = False, symmetric: bool = True, widths: Sequence[int] | None = None,
+    outputs: Tensor,
+    targets: Tensor,
+    groups: Tensor,
+    *,
+    temperature: float | Tensor = 0.05,
+    learned_temperature: bool = False,
+    symmetric: bool = True,
+    widths: Sequence[int] | None = None,
     width_weights: Sequence[float] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """InfoNCE over the rows of all ranks: `(B, D), (B, 1), (B,) -> ()` (van den Oord et al. 2018, arXiv:1807.03748).
 
     For a query q with the positive p, `-log exp(q·p / t) / sum_c exp(q·c / t)`, where c are the positives and hard
@@ -144,9 +150,12 @@ def contrastive(
 
 
 def loss_of_step(
-    step: StepRows, temperature: float | Tensor, symmetric: bool = True, widths: Sequence[int] | None = None,
+    step: StepRows,
+    temperature: float | Tensor,
+    symmetric: bool = True,
+    widths: Sequence[int] | None = None,
     width_weights: Sequence[float] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return this rank's share of the mean loss of a step, times the number of ranks; arguments as of `contrastive`."""
     losses = [
         factor * _loss_of_width(step._replace(vectors=vectors), temperature, symmetric)
@@ -172,9 +181,12 @@ def shorten_vectors(vectors: Tensor, width: int) -> Tensor:
 
 
 def query_losses(
-    step: StepRows, temperature: float | Tensor, symmetric: bool = True, widths: Sequence[int] | None = None,
+    step: StepRows,
+    temperature: float | Tensor,
+    symmetric: bool = True,
+    widths: Sequence[int] | None = None,
     width_weights: Sequence[float] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return the loss of each of this rank's queries, `(q,)`; arguments as of `contrastive`."""
     return sum(
         (

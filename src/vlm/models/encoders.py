@@ -15,9 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 EARLY_EXIT_TYPES = (
-    "clip_vision_model", "siglip_vision_model", "siglip2_vision_model", "dinov2", "dinov2_with_registers", "dinov3_vit",
-    "vit", "deit", "ijepa",
-)  # fmt: skip
+    "clip_vision_model",
+    "siglip_vision_model",
+    "siglip2_vision_model",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "vit",
+    "deit",
+    "ijepa",
+)
 """Model types whose `hidden_states[k]` is the output of their first `k` layers, so that later layers need not run.
 
 timm's models stop through timm's own code; any other encoder runs to its end.

@@ -115,9 +115,16 @@ STEP_LOSSES: dict[str, Loss] = {"pairwise": margin_ranking, "embedding": contras
 
 
 def head_loss(
-    task: str, loss: str, outputs: Tensor, targets: Tensor, *, groups: Tensor | None = None,
-    weights: Sequence[float] | None = None, smoothing: float = 0.0, options: Mapping[str, object] | None = None,
-) -> Tensor:  # fmt: skip
+    task: str,
+    loss: str,
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    groups: Tensor | None = None,
+    weights: Sequence[float] | None = None,
+    smoothing: float = 0.0,
+    options: Mapping[str, object] | None = None,
+) -> Tensor:
     """Compute the loss of a head: the mean over the rows that have a label, 0 where none has; or over pairs of rows.
 
     Args:
@@ -144,9 +151,15 @@ def head_loss(
 
 
 def row_losses(
-    task: str, loss: str, outputs: Tensor, targets: Tensor, *, weights: Sequence[float] | None = None,
-    smoothing: float = 0.0, options: Mapping[str, object] | None = None,
-) -> Tensor:  # fmt: skip
+    task: str,
+    loss: str,
+    outputs: Tensor,
+    targets: Tensor,
+    *,
+    weights: Sequence[float] | None = None,
+    smoothing: float = 0.0,
+    options: Mapping[str, object] | None = None,
+) -> Tensor:
     """Return the loss of each row, `(B,)`, which means nothing where a row has no label; arguments as of `head_loss`.
 
     Raises:

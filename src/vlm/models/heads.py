@@ -59,9 +59,15 @@ class MLPHead(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_outputs: int, *, hidden_dim: int | None = None, num_layers: int = 2,
-        input_norm: bool = True, dropout: float = 0.0,
-    ):  # fmt: skip
+        self,
+        width: int,
+        num_outputs: int,
+        *,
+        hidden_dim: int | None = None,
+        num_layers: int = 2,
+        input_norm: bool = True,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         if num_layers < 2:
             raise ValueError(f"model.head.options.num_layers={num_layers}: at least 2 are needed; `linear` has one")

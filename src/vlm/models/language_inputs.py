@@ -36,9 +36,12 @@ def look_up_ids(decoder: nn.Module, input_ids: Tensor, image_token_id: int, pad_
 
 
 def grid_positions(
-    input_ids: Tensor, grids: Sequence[Grid], image_token_id: int, mask: Tensor | None = None,
+    input_ids: Tensor,
+    grids: Sequence[Grid],
+    image_token_id: int,
+    mask: Tensor | None = None,
     text_positions: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return positions of tokens in text, time, rows and columns, as Qwen2-VL has them: `(B, T) -> (4, B, T)`.
 
     A text token stands one behind the token before it in all of them. The tokens of an image stand at one time, in

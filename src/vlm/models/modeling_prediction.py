@@ -194,10 +194,15 @@ class VLMForPrediction(WrapperModel):
         for head in self.config.settings:
             if head.name in named:
                 loss = head_loss(
-                    head.task, head.loss, (outputs[head.name] - head.shift) / head.scale,
-                    (named[head.name].float() - head.shift) / head.scale, groups=groups, weights=head.class_weights,
-                    smoothing=head.label_smoothing, options=self.head(head.name).loss_options(),
-                )  # fmt: skip
+                    head.task,
+                    head.loss,
+                    (outputs[head.name] - head.shift) / head.scale,
+                    (named[head.name].float() - head.shift) / head.scale,
+                    groups=groups,
+                    weights=head.class_weights,
+                    smoothing=head.label_smoothing,
+                    options=self.head(head.name).loss_options(),
+                )
                 losses.append(head.weight * loss)
         return torch.stack(losses).sum()
 

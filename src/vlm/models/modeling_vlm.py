@@ -216,9 +216,12 @@ class VLMForConditionalGeneration(WrapperModel, GenerationMixin):
             )
 
     def read_ids(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         image_grids: Tensor | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    ) -> dict[str, Tensor]:
         """Return what the language model reads of ids besides embeddings, by its names; empty for most.
 
         Inputs of each layer that are looked up by ids (Gemma 3n, Gemma 4), and positions in rows and columns of images

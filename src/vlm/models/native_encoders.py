@@ -61,9 +61,12 @@ def remove_merger(encoder: nn.Module) -> None:
 
 
 def read_native_features(
-    encoder: nn.Module, patches: Tensor, grids: Sequence[Grid], feature_layer: int | list[int] | None,
+    encoder: nn.Module,
+    patches: Tensor,
+    grids: Sequence[Grid],
+    feature_layer: int | list[int] | None,
     num_prefix_tokens: int,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return the features of the patches of images: `(N, 3, side, side) -> (N, V)`.
 
     Args:

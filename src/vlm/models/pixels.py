@@ -66,9 +66,14 @@ class ImageProcessor(Protocol):
         ...
 
     def rescale_and_normalize(
-        self, images: Tensor, do_rescale: bool, rescale_factor: float, do_normalize: bool,
-        image_mean: Sequence[float], image_std: Sequence[float],
-    ) -> Tensor:  # fmt: skip
+        self,
+        images: Tensor,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+    ) -> Tensor:
         """Turn whole numbers into what the encoder reads, `(pixels * rescale_factor - mean) / std`; the shape stays."""
         ...
 

@@ -34,16 +34,26 @@ class SentenceEmbedding(nn.Module):
 
     @classmethod
     def load(
-        cls, model_name_or_path: str, *, token: str | bool | None = None, cache_folder: str | None = None,
-        revision: str | None = None, local_files_only: bool = False, trust_remote_code: bool = False,
-        model_kwargs: Mapping[str, object] | None = None, processor_kwargs: Mapping[str, object] | None = None,
+        cls,
+        model_name_or_path: str,
+        *,
+        token: str | bool | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+        model_kwargs: Mapping[str, object] | None = None,
+        processor_kwargs: Mapping[str, object] | None = None,
         **kwargs: object,
-    ) -> "SentenceEmbedding":  # fmt: skip
+    ) -> "SentenceEmbedding":
         """Load a checkpoint; arguments as of sentence-transformers' `Module.load`."""
         place = {
-            "token": token, "cache_dir": cache_folder, "revision": revision, "local_files_only": local_files_only,
+            "token": token,
+            "cache_dir": cache_folder,
+            "revision": revision,
+            "local_files_only": local_files_only,
             "trust_remote_code": trust_remote_code,
-        }  # fmt: skip
+        }
         model = AutoModel.from_pretrained(model_name_or_path, **{**place, **(model_kwargs or {})})
         processor = AutoProcessor.from_pretrained(model_name_or_path, **{**place, **(processor_kwargs or {})})
         return cls(model.eval(), processor)
@@ -102,9 +112,13 @@ class SentenceEmbedding(nn.Module):
         images = [images_of(conversation) for conversation in conversations]
         bos = self.tokenizer.bos_token
         return self.processor(
-            images=images if images[0] else None, text=texts, padding=True, padding_side="right", return_tensors="pt",
+            images=images if images[0] else None,
+            text=texts,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
             add_special_tokens=bos is None or not texts[0].startswith(bos),
-        )  # fmt: skip
+        )
 
     def forward(self, features: Features, **kwargs: object) -> Features:
         """Add `sentence_embedding` to the features: `(inputs, D)`, vectors of length 1."""
@@ -152,11 +166,14 @@ def images_of(conversation: Sequence[Message]) -> list[object]:
 def without_images(conversation: Sequence[Message]) -> list[Message]:
     """Return a conversation whose items of images name no file, as templates read it."""
     return [
-        {**turn, "content": turn["content"] if isinstance(turn["content"], str) else [
-            {"type": "image"} if item["type"] == "image" else item for item in turn["content"]
-        ]}
+        {
+            **turn,
+            "content": turn["content"]
+            if isinstance(turn["content"], str)
+            else [{"type": "image"} if item["type"] == "image" else item for item in turn["content"]],
+        }
         for turn in conversation
-    ]  # fmt: skip
+    ]
 
 
 def write_sentence_transformers_files(prompts: Mapping[str, str], folder: str | Path) -> None:

@@ -108,9 +108,13 @@ def add_balance_loss(
 
 
 def chunked_scores(
-    head: Head, hidden: Tensor, targets: Tensor, vocabulary: int, score: Score = token_losses,
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    vocabulary: int,
+    score: Score = token_losses,
     aligned: Sequence[Tensor] = (),
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Compute a score of a vocabulary head's logits, in chunks of at most `MAX_LOGITS` logits: `(S, D) -> (S, ...)`.
 
     The logits of several chunks are computed again for the gradient, one chunk after the other.

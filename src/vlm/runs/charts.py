@@ -59,8 +59,15 @@ class Curve:
         return point[1] - width, point[1] + width
 
 
-def draw_figure(title: str, curves: Sequence[Curve], *, x_title: str = "step", from_zero: bool = False,
-                log_scale: bool = True, note: str = "") -> str:  # fmt: skip
+def draw_figure(
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    x_title: str = "step",
+    from_zero: bool = False,
+    log_scale: bool = True,
+    note: str = "",
+) -> str:
     """Return a figure with its curves and a legend, as HTML; empty if no curve has a point.
 
     Args:

@@ -36,9 +36,17 @@ from vlm.runs.samples import Answer
 ANSWERS_FILE = "answers.jsonl"
 BARS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 40
-NEUTRAL_METRICS = frozenset({
-    "image_gain", "retrieval_chance", "pope_yes", "chair_objects", "reward_chosen", "reward_rejected", "kl",
-})  # fmt: skip
+NEUTRAL_METRICS = frozenset(
+    {
+        "image_gain",
+        "retrieval_chance",
+        "pope_yes",
+        "chair_objects",
+        "reward_chosen",
+        "reward_rejected",
+        "kl",
+    }
+)
 """Metrics of which neither more nor less is better in itself, and those of blank images."""
 NOT_COMPARABLE = "not comparable"
 MAX_WIDTH = 32
@@ -136,9 +144,11 @@ class RunComparison:
 
     def _training_metrics(self) -> list[MetricRow]:
         names = dict.fromkeys(
-            name for run in self.runs for name in run.metrics
+            name
+            for run in self.runs
+            for name in run.metrics
             if name == "loss" or (name.startswith("eval_") and not name.endswith((INTERVAL_SUFFIX, *NO_METRICS)))
-        )  # fmt: skip
+        )
         rows = []
         for name in names:
             scores = [_logged_score(run, name) for run in self.runs]

@@ -191,10 +191,15 @@ def _other_curves(comparison: RunComparison) -> list[str]:
 
 def _figure(comparison: RunComparison, name: str) -> str:
     pairs = zip(comparison.labels, comparison.runs, strict=True)
-    return draw_figure(name, [
-        Curve(label, run.metrics[name].points(), name.startswith("eval_"), run.metrics.half_widths(name))
-        for label, run in pairs if name in run.metrics
-    ], from_zero=name == "tokens_per_second")  # fmt: skip
+    return draw_figure(
+        name,
+        [
+            Curve(label, run.metrics[name].points(), name.startswith("eval_"), run.metrics.half_widths(name))
+            for label, run in pairs
+            if name in run.metrics
+        ],
+        from_zero=name == "tokens_per_second",
+    )
 
 
 def _metrics_html(comparison: RunComparison) -> str:
@@ -205,10 +210,14 @@ def _metrics_html(comparison: RunComparison) -> str:
     body = ""
     for row, cells in rows:
         kinds = [""] * (1 + len(row.scores)) + [row.verdict(number) for number in range(len(row.differences))]
-        body += "<tr>" + "".join(
-            f'<td class="{kind.split()[0] if kind else "none"}">{text(cell)}</td>'
-            for kind, cell in zip(kinds, cells, strict=True)
-        ) + "</tr>"  # fmt: skip
+        body += (
+            "<tr>"
+            + "".join(
+                f'<td class="{kind.split()[0] if kind else "none"}">{text(cell)}</td>'
+                for kind, cell in zip(kinds, cells, strict=True)
+            )
+            + "</tr>"
+        )
     notes = f"<p><small>{text(_notes(comparison))}</small></p>"
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
 

@@ -49,9 +49,7 @@ def read_scores(results: JsonObject) -> dict[str, tuple[float | None, float | No
     if metrics := mapping_at(results, "metrics"):
         return {name: _score(score) for name, score in metrics.items()}
     tasks = mapping_at(results, "results")
-    return {
-        f"{task} {name}": _score(score) for task in tasks for name, score in mapping_at(tasks, task).items()
-    }  # fmt: skip
+    return {f"{task} {name}": _score(score) for task in tasks for name, score in mapping_at(tasks, task).items()}
 
 
 def _score(score: object) -> tuple[float | None, float | None, float | None]:

@@ -35,8 +35,13 @@ FIELDS: Mapping[str, Callable[[RunDirectory], Value]] = {
 }
 """Columns that are neither metrics nor settings -> how they are read."""
 OPERATORS = {
-    "<=": operator.le, ">=": operator.ge, "!=": operator.ne, "<": operator.lt, ">": operator.gt, "=": operator.eq,
-}  # fmt: skip
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": operator.ne,
+    "<": operator.lt,
+    ">": operator.gt,
+    "=": operator.eq,
+}
 TITLE_PADDING = 2
 """Blanks that tabulate adds to a title."""
 MIN_WIDTH = 24
@@ -127,9 +132,13 @@ class RunTable:
             names = sorted(known | {name.rpartition(".")[2] for name in known})
             near = difflib.get_close_matches(key, names, 3)
             raise ValueError(
-                f"{key}: no run has such a column; " + (f"similar: {', '.join(near)}" if near else
-                "columns are fields (name, state, step, duration …), logged metrics and settings")
-            )  # fmt: skip
+                f"{key}: no run has such a column; "
+                + (
+                    f"similar: {', '.join(near)}"
+                    if near
+                    else "columns are fields (name, state, step, duration …), logged metrics and settings"
+                )
+            )
 
     def select(self, filters: Sequence[Filter], sort: str | None, *, reverse: bool = False) -> list[RunDirectory]:
         """Return the runs that meet all conditions, sorted by a column; runs without a value come last."""

@@ -190,8 +190,11 @@ class RunDirectory:
     @cached_property
     def max_steps(self) -> int | None:
         """The number of steps of the whole run, if it is known."""
-        for found in (number_at(self.status, "max_steps"), number_at(self.record, "progress", "max_steps"),
-                      as_number(self.settings.get("trainer.max_steps"))):  # fmt: skip
+        for found in (
+            number_at(self.status, "max_steps"),
+            number_at(self.record, "progress", "max_steps"),
+            as_number(self.settings.get("trainer.max_steps")),
+        ):
             if found is not None and found > 0:
                 return int(found)
         return None
@@ -214,8 +217,12 @@ class RunDirectory:
     @cached_property
     def started(self) -> float | None:
         """When the run last started, in seconds since 1970; of runs of earlier versions, when it first did."""
-        told = [number_at(self.status, "started_at"), self.files.modified(CONFIG_FILE),
-                self.files.modified(COMMAND_FILE), self.files.modified(METRICS_FILE)]  # fmt: skip
+        told = [
+            number_at(self.status, "started_at"),
+            self.files.modified(CONFIG_FILE),
+            self.files.modified(COMMAND_FILE),
+            self.files.modified(METRICS_FILE),
+        ]
         return next((moment for moment in told if moment is not None), None)
 
     @cached_property
@@ -314,9 +321,10 @@ def _split(command: str) -> list[str]:
 def _parse_changes(lines: list[JsonObject]) -> Iterator[Change]:
     for line in lines:
         values = {
-            key: (pair[0], pair[1]) for key, pair in mapping_at(line, "changes").items()
+            key: (pair[0], pair[1])
+            for key, pair in mapping_at(line, "changes").items()
             if isinstance(pair, list) and len(pair) == 2
-        }  # fmt: skip
+        }
         yield Change(int(number_at(line, "step") or 0), text_at(line, "time"), values)
 
 

@@ -38,10 +38,9 @@ def make_report(run: RunDirectory) -> str:
         "How to repeat it": repeat(run),
     }
     links = "".join(f'<a href="#{anchor(title)}">{text(title)}</a>' for title, body in bodies.items() if body)
-    body = (
-        f'<p class="meta">{_subtitle(run)}</p>{_tiles(run)}{warnings(run, images)}<nav>{links}</nav>'
-        + "".join(section(title, body) for title, body in bodies.items())
-    )  # fmt: skip
+    body = f'<p class="meta">{_subtitle(run)}</p>{_tiles(run)}{warnings(run, images)}<nav>{links}</nav>' + "".join(
+        section(title, body) for title, body in bodies.items()
+    )
     return html_page(f"Run {run.name}", body, style=STYLE)
 
 

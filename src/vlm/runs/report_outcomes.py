@@ -57,8 +57,11 @@ def evaluation(run: RunDirectory, images: ImageBudget) -> str:
 
 def _last_evaluation(run: RunDirectory) -> str:
     columns = run.metrics.starting_with("eval_")
-    named = {name: column for name, column in columns.items()
-             if name not in NO_METRICS and not name.endswith(INTERVAL_SUFFIX) and column.values}  # fmt: skip
+    named = {
+        name: column
+        for name, column in columns.items()
+        if name not in NO_METRICS and not name.endswith(INTERVAL_SUFFIX) and column.values
+    }
     if not named:
         return ""
     rows = []
@@ -93,10 +96,11 @@ def heads(run: RunDirectory, images: ImageBudget) -> str:
     plots = list(run.files.files("scores/**/*.png", MAX_PLOTS))
     embedded = [(file, images.embed(file)) for file in plots]
     figures = "".join(
-        f'<div><small>{text(file.relative_to(run.path / "scores").with_suffix(""))}</small>'
+        f"<div><small>{text(file.relative_to(run.path / 'scores').with_suffix(''))}</small>"
         f'<img src="{image}" alt="{text(file.stem)}"></div>'
-        for file, image in embedded if image
-    )  # fmt: skip
+        for file, image in embedded
+        if image
+    )
     return "".join(parts) + (f'<div class="plots">{figures}</div>' if figures else "")
 
 
@@ -151,9 +155,11 @@ def skipped_records(run: RunDirectory) -> str:
     rows = [(f"{len(ids):,}", reason, ", ".join(ids[:MAX_EXAMPLES])) for reason, ids in ordered]
     more = len(reasons) - MAX_REASONS
     note = f"<small>{more:,} more reasons; skipped.jsonl lists all records.</small>" if more > 0 else ""
-    return f"<p>{len(run.skipped):,} records were left out.</p>" + table(
-        ("records", "reason", "for example"), rows, numeric=(0,)
-    ) + note  # fmt: skip
+    return (
+        f"<p>{len(run.skipped):,} records were left out.</p>"
+        + table(("records", "reason", "for example"), rows, numeric=(0,))
+        + note
+    )
 
 
 def group_reason(reason: str, file: str = "") -> str:

@@ -63,16 +63,22 @@ class SweepSummary:
         return [self._row(setting) for setting in self.settings]
 
     def _row(self, setting: Setting) -> list[str]:
-        values = [format_value("", number) if (number := as_number(value)) is not None else show_value(value)
-                  for value in setting.values.values()]  # fmt: skip
+        values = [
+            format_value("", number) if (number := as_number(value)) is not None else show_value(value)
+            for value in setting.values.values()
+        ]
         spread = setting.deviation
         if spread is None and len(setting.outcomes) == 1:
             spread = setting.outcomes[0].half_width
         states = sorted({run.state for run in setting.runs})
         return [
-            *values, f"{setting.mean:.4g}" if setting.outcomes else "", "" if spread is None else f"{spread:.2g}",
-            str(len(setting.outcomes)), _describe_gap(self.gaps.get(str(setting))), ", ".join(states),
-        ]  # fmt: skip
+            *values,
+            f"{setting.mean:.4g}" if setting.outcomes else "",
+            "" if spread is None else f"{spread:.2g}",
+            str(len(setting.outcomes)),
+            _describe_gap(self.gaps.get(str(setting))),
+            ", ".join(states),
+        ]
 
 
 def _describe_gap(gap: Gap | None) -> str:
@@ -137,12 +143,16 @@ def _make_page(summary: SweepSummary) -> str:
     order = [run for setting in summary.settings for run in setting.runs][:MAX_CURVES]
     metrics = dict.fromkeys(("loss", summary.metric, "eval_loss"))
     curves = "".join(
-        draw_figure(name, [
-            Curve(run.name, run.metrics[name].points(), name.startswith("eval_"), run.metrics.half_widths(name))
-            for run in order if name in run.metrics
-        ])
+        draw_figure(
+            name,
+            [
+                Curve(run.name, run.metrics[name].points(), name.startswith("eval_"), run.metrics.half_widths(name))
+                for run in order
+                if name in run.metrics
+            ],
+        )
         for name in metrics
-    )  # fmt: skip
+    )
     runs = RunTable(order)
     columns = ("name", "state", "step", "loss", "eval_loss", "tokens_per_second", "duration")
     rows = [[runs.text(run, column) for column in columns] for run in summary.runs]

@@ -89,8 +89,9 @@ def read_live_run(folder: Path, num_log_lines: int = 8) -> LiveRun:
     run = read_run(folder)
     lines = [
         {name: value for name, value in line.items() if isinstance(value, int | float)}
-        for line in run.files.json_lines(METRICS_FILE) if isinstance(line.get("step"), int)
-    ]  # fmt: skip
+        for line in run.files.json_lines(METRICS_FILE)
+        if isinstance(line.get("step"), int)
+    ]
     log = _last_lines(run.files.tail(LOG_FILE), num_log_lines)
     return LiveRun(run.path, run.status, lines, log, time.time())
 
@@ -177,10 +178,14 @@ def _status_from_metrics(lines: Sequence[Mapping[str, float]]) -> dict[str, obje
         return {}
     last, prefix = logs[-1], "learning_rate/"
     return {
-        "step": last["step"], "epoch": last.get("epoch"), "loss": last["loss"], "mfu": last.get("mfu"),
-        "tokens_per_second": last.get("tokens_per_second"), "waiting_share": last.get("data_wait_share"),
+        "step": last["step"],
+        "epoch": last.get("epoch"),
+        "loss": last["loss"],
+        "mfu": last.get("mfu"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "waiting_share": last.get("data_wait_share"),
         "learning_rates": {name.removeprefix(prefix): rate for name, rate in last.items() if name.startswith(prefix)},
-    }  # fmt: skip
+    }
 
 
 def draw_bar(share: float, width: int) -> str:

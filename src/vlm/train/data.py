@@ -73,8 +73,11 @@ def load_data(
         if args.process_index == 0 and (shared := count_shared_images(train, held_out)):
             log.warning(
                 "dataset.eval_split=%g: %d of %d held-out records have an image that training records have too. For "
-                "an evaluation on new images give dataset.eval_path", config.eval_split, shared, len(held_out)
-            )  # fmt: skip
+                "an evaluation on new images give dataset.eval_path",
+                config.eval_split,
+                shared,
+                len(held_out),
+            )
     check_overlap(config, train, held_out)
     return train, held_out
 
@@ -217,7 +220,7 @@ def make_grouped_sampler(
         batch = args.train_batch_size * num_chunks
         return ModalityLengthSampler(
             sizes.lengths, dataset.has_media, batch, sampler_seed(args), num_chunks, sizes.measure
-        )  # fmt: skip
+        )
     samples = dataset.lengths, dataset.num_images, args.train_batch_size * num_chunks
     if strategy == GROUP_BY_MODALITY_LENGTH:
         return ModalityLengthSampler(*samples, sampler_seed(args), num_chunks)

@@ -35,8 +35,9 @@ def release_stale_locks(root: Path) -> None:
             if file_system_of(lock) not in LOCAL_FILE_SYSTEMS:
                 log.warning(
                     "%s: no process of this machine holds this lock. Delete it unless another machine is compiling "
-                    "there; otherwise this run waits for it forever.", lock,
-                )  # fmt: skip
+                    "there; otherwise this run waits for it forever.",
+                    lock,
+                )
                 continue
             for pid in processes_in(lock.parent):
                 with suppress(OSError):

@@ -45,10 +45,12 @@ def check_family(
         """Make the proofs, or recall them, and log what came of them."""
         started = time.monotonic()
         verdicts, known = recall_or_try(
-            model_config, processor, resolve_cache_folder(config.dataset.cache_dir),
+            model_config,
+            processor,
+            resolve_cache_folder(config.dataset.cache_dir),
             trust_remote_code=config.model.trust_remote_code,
             attention="eager" if config.model.attn_implementation == "eager" else None,
-        )  # fmt: skip
+        )
         proved = [name for name, verdict in verdicts.items() if verdict.state is State.PROVED]
         effort = "known from an earlier trial" if known else f"in {time.monotonic() - started:.1f} s"
         log.info("Proved for %s, on a small model (%s): %s", model_config.model_type, effort, ", ".join(proved) or "-")
@@ -64,9 +66,11 @@ def check_family(
 
 
 def check_videos(
-    config: RunConfig, model_config: PreTrainedConfig, verdicts: Verdicts,
+    config: RunConfig,
+    model_config: PreTrainedConfig,
+    verdicts: Verdicts,
     records: Iterable[SampleDataset | SampleStream],
-) -> None:  # fmt: skip
+) -> None:
     """Refuse a run whose records have videos where the family's trial did not prove those; every rank calls it.
 
     Args:

@@ -18,9 +18,12 @@ from vlm.train.step.liger import apply_liger_kernels
 
 
 def prepare(
-    model: PreTrainedModel, config: RunConfig, args: TrainingArguments, processor: Processor,
+    model: PreTrainedModel,
+    config: RunConfig,
+    args: TrainingArguments,
+    processor: Processor,
     unused_forms: Sequence[str] = (),
-) -> list[Part]:  # fmt: skip
+) -> list[Part]:
     """Make a loaded model ready to train, and return its parts; `unused_forms` as of `make_parts`."""
     trained_dtype = torch.float32 if args.deepspeed is None else compute_dtype(args)
     add_adapter(model, config.trainer.lora, args.seed, trained_dtype, unused_forms)

@@ -63,9 +63,12 @@ class Part:
 
 
 def make_parts(
-    model: TrainableModel, trainer: TrainerOptions, sources: ModelConfig, new_tokens: Sequence[int] = (),
+    model: TrainableModel,
+    trainer: TrainerOptions,
+    sources: ModelConfig,
+    new_tokens: Sequence[int] = (),
     unused_forms: Sequence[str] = (),
-) -> list[Part]:  # fmt: skip
+) -> list[Part]:
     """Return the parts of a model with the run's settings; every parameter belongs to exactly one part.
 
     Args:
@@ -238,10 +241,15 @@ def describe(part: Part) -> dict:
     trained = sum(sizes[name] for name, p in part.parameters.items() if p.requires_grad and name not in part.rows)
     trained += sum(_row_width(part.parameters[name]) * len(part.new_tokens) for name in part.rows)
     return {
-        "name": part.name, "source": part.source, "parameters": sum(sizes.values()), "trained": trained,
+        "name": part.name,
+        "source": part.source,
+        "parameters": sum(sizes.values()),
+        "trained": trained,
         "how": f"LoRA r={part.rank}" if part.adapter else "new tokens" if part.rows else "",
-        "trains": part.is_trainable, "learning_rate": part.learning_rate, "weight_decay": part.weight_decay,
-    }  # fmt: skip
+        "trains": part.is_trainable,
+        "learning_rate": part.learning_rate,
+        "weight_decay": part.weight_decay,
+    }
 
 
 def _row_width(matrix: nn.Parameter) -> int:

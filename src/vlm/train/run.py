@@ -100,9 +100,15 @@ def _run(config: RunConfig, name: str, overrides: Sequence[str], run_log: RunLog
 
 
 def _train(
-    objective: Objective, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments,
-    start: RunStart, verdicts: Verdicts, status: RunStatus, name: str,
-) -> None:  # fmt: skip
+    objective: Objective,
+    model_config: PreTrainedConfig,
+    processor: Processor,
+    args: TrainingArguments,
+    start: RunStart,
+    verdicts: Verdicts,
+    status: RunStatus,
+    name: str,
+) -> None:
     config, folder = objective.config, start.folder
     data = objective.load_data(model_config, processor, args)
     check_private_names()  # of libraries that the data have brought

@@ -190,10 +190,18 @@ def contribution_table(contributions: Sequence[Contribution]) -> str:
     total = sum(source.samples for source in contributions) or 1
     header = ("source", "records", "samples", "share", "images", "tokens", "skipped", "truncated")
     rows = [
-        (source.source, f"{source.records:,}", f"{source.samples:,}", f"{source.samples / total:.1%}",
-         f"{source.images:,}", f"{source.tokens:,}", f"{source.skipped:,}", f"{source.truncated:,}")
+        (
+            source.source,
+            f"{source.records:,}",
+            f"{source.samples:,}",
+            f"{source.samples / total:.1%}",
+            f"{source.images:,}",
+            f"{source.tokens:,}",
+            f"{source.skipped:,}",
+            f"{source.truncated:,}",
+        )
         for source in contributions
-    ]  # fmt: skip
+    ]
     return tabulate(rows, header, tablefmt="plain", colalign=("left", *["right"] * 7), disable_numparse=True)
 
 

@@ -144,9 +144,12 @@ def open_prompts(processor: Processor, samples: Sequence[Sample]) -> list[Opened
 
 
 def generate_answers(
-    trainer: ObjectiveTrainer, processor: Processor, prompts: Sequence[OpenedPrompt], settings: InferenceConfig,
+    trainer: ObjectiveTrainer,
+    processor: Processor,
+    prompts: Sequence[OpenedPrompt],
+    settings: InferenceConfig,
     **options: object,
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """Return the ids of a training model's answers, with ends and padding; all ranks call it together.
 
     Further `options` are transformers' own of generation.

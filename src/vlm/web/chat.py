@@ -57,14 +57,25 @@ def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             chatbot = gr.Chatbot(
-                height="52vh", min_height=260, show_label=False, render_markdown=False, latex_delimiters=[],
-                placeholder=EMPTY_TEXT, buttons=[],  # what it copied would be HTML
-                elem_id="chat-shown", feedback_options=None,
-            )  # fmt: skip
+                height="52vh",
+                min_height=260,
+                show_label=False,
+                render_markdown=False,
+                latex_delimiters=[],
+                placeholder=EMPTY_TEXT,
+                buttons=[],  # what it copied would be HTML
+                elem_id="chat-shown",
+                feedback_options=None,
+            )
             question = gr.MultimodalTextbox(
-                file_types=["image"], file_count="multiple", sources=["upload"], show_label=False,
-                elem_id="chat-question", placeholder="Your question", max_plain_text_length=100_000,
-            )  # fmt: skip
+                file_types=["image"],
+                file_count="multiple",
+                sources=["upload"],
+                show_label=False,
+                elem_id="chat-question",
+                placeholder="Your question",
+                max_plain_text_length=100_000,
+            )
         with gr.Column(scale=1, min_width=240, elem_id="chat-settings"):
             settings, thinking = _build_settings(names)
             clear = gr.Button("Clear conversation", size="sm", elem_id="chat-clear")
@@ -107,15 +118,24 @@ def _build_settings(names: list[str]) -> tuple[list[gr.Number | gr.Textbox], gr.
     with gr.Row():
         settings += [
             number(
-                defaults.max_new_tokens, label="Longest answer", info="in tokens", precision=0, minimum=1,
+                defaults.max_new_tokens,
+                label="Longest answer",
+                info="in tokens",
+                precision=0,
+                minimum=1,
                 elem_id="chat-longest",
             ),
-        ]  # fmt: skip
+        ]
         seed = gr.Textbox(label="Seed", info="empty: random", min_width=110, max_lines=1, elem_id="chat-seed")
     thinking = gr.Radio(
-        list(THINKING), value=next(iter(THINKING)), label="Thinking", info="before the answer", min_width=220,
-        visible=knows_thinking(next(iter(names), None)), elem_id="chat-thinking",
-    )  # fmt: skip
+        list(THINKING),
+        value=next(iter(THINKING)),
+        label="Thinking",
+        info="before the answer",
+        min_width=220,
+        visible=knows_thinking(next(iter(names), None)),
+        elem_id="chat-thinking",
+    )
     return [*settings, seed], thinking
 
 

@@ -33,8 +33,15 @@ MERGED = "merged"
 EXPORT_DESCRIPTIONS = {MERGED: "an adapter merged into its base", **FORMAT_DESCRIPTIONS, **ADAPTER_FORMAT_DESCRIPTIONS}
 """Format -> who reads it."""
 RECORD_FORMATS = (
-    "llava", "messages", "caption", "question", "labelled", "alpaca", "cauldron", "minicpm",
-)  # fmt: skip
+    "llava",
+    "messages",
+    "caption",
+    "question",
+    "labelled",
+    "alpaca",
+    "cauldron",
+    "minicpm",
+)
 """Formats of records with replies that answers can be compared with."""
 
 
@@ -95,10 +102,14 @@ class Evaluation:
         folder = choose_evaluation_folder(checkpoint, data, place)
         place.check_writable(folder)
         options = {
-            "data": data, "image-folder": images, "metrics": ",".join(self.metrics), "format": self.format,
+            "data": data,
+            "image-folder": images,
+            "metrics": ",".join(self.metrics),
+            "format": self.format,
             "batch-size": _at_least_one(self.batch_size, "Batch size"),
-            "max-new-tokens": _at_least_one(self.max_new_tokens, "Longest answer"), "output": str(folder),
-        }  # fmt: skip
+            "max-new-tokens": _at_least_one(self.max_new_tokens, "Longest answer"),
+            "output": str(folder),
+        }
         words = [f"--{name}={value}" for name, value in options.items() if value]
         title = f"Evaluation of {checkpoint} on {data}"
         command = [sys.executable, "-m", "vlm", "eval", checkpoint, *words, *place.loading_words(checkpoint)]

@@ -20,9 +20,14 @@ def build(outputs: Path, tab: gr.Tab) -> None:
     """Build the tab."""
     heading("Compare", "What differs between runs, and whether it made a difference.")
     chosen = gr.Dropdown(
-        _names(outputs), value=[], multiselect=True, max_choices=MAX_RUNS, label="Runs", elem_id="compare-runs",
+        _names(outputs),
+        value=[],
+        multiselect=True,
+        max_choices=MAX_RUNS,
+        label="Runs",
+        elem_id="compare-runs",
         info=f"Two to {MAX_RUNS} of the runs in {outputs}/",
-    )  # fmt: skip
+    )
     shown = gr.HTML(note_html(EMPTY_TEXT), elem_id="compare-shown")
     chosen.change(lambda names: compare(outputs, names), chosen, shown, **QUIET)
     tab.select(lambda: gr.update(choices=_names(outputs)), None, chosen, trigger_mode="always_last", **QUIET)

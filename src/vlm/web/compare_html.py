@@ -90,8 +90,9 @@ def _settings(runs: Sequence[RunDirectory]) -> str:
 def _figure(runs: Sequence[RunDirectory], metric: str, title: str) -> str:
     curves = [
         Curve(run.name, run.metrics[metric].points(), metric != "loss", run.metrics.half_widths(metric))
-        for run in runs if metric in run.metrics
-    ]  # fmt: skip
+        for run in runs
+        if metric in run.metrics
+    ]
     return draw_figure(title, curves)
 
 
@@ -105,9 +106,7 @@ def _samples(runs: Sequence[RunDirectory]) -> str:
     return "".join(parts)
 
 
-def _sample(
-    first: Answer, answers: Sequence[Answer | None], runs: Sequence[RunDirectory], images: ImageBudget
-) -> str:  # fmt: skip
+def _sample(first: Answer, answers: Sequence[Answer | None], runs: Sequence[RunDirectory], images: ImageBudget) -> str:
     """Return a sample with the answer of each run; a run that was asked something else has none."""
     image = images.embed(first.image, THUMBNAIL) if first.image is not None else ""
     rows = [("question", first.question), ("reference", first.reference)]

@@ -71,16 +71,23 @@ def build(checkpoints: list[str]) -> gr.Dropdown:
             images = gr.Textbox(label="Image folder", info=info, elem_id="data-images")
             run = gr.Dropdown(run_names(), value=DEFAULT_RUN, label="Run that reads them", elem_id="data-run")
             checkpoint = gr.Dropdown(
-                checkpoints, value=None, allow_custom_value=True, label="Checkpoint", elem_id="data-checkpoint",
+                checkpoints,
+                value=None,
+                allow_custom_value=True,
+                label="Checkpoint",
+                elem_id="data-checkpoint",
                 info="Its tokenizer and template are used. Leave empty to use those of the run's parts",
-            )  # fmt: skip
+            )
             with gr.Accordion("More", open=False, elem_id="data-more"):
                 templates = [("from the run", ""), "tokenizer", *packaged_names("vlm.data", "templates", ".jinja")]
                 template = gr.Dropdown(templates, value="", label="Template", elem_id="data-template")
                 language_model = gr.Dropdown(
-                    [("from the run", ""), *choices("language_model")], value="", allow_custom_value=True,
-                    label="Language model (tokenizer)", elem_id="data-language-model",
-                )  # fmt: skip
+                    [("from the run", ""), *choices("language_model")],
+                    value="",
+                    allow_custom_value=True,
+                    label="Language model (tokenizer)",
+                    elem_id="data-language-model",
+                )
                 label, example = "Overrides, one per line", "dataset.format=llava"
                 lines = gr.Textbox(label=label, lines=3, placeholder=example, elem_id="data-lines")
             button = gr.Button("Open", variant="primary", elem_id="data-open")

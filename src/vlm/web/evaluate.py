@@ -47,9 +47,11 @@ def build(outputs: Path, context: TaskContext, names: list[str]) -> gr.Dropdown:
         with gr.Column(scale=3, min_width=300):
             task_column = gr.Column()
             chosen = gr.Dropdown(
-                label="Results", info=f"Evaluations in {outputs}/, the newest first", elem_id="evaluate-chosen",
+                label="Results",
+                info=f"Evaluations in {outputs}/, the newest first",
+                elem_id="evaluate-chosen",
                 visible=False,
-            )  # fmt: skip
+            )
             shown = gr.HTML(note_html(EMPTY_TEXT), elem_id="evaluate-results")
 
     def show_ended(task: StartedTask) -> tuple[object, ...]:

@@ -26,17 +26,24 @@ def build(outputs: Path, context: TaskContext, names: list[str]) -> gr.Dropdown:
             formats = [(f"{name}: {reader}", name) for name, reader in EXPORT_DESCRIPTIONS.items()]
             form = gr.Dropdown(formats, value="llava", label="Format", elem_id="export-format")
             dtype = gr.Dropdown(
-                [("as in the checkpoint", ""), *EXPORT_DTYPES], value="", label="Precision of matrices",
-                elem_id="export-dtype", visible=False,
-            )  # fmt: skip
+                [("as in the checkpoint", ""), *EXPORT_DTYPES],
+                value="",
+                label="Precision of matrices",
+                elem_id="export-dtype",
+                visible=False,
+            )
             tower = gr.Textbox(
-                label="Name of the visual encoder", info="Leave empty to use the name recorded in the checkpoint",
-                elem_id="export-tower", visible=False,
-            )  # fmt: skip
+                label="Name of the visual encoder",
+                info="Leave empty to use the name recorded in the checkpoint",
+                elem_id="export-tower",
+                visible=False,
+            )
             name = gr.Textbox(
-                label=f"New folder in {outputs}/", placeholder="RUN-FORMAT", elem_id="export-name",
+                label=f"New folder in {outputs}/",
+                placeholder="RUN-FORMAT",
+                elem_id="export-name",
                 info="Leave empty to name it after the run and the format",
-            )  # fmt: skip
+            )
             with gr.Row():
                 check = gr.Button("Check", elem_id="export-check", min_width=100)
                 start = gr.Button("Export", variant="primary", elem_id="export-start", min_width=100)

@@ -42,9 +42,13 @@ class RequestGuard:
     """
 
     def __init__(
-        self, app: "ASGIApp", host: str, access: Access | None = None, open_paths: Collection[str] = (),
+        self,
+        app: "ASGIApp",
+        host: str,
+        access: Access | None = None,
+        open_paths: Collection[str] = (),
         headers: Sequence[tuple[bytes, bytes]] = SECURITY_HEADERS,
-    ):  # fmt: skip
+    ):
         self.app, self.access, self.open_paths, self.headers = app, access, frozenset(open_paths), list(headers)
         self.loopback_only = is_loopback(host)
         names = [host] if self.loopback_only else [host.lower(), socket.gethostname().lower(), socket.getfqdn().lower()]

@@ -70,9 +70,13 @@ def start(command: Sequence[str], folder: Path) -> None:
         raise ValueError(f"{folder}: a run is already active there (process {earlier.pid}); stop it first")
     with (folder / LOG_FILE).open("ab") as log:
         child = subprocess.Popen(
-            list(command), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )  # fmt: skip
+        )
     began = psutil.Process(child.pid).create_time()
     _write_job(Job(child.pid, began, socket.gethostname(), time.time(), mask_words(command)), folder)
 

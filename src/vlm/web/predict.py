@@ -27,9 +27,16 @@ def build(outputs: Path, holder: ModelHolder, names: list[str]) -> gr.Dropdown:
                 names, "Checkpoint with heads", "finished run with heads", outputs, "predict-checkpoint"
             )
             images = gr.Gallery(
-                label="Images", type="filepath", file_types=["image"], interactive=True, columns=3, height=220,
-                object_fit="contain", elem_id="predict-images", buttons=[],
-            )  # fmt: skip
+                label="Images",
+                type="filepath",
+                file_types=["image"],
+                interactive=True,
+                columns=3,
+                height=220,
+                object_fit="contain",
+                elem_id="predict-images",
+                buttons=[],
+            )
             info = "Use the same prompt as in training"
             prompt = gr.Textbox(label="Prompt", info=info, lines=2, elem_id="predict-prompt")
             button = gr.Button("Predict", variant="primary", elem_id="predict-go")

@@ -74,9 +74,14 @@ def _judge(row: JsonObject) -> JudgedAnswer:
     references = [str(reference) for reference in list_at(row, "references")]
     answer, image = text_at(row, "answer"), text_at(row, "image_path").partition(";")[0]
     return JudgedAnswer(
-        text_at(row, "source"), Path(image) if image else None, text_at(row, "prompt"), references, answer,
-        text_at(row, "error"), _similarity(answer, references),
-    )  # fmt: skip
+        text_at(row, "source"),
+        Path(image) if image else None,
+        text_at(row, "prompt"),
+        references,
+        answer,
+        text_at(row, "error"),
+        _similarity(answer, references),
+    )
 
 
 def _similarity(answer: str, references: Sequence[str]) -> float:

@@ -65,9 +65,13 @@ class RunView:
                     self.samples = gr.HTML(elem_id="run-samples")
                 with gr.Tab("Configuration"):
                     self.config = gr.Code(
-                        language="yaml", interactive=False, wrap_lines=True, max_lines=30, show_label=False,
+                        language="yaml",
+                        interactive=False,
+                        wrap_lines=True,
+                        max_lines=30,
+                        show_label=False,
                         elem_id="run-config",
-                    )  # fmt: skip
+                    )
         details: list[Block] = [self.kill, self.details, self.plot, self.log, self.samples, self.config]
         self.shown = [self.selected, self.last_signature, self.table, self.status, self.end_buttons, *details]
 

@@ -38,28 +38,40 @@ class TaskView:
     """
 
     def __init__(
-        self, kind: str, outputs: Path, on_end: Callable[[StartedTask], tuple[object, ...]] | None = None,
+        self,
+        kind: str,
+        outputs: Path,
+        on_end: Callable[[StartedTask], tuple[object, ...]] | None = None,
         outputs_at_end: Sequence[gr.components.Component] = (),
-    ):  # fmt: skip
+    ):
         self.kind, self.outputs, self.on_end, self.outputs_at_end = kind, outputs, on_end, list(outputs_at_end)
         self.known_state = gr.State(None)
         self.message = gr.HTML("", elem_id=f"{kind}-message", elem_classes="vlm-line")
         self.command = gr.Code(
-            label="Command", language="shell", interactive=False, visible=False, lines=2, wrap_lines=True,
-            elem_id=f"{kind}-command", show_line_numbers=False,
-        )  # fmt: skip
+            label="Command",
+            language="shell",
+            interactive=False,
+            visible=False,
+            lines=2,
+            wrap_lines=True,
+            elem_id=f"{kind}-command",
+            show_line_numbers=False,
+        )
         self.status = gr.HTML("", elem_id=f"{kind}-status", elem_classes="vlm-line")
         self.stop = gr.Button("Stop", variant="stop", visible=False, elem_id=f"{kind}-stop")
         with gr.Accordion("Log", open=False, visible=False, elem_id=f"{kind}-log-section") as self.log_section:
             self.log = gr.HTML("", elem_id=f"{kind}-log")
-        self.shown = [
-            self.known_state, self.status, self.stop, self.log_section, self.log, *self.outputs_at_end
-        ]  # fmt: skip
+        self.shown = [self.known_state, self.status, self.stop, self.log_section, self.log, *self.outputs_at_end]
 
     def connect_events(
-        self, context: TaskContext, start: gr.Button, check: gr.Button, fields: Sequence[gr.components.Component],
-        make: Callable[..., Evaluation | Export], examine: Callable[[object, object], None] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        context: TaskContext,
+        start: gr.Button,
+        check: gr.Button,
+        fields: Sequence[gr.components.Component],
+        make: Callable[..., Evaluation | Export],
+        examine: Callable[[object, object], None] | None = None,
+    ) -> None:
         """Connect the buttons and the timer.
 
         `make` takes the values of the fields. `examine` takes the first two of them when a command is only checked,

@@ -29,9 +29,12 @@ def build(outputs: Path, holder: ModelHolder, page: gr.Blocks, checkpoints: list
             heading("Runs", f"Every run in {outputs}/. Select one to follow it.")
             view = RunView(outputs)
     form.start.click(
-        lambda *values: form.start_run(holder, FormValues(*values)), form.fields, [*form.shown, tabs, view.selected],
-        concurrency_limit=1, **PRIVATE,
-    ).then(view.refresh, view.selected, view.shown, **QUIET)  # fmt: skip
+        lambda *values: form.start_run(holder, FormValues(*values)),
+        form.fields,
+        [*form.shown, tabs, view.selected],
+        concurrency_limit=1,
+        **PRIVATE,
+    ).then(view.refresh, view.selected, view.shown, **QUIET)
     view.connect_events(page)
     return form.checkpoint
 
@@ -75,13 +78,20 @@ class RunForm:
                 beside = "Leave empty if the images are next to the records"
                 images = gr.Textbox(label="dataset.image_folder", info=beside, elem_id="train-images")
                 self.checkpoint = gr.Dropdown(
-                    checkpoints, value=None, allow_custom_value=True, label="trainer.from_pretrained",
-                    info="Leave empty to start from the parts", elem_id="train-checkpoint",
-                )  # fmt: skip
+                    checkpoints,
+                    value=None,
+                    allow_custom_value=True,
+                    label="trainer.from_pretrained",
+                    info="Leave empty to start from the parts",
+                    elem_id="train-checkpoint",
+                )
                 lines = gr.Textbox(
-                    label="Overrides, one per line", lines=5, max_lines=20, placeholder="trainer.num_train_epochs=1",
+                    label="Overrides, one per line",
+                    lines=5,
+                    max_lines=20,
+                    placeholder="trainer.num_train_epochs=1",
                     elem_id="train-lines",
-                )  # fmt: skip
+                )
                 processes = gr.Number(
                     1, label="Processes", info="One per GPU", precision=0, minimum=1, elem_id="train-processes"
                 )
@@ -90,9 +100,15 @@ class RunForm:
                     self.start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=100)
         message = gr.HTML("", elem_id="train-message", elem_classes="vlm-line")
         command = gr.Code(
-            label="Command", language="shell", interactive=False, visible=False, lines=3, wrap_lines=True,
-            elem_id="train-command", show_line_numbers=False,
-        )  # fmt: skip
+            label="Command",
+            language="shell",
+            interactive=False,
+            visible=False,
+            lines=3,
+            wrap_lines=True,
+            elem_id="train-command",
+            show_line_numbers=False,
+        )
         self.fields = [run, *parts, path, images, self.checkpoint, lines, processes, self.folder]
         self.shown = [message, command, self.folder]
         check.click(lambda *values: self._check(FormValues(*values)), self.fields, self.shown, **PRIVATE)

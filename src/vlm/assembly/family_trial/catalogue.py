@@ -67,9 +67,10 @@ def not_made(reason: str) -> dict[str, Verdict]:
 
 
 def try_types(
-    model_types: Iterable[str], max_seconds: float = TYPE_SECONDS,
+    model_types: Iterable[str],
+    max_seconds: float = TYPE_SECONDS,
     try_one: Callable[[str], Mapping[str, Verdict]] = try_type,
-) -> Iterator[TriedType]:  # fmt: skip
+) -> Iterator[TriedType]:
     """Yield types with their verdicts, each found in a process of its own: one that crashes or hangs ends alone.
 
     Args:
@@ -134,8 +135,9 @@ def write_markdown(tried: Mapping[str, Verdicts], file: Path) -> None:
     """Write a page with the table of verdicts, and the reasons of those that are not proved."""
     rows = [
         (f"`{name}`", *(MARKS[verdicts[proof].state] for proof in PROOFS))
-        for name, verdicts in tried.items() if not is_untried(verdicts)
-    ]  # fmt: skip
+        for name, verdicts in tried.items()
+        if not is_untried(verdicts)
+    ]
     passing = [verdicts for verdicts in tried.values() if passes(verdicts)]
     packed, paired = (
         sum(verdicts[proof].state is State.PROVED for verdicts in passing) for proof in ("packing", "pairs")

@@ -120,9 +120,7 @@ def one_turn(*media: Medium, question: str = QUESTION, reply: str = REPLIES[0]) 
 
 def two_turns(first: Sequence[Medium], second: Sequence[Medium] = ()) -> Conversation:
     """Return two questions with their replies, and the images of each."""
-    return (
-        Builder().ask(QUESTION, *first).reply(REPLIES[0]).ask(OTHER_QUESTION, *second).reply(REPLIES[1]).done()
-    )  # fmt: skip
+    return Builder().ask(QUESTION, *first).reply(REPLIES[0]).ask(OTHER_QUESTION, *second).reply(REPLIES[1]).done()
 
 
 def make_row(processor: FamilyProcessor, conversation: Conversation) -> SampleInputs:
@@ -160,10 +158,12 @@ def read_natively(
             options["images"] = list(conversation.media)
         variables = {"date_string": FIXED_DATE, "enable_thinking": False}
         render = partial(
-            native.apply_chat_template, messages, add_generation_prompt=prompt,
+            native.apply_chat_template,
+            messages,
+            add_generation_prompt=prompt,
             chat_template=FIXED_CLOCK + template if "strftime_now" in template else template,
             **{name: value for name, value in variables.items() if name in template},
-        )  # fmt: skip
+        )
         if conversation.media and not clips and not processor.inputs.form.nests_images:
             text = render(tokenize=False)  # it nests images, which this processor's own call refuses
             return native(text=[text], images=list(conversation.media), return_tensors="pt", **options)

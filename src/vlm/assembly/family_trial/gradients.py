@@ -154,9 +154,10 @@ def find_reached(subject: Subject, batch: Batch, trained: set[str], *, everywher
         return set()
     logits.float().log_softmax(-1)[:, ::7].square().mean().backward()
     reached = {
-        name for name, parameter in model.named_parameters()
+        name
+        for name, parameter in model.named_parameters()
         if parameter.grad is not None and bool(parameter.grad.any())
-    }  # fmt: skip
+    }
     model.zero_grad(set_to_none=True)
     return reached
 

@@ -17,17 +17,25 @@ from vlm.families.processing import FamilyProcessor
 LIBRARIES = ("transformers", "torch", "safetensors")
 """What a trial calls, besides what the digest of the processor names."""
 CODE = (
-    "assembly/family_trial/*.py", "assembly/small_models/*.py", "assembly/*.py", "families/*.py", "data/batching/*.py",
-)  # fmt: skip
+    "assembly/family_trial/*.py",
+    "assembly/small_models/*.py",
+    "assembly/*.py",
+    "families/*.py",
+    "data/batching/*.py",
+)
 """The files of this package that verdicts depend on, besides those that the digest of the processor names."""
 LOCATION_KEYS = ("_name_or_path", "name_or_path")
 """Keys of configurations that say where they came from."""
 
 
 def recall_or_try(
-    config: PreTrainedConfig, processor: FamilyProcessor, cache: Path, *, trust_remote_code: bool = False,
+    config: PreTrainedConfig,
+    processor: FamilyProcessor,
+    cache: Path,
+    *,
+    trust_remote_code: bool = False,
     attention: str | None = None,
-) -> tuple[dict[str, Verdict], bool]:  # fmt: skip
+) -> tuple[dict[str, Verdict], bool]:
     """Return the verdicts of a family's trial, and whether they were known from an earlier one.
 
     Kept are those of trials whose proofs could all be made: what prevented one may be gone the next time.

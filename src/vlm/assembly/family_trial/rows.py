@@ -139,9 +139,11 @@ def prove_generation(subject: Subject) -> None:
     del batch["labels"]
     special = sorted({*processor.tokenizer.all_special_ids, *processor.tokenizer.added_tokens_decoder})
     settings = GenerationConfig(
-        max_new_tokens=NUM_GENERATED, do_sample=False, pad_token_id=processor.tokenizer.pad_token_id,
+        max_new_tokens=NUM_GENERATED,
+        do_sample=False,
+        pad_token_id=processor.tokenizer.pad_token_id,
         suppress_tokens=special,
-    )  # fmt: skip
+    )
     generated = cast(Callable[..., Tensor], model.generate)(**batch, generation_config=settings)
     written = generated[0, -NUM_GENERATED:].tolist()
     forced = subject.reply_logits(make_forced(subject, conversation, prompt, written))

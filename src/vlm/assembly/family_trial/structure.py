@@ -45,8 +45,11 @@ def prove_parts(subject: Subject) -> str:
     if empty := [part for part, reason in lacking.items() if not reason]:
         raise DisprovedError(f"no parameter belongs to the {' and the '.join(empty)}")
     for wrong, module, label in _named_modules(subject):
-        if strays := [name for name, own in model.named_parameters() if own is not None and names.part_of(name) == wrong
-                      and any(own is inner for inner in module.parameters())]:  # fmt: skip
+        if strays := [
+            name
+            for name, own in model.named_parameters()
+            if own is not None and names.part_of(name) == wrong and any(own is inner for inner in module.parameters())
+        ]:
             raise DisprovedError(f"{list_names(strays)} of {label} belongs to the {wrong}")
     return "; ".join(lacking.values())
 
@@ -71,8 +74,10 @@ def describe_lack(subject: Subject, part: str) -> str:
 def _named_modules(subject: Subject) -> Iterator[tuple[str, nn.Module, str]]:
     """Yield (a part that must not have its parameters, a module, how transformers names it)."""
     model = subject.model
-    for getter, layer in (("get_input_embeddings", model.get_input_embeddings()),
-                          ("get_output_embeddings", find_vocabulary_head(model))):  # fmt: skip
+    for getter, layer in (
+        ("get_input_embeddings", model.get_input_embeddings()),
+        ("get_output_embeddings", find_vocabulary_head(model)),
+    ):
         if layer is not None:
             yield "visual_encoder", layer, getter
             yield "connector", layer, getter
@@ -96,9 +101,12 @@ def prove_saving(subject: Subject) -> None:
         auto, remote = get_auto_class(model.config), subject.trust_remote_code
         with torch.random.fork_rng(devices=[]):
             result = auto.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=remote,
+                folder,
+                dtype=torch.float32,
+                output_loading_info=True,
+                trust_remote_code=remote,
                 attn_implementation=model.config._attn_implementation,
-            )  # fmt: skip
+            )
         loaded, info = cast(tuple[PreTrainedModel, Mapping[str, Iterable[object]]], result)
         native = AutoProcessor.from_pretrained(folder, trust_remote_code=remote)
     problems = {"missing_keys": "lacks", "unexpected_keys": "has no place for", "mismatched_keys": "changes"}

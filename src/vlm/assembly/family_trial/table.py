@@ -39,9 +39,13 @@ MAX_SECONDS = 300.0
 
 
 def try_family(
-    config: PreTrainedConfig, processor: FamilyProcessor, *, trust_remote_code: bool = False,
-    attention: str | None = None, max_seconds: float = MAX_SECONDS,
-) -> dict[str, Verdict]:  # fmt: skip
+    config: PreTrainedConfig,
+    processor: FamilyProcessor,
+    *,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    max_seconds: float = MAX_SECONDS,
+) -> dict[str, Verdict]:
     """Return the verdict of each proof of `PROOFS` for a family, made on a small model of the same configuration.
 
     Args:

@@ -31,10 +31,14 @@ OPTIONS = frozenset({
 })  # fmt: skip
 """Options that follow from a configuration."""
 BORROWED = {
-    "cosmos3_omni": "qwen3_vl", "fast_vlm": "llava", "glm_ocr": "glm46v", "glmga": "glm46v",
-    "nemotron_h_omni": "parakeet_ctc", "qwen2_5_omni_thinker": "qwen2_5_omni",
+    "cosmos3_omni": "qwen3_vl",
+    "fast_vlm": "llava",
+    "glm_ocr": "glm46v",
+    "glmga": "glm46v",
+    "nemotron_h_omni": "parakeet_ctc",
+    "qwen2_5_omni_thinker": "qwen2_5_omni",
     "qwen3_omni_moe_thinker": "qwen3_omni_moe",
-}  # fmt: skip
+}
 """A type that transformers maps to no processor, or not to each of its parts -> the type whose its checkpoints name."""
 
 

@@ -75,6 +75,10 @@ def build_tokenizer(tokens: Iterable[str], named: Mapping[str, str]) -> PreTrain
     special = dict.fromkeys([PAD, BOS, END, TURN, *tokens, *named.values()])
     model.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     return PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token=END, pad_token=PAD, bos_token=BOS, extra_special_tokens=dict(named),
+        tokenizer_object=model,
+        eos_token=END,
+        pad_token=PAD,
+        bos_token=BOS,
+        extra_special_tokens=dict(named),
         model_max_length=MAX_LENGTH,
-    )  # fmt: skip
+    )

@@ -75,16 +75,30 @@ class Collator:
 
     @classmethod
     def of(
-        cls, processor: Processor, dummy: DummyInputs | None = None, *, video_dummy: DummyInputs | None = None,
-        left: bool = False, with_stats: bool = False, with_refs: bool = False, deduplicate: Sequence[str] = (),
-    ) -> "Collator":  # fmt: skip
+        cls,
+        processor: Processor,
+        dummy: DummyInputs | None = None,
+        *,
+        video_dummy: DummyInputs | None = None,
+        left: bool = False,
+        with_stats: bool = False,
+        with_refs: bool = False,
+        deduplicate: Sequence[str] = (),
+    ) -> "Collator":
         """Make a collator for the inputs of a processor."""
         return cls(
-            cast(int, processor.tokenizer.pad_token_id), dummy, video_dummy=video_dummy,
-            rows=processor.per_sample_inputs, tokens=processor.per_token_inputs, dims=processor.concatenation_dims,
-            indices=processor.row_indices, left=left, with_stats=with_stats, with_refs=with_refs,
+            cast(int, processor.tokenizer.pad_token_id),
+            dummy,
+            video_dummy=video_dummy,
+            rows=processor.per_sample_inputs,
+            tokens=processor.per_token_inputs,
+            dims=processor.concatenation_dims,
+            indices=processor.row_indices,
+            left=left,
+            with_stats=with_stats,
+            with_refs=with_refs,
             deduplicate=deduplicate,
-        )  # fmt: skip
+        )
 
     def __call__(self, samples: Sequence[SampleInputs | Skipped]) -> Batch:
         """Collate samples into ids, mask and labels `(rows, tokens)`, and inputs such as `pixel_values`.

@@ -162,9 +162,7 @@ class ModalityLengthSampler(EpochSampler[int]):
         samples = self.lengths, self.num_images, self.batch
         return iter(order_by_modality_and_length(*samples, self.num_chunks, generator))
 
-    def _measure_steps(
-        self, measure: Callable[[Sequence[int]], object], generator: torch.Generator
-    ) -> Iterator[int]:  # fmt: skip
+    def _measure_steps(self, measure: Callable[[Sequence[int]], object], generator: torch.Generator) -> Iterator[int]:
         """Yield the same indices; the samples of each step are measured when it comes."""
         arranged = _arrange_steps(self.num_images > 0, self.batch, generator)
         for step in (*arranged.steps, *([arranged.rest] if arranged.divides_rest else ())):

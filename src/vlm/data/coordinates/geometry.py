@@ -16,8 +16,12 @@ Size = tuple[int, int]
 Values = tuple[float, ...]
 """Coordinates `x, y, x, y …`."""
 
-PADDING_MODULES = ("image_processing_llava", "image_processing_pil_llava", "image_processing_deepseek_vl",
-                   "image_processing_pil_deepseek_vl")  # fmt: skip
+PADDING_MODULES = (
+    "image_processing_llava",
+    "image_processing_pil_llava",
+    "image_processing_deepseek_vl",
+    "image_processing_pil_deepseek_vl",
+)
 """Modules of transformers whose image processors pad an image to a square if `do_pad` is set."""
 QWEN_MODULES = ("image_processing_qwen2_vl", "image_processing_pil_qwen2_vl")
 """Modules of the image processors that resize by `smart_resize`."""

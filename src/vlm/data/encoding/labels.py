@@ -64,9 +64,14 @@ def read_template(name: str) -> str:
 
 
 def render(
-    processor: Processor, turns: Sequence[Turn], sample_id: str = "?", *, prompt: bool = False,
-    tools: Sequence[Tool] = (), thinking: bool | None = None,
-) -> Rendered:  # fmt: skip
+    processor: Processor,
+    turns: Sequence[Turn],
+    sample_id: str = "?",
+    *,
+    prompt: bool = False,
+    tools: Sequence[Tool] = (),
+    thinking: bool | None = None,
+) -> Rendered:
     """Render turns with the processor's template; `prompt` adds the text that precedes an answer.
 
     `tools` are those that the model may call, for templates that list them. `thinking` is the value of
@@ -102,17 +107,26 @@ def render(
 
 
 def _render_with_markers(
-    processor: Processor, turns: Sequence[Turn], sample_id: str, prompt: bool, tools: Sequence[Tool],
+    processor: Processor,
+    turns: Sequence[Turn],
+    sample_id: str,
+    prompt: bool,
+    tools: Sequence[Tool],
     thinking: bool | None,
-) -> MarkedText:  # fmt: skip
+) -> MarkedText:
     """Render with markers around each text, and take them out."""
     return strip_markers(render_marked(processor, turns, sample_id, prompt=prompt, tools=tools, thinking=thinking))
 
 
 def render_marked(
-    processor: Processor, turns: Sequence[Turn], sample_id: str, *, prompt: bool = False, tools: Sequence[Tool] = (),
+    processor: Processor,
+    turns: Sequence[Turn],
+    sample_id: str,
+    *,
+    prompt: bool = False,
+    tools: Sequence[Tool] = (),
     thinking: bool | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Render with markers around each text; `thinking` as in `render`.
 
     Raises:
@@ -253,9 +267,13 @@ def encode(
 
 
 def encode_prompt(
-    processor: Processor, turns: Sequence[Turn], sizes: Sequence[MediaSize] = (), sample_id: str = "?",
-    tools: Sequence[Tool] = (), thinking: bool | None = None,
-) -> list[int]:  # fmt: skip
+    processor: Processor,
+    turns: Sequence[Turn],
+    sizes: Sequence[MediaSize] = (),
+    sample_id: str = "?",
+    tools: Sequence[Tool] = (),
+    thinking: bool | None = None,
+) -> list[int]:
     """Return the ids of a conversation that waits for an answer.
 
     `tools` are those that the model may call; `thinking` says whether it should think before its answer, for templates

@@ -143,9 +143,14 @@ def _render(
     written = []
     for messages in (marked, plain):
         with processor_errors("its template", sample.id):
-            written.append(processor.apply_chat_template(
-                messages.messages, add_generation_prompt=prompt, tools=messages.tools or None, enable_thinking=thinking
-            ))  # fmt: skip
+            written.append(
+                processor.apply_chat_template(
+                    messages.messages,
+                    add_generation_prompt=prompt,
+                    tools=messages.tools or None,
+                    enable_thinking=thinking,
+                )
+            )
     text, spans = strip_markers(written[0])
     if text != written[1].replace(NUMBERED, ""):
         problem = "its template does not copy tools, calls or results as they are; dataset.template names another"
@@ -238,9 +243,15 @@ class _ReplyFinder:
     """
 
     def __init__(
-        self, processor: Processor, turns: Sequence[Turn], sample: Sample, text: str, spans: Mapping[int, Span], *,
+        self,
+        processor: Processor,
+        turns: Sequence[Turn],
+        sample: Sample,
+        text: str,
+        spans: Mapping[int, Span],
+        *,
         thinking: bool,
-    ):  # fmt: skip
+    ):
         self.processor, self.turns, self.sample, self.text = processor, turns, sample, text
         self.spans, self.thinking = spans, thinking
         self._ending: str | None = None

@@ -112,9 +112,15 @@ class CachedDataset(SampleDataset):
 
     def __init__(self, dataset: SampleDataset, packs: Sequence[Pack]):
         super().__init__(
-            dataset.sources, dataset.places, dataset.lengths, dataset.num_images, has_videos=dataset.has_videos,
-            has_thinking=dataset.has_thinking, skipped=dataset.skipped, contributions=dataset.contributions,
-        )  # fmt: skip
+            dataset.sources,
+            dataset.places,
+            dataset.lengths,
+            dataset.num_images,
+            has_videos=dataset.has_videos,
+            has_thinking=dataset.has_thinking,
+            skipped=dataset.skipped,
+            contributions=dataset.contributions,
+        )
         self.packs = packs
 
     def __getitem__(self, index: int) -> SampleInputs | Skipped:

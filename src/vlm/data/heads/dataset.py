@@ -155,9 +155,13 @@ def group_indices(dataset: SampleDataset) -> np.ndarray:
 
 
 def split_by_label(
-    dataset: SampleDataset, strata: np.ndarray, share: float, seed: int, names: Sequence[object] = (),
+    dataset: SampleDataset,
+    strata: np.ndarray,
+    share: float,
+    seed: int,
+    names: Sequence[object] = (),
     key: str = "dataset.eval_split",
-) -> tuple[SampleDataset, SampleDataset]:  # fmt: skip
+) -> tuple[SampleDataset, SampleDataset]:
     """Hold out a share of the records, see `labels.split`: (rest, held out).
 
     A record that is taken several times is on one side only, and so is a group. `strata` are of samples: `(samples,)`.

@@ -39,9 +39,13 @@ CHOICE_INSTRUCTION = "Answer with the option's letter from the given choices dir
 
 @reads("objects", key_options=("image_key", "caption_key"))
 def read_caption(
-    record: Record, image_folder: Path, *, image_key: str = "image", caption_key: str = "caption",
+    record: Record,
+    image_folder: Path,
+    *,
+    image_key: str = "image",
+    caption_key: str = "caption",
     prompt: str | list[str] | None = None,
-) -> Sample:  # fmt: skip
+) -> Sample:
     """Read an image and its caption: `{"image", "caption"}`.
 
     Args:
@@ -144,10 +148,16 @@ def read_head(record: Record, image_folder: Path) -> Sample:
 
 @reads(key_options=("image_key", "prompt_key", "label_key", "group_key"))
 def read_labelled(
-    record: Record, image_folder: Path, *, image_key: str = "image", prompt_key: str = "prompt",
-    label_key: str | list[str] = "label", group_key: str = "group", prompt: str | None = None,
+    record: Record,
+    image_folder: Path,
+    *,
+    image_key: str = "image",
+    prompt_key: str = "prompt",
+    label_key: str | list[str] = "label",
+    group_key: str = "group",
+    prompt: str | None = None,
     label_separator: str | None = None,
-) -> Sample:  # fmt: skip
+) -> Sample:
     """Read an image, a prompt and a label for prediction heads: `{"image": path or list or absent, "prompt", "label"}`.
 
     Images replace `<image>` in the prompt, or come before a prompt without any. A record without a label is one to
@@ -189,9 +199,13 @@ def read_labelled(
 
 @reads(*PAIR_KEYS, key_options=("query_key", "positive_key", "negative_key"))
 def read_pair(
-    record: Record, image_folder: Path, *, query_key: str | None = None, positive_key: str | None = None,
+    record: Record,
+    image_folder: Path,
+    *,
+    query_key: str | None = None,
+    positive_key: str | None = None,
     negative_key: str | None = None,
-) -> Sample:  # fmt: skip
+) -> Sample:
     """Read what embeddings learn from: `{"query", "positive", "negatives": […] or absent}`, see `members.read_members`.
 
     Each is a text, a list of chat messages, or a mapping with `text`, `image` or `images`, and perhaps an `instruction`
@@ -215,9 +229,14 @@ def read_pair(
 
 
 @reads(
-    "objects", *TOOL_KEYS, *PREFERENCE_KEYS, turns="messages", more_turns=TURN_LIST_KEYS, item=ITEM_KEYS,
+    "objects",
+    *TOOL_KEYS,
+    *PREFERENCE_KEYS,
+    turns="messages",
+    more_turns=TURN_LIST_KEYS,
+    item=ITEM_KEYS,
     turn=("role", "content", "from", "value", *TOOL_TURN_KEYS),
-)  # fmt: skip
+)
 def read_preference(record: Record, image_folder: Path) -> Sample:
     """Read a chosen and a rejected reply, or one reply with `label: true` or `false`; see `preferences.read_sides`.
 

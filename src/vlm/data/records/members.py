@@ -26,9 +26,13 @@ MMEB_KEYS = ("qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", 
 SWIFT_KEYS = ("messages", "positive_messages", "negative_messages", "positive_images", "negative_images")
 """Keys of ms-swift's records."""
 PAIR_KEYS = (
-    *QUERY_KEYS, *POSITIVE_KEYS, *NEGATIVE_KEYS, *(f"negative_{number}" for number in range(1, 33)), *MMEB_KEYS,
+    *QUERY_KEYS,
+    *POSITIVE_KEYS,
+    *NEGATIVE_KEYS,
+    *(f"negative_{number}" for number in range(1, 33)),
+    *MMEB_KEYS,
     *SWIFT_KEYS,
-)  # fmt: skip
+)
 """Keys of records that the format `pair` reads."""
 OWN_KEYS = ("image", "images", "video", "videos", "system", "system_prompt")
 """Keys of other forms, which are in members here; of ms-swift's records, `images` are the query's."""
@@ -65,9 +69,10 @@ def split_members(sample: Sample) -> list[Sample]:
     *before, last = sample.turns
     if last.role != "assistant" or last.is_blank or not any(turn.role == "user" for turn in before):
         raise BadSample(
-            sample.id, "it has no query and positive: a record of the format pair needs both, and a record of another "
-            "format needs a reply behind its question or image"
-        )  # fmt: skip
+            sample.id,
+            "it has no query and positive: a record of the format pair needs both, and a record of another "
+            "format needs a reply behind its question or image",
+        )
     return [replace(sample, turns=turns, label=None) for turns in (tuple(before), (Turn("user", last.content),))]
 
 
@@ -117,9 +122,8 @@ def read_members(record: Record, folder: Path, sample_id: str, read_chat: ReadCh
         values = _swift_values(record, sample_id)
     else:
         values = [
-            (name, first_present(record, *keys))
-            for name, keys in (("query", QUERY_KEYS), ("positive", POSITIVE_KEYS))
-        ]  # fmt: skip
+            (name, first_present(record, *keys)) for name, keys in (("query", QUERY_KEYS), ("positive", POSITIVE_KEYS))
+        ]
         values += [("negative", value) for value in _negatives(record)]
     turns: list[Turn] = []
     for number, (name, value) in enumerate(values):
@@ -165,9 +169,10 @@ def _swift_values(record: Record, sample_id: str) -> list[tuple[str, object]]:
     positives, negatives = record["positive_messages"], record.get("negative_messages") or []
     if not isinstance(positives, list) or len(positives) != 1 or not isinstance(negatives, list):
         raise BadSample(
-            sample_id, "`positive_messages` must be a list of one conversation, and `negative_messages` a list of "
-            "conversations; write a record for each positive"
-        )  # fmt: skip
+            sample_id,
+            "`positive_messages` must be a list of one conversation, and `negative_messages` a list of "
+            "conversations; write a record for each positive",
+        )
     query = {"messages": record.get("messages"), "images": record.get("images")}
     media = {"positive_images": positives, "negative_images": negatives}
     members: list[tuple[str, object]] = [("messages", query)]

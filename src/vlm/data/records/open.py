@@ -93,9 +93,17 @@ def open_records(
 
 
 def stream_records(
-    path: str, cache: Path, *, split: str = "train", subset: str | None = None, shard: int = 0, num_shards: int = 1,
-    seed: int | None = None, allow_pipe: bool = False, follow_links: bool = False,
-) -> Iterator[object]:  # fmt: skip
+    path: str,
+    cache: Path,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    shard: int = 0,
+    num_shards: int = 1,
+    seed: int | None = None,
+    allow_pipe: bool = False,
+    follow_links: bool = False,
+) -> Iterator[object]:
     """Iterate over the records that `stream_with_positions` yields from the start."""
     options: Options = {"split": split, "subset": subset, "shard": shard, "num_shards": num_shards, "seed": seed}
     options |= {"allow_pipe": allow_pipe, "follow_links": follow_links}

@@ -33,9 +33,7 @@ ReadTurns = Callable[[Record, Path], Sample]
 """Reads a record of turns."""
 
 
-def read_sides(
-    record: Record, folder: Path, sample_id: str, read_chat: ReadTurns, read_llava: ReadTurns
-) -> Sample:  # fmt: skip
+def read_sides(record: Record, folder: Path, sample_id: str, read_chat: ReadTurns, read_llava: ReadTurns) -> Sample:
     """Return the chosen conversation of a record with the rejected one, or one conversation with its label.
 
     Only replies in which the two differ are trained on; of one conversation, those after the last question.
@@ -137,9 +135,11 @@ def _unpack(record: Record, sample_id: str) -> Record:
         raise BadSample(
             sample_id, f"preference={number!r:.20}: 1 or 2 is needed, the number of the output that is chosen"
         )
-    return {**record, "chosen": record["output_1"], "rejected": record.get("output_2")} if number == 1 else {
-        **record, "chosen": record.get("output_2"), "rejected": record["output_1"]
-    }  # fmt: skip
+    return (
+        {**record, "chosen": record["output_1"], "rejected": record.get("output_2")}
+        if number == 1
+        else {**record, "chosen": record.get("output_2"), "rejected": record["output_1"]}
+    )
 
 
 def _read_prompt(record: Record, sample_id: str) -> tuple[list[Record], bool]:

@@ -33,8 +33,12 @@ shard."""
 MAX_EXTENSION_BYTES = 1 << 20
 """The maximum number of bytes of a long name, or of further fields, of a file in a shard."""
 EXTENSION_TYPES = (
-    tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE
-)  # fmt: skip
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ")
 """How compressed files begin."""
 

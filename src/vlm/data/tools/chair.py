@@ -26,9 +26,13 @@ SYNONYM_SEPARATOR = "|"
 
 
 def make_requests(
-    images: Sequence[LabelledImage], synonyms: Mapping[str, Sequence[str]], *, max_images: int,
-    question: str = QUESTION, seed: int = 0,
-) -> list[Record]:  # fmt: skip
+    images: Sequence[LabelledImage],
+    synonyms: Mapping[str, Sequence[str]],
+    *,
+    max_images: int,
+    question: str = QUESTION,
+    seed: int = 0,
+) -> list[Record]:
     """Return a record for each image that has labels, without a reply: it asks for a caption.
 
     Args:

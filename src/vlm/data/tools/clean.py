@@ -93,9 +93,14 @@ class OutputFiles:
 
 
 def clean(
-    task: CleanTask, output: Path, *, duplicates: str = "record", workers: int | None = None, force: bool = False,
+    task: CleanTask,
+    output: Path,
+    *,
+    duplicates: str = "record",
+    workers: int | None = None,
+    force: bool = False,
     dry_run: bool = False,
-) -> CleanSummary:  # fmt: skip
+) -> CleanSummary:
     """Write the records that can be used to `output`, and the reasons for others to `OUTPUT-dropped.jsonl`.
 
     Args:
@@ -140,9 +145,14 @@ def clean(
 
 
 def write_verdicts(
-    records: Records, verdicts: Iterator[RecordVerdict], duplicates: str, kept: Path, dropped: Path, *,
+    records: Records,
+    verdicts: Iterator[RecordVerdict],
+    duplicates: str,
+    kept: Path,
+    dropped: Path,
+    *,
     near: bool = False,
-) -> CleanSummary:  # fmt: skip
+) -> CleanSummary:
     """Write kept records to one file, the other verdicts to another, in order; with `near`, near copies are equal."""
     duplicate_finder = NearDuplicateFinder(duplicates) if near else DuplicateFinder(duplicates)
     counts, examples = dict.fromkeys(REASONS, 0), {}
@@ -204,8 +214,10 @@ class NearDuplicateFinder(DuplicateFinder):
         if verdict.reason or self._criterion == "keep":
             return verdict
         stand_ins = [self._find(*image) for image in zip(verdict.pictures, verdict.sketches, strict=True)]
-        digests = [self._digests[index] if index is not None else own for index, own in
-                   zip(stand_ins, verdict.pictures, strict=True)]  # fmt: skip
+        digests = [
+            self._digests[index] if index is not None else own
+            for index, own in zip(stand_ins, verdict.pictures, strict=True)
+        ]
         whole = hashlib.blake2b(json.dumps([verdict.text, digests]).encode(), digest_size=16).hexdigest()
         marked = super().mark_duplicate(number, replace(verdict, pictures=digests, digest=whole))
         if marked.reason is None:

@@ -247,9 +247,14 @@ def convert(
     kind_options, reader_options = split_options(conversion, options or {})
     dropped_keys = frozenset((*STRUCTURE_KEYS, str(reader_options.get("key")))) if kind.form in FORMS else None
     form = RecordConverter(
-        partial(FORMATS[kind.form], **reader_options), FORMS[to], folder, dropped_keys, kind.form, reader_options,
+        partial(FORMATS[kind.form], **reader_options),
+        FORMS[to],
+        folder,
+        dropped_keys,
+        kind.form,
+        reader_options,
         follow_links,
-    )  # fmt: skip
+    )
     writer = make_writer(output, folder, embed_images=embed_images, shard_size=shard_size, force=force)
     tally = ConversionTally()
     records = kind.records(source, ConversionContext(folder, cache, tally.left_out, follow_links), **kind_options)

@@ -27,9 +27,7 @@ def describe_copies(config: DatasetConfig, encoder: SampleEncoder, limit: int, s
     for key, (path, folder) in others.items():
         if path is None:
             continue
-        other = replace(
-            config, path=path, image_folder=folder or config.image_folder, sources={}, max_samples=None
-        )  # fmt: skip
+        other = replace(config, path=path, image_folder=folder or config.image_folder, sources={}, max_samples=None)
         records, told = _scan_some(make_sources(other, encoder), limit, seed)
         lines += [f"── overlap with {key}", *(f"  {line}" for line in told)]
         lines += _overlap_as_lines(find_overlap(training, records))

@@ -125,9 +125,14 @@ class VqaAnnotations(msgspec.Struct):
 
 
 def vqa(
-    source: str, context: ConversionContext, *, annotations: str, image_pattern: str, group: bool = True,
+    source: str,
+    context: ConversionContext,
+    *,
+    annotations: str,
+    image_pattern: str,
+    group: bool = True,
     instruction: str = SHORT_ANSWER,
-) -> Iterator[Record | BadSample]:  # fmt: skip
+) -> Iterator[Record | BadSample]:
     """Convert VQAv2's questions and answers, by default all about one image into one conversation.
 
     Questions `{"questions": [{"question_id", "image_id", "question"}]}` and annotations `{"annotations":

@@ -227,9 +227,13 @@ LABELS = "labels"
 
 
 def label_studio_boxes(
-    source: str, context: ConversionContext, *, image_field: str = "image", prompt: str = DETECTION_PROMPT,
+    source: str,
+    context: ConversionContext,
+    *,
+    image_field: str = "image",
+    prompt: str = DETECTION_PROMPT,
     from_name: str | None = None,
-) -> Iterator[object]:  # fmt: skip
+) -> Iterator[object]:
     """Convert rectangles and key points of Label Studio's export JSON: a record for each task, with all of them.
 
     A result is `{"type": "rectanglelabels", "value": {"x", "y", "width", "height", "rotation", "rectanglelabels":

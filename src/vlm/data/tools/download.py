@@ -76,9 +76,13 @@ class Options:
     def __post_init__(self) -> None:
         """Raise ValueError for a number out of its bounds."""
         bounds = {
-            "workers": (1, MAX_WORKERS), "retries": (0, 20), "timeout": (0.1, 3600), "max_bytes": (1, 2**31),
-            "min_size": (0, 2**16), "limit": (1, 2**40),
-        }  # fmt: skip
+            "workers": (1, MAX_WORKERS),
+            "retries": (0, 20),
+            "timeout": (0.1, 3600),
+            "max_bytes": (1, 2**31),
+            "min_size": (0, 2**16),
+            "limit": (1, 2**40),
+        }
         for name, (least, most) in bounds.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -119,7 +123,7 @@ def main(arguments: Sequence[str]) -> None:
         "continues. FOLDER/records.jsonl and FOLDER/images are what training reads; FOLDER/failures.jsonl lists what "
         "failed and why.",
         examples=EXAMPLES,
-    )  # fmt: skip
+    )
     parser.add_argument("table", type=Path, help=f"URLs and captions: {', '.join(TABLE_KINDS)}")
     parser.add_argument(
         "output", type=Path, metavar="FOLDER", help="the folder to write; name the same one again to continue"
@@ -161,9 +165,10 @@ def download(table: Path, output: Path, options: Options) -> DownloadSummary:
     source = Table(table, options.url_column, options.caption_column)
     claim_output_folder(output, source)
     with (
-        DownloadLedger(output, vars(options)) as ledger, DownloadWorkers(output, options) as workers,
+        DownloadLedger(output, vars(options)) as ledger,
+        DownloadWorkers(output, options) as workers,
         warnings.catch_warnings(),
-    ):  # fmt: skip
+    ):
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
         if options.retry_failed:
             ledger.clear_failures()
@@ -228,9 +233,13 @@ class DownloadWorkers:
     def _run_worker(self) -> None:
         options = self._options
         fetcher = Fetcher(
-            timeout=options.timeout, retries=options.retries, max_bytes=options.max_bytes,
-            allow_private=options.allow_private, ssl_context=self._ssl_context, stop=self._stop,
-        )  # fmt: skip
+            timeout=options.timeout,
+            retries=options.retries,
+            max_bytes=options.max_bytes,
+            allow_private=options.allow_private,
+            ssl_context=self._ssl_context,
+            stop=self._stop,
+        )
         try:
             while not self._stop.is_set() and (row := self._tasks.get()) is not None:
                 self._results.put(self._fetch_row(row, fetcher))

@@ -12,8 +12,11 @@ from vlm.data.sample import PLACEHOLDER, Record
 from vlm.data.tools.table import Row, Table
 
 OPTION_BEHIND = {
-    "private address": "allow_private", "too large": "max_bytes", "too small": "min_size", "timed out": "timeout",
-}  # fmt: skip
+    "private address": "allow_private",
+    "too large": "max_bytes",
+    "too small": "min_size",
+    "timed out": "timeout",
+}
 """Reason of a failure -> the option that caused it: with another value, the row is fetched again."""
 
 

@@ -241,9 +241,14 @@ JSON_MIN_FIELDS = frozenset((
 
 
 def label_studio(
-    source: str, context: ConversionContext, *, image_field: str = "image", question_field: str | None = None,
-    prompt: str | None = None, from_name: str | None = None,
-) -> Iterator[object]:  # fmt: skip
+    source: str,
+    context: ConversionContext,
+    *,
+    image_field: str = "image",
+    question_field: str | None = None,
+    prompt: str | None = None,
+    from_name: str | None = None,
+) -> Iterator[object]:
     """Convert tasks of Label Studio's exports JSON and JSON-MIN to `{"id", "image", "question", "answer"}`.
 
     JSON: `{"id", "data": {…}, "annotations": [{"was_cancelled", "result": [{"type", "from_name", "value"}]}]}`; the

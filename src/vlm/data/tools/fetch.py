@@ -96,9 +96,15 @@ class Fetcher:
     """
 
     def __init__(
-        self, *, timeout: float, retries: int, max_bytes: int, allow_private: bool, ssl_context: ssl.SSLContext,
+        self,
+        *,
+        timeout: float,
+        retries: int,
+        max_bytes: int,
+        allow_private: bool,
+        ssl_context: ssl.SSLContext,
         stop: threading.Event,
-    ):  # fmt: skip
+    ):
         self.timeout, self.retries, self.max_bytes = timeout, retries, max_bytes
         self._clock = Deadline(stop)
         backend = PublicAddressBackend(self._clock, allow_private)

@@ -70,8 +70,12 @@ def _record_keys(sample: Sample) -> Record:
     references, tools = list(sample.references) or None, list(sample.tools) or None
     objects = [marked.as_record() for marked in sample.objects] or None
     values = {
-        "label": sample.label, "group": sample.group, "references": references, "tools": tools, "objects": objects
-    }  # fmt: skip
+        "label": sample.label,
+        "group": sample.group,
+        "references": references,
+        "tools": tools,
+        "objects": objects,
+    }
     return {key: value for key, value in values.items() if value is not None}
 
 

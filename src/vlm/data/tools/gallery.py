@@ -194,9 +194,13 @@ def _card(record: ShownRecord, thumbnails: Thumbnails) -> str:
         raw = json.dumps(record.raw, ensure_ascii=False, default=lambda value: f"<{type(value).__name__}>")[:4000]
         whole = f'<p class="bad">left out: {escape(text)}</p><pre>{escape(printable(raw))}</pre>'
     attributes = {
-        "source": record.source.name, "verdict": verdict, "tokens": tokens, "supervised": supervised,
-        "images": len(images), "reason": reason_without_names(record.problem) if record.problem else "",
-    }  # fmt: skip
+        "source": record.source.name,
+        "verdict": verdict,
+        "tokens": tokens,
+        "supervised": supervised,
+        "images": len(images),
+        "reason": reason_without_names(record.problem) if record.problem else "",
+    }
     data = "".join(f' data-{name}="{escape(printable(str(value)))}"' for name, value in attributes.items())
     notes = "".join(f"<p>{escape(presentable(note))}</p>" for note in record.notes)
     style = "muted" if record.problem is None else "bad"

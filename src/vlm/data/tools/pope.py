@@ -81,9 +81,14 @@ STRATEGIES: dict[str, Callable[[LabelledImage, Sequence[str], ObjectCounts, rand
 
 
 def make_questions(
-    images: Sequence[LabelledImage], strategy: str, *, num_objects: int = NUM_OBJECTS, max_images: int = MAX_IMAGES,
-    question: str = QUESTION, seed: int = 0,
-) -> list[Record]:  # fmt: skip
+    images: Sequence[LabelledImage],
+    strategy: str,
+    *,
+    num_objects: int = NUM_OBJECTS,
+    max_images: int = MAX_IMAGES,
+    question: str = QUESTION,
+    seed: int = 0,
+) -> list[Record]:
     """Return records of yes/no questions, half of them about objects that are there.
 
     Args:
@@ -102,8 +107,11 @@ def make_questions(
         number = min(num_objects, len(image.labels), len(absent))
         present = random.Random(f"{seed} {image.image}").sample(image.labels, number)
         missing = STRATEGIES[strategy](image, absent, counts, random.Random(f"{seed} {image.image} absent"))[:number]
-        for label, answer in ((label, answer) for pair in zip(present, missing, strict=True)
-                              for label, answer in zip(pair, ("yes", "no"), strict=True)):  # fmt: skip
+        for label, answer in (
+            (label, answer)
+            for pair in zip(present, missing, strict=True)
+            for label, answer in zip(pair, ("yes", "no"), strict=True)
+        ):
             text = question.replace(OBJECT_FIELD, with_article(label))
             record = make_llava_record(f"{image.image}:{label}", image.image, [(text, answer)])
             records.append(record | {"object": label, "kind": "present" if answer == "yes" else strategy})
@@ -142,9 +150,13 @@ def main(words: Sequence[str]) -> None:
         images = read_labelled_images(args.records, resolve_cache_folder(None), key=args.objects_key, synonyms=synonyms)
         for strategy in STRATEGIES:
             questions = make_questions(
-                images, strategy, num_objects=args.num_objects, max_images=args.max_images, question=args.question,
+                images,
+                strategy,
+                num_objects=args.num_objects,
+                max_images=args.max_images,
+                question=args.question,
                 seed=args.seed,
-            )  # fmt: skip
+            )
             path = args.folder / f"{strategy}.jsonl"
             print(f"{write_records(path, questions, force=args.force):,} questions: {path}")
     except (ValueError, OSError) as error:

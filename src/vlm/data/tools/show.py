@@ -83,9 +83,14 @@ class ShownRecord:
 
 
 def load_shown_records(
-    config: DatasetConfig, encoder: SampleEncoder, *, number: int, records: Sequence[int] = (), seed: int | None = None,
+    config: DatasetConfig,
+    encoder: SampleEncoder,
+    *,
+    number: int,
+    records: Sequence[int] = (),
+    seed: int | None = None,
     with_views: bool = True,
-) -> Iterable[ShownRecord]:  # fmt: skip
+) -> Iterable[ShownRecord]:
     """Load records of each source of a run: those at the indices `records`, or else `number` of them.
 
     These are selected at random by `seed`; without one they are the first, as of streams always. Without `with_views`,

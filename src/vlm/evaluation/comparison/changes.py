@@ -123,9 +123,14 @@ def _change(
     gains = (after - before) * sign_of(place[3])
     is_bounded = place[3] not in (LOSS, *UNBOUNDED_METRICS)
     return Change(
-        *place, len(before), float(before.mean()), float(after.mean()),
-        paired_difference(before, after, units, is_bounded=is_bounded), int((gains > 0).sum()), int((gains < 0).sum()),
-    )  # fmt: skip
+        *place,
+        len(before),
+        float(before.mean()),
+        float(after.mean()),
+        paired_difference(before, after, units, is_bounded=is_bounded),
+        int((gains > 0).sum()),
+        int((gains < 0).sum()),
+    )
 
 
 def paired_values(

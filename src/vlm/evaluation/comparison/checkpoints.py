@@ -79,9 +79,13 @@ class ComparisonSettings:
 
 
 def compare_checkpoints(
-    before: ComparedCheckpoint, after: ComparedCheckpoint, read: Callable[[VisionLanguageModel], Records],
-    settings: ComparisonSettings, folder: Path, run_info: dict[str, object],
-) -> Comparison:  # fmt: skip
+    before: ComparedCheckpoint,
+    after: ComparedCheckpoint,
+    read: Callable[[VisionLanguageModel], Records],
+    settings: ComparisonSettings,
+    folder: Path,
+    run_info: dict[str, object],
+) -> Comparison:
     """Compare two checkpoints on records, and write everything into a folder.
 
     Args:
@@ -136,9 +140,13 @@ class _Tables:
             self._path(name).unlink(missing_ok=True)
 
     def measure(
-        self, name: str, models: tuple[str, ...], ready: VisionLanguageModel, records: Records,
+        self,
+        name: str,
+        models: tuple[str, ...],
+        ready: VisionLanguageModel,
+        records: Records,
         others: Sequence[str | None] = (),
-    ) -> list[Measured]:  # fmt: skip
+    ) -> list[Measured]:
         """Return what a model makes of all records, from the table or measured now."""
         measurer = Measurer(ready, self.settings.inference, SupervisedScores(ready.model))
 
@@ -149,9 +157,13 @@ class _Tables:
         return [Measured.from_row(row) for row in self._fill(name, models, len(records), run)]
 
     def losses(
-        self, name: str, models: tuple[str, ...], ready: VisionLanguageModel, records: Records,
+        self,
+        name: str,
+        models: tuple[str, ...],
+        ready: VisionLanguageModel,
+        records: Records,
         answers: Sequence[str | None],
-    ) -> list[float | None]:  # fmt: skip
+    ) -> list[float | None]:
         """Return a model's losses of given answers, from the table or measured now."""
         measurer = Measurer(ready, self.settings.inference, SupervisedScores(ready.model))
 

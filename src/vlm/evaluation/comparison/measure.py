@@ -119,14 +119,15 @@ class Measurer:
         known = [other for other, item in given if isinstance(item, _Prepared)]
         answers = self._answers([item.prompt for item in usable])
         columns = zip(
-            usable, answers,
+            usable,
+            answers,
             self._answers([item.blank_prompt for item in usable]),
             self._losses([item.reply for item in usable]),
             self._losses([item.blank_reply for item in usable]),
             self._losses(list(map(_answer_inputs, usable, answers))),
             self._losses(list(map(_answer_inputs, usable, known))),
             strict=True,
-        )  # fmt: skip
+        )
         measured = iter([
             replace(_describe(item.record), answer=answer, blank_answer=blank_answer, loss=loss, blank_loss=blank_loss,
                     own_loss=own_loss, other_loss=other_loss)
@@ -228,10 +229,14 @@ def _describe(record: ComparedRecord) -> Measured:
     is_text = last is not None and last.supervised and not isinstance(last, ToolCallTurn)
     reply = [without_thinking(last_reply_text(sample))] if is_text else []
     return Measured(
-        sample.id, record.dataset, dict(record.groups), ";".join(map(_name_medium, sample.media)),
-        "" if question is None else question_text(question), list(sample.references) or reply,
+        sample.id,
+        record.dataset,
+        dict(record.groups),
+        ";".join(map(_name_medium, sample.media)),
+        "" if question is None else question_text(question),
+        list(sample.references) or reply,
         None if record.check is None else record.check.as_record(),
-    )  # fmt: skip
+    )
 
 
 def _name_medium(medium: ImageRef | VideoRef) -> str:

@@ -12,7 +12,7 @@ KINDS = (
     ("description", r"describe|caption|what is (?:shown|happening)|(?:tell|provide|write) .*(?:about|caption)"),
     ("reason", r"why\b|how (?:come|do|does|can|would)\b|explain"),
     ("what", r"what\b|which\b|who\b|name\b"),
-)  # fmt: skip
+)
 """Kind -> what its questions begin with; the first that fits counts. Of `choice`, options are listed anywhere."""
 OTHER = "other"
 NO_QUESTION = "no text"

@@ -100,14 +100,19 @@ def write_comparison(
     write_worse(comparison.worse, samples, folder)
     (folder / REPORT_FILE).write_text(_format_report(comparison), encoding="utf-8")
     before, after = comparison.names
-    write_json(folder, {
-        "before": before, "after": after, **run_info,
-        "changes": [{**asdict(change), "direction": change.direction} for change in comparison.changes],
-        "drift": [asdict(drift) for drift in comparison.drifts],
-        "replay": {**asdict(comparison.replay), "text": str(comparison.replay)},
-        "num_worse": len(comparison.worse),
-        "left_out": [{"id": name, "error": error} for name, error in comparison.left_out],
-    })  # fmt: skip
+    write_json(
+        folder,
+        {
+            "before": before,
+            "after": after,
+            **run_info,
+            "changes": [{**asdict(change), "direction": change.direction} for change in comparison.changes],
+            "drift": [asdict(drift) for drift in comparison.drifts],
+            "replay": {**asdict(comparison.replay), "text": str(comparison.replay)},
+            "num_worse": len(comparison.worse),
+            "left_out": [{"id": name, "error": error} for name, error in comparison.left_out],
+        },
+    )
 
 
 def _format_report(comparison: Comparison) -> str:
@@ -149,18 +154,25 @@ def _without_repeats(changes: Sequence[Change]) -> list[Change]:
     """Return the changes without those of a group that is a whole set, as its only kind of question is."""
     sizes = {(row.dataset, row.measure, row.is_blank): row.num_records for row in changes if row.split == ALL}
     return [
-        row for row in changes
+        row
+        for row in changes
         if row.split == ALL or row.num_records != sizes.get((row.dataset, row.measure, row.is_blank))
-    ]  # fmt: skip
+    ]
 
 
 def _row(change: Change) -> tuple[str, ...]:
     images = ", blank images" if change.is_blank else ""
     return (
-        f"{name_of(change)}{images}", f"{change.num_records:,}", change.measure, _number(change.before),
-        _number(change.after), _difference(change.difference), str(change.num_better), str(change.num_worse),
+        f"{name_of(change)}{images}",
+        f"{change.num_records:,}",
+        change.measure,
+        _number(change.before),
+        _number(change.after),
+        _difference(change.difference),
+        str(change.num_better),
+        str(change.num_worse),
         DIRECTIONS[change.direction],
-    )  # fmt: skip
+    )
 
 
 def _describe_drift(drift: Drift) -> str:

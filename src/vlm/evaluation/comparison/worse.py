@@ -53,11 +53,19 @@ class Worse:
         """Return the record as a line of `worse.jsonl`."""
         before, after = self.pair
         return {
-            "id": before.id, "set": before.dataset, **before.groups, "media": before.media, "prompt": before.prompt,
-            "references": before.references, "before": before.answer, "after": after.answer,
-            "score_before": self.score_before, "score_after": self.score_after,
-            "loss_before": before.loss, "loss_after": after.loss,
-        }  # fmt: skip
+            "id": before.id,
+            "set": before.dataset,
+            **before.groups,
+            "media": before.media,
+            "prompt": before.prompt,
+            "references": before.references,
+            "before": before.answer,
+            "after": after.answer,
+            "score_before": self.score_before,
+            "score_after": self.score_after,
+            "loss_before": before.loss,
+            "loss_after": after.loss,
+        }
 
 
 def find_worse(pairs: Sequence[Pair], metric: str) -> list[Worse]:
@@ -96,10 +104,11 @@ def _as_html(item: Worse, sample: Sample) -> str:
     before, after = item.pair
     title = f"{before.dataset}, {', '.join(before.groups.values())}: {before.id}"
     lines = {
-        "question": before.prompt, "reference": " | ".join(before.references),
+        "question": before.prompt,
+        "reference": " | ".join(before.references),
         "before": _with_numbers(before.answer, item.score_before, before.loss),
         "after": _with_numbers(after.answer, item.score_after, after.loss),
-    }  # fmt: skip
+    }
     images = "".join(_image_as_html(image, sample.id) for image in sample.images)
     items = "".join(f"<li><b>{label}</b>: {escape(printable(text))}</li>" for label, text in lines.items())
     return f"<h2>{escape(printable(title))}</h2>{images}<ul>{items}</ul>"

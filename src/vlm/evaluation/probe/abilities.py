@@ -97,32 +97,40 @@ def ask_format(rng: random.Random) -> Question:
     """Ask for an answer of a certain form; only the form counts."""
     shape = Shape(rng.choice(SHAPES), rng.choice(list(COLOURS)), 0.5, 0.5, 0.25)
     image = draw_shapes([shape])
-    text, answer, check = rng.choice((
+    text, answer, check = rng.choice(
         (
-            "Which shape is in the image, and which colour is it? Answer with a JSON list of these two words only.",
-            f'["{shape.name}", "{shape.colour}"]', Check("json_list", "2"),
-        ),
-        (
-            'What colour is the shape? Answer only with a JSON object whose single key is "colour".',
-            f'{{"colour": "{shape.colour}"}}', Check("json_object", "colour"),
-        ),
-        (
-            "Describe the image in exactly three words.",
-            f"One {shape.colour} {shape.name}.", Check("num_words", "3"),
-        ),
-        (
-            "Which shape is in the image? Answer in capital letters.",
-            shape.name.upper(), Check("upper_case", ""),
-        ),
-        (
-            "Describe the image in one sentence, and end with the word DONE.",
-            f"There is a {shape.colour} {shape.name}. DONE", Check("ends_with", "DONE"),
-        ),
-        (
-            "Name three colours, separated by commas, and write nothing else.",
-            "red, green, blue", Check("comma_list", "3"),
-        ),
-    ))  # fmt: skip
+            (
+                "Which shape is in the image, and which colour is it? Answer with a JSON list of these two words only.",
+                f'["{shape.name}", "{shape.colour}"]',
+                Check("json_list", "2"),
+            ),
+            (
+                'What colour is the shape? Answer only with a JSON object whose single key is "colour".',
+                f'{{"colour": "{shape.colour}"}}',
+                Check("json_object", "colour"),
+            ),
+            (
+                "Describe the image in exactly three words.",
+                f"One {shape.colour} {shape.name}.",
+                Check("num_words", "3"),
+            ),
+            (
+                "Which shape is in the image? Answer in capital letters.",
+                shape.name.upper(),
+                Check("upper_case", ""),
+            ),
+            (
+                "Describe the image in one sentence, and end with the word DONE.",
+                f"There is a {shape.colour} {shape.name}. DONE",
+                Check("ends_with", "DONE"),
+            ),
+            (
+                "Name three colours, separated by commas, and write nothing else.",
+                "red, green, blue",
+                Check("comma_list", "3"),
+            ),
+        )
+    )
     return Question(image, text, answer, check)
 
 

@@ -38,9 +38,15 @@ def write_probe(folder: Path, num_questions: int = NUM_QUESTIONS) -> Path:
                 question.image.save(folder / "images" / f"{name}.png")
                 image, lead = {"image": f"images/{name}.png"}, f"{PLACEHOLDER}\n"
             turns = [{"from": "human", "value": lead + question.text}, {"from": "gpt", "value": question.answer}]
-            lines.append({
-                "id": name, **image, "conversations": turns, "kind": ability, CHECK_KEY: question.check.as_record(),
-            })  # fmt: skip
+            lines.append(
+                {
+                    "id": name,
+                    **image,
+                    "conversations": turns,
+                    "kind": ability,
+                    CHECK_KEY: question.check.as_record(),
+                }
+            )
     path = folder / PROBE_FILE
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
     return path

@@ -155,9 +155,13 @@ def _rope_incompatibilities(config: PreTrainedConfig) -> Iterator[str]:
     if kind not in allowed:
         yield f"a {config.model_type} with rope_type={kind}: possible are {', '.join(allowed)}"
     known = {
-        "rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor",
+        "rope_type",
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
         *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()),
-    }  # fmt: skip
+    }
     if further := sorted(key for key, value in _rope(config).items() if key not in known and value is not None):
         yield f"rope_parameters with {', '.join(further)}: llama.cpp takes {', '.join(sorted(known))}"
     local = (config.rope_parameters or {}).get("sliding_attention", {})
@@ -274,7 +278,14 @@ ARCHITECTURES = {
 """`model_type` of transformers -> llama.cpp's architecture."""
 
 ACTIVATIONS = {
-    "llama": "silu", "mistral": "silu", "qwen2": "silu", "qwen3": "silu", "phi": "gelu_new", "phi3": "silu",
-    "gemma": "gelu_pytorch_tanh", "gemma2": "gelu_pytorch_tanh", "gemma3_text": "gelu_pytorch_tanh",
-}  # fmt: skip
+    "llama": "silu",
+    "mistral": "silu",
+    "qwen2": "silu",
+    "qwen3": "silu",
+    "phi": "gelu_new",
+    "phi3": "silu",
+    "gemma": "gelu_pytorch_tanh",
+    "gemma2": "gelu_pytorch_tanh",
+    "gemma3_text": "gelu_pytorch_tanh",
+}
 """`model_type` -> the one activation that llama.cpp has for it."""

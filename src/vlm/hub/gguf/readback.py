@@ -22,13 +22,21 @@ from vlm.hub.gguf.tokenizer import TEXTS, merge_by_score, rebuild_tokenizer
 from vlm.models import VLMProcessor
 
 CONFIG_FIELDS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps",
-)  # fmt: skip
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+)
 """Settings that transformers reads out of any of these files."""
 
 LARGEST_LOGIT_DIFFERENCE = {
-    StoredType.F32: 1e-4, StoredType.F16: 2e-2, StoredType.BF16: 2e-2, StoredType.Q8_0: 1e-1,
-}  # fmt: skip
+    StoredType.F32: 1e-4,
+    StoredType.F16: 2e-2,
+    StoredType.BF16: 2e-2,
+    StoredType.Q8_0: 1e-1,
+}
 """How matrices are stored -> the largest `|ours - theirs| / |ours|` (Euclidean norms) that counts as rounding."""
 
 

@@ -103,9 +103,14 @@ TEMPLATE_HEADER = """\
 """The beginning of an exported template, before ours; llama.cpp writes a mark for an image, and no line break."""
 
 TEXTS = (
-    "What is this?", " two  blanks and\n\nnew lines\t", "It's 1234567 o'clock, isn't it? (3.14)", "naïve café 你好 🙂",
-    "  ", "I'LL SEE x=y_z;", "a\r\nb",
-)  # fmt: skip
+    "What is this?",
+    " two  blanks and\n\nnew lines\t",
+    "It's 1234567 o'clock, isn't it? (3.14)",
+    "naïve café 你好 🙂",
+    "  ",
+    "I'LL SEE x=y_z;",
+    "a\r\nb",
+)
 """Texts that the exported tokenizer is asked."""
 
 

@@ -97,9 +97,13 @@ def write_graphs(model: VLMForConditionalGeneration, folder: Path, pixel_shape: 
     text: PreTrainedConfig = model.config.text_config
     images, batch, new, past = Dim("images"), Dim("batch"), Dim("sequence"), Dim("past_sequence")
     _write(
-        VisionEncoder(model), (torch.rand(2, *pixel_shape),), folder / VISION_ENCODER,
-        ["pixel_values"], ["image_features"], ({0: images},),
-    )  # fmt: skip
+        VisionEncoder(model),
+        (torch.rand(2, *pixel_shape),),
+        folder / VISION_ENCODER,
+        ["pixel_values"],
+        ["image_features"],
+        ({0: images},),
+    )
     ids = torch.zeros(2, 3, dtype=torch.long)
     embeddings = model.get_input_embeddings()
     _write(embeddings, (ids,), folder / EMBED_TOKENS, ["input_ids"], ["inputs_embeds"], ({0: batch, 1: new},))
@@ -109,14 +113,18 @@ def write_graphs(model: VLMForConditionalGeneration, folder: Path, pixel_shape: 
     mask, positions = torch.ones(2, 8, dtype=torch.long), torch.arange(5, 8).repeat(2, 1)
     names = [f"{number}.{kind}" for number in range(text.num_hidden_layers) for kind in ("key", "value")]
     _write(
-        Decoder(model), (embedded, mask, positions, *caches), folder / DECODER,
+        Decoder(model),
+        (embedded, mask, positions, *caches),
+        folder / DECODER,
         ["inputs_embeds", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in names)],
         ["logits", *(f"present.{name}" for name in names)],
         (
-            {0: batch, 1: new}, {0: batch, 1: Dim("total_sequence")}, {0: batch, 1: new},
+            {0: batch, 1: new},
+            {0: batch, 1: Dim("total_sequence")},
+            {0: batch, 1: new},
             tuple({0: batch, 2: past} for _ in caches),
         ),
-    )  # fmt: skip
+    )
 
 
 def cache_shapes(text: PreTrainedConfig, length: int) -> list[tuple[int, int, int]]:
@@ -127,17 +135,26 @@ def cache_shapes(text: PreTrainedConfig, length: int) -> list[tuple[int, int, in
 
 
 def _write(
-    module: nn.Module, inputs: tuple[Tensor, ...], file: Path, input_names: list[str], output_names: list[str],
+    module: nn.Module,
+    inputs: tuple[Tensor, ...],
+    file: Path,
+    input_names: list[str],
+    output_names: list[str],
     dynamic_shapes: tuple[object, ...],
-) -> None:  # fmt: skip
+) -> None:
     """Write one graph."""
     num_bytes = sum(parameter.nbytes for parameter in module.parameters())
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                module.eval(), inputs, input_names=input_names, output_names=output_names,
-                dynamic_shapes=dynamic_shapes, dynamo=True, verbose=False,
-            )  # fmt: skip
+                module.eval(),
+                inputs,
+                input_names=input_names,
+                output_names=output_names,
+                dynamic_shapes=dynamic_shapes,
+                dynamo=True,
+                verbose=False,
+            )
             assert program is not None
             program.save(file, external_data=num_bytes > LARGEST_PROTOBUF)
     except Exception as error:  # whatever an operator without a translation raises

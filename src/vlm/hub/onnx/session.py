@@ -58,9 +58,13 @@ class OnnxModel:
         return logits, present
 
     def generate(
-        self, input_ids: Array, attention_mask: Array, pixel_values: Array | None, max_new_tokens: int,
+        self,
+        input_ids: Array,
+        attention_mask: Array,
+        pixel_values: Array | None,
+        max_new_tokens: int,
         ends: tuple[int, ...] = (),
-    ) -> Array:  # fmt: skip
+    ) -> Array:
         """Return the greedy tokens, `(B, new)`; stops when every row has written one of `ends`."""
         logits, cache = self.decode(self.embed(input_ids, pixel_values), attention_mask)
         tokens = [logits[:, -1].argmax(axis=-1)[:, None]]

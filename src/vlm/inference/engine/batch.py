@@ -48,8 +48,9 @@ class DecodingBatch:
         return (
             (mask is None or (mask.ndim == 2 and mask.shape[1] == self.ids.shape[1]))  # None: nothing is padding
             and all(self.inputs.get(name) is None for name in UNJOINABLE_INPUTS)
-            and cache is not None and is_joinable(cache, self.ids.shape[1] - 1)
-        )  # fmt: skip
+            and cache is not None
+            and is_joinable(cache, self.ids.shape[1] - 1)
+        )
 
     @property
     def has_own_state(self) -> bool:
@@ -150,9 +151,13 @@ def start_batch(model: VisionLanguageModel, row: Row, options: Mapping[str, obje
     started: list[DecodingBatch] = []
 
     def start(
-        network: Any, input_ids: Tensor, logits_processor: LogitsProcessorList, stopping_criteria: object,
-        generation_config: object, **inputs: Any,
-    ) -> Tensor:  # fmt: skip
+        network: Any,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: object,
+        generation_config: object,
+        **inputs: Any,
+    ) -> Tensor:
         """Run the prompt through the network and keep the batch; `generate` calls this as its decoding method."""
         passed = network.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **inputs)
         outputs = network(**passed, return_dict=True)

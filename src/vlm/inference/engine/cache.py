@@ -23,9 +23,13 @@ from transformers.cache_utils import (
 )
 
 JOINABLE_LAYERS = (
-    DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer, DummyLayer,
-)  # fmt: skip
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    DummyLayer,
+)
 """Kinds of layers that can be joined; a class derived from one of them may hold more than it does."""
 
 
@@ -48,10 +52,9 @@ def is_filled(cache: Cache) -> bool:
 def is_joinable(cache: Cache, length: int) -> bool:
     """Return whether a cache of rows of so many tokens can be joined with others."""
     return type(cache) is DynamicCache and all(
-        type(layer) in JOINABLE_LAYERS
-        and (not _has_keys(layer) or layer.keys.shape[-2] == _num_kept(layer, length))
+        type(layer) in JOINABLE_LAYERS and (not _has_keys(layer) or layer.keys.shape[-2] == _num_kept(layer, length))
         for layer in cache.layers
-    )  # fmt: skip
+    )
 
 
 def join_caches(caches: Sequence[Cache], lengths: Sequence[int]) -> DynamicCache:
@@ -63,9 +66,8 @@ def join_caches(caches: Sequence[Cache], lengths: Sequence[int]) -> DynamicCache
     """
     joined = copy(cast(DynamicCache, caches[0]))
     joined.layers = [
-        _join_layers(layers, max(lengths))
-        for layers in zip(*(cache.layers for cache in caches), strict=True)
-    ]  # fmt: skip
+        _join_layers(layers, max(lengths)) for layers in zip(*(cache.layers for cache in caches), strict=True)
+    ]
     return joined
 
 

@@ -20,9 +20,14 @@ MAX_GRAMMAR_CHARACTERS = 65_536
 WHITE_SPACE = r"[\x20\x0A\x0D\x09]{0,40}"
 """White space between the parts of JSON. It is bounded: models like to go on with line breaks for ever."""
 LIMITS = llguidance.LLParserLimits(
-    max_grammar_size=100_000, initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=25_000,
-    max_lexer_states=50_000, precompute_large_lexemes=False, verbose_errors=False,
-)  # fmt: skip
+    max_grammar_size=100_000,
+    initial_lexer_fuel=500_000,
+    step_lexer_fuel=100_000,
+    step_max_items=25_000,
+    max_lexer_states=50_000,
+    precompute_large_lexemes=False,
+    verbose_errors=False,
+)
 """Bounds of the time and memory of a grammar: about 20 ms and 50 MB to compile it, 10 ms for each token."""
 
 

@@ -17,7 +17,8 @@ LEAST_TEMPERATURE = 1e-3
 BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_new_tokens": (lambda value: value >= 1, "must be at least 1"),
     "temperature": (
-        lambda value: value == 0 or LEAST_TEMPERATURE <= value < inf, f"0, or from {LEAST_TEMPERATURE} on, is needed"
+        lambda value: value == 0 or LEAST_TEMPERATURE <= value < inf,
+        f"0, or from {LEAST_TEMPERATURE} on, is needed",
     ),
     "top_p": (lambda value: 0 < value <= 1, "more than 0, and at most 1, is needed"),
     "frequency_penalty": (isfinite, "a finite number is needed"),
@@ -26,7 +27,7 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stop": (all, "no text may be empty"),
     "top_logprobs": (lambda value: value is None or value >= 0, "0 or more is needed"),
     "logit_bias": (lambda value: all(map(isfinite, value.values())), "finite numbers are needed"),
-}  # fmt: skip
+}
 """Option -> whether a value is allowed, and what is."""
 
 

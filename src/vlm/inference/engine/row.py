@@ -72,9 +72,12 @@ class Row:
     """
 
     def __init__(
-        self, prepared: Prepared, options: SamplingOptions, context: AnswerContext,
+        self,
+        prepared: Prepared,
+        options: SamplingOptions,
+        context: AnswerContext,
         deliver: Callable[[Piece | BaseException], None],
-    ):  # fmt: skip
+    ):
         self.prepared, self.options, self.deliver = prepared, options, deliver
         self.is_cancelled = self.is_finished = False
         self.answer: list[int] = []

@@ -43,8 +43,9 @@ class Admission:
             raise RequestError(
                 f"{self.num_taken} answers are running or waiting, and at most {self.max_queue} may wait "
                 "(serving.max_queue); try again later",
-                status=429, code="rate_limit_exceeded",
-            )  # fmt: skip
+                status=429,
+                code="rate_limit_exceeded",
+            )
         self.num_taken += number
         return self._give_back(number, 0)
 
@@ -109,9 +110,7 @@ def _call_soon(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> N
         loop.call_soon_threadsafe(action)
 
 
-async def run_while_client_stays(
-    receive: Receive, work: Coroutine[object, object, Result], seconds: float
-) -> Result:  # fmt: skip
+async def run_while_client_stays(receive: Receive, work: Coroutine[object, object, Result], seconds: float) -> Result:
     """Return the result of work that is cancelled when the client leaves, or after some time.
 
     Raises:
@@ -128,8 +127,9 @@ async def run_while_client_stays(
             raise ClientLeft
         raise RequestError(
             f"the answer took more than {seconds:g} seconds, waiting included (serving.request_seconds)",
-            status=503, code="request_timeout",
-        )  # fmt: skip
+            status=503,
+            code="request_timeout",
+        )
     finally:
         for pending in (task, watcher):
             pending.cancel()

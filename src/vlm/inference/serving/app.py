@@ -81,9 +81,13 @@ def make_embeddings_app(
 
 
 def make_app(
-    service: Service, paths: Mapping[str, Respond], reason: RefusalReason, key: str | None,
-    close: Callable[[], object], is_running: Callable[[], bool],
-) -> Starlette:  # fmt: skip
+    service: Service,
+    paths: Mapping[str, Respond],
+    reason: RefusalReason,
+    key: str | None,
+    close: Callable[[], object],
+    is_running: Callable[[], bool],
+) -> Starlette:
     """Return an endpoint with the paths that all models have, and those given."""
     routes = [Route(path, JsonEndpoint(service, respond), methods=["POST"]) for path, respond in paths.items()]
     routes += [

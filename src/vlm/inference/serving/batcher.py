@@ -26,9 +26,12 @@ class Batcher(Generic[Result]):
     """
 
     def __init__(
-        self, processor: Processor, device: torch.device, run: Callable[[dict[str, Tensor]], list[Result]],
+        self,
+        processor: Processor,
+        device: torch.device,
+        run: Callable[[dict[str, Tensor]], list[Result]],
         max_batch: int,
-    ):  # fmt: skip
+    ):
         self.processor, self.device, self.max_batch = processor, device, max_batch
         self._run = run
         self._collate = Collator.of(processor, left=False)

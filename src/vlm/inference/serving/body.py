@@ -161,9 +161,12 @@ def parse_json(content: bytes | bytearray, max_characters: int) -> dict[str, obj
         raise _malformed(f"it has more values than a request of {max_characters:,} characters needs")
     try:
         value = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant,
-            parse_int=_parse_int, parse_float=_parse_float,
-        )  # fmt: skip
+            content.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_int,
+            parse_float=_parse_float,
+        )
     except UnicodeDecodeError as error:
         raise _malformed(f"it is not UTF-8 at byte {error.start}") from None
     except json.JSONDecodeError as error:

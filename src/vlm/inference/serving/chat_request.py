@@ -277,9 +277,7 @@ class ChatRequest(FieldsWithoutEffect):
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    response_format: (
-        Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Discriminator("type")] | None
-    ) = None  # fmt: skip
+    response_format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Discriminator("type")] | None = None
     tools: Annotated[list[Tool], Field(min_length=1)] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None

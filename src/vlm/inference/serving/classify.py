@@ -48,9 +48,13 @@ class ClassifyEndpoint:
         usage = {**make_usage(count_tokens(rows), 0), "prompt_tokens_details": None}
         data = [self._describe(index, by_head) for index, by_head in enumerate(predictions)]
         return {
-            "id": make_id("classify"), "object": "list", "created": int(time.time()), "model": self.service.name,
-            "data": data, "usage": usage,
-        }  # fmt: skip
+            "id": make_id("classify"),
+            "object": "list",
+            "created": int(time.time()),
+            "model": self.service.name,
+            "data": data,
+            "usage": usage,
+        }
 
     def _prepare(self, call: Call) -> list[SampleInputs]:
         request = parse_inputs(ClassifyRequest, call)

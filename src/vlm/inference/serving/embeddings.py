@@ -156,9 +156,13 @@ class EmbeddingsEndpoint:
         request, source = parse_inputs(EmbeddingsRequest, call), self.source
         source.check_width(request.dimensions)
         rows = prepare_inputs(
-            request, source.processor, source.model.config, self.service.config, source.suffix,
+            request,
+            source.processor,
+            source.model.config,
+            self.service.config,
+            source.suffix,
             source.system_prompt(request.input_type),
-        )  # fmt: skip
+        )
         encode = encode_base64 if request.encoding_format == "base64" else list
 
         def write(vector: Tensor) -> object:

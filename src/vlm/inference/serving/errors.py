@@ -23,9 +23,14 @@ class RequestError(Exception):
     """
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None,
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__(message)
         self.message, self.status, self.param, self.code = message, status, param, code
         self.headers = dict(headers or {})

@@ -81,8 +81,9 @@ class ImageReader:
                 image.close()
                 raise RequestError(
                     f"{param}: {size}, beyond serving.{key}={limit:,}; send a smaller image",
-                    param=param, code="limit_exceeded",
-                )  # fmt: skip
+                    param=param,
+                    code="limit_exceeded",
+                )
         self._num_pixels += number
         return image
 

@@ -15,13 +15,18 @@ class Metrics:
         registry = self.registry
         self.requests = Counter("vlm_requests", "Requests by path and status", ["path", "status"], registry=registry)
         self.seconds = Histogram(
-            "vlm_request_seconds", "Seconds from a request's headers to the end of its answer", ["path"],
-            buckets=SECONDS, registry=registry,
-        )  # fmt: skip
+            "vlm_request_seconds",
+            "Seconds from a request's headers to the end of its answer",
+            ["path"],
+            buckets=SECONDS,
+            registry=registry,
+        )
         self.first_token_seconds = Histogram(
-            "vlm_first_token_seconds", "Seconds from a request's body to the first piece of its answer",
-            buckets=SECONDS, registry=registry,
-        )  # fmt: skip
+            "vlm_first_token_seconds",
+            "Seconds from a request's body to the first piece of its answer",
+            buckets=SECONDS,
+            registry=registry,
+        )
         self.prompt_tokens = Counter(
             "vlm_prompt_tokens", "Tokens of prompts, those of images included", registry=registry
         )

@@ -83,9 +83,13 @@ def parse_inputs(kind: type[Request], call: Call) -> Request:
 
 
 def prepare_inputs(
-    request: PoolingRequest, processor: Processor, model_config: PreTrainedConfig, config: ServingConfig,
-    suffix: Sequence[int] = (), system_prompt: str = "",
-) -> list[SampleInputs]:  # fmt: skip
+    request: PoolingRequest,
+    processor: Processor,
+    model_config: PreTrainedConfig,
+    config: ServingConfig,
+    suffix: Sequence[int] = (),
+    system_prompt: str = "",
+) -> list[SampleInputs]:
     """Return the model's inputs for each prompt of a request. CPU work: call it in a worker thread.
 
     `system_prompt` is the system turn of prompts that have none; empty: there is none.
@@ -101,9 +105,7 @@ def prepare_inputs(
         conversations.append((turns, images, "messages"))
     if sum(map(len, request.texts)) > config.max_characters:
         refuse_characters("input", config.max_characters)
-    conversations += [
-        ([Turn("user", (text,))], [], f"input[{place}]") for place, text in enumerate(request.texts)
-    ]  # fmt: skip
+    conversations += [([Turn("user", (text,))], [], f"input[{place}]") for place, text in enumerate(request.texts)]
     rows: list[SampleInputs] = []
     positions = max_positions(model_config)
     for turns, images, param in conversations:

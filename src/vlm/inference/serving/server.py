@@ -137,10 +137,12 @@ class BoundedProtocol(H11Protocol):
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             content = json.dumps(error.to_dict()).encode()
             lines = [
-                f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}", "Content-Type: application/json",
-                f"Content-Length: {len(content)}", "Connection: close",
+                f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
+                "Content-Type: application/json",
+                f"Content-Length: {len(content)}",
+                "Connection: close",
                 *(f"{name}: {value}" for name, value in error.headers.items()),
-            ]  # fmt: skip
+            ]
             self.transport.write("\r\n".join([*lines, "", ""]).encode() + content)
         self.transport.close()
 
@@ -178,8 +180,14 @@ def make_server(app: ASGIApp, config: ServingConfig, **options: object) -> uvico
     """Return the server of an application; `run(sockets=[bind(…)])` starts it."""
     config = replace(config, max_connections=allow_connections(config.max_connections))
     settings: dict[str, Any] = {
-        "http": make_protocol(config), "ws": "none", "lifespan": "on", "log_level": "warning",
-        "proxy_headers": False, "server_header": False, "timeout_keep_alive": config.idle_seconds,
-        "timeout_graceful_shutdown": SHUTDOWN_SECONDS, **options,
-    }  # fmt: skip
+        "http": make_protocol(config),
+        "ws": "none",
+        "lifespan": "on",
+        "log_level": "warning",
+        "proxy_headers": False,
+        "server_header": False,
+        "timeout_keep_alive": config.idle_seconds,
+        "timeout_graceful_shutdown": SHUTDOWN_SECONDS,
+        **options,
+    }
     return uvicorn.Server(uvicorn.Config(app, **settings))

@@ -147,7 +147,7 @@ async def refuse(error: RequestError, send: Send, is_started: bool) -> None:
 
 async def send_json(
     send: Send, value: dict[str, object], status: int = 200, headers: dict[str, str] | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Send an object."""
     content = json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     await send_bytes(send, content, "application/json", status, headers)
@@ -155,7 +155,7 @@ async def send_json(
 
 async def send_bytes(
     send: Send, content: bytes, kind: str, status: int = 200, headers: dict[str, str] | None = None
-) -> None:  # fmt: skip
+) -> None:
     """Send a body of some type."""
     raw = {"content-type": kind, "content-length": str(len(content)), **(headers or {})}
     encoded = [(name.lower().encode(), value.encode()) for name, value in raw.items()]

@@ -28,8 +28,12 @@ PROBE_TOOL = {
     },
 }
 JSON_STYLE = {
-    "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ", "lenient": False, "coerce_one_of": True
-}  # fmt: skip
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+    "coerce_one_of": True,
+}
 """How llguidance reads a schema: white space as templates write it, and what it does not know is refused."""
 PARAMETERS_ID = "urn:vlm:parameters"
 OPENING_TAG = re.compile(r"<(\w+)>\s*$")

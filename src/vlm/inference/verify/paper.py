@@ -23,9 +23,14 @@ SGLANG_VERSION = "0.5.23"
 """The versions whose source the tables are from."""
 
 VLLM_TEXT_MODELS = (
-    "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM", "GemmaForCausalLM",
-    "Gemma3ForCausalLM", "Phi3ForCausalLM",
-)  # fmt: skip
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "MistralForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma3ForCausalLM",
+    "Phi3ForCausalLM",
+)
 """Language models that vLLM has classes of its own for and that we compose with."""
 
 VLLM_ACTIVATIONS = (
@@ -42,9 +47,13 @@ VLLM_RENAMED_PREFIXES = {
 """Prefix on disk -> in vLLM; other names are taken as they are."""
 
 VLLM_MODULES = (
-    "vision_tower.vision_model.", "multi_modal_projector.linear_1.", "multi_modal_projector.linear_2.",
-    "language_model.model.", "language_model.lm_head.", "image_newline",
-)  # fmt: skip
+    "vision_tower.vision_model.",
+    "multi_modal_projector.linear_1.",
+    "multi_modal_projector.linear_2.",
+    "language_model.model.",
+    "language_model.lm_head.",
+    "image_newline",
+)
 """Where vLLM has weights."""
 
 VLLM_ONEVISION_TILES = "anyres_max_9"

@@ -46,9 +46,12 @@ class ReadingJob:
         out, results = self._run(request, request.cases, request.questions, traced=())
         outputs = {case.name: load_file(out / f"{case.name}.safetensors") for case in request.cases}
         return Observation(
-            f"transformers {results['versions']['transformers']}", outputs, results["answers"],
-            ends=results["ends"], failures=results["failures"],
-        )  # fmt: skip
+            f"transformers {results['versions']['transformers']}",
+            outputs,
+            results["answers"],
+            ends=results["ends"],
+            failures=results["failures"],
+        )
 
     def trace(self, request: Request, case: Case) -> State:
         """Return what the parts give for a case, see `Engine.trace`."""

@@ -44,13 +44,20 @@ def _require_trust(request: Request, folder: Path, has_code: bool) -> None:
 
 
 FILES = {
-    "llava": "config.json", "llava-original": "config.json", "gguf": "model.gguf", "onnx": "vision_encoder.onnx",
-}  # fmt: skip
+    "llava": "config.json",
+    "llava-original": "config.json",
+    "gguf": "model.gguf",
+    "onnx": "vision_encoder.onnx",
+}
 """Format of an export -> a file that each of them has."""
 
 SETTING_FILES = (
-    "config.json", "generation_config.json", "processor_config.json", "tokenizer.json", "chat_template.jinja",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
 """Files of an export to LLaVA that decide what is served."""
 
 

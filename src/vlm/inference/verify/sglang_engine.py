@@ -4,6 +4,11 @@ from vlm.inference.verify.paper import SGLANG_NOTES, SGLANG_VERSION, check_for_s
 from vlm.inference.verify.server_engines import ServerEngine
 
 ENGINE = ServerEngine(
-    "SGLang", "sglang", "llava-original", SGLANG_VERSION, check_for_sglang,
-    lambda export, dtype: ("sglang.launch_server", "--model-path", str(export), "--dtype", dtype), SGLANG_NOTES,
-)  # fmt: skip
+    "SGLang",
+    "sglang",
+    "llava-original",
+    SGLANG_VERSION,
+    check_for_sglang,
+    lambda export, dtype: ("sglang.launch_server", "--model-path", str(export), "--dtype", dtype),
+    SGLANG_NOTES,
+)

@@ -74,10 +74,18 @@ def verify(
     cases = usable[:NUM_CASES]
     with TemporaryDirectory(prefix="vlm-verify-") as scratch:
         request = Request(
-            checkpoint, cases, usable, {case.name: reference.inputs(case) for case in cases}, Path(scratch),
-            settings.max_new_tokens, settings.export, settings.url, str(model.model.device),
-            str(model.model.dtype).removeprefix("torch."), settings.trust_remote_code,
-        )  # fmt: skip
+            checkpoint,
+            cases,
+            usable,
+            {case.name: reference.inputs(case) for case in cases},
+            Path(scratch),
+            settings.max_new_tokens,
+            settings.export,
+            settings.url,
+            str(model.model.device),
+            str(model.model.dtype).removeprefix("torch."),
+            settings.trust_remote_code,
+        )
         observation = engine.observe(request)
         comparison = _Comparison(reference, engine, request, observation)
         return comparison.certificate([*notes, *observation.notes])

@@ -160,9 +160,15 @@ class DistilledDataset(SampleDataset):
 
     def __init__(self, dataset: SampleDataset, teacher: TeacherDataset | None, packs: Sequence[Pack] = ()):
         super().__init__(
-            dataset.sources, dataset.places, dataset.lengths, dataset.num_images, has_videos=dataset.has_videos,
-            has_thinking=dataset.has_thinking, skipped=dataset.skipped, contributions=dataset.contributions,
-        )  # fmt: skip
+            dataset.sources,
+            dataset.places,
+            dataset.lengths,
+            dataset.num_images,
+            has_videos=dataset.has_videos,
+            has_thinking=dataset.has_thinking,
+            skipped=dataset.skipped,
+            contributions=dataset.contributions,
+        )
         self.dataset, self.teacher, self.packs = dataset, teacher, packs
 
     def __getitem__(self, index: int) -> SampleInputs | Skipped:

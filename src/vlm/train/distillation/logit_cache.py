@@ -78,9 +78,13 @@ class TeacherLogitWriter(FeatureCacheWriter[int, TeacherBatch]):
     reason = "it needs the logits of the same teacher for the same records"
 
     def __init__(
-        self, teacher: Teacher, dataset: SampleDataset, vocabulary: int, options: DistillationConfig,
+        self,
+        teacher: Teacher,
+        dataset: SampleDataset,
+        vocabulary: int,
+        options: DistillationConfig,
         config: DatasetConfig,
-    ):  # fmt: skip
+    ):
         self.teacher, self.dataset, self.vocabulary, self.options = teacher, dataset, vocabulary, options
         self.args, self.on_skipped = teacher.args, partial(refuse_unless_skipped, config)
         self.items, self.collate = TeacherDataset(dataset, teacher, config), teacher.make_collator()

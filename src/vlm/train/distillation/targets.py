@@ -73,9 +73,13 @@ class StateTargets:
 
     @classmethod
     def attach(
-        cls, model: PreTrainedModel, parts: Sequence[Part], weights: Mapping[str, float], width: int,
+        cls,
+        model: PreTrainedModel,
+        parts: Sequence[Part],
+        weights: Mapping[str, float],
+        width: int,
         args: TrainingArguments,
-    ) -> "StateTargets":  # fmt: skip
+    ) -> "StateTargets":
         """Give a student what maps its states to the teacher's width; its optimiser trains that with the connector."""
         own_width = model.config.get_text_config().hidden_size
         if own_width == width:

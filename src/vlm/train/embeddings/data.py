@@ -44,10 +44,13 @@ def make_pair_encoder(config: RunConfig, model_config: PreTrainedConfig, process
     """Return what encodes the members of records."""
     prompts = resolve_prompts(config.model.head)
     return PairEncoder(
-        processor, max_sample_length(config.dataset, model_config), truncate=False,
-        suffix=suffix_ids(config.model, processor.tokenizer), query_prompt=prompts.get("query", ""),
+        processor,
+        max_sample_length(config.dataset, model_config),
+        truncate=False,
+        suffix=suffix_ids(config.model, processor.tokenizer),
+        query_prompt=prompts.get("query", ""),
         document_prompt=prompts.get("document", ""),
-    )  # fmt: skip
+    )
 
 
 def resolve_prompts(head: HeadConfig) -> dict[str, str]:

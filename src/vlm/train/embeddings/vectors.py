@@ -96,9 +96,13 @@ def evaluation_metrics(vectors: Vectors) -> dict[str, float]:
 
 
 def report(
-    folder: Path, head: HeadSettings, sets: Mapping[str, Vectors], blank: Vectors | None, widths: Sequence[int],
+    folder: Path,
+    head: HeadSettings,
+    sets: Mapping[str, Vectors],
+    blank: Vectors | None,
+    widths: Sequence[int],
     identities: Mapping[str, str],
-) -> None:  # fmt: skip
+) -> None:
     """Write `scores.json`, `scores_resampled.json` and print the tables: metrics beside those of a random order.
 
     Args:
@@ -118,17 +122,23 @@ def report(
             f"first {width}": embedding_scores(vectors.vectors, vectors.members, width=width) for width in widths
         }
         entry: dict[str, object] = {
-            "records": len(vectors.members.queries), "documents": len(vectors.members.documents), "note": None,
-            "scores": scores_to_json(scores), "baseline": scores_to_json(others["random order"]),
+            "records": len(vectors.members.queries),
+            "documents": len(vectors.members.documents),
+            "note": None,
+            "scores": scores_to_json(scores),
+            "baseline": scores_to_json(others["random order"]),
             "widths": {str(width): scores_to_json(columns[f"first {width}"]) for width in widths},
-        }  # fmt: skip
+        }
         if blank is not None and name == list(sets)[-1]:
             others["blank images"] = embedding_scores(blank.vectors, blank.members)
             entry["blank_pictures"] = scores_to_json(others["blank images"])
         log.info(
-            "%s: %s queries among %s documents\n\n%s\n", name, f"{len(np.unique(vectors.members.queries)):,}",
-            f"{len(vectors.members.documents):,}", format_scores(scores, others | columns),
-        )  # fmt: skip
+            "%s: %s queries among %s documents\n\n%s\n",
+            name,
+            f"{len(np.unique(vectors.members.queries)):,}",
+            f"{len(vectors.members.documents):,}",
+            format_scores(scores, others | columns),
+        )
         contents[name] = {head.name: entry}
         resamples[name] = {head.name: resamples_as_json(identities[name], scores)}
     write_json(folder / "scores.json", contents)

@@ -61,9 +61,15 @@ Inputs = dict[str, Tensor]
 
 
 def replace_family_images(
-    model: PreTrainedModel, processor: Processor, datasets: Sequence[SampleDataset | None], collate: Collator,
-    config: DatasetConfig, args: TrainingArguments, *, connector_trains: bool,
-) -> tuple[SampleDataset | None, ...]:  # fmt: skip
+    model: PreTrainedModel,
+    processor: Processor,
+    datasets: Sequence[SampleDataset | None],
+    collate: Collator,
+    config: DatasetConfig,
+    args: TrainingArguments,
+    *,
+    connector_trains: bool,
+) -> tuple[SampleDataset | None, ...]:
     """Return the samples of a run with features beside blank images; those that are not in the cache are computed.
 
     The model takes features out of its batches from then on. The collator's dummy image gets features too.
@@ -120,9 +126,15 @@ class FamilyFeatureWriter(FeatureCacheWriter[Place, list[tuple[int, Inputs]]]):
     reason = "it encodes images with the same encoder"
 
     def __init__(
-        self, model: PreTrainedModel, part: FrozenPart, names: Sequence[str], processor: Processor,
-        datasets: Sequence[SampleDataset], config: DatasetConfig, args: TrainingArguments,
-    ):  # fmt: skip
+        self,
+        model: PreTrainedModel,
+        part: FrozenPart,
+        names: Sequence[str],
+        processor: Processor,
+        datasets: Sequence[SampleDataset],
+        config: DatasetConfig,
+        args: TrainingArguments,
+    ):
         self.model, self.part, self.processor, self.args = model, part, processor, args
         self.sources = list({id(source): source for dataset in datasets for source in dataset.sources}.values())
         self.datasets, self.on_skipped = datasets, partial(refuse_unless_skipped, config)
@@ -199,20 +211,27 @@ class FamilyFeatureWriter(FeatureCacheWriter[Place, list[tuple[int, Inputs]]]):
         numbers = np.where(shapes.any(axis=2), np.where(shapes == 0, 1, shapes).prod(axis=2), 0).sum(axis=1)
         rows = np.maximum(-(-numbers // self.format.width), 1)
         log.info(
-            "Caching outputs of %s for %s images or groups of images (%.3g GB)", self.part.attribute, f"{len(keys):,}",
+            "Caching outputs of %s for %s images or groups of images (%.3g GB)",
+            self.part.attribute,
+            f"{len(keys):,}",
             int(rows.sum()) * self.format.stride / 1e9,
-        )  # fmt: skip
+        )
         groups = (rows.cumsum() * self.format.width - 1) // NUMBERS_PER_PACK
         plans = []
         for group in np.unique(groups).tolist():
             chosen = np.flatnonzero(groups == group).tolist()
             first = chosen[0]
-            plans.append(PackPlan(
-                json_digest([keys[index].hex() for index in chosen]), self.format, [places[index] for index in chosen],
-                np.frombuffer(b"".join(keys[index] for index in chosen), np.uint64).reshape(-1, 2), rows[chosen],
-                shapes[chosen].reshape(len(chosen), -1),
-                {index - first: skipped[index] for index in chosen if index in skipped},
-            ))  # fmt: skip
+            plans.append(
+                PackPlan(
+                    json_digest([keys[index].hex() for index in chosen]),
+                    self.format,
+                    [places[index] for index in chosen],
+                    np.frombuffer(b"".join(keys[index] for index in chosen), np.uint64).reshape(-1, 2),
+                    rows[chosen],
+                    shapes[chosen].reshape(len(chosen), -1),
+                    {index - first: skipped[index] for index in chosen if index in skipped},
+                )
+            )
         return plans
 
     def _shapes_of(self, place: Place) -> np.ndarray:

@@ -85,9 +85,15 @@ class HeadFeatureWriter(FeatureCacheWriter[int, RecordBatch]):
     reason = "it reads the same records with the same model"
 
     def __init__(
-        self, model: VLMForPrediction, body: str, dataset: HeadDataset, collate: HeadCollator, args: TrainingArguments,
-        root: Path, on_skipped: Callable[[list[Skipped], int], None],
-    ):  # fmt: skip
+        self,
+        model: VLMForPrediction,
+        body: str,
+        dataset: HeadDataset,
+        collate: HeadCollator,
+        args: TrainingArguments,
+        root: Path,
+        on_skipped: Callable[[list[Skipped], int], None],
+    ):
         self.model, self.dataset, self.collate, self.args, self.on_skipped = model, dataset, collate, args, on_skipped
         self.places, self.first = np.unique(dataset.dataset.places, axis=0, return_index=True)
         precision, code = (str(model.dtype), args.bf16, args.fp16), code_digest(type(self))

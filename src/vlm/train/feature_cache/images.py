@@ -76,9 +76,13 @@ def refuse_native_resolution(model_config: PreTrainedConfig) -> None:
 
 
 def replace_images_with_features(
-    model: VLMForConditionalGeneration, processor: VLMProcessor, datasets: Sequence[SampleDataset | None],
-    collate: Collator, config: DatasetConfig, args: TrainingArguments,
-) -> tuple[CachedFeatureDataset | None, ...]:  # fmt: skip
+    model: VLMForConditionalGeneration,
+    processor: VLMProcessor,
+    datasets: Sequence[SampleDataset | None],
+    collate: Collator,
+    config: DatasetConfig,
+    args: TrainingArguments,
+) -> tuple[CachedFeatureDataset | None, ...]:
     """Return the samples of a run with features in place of images; those that are not in the cache are computed.
 
     The datasets are training data, then evaluation data, which is seen with blank images too; None if there is none.
@@ -180,13 +184,16 @@ class ImageFeatureWriter(FeatureCacheWriter[FeatureRequest, Views]):
         borders = np.flatnonzero(np.diff((ends - 1) // VIEWS_PER_PACK)) + 1
         return [
             PackPlan(
-                json_digest([key.hex() for key in keys[first:end]]), self.format, requests[first:end],
-                np.frombuffer(b"".join(keys[first:end]), np.uint64).reshape(-1, 2), rows[first:end],
+                json_digest([key.hex() for key in keys[first:end]]),
+                self.format,
+                requests[first:end],
+                np.frombuffer(b"".join(keys[first:end]), np.uint64).reshape(-1, 2),
+                rows[first:end],
                 details[first:end],
                 {number - first: record for number, record in skipped.items() if first <= number < end},
             )
             for first, end in pairwise([0, *borders.tolist(), len(keys)])
-        ]  # fmt: skip
+        ]
 
     def _read_details(self, requests: Sequence[FeatureRequest]) -> tuple[np.ndarray, dict[int, Skipped]]:
         """Return views, height and width of each image, and which do not open.

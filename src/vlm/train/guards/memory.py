@@ -15,9 +15,13 @@ from vlm.train.guards.weights import held_here
 from vlm.train.monitor.speed import peak_memory
 
 MESSAGES = (
-    "can't allocate memory", "not enough memory", "Cannot allocate memory", "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
-)  # fmt: skip
+    "can't allocate memory",
+    "not enough memory",
+    "Cannot allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 """Parts of error messages about a lack of memory that do not come from PyTorch's own allocator."""
 
 

@@ -170,10 +170,13 @@ def make_prompt_encoder(config: RunConfig, model_config: PreTrainedConfig, proce
     """Return what encodes prompts, with the reply behind them where it is learned too."""
     head = config.model.head
     return PromptEncoder(
-        processor, max_sample_length(config.dataset, model_config), truncate=False,
-        suffix=suffix_ids(config.model, processor.tokenizer), answers=head.generation_weight > 0,
+        processor,
+        max_sample_length(config.dataset, model_config),
+        truncate=False,
+        suffix=suffix_ids(config.model, processor.tokenizer),
+        answers=head.generation_weight > 0,
         thinking=config.dataset.thinking,
-    )  # fmt: skip
+    )
 
 
 def check_labels(dataset: SampleDataset, values: Mapping[str, Sequence[object]], role: str) -> None:

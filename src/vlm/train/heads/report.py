@@ -95,9 +95,14 @@ def _score_head(
     if blank is not None:
         comparisons["blank images"] = measure(blank.outputs, blank.targets, groups=blank.ranking_groups)
     plot_head_scores(
-        head.task, outputs.outputs, outputs.targets, calibration, [str(label) for label in head.labels], output_dir,
+        head.task,
+        outputs.outputs,
+        outputs.targets,
+        calibration,
+        [str(label) for label in head.labels],
+        output_dir,
         groups=outputs.ranking_groups,
-    )  # fmt: skip
+    )
     counts = confusion(head.task, outputs.outputs, outputs.targets, calibration, len(head.labels))
     log.info("\n%s\n\nPlots: %s\n", format_scores(metrics, comparisons), output_dir)
     return metrics, {

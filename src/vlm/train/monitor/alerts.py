@@ -37,9 +37,13 @@ def send_alert(command: Sequence[str], event: Mapping[str, object], seconds: flo
     try:
         with TemporaryFile() as printed:
             process = subprocess.Popen(
-                list(command), stdin=subprocess.PIPE, stdout=printed, stderr=printed, env=os.environ | named,
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=printed,
+                stderr=printed,
+                env=os.environ | named,
                 start_new_session=True,
-            )  # fmt: skip
+            )
             try:
                 process.communicate(json.dumps(event).encode(), timeout=seconds)
                 problem = f"exit code {process.returncode}"

@@ -137,13 +137,17 @@ class ProgressLine(TrainerCallback):
         prefix = "learning_rate/"
         measured = {"tokens_per_second", "mfu", "samples_per_second"} & logs.keys()
         self.status.update(
-            state=TRAINING, step=state.global_step, max_steps=state.max_steps, epoch=state.epoch,
-            loss=finite_or_none(logs.get("loss")), loss_trend=find_trend(self.steps, self.losses),
+            state=TRAINING,
+            step=state.global_step,
+            max_steps=state.max_steps,
+            epoch=state.epoch,
+            loss=finite_or_none(logs.get("loss")),
+            loss_trend=find_trend(self.steps, self.losses),
             learning_rates={k.removeprefix(prefix): v for k, v in logs.items() if k.startswith(prefix)},
             **{name: logs[name] for name in measured},
             **({} if memory is None else {"memory_bytes": round(memory * 2**30)}),
             **({"waiting_share": logs["data_wait_share"]} if "data_wait_share" in logs else {}),
-        )  # fmt: skip
+        )
         log.info("%s", format_line(self.status.values), extra={IN_PLACE: self.bar is not None})
         if self.bar is not None:
             self._draw(time.perf_counter())

@@ -189,9 +189,7 @@ class TrackedTrainer(Protocol):
 
 def find_trackers(handler: CallbackHandler) -> list[Tracker]:
     """Return the trackers of a run."""
-    return [
-        kind(callback) for callback in handler.callbacks for kind in TRACKERS if isinstance(callback, kind.kind)
-    ]  # fmt: skip
+    return [kind(callback) for callback in handler.callbacks for kind in TRACKERS if isinstance(callback, kind.kind)]
 
 
 class SampleSender:

@@ -87,9 +87,13 @@ class Generation(Objective):
         longest = max_sample_length(self.config.dataset, model_config)
         data = self.config.dataset
         return SampleEncoder(
-            processor, longest, truncate=data.over_length == "truncate", supervise=data.supervise,
-            thinking=data.thinking, factors=LossWeights.make(1.0, data.loss_patterns),
-        )  # fmt: skip
+            processor,
+            longest,
+            truncate=data.over_length == "truncate",
+            supervise=data.supervise,
+            thinking=data.thinking,
+            factors=LossWeights.make(1.0, data.loss_patterns),
+        )
 
     def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
         """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`."""
@@ -139,9 +143,14 @@ class Generation(Objective):
         else:
             self.uncached = cast("SampleDataset", data.train)
             train, data.evaluation = replace_family_images(
-                run.model, run.processor, datasets, collate, config.dataset, run.args,
+                run.model,
+                run.processor,
+                datasets,
+                collate,
+                config.dataset,
+                run.args,
                 connector_trains="connector" in training_keys(config.trainer),
-            )  # fmt: skip
+            )
         data.train = self.cached = cast("SampleDataset", train)
 
     def callbacks(self, run: PreparedRun, trainer: ObjectiveTrainer) -> list[TrainerCallback]:

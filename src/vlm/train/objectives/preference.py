@@ -77,9 +77,14 @@ class Preference(Generation):
 
         data, options = self.config.dataset, self.config.trainer.preference
         return PreferenceEncoder(
-            processor, max_sample_length(data, model_config), truncate=False, supervise=data.supervise,
-            thinking=data.thinking, labelled=options.loss == "kto", rejects_image=options.rejected_image != "same",
-        )  # fmt: skip
+            processor,
+            max_sample_length(data, model_config),
+            truncate=False,
+            supervise=data.supervise,
+            thinking=data.thinking,
+            labelled=options.loss == "kto",
+            rejects_image=options.rejected_image != "same",
+        )
 
     def load_data(self, model_config: PreTrainedConfig, processor: Processor, args: TrainingArguments) -> RunData:
         """Return the training records, and those of `dataset.eval_path` or `dataset.eval_split`, with their sides."""

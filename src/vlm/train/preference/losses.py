@@ -117,8 +117,14 @@ def orpo(sides: SideScores, options: PreferenceOptions) -> Tensor:
 
 
 PAIR_LOSSES: dict[str, Callable[[SideScores, PreferenceOptions], Tensor]] = {
-    "dpo": dpo, "robust": robust, "ipo": ipo, "hinge": hinge, "apo_zero": apo_zero, "simpo": simpo, "orpo": orpo,
-}  # fmt: skip
+    "dpo": dpo,
+    "robust": robust,
+    "ipo": ipo,
+    "hinge": hinge,
+    "apo_zero": apo_zero,
+    "simpo": simpo,
+    "orpo": orpo,
+}
 """`trainer.preference.loss` -> the loss of each pair, `(N,)`; `kto` is none of pairs."""
 
 

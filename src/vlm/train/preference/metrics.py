@@ -48,9 +48,12 @@ def metric_sums(sides: SideScores, options: PreferenceOptions, divergence: Tenso
         ratios = sides.log_ratios[:, :2].detach().mean(dim=1) if uses_reference(options) else margin
         kl = -ratios * has_reference, has_reference
     columns = [
-        (values[:, CHOSEN], is_there[:, CHOSEN]), (values[:, REJECTED], is_there[:, REJECTED]), (margin, is_pair),
-        accuracy, kl,
-    ]  # fmt: skip
+        (values[:, CHOSEN], is_there[:, CHOSEN]),
+        (values[:, REJECTED], is_there[:, REJECTED]),
+        (margin, is_pair),
+        accuracy,
+        kl,
+    ]
     return torch.stack([torch.stack(column, dim=-1) for column in columns], dim=1)
 
 
@@ -106,9 +109,13 @@ def bootstrap_records(metrics: Mapping[str, RecordSums]) -> dict[str, Score]:
 
     counts = metrics[ACCURACY].counts
     return bootstrap(
-        compute, len(table), NUM_RESAMPLES, seed=0, shares=(ACCURACY,) if (counts == 1).all() else (),
+        compute,
+        len(table),
+        NUM_RESAMPLES,
+        seed=0,
+        shares=(ACCURACY,) if (counts == 1).all() else (),
         clustered_shares=(ACCURACY,) if (counts >= 1).all() else (),
-    )  # fmt: skip
+    )
 
 
 def count_items(sides: SideScores, options: PreferenceOptions) -> Tensor:

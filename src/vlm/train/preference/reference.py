@@ -216,11 +216,13 @@ def fingerprint(
         computation = weights, config, str(model.dtype), args.bf16, args.fp16, code_digest(SideScores)
         return {
             role: json_digest(
-                *computation, records_digest(dataset.dataset, np.arange(len(dataset))), dataset.rejected_image,
+                *computation,
+                records_digest(dataset.dataset, np.arange(len(dataset))),
+                dataset.rejected_image,
                 dataset.mismatches,
             )
             for role, dataset in datasets.items()
-        }  # fmt: skip
+        }
 
     return on_rank0(digest)
 

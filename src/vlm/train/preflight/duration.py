@@ -57,13 +57,21 @@ def predict_time(
     margin = None if step.margin is None else math.hypot(step.margin, DRIFT * step.mean)
     on_cpu = bool(probe.cpu_seconds) and args.device.type == "cpu"
     return TimeFindings(
-        steps=steps, step=step.mean, margin=margin, timed=len(probe.seconds), basis=sizes.basis,
+        steps=steps,
+        step=step.mean,
+        margin=margin,
+        timed=len(probe.seconds),
+        basis=sizes.basis,
         computing=sum(probe.cpu_seconds) / sum(probe.seconds) if on_cpu else None,
-        loading=probe.loading_seconds, evaluation=once * evaluations, evaluations=evaluations,
-        answering=probe.answer_seconds * answers, answers=answers if probe.answer_seconds else 0,
-        saving=(checkpoints * disk.checkpoint + disk.final) / speed, checkpoints=checkpoints,
+        loading=probe.loading_seconds,
+        evaluation=once * evaluations,
+        evaluations=evaluations,
+        answering=probe.answer_seconds * answers,
+        answers=answers if probe.answer_seconds else 0,
+        saving=(checkpoints * disk.checkpoint + disk.final) / speed,
+        checkpoints=checkpoints,
         drawing=probe.drawing_seconds * (evaluations + checkpoints + 1),
-    )  # fmt: skip
+    )
 
 
 def samples_of_step(probe: Probe, args: TrainingArguments, train: object) -> float:

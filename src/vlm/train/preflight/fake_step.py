@@ -126,9 +126,14 @@ def copy_to_fake(model: ModelT, mode: FakeTensorMode) -> ModelT:
 
 
 def _run_step(
-    model: PreTrainedModel, mode: FakeTensorMode, image: ModelInputs, batches: Sequence[BatchShape], dtype: torch.dtype,
-    *, keeps_gradients: bool,
-) -> int:  # fmt: skip
+    model: PreTrainedModel,
+    mode: FakeTensorMode,
+    image: ModelInputs,
+    batches: Sequence[BatchShape],
+    dtype: torch.dtype,
+    *,
+    keeps_gradients: bool,
+) -> int:
     """Return the most bytes that are alive in a step beside the model; with its gradients, or with each freed at once.
 
     Weights in another precision than that of matrix products are copied into it once a batch, which counts.
@@ -212,9 +217,16 @@ def _attend(model: PreTrainedModel, batch: BatchShape) -> Iterator[None]:
 
 
 def _packed_attention(
-    lengths: list[int], module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    dropout: float = 0.0, scaling: float | None = None, **kwargs: object,
-) -> tuple[Tensor, None]:  # fmt: skip
+    lengths: list[int],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
     """Attend causally within each of the samples of a row, as `vlm.assembly.packed_attention` does."""
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")

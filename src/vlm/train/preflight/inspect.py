@@ -103,8 +103,15 @@ def _inspect(config: RunConfig, probing: RunConfig, name: str, overrides: Sequen
 
 def _own_arguments(config: RunConfig, args: TrainingArguments) -> TrainingArguments:
     """Return the arguments with what the probe has changed as the run has it."""
-    names = ("save_strategy", "save_steps", "eval_strategy", "eval_steps", "eval_on_start", "max_steps",
-             "num_train_epochs")  # fmt: skip
+    names = (
+        "save_strategy",
+        "save_steps",
+        "eval_strategy",
+        "eval_steps",
+        "eval_on_start",
+        "max_steps",
+        "num_train_epochs",
+    )
     for key in names:
         if (value := getattr(config.trainer, key)) is not None:
             setattr(args, key, value)
@@ -182,8 +189,12 @@ def learning_rates(run: PreparedRun, args: TrainingArguments, steps: int) -> dic
         [{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": rate} for rate in groups.values()], lr=0.0
     )
     schedule = get_scheduler(
-        args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
+        args.lr_scheduler_type,
+        optimizer,
+        args.get_warmup_steps(steps),
+        steps,
+        args.lr_scheduler_kwargs,  # pyright: ignore[reportArgumentType]
+    )
     if not isinstance(schedule, LambdaLR):
         return {}
     points = sorted({round(index * steps / NUM_POINTS) for index in range(NUM_POINTS + 1)})

@@ -27,9 +27,12 @@ class LiveBytes(TorchDispatchMode):
         self._known = {_storage_key(tensor) for tensor in known}
 
     def __torch_dispatch__(
-        self, func: Callable[..., object], types: object, args: Iterable[object] = (),
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Iterable[object] = (),
         kwargs: dict[str, object] | None = None,
-    ) -> object:  # fmt: skip
+    ) -> object:
         """Run an operation, and count what it returns."""
         outputs = func(*args, **(kwargs or {}))
         for value in tree_leaves(outputs):

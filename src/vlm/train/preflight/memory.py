@@ -75,9 +75,14 @@ class MemoryPrediction:
 
 
 def predict_memory(
-    objective: Objective, model: PreTrainedModel, config: RunConfig, args: TrainingArguments, image: ModelInputs,
-    batches: Sequence[BatchShape], dtype: torch.dtype,
-) -> MemoryPrediction:  # fmt: skip
+    objective: Objective,
+    model: PreTrainedModel,
+    config: RunConfig,
+    args: TrainingArguments,
+    image: ModelInputs,
+    batches: Sequence[BatchShape],
+    dtype: torch.dtype,
+) -> MemoryPrediction:
     """Predict the memory of a step, without sharding.
 
     Args:

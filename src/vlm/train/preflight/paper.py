@@ -21,8 +21,16 @@ from vlm.train.parts import Part
 def paper_config(config: RunConfig) -> RunConfig:
     """Return the configuration of a run of one process without sharding, whose memory others are computed from."""
     paper = copy.deepcopy(config)
-    changes = {"deepspeed": None, "sharding": None, "use_cpu": True, "tf32": None, "report_to": "none", "fp16": False,
-               "torch_compile": False, "use_liger_kernel": False}  # fmt: skip
+    changes = {
+        "deepspeed": None,
+        "sharding": None,
+        "use_cpu": True,
+        "tf32": None,
+        "report_to": "none",
+        "fp16": False,
+        "torch_compile": False,
+        "use_liger_kernel": False,
+    }
     for key, value in changes.items():
         setattr(paper.trainer, key, value)
     unset_hf_deepspeed_config()

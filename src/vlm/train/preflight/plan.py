@@ -70,8 +70,9 @@ class Devices:
         tflops = data_sheet_tflops(name)
         known = [entry for entry in MEMORY_GB if f" {entry} " in f" {name} "]
         if match is None or tflops is None or not known or int(match[1]) < 1:
-            raise ValueError(f"--plan {text}: GPUS=NxNAME is needed, such as GPUS=8xH100; NAME is one of "
-                             f"{', '.join(MEMORY_GB)}")  # fmt: skip
+            raise ValueError(
+                f"--plan {text}: GPUS=NxNAME is needed, such as GPUS=8xH100; NAME is one of {', '.join(MEMORY_GB)}"
+            )
         return cls(int(match[1]), max(known, key=len), MEMORY_GB[max(known, key=len)] * 10**9, tflops)
 
 
@@ -87,9 +88,15 @@ class PlannedData:
 
 
 def make_plan(
-    config: RunConfig, name: str, overrides: Sequence[str], gpus: str, *, samples: int | None = None,
-    tokens: int | None = None, mfu: float = ASSUMED_MFU,
-) -> str:  # fmt: skip
+    config: RunConfig,
+    name: str,
+    overrides: Sequence[str],
+    gpus: str,
+    *,
+    samples: int | None = None,
+    tokens: int | None = None,
+    mfu: float = ASSUMED_MFU,
+) -> str:
     """Return the plan of a run as text.
 
     Args:
@@ -120,9 +127,14 @@ def make_plan(
 
 
 def plan_data(
-    config: RunConfig, objective: Objective, model_config: PreTrainedConfig, processor: Processor,
-    args: TrainingArguments, samples: int | None, tokens: int | None,
-) -> PlannedData:  # fmt: skip
+    config: RunConfig,
+    objective: Objective,
+    model_config: PreTrainedConfig,
+    processor: Processor,
+    args: TrainingArguments,
+    samples: int | None,
+    tokens: int | None,
+) -> PlannedData:
     """Return what is known of the data: what was said, else what the data set on this machine holds.
 
     Raises:
@@ -145,9 +157,15 @@ def plan_data(
 
 
 def _memory_lines(
-    objective: Objective, model: PreTrainedModel, config: RunConfig, args: TrainingArguments, processor: Processor,
-    data: PlannedData, devices: Devices, dtype: torch.dtype,
-) -> list[str]:  # fmt: skip
+    objective: Objective,
+    model: PreTrainedModel,
+    config: RunConfig,
+    args: TrainingArguments,
+    processor: Processor,
+    data: PlannedData,
+    devices: Devices,
+    dtype: torch.dtype,
+) -> list[str]:
     """Return what each way of sharding needs, and the first that fits."""
     rows = config.trainer.per_device_train_batch_size
     shape = BatchShape(rows, data.longest, round(rows * max(data.images, 1)), rows * data.longest // 2)

@@ -256,9 +256,13 @@ def remove(folder: Path) -> None:
 
 
 def prepare_run(
-    objective: Objective, folder: Path, resolved: tuple[PreTrainedConfig, Processor], args: TrainingArguments,
-    data: RunData, unused: Sequence[str] = (),
-) -> PreparedRun:  # fmt: skip
+    objective: Objective,
+    folder: Path,
+    resolved: tuple[PreTrainedConfig, Processor],
+    args: TrainingArguments,
+    data: RunData,
+    unused: Sequence[str] = (),
+) -> PreparedRun:
     """Load and prepare the model of a run as the run does; see `vlm.train.run`."""
     config, (model_config, processor) = objective.config, resolved
     seed_everything(args)

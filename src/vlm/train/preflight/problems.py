@@ -67,6 +67,8 @@ def _step_problems(config: RunConfig, findings: Findings) -> Iterator[Problem]:
     peak = {name: max(rate for _, rate in points) for name, points in findings.rates.items() if points}
     for name, points in findings.rates.items():
         if points and points[-1][0] > 1 and peak[name] == points[-1][1] and points[0][1] == 0:
-            yield Problem(f"the learning rate of {name} only warms up: it is at its peak at the last step",
-                          "trainer.warmup_steps=0.03, a share of the steps")  # fmt: skip
+            yield Problem(
+                f"the learning rate of {name} only warms up: it is at its peak at the last step",
+                "trainer.warmup_steps=0.03, a share of the steps",
+            )
             return

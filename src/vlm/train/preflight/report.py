@@ -21,8 +21,10 @@ MOSTLY_COMPUTING = 0.9
 """Where a step on the CPU computes for a smaller share of its time, the page says so."""
 SHOWN_SAMPLE = 900
 """Characters of the first sample that a terminal shows."""
-PAGE_STYLE = "td.fits{color:var(--good)}td.over{color:var(--bad)}.problem{border-left:4px solid var(--bad);" \
-    "padding-left:.8rem}.memory td,.memory th{white-space:nowrap}.memory td:last-child{white-space:normal}"  # fmt: skip
+PAGE_STYLE = (
+    "td.fits{color:var(--good)}td.over{color:var(--bad)}.problem{border-left:4px solid var(--bad);"
+    "padding-left:.8rem}.memory td,.memory th{white-space:nowrap}.memory td:last-child{white-space:normal}"
+)
 
 
 def format_duration(seconds: float) -> str:
@@ -79,8 +81,12 @@ def memory_text(memory: MemoryFindings) -> str:
         where = f" on each of {memory.ranks} ranks" + (f" with {memory.way}" if memory.way != "none" else "")
     if memory.predicted is not None:
         found = memory.predicted
-        held = {"weights": found.weights, "gradients": found.gradients, "optimiser states": found.states,
-                "activations": found.activations}  # fmt: skip
+        held = {
+            "weights": found.weights,
+            "gradients": found.gradients,
+            "optimiser states": found.states,
+            "activations": found.activations,
+        }
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in held.items())
         lines.append(f"predicted peak of a probe step{where}: {format_bytes(memory.expected_bytes)}")
         whole = f"without sharding {format_bytes(found.peak)}: " if memory.expected_bytes != found.peak else ""
@@ -138,15 +144,17 @@ def time_text(duration: TimeFindings) -> str:
     fitted = f"fitted to {duration.timed} timed steps, growing with {duration.basis}"
     if duration.basis == MEAN_BASIS:
         fitted = f"the mean of {duration.timed} timed steps"
-    return "\n".join([
-        f"{format_duration(duration.total)} in all{spread}",
-        f"loading {format_duration(duration.loading)}; {steps} of {format_duration(duration.step)}: "
-        f"{format_duration(duration.training)}",
-        f"{evaluations}: {format_duration(duration.evaluation)}{answers}; {checkpoints} and final: "
-        f"{format_duration(duration.saving)}; plots: {format_duration(duration.drawing)}",
-        f"the time of a step is {fitted}",
-        *_waiting_lines(duration.computing),
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"{format_duration(duration.total)} in all{spread}",
+            f"loading {format_duration(duration.loading)}; {steps} of {format_duration(duration.step)}: "
+            f"{format_duration(duration.training)}",
+            f"{evaluations}: {format_duration(duration.evaluation)}{answers}; {checkpoints} and final: "
+            f"{format_duration(duration.saving)}; plots: {format_duration(duration.drawing)}",
+            f"the time of a step is {fitted}",
+            *_waiting_lines(duration.computing),
+        ]
+    )
 
 
 def _waiting_lines(computing: float | None) -> list[str]:
@@ -192,10 +200,13 @@ def _problem_text(findings: Findings) -> str:
 def as_html(findings: Findings) -> str:
     """Return the page as one HTML file, plots and images in it."""
     memory = findings.memory
-    problems = "".join(
-        f'<div class="problem"><p>{escape(problem.text)}</p><p><code>{escape(problem.remedy)}</code></p></div>'
-        for problem in findings.problems
-    ) or '<p class="good">Nothing was found.</p>'  # fmt: skip
+    problems = (
+        "".join(
+            f'<div class="problem"><p>{escape(problem.text)}</p><p><code>{escape(problem.remedy)}</code></p></div>'
+            for problem in findings.problems
+        )
+        or '<p class="good">Nothing was found.</p>'
+    )
     sections = [
         ("What would go wrong", problems),
         ("Starts from", f"<p>{escape(findings.start)}</p>"),

@@ -25,9 +25,13 @@ DEVICES = (1, 2, 8)
 
 
 def inspect_memory(
-    objective: Objective, run: PreparedRun, config: RunConfig, resolved: tuple[PreTrainedConfig, Processor],
-    probe: Probe, sizes: ModelSizes,
-) -> MemoryFindings:  # fmt: skip
+    objective: Objective,
+    run: PreparedRun,
+    config: RunConfig,
+    resolved: tuple[PreTrainedConfig, Processor],
+    probe: Probe,
+    sizes: ModelSizes,
+) -> MemoryFindings:
     """Return the memory of the probe's step and of the worst one, with what sharding makes of it.
 
     Every rank calls it.

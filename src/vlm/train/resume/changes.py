@@ -67,9 +67,12 @@ def compare_settings(before: RunRecord, now: RunRecord, config: RunConfig) -> li
 
 
 WORLD_KEYS = (
-    "world_size", "trainer.per_device_train_batch_size", "trainer.gradient_accumulation_steps", "trainer.sharding",
+    "world_size",
+    "trainer.per_device_train_batch_size",
+    "trainer.gradient_accumulation_steps",
+    "trainer.sharding",
     "trainer.deepspeed",
-)  # fmt: skip
+)
 """Keys whose change is safe if the steps of another world have the same samples."""
 
 

@@ -96,14 +96,20 @@ IMPOSSIBLE = (
     | _keys("trainer.learning_rate", "visual_encoder_layer_decay language_model_layer_decay")
     | _keys("trainer.distillation", "hidden_states_weight image_features_weight")
     | _keys("trainer.unfreeze", "train_vision_model train_connector train_language_model")
-    | _keys("trainer.lora", "use_dora bias init visual_encoder.r visual_encoder.target_modules connector.r "
-            "connector.target_modules language_model.r language_model.target_modules")
-    | _keys("model", "image_token image_start_token image_end_token language_model.quantization "
-            "language_model.new_tokens language_model.positions connector.type connector.options anyres.grids "
-            "anyres.max_tiles anyres.tile_several native.min_tokens native.max_tokens")
+    | _keys(
+        "trainer.lora",
+        "use_dora bias init visual_encoder.r visual_encoder.target_modules connector.r "
+        "connector.target_modules language_model.r language_model.target_modules",
+    )
+    | _keys(
+        "model",
+        "image_token image_start_token image_end_token language_model.quantization "
+        "language_model.new_tokens language_model.positions connector.type connector.options anyres.grids "
+        "anyres.max_tiles anyres.tile_several native.min_tokens native.max_tokens",
+    )
     | _keys("model.visual_encoder", "feature_layer feature_strategy image_size extra_encoders quantization")
     | _keys("model.head", "task labels type options pooling dim name")
-)  # fmt: skip
+)
 """A checkpoint holds trained parameters and the optimiser's state, so these keys must not change."""
 
 CLASSES = {
