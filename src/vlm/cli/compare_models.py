@@ -74,8 +74,6 @@ def main(argv: Sequence[str]) -> None:
     """`vlm compare-models BEFORE AFTER --data RECORDS …`."""
     args = make_parser().parse_args(argv)
     try:
-        for name in (args.before, args.after):
-            check_checkpoint(name, heads=False)
         _compare(args)
     except KeyboardInterrupt:
         sys.exit("\nvlm compare-models: stopped; the same command resumes it")
@@ -84,6 +82,8 @@ def main(argv: Sequence[str]) -> None:
 def _compare(args: argparse.Namespace) -> None:
     """Compare the models, and print what moved."""
     metrics, configs = _check(args)
+    for name in (args.before, args.after):
+        check_checkpoint(name, heads=False)
     folder = resolve_output_folder(args.after, "compare", args.output)
 
     from vlm.data.cache import json_digest, resolve_cache_folder
