@@ -75,8 +75,9 @@ def test_training_show_stats_and_clean_say_the_same(config: DatasetConfig, parts
 
 
 def _as_clean_says(reason: str) -> str:
-    """The options of a run as those of `clean`."""
-    return reason.replace("dataset.format=", "--format ").replace("dataset.options.", "--option ")
+    """The options of a run as those of `clean`, which does not train."""
+    options = reason.replace("dataset.format=", "--format ").replace("dataset.options.", "--option ")
+    return options.replace("to train on the text alone", "to read the text alone")
 
 
 def test_an_error_of_a_reader_of_the_users_own_concerns_its_record_only():

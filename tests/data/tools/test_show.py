@@ -42,7 +42,7 @@ def test_records_of_these_numbers_and_what_is_wrong_with_them(words, capsys):
     said = capsys.readouterr().out
     assert said.index("record 3") < said.index("record 25") < said.index("record 24")
     assert "cannot be used: image file" in said
-    assert "no.png does not exist. Image paths are relative to dataset.image_folder" in said
+    assert "no.png does not exist\n   Image paths are relative to dataset.image_folder" in said
     assert "tokens, at most 256 are allowed" in said
     with pytest.raises(SystemExit, match=r"vlm: --records 26: .*records.json has 26 records, numbered from 0"):
         main(["data", "show", "--records", "26", *words])

@@ -150,8 +150,8 @@ def _load_shown_record(source: Source, number: int | None, record: object, *, wi
         )
     except BadSample as error:
         is_missing = error.file is not None and error.reason.endswith("does not exist")
-        problem = f"{error.reason}. {explain_folder(source)}" if is_missing else error.reason
-        return ShownRecord(source, number, error.sample_id, [], images, problem, notes=notes, raw=record)
+        notes = [explain_folder(source), *notes] if is_missing else notes
+        return ShownRecord(source, number, error.sample_id, [], images, error.reason, notes=notes, raw=record)
 
 
 def _encode_sides(encoder: SampleEncoder, sample: Sample, sizes: Sequence[MediaSize]) -> list[tuple[str, Encoded]]:
