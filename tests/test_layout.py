@@ -46,6 +46,7 @@ TESTED_ELSEWHERE = {
     "cli/completion_words.py": "cli/test_completion.py",
     "cli/data_views.py": "data/tools/test_show.py",
     "cli/export_checkpoint.py": "hub/test_exporting.py",
+    "cli/import_checkpoint.py": "hub/test_importing.py",
     "cli/doctor_facts.py": "cli/test_doctor.py",
     "cli/models.py": "cli/test_model_listing.py",
     "cli/model_options.py": "cli/test_generate.py",
