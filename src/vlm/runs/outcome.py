@@ -201,7 +201,10 @@ def describe_verdict(settings: Sequence[Setting], metric: str, sign: int, *, in_
         return f"No run has a value of {metric}, so none is best."
     measured = [run for one in settings for run in one.runs if metric in run.metrics]
     if not all(are_comparable(measured[0], run, metric) for run in measured[1:]):
-        return f"{metric} is not comparable: the runs have different objectives or heads, or different evaluation data."
+        return (
+            f"{metric} is not comparable: the runs have different objectives or heads, or other settings of their "
+            "losses, or different evaluation data."
+        )
     which = "highest" if sign > 0 else "lowest"
     text = f"Best by {metric} ({which}): {best}, {_describe_mean(best)}."
     if metric == TRAINING_LOSS:
